@@ -1,0 +1,78 @@
+"""What the prepared sets share: passages of text in array_record, written once by TFDS without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+
+PASSAGE_CHARACTERS = 16_000
+"""A passage is cut at the last paragraph border before it grows beyond this."""
+
+
+class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of the TFDS builders of this package: records {"text", "source"}, in reading order.
+
+    Subclasses give the splits; each example is made by `numbered` from pairs of a source's name and a passage.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    # TFDS would look for the file of the class through importlib_resources, which it does not install.
+    code_path = epath.Path(__file__)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "source": tfds.features.Text()}),
+            disable_shuffling=True,
+        )
+
+
+def numbered(passages: Iterator[tuple[str, str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Turns (source, text) pairs into TFDS examples with keys 0, 1, ..."""
+    for key, (source, text) in enumerate(passages):
+        yield key, {"text": text, "source": source}
+
+
+def open_prepared(
+    builder_class: type[PassageBuilder], config: tfds.core.BuilderConfig, data_dir: str | None
+) -> PassageBuilder:
+    """The builder for `config`; its array_record files are written now unless they are there already.
+
+    `data_dir` is where prepared sets are kept; None means the environment's TFDS_DATA_DIR or TFDS's own default.
+    TFDS shows a progress bar while it writes.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every configuration made at run time, as ours all are
+    try:
+        builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            builder.download_and_prepare()
+    finally:
+        logging.set_verbosity(verbosity)
+    return builder
+
+
+def cut(text: str, limit: int = PASSAGE_CHARACTERS) -> Iterator[str]:
+    """Cuts `text` into passages of at most `limit` characters, at borders of paragraphs, lines or words.
+
+    Joined together the passages are the text again; passages that hold only white space are left out.
+    """
+    start = 0
+    while len(text) - start > limit:
+        window = text[start : start + limit]
+        end = 0
+        for border in ("\n\n", "\n", " "):
+            end = window.rfind(border, limit // 2) + len(border)
+            if end >= len(border):
+                break
+        else:
+            end = limit
+        if window[:end].strip():
+            yield window[:end]
+        start += end
+    if text[start:].strip():
+        yield text[start:]
