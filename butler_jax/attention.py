@@ -30,20 +30,21 @@ def causal_attention(
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Softmax attention of every token over itself and the tokens before it, keys shared by H/K query heads.
 
-    segments: the document of each token; tokens attend within their document only. 0 is padding: its rows are finite
-    and mean nothing. window: a query sees itself and the window-1 tokens before it; static. scale: factor on the
-    logits, D**-0.5 unless given. return_lse: also the log-sum-exp of the scaled logits, in nats, float32; it carries
-    no gradient, and cuDNN rounds it to the dtype of q.
+    segments: the document of each token; tokens attend within their document only. 0 is padding: its rows
+    are finite and mean nothing. window: a query sees itself and the window-1 tokens before it; static.
+    scale: factor on the logits, D**-0.5 unless given. return_lse: also the log-sum-exp of the scaled
+    logits, in nats, float32; it carries no gradient, and cuDNN rounds it to the dtype of q.
 
-    implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated. "cudnn" is
-    `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments. "splash" is the TPU kernel
-    of `jax.experimental.pallas`, interpreted (slowly) on CPU. None takes splash on TPU, cudnn on GPU where it can,
-    and xla otherwise; a named one is used or raises. partition: mesh axes of (batch, heads) that splash is split
-    over; None asks `butler_jax.sharding` when a mesh of several devices is set.
+    implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
+    "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
+    "splash" is the TPU kernel of `jax.experimental.pallas`, interpreted (slowly) on CPU. None takes splash
+    on TPU, cudnn on GPU where it can, and xla otherwise; a named one is used or raises. partition: mesh
+    axes of (batch, heads) that splash is split over; None asks `butler_jax.sharding` when a mesh of several
+    devices is set.
 
-    Raises ValueError for shapes that do not fit, an unknown implementation, or one that cannot do what was asked.
+    Raises ValueError for shapes that do not fit, an unknown implementation, or one that cannot do the task.
     """
-    _check(q, k, v, segments, window)
+    check_shapes(q, k, v, segments, window)
     name = choose_implementation(implementation, q, v.shape[-1], segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "xla":
@@ -58,16 +59,16 @@ def causal_attention(
 def choose_implementation(
     implementation: str | None, q: Float[Array, "B T H D"], value_dim: int, segments: Int[Array, "B T"] | None
 ) -> str:
-    """The implementation to run; raises ValueError if a named one is unknown or cannot take these arguments."""
+    """The implementation to run; raises ValueError if a named one is unknown or cannot take these inputs."""
     platform = jax.default_backend()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if implementation is None:
         if platform == "tpu":
             return "splash"
-        fits = platform == "gpu" and half and segments is None and max(q.shape[-1], value_dim) <= cudnn_head_dim()
-        return "cudnn" if fits else "xla"
+        narrow = platform == "gpu" and max(q.shape[-1], value_dim) <= cudnn_head_dim()
+        return "cudnn" if narrow and half and segments is None else "xla"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}")
+        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {IMPLEMENTATIONS}")
     if implementation == "cudnn":
         if segments is not None:
             raise ValueError('"cudnn" attention cannot keep documents apart; drop segments or use "xla"')
@@ -86,24 +87,25 @@ def cudnn_head_dim() -> int:
     return 256 if float(capability) >= 9 else 128
 
 
-def _check(q, k, v, segments, window) -> None:
+def check_shapes(q, k, v, segments, window) -> None:
+    """Raise ValueError unless q, k, v, segments and window fit `causal_attention`."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k and v must be [B, T, heads, dim]; got {q.shape}, {k.shape}, {v.shape}")
     if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not agree in batch, length, KV heads or width")
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} differ in batch, length, KV heads or width")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads; H must be a multiple of K")
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads; use a multiple")
     if segments is not None and segments.shape != q.shape[:2]:
         raise ValueError(f"segments must be [B, T] = {q.shape[:2]}, got {segments.shape}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the token itself), got {window}")
 
 
-# --- XLA: chunks of query rows, keys in bands -------------------------------------------------------------------
+# --- XLA: chunks of query rows, keys in bands -----------------------------------------------------
 
 
 class Band(NamedTuple):
-    """Query chunks start..stop-1 each read `keys` keys: sliding, those that end with the chunk; else the first ones."""
+    """Query chunks start..stop-1 read `keys` keys: the first ones, or if sliding those up to the chunk."""
 
     start: int
     stop: int
@@ -123,8 +125,8 @@ class Band(NamedTuple):
 def make_bands(chunks: int, chunk: int, window: int | None) -> list[Band]:
     """Static key ranges for `chunks` chunks of queries.
 
-    Without a window, the chunks of a band read the keys up to the band's end. With one, a chunk reads its own keys
-    and the window before its first row, so its work does not grow with the sequence.
+    Without a window, the chunks of a band read the keys up to the band's end. With one, a chunk reads its own
+    keys and the window before its first row, so its work does not grow with the sequence.
     """
     reach = chunks * chunk if window is None else chunk * (1 + -(-(window - 1) // chunk))
     width = -(-chunks // BANDS)
@@ -138,7 +140,7 @@ def make_bands(chunks: int, chunk: int, window: int | None) -> list[Band]:
 
 
 def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "N B K M D"]:
-    """Chunks of queries, the M = H/K * chunk rows that share a KV head as the rows of one tile; T is padded with 0."""
+    """Chunks of queries, T padded with 0; the M = H/K * chunk rows that share a KV head are one tile."""
     batch, length, heads, dim = x.shape
     chunks = -(-length // chunk)
     x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
@@ -171,7 +173,7 @@ def chunk_mask(
     window: int | None,
     chunk: int,
 ) -> Bool[Array, "B C keys"]:
-    """Which of the keys first..first+keys-1 each row of chunk `index` attends to; batch 1 without segments."""
+    """Which of the keys first..first+keys-1 the rows of chunk `index` attend to; batch 1 without segments."""
     rows = (index * chunk + jnp.arange(chunk))[:, None]
     columns = (first + jnp.arange(keys))[None, :]
     mask = columns <= rows
@@ -188,7 +190,7 @@ def chunk_mask(
 def masked_exponentials(
     queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"]
 ) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
-    """exp(logits - maximum) of scaled queries, 0 where masked, its row sums, and the log-sum-exp; all float32."""
+    """exp(logits - maximum) of scaled queries, 0 where masked, the row sums and log-sum-exp; all float32."""
     batch, heads, rows, _ = queries.shape
     chunk, size = mask.shape[1:]
     logits = jnp.einsum("bkmd,bksd->bkms", queries, keys, preferred_element_type=jnp.float32)
@@ -200,9 +202,12 @@ def masked_exponentials(
     return weights, total, maximum + jnp.log(total)
 
 
-def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K M D"]:
+def weighted_values(
+    weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]
+) -> Float[Array, "B K M D"]:
     """Weights times values, float32 sums."""
-    return jnp.einsum("bkms,bksd->bkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    weights = weights.astype(values.dtype)
+    return jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
 
 
 def _xla(q, k, v, segments, window, scale):
@@ -226,7 +231,7 @@ def _xla(q, k, v, segments, window, scale):
     return merge_queries(out, chunk, length), merge_queries(lse, chunk, length)[..., 0]
 
 
-# --- kernels of others ------------------------------------------------------------------------------------------
+# --- kernels of others ----------------------------------------------------------------------------
 
 
 def _pad_last(x: Array, width: int) -> Array:
@@ -267,7 +272,7 @@ def _splash(q, k, v, segments, window, scale, return_lse, partition):
         if partition is None:
             from butler_jax import sharding
 
-            partition = sharding.attention_partition()
+            partition = sharding.attention_partition()[-2:]
         batch_axis, head_axis = partition
         if batch_axis is not None and batch % mesh.shape[batch_axis]:
             batch_axis = None
@@ -323,7 +328,7 @@ def _splash_local(q, k, v, segments, *, window, return_lse):
         return out, lse
 
     def forward(q, k, v, segments):
-        # The kernel that returns its log-sum-exp has no derivative, so a differentiated call runs both kernels.
+        # The kernel that returns its log-sum-exp has no derivative: a differentiated call runs both.
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
         return (out, attend_with_lse(q, k, v, segments)[1]), pull
 

@@ -1,0 +1,382 @@
+"""The two distillation losses, exact over all causal pairs, without a T x T matrix.
+
+Both compare a frozen attention layer (queries q, keys k, D wide, after rotary) with a predictor (importance
+queries p and keys r, R wide); s = D**-0.5, s' = R**-0.5. r has the layer's K KV heads or all H query heads.
+The frozen model is never differentiated: q, k, v get zero gradients and the attention output returned
+beside a loss carries none. Every row of a batch may hold several documents: pairs count within a document
+(`segments`, 0 = padding) only.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax import attention
+
+FORMS = ("fused", "two_calls")
+SQUARED_ERROR_CHUNK = 128
+
+Heads = Float[Array, "B T H D"]
+Scalar = Float[Array, ""]
+
+
+def attention_and_cross_entropy(
+    q: Heads,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    p: Float[Array, "B T H R"],
+    r: Float[Array, "B T P R"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+    form: str | None = None,
+) -> tuple[Heads, Scalar, Scalar]:
+    """Attention output [B, T, H, D], the cross entropy summed over rows and heads (nats), and their number.
+
+    With A = softmax(s q.k) and B = softmax(s' p.r) over a row's causal keys, a row's loss is -sum_j A_ij
+    log B_ij (TokenButler, arXiv 2503.07518, second version, trains with it on sampled rows; here every row
+    that is not padding counts). Window and document borders limit A and B alike. Differentiable with
+    respect to p and r.
+
+    form "fused" (XLA): one pass over chunks of 128 rows forms both rows of weights once and gives output,
+    loss and both gradients; the backward pass only scales. "two_calls" (cuDNN, Splash): attention with r
+    beside v as values, and an R-wide attention for the log-sum-exp, log B's normaliser; no T x T matrix
+    inside the kernels. None takes the form that goes with the implementation, see
+    `attention.causal_attention`.
+
+    Raises ValueError for shapes that do not fit or an implementation that cannot do what was asked.
+    """
+    name, form = _check(q, k, v, p, r, segments, window, implementation, form)
+    output, loss, count = _cross_entropy(q, k, v, p, r, segments, window, name, form)
+    return jax.lax.stop_gradient(output), loss, jax.lax.stop_gradient(count)
+
+
+def cross_entropy(
+    q: Heads,
+    k: Float[Array, "B T K D"],
+    p: Float[Array, "B T H R"],
+    r: Float[Array, "B T P R"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+    form: str | None = None,
+) -> tuple[Scalar, Scalar]:
+    """Loss sum (nats) and count of `attention_and_cross_entropy`, without values and output."""
+    name, form = _check(q, k, k, p, r, segments, window, implementation, form)
+    _, loss, count = _cross_entropy(q, k, None, p, r, segments, window, name, form)
+    return loss, jax.lax.stop_gradient(count)
+
+
+def attention_and_squared_error(
+    q: Heads,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    p: Float[Array, "B T H R"],
+    r: Float[Array, "B T P R"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Heads, Scalar, Scalar]:
+    """The layer's attention output [B, T, H, D], and loss sum and pair count of `squared_error`.
+
+    window and implementation concern the output. The squared error takes all causal pairs of a document
+    even where the layer has a sliding window: its logits are defined for them.
+    """
+    output = attention.causal_attention(
+        q, k, v, segments=segments, window=window, implementation=implementation
+    )
+    loss, count = squared_error(q, k, p, r, segments=segments)
+    return jax.lax.stop_gradient(output), loss, count
+
+
+def squared_error(
+    q: Heads,
+    k: Float[Array, "B T K D"],
+    p: Float[Array, "B T H R"],
+    r: Float[Array, "B T P R"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    chunk: int = SQUARED_ERROR_CHUNK,
+) -> tuple[Scalar, Scalar]:
+    """Sum over heads and causal pairs of a document of (s q_i.k_j - s' p_i.r_j)^2, and the number of terms.
+
+    TokenButler, arXiv 2503.07518, first version, equation of the training loss; theirs runs over the future
+    and padding too. Time and memory are linear in T: pairs inside a chunk of rows are formed, those with
+    earlier chunks come from the running Gram matrix of [k ; r], (D+R) x (D+R), summed in float32; it starts
+    anew with each document, whose tokens must be contiguous. Differentiable with respect to p and r; both
+    gradients are formed in the forward pass. The value of the loss is a difference of sums of squared
+    logits, exact to about 1e-6 of the latter.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    _check(q, k, k, p, r, segments, None, "xla", None)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    loss = _squared_error(q, k, p, r, segments, min(chunk, q.shape[1]))
+    return loss, _pair_count(q, segments)
+
+
+def _check(q, k, v, p, r, segments, window, implementation, form) -> tuple[str, str]:
+    attention.check_shapes(q, k, v, segments, window)
+    if p.ndim != 4 or r.ndim != 4 or p.shape[:3] != q.shape[:3] or r.shape[:2] != q.shape[:2]:
+        wanted = f"p must be [B, T, H, R] and r [B, T, heads, R] beside q {q.shape}"
+        raise ValueError(f"{wanted}; got {p.shape}, {r.shape}")
+    if p.shape[3] != r.shape[3]:
+        raise ValueError(f"p and r must have one width, got {p.shape[3]} and {r.shape[3]}")
+    if r.shape[2] not in (q.shape[2], k.shape[2]):
+        raise ValueError(f"r needs {k.shape[2]} (KV) or {q.shape[2]} (query) heads, got {r.shape[2]}")
+    name = attention.choose_implementation(implementation, q, q.shape[-1], segments)
+    if form is None:
+        form = "fused" if name == "xla" else "two_calls"
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is unknown; use None or one of {FORMS}")
+    if form == "fused" and name != "xla":
+        raise ValueError(f'form "fused" runs on "xla" only, not on {name!r}; use "two_calls" or None')
+    return name, form
+
+
+def _counted_rows(length: int, batch: int, segments: Int[Array, "B T"] | None) -> Float[Array, "B T"]:
+    return jnp.ones((batch, length), jnp.float32) if segments is None else (segments != 0).astype(jnp.float32)
+
+
+def _regroup(x: Float[Array, "B K M S"], heads: int) -> Float[Array, "B P N S"]:
+    """Rows of K groups of query heads as rows of `heads` groups; query heads are the slow part of a row index."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[3])
+
+
+# --- cross entropy --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _cross_entropy(q, k, v, p, r, segments, window, name, form):
+    run = _fused if form == "fused" else functools.partial(_two_calls, name=name)
+    return run(q, k, v, p, r, segments, window, differentiate=False)[0]
+
+
+def _cross_entropy_forward(q, k, v, p, r, segments, window, name, form):
+    run = _fused if form == "fused" else functools.partial(_two_calls, name=name)
+    results, dp, dr = run(q, k, v, p, r, segments, window, differentiate=True)
+    return results, (dp.astype(p.dtype), dr.astype(r.dtype))
+
+
+def _scale_gradients(gradients, cotangent):
+    return tuple((cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
+
+
+def _cross_entropy_backward(window, name, form, gradients, cotangents):
+    return None, None, None, *_scale_gradients(gradients, cotangents[1]), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _fused(q, k, v, p, r, segments, window, *, differentiate):
+    batch, length, heads, dim = q.shape
+    kv_heads, key_heads = k.shape[2], r.shape[2]
+    chunk = min(attention.CHUNK, length)
+    scale = p.shape[-1] ** -0.5
+    queries = attention.split_queries(q * jnp.asarray(dim**-0.5, q.dtype), kv_heads, chunk)
+    guesses = attention.split_queries(p.astype(jnp.float32) * scale, key_heads, chunk)
+    keys, importance = attention.split_keys(k, chunk), attention.split_keys(r.astype(jnp.float32), chunk)
+    values = None if v is None else attention.split_keys(v, chunk)
+    counted = _counted_rows(length, batch, segments)
+    rows_counted = jnp.broadcast_to(counted[:, :, None, None], (*p.shape[:3], 1))
+    rows_counted = attention.split_queries(rows_counted, key_heads, chunk)
+    segments = attention.split_segments(segments, chunk)
+    # One product for the output and A r where the two have the same heads and dtype.
+    joined = values is not None and key_heads == kv_heads and values.dtype == importance.dtype
+    both = jnp.concatenate([values, importance], axis=-1) if joined else None
+
+    def step(band, carry, inputs):
+        loss, dr = carry
+        index, rows, guess, use = inputs
+        first = band.first_key(index, chunk)
+        mask = attention.chunk_mask(index, first, band.keys, segments, window, chunk)
+        a, a_total, _ = attention.masked_exponentials(rows, band.take(keys, first, 2), mask)
+        r_here = band.take(importance, first, 2)
+        b, b_total, b_lse = attention.masked_exponentials(guess, r_here, mask)
+        out = None
+        a_rows, a_rows_total = _regroup(a, key_heads), _regroup(a_total, key_heads)
+        if joined:
+            weighed = attention.weighted_values(a, band.take(both, first, 2)) / a_total
+            out, a_mean = weighed[..., :dim], weighed[..., dim:]
+        else:
+            if values is not None:
+                out = (attention.weighted_values(a, band.take(values, first, 2)) / a_total).astype(v.dtype)
+            a_mean = attention.weighted_values(a_rows, r_here) / a_rows_total
+        loss += jnp.sum(use * (b_lse - jnp.sum(guess * a_mean, axis=-1, keepdims=True)))
+        if not differentiate:
+            return (loss, dr), (out, None)
+        b_mean = attention.weighted_values(b, r_here) / b_total
+        guess = guess * use
+        change = jnp.einsum("bpms,bpmr->bpsr", b, guess / b_total)
+        change -= jnp.einsum("bpms,bpmr->bpsr", a_rows, guess / a_rows_total)
+        dr = jax.lax.dynamic_update_slice_in_dim(dr, band.take(dr, first, 2) + change, first, axis=2)
+        return (loss, dr), (out, scale * use * (b_mean - a_mean))
+
+    carry = (jnp.zeros((), jnp.float32), jnp.zeros(importance.shape, jnp.float32) if differentiate else None)
+    outs, dps = [], []
+    for band in attention.make_bands(queries.shape[0], chunk, window):
+        part = slice(band.start, band.stop)
+        inputs = (jnp.arange(band.start, band.stop), queries[part], guesses[part], rows_counted[part])
+        carry, (out, dp) = jax.lax.scan(functools.partial(step, band), carry, inputs)
+        outs.append(out)
+        dps.append(dp)
+    loss, dr = carry
+    output = None if v is None else attention.merge_queries(jnp.concatenate(outs), chunk, length)
+    results = (output, loss, heads * jnp.sum(counted))
+    if not differentiate:
+        return results, None, None
+    dp = attention.merge_queries(jnp.concatenate(dps), chunk, length)
+    return results, dp, dr.transpose(0, 2, 1, 3)[:, :length]
+
+
+def _two_calls(q, k, v, p, r, segments, window, *, name, differentiate):
+    heads, dim, rank = q.shape[2], q.shape[3], p.shape[3]
+    scale = rank**-0.5
+    counted = _counted_rows(q.shape[1], q.shape[0], segments)
+    attend = functools.partial(attention.causal_attention, segments=segments, window=window, implementation=name)
+    dtype = p.dtype if name == "xla" else q.dtype
+    guess, importance = p.astype(dtype), r.astype(dtype)
+    output = None
+    # r beside v in one call, unless r has other heads than v or both together are too wide for the kernel.
+    joined = v is not None and r.shape[2] == k.shape[2]
+    joined = joined and (name != "cudnn" or dim + rank <= attention.cudnn_head_dim())
+    if v is not None and not joined:
+        output = attend(q, k, v)
+    keys = jnp.repeat(k, r.shape[2] // k.shape[2], axis=2)
+
+    def frozen(importance):
+        beside = jnp.concatenate([v, importance.astype(v.dtype)], axis=-1) if joined else importance
+        return attend(q, keys, beside)
+
+    def predicted(values):
+        return attend(guess, importance, values, return_lse=True)
+
+    if differentiate:
+        weighed, pull_frozen = jax.vjp(frozen, importance)
+        b_mean, pull_predicted, lse = jax.vjp(predicted, importance, has_aux=True)
+    else:
+        weighed, (_, lse) = frozen(importance), predicted(importance)
+    if joined:
+        output = weighed[..., :dim]
+    a_mean = weighed[..., -rank:].astype(jnp.float32)
+    use = counted[:, :, None]
+    guess = scale * p.astype(jnp.float32)
+    loss = jnp.sum(use * (lse - jnp.sum(guess * a_mean, axis=-1)))
+    results = (output, loss, heads * jnp.sum(counted))
+    if not differentiate:
+        return results, None, None
+    # d lse_i / dr_j through the keys is B_ij s' p_i: the gradient of sum_i s' p_i . b_mean_i in the values alone.
+    guess = guess * use[..., None]
+    dr = pull_predicted(guess.astype(b_mean.dtype))[0].astype(jnp.float32)
+    away = jnp.pad(guess, ((0, 0), (0, 0), (0, 0), (weighed.shape[-1] - rank, 0)))
+    dr -= pull_frozen(away.astype(weighed.dtype))[0].astype(jnp.float32)
+    return results, scale * use[..., None] * (b_mean.astype(jnp.float32) - a_mean), dr
+
+
+# --- squared error --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _squared_error(q, k, p, r, segments, chunk):
+    return _squared_error_pass(q, k, p, r, segments, chunk, differentiate=False)[0]
+
+
+def _squared_error_forward(q, k, p, r, segments, chunk):
+    loss, dp, dr = _squared_error_pass(q, k, p, r, segments, chunk, differentiate=True)
+    return loss, (dp.astype(p.dtype), dr.astype(r.dtype))
+
+
+def _squared_error_backward(chunk, gradients, cotangent):
+    return None, None, *_scale_gradients(gradients, cotangent), None
+
+
+_squared_error.defvjp(_squared_error_forward, _squared_error_backward)
+
+
+def _squared_error_pass(q, k, p, r, segments, chunk, *, differentiate):
+    batch, length, _, dim = q.shape
+    heads, rank = r.shape[2], r.shape[3]
+    scale = rank**-0.5
+    width = dim + rank
+    # Rows u = [s q ; -s' p] and w = [k ; r]: every residual is u.w.
+    q, k, p, r = (x.astype(jnp.float32) for x in (q, k, p, r))
+    u = jnp.concatenate([q * dim**-0.5, p * -scale], axis=-1)
+    w = jnp.concatenate([jnp.repeat(k, heads // k.shape[2], axis=2), r], axis=-1)
+    u, w = attention.split_queries(u, heads, chunk), attention.split_queries(w, heads, chunk)
+    group = u.shape[3] // chunk
+    causal = jnp.tril(jnp.ones((chunk, chunk), bool))[None]
+    open_segments = ids = None
+    if segments is not None:
+        ids = attention.split_segments(segments, chunk).reshape(batch, -1, chunk).transpose(1, 0, 2)
+        open_segments = jnp.zeros((batch,), ids.dtype)
+
+    def keep(x, rows):
+        """x [B, P, N * C, ...] where rows [B, C], else 0."""
+        shape = x.shape
+        x = x.reshape(*shape[:2], -1, chunk, shape[3])
+        return jnp.where(rows[:, None, None, :, None], x, 0).reshape(shape)
+
+    def advance(state, update, open_before, open_after):
+        if open_before is None:
+            return state + update
+        return jnp.where((open_before == open_after)[:, None, None, None], state, 0) + update
+
+    def forward(carry, inputs):
+        loss, gram, before = carry
+        u, w, ids = inputs
+        mask = causal if ids is None else causal & (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
+        inside = jnp.einsum("bpmd,bpsd->bpms", u, w).reshape(batch, heads, group, chunk, chunk)
+        inside = jnp.where(mask[:, None, None], inside, 0).reshape(batch, heads, group * chunk, chunk)
+        earlier = jnp.einsum("bpmd,bpde->bpme", u, gram)
+        after, w_open = None, w
+        if ids is not None:
+            after = ids[:, -1]
+            earlier = keep(earlier, (ids == before[:, None]) & (ids != 0))
+            w_open = keep(w, (ids == after[:, None]) & (ids != 0))
+        loss += jnp.sum(inside * inside) + jnp.sum(u * earlier)
+        gram = advance(gram, jnp.einsum("bpsd,bpse->bpde", w_open, w_open), before, after)
+        if not differentiate:
+            return (loss, gram, after), None
+        dp = jnp.einsum("bpms,bpsr->bpmr", inside, w[..., dim:]) + earlier[..., dim:]
+        dr = jnp.einsum("bpms,bpmr->bpsr", inside, u[..., dim:])
+        return (loss, gram, after), (-2 * scale * dp, dr)
+
+    def backward(carry, inputs):
+        state, after = carry
+        u, w, dr, ids = inputs
+        later = jnp.einsum("bpsd,bprd->bpsr", w, state)
+        before, u_open = None, u
+        if ids is not None:
+            before = ids[:, 0]
+            later = keep(later, (ids == after[:, None]) & (ids != 0))
+            u_open = keep(u, (ids == before[:, None]) & (ids != 0))
+        state = advance(state, jnp.einsum("bpmr,bpmd->bprd", u_open[..., dim:], u_open), after, before)
+        return (state, before), 2 * (dr + later)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros((batch, heads, width, width), jnp.float32), open_segments)
+    (loss, _, _), gradients = jax.lax.scan(forward, start, (u, w, ids))
+    if not differentiate:
+        return loss, None, None
+    dp, dr = gradients
+    start = (jnp.zeros((batch, heads, rank, width), jnp.float32), open_segments)
+    _, dr = jax.lax.scan(backward, start, (u, w, dr, ids), reverse=True)
+    return loss, attention.merge_queries(dp, chunk, length), attention.merge_queries(dr, chunk, length)
+
+
+def _pair_count(q: Heads, segments: Int[Array, "B T"] | None) -> Scalar:
+    batch, length, heads, _ = q.shape
+    if segments is None:
+        return jnp.asarray(batch * heads * (length * (length + 1) // 2), jnp.float32)
+    index = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
+    border = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    start = jax.lax.cummax(jnp.where(border, index, 0), axis=1)
+    return heads * jnp.sum(jnp.where(segments != 0, index - start + 1, 0).astype(jnp.float32))
