@@ -147,7 +147,7 @@ def _counted_rows(length: int, batch: int, segments: Int[Array, "B T"] | None) -
 
 
 def _regroup(x: Float[Array, "B K M S"], heads: int) -> Float[Array, "B P N S"]:
-    """Rows of K groups of query heads as rows of `heads` groups; query heads are the slow part of a row index."""
+    """Rows of K groups of query heads as rows of `heads` groups; a group's heads follow one another."""
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
 
 
@@ -216,12 +216,14 @@ def _fused(q, k, v, p, r, segments, window, *, differentiate):
             return (loss, dr), (out, None)
         b_mean = attention.weighted_values(b, r_here) / b_total
         guess = guess * use
-        change = jnp.einsum("bpms,bpmr->bpsr", b, guess / b_total)
-        change -= jnp.einsum("bpms,bpmr->bpsr", a_rows, guess / a_rows_total)
-        dr = jax.lax.dynamic_update_slice_in_dim(dr, band.take(dr, first, 2) + change, first, axis=2)
+        change = jnp.einsum("bpmr,bpms->bprs", guess / b_total, b)
+        change -= jnp.einsum("bpmr,bpms->bprs", guess / a_rows_total, a_rows)
+        dr = jax.lax.dynamic_update_slice_in_dim(dr, band.take(dr, first, 3) + change, first, axis=3)
         return (loss, dr), (out, scale * use * (b_mean - a_mean))
 
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros(importance.shape, jnp.float32) if differentiate else None)
+    # The gradient of r is summed as [B, P, R, S]: the large factor of its product is then read untransposed.
+    dr = jnp.zeros_like(importance.transpose(0, 1, 3, 2)) if differentiate else None
+    carry = (jnp.zeros((), jnp.float32), dr)
     outs, dps = [], []
     for band in attention.make_bands(queries.shape[0], chunk, window):
         part = slice(band.start, band.stop)
@@ -235,14 +237,15 @@ def _fused(q, k, v, p, r, segments, window, *, differentiate):
     if not differentiate:
         return results, None, None
     dp = attention.merge_queries(jnp.concatenate(dps), chunk, length)
-    return results, dp, dr.transpose(0, 2, 1, 3)[:, :length]
+    return results, dp, dr.transpose(0, 3, 1, 2)[:, :length]
 
 
 def _two_calls(q, k, v, p, r, segments, window, *, name, differentiate):
     heads, dim, rank = q.shape[2], q.shape[3], p.shape[3]
     scale = rank**-0.5
     counted = _counted_rows(q.shape[1], q.shape[0], segments)
-    attend = functools.partial(attention.causal_attention, segments=segments, window=window, implementation=name)
+    options = {"segments": segments, "window": window, "implementation": name}
+    attend = functools.partial(attention.causal_attention, **options)
     dtype = p.dtype if name == "xla" else q.dtype
     guess, importance = p.astype(dtype), r.astype(dtype)
     output = None
@@ -274,7 +277,7 @@ def _two_calls(q, k, v, p, r, segments, window, *, name, differentiate):
     results = (output, loss, heads * jnp.sum(counted))
     if not differentiate:
         return results, None, None
-    # d lse_i / dr_j through the keys is B_ij s' p_i: the gradient of sum_i s' p_i . b_mean_i in the values alone.
+    # d lse_i / dr_j is B_ij s' p_i: the gradient of sum_i s' p_i . b_mean_i with respect to the values alone.
     guess = guess * use[..., None]
     dr = pull_predicted(guess.astype(b_mean.dtype))[0].astype(jnp.float32)
     away = jnp.pad(guess, ((0, 0), (0, 0), (0, 0), (weighed.shape[-1] - rank, 0)))
@@ -333,7 +336,9 @@ def _squared_error_pass(q, k, p, r, segments, chunk, *, differentiate):
     def forward(carry, inputs):
         loss, gram, before = carry
         u, w, ids = inputs
-        mask = causal if ids is None else causal & (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
+        mask = causal
+        if ids is not None:
+            mask = mask & (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
         inside = jnp.einsum("bpmd,bpsd->bpms", u, w).reshape(batch, heads, group, chunk, chunk)
         inside = jnp.where(mask[:, None, None], inside, 0).reshape(batch, heads, group * chunk, chunk)
         earlier = jnp.einsum("bpmd,bpde->bpme", u, gram)
@@ -347,7 +352,7 @@ def _squared_error_pass(q, k, p, r, segments, chunk, *, differentiate):
         if not differentiate:
             return (loss, gram, after), None
         dp = jnp.einsum("bpms,bpsr->bpmr", inside, w[..., dim:]) + earlier[..., dim:]
-        dr = jnp.einsum("bpms,bpmr->bpsr", inside, u[..., dim:])
+        dr = jnp.einsum("bpmr,bpms->bprs", u[..., dim:], inside).transpose(0, 1, 3, 2)
         return (loss, gram, after), (-2 * scale * dp, dr)
 
     def backward(carry, inputs):
