@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -31,7 +31,7 @@ class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
 
-def numbered(passages: Iterator[tuple[str, str]]) -> Iterator[tuple[int, dict[str, str]]]:
+def numbered(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, dict[str, str]]]:
     """Turns (source, text) pairs into TFDS examples with keys 0, 1, ..."""
     for key, (source, text) in enumerate(passages):
         yield key, {"text": text, "source": source}
@@ -76,3 +76,20 @@ def cut(text: str, limit: int = PASSAGE_CHARACTERS) -> Iterator[str]:
         start += end
     if text[start:].strip():
         yield text[start:]
+
+
+class TextField:
+    """One text feature of a TFDS data source, as random access to strings."""
+
+    def __init__(self, source: Sequence[dict], key: str = "text"):
+        self._source, self._key = source, key
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> str:
+        value = self._source[int(index)][self._key]
+        return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._source!r}, key={self._key!r})"

@@ -1,0 +1,296 @@
+"""Documents to batches: tokenise, pack, shuffle, shard and resume, on grain.
+
+Each row of the global batch is a stream of its own: row r reads documents r, r + B, r + 2B, ... of the shuffled, endless
+sequence of documents and packs them without padding. So the batches do not depend on how many processes share them, and
+a long document goes on in the same row of the next batch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from butler_jax.datasets import coreference, python_docs, text
+from butler_jax.datasets.passages import TextField
+from butler_jax.datasets.prepared import open_prepared_set
+from butler_jax.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+"""{"tokens", "segments", "positions"}: int32 [B, T]. Segments number the documents of a row from 1, 0 is padding; positions
+restart at 0 in each document."""
+
+SPECS = "python_docs, coreference, text:PATH[,PATH...], tfds:NAME[/CONFIG], or several joined by + (python_docs+coreference)"
+
+_ENDLESS = 1 << 31
+_PROBES = 48
+
+
+class Documents(Protocol):
+    """Random access to documents of text."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a data specification and its share of the text, or None for an equal share."""
+
+    source: str
+    weight: float | None = None
+
+
+def parse_spec(spec: str) -> tuple[Part, ...]:
+    """The parts of a data specification such as `python_docs:0.7+coreference:0.3`.
+
+    Raises ValueError for what is none of SPECS.
+    """
+    parts = []
+    for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
+        source, weight = piece.strip(), None
+        if match := re.fullmatch(r"(.+):(\d*\.?\d+)", source):
+            source, weight = match[1], float(match[2])
+            if weight <= 0:
+                raise ValueError(f"data {spec!r}: the weight of {source} must be above 0, got {match[2]}.")
+        known = source in ("python_docs", "coreference") or re.match(r"(text|tfds):.", source)
+        if not known:
+            raise ValueError(f"unknown data {source!r}; choose {SPECS}.")
+        parts.append(Part(source, weight))
+    weighted = [part.weight is not None for part in parts]
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"data {spec!r}: give every part a weight (a:0.7+b:0.3) or none.")
+    return tuple(parts)
+
+
+def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None) -> Documents:
+    """The documents of one source, prepared on first use.
+
+    Args:
+      spec: one of SPECS, without "+".
+      split: "train" or "test". Test documents are never among the training ones.
+      seed: the seed of `coreference`; the other sources do not depend on it.
+      data_dir: where prepared sets are kept, `gs://` included; None means TFDS_DATA_DIR or TFDS's own default.
+
+    Raises ValueError or FileNotFoundError, saying what is wrong with the source.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is unknown; choose train or test.")
+    parts = parse_spec(spec)
+    if len(parts) > 1:
+        raise ValueError(f"{spec!r} names {len(parts)} sources; documents are opened one source at a time.")
+    source = parts[0].source
+    if source == "coreference":
+        return _Coreference(seed, split)
+    if source == "python_docs":
+        documents = TextField(python_docs.open_builder(data_dir).as_data_source(split))
+    elif source.startswith("text:"):
+        paths = [path for path in source.removeprefix("text:").split(",") if path]
+        documents = TextField(text.open_builder(paths, data_dir).as_data_source(split))
+    else:
+        documents = open_prepared_set(source.removeprefix("tfds:"), split, data_dir)
+    if len(documents) == 0:
+        raise ValueError(f"data {source!r} has no documents in split {split!r}: it is too small to hold any out.")
+    return documents
+
+
+class _Coreference:
+    """The endless co-reference task as a source."""
+
+    def __init__(self, seed: int, split: str):
+        self._seed, self._split = seed, split
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> str:
+        return coreference.sample(self._seed, int(index), self._split).text
+
+    def __repr__(self) -> str:
+        return f"coreference(seed={self._seed}, split={self._split})"
+
+
+class BatchIterator:
+    """An endless iterator of batches whose place can be saved and restored to the exact batch."""
+
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any]):
+        self._iterator = iter(dataset)
+        self._identity = identity
+        # The prefetching thread is stopped with this object, and before the interpreter is taken down.
+        weakref.finalize(self, self._iterator.close)
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the batches given so far, as a dictionary that `json` can write."""
+        return json.loads(json.dumps({**self._identity, "place": self._iterator.get_state()}))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place that `get_state` gave, in this or another process.
+
+        Raises ValueError where the state comes from other data or other settings; the difference is named.
+        """
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"cannot continue the data: {key} was {state.get(key)!r} when the state was saved and is {value!r} now."
+                )
+        self._iterator.set_state(_with_tuples(state["place"]))
+
+
+def batches(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    split: str = "train",
+    data_dir: str | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_state: dict[str, Any] | None = None,
+) -> BatchIterator:
+    """Endless batches of packed documents, shuffled anew by `seed` in each epoch.
+
+    Args:
+      spec: one of SPECS. Weights are shares of the text (characters), not of the documents.
+      tokenizer: documents begin with its `bos` where it adds one to a text, and end with its `eos` where it has one.
+      length: tokens in a row, T. Documents that do not fit are cut; the rest opens a segment of its own in the same row
+        of the next batch.
+      batch_size: rows of the global batch, B; a process receives B / process_count of them.
+      seed: order of the documents, and the samples of `coreference`.
+      split: "train" or "test".
+      data_dir: where prepared sets are kept, `gs://` included.
+      process_index, process_count: which rows of the global batch to give. The global batch does not depend on them.
+      start_state: a place to start from, as given by `get_state`.
+
+    Returns:
+      An iterator of dictionaries of int32 arrays [B / process_count, T]: "tokens", "segments" and "positions".
+
+    Raises:
+      ValueError, FileNotFoundError: what is wrong with the data or the sizes.
+    """
+    if length < 2:
+        raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must be a positive multiple of the number of processes, {process_count}.")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} is not below process_count={process_count}.")
+    parts = parse_spec(spec)
+    sources = [open_documents(part.source, split=split, seed=seed, data_dir=data_dir) for part in parts]
+    weights = _document_weights(parts, sources)
+    ordered = []
+    for number, source in enumerate(sources):
+        dataset = grain.MapDataset.source(source)
+        if not isinstance(source, _Coreference):  # its samples are independent already
+            dataset = dataset.shuffle(seed=(seed * 1_000_003 + number) % (1 << 32))
+        ordered.append(dataset.repeat())
+    here = batch_size // process_count
+    rows = []
+    for row in range(process_index * here, (process_index + 1) * here):
+        # Sliced before they are mixed: the pattern of the mixture would otherwise fall in step with the rows.
+        own = [dataset[row::batch_size] for dataset in ordered]
+        rows.append(_packed(own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights), tokenizer, length))
+    dataset = grain.experimental.ZipIterDataset(rows).map(_stack)
+    dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
+    identity = {
+        "spec": spec,
+        "split": split,
+        "length": length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "documents": [len(source) for source in sources],
+        "vocabulary": tokenizer.vocab_size,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    iterator = BatchIterator(dataset, identity)
+    if start_state is not None:
+        iterator.set_state(start_state)
+    return iterator
+
+
+def held_out(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    count: int,
+    batch_size: int = 1,
+    seed: int = 0,
+    data_dir: str | None = None,
+) -> list[Batch]:
+    """The same `count` batches [batch_size, length] of the split "test" at every call, for validation.
+
+    Fewer are returned where the held-out text ends sooner; what is missing in the last of them is padding.
+    """
+    if count < 1 or batch_size < 1 or length < 2:
+        raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
+    parts = parse_spec(spec)
+    sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir) for part in parts]
+    ordered = []
+    for source in sources:
+        dataset = grain.MapDataset.source(source)
+        ordered.append(dataset if isinstance(source, _Coreference) else dataset.shuffle(seed=seed))
+    weights = _document_weights(parts, sources)
+    mixed = ordered[0] if len(ordered) == 1 else grain.MapDataset.mix(ordered, weights)
+    rows: list[dict[str, np.ndarray]] = []
+    for row in _packed(mixed, tokenizer, length):
+        rows.append(row)
+        if len(rows) == count * batch_size:
+            break
+    empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
+    rows += [empty] * (-len(rows) % batch_size)
+    return [_stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _packed(documents: grain.MapDataset, tokenizer: Tokenizer, length: int) -> grain.IterDataset:
+    """Tokenises whole documents, read one after the other, and packs them into rows of `length`."""
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+
+    def tokenise(text: str) -> dict[str, np.ndarray]:
+        return {"tokens": np.asarray([*tokenizer.encode(text), *end], dtype=np.int32)}
+
+    tokens = documents.filter(lambda text: not text.isspace() and text != "").map(tokenise)
+    # Read in place: one thread further on prefetches whole batches.
+    one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return grain.experimental.ConcatThenSplitIterDataset(
+        tokens.to_iter_dataset(one_by_one), length_struct={"tokens": length}
+    )
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    names = {"tokens": "tokens", "segments": "tokens_segment_ids", "positions": "tokens_positions"}
+    return {name: np.stack([row[key] for row in rows]) for name, key in names.items()}
+
+
+def _document_weights(parts: Sequence[Part], sources: Sequence[Documents]) -> list[float]:
+    """How often a document of each part is drawn, so that the text has the shares asked for."""
+    weights = []
+    for part, source in zip(parts, sources, strict=True):
+        step = max(len(source) // _PROBES, 1)
+        probes = [len(source[index]) for index in range(0, min(len(source), step * _PROBES), step)]
+        weights.append((part.weight or 1.0) / max(sum(probes) / len(probes), 1.0))
+    return [weight / sum(weights) for weight in weights]
+
+
+def _with_tuples(state: Any) -> Any:
+    """grain's packer compares its slices as tuples, which JSON turns into lists."""
+    if isinstance(state, dict):
+        return {
+            key: {name: tuple(pair) for name, pair in value.items()} if key == "remainder_slices" else _with_tuples(value)
+            for key, value in state.items()
+        }
+    return [_with_tuples(value) for value in state] if isinstance(state, list) else state
