@@ -1,8 +1,8 @@
 """Documents to batches: tokenise, pack, shuffle, shard and resume, on grain.
 
-Each row of the global batch is a stream of its own: row r reads documents r, r + B, r + 2B, ... of the shuffled, endless
-sequence of documents and packs them without padding. So the batches do not depend on how many processes share them, and
-a long document goes on in the same row of the next batch.
+Each row of the global batch is a stream of its own: row r reads documents r, r + B, r + 2B, ... of the
+shuffled, endless sequence of documents and packs them without padding. So the batches do not depend on how
+many processes share them, and a long document goes on in the same row of the next batch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from butler_jax.datasets.prepared import open_prepared_set
 from butler_jax.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
-"""{"tokens", "segments", "positions"}: int32 [B, T]. Segments number the documents of a row from 1, 0 is padding; positions
-restart at 0 in each document."""
+"""{"tokens", "segments", "positions"}: int32 [B, T]. Segments number the documents of a row from 1, 0 is
+padding; positions restart at 0 in each document."""
 
-SPECS = "python_docs, coreference, text:PATH[,PATH...], tfds:NAME[/CONFIG], or several joined by + (python_docs+coreference)"
+SPECS = (
+    "python_docs, coreference, text:PATH[,PATH...], tfds:NAME[/CONFIG], "
+    "or several joined by + (python_docs+coreference)"
+)
 
 _ENDLESS = 1 << 31
 _PROBES = 48
@@ -70,14 +73,17 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None) -> Documents:
+def open_documents(
+    spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None
+) -> Documents:
     """The documents of one source, prepared on first use.
 
     Args:
       spec: one of SPECS, without "+".
       split: "train" or "test". Test documents are never among the training ones.
       seed: the seed of `coreference`; the other sources do not depend on it.
-      data_dir: where prepared sets are kept, `gs://` included; None means TFDS_DATA_DIR or TFDS's own default.
+      data_dir: where prepared sets are kept, `gs://` included; None means TFDS_DATA_DIR or TFDS's own
+        default.
 
     Raises ValueError or FileNotFoundError, saying what is wrong with the source.
     """
@@ -97,7 +103,9 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
     else:
         documents = open_prepared_set(source.removeprefix("tfds:"), split, data_dir)
     if len(documents) == 0:
-        raise ValueError(f"data {source!r} has no documents in split {split!r}: it is too small to hold any out.")
+        raise ValueError(
+            f"data {source!r} has no documents in split {split!r}: it is too small to hold any out."
+        )
     return documents
 
 
@@ -121,10 +129,14 @@ class BatchIterator:
     """An endless iterator of batches whose place can be saved and restored to the exact batch."""
 
     def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any]):
-        self._iterator = iter(dataset)
         self._identity = identity
-        # The prefetching thread is stopped with this object, and before the interpreter is taken down.
-        weakref.finalize(self, self._iterator.close)
+        # The prefetching thread has to end with this object, and before the interpreter is taken down.
+        self._held = [iter(dataset)]
+        weakref.finalize(self, self._held.clear)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        return self._held[0]
 
     def __iter__(self) -> BatchIterator:
         return self
@@ -144,7 +156,8 @@ class BatchIterator:
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise ValueError(
-                    f"cannot continue the data: {key} was {state.get(key)!r} when the state was saved and is {value!r} now."
+                    f"cannot continue the data: {key} was {state.get(key)!r} when the state was saved "
+                    f"and is {value!r} now."
                 )
         self._iterator.set_state(_with_tuples(state["place"]))
 
@@ -166,18 +179,21 @@ def batches(
 
     Args:
       spec: one of SPECS. Weights are shares of the text (characters), not of the documents.
-      tokenizer: documents begin with its `bos` where it adds one to a text, and end with its `eos` where it has one.
-      length: tokens in a row, T. Documents that do not fit are cut; the rest opens a segment of its own in the same row
-        of the next batch.
+      tokenizer: documents begin with its `bos` where it adds one to a text, and end with its `eos` where it
+        has one.
+      length: tokens in a row, T. Documents that do not fit are cut; the rest opens a segment of its own in
+        the same row of the next batch.
       batch_size: rows of the global batch, B; a process receives B / process_count of them.
       seed: order of the documents, and the samples of `coreference`.
       split: "train" or "test".
       data_dir: where prepared sets are kept, `gs://` included.
-      process_index, process_count: which rows of the global batch to give. The global batch does not depend on them.
+      process_index, process_count: which rows of the global batch to give. The global batch does not depend
+        on them.
       start_state: a place to start from, as given by `get_state`.
 
     Returns:
-      An iterator of dictionaries of int32 arrays [B / process_count, T]: "tokens", "segments" and "positions".
+      An iterator of dictionaries of int32 arrays [B / process_count, T]: "tokens", "segments" and
+      "positions".
 
     Raises:
       ValueError, FileNotFoundError: what is wrong with the data or the sizes.
@@ -185,7 +201,10 @@ def batches(
     if length < 2:
         raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must be a positive multiple of the number of processes, {process_count}.")
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of process_count={process_count}, "
+            "the number of processes."
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index} is not below process_count={process_count}.")
     parts = parse_spec(spec)
@@ -202,7 +221,8 @@ def batches(
     for row in range(process_index * here, (process_index + 1) * here):
         # Sliced before they are mixed: the pattern of the mixture would otherwise fall in step with the rows.
         own = [dataset[row::batch_size] for dataset in ordered]
-        rows.append(_packed(own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights), tokenizer, length))
+        mixed = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
+        rows.append(_packed(mixed, tokenizer, length))
     dataset = grain.experimental.ZipIterDataset(rows).map(_stack)
     dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
     identity = {
@@ -237,7 +257,9 @@ def held_out(
     Fewer are returned where the held-out text ends sooner; what is missing in the last of them is padding.
     """
     if count < 1 or batch_size < 1 or length < 2:
-        raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
+        raise ValueError(
+            f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2."
+        )
     parts = parse_spec(spec)
     sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir) for part in parts]
     ordered = []
@@ -289,8 +311,8 @@ def _document_weights(parts: Sequence[Part], sources: Sequence[Documents]) -> li
 def _with_tuples(state: Any) -> Any:
     """grain's packer compares its slices as tuples, which JSON turns into lists."""
     if isinstance(state, dict):
-        return {
-            key: {name: tuple(pair) for name, pair in value.items()} if key == "remainder_slices" else _with_tuples(value)
-            for key, value in state.items()
-        }
+        restored = {key: _with_tuples(value) for key, value in state.items()}
+        if slices := restored.get("remainder_slices"):
+            restored["remainder_slices"] = {name: tuple(pair) for name, pair in slices.items()}
+        return restored
     return [_with_tuples(value) for value in state] if isinstance(state, list) else state

@@ -18,7 +18,8 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """A tokenizer together with its document borders.
 
-    `bos` and `eos` are token ids or None. `add_bos` tells whether a text starts with `bos` unless the caller says otherwise.
+    `bos` and `eos` are token ids or None. `add_bos` tells whether a text starts with `bos` unless the caller
+    says otherwise.
     """
 
     backend: tokenizers.Tokenizer
@@ -30,9 +31,9 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Reads a tokenizer from a Hugging Face directory (or from the path of its tokenizer.json).
 
-        The ids of the first and last token of a text come from tokenizer_config.json, then generation_config.json,
-        then config.json. Whether a text starts with the first of them is said by `add_bos_token`, or where that is
-        absent by the post-processor of tokenizer.json.
+        The ids of the first and last token of a text come from tokenizer_config.json, then
+        generation_config.json, then config.json. Whether a text starts with the first of them is said by
+        `add_bos_token`, or where that is absent by the post-processor of tokenizer.json.
 
         Raises:
           FileNotFoundError: the directory or its tokenizer.json does not exist.
@@ -42,13 +43,15 @@ class Tokenizer:
         path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
         directory = path.parent
         if not directory.is_dir():
-            raise FileNotFoundError(f"no such directory: {directory} (a tokenizer is read from its tokenizer.json)")
+            raise FileNotFoundError(
+                f"no such directory: {directory} (a tokenizer is read from its tokenizer.json)"
+            )
         if not path.is_file():
             found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
             raise FileNotFoundError(
-                f"{directory} has no tokenizer.json (found: {found}). A tokenizer in the `tokenizers` format is needed; "
-                "models that only bring tokenizer.model or vocab.json have to be converted once with "
-                "transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
+                f"{directory} has no tokenizer.json (found: {found}). A tokenizer of that format is needed; "
+                "models that only bring tokenizer.model or vocab.json have to be converted "
+                "once with transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -77,14 +80,18 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
-        """Token ids of `text`. `bos` forces or forbids the first token; None does what the model's tokenizer does.
+        """Token ids of `text`. `bos` forces or forbids the first token; None does what the model's tokenizer
+        does.
 
         Raises ValueError where `bos=True` is asked and the tokenizer has no such token.
         """
         return [*self._first(bos), *self.backend.encode(text, add_special_tokens=False).ids]
 
-    def encode_with_offsets(self, text: str, bos: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and, for each, the half-open range of characters of `text` it stands for ((0, 0) for the first token)."""
+    def encode_with_offsets(
+        self, text: str, bos: bool | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, the half-open range of characters it stands for; (0, 0) for the first
+        token."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         first = self._first(bos)
         return [*first, *encoding.ids], [*[(0, 0)] * len(first), *encoding.offsets]
@@ -127,7 +134,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (E
     """
     least = 256 + len(special)
     if vocab_size < least:
-        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special)} special tokens need {least}.")
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {len(special)} special tokens need {least}."
+        )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -161,7 +170,9 @@ def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) 
     if token is not None:
         index = backend.token_to_id(token)
         if index is None:
-            raise ValueError(f"{path.parent}/tokenizer_config.json: {which}_token {token!r} is not in {path}.")
+            raise ValueError(
+                f"{path.parent}/tokenizer_config.json: {which}_token {token!r} is not in {path}."
+            )
         return index
     for config in numbered:
         index = config.get(f"{which}_token_id")
@@ -177,4 +188,6 @@ def _mentions_template(post_processor: dict | None) -> bool:
     if not post_processor:
         return False
     parts = post_processor.get("processors", [post_processor])
-    return any(part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing") for part in parts)
+    return any(
+        part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing") for part in parts
+    )

@@ -1,8 +1,9 @@
-"""The co-reference task: an invented place is named, left for other matters, and has to be named again at the end.
+"""The co-reference task: a place is named, left for other matters, and has to be named again at the end.
 
-TokenButler, arXiv 2503.07518, section 4. All sentences and names are this project's own. A sample is about 250 words: an
-introduction that names a place, sentences on philosophy, food and arithmetic, a question that leads back to the place, and
-its name as the last words. A sample follows from (seed, index, split) alone, so there is no end of them.
+TokenButler, arXiv 2503.07518, section 4. All sentences and names are this project's own. A sample is about
+250 words: an introduction that names a place, sentences on philosophy, food and arithmetic, a question that
+leads back to the place, and its name as the last words. A sample follows from (seed, index, split) alone, so
+there is no end of them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ WORDS = (220, 280)
 
 _AIM = 250
 _GENERIC_SHARE = 0.25
-_ONSETS = "b br c ch d dr f g gl h j k l m n p pr qu r s sh sk st t th tr v w y z".split()
-_VOWELS = "a a a e e e i i i o o o u u ae ea ia io ou".split()
-_CODAS = ["", "", "", "", *"l m n r s t x th nd rn sk lm ss rk".split()]
+_ONSETS = "b br c ch d dr f g gl h j k l m n p pr qu r s sh sk st t th tr v w y z"
+_VOWELS = "a a a e e e i i i o o o u u ae ea ia io ou"
+_CODAS = "l m n r s t x th nd rn sk lm ss rk"
+_CODA_SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class CoreferenceSample:
-    """One sample. `text[last_start:]` is `name`; `name_start` is where the introduction names it. Offsets are characters."""
+    """One sample. `text[last_start:]` is `name`, first met at `name_start`; offsets count characters."""
 
     text: str
     name: str
@@ -38,7 +40,7 @@ class CoreferenceSample:
 
 @dataclass(frozen=True)
 class Sentences:
-    """The hand-written sentences. Introductions come with a question about their own fact; arithmetic with its operation."""
+    """The written sentences: introductions with their question, arithmetic with its operation."""
 
     introductions: tuple[tuple[str, str], ...]
     questions: tuple[str, ...]
@@ -52,7 +54,7 @@ def sentences() -> Sentences:
     """All sentences, read once from the text files beside this module."""
 
     def lines(name: str) -> list[str]:
-        text = (files("butler_jax.datasets") / "sentences" / f"{name}.txt").read_text(encoding="utf-8")
+        text = (files("butler_jax.datasets") / f"coreference_{name}.txt").read_text(encoding="utf-8")
         return [line.strip() for line in text.splitlines() if line.strip()]
 
     def pairs(name: str, separator: str) -> tuple[tuple[str, str], ...]:
@@ -116,11 +118,12 @@ def name_split(name: str) -> str:
 
 def _name(random: Random, split: str) -> str:
     """Two invented words of two or three syllables, such as "velmora quithas"."""
+    onsets, vowels, codas = _ONSETS.split(), _VOWELS.split(), _CODAS.split()
     while True:
         words = []
         for syllables in (random.choice((2, 2, 3)), random.choice((2, 2, 3))):
-            word = "".join(random.choice(_ONSETS) + random.choice(_VOWELS) for _ in range(syllables))
-            words.append(word + random.choice(_CODAS))
+            word = "".join(random.choice(onsets) + random.choice(vowels) for _ in range(syllables))
+            words.append(word + (random.choice(codas) if random.random() < _CODA_SHARE else ""))
         name = " ".join(words)
         if name_split(name) == split:
             return name
@@ -129,8 +132,8 @@ def _name(random: Random, split: str) -> str:
 def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
     """Fills a template with random numbers that make it true.
 
-    Operations: add (a+b=c), sub (a-b=c), mul (a*b=c), div (a/b=c), rest (a = b*c + d with 0 < d < b), three (a+b+c=d),
-    net (a+b-c=d), double (2a=b), square (a*a=b), percent (b per cent of a is c).
+    Operations: add (a+b=c), sub (a-b=c), mul (a*b=c), div (a/b=c), rest (a = b*c + d with 0 < d < b),
+    three (a+b+c=d), net (a+b-c=d), double (2a=b), square (a*a=b), percent (b per cent of a is c).
     """
     between = random.randint
     if operation == "add":
@@ -173,7 +176,8 @@ def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
 def last_mention_mask(tokenizer: Tokenizer, sample: CoreferenceSample) -> tuple[list[int], list[bool]]:
     """Token ids of the sample and, for each, whether it belongs to the last mention of the name.
 
-    A token that holds the space before the name belongs to it. The marked tokens are what a model has to predict.
+    A token that holds the space before the name belongs to it. The marked tokens are what a model has to
+    predict.
     """
     tokens, offsets = tokenizer.encode_with_offsets(sample.text)
     return tokens, [end > sample.last_start for _, end in offsets]

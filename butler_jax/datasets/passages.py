@@ -15,7 +15,8 @@ PASSAGE_CHARACTERS = 16_000
 class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of the TFDS builders of this package: records {"text", "source"}, in reading order.
 
-    Subclasses give the splits; each example is made by `numbered` from pairs of a source's name and a passage.
+    Subclasses give the splits; each example is made by `numbered` from pairs of a source's name and a
+    passage.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -26,7 +27,9 @@ class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "source": tfds.features.Text()}),
+            features=tfds.features.FeaturesDict(
+                {"text": tfds.features.Text(), "source": tfds.features.Text()}
+            ),
             disable_shuffling=True,
         )
 
@@ -42,11 +45,11 @@ def open_prepared(
 ) -> PassageBuilder:
     """The builder for `config`; its array_record files are written now unless they are there already.
 
-    `data_dir` is where prepared sets are kept; None means the environment's TFDS_DATA_DIR or TFDS's own default.
-    TFDS shows a progress bar while it writes.
+    `data_dir` is where prepared sets are kept; None means the environment's TFDS_DATA_DIR or TFDS's own
+    default. TFDS shows a progress bar while it writes.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every configuration made at run time, as ours all are
+    logging.set_verbosity(logging.ERROR)  # TFDS warns of every configuration made at run time, as ours are
     try:
         builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
         if not builder.is_prepared():

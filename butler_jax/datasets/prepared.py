@@ -11,12 +11,12 @@ TEST_PERCENT = 2
 
 
 def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> TextField:
-    """The documents of the TFDS set `name` (`NAME`, `NAME/CONFIG`, `NAME:VERSION`), which must be prepared already.
+    """The documents of a prepared TFDS set: `NAME`, `NAME/CONFIG` or `NAME:VERSION`.
 
     Args:
       name: as TFDS writes it.
-      split: "train" or "test". Test documents come from the set's own "test" or "validation" split; where it has
-        neither they are the last 2 % of "train", and training uses the rest.
+      split: "train" or "test". Test documents come from the set's own "test" or "validation" split; where it
+        has neither they are the last 2 % of "train", and training uses the rest.
       data_dir: where the set was prepared, `gs://` included; None means TFDS_DATA_DIR or TFDS's own default.
 
     Raises:
@@ -42,7 +42,8 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
         kind = builder.info.file_format
         kind = getattr(kind, "value", kind)
         raise ValueError(
-            f"tfds:{name} in {place} is prepared as {kind}, which has no random access; array_record is needed. {advice}"
+            f"tfds:{name} in {place} is prepared as {kind}, which has no random access; "
+            f"array_record is needed. {advice}"
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""English that every machine with Python has: the language reference and the docstrings of installed libraries.
+"""English on every machine with Python: the language reference and docstrings of installed libraries.
 
-Nothing is imported to be read: module files are parsed with `ast`, the language reference of `pydoc_data` too.
+Nothing is imported to be read: module files and `pydoc_data` are parsed with `ast`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ LEAST_CHARACTERS = 200
 TEST_SHARE = 50
 """One document in so many belongs to the split "test"."""
 
-_SKIPPED = frozenset(
-    "test tests testing idlelib lib2to3 turtledemo ensurepip site-packages dist-packages __pycache__ pydoc_data "
-    "_vendor vendored extern lib-dynload encodings".split()
-)
+_SKIPPED = """
+    test tests testing idlelib lib2to3 turtledemo ensurepip site-packages dist-packages pydoc_data
+    _vendor vendored extern encodings
+"""
 
 
 class PythonDocs(PassageBuilder):
-    """The Python language reference and the docstrings of the standard library, numpy and jax as installed here.
+    """The Python language reference and the docstrings of the standard library, numpy and jax.
 
-    A document is one topic of the reference, or one module: its docstring, then those of its classes and functions in
-    the order of the source, each under its name. Long documents are cut into passages of about 16,000 characters.
+    A document is one topic of the reference, or one module: its docstring, then those of its classes and
+    functions in the order of the source, each under its name. Long documents are cut into passages of about
+    16,000 characters.
     """
 
     def _split_generators(self, download_manager):
@@ -45,11 +46,13 @@ class PythonDocs(PassageBuilder):
         return {split: self._generate_examples(found, split) for split in ("train", "test")}
 
     def _generate_examples(self, found: list[tuple[str, str]], split: str):
-        return numbered((name, piece) for name, text in found if split_of(name) == split for piece in cut(text))
+        return numbered(
+            (name, piece) for name, text in found if split_of(name) == split for piece in cut(text)
+        )
 
 
 def open_builder(data_dir: str | None = None) -> PythonDocs:
-    """The builder for the versions installed here, prepared on first use (some seconds) and reused afterwards."""
+    """The builder for the versions installed here, prepared on first use in some seconds."""
     versions = [f"{library}-{importlib.metadata.version(library)}" for library in LIBRARIES]
     name = "-".join([f"python-{platform.python_version()}", *versions])
     config = tfds.core.BuilderConfig(name=name, version="1.0.0", description="Docstrings of " + name)
@@ -66,16 +69,17 @@ def documents() -> Iterator[tuple[str, str]]:
     """All documents as (name, text) in a fixed order; a docstring met before is left out the second time."""
     standard = Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
+    skipped = set(_SKIPPED.split())
     yield from _topics(standard / "pydoc_data" / "topics.py")
     roots = [(standard, "")]
     for library in LIBRARIES:
         spec = find_spec(library)
         if spec is not None and spec.submodule_search_locations:
-            roots.append((Path(list(spec.submodule_search_locations)[0]), library))
+            roots.append((Path(next(iter(spec.submodule_search_locations))), library))
     for root, prefix in roots:
         for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
             parts = path.relative_to(root).with_suffix("").parts
-            if _SKIPPED.intersection(parts) or any(part.startswith("test_") for part in parts):
+            if skipped.intersection(parts) or any(part.startswith("test_") for part in parts):
                 continue
             if parts[-1] == "__init__":
                 parts = parts[:-1]
@@ -137,7 +141,7 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _added(call: ast.Call) -> Iterator[tuple[str, str]]:
-    """Docstrings that numpy gives to compiled functions: `add_newdoc(module, name, text or (member, text))`."""
+    """Docstrings numpy gives to compiled functions: `add_newdoc(module, name, text or (member, text))`."""
     if not (isinstance(call.func, ast.Name) and call.func.id == "add_newdoc") or len(call.args) < 3:
         return
     try:

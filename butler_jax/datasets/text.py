@@ -34,7 +34,7 @@ class TextConfig(tfds.core.BuilderConfig):
 
 
 class TextFiles(PassageBuilder):
-    """Passages of about 16,000 characters from text files, in their order; the last 2 % of each file are the split "test"."""
+    """Passages of about 16,000 characters from text files; the last 2 % of each file are the split test."""
 
     def _split_generators(self, download_manager):
         return {split: self._generate_examples(split) for split in ("train", "test")}
@@ -45,18 +45,20 @@ class TextFiles(PassageBuilder):
 
 
 def open_builder(paths: Sequence[str | os.PathLike[str]], data_dir: str | None = None) -> TextFiles:
-    """The builder for these files and directories, prepared on first use and found again by what the files hold.
+    """The builder for these files, prepared on first use and found again by what the files hold.
 
-    Directories are searched for .txt, .md and .jsonl files (one JSON object with a "text" a line). A file given by its
-    own name is read whatever its suffix. Text is UTF-8; "<|endoftext|>" ends a document.
+    Directories are searched for .txt, .md and .jsonl files (one JSON object with a "text" a line). A file
+    given by its own name is read whatever its suffix. Text is UTF-8; "<|endoftext|>" ends a document.
 
     Raises:
       FileNotFoundError: a path does not exist.
-      ValueError: a file is empty, is not UTF-8, or has a line that is not such a JSON object; the file and byte or
-        line are named.
+      ValueError: a file is empty, is not UTF-8, or has a line that is not such a JSON object; the file and
+        byte or line are named.
     """
     files = find_files(paths)
-    return open_prepared(TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir)
+    return open_prepared(
+        TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir
+    )
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -79,7 +81,7 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def passages(path: Path) -> Iterator[tuple[str, str]]:
-    """The passages of one file as (split, text), in order; memory holds a passage or one JSON line at a time."""
+    """The passages of one file as (split, text), in order. Memory holds one passage or line at a time."""
     size = path.stat().st_size
     border = size - max(TEST_SHARE * size, min(0.1 * size, TEST_LEAST))
     kept: list[str] = []
@@ -101,7 +103,7 @@ def passages(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Lines of text, or records of a .jsonl file, as (byte where it ends, text, whether a document ends here)."""
+    """Lines, or records of a .jsonl file: (byte where it ends, text, whether a document ends here)."""
     end = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
