@@ -256,7 +256,7 @@ def _cudnn(q, k, v, window, scale):
 
 
 def _splash(q, k, v, segments, window, scale, return_lse, partition):
-    batch, length, heads, dim = q.shape
+    batch, length = q.shape[:2]
     value_dim = v.shape[-1]
     padding = -length % LANES
     q = q * jnp.asarray(scale, q.dtype)
