@@ -1,0 +1,141 @@
+"""load_base: a frozen base model from a directory, the hub, a .gguf file, or the one embedded in the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from butler_jax.base_model import BaseModel
+from butler_jax.configs import BaseConfig, RopeConfig
+from butler_jax.weights import huggingface
+from butler_jax.weights.placing import Shardings, build_model, parameter_name
+
+if TYPE_CHECKING:
+    from butler_jax.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent.parent / "tiny"
+SAMPLES = 256  # values of each parameter that a fingerprint looks at
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen language model with its tokenizer (None where it brings none) and what identifies it."""
+
+    name: str
+    model: BaseModel
+    tokenizer: Tokenizer | None
+    fingerprint: str
+
+    @property
+    def config(self) -> BaseConfig:
+        """The model's configuration."""
+        return self.model.config
+
+
+def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardings | None = None) -> Base:
+    """Load a base model.
+
+    spec: a Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name", a .gguf file, or "tiny",
+    the model embedded in this package. dtype: of the parameters; None is float32 on CPU and bfloat16 on accelerators.
+    shardings: (logical axes, shape) -> jax.sharding.Sharding of a parameter, as from sharding.shardings_for(mesh); None
+    puts everything on the default device.
+
+    Weights go tensor by tensor from the file to their devices: host memory stays under one layer's size above what is
+    placed. Neither pickle files nor code that a model brings are ever opened.
+
+    Raises FileNotFoundError for files that do not exist and ValueError for files that are damaged, unsupported, or not
+    what the model's configuration says.
+    """
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    text = str(spec)
+    if text.endswith(".gguf"):
+        from butler_jax.weights import gguf
+
+        path = Path(spec).expanduser()
+        source = gguf.open_file(path)
+        name, tokenizer = path.name, gguf.load_tokenizer(path)
+    else:
+        directory, name = _directory(text)
+        source, tokenizer = huggingface.open_directory(directory), _tokenizer(directory)
+    model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=name)
+    return Base(name, model, tokenizer, fingerprint(model))
+
+
+def _directory(spec: str) -> tuple[Path, str]:
+    """Local directory and name of a model that is not a .gguf file."""
+    if spec == "tiny":
+        if not (TINY / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"the embedded model is not in {TINY}; make it with `python train.py pretrain`, or give --base a "
+                "Hugging Face directory or a .gguf file"
+            )
+        return TINY, "tiny"
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.exists():
+        raise ValueError(f"{spec} is a file, but neither a .gguf file nor a Hugging Face directory")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec):
+        return huggingface.download(spec), spec
+    raise FileNotFoundError(
+        f"no such directory: {spec}. A base is a Hugging Face directory, a hub id organisation/name, a .gguf file, or tiny"
+    )
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    from butler_jax.tokenizer import Tokenizer
+
+    return Tokenizer.load(directory)
+
+
+def fingerprint(model: BaseModel) -> str:
+    """A short hexadecimal digest that tells models apart.
+
+    It covers the configuration and up to 256 evenly spaced values of every parameter, rounded to bfloat16: the same
+    model has the same fingerprint in float32 and bfloat16, on every device and under every sharding.
+    """
+    digest = hashlib.sha256(json.dumps(_described(model.config), sort_keys=True).encode())
+    arrays = {parameter_name(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
+    for name, array in sorted(arrays.items()):
+        digest.update(name.encode())
+        digest.update(_samples(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _described(config: BaseConfig | RopeConfig) -> dict:
+    """A configuration without what is at its default, so that a setting added later changes no fingerprint."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    return {
+        name: _described(value) if isinstance(value, RopeConfig) else value
+        for name, value in values.items()
+        if value != defaults[name]
+    }
+
+
+def _samples(array: jax.Array) -> np.ndarray:
+    """Evenly spaced values of an array as the bits of bfloat16."""
+    count = min(SAMPLES, array.size)
+    flat = np.arange(count, dtype=np.int64) * array.size // count
+    at = tuple(i.astype(np.int32) for i in np.unravel_index(flat, array.shape))
+    take = jax.jit(lambda x, at: x[at].astype(jnp.bfloat16), out_shardings=_everywhere(array))
+    return np.asarray(take(array, at)).view("<u2")
+
+
+def _everywhere(array: jax.Array) -> jax.sharding.Sharding | None:
+    sharding = array.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return None

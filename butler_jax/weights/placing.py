@@ -1,0 +1,219 @@
+"""Stored tensors -> parameters in their places: one tensor at a time, each device receiving only its own part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from butler_jax.base_model import LOGICAL_AXES, BaseModel
+from butler_jax.configs import BaseConfig, require
+from butler_jax.families import FAMILIES
+
+BLOCK_BYTES = 8 << 20  # tables are read this many bytes at a time
+
+Shardings = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+"""(logical axes, shape) -> where a parameter lies; None for the default device."""
+
+# Parameter -> tensor, as Hugging Face names them. Matrices are stored [outputs, inputs].
+TABLES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "unembedding": "lm_head.weight",
+}
+LAYERS = {
+    "attention_norm": "input_layernorm.weight",
+    "q": "self_attn.q_proj.weight",
+    "k": "self_attn.k_proj.weight",
+    "v": "self_attn.v_proj.weight",
+    "o": "self_attn.o_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_bias": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down": "mlp.down_proj.weight",
+    "gate_bias": "mlp.gate_proj.bias",
+    "up_bias": "mlp.up_proj.bias",
+    "down_bias": "mlp.down_proj.bias",
+}
+FUSED = {  # stored one below the other
+    "self_attn.qkv_proj.weight": ("q", "k", "v"),
+    "mlp.gate_up_proj.weight": ("gate", "up"),
+}
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of a matrix
+HARMLESS = ("rotary_emb.inv_freq",)  # recomputed from the configuration
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its shape, and read(start, stop), which returns these rows of its first axis."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows first..first+rows-1 of the stored tensor `name`, which has `total` rows in all."""
+
+    name: str
+    first: int
+    rows: int
+    total: int
+
+
+def stored_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How a parameter (of one layer) lies in the file: matrices [outputs, inputs], vectors flat."""
+    inputs = INPUT_AXES.get(parameter)
+    if inputs:
+        return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+    return shape if parameter in TABLES else (math.prod(shape),)
+
+
+def locate(config: BaseConfig, parameter: str, shapes: Mapping[str, tuple[int, ...]]) -> Part:
+    """Where a layer's parameter lies, the name without the layer's prefix; fused families share tensors."""
+    rows = {name: stored_shape(name, shape[1:])[0] for name, shape in shapes.items()}
+    if FAMILIES[config.family].fused:
+        for name, members in FUSED.items():
+            if parameter in members:
+                first = sum(rows[m] for m in members[: members.index(parameter)])
+                return Part(name, first, rows[parameter], sum(rows[m] for m in members))
+    return Part(LAYERS[parameter], 0, rows[parameter], rows[parameter])
+
+
+def build_model(
+    config: BaseConfig,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    dtype: Any,
+    shardings: Shardings | None = None,
+    source: str = "the model",
+) -> BaseModel:
+    """A BaseModel whose parameters are the stored tensors, converted to dtype on their devices.
+
+    Host memory stays under one layer above what is placed on the host's own devices. Raises ValueError naming every
+    missing, unexpected or misshapen tensor, before anything is read.
+    """
+    abstract = jax.eval_shape(partial(BaseModel, config, dtype=dtype), jax.random.key(0))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    names = [parameter_name(path) for path, _ in leaves]
+    shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)}
+    stacked = {name: shape for name, shape in shapes.items() if name in LAYERS}
+    places = {name: locate(config, name, stacked) for name in stacked}
+    check_tensors(config, tensors, shapes, places, source)
+
+    arrays = []
+    for name, shape in shapes.items():
+        slot = Slot(shape, dtype, shardings(LOGICAL_AXES[name], shape) if shardings else None)
+        if name in places:
+            part = places[name]
+            for layer in range(config.layers):
+                rows = tensors[layer_tensor(layer, part.name)].read(part.first, part.first + part.rows)
+                rows = rows.T if name in INPUT_AXES else rows
+                slot.write((layer,) + (0,) * (len(shape) - 1), rows.reshape((1, *shape[1:])))
+        else:
+            tensor = tensors[TABLES[name]]
+            step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
+            for first in range(0, shape[0], step):
+                rows = tensor.read(first, min(first + step, shape[0]))
+                slot.write((first,) + (0,) * (len(shape) - 1), rows)
+        arrays.append(slot.array())
+    return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+def parameter_name(path: tuple) -> str:
+    """The parameter's name in LOGICAL_AXES, from its path in the module tree."""
+    names = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
+    return next(name for name in reversed(names) if name in LOGICAL_AXES)
+
+
+def layer_tensor(layer: int, name: str) -> str:
+    """Full name of a layer's tensor."""
+    return f"model.layers.{layer}.{name}"
+
+
+def check_tensors(config, tensors, shapes, places, source) -> None:
+    """Raise ValueError unless the stored tensors are exactly those the configuration describes."""
+    expected = {TABLES[name]: shape for name, shape in shapes.items() if name in TABLES}
+    for name, part in places.items():
+        shape = (part.total, *stored_shape(name, shapes[name][1:])[1:])
+        expected |= {layer_tensor(layer, part.name): shape for layer in range(config.layers)}
+
+    def listed(found: list[str]) -> str:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        return ", ".join(found[:5]) + more
+
+    missing = [name for name in expected if name not in tensors]
+    require(
+        not missing,
+        f"{source}: missing tensor{'s'[: len(missing) > 1]} {listed(missing)}; the configuration "
+        f"(family {config.family}, {config.layers} layers) needs {'it' if len(missing) == 1 else 'them'}",
+    )
+    harmless = (*HARMLESS, TABLES["unembedding"]) if config.tied else HARMLESS
+    extra = [name for name in tensors if name not in expected and not name.endswith(harmless)]
+    require(
+        not extra,
+        f"{source}: unexpected tensor{'s'[: len(extra) > 1]} {listed(extra)}; a model of family {config.family} with "
+        f"{config.layers} layers has no place for {'it' if len(extra) == 1 else 'them'}",
+    )
+    for name, shape in expected.items():
+        found = tensors[name].shape
+        require(
+            found == shape,
+            f"{source}: tensor {name} has shape {list(found)}, but the configuration says {list(shape)}",
+        )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _update(target: jax.Array, piece: jax.Array, start: tuple) -> jax.Array:
+    return jax.lax.dynamic_update_slice(target, piece.astype(target.dtype), start)
+
+
+class Slot:
+    """A parameter being filled piece by piece; every local device holds its own part of it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None):
+        self.shape, self.sharding = shape, sharding
+        whole = (slice(None),) * len(shape)
+        indices = sharding.addressable_devices_indices_map(shape) if sharding else {None: whole}
+        self.boxes = {  # device -> [(start, stop)] along every axis
+            device: [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+            for device, index in indices.items()
+        }
+        self.shards = {
+            device: jnp.zeros([stop - start for start, stop in box], dtype, device=device)
+            for device, box in self.boxes.items()
+        }
+
+    def write(self, start: tuple[int, ...], piece: np.ndarray) -> None:
+        """Copy `piece` to position `start`; returns when the devices have it."""
+        for device, box in self.boxes.items():
+            overlap = [
+                (max(a, first), min(b, first + size))
+                for (a, b), first, size in zip(box, start, piece.shape, strict=True)
+            ]
+            if any(a >= b for a, b in overlap):
+                continue
+            mine = piece[
+                tuple(slice(a - first, b - first) for (a, b), first in zip(overlap, start, strict=True))
+            ]
+            at = tuple(np.int32(a - origin) for (a, _), (origin, _) in zip(overlap, box, strict=True))
+            self.shards[device] = _update(self.shards[device], jax.device_put(mine, device), at)
+        jax.block_until_ready(list(self.shards.values()))
+
+    def array(self) -> jax.Array:
+        """The filled parameter."""
+        if self.sharding is None:
+            return self.shards[None]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(self.shards.values()))
