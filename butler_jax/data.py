@@ -33,6 +33,7 @@ SPECS = (
 
 _ENDLESS = 1 << 31
 _PROBES = 48
+_BINS = 8  # rows open at a time where documents stay whole
 
 
 class Documents(Protocol):
@@ -95,18 +96,16 @@ def open_documents(
     source = parts[0].source
     if source == "coreference":
         return _Coreference(seed, split)
+    if source.startswith("tfds:"):
+        return open_prepared_set(source.removeprefix("tfds:"), split, data_dir)
     if source == "python_docs":
-        documents = TextField(python_docs.open_builder(data_dir).as_data_source(split))
-    elif source.startswith("text:"):
-        paths = [path for path in source.removeprefix("text:").split(",") if path]
-        documents = TextField(text.open_builder(paths, data_dir).as_data_source(split))
+        builder = python_docs.open_builder(data_dir)
     else:
-        documents = open_prepared_set(source.removeprefix("tfds:"), split, data_dir)
-    if len(documents) == 0:
-        raise ValueError(
-            f"data {source!r} has no documents in split {split!r}: it is too small to hold any out."
-        )
-    return documents
+        paths = [path for path in source.removeprefix("text:").split(",") if path]
+        builder = text.open_builder(paths, data_dir)
+    if split not in builder.info.splits:
+        raise ValueError(f"data {source!r} is too small: it has no documents for the split {split!r}.")
+    return TextField(builder.as_data_source(split))
 
 
 class _Coreference:
@@ -171,6 +170,7 @@ def batches(
     seed: int = 0,
     split: str = "train",
     data_dir: str | None = None,
+    whole: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     start_state: dict[str, Any] | None = None,
@@ -187,6 +187,7 @@ def batches(
       seed: order of the documents, and the samples of `coreference`.
       split: "train" or "test".
       data_dir: where prepared sets are kept, `gs://` included.
+      whole: keep a document that fits into a row in one piece, at the price of some padding.
       process_index, process_count: which rows of the global batch to give. The global batch does not depend
         on them.
       start_state: a place to start from, as given by `get_state`.
@@ -222,7 +223,7 @@ def batches(
         # Sliced before they are mixed: the pattern of the mixture would otherwise fall in step with the rows.
         own = [dataset[row::batch_size] for dataset in ordered]
         mixed = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
-        rows.append(_packed(mixed, tokenizer, length))
+        rows.append(_packed(mixed, tokenizer, length, whole))
     dataset = grain.experimental.ZipIterDataset(rows).map(_stack)
     dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
     identity = {
@@ -231,6 +232,7 @@ def batches(
         "length": length,
         "batch_size": batch_size,
         "seed": seed,
+        "whole": whole,
         "documents": [len(source) for source in sources],
         "vocabulary": tokenizer.vocab_size,
         "process_index": process_index,
@@ -278,7 +280,21 @@ def held_out(
     return [_stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
-def _packed(documents: grain.MapDataset, tokenizer: Tokenizer, length: int) -> grain.IterDataset:
+class _Pieces(grain.experimental.FlatMapTransform):
+    """A document as pieces of at most `length` tokens."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.max_fan_out = 1 << 20
+
+    def flat_map(self, element: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        tokens = element["tokens"]
+        return [{"tokens": tokens[i : i + self.length]} for i in range(0, len(tokens), self.length)]
+
+
+def _packed(
+    documents: grain.MapDataset, tokenizer: Tokenizer, length: int, whole: bool = False
+) -> grain.IterDataset:
     """Tokenises whole documents, read one after the other, and packs them into rows of `length`."""
     end = [] if tokenizer.eos is None else [tokenizer.eos]
 
@@ -288,9 +304,13 @@ def _packed(documents: grain.MapDataset, tokenizer: Tokenizer, length: int) -> g
     tokens = documents.filter(lambda text: not text.isspace() and text != "").map(tokenise)
     # Read in place: one thread further on prefetches whole batches.
     one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return grain.experimental.ConcatThenSplitIterDataset(
-        tokens.to_iter_dataset(one_by_one), length_struct={"tokens": length}
-    )
+    stream, shape = tokens.to_iter_dataset(one_by_one), {"tokens": length}
+    if whole:
+        pieces = grain.experimental.FlatMapIterDataset(stream, _Pieces(length))
+        return grain.experimental.FirstFitPackIterDataset(
+            pieces, length_struct=shape, num_packing_bins=_BINS, shuffle_bins=False
+        )
+    return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=shape)
 
 
 def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:

@@ -176,8 +176,8 @@ def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
 def last_mention_mask(tokenizer: Tokenizer, sample: CoreferenceSample) -> tuple[list[int], list[bool]]:
     """Token ids of the sample and, for each, whether it belongs to the last mention of the name.
 
-    A token that holds the space before the name belongs to it. The marked tokens are what a model has to
-    predict.
+    The space before the name belongs to it, also as a token of its own. The marked tokens are what a model
+    has to predict.
     """
     tokens, offsets = tokenizer.encode_with_offsets(sample.text)
-    return tokens, [end > sample.last_start for _, end in offsets]
+    return tokens, [end >= sample.last_start for _, end in offsets]

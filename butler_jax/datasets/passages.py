@@ -53,7 +53,12 @@ def open_prepared(
     try:
         builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
         if not builder.is_prepared():
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except OSError:
+                builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
+                if not builder.is_prepared():  # or else another process was faster
+                    raise
     finally:
         logging.set_verbosity(verbosity)
     return builder

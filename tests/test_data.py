@@ -1,0 +1,241 @@
+"""The pipeline: every token of every document arrives once, in order, the same on any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from butler_jax.data import batches, held_out, open_documents, parse_spec
+from butler_jax.datasets import coreference
+from butler_jax.tokenizer import Tokenizer, train_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe((coreference.sample(0, i).text for i in range(50)), 500)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A text of 40 documents and the directory of its prepared set."""
+    directory = tmp_path_factory.mktemp("book")
+    stories = [f"Story {i}. " + " ".join(f"w{i}x{j}" for j in range(20 + 7 * i % 60)) for i in range(40)]
+    (directory / "book.txt").write_text("<|endoftext|>".join(stories))
+    return f"text:{directory}/book.txt", str(directory / "data")
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def same(left, right):
+    return all(
+        np.array_equal(a[key], b[key])
+        for a, b in zip(left, right, strict=True)
+        for key in ("tokens", *SHAPES)
+    )
+
+
+SHAPES = ("segments", "positions")
+
+
+def test_same_seed_same_batches_and_another_seed_others(tokenizer, book):
+    spec, data_dir = book
+    runs = [
+        take(batches(spec, tokenizer, length=64, batch_size=4, seed=seed, data_dir=data_dir), 6)
+        for seed in (1, 1, 2)
+    ]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_rows_are_the_documents_end_to_end(tokenizer):
+    rows, length = 3, 100
+    found = take(batches("coreference", tokenizer, length=length, batch_size=rows, seed=5), 12)
+    for row in range(rows):
+        stream = np.concatenate([batch["tokens"][row] for batch in found])
+        documents = []
+        while sum(map(len, documents)) < len(stream):
+            sample = coreference.sample(5, row + rows * len(documents))
+            documents.append([*tokenizer.encode(sample.text), tokenizer.eos])
+        assert stream.tolist() == list(itertools.chain(*documents))[: len(stream)]
+        # Segments and positions, made the long way: a border is a document's start or a row's.
+        starts = set(np.cumsum([0, *map(len, documents)]).tolist())
+        at = 0
+        for batch in found:
+            segment = position = 0
+            for column in range(length):
+                border = column == 0 or at in starts
+                segment, position = (segment + 1, 0) if border else (segment, position + 1)
+                assert batch["segments"][row, column] == segment
+                assert batch["positions"][row, column] == position
+                at += 1
+    assert all(
+        batch[key].dtype == np.int32 and batch[key].shape == (rows, length)
+        for batch in found
+        for key in batch
+    )
+
+
+def test_an_epoch_holds_each_document_once(tokenizer, book):
+    spec, data_dir = book
+    documents = open_documents(spec, data_dir=data_dir)
+    expected = sorted(tuple(tokenizer.encode(documents[i])) for i in range(len(documents)))
+    total = sum(map(len, expected)) + len(expected)
+    stream = batches(spec, tokenizer, length=50, batch_size=1, seed=3, data_dir=data_dir)
+    tokens = np.concatenate([batch["tokens"][0] for batch in take(stream, 2 * total // 50 + 1)]).tolist()
+    epochs = []
+    for start in (0, total):
+        epoch, cut = tokens[start : start + total], []
+        while tokenizer.eos in epoch:
+            border = epoch.index(tokenizer.eos)
+            cut.append(tuple(epoch[:border]))
+            epoch = epoch[border + 1 :]
+        epochs.append(cut)
+    assert sorted(epochs[0]) == sorted(epochs[1]) == expected
+    assert epochs[0] != epochs[1]  # shuffled anew
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batch_of_one(tokenizer, book, processes):
+    spec, data_dir = book
+    options = {"length": 64, "batch_size": 4, "seed": 1, "data_dir": data_dir}
+    alone = take(batches(spec, tokenizer, **options), 5)
+    shares = [
+        take(batches(spec, tokenizer, **options, process_index=i, process_count=processes), 5)
+        for i in range(processes)
+    ]
+    for step, whole in enumerate(alone):
+        for key in whole:
+            joined = np.concatenate([share[step][key] for share in shares])
+            np.testing.assert_array_equal(joined, whole[key])
+
+
+@pytest.mark.parametrize("spec", ["coreference", "book", "book:0.7+coreference:0.3"])
+@pytest.mark.parametrize("done", [0, 1, 7])
+def test_resuming_continues_with_the_very_next_batch(tokenizer, book, spec, done):
+    spec = spec.replace("book", book[0])
+    options = {"length": 96, "batch_size": 2, "seed": 4, "data_dir": book[1]}
+    first = batches(spec, tokenizer, **options)
+    take(first, done)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = take(first, 4)
+    assert same(take(batches(spec, tokenizer, **options, start_state=state), 4), expected)
+    first.set_state(state)
+    assert same(take(first, 4), expected)
+
+
+def test_a_fresh_process_without_tensorflow_resumes_the_same_batches(tokenizer, book, tmp_path):
+    spec, data_dir = book
+    tokenizer.save(tmp_path)
+    iterator = batches(spec, tokenizer, length=64, batch_size=2, seed=1, data_dir=data_dir)
+    take(iterator, 3)
+    (tmp_path / "state.json").write_text(json.dumps(iterator.get_state()))
+    expected = hashlib.sha256(b"".join(batch["tokens"].tobytes() for batch in take(iterator, 3)))
+    script = f"""
+import hashlib, json, sys
+from butler_jax.data import batches
+from butler_jax.tokenizer import Tokenizer
+tokenizer = Tokenizer.load({str(tmp_path)!r})
+state = json.load(open({str(tmp_path / "state.json")!r}))
+options = dict(length=64, batch_size=2, seed=1)
+next(batches({spec!r}, tokenizer, data_dir={str(tmp_path / "anew")!r}, **options))  # prepares the files anew
+iterator = batches({spec!r}, tokenizer, data_dir={data_dir!r}, start_state=state, **options)
+tokens = b"".join(next(iterator)["tokens"].tobytes() for _ in range(3))
+assert "tensorflow" not in sys.modules
+print(hashlib.sha256(tokens).hexdigest())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == expected.hexdigest()
+    assert "Traceback" not in done.stderr
+
+
+def test_state_of_other_settings_is_refused(tokenizer):
+    state = batches("coreference", tokenizer, length=64, batch_size=2, seed=1).get_state()
+    with pytest.raises(ValueError, match="length was 64 when the state was saved and is 128 now"):
+        batches("coreference", tokenizer, length=128, batch_size=2, seed=1, start_state=state)
+
+
+def test_weights_are_shares_of_the_text(tokenizer, book):
+    spec = f"{book[0]}:0.75+coreference:0.25"
+    stream = batches(spec, tokenizer, length=128, batch_size=2, seed=0, data_dir=book[1])
+    counts = {True: 0, False: 0}
+    tokens = np.concatenate([batch["tokens"][0] for batch in take(stream, 400)])
+    for document in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos) + 1):
+        text = tokenizer.decode(document)
+        counts[text.startswith("Story")] += len(text)
+    # Documents of 100 to 600 characters are drawn in whole, and their mean is estimated from all 40 of them.
+    assert counts[True] / sum(counts.values()) == pytest.approx(0.75, abs=0.04)
+
+
+def test_held_out_batches_are_fixed_and_of_the_test_split(tokenizer, book):
+    spec, data_dir = book
+    runs = [held_out(spec, tokenizer, length=32, count=3, batch_size=2, data_dir=data_dir) for _ in range(2)]
+    assert same(*runs)
+    seen = "".join(tokenizer.decode(row) for batch in runs[0] for row in batch["tokens"])
+    train = open_documents(spec, data_dir=data_dir)
+    assert "Story 39" in seen and not any("Story 39." in train[i] for i in range(len(train)))
+    endless = held_out("coreference", tokenizer, length=512, count=4, batch_size=2)
+    assert len(endless) == 4 and all((batch["segments"] > 0).all() for batch in endless)
+    assert tokenizer.decode(endless[0]["tokens"][0]).startswith(coreference.sample(0, 0, "test").text[:100])
+
+
+def test_what_ends_early_is_padded(tokenizer, book):
+    (batch,) = held_out(book[0], tokenizer, length=4096, count=9, batch_size=3, data_dir=book[1])
+    padding = batch["segments"] == 0
+    assert padding[1:].all() and padding[0].any() and not padding[0, 0]
+    assert not batch["tokens"][padding].any() and not batch["positions"][padding].any()
+
+
+def test_specifications_are_read_as_written():
+    assert [(p.source, p.weight) for p in parse_spec("python_docs:0.5+coreference:.5")] == [
+        ("python_docs", 0.5),
+        ("coreference", 0.5),
+    ]
+    assert [p.source for p in parse_spec("text:c++/a.txt,b.txt+coreference")] == [
+        "text:c++/a.txt,b.txt",
+        "coreference",
+    ]
+    assert [(p.source, p.weight) for p in parse_spec("tfds:c4/en:3.0.1")] == [("tfds:c4/en:3.0.1", None)]
+
+
+@pytest.mark.parametrize(
+    "spec", ["wikipedia", "text:", "", "python_docs:0+coreference:1", "python_docs:2+coreference"]
+)
+def test_bad_specifications_are_refused(spec):
+    with pytest.raises(ValueError, match=r"unknown data|weight"):
+        parse_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 1}, "length=1 is too short"),
+        (
+            {"batch_size": 3, "process_count": 2},
+            "batch_size=3 must be a positive multiple of process_count=2",
+        ),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"process_index": 1}, "process_index=1 is not below"),
+        ({"split": "dev"}, "split='dev' is unknown"),
+    ],
+)
+def test_bad_sizes_are_refused(tokenizer, change, message):
+    with pytest.raises(ValueError, match=message):
+        batches("coreference", tokenizer, **{"length": 64, "batch_size": 2, **change})
+
+
+def test_a_text_too_small_to_hold_any_out_says_so(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("A single line.")
+    spec, data_dir = f"text:{tmp_path}/a.txt", str(tmp_path / "data")
+    batch = next(batches(spec, tokenizer, length=16, batch_size=2, data_dir=data_dir))
+    assert (batch["segments"] > 0).all()
+    with pytest.raises(ValueError, match="no documents for the split 'test'"):
+        held_out(spec, tokenizer, length=16, count=1, data_dir=data_dir)
