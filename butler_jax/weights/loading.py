@@ -62,8 +62,7 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
         from butler_jax.weights import gguf
 
         path = Path(spec).expanduser()
-        source = gguf.open_file(path)
-        name, tokenizer = path.name, gguf.load_tokenizer(path)
+        name, (source, tokenizer) = path.name, gguf.open_file(path)
     else:
         directory, name = _directory(text)
         source, tokenizer = huggingface.open_directory(directory), _tokenizer(directory)

@@ -1,0 +1,244 @@
+"""GGUF files: metadata becomes a Hugging Face style configuration, tensors get their Hugging Face names."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from butler_jax.configs import require
+from butler_jax.families import base_config
+from butler_jax.weights.gguf_tokenizer import read_tokenizer
+from butler_jax.weights.huggingface import Source
+from butler_jax.weights.placing import StoredTensor
+
+if TYPE_CHECKING:
+    from butler_jax.tokenizer import Tokenizer
+
+FAMILY = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
+INTERLEAVED = ("llama", "mistral")  # architectures whose q and k rows lie as rotary pairs, not as halves
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+BLOCK_VALUES = 1 << 20  # dequantised at a time
+
+TABLES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+PARTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def library() -> ModuleType:
+    """The `gguf` package; ValueError with what to install where it is absent."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(
+            "reading .gguf files needs the package gguf: pip install 'butler-jax[gguf]'"
+        ) from error
+    return gguf
+
+
+def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
+    """Read the metadata of a GGUF file: configuration, where its tensors lie, and its tokenizer; no weights yet.
+
+    Raises FileNotFoundError where there is no such file, and ValueError for a damaged file, an unsupported architecture
+    or tensor type, each naming the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    gguf = library()
+    with path.open("rb") as file:
+        require(file.read(4) == b"GGUF", f"{path} is not a GGUF file: it does not begin with GGUF")
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged: {path.stat().st_size} bytes, and its header does not fit ({error}). "
+            "Download or copy the file again"
+        ) from error
+    require(reader.byte_order == "I", f"{path} has the byte order of another kind of machine; convert it")
+    stored = {t.name: _stored(path, t, gguf) for t in reader.tensors}
+    try:
+        values = config_values(fields, stored)
+        config = base_config(values)
+        tokenizer = read_tokenizer(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if name in ROPE_TENSORS:
+            continue
+        part = name.split(".")[2] if name.startswith("blk.") else ""
+        if fields["general.architecture"] in INTERLEAVED and part in ("attn_q", "attn_k"):
+            heads = config.heads if part == "attn_q" else config.kv_heads
+            tensor = StoredTensor(tensor.shape, partial(_halves, tensor, heads))
+        tensors[tensor_name(name)] = tensor
+    return Source(config, tensors), tokenizer
+
+
+def tensor_name(name: str) -> str:
+    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own."""
+    pieces = name.split(".")
+    if len(pieces) == 4 and pieces[0] == "blk" and pieces[2] in PARTS:
+        part = PARTS[pieces[2]]
+        return f"model.layers.{pieces[1]}.{part}.{pieces[3]}"
+    return TABLES.get(name, name)
+
+
+def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> dict[str, Any]:
+    """The metadata as a Hugging Face config.json would say it. Raises ValueError naming what is missing."""
+    architecture = fields.get("general.architecture")
+    require(
+        architecture in FAMILY,
+        f"unknown architecture {architecture!r} (general.architecture); supported: {', '.join(FAMILY)}",
+    )
+
+    def get(key: str, default: Any = None) -> Any:
+        return fields.get(f"{architecture}.{key}", default)
+
+    def need(key: str) -> Any:
+        require(get(key) is not None, f"the metadata lacks {architecture}.{key}")
+        return get(key)
+
+    heads, width = need("attention.head_count"), need("embedding_length")
+    require("token_embd.weight" in stored, "missing tensor token_embd.weight")
+    window = get("attention.sliding_window") or None
+    family = FAMILY[architecture]
+    if family == "llama" and window:
+        family = "mistral"  # stored under the same architecture
+    head_dim = get("attention.key_length") or width // heads
+    rope = rope_values(get, stored, need("context_length"))
+    return {
+        "model_type": family,
+        "vocab_size": stored["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv") or heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": float(str(np.float32(need("attention.layer_norm_rms_epsilon")))),  # 1e-5, not 9.99..e-6
+        "tie_word_embeddings": "output.weight" not in stored,
+        "attention_bias": "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_gate.bias" in stored,
+        "sliding_window": window,
+        "rope_parameters": {
+            "rope_theta": get("rope.freq_base", 10000.0),
+            "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
+            **rope,
+        },
+        "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
+    }
+
+
+def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict[str, Any]:
+    """Rotary scaling in Hugging Face's spelling.
+
+    Llama 3's smoothed scaling is stored as one divisor per frequency; the same divisors as both sets of longrope factors,
+    with an attention factor of 1, are the same rotation.
+    """
+
+    def factors(name: str) -> list[float]:
+        tensor = stored[name]
+        return tensor.read(0, tensor.shape[0]).astype(np.float32).tolist()
+
+    original = get("rope.scaling.original_context_length") or context
+    if "rope_freqs.weight" in stored:
+        divisors = factors("rope_freqs.weight")
+        return {
+            "rope_type": "longrope",
+            "short_factor": divisors,
+            "long_factor": divisors,
+            "attention_factor": 1.0,
+            "factor": 1.0,
+            "original_max_position_embeddings": context,
+        }
+    attention_factor = get("rope.scaling.attn_factor") or get("rope.scaling.yarn_attn_factor")
+    if "rope_factors_long.weight" in stored:
+        values = {
+            "rope_type": "longrope",
+            "short_factor": factors("rope_factors_short.weight"),
+            "long_factor": factors("rope_factors_long.weight"),
+            "factor": context / original,
+            "original_max_position_embeddings": original,
+        }
+        return values | ({"attention_factor": attention_factor} if attention_factor else {})
+    kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
+    factor = get("rope.scaling.factor") or get("rope.scale_linear") or 1.0
+    if kind == "none":
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    require(kind == "yarn", f"unknown rope scaling type {kind!r}; supported: none, linear, yarn, longrope")
+    values = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
+    }
+    if attention_factor and attention_factor != 1.0:  # stored without YaRN's own growth with the factor
+        values["attention_factor"] = attention_factor * (0.1 * math.log(factor) + 1.0)
+    return values
+
+
+def _stored(path: Path, tensor: Any, gguf: ModuleType) -> StoredTensor:
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    kind = tensor.tensor_type
+    require(
+        kind.name in TYPES,
+        f"{path}: tensor {tensor.name} has type {kind.name}; supported are {', '.join(TYPES)}",
+    )
+    return StoredTensor(shape, partial(_read_rows, path, int(tensor.data_offset), shape, kind, gguf))
+
+
+def _read_rows(
+    path: Path, offset: int, shape: tuple[int, ...], kind: Any, gguf: ModuleType, start: int, stop: int
+) -> np.ndarray:
+    """Rows start..stop-1 in float32, float16 or bfloat16, dequantised a block of rows at a time."""
+    columns = math.prod(shape[1:])
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    row = columns * size // block
+
+    def raw(first: int, last: int) -> np.ndarray:
+        return np.fromfile(path, np.uint8, (last - first) * row, offset=offset + first * row)
+
+    plain = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind.name)
+    if plain is not None:
+        return raw(start, stop).view(plain).reshape(stop - start, *shape[1:])
+    rows = np.empty((stop - start, columns), np.float32)
+    step = max(1, BLOCK_VALUES // columns)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        rows[first - start : last - start] = gguf.dequantize(raw(first, last).reshape(-1, row), kind)
+    return rows.reshape(stop - start, *shape[1:])
+
+
+def _halves(tensor: StoredTensor, heads: int, start: int, stop: int) -> np.ndarray:
+    """Rows of q or k [H*D, ...] from interleaved rotary pairs to two halves a head."""
+    rows = tensor.shape[0]
+    order = np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+    return tensor.read(0, rows)[order[start:stop]]

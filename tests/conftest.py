@@ -1,0 +1,38 @@
+"""Settings and data that all tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The directory of real models and texts beside the project; BUTLER_SHARED names another place."""
+    path = Path(os.environ.get("BUTLER_SHARED", REPOSITORY.parent / "shared"))
+    if not (path / "data").is_dir():
+        reason = f"{path}/data is absent: it holds the real models and texts these tests compare with"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(shared_data, tmp_path_factory) -> Path:
+    """A Hugging Face directory of SmolLM2-135M-Instruct with its GGUF file; BUTLER_SMOLLM2 names one already made.
+
+    Downloads 93 MB: only tests marked slow may ask for it.
+    """
+    if "BUTLER_SMOLLM2" in os.environ:
+        return Path(os.environ["BUTLER_SMOLLM2"])
+    path = tmp_path_factory.mktemp("smollm2")
+    subprocess.run([sys.executable, shared_data / "tools" / "smollm2.py", path], check=True)
+    return path
