@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax import sharding
+
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 CHUNK = 128  # query rows formed at a time
 BANDS = 4  # static key prefixes; more of them compute less above the diagonal and compile longer
@@ -202,9 +204,7 @@ def masked_exponentials(
     return weights, total, maximum + jnp.log(total)
 
 
-def weighted_values(
-    weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]
-) -> Float[Array, "B K M D"]:
+def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K M D"]:
     """Weights times values, float32 sums."""
     weights = weights.astype(values.dtype)
     return jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
@@ -270,9 +270,7 @@ def _splash(q, k, v, segments, window, scale, return_lse, partition):
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         if partition is None:
-            from butler_jax import sharding
-
-            partition = sharding.attention_partition()[-2:]
+            partition = sharding.attention_axes()
         batch_axis, head_axis = partition
         if batch_axis is not None and batch % mesh.shape[batch_axis]:
             batch_axis = None

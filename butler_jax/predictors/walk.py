@@ -1,4 +1,4 @@
-"""How a predictor walks along the layers: capture at a producer layer, features at the start of a block, reuse within.
+"""A predictor along the layers: capture at a producer layer, features at the start of a block, reuse within.
 
 The one place where the schedule is carried out. Inside a mixer of `base_model.run_layers`:
 
@@ -29,8 +29,8 @@ TrunkAttend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
 class Walk(NamedTuple):
     """What is carried from layer to layer.
 
-    captured: what the latest producer layer handed over. features: of the block's producer; None where they are the
-    captured stream itself. cache: of the trunks' attention, stacked over producers; None without.
+    captured: what the latest producer layer handed over. features: of the block's producer; None where they
+    are the captured stream itself. cache: of the trunks' attention, stacked over producers; None without.
     """
 
     captured: Float[Array, "B T E"]
@@ -39,7 +39,7 @@ class Walk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A layer's part of the predictor: its head's parameters, its producer's features, its place in the schedule."""
+    """A layer's part of the predictor: its head's parameters, its producer's features, its place."""
 
     head: Any
     features: Any
@@ -50,7 +50,8 @@ class Step(NamedTuple):
 def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cache: Any = None) -> Walk:
     """The state before layer 0. x: any array of the shape and dtype of the residual stream.
 
-    cache: predictor.trunk_cache stacked over the N producers when decoding, None for a pass over whole sequences.
+    cache: predictor.trunk_cache stacked over the N producers when decoding, None for a pass over whole
+    sequences.
     """
     captured = jnp.zeros_like(x)
     if predictor.trunk is None:
@@ -76,8 +77,8 @@ def step(
 ) -> Step:
     """The predictor at the layer in view, and the state for the next layer.
 
-    Layer 0 gets head 0 and means nothing there (place.serves is false): it is always dense. attend: how a trunk with an
-    attention of its own reaches earlier tokens; called once a block.
+    Layer 0 gets head 0 and means nothing there (place.serves is false): it is always dense. attend: how a
+    trunk with an attention of its own reaches earlier tokens; called once a block.
     """
     place = schedule(predictor, view.index)
     features, cache = state.captured, state.cache

@@ -1,0 +1,443 @@
+"""Frozen configurations that check themselves; the command line is generated from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding of a model.
+
+    kind: one of ROPE_KINDS. theta: base of the wavelengths. fraction: share of the head dimension that is rotated.
+    factor: context extension of linear, llama3, yarn and longrope. original_context: context in tokens before the
+    extension. attention_factor: multiplies cosine and sine; None is the kind's own default.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    fraction: float = 1.0
+    factor: float = 1.0
+    original_context: int | None = None
+    attention_factor: float | None = None
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        require(self.kind in ROPE_KINDS, f"unknown rope type {self.kind!r}; supported: {', '.join(ROPE_KINDS)}")
+        require(self.theta > 1, f"rope theta must be above 1, got {self.theta}")
+        require(0 < self.fraction <= 1, f"the rotated fraction must be in (0, 1], got {self.fraction}")
+        if self.kind in ("llama3", "yarn", "longrope"):
+            require(
+                bool(self.original_context),
+                f"rope type {self.kind!r} needs original_max_position_embeddings in the model's config",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """A decoder of any supported family, fully described (sizes in elements, context in tokens).
+
+    window: tokens a sliding-window layer sees, itself included; windowed: which layers slide (empty: all of them
+    when window is set).
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm_eps: float = 1e-6
+    tied: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"the number of query heads ({self.heads}) must be a multiple of the KV heads ({self.kv_heads})",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        require(self.window is None or self.window > 0, f"window must be positive or None, got {self.window}")
+        require(
+            len(self.windowed) in (0, self.layers),
+            f"windowed must name every one of the {self.layers} layers, got {len(self.windowed)} entries",
+        )
+        factors = self.rope.short_factor, self.rope.long_factor
+        if self.rope.kind == "longrope":
+            require(
+                all(len(f) == self.rotary_dim // 2 for f in factors),
+                f"longrope needs {self.rotary_dim // 2} short and long factors, got {[len(f) for f in factors]}",
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head, G."""
+        return self.heads // self.kv_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of a head are rotated."""
+        return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """For every layer, whether its attention is limited to the window."""
+        if self.window is None:
+            return (False,) * self.layers
+        return self.windowed or (True,) * self.layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """Which predictor, and its sizes.
+
+    rank is R; stride is P, how many layers one producer serves (the contextual predictor has a single producer and
+    ignores it); hidden is the inner width I of the contextual and producer predictors (None: 512).
+    """
+
+    kind: Literal["lookahead", "producer", "contextual"] = "lookahead"
+    rank: int = 16
+    stride: int = 4
+    hidden: int | None = None
+
+    def __post_init__(self):
+        require(self.rank > 0 and self.rank % 2 == 0, f"rank must be positive and even, got {self.rank}")
+        require(self.stride > 0, f"stride must be at least 1, got {self.stride}")
+        require(self.hidden is None or self.hidden > 0, f"hidden must be positive, got {self.hidden}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What every training run has: its length, its optimiser, its devices and its directory."""
+
+    data: str = "python_docs"
+    """python_docs, coreference, text:PATH[,PATH...], tfds:NAME, or a mixture as A:0.5+B:0.5."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
+    steps: int = 300
+    """Optimiser steps in all."""
+    length: int = 512
+    """Tokens in a row."""
+    batch_size: int = 4
+    """Rows a step, over all devices."""
+    accumulate: int = 1
+    """Split a batch into this many parts and add their gradients up; saves memory."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: what suits the model or predictor being trained."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises; a cosine to a tenth of the peak follows."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay of matrices."""
+    clip: float = 10.0
+    """Largest global gradient norm."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
+    mesh: str = ""
+    """Devices as data=N,model=M. Default: every device on the data axis."""
+    distributed: bool = False
+    """Join a run on several hosts through jax.distributed; start the same command on each."""
+    attention: Literal["xla", "cudnn", "splash"] | None = None
+    """Attention implementation. Default: splash on TPU, cuDNN on GPU where it can, else xla."""
+    seed: int = 0
+    """Seed of the data order, of random parameters and of dropout."""
+    run_dir: Path | None = None
+    """Directory of checkpoints and metrics. Default: runs/ with a name made of the settings."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one more at the end and at Ctrl-C."""
+    keep: int = 2
+    """How many of the newest checkpoints to keep; the best is kept besides."""
+    eval_every: int = 100
+    """Steps between validations; 0 validates at the end only."""
+    log_every: int = 10
+    """Steps between lines on a plain screen; metrics.jsonl has every step."""
+
+    def __post_init__(self):
+        positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
+        for name in positive:
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}",
+            )
+        require(self.length > 1, f"--length must be at least 2 tokens, got {self.length}")
+        require(self.eval_every >= 0, f"--eval-every must be 0 or more, got {self.eval_every}")
+        require(0 <= self.warmup < 1, f"--warmup must be in [0, 1), got {self.warmup}")
+        require(
+            self.learning_rate is None or self.learning_rate > 0,
+            f"--learning-rate must be above 0, got {self.learning_rate}",
+        )
+        require(self.clip > 0, f"--clip must be above 0, got {self.clip}")
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(FitConfig):
+    """Distil a token-importance predictor from a frozen base model."""
+
+    base: str = "tiny"
+    """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded)."""
+    predictor: Literal["lookahead", "producer", "contextual"] = "lookahead"
+    """lookahead (ours), producer (the paper's second version) or contextual (its first)."""
+    rank: int = 16
+    """Width R of the importance queries and keys."""
+    stride: int = 4
+    """Layers served by one producer, P."""
+    hidden: int | None = None
+    """Inner width I of the contextual and producer predictors. Default: 512."""
+    objective: Literal["cross_entropy", "squared_error"] | None = None
+    """Distillation loss. Default: squared_error for contextual, cross_entropy for the others."""
+    calibration: int = 4
+    """Batches on which the lookahead predictor chooses its rotary pairs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.calibration > 0, f"--calibration must be at least 1, got {self.calibration}")
+        self.predictor_config()
+
+    def predictor_config(self) -> PredictorConfig:
+        """The predictor these settings describe."""
+        return PredictorConfig(kind=self.predictor, rank=self.rank, stride=self.stride, hidden=self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How many tokens a query attends, and which of them are never left to the scores.
+
+    budget: all attended tokens, sinks and window included. A float is a fraction of the keys a dense query would
+    attend, rounded up; an int is a number of tokens. sinks: first tokens of the document. window: newest tokens, the
+    query's own included. Where a fraction gives less than sinks + window, the newest tokens come first, then the sinks.
+    """
+
+    budget: float | int = 0.25
+    sinks: int = 4
+    window: int = 8
+
+    def __post_init__(self):
+        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        require(number, f"the budget must be a number, got {self.budget!r}")
+        require(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
+        require(self.window >= 1, f"the window must be at least 1 (the token itself), got {self.window}")
+        require(self.budget > 0, f"the budget must be above 0, got {self.budget}")
+        if isinstance(self.budget, float):
+            require(
+                self.budget <= 1,
+                f"a fractional budget is at most 1.0, got {self.budget}; give an integer for a number of tokens",
+            )
+        else:
+            least = self.sinks + self.window
+            require(
+                self.budget >= least,
+                f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.window} window = {least}; "
+                f"give at least {least}, or a fraction such as 0.25 (everything is 1.0)",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(FitConfig):
+    """Train the embedded base model `tiny` from nothing: its tokenizer, its weights, its card."""
+
+    data: str = "python_docs:0.3+coreference:0.7"
+    """Training text, as --data of train.py."""
+    steps: int = 1500
+    """Optimiser steps in all."""
+    length: int = 512
+    """Tokens in a row; the last `long_steps` steps use the whole context instead."""
+    long_steps: int = 60
+    """Final steps at rows of the full context, with as many tokens a step."""
+    batch_size: int = 8
+    """Rows a step, over all devices."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay of matrices."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    eval_every: int = 500
+    """Steps between validations; 0 validates at the end only."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; one more at the end and at Ctrl-C."""
+    vocab_size: int = 2048
+    """Entries of the byte-level BPE."""
+    width: int = 192
+    """Model width E."""
+    inner: int = 512
+    """Width of the feed-forward block."""
+    layers: int = 6
+    """Layers L."""
+    heads: int = 8
+    """Query heads H."""
+    kv_heads: int = 2
+    """KV heads K."""
+    head_dim: int = 32
+    """Head dimension D."""
+    context: int = 2048
+    """Longest context in tokens."""
+    out: Path | None = None
+    """Directory for the finished model in Hugging Face layout. Default: RUN_DIR/model."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.length <= self.context, f"--length {self.length} is beyond --context {self.context}")
+        require(
+            0 <= self.long_steps <= self.steps,
+            f"--long-steps must be in 0..{self.steps}, got {self.long_steps}",
+        )
+        require(self.vocab_size > 256, f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
+        self.base_config()
+
+    def base_config(self) -> BaseConfig:
+        """The Llama-family model these settings describe."""
+        return BaseConfig(
+            family="llama",
+            vocab_size=self.vocab_size,
+            width=self.width,
+            hidden=self.inner,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            context=self.context,
+            norm_eps=1e-5,
+            tied=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Judge a base model under policies and budgets, and the predictor of a training run among them.
+
+    Lists are comma-separated on the command line. Budgets are fractions (0.25 or 1/4) or numbers of tokens (256).
+    """
+
+    run: Path | None = None
+    """Directory of a training run; its predictor is the policy tokenbutler. Default: the base model alone."""
+    base: str | None = None
+    """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
+    tasks: tuple[str, ...] = ("perplexity", "coreference")
+    """perplexity (with recalled attention mass and hit rate), coreference."""
+    text: Path | None = None
+    """Text file for perplexity. Default: the held-out part of the run's data."""
+    policies: tuple[str, ...] = ("dense", "oracle", "random", "streaming", "tokenbutler")
+    """dense, oracle, oracle_head, random, streaming, tokenbutler."""
+    budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
+    """Share of the causal keys a query attends, or an integer number of tokens; sinks and window included."""
+    sinks: int = 4
+    """First tokens that are always attended."""
+    window: int = 8
+    """Newest tokens that are always attended."""
+    tokens: int = 8192
+    """Tokens of text for perplexity."""
+    context: int = 1024
+    """Tokens in a window of text; windows do not overlap."""
+    samples: int = 64
+    """Co-reference samples."""
+    batch_size: int = 4
+    """Windows or samples in a pass."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
+    data_dir: Path | None = None
+    """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
+    seed: int = 0
+    """Seed of the samples and of the policy random."""
+    out: Path | None = None
+    """Directory of report.json. Default: RUN/eval."""
+
+    def __post_init__(self):
+        for name in ("tasks", "policies", "budgets"):
+            object.__setattr__(self, name, _split_list(getattr(self, name)))
+            require(bool(getattr(self, name)), f"--{name} names nothing; give at least one")
+        object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
+        tasks = ("perplexity", "coreference")
+        unknown = [t for t in self.tasks if t not in tasks]
+        require(not unknown, f"unknown task {', '.join(unknown)}; known: {', '.join(tasks)}")
+        for name in ("tokens", "context", "samples", "batch_size"):
+            require(
+                getattr(self, name) > 0,
+                f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}",
+            )
+        require(self.context > 1, f"--context must be at least 2 tokens, got {self.context}")
+        require(self.tokens > 1, f"--tokens must be at least 2, got {self.tokens}")
+        for budget in self.budgets:
+            self.selection(budget)
+
+    def selection(self, budget: float | int) -> SelectionConfig:
+        """The selection of one of the budgets."""
+        return SelectionConfig(budget=budget, sinks=self.sinks, window=self.window)
+
+
+def _split_list(values) -> tuple:
+    """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'); what is not text stays; repeated entries once."""
+    values = (values,) if isinstance(values, (str, int, float)) else values
+    parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else (v,))]
+    parts = [p.strip() if isinstance(p, str) else p for p in parts]
+    return tuple(dict.fromkeys(p for p in parts if p != ""))
+
+
+def parse_budget(text: str | float | int) -> float | int:
+    """'0.25' or '1/4' -> 0.25, '256' -> 256 tokens; numbers stay. Raises ValueError for anything else."""
+    if not isinstance(text, str):
+        return text
+    top, slash, bottom = text.partition("/")
+    try:
+        return float(top) / float(bottom) if slash else float(text) if not text.isdigit() else int(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"budget {text!r} is not a number; write a fraction (0.25 or 1/4) or a number of tokens (256)"
+        ) from None
+
+
+def to_dict(config) -> dict:
+    """A configuration as JSON-ready nested dicts (paths become strings)."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls, values: dict):
+    """Build configuration `cls` from to_dict's output; unknown keys are an error that names them."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
+    built = {}
+    for name, value in values.items():
+        if name == "rope" and isinstance(value, dict):
+            value = from_dict(RopeConfig, value)
+        built[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)

@@ -1,0 +1,173 @@
+"""Model families as rows of a table, and Hugging Face style configurations read into BaseConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from butler_jax.configs import BaseConfig, RopeConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets a family apart from plain Llama.
+
+    qkv_bias: True, False, or the name of the configuration key that says so; likewise the other biases.
+    fused: projections stored as qkv_proj and gate_up_proj. window: how its configuration states a sliding window:
+    "never", "always" (sliding_window on every layer) or "switched" (use_sliding_window, layer_types or
+    max_window_layers). defaults: what the family means where its configuration is silent.
+    """
+
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    fused: bool = False
+    window: str = "never"
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Family(
+        window="always",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    ),
+    "qwen2": Family(
+        qkv_bias=True,
+        window="switched",
+        defaults={
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "qwen3": Family(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        window="switched",
+        defaults={
+            "head_dim": 128,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "phi3": Family(
+        fused=True,
+        window="always",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+}
+
+
+def base_config(values: dict) -> BaseConfig:
+    """Read a Hugging Face config.json (as a dict) into a BaseConfig.
+
+    Both spellings of rotary settings are understood: rope_theta with rope_scaling, and rope_parameters. Raises
+    ValueError for an unknown family, rope type or activation and for missing sizes, naming it.
+    """
+    name = values.get("model_type")
+    require(
+        name in FAMILIES,
+        f"unknown model family {name!r} (config key model_type); supported: {', '.join(FAMILIES)}",
+    )
+    family = FAMILIES[name]
+    values = {**family.defaults, **values}
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in needed if values.get(key) is None]
+    require(not missing, f"the model's config lacks {', '.join(missing)}")
+    activation = values.get("hidden_act", "silu")
+    require(activation in ("silu", "swish"), f"activation {activation!r} is not supported; it must be 'silu'")
+
+    def flag(setting: bool | str) -> bool:
+        return bool(values.get(setting, False)) if isinstance(setting, str) else setting
+
+    heads = values["num_attention_heads"]
+    layers = values["num_hidden_layers"]
+    window, windowed = _windows(family, values, layers)
+    context = values.get("max_position_embeddings") or 2048
+    return BaseConfig(
+        family=name,
+        vocab_size=values["vocab_size"],
+        width=values["hidden_size"],
+        hidden=values["intermediate_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        context=context,
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=flag(family.qkv_bias),
+        output_bias=flag(family.output_bias),
+        mlp_bias=flag(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        window=window,
+        windowed=windowed,
+        rope=_rope(values, context),
+    )
+
+
+def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    window = values.get("sliding_window")
+    if family.window == "never" or window is None:
+        return None, ()
+    if family.window == "always":
+        return window, ()
+    if not values.get("use_sliding_window", False):
+        return None, ()
+    kinds = values.get("layer_types")
+    if kinds:
+        slides = tuple(kind == "sliding_attention" for kind in kinds)
+    else:
+        first = values["max_window_layers"]
+        slides = tuple(layer >= first for layer in range(layers))
+    return (window, slides) if any(slides) else (None, ())
+
+
+def _rope(values: dict, context: int) -> RopeConfig:
+    new = values.get("rope_parameters") or {}
+    old = values.get("rope_scaling") or {}
+    settings = {**old, **new}
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    nested = [key for key, value in settings.items() if isinstance(value, dict)]
+    require(not nested, f"rotary settings that differ between layers are not supported: {', '.join(nested)}")
+    if kind == "su" or (values["model_type"] == "phi3" and kind == "yarn"):
+        kind = "longrope"  # what early Phi-3 configurations called it
+    theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
+    fraction = settings.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    original = None
+    if kind in ("llama3", "yarn", "longrope"):
+        key = "original_max_position_embeddings"
+        original = values.get(key) or settings.get(key) or context
+    factor = settings.get("factor")
+    if factor is None:
+        factor = context / original if original else 1.0
+    optional = {
+        "attention_factor": settings.get("attention_factor"),
+        "low_frequency_factor": settings.get("low_freq_factor"),
+        "high_frequency_factor": settings.get("high_freq_factor"),
+        "beta_fast": settings.get("beta_fast"),
+        "beta_slow": settings.get("beta_slow"),
+        "mscale": settings.get("mscale"),
+        "mscale_all_dim": settings.get("mscale_all_dim"),
+        "truncate": settings.get("truncate"),
+        "short_factor": tuple(settings["short_factor"]) if "short_factor" in settings else None,
+        "long_factor": tuple(settings["long_factor"]) if "long_factor" in settings else None,
+    }
+    return RopeConfig(
+        kind=kind,
+        theta=float(theta),
+        fraction=float(fraction),
+        factor=float(factor),
+        original_context=original,
+        **{name: value for name, value in optional.items() if value is not None},
+    )

@@ -1,0 +1,243 @@
+"""Distillation: one pass through the frozen base that yields the predictor's loss and its gradients.
+
+The base is never differentiated, so the gradient of layer l's loss reaches only that layer's head and its producer's
+features. Both are taken inside the scan over layers, where q and k already are: nothing is stacked over layers but
+the gradients themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from butler_jax import data, distillation
+from butler_jax.attention import causal_attention
+from butler_jax.base_model import LOGICAL_AXES, BaseModel, by_window, check_length, embed, forward, run_layers
+from butler_jax.checkpoints import about
+from butler_jax.configs import PredictorConfig, TrainConfig
+from butler_jax.fitting import fit, open_run
+from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
+from butler_jax.predictors.interface import at
+from butler_jax.sharding import check_batch, make_mesh, place, place_batch
+from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
+from butler_jax.weights import Base
+
+VALIDATION_ROWS = 8
+
+OBJECTIVES = {
+    "cross_entropy": distillation.attention_and_cross_entropy,
+    "squared_error": distillation.attention_and_squared_error,
+}
+
+
+class Carry(NamedTuple):
+    """What the scan over layers hands on: the predictor's walk, its gradients so far, the sums."""
+
+    walk: walk.Walk
+    feature_gradients: Any
+    trunk_gradients: Any
+    loss: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+def distil_pass(
+    model: BaseModel,
+    predictor: Predictor,
+    batch: dict[str, Int[Array, "B T"]],
+    *,
+    objective: str,
+    dropout: Key[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""], Any]:
+    """Summed loss, count, and the gradient of the sum in the shape of nnx.state(predictor, nnx.Param).
+
+    The loss is averaged over layers 1 ... L-1 before it is summed over rows and heads (cross entropy, nats a row) or
+    pairs and heads (squared error): divide loss and gradient by the count. batch: tokens, segments and positions as
+    data.batches gives them.
+    """
+    config = model.config
+    segments, positions = batch["segments"], batch["positions"]
+    attend_with_loss = OBJECTIVES[objective]
+    context = predictor.context(positions, positions.shape[1])
+    trunk = predictor.trunk
+
+    def trunk_attend(_, q, k, v):
+        return causal_attention(q, k, v, segments=segments, implementation=implementation), None
+
+    def mixer(carry: Carry, view):
+        step = walk.step(predictor, carry.walk, view, context, trunk_attend, dropout)
+        graph, weights, constants = nnx.split(step.head, nnx.Param, ...)
+
+        def layer_loss(weights, features):
+            head = nnx.merge(graph, weights, constants)
+            p = predictor.queries(head, features, view, context)
+            r = predictor.keys(head, features, view, context)
+
+            def attend(window):
+                return attend_with_loss(
+                    view.q,
+                    view.k,
+                    view.v,
+                    p,
+                    r,
+                    segments=segments,
+                    window=window,
+                    implementation=implementation,
+                )
+
+            output, loss, count = by_window(config, view.index, attend)
+            serves = step.place.serves.astype(jnp.float32) / (config.layers - 1)
+            return loss * serves, (output, count * serves)
+
+        wanted = (0,) if trunk is None else (0, 1)  # without a trunk the features are the frozen stream itself
+        value, gradients = jax.value_and_grad(layer_loss, wanted, has_aux=True)(weights, step.features)
+        loss, (output, count) = value
+        feature_gradients, trunk_gradients = carry.feature_gradients, carry.trunk_gradients
+        if trunk is not None:
+            feature_gradients = jax.tree.map(
+                lambda old, new: jnp.where(step.place.starts, 0, old) + new, feature_gradients, gradients[1]
+            )
+            trunk_gradients = jax.lax.cond(
+                step.place.ends,
+                lambda: pull(step.place.producer, carry.walk.captured, feature_gradients, trunk_gradients),
+                lambda: trunk_gradients,
+            )
+        new = Carry(step.state, feature_gradients, trunk_gradients, carry.loss + loss, carry.count + count)
+        return output, new, gradients[0]
+
+    def pull(producer, captured, feature_gradients, trunk_gradients):
+        """Trunk gradients with those of this producer, from the features' summed over its block."""
+
+        def features_of(one):
+            attend = partial(trunk_attend, None)
+            return predictor.features(one, captured, context, attend, dropout)[0]
+
+        _, vjp = jax.vjp(features_of, at(trunk, producer))
+        return jax.tree.map(lambda all_, g: all_.at[producer].set(g), trunk_gradients, vjp(feature_gradients)[0])
+
+    x = embed(model, batch["tokens"])
+    first = walk.begin(predictor, x, context)
+    start = Carry(first, first.features, jax.tree.map(jnp.zeros_like, trunk), jnp.zeros(()), jnp.zeros(()))
+    _, end, stacked = run_layers(model, x, positions, mixer, start)
+
+    def fit(gradient, parameter):  # layer 0 has no head; a producer's last slots may lie beyond the last layer
+        gradient = gradient[1:]
+        missing = parameter.shape[0] - gradient.shape[0]
+        return jnp.pad(gradient, [(0, missing)] + [(0, 0)] * (gradient.ndim - 1))
+
+    parameters = nnx.state(predictor, nnx.Param)
+    gradients = jax.tree.map(fit, stacked, nnx.state(predictor.heads, nnx.Param)), end.trunk_gradients
+    return end.loss, end.count, jax.tree.unflatten(jax.tree.structure(parameters), jax.tree.leaves(gradients))
+
+
+def init_predictor(
+    base: Base, config: PredictorConfig | None = None, *, batches: list[dict] = (), seed: int = 0
+) -> Predictor:
+    """The predictor a training run starts from.
+
+    batches (as data.batches gives them) are what the lookahead predictor chooses its rotary pairs on; without any, it
+    raises ValueError. The others draw random parameters from `seed` alone.
+    """
+    return make_predictor(base.config, config or PredictorConfig(), seed).initialise(base.model, list(batches))
+
+
+def default_run_dir(config: TrainConfig) -> Path:
+    """runs/BASE-PREDICTOR-DATA."""
+    source = config.data.split(":")[0]
+    return Path("runs") / f"{Path(config.base).stem}-{config.predictor}-{source}"
+
+
+def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predictor | None = None) -> Predictor:
+    """Train a predictor for `base` as `config` says and return it; the run's directory holds everything else.
+
+    Calling it again with the same settings goes on from the newest checkpoint. predictor: where to start, instead of
+    init_predictor. Raises ValueError for settings that do not fit the base, the data or the devices.
+    """
+    config = config or TrainConfig()
+    check_length(base.config, config.length)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size // config.accumulate, mesh)
+    kind = PREDICTORS[config.predictor]
+    run_dir = config.run_dir or default_run_dir(config)
+    open_run(run_dir, config)
+    with jax.set_mesh(mesh):
+        model = place(base.model, LOGICAL_AXES, mesh)
+        source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
+        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = data.batches(config.data, base.tokenizer, seed=config.seed, **source, **processes)
+        held_out = data.held_out(
+            config.data, base.tokenizer, count=max(1, VALIDATION_ROWS // config.batch_size), **source
+        )
+        held_out = [place_batch(b, mesh) for b in held_out]
+        if predictor is None:
+            calibration = data.batches(config.data, base.tokenizer, seed=config.seed + 1, **source, **processes)
+            first = [place_batch(next(calibration), mesh) for _ in range(config.calibration)]
+            predictor = init_predictor(
+                Base(base.name, model, base.tokenizer, base.fingerprint),
+                config.predictor_config(),
+                batches=first,
+                seed=config.seed,
+            )
+        predictor = place(predictor, kind.logical_axes, mesh)
+        objective = config.objective or kind.objective
+        rate = config.learning_rate or kind.learning_rate
+
+        def gradient_pass(predictor, model, batch, key):
+            return distil_pass(
+                model, predictor, batch, objective=objective, dropout=key, implementation=config.attention
+            )
+
+        @jax.jit
+        def validation_loss(predictor, model, batch):
+            loss, count, _ = distil_pass(model, predictor, batch, objective=objective, implementation=config.attention)
+            return loss, count
+
+        def validate(predictor):
+            losses = [validation_loss(predictor, model, b) for b in held_out]
+            loss, count = (sum(float(x) for x in column) for column in zip(*losses, strict=True))
+            return {"validation_loss": loss / max(count, 1.0)}
+
+        optimiser = make_optimiser(config, rate)
+        step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))
+        state = fit(
+            step,
+            start_state(predictor, optimiser),
+            model,
+            batches,
+            config,
+            mesh=mesh,
+            run_dir=run_dir,
+            about=about(base, predictor.config),
+            validate=validate,
+            forward_seconds=_forward_seconds(model, held_out[0], config),
+        )
+    return state.module
+
+
+def _forward_seconds(model: BaseModel, batch: dict, config: TrainConfig) -> float:
+    """Seconds of the base's own forward pass to logits on such a batch: the best of three after compiling."""
+
+    @jax.jit
+    def run(model, batch):
+        logits = forward(
+            model,
+            batch["tokens"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            implementation=config.attention,
+        )
+        return logits.max(-1)
+
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        jax.block_until_ready(run(model, batch))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

@@ -1,0 +1,150 @@
+"""The contextual predictor of the paper's first version (TokenButler, arXiv 2503.07518v1, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from butler_jax.base_model import LayerView
+from butler_jax.configs import BaseConfig, PredictorConfig, require
+from butler_jax.layers import layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
+from butler_jax.predictors.interface import Context, Predictor, xavier
+
+DROPOUT = 0.1
+
+
+class ContextualTrunk(nnx.Module):
+    """The one small transformer block, and the first layers of the query and key nets (leading axis 1)."""
+
+    def __init__(self, width: int, hidden: int, key):
+        narrow, wide = width // 8, width // 4
+        keys = jax.random.split(key, 8)
+        self.inner = xavier(keys[0], (1, width, narrow), width, narrow)
+        self.q, self.k, self.v = (xavier(k, (1, narrow, narrow), narrow, narrow) for k in keys[1:4])
+        self.norm_scale = nnx.Param(jnp.ones((1, narrow)))
+        self.norm_bias = nnx.Param(jnp.zeros((1, narrow)))
+        self.up = xavier(keys[4], (1, narrow, wide), narrow, wide)
+        self.up_bias = nnx.Param(jnp.zeros((1, wide)))
+        self.down = xavier(keys[5], (1, wide, width), wide, width)
+        self.down_bias = nnx.Param(jnp.zeros((1, width)))
+        self.query = xavier(keys[6], (1, width, hidden), width, hidden)
+        self.key = xavier(keys[7], (1, width, hidden), width, hidden)
+
+
+class ContextualHeads(nnx.Module):
+    """Last layers of the query and key nets, stacked over layers 1 ... L-1."""
+
+    def __init__(self, base: BaseConfig, hidden: int, rank: int, key):
+        first, second = jax.random.split(key)
+        shape = (base.layers - 1, hidden, base.heads, rank)
+        outputs = (base.layers - 1) * base.heads * rank
+        self.query = xavier(first, shape, hidden, outputs)
+        self.key = xavier(second, shape, hidden, outputs)
+
+
+class Contextual(Predictor):
+    """One producer at layer 0 for the whole model, with an attention of its own; keys per query head.
+
+    Input: the token embeddings after layer 0's input norm. Rotary on its attention and on both importance vectors
+    follows the base's own configuration. Left out against the published counts: a LayerNorm over E that nothing
+    reads (2 E), and the slots of layer 0, which is always dense (2 I H R).
+
+    Raises ValueError where the base's width is not a multiple of 16.
+    """
+
+    kind = "contextual"
+    objective = "squared_error"
+    logical_axes = {
+        "inner": ("layers", "width", "none"),
+        "q": ("layers", "none", "none"),
+        "k": ("layers", "none", "none"),
+        "v": ("layers", "none", "none"),
+        "norm_scale": ("layers", "norm"),
+        "norm_bias": ("layers", "norm"),
+        "up": ("layers", "none", "none"),
+        "up_bias": ("layers", "norm"),
+        "down": ("layers", "none", "width"),
+        "down_bias": ("layers", "norm"),
+        "trunk.query": ("layers", "width", "hidden"),
+        "trunk.key": ("layers", "width", "hidden"),
+        "heads.query": ("layers", "hidden", "heads", "rank"),
+        "heads.key": ("layers", "hidden", "heads", "rank"),
+    }
+
+    def __init__(self, base: BaseConfig, config: PredictorConfig, key):
+        super().__init__(base, config)
+        require(
+            base.width % 16 == 0,
+            f"the contextual predictor needs a width that is a multiple of 16, got {base.width}; "
+            "use --predictor lookahead",
+        )
+        self.stride = base.layers - 1
+        hidden = config.hidden or 512
+        first, second = jax.random.split(key)
+        self.trunk = ContextualTrunk(base.width, hidden, first)
+        self.heads = ContextualHeads(base, hidden, config.rank, second)
+
+    @property
+    def key_heads(self) -> int:
+        """Importance keys belong to a query head."""
+        return self.base.heads
+
+    @property
+    def attention_heads(self) -> int:
+        """Heads of the trunk's attention: H, or the most that give an even width (rotary needs pairs)."""
+        narrow = self.base.width // 8
+        return next(h for h in range(self.base.heads, 0, -1) if narrow % (2 * h) == 0)
+
+    def capture(self, view: LayerView):
+        """The embeddings after layer 0's input norm, [B, T, E]."""
+        return rms_norm(view.x, view.weights.attention_norm[...], self.base.norm_eps)
+
+    def trunk_cache(self, batch: int, capacity: int, dtype: Any):
+        """Keys and values of the trunk's attention, [B, S, heads, E/8/heads] each."""
+        heads = self.attention_heads
+        shape = (batch, capacity, heads, self.base.width // 8 // heads)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def _rotate(self, x, context: Context):
+        """Rotary of width x.shape[-1] by the base's rope at the context's positions; x [B, T, heads, width]."""
+        rope = self.base.rope
+        if rope.kind == "longrope":  # its factors fit the base's head width alone
+            rope = type(rope)(theta=rope.theta)
+        frequencies, factor = rope_frequencies(rope, x.shape[-1], context=self.base.context, length=0)
+        cos, sin = rotary_angles(context.positions, frequencies, factor)
+        return rotary(x, cos[:, :, None], sin[:, :, None])
+
+    def features(self, trunk: Any, captured, context: Context, attend, dropout):
+        """Hidden layers [B, T, I] of the query net and of the key net."""
+        x = captured
+
+        def cast(p):
+            return p[...].astype(x.dtype)
+
+        z = jnp.einsum("bte,ez->btz", x, cast(trunk.inner))
+        heads = self.attention_heads
+        q, k, v = (
+            jnp.einsum("btz,zy->bty", z, cast(w)).reshape(*z.shape[:2], heads, -1) for w in (trunk.q, trunk.k, trunk.v)
+        )
+        y, cache = attend(self._rotate(q, context), self._rotate(k, context), v)
+        y = layer_norm(y.reshape(z.shape).astype(x.dtype), trunk.norm_scale[...], trunk.norm_bias[...])
+        y = jax.nn.gelu(jnp.einsum("btz,zy->bty", y, cast(trunk.up)) + cast(trunk.up_bias)[None, None])
+        if dropout is not None:
+            keep = jax.random.bernoulli(dropout, 1 - DROPOUT, y.shape)
+            y = jnp.where(keep, y / (1 - DROPOUT), 0)
+        x = x + jnp.einsum("btz,ze->bte", y, cast(trunk.down)) + cast(trunk.down_bias)[None, None]
+        hidden = tuple(jax.nn.silu(jnp.einsum("bte,ei->bti", x, cast(w))) for w in (trunk.query, trunk.key))
+        return hidden, cache
+
+    def queries(self, head: Any, features, view: LayerView, context: Context):
+        """Importance queries [B, T, H, R], rotated."""
+        y = jnp.einsum("bti,ihr->bthr", features[0], head.query[...].astype(features[0].dtype))
+        return self._rotate(y, context)
+
+    def keys(self, head: Any, features, view: LayerView, context: Context):
+        """Importance keys [B, T, H, R], rotated."""
+        y = jnp.einsum("bti,ihr->bthr", features[1], head.key[...].astype(features[1].dtype))
+        return self._rotate(y, context)

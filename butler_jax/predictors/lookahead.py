@@ -1,0 +1,151 @@
+"""The lookahead predictor: the base's own projections, cut to a few rotary pairs and applied a few layers early.
+
+It keeps the producer predictor's timing and score cache and differs in three ways: both importance vectors are
+rotated at chosen frequencies of the base, they start as the matching rows of the frozen projections, and all causal
+rows are distilled. Which pairs: per (layer, KV head) the R/2 largest E|q_f|^2 E|k_f - mean k_f|^2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, run_layers
+from butler_jax.configs import BaseConfig, PredictorConfig, require
+from butler_jax.layers import rms_norm, rotary
+from butler_jax.predictors.interface import Context, Predictor
+
+
+class LookaheadHeads(nnx.Module):
+    """Per layer 1 ... L-1: query [E, H, R], key [K, D, R], the pairs' numbers [K, R/2], the query bias where the base has one."""
+
+    def __init__(self, base: BaseConfig, rank: int, key):
+        first, second = jax.random.split(key)
+        L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim  # noqa: N806
+        self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
+        self.key = nnx.Param(jax.random.normal(second, (L, K, D, rank)) * D**-0.5)
+        self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
+        pairs = jnp.arange(D // 2 - rank // 2, D // 2, dtype=jnp.int32)
+        self.pairs = nnx.Variable(jnp.broadcast_to(pairs, (L, K, rank // 2)))
+
+
+class Lookahead(Predictor):
+    """q_imp = rot(norm_l(x_p) W_l), k_imp = rot(k_pre U_l), with x_p the residual stream entering producer layer p.
+
+    Raises ValueError where the rank exceeds the base's head dimension.
+    """
+
+    kind = "lookahead"
+    learning_rate = 2e-3
+    logical_axes = {
+        "query": ("layers", "width", "heads", "rank"),
+        "key": ("layers", "kv_heads", "head_dim", "rank"),
+        "query_bias": ("layers", "heads", "rank"),
+        "pairs": ("layers", "kv_heads", "rank"),
+    }
+
+    def __init__(self, base: BaseConfig, config: PredictorConfig, key):
+        super().__init__(base, config)
+        require(
+            config.rank <= base.head_dim,
+            f"rank {config.rank} exceeds the base's head dimension {base.head_dim}; use at most {base.head_dim}",
+        )
+        self.trunk = None
+        self.heads = LookaheadHeads(base, config.rank, key)
+
+    def _angles(self, head: Any, context: Context) -> tuple[Float[Array, "B T K F"], Float[Array, "B T K F"]]:
+        still = self.base.head_dim // 2 - context.cos.shape[-1]  # dimensions the base does not rotate
+        pad = ((0, 0), (0, 0), (0, still))
+        cos, sin = jnp.pad(context.cos, pad, constant_values=1.0), jnp.pad(context.sin, pad)
+        return cos[..., head.pairs[...]], sin[..., head.pairs[...]]
+
+    def queries(self, head: Any, features, view: LayerView, context: Context):
+        """Importance queries [B, T, H, R]: the captured stream under this layer's own frozen norm."""
+        h = rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps)
+        q = jnp.einsum("bte,ehr->bthr", h, head.query[...].astype(h.dtype))
+        if head.query_bias is not None:
+            q = q + head.query_bias[...].astype(h.dtype)[None, None]
+        cos, sin = (jnp.repeat(a, self.base.group, axis=2) for a in self._angles(head, context))
+        return rotary(q, cos, sin)
+
+    def keys(self, head: Any, features, view: LayerView, context: Context):
+        """Importance keys [B, T, K, R] from the keys before rotary."""
+        k = jnp.einsum("btkd,kdr->btkr", view.k_pre, head.key[...].astype(view.k_pre.dtype))
+        return rotary(k, *self._angles(head, context))
+
+    def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
+        """Choose the pairs on calibration batches and copy the frozen projections' matching rows.
+
+        Raises ValueError without batches.
+        """
+        require(
+            bool(batches),
+            "the lookahead predictor chooses its rotary pairs on text: give it calibration batches, "
+            "for instance a few of butler_jax.batches('python_docs', base.tokenizer, length=512, batch_size=4)",
+        )
+        energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
+        rank = self.config.rank
+        pairs = jnp.sort(jax.lax.top_k(energy * spread, rank // 2)[1], axis=-1)[1:]
+        graph, state = nnx.split(self)
+        chosen = nnx.merge(graph, state)
+        chosen.heads = _from_base(model, self.base, chosen.heads, pairs.astype(jnp.int32), rank)
+        return chosen
+
+
+def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " F"], Int[Array, " F"]]:
+    """The two dimensions of each of the D/2 pairs: first the rotated ones in half layout, then the still ones."""
+    half, still = base.rotary_dim // 2, (base.head_dim - base.rotary_dim) // 2
+    first = jnp.concatenate([jnp.arange(half), base.rotary_dim + jnp.arange(still)])
+    second = jnp.concatenate([half + jnp.arange(half), base.rotary_dim + still + jnp.arange(still)])
+    return first, second
+
+
+@jax.jit
+def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K F"], Float[Array, "L K F"]]:
+    """Per layer and KV head: mean energy of the queries' pairs, spread of the keys' pairs about their mean."""
+    config = model.config
+    segments = jnp.asarray(batch["segments"])
+    weight = (segments > 0).astype(jnp.float32)
+    weight = (weight / weight.sum())[:, :, None, None]
+    first, second = pair_dimensions(config)
+    dense = dense_mixer(config, segments)
+
+    def mixer(carry, view):
+        q, k = (jnp.stack([a[..., first], a[..., second]]).astype(jnp.float32) for a in (view.q, view.k))
+        energy = (jnp.square(q).sum(0) * weight).sum((0, 1)).reshape(config.kv_heads, config.group, -1).mean(1)
+        mean = (k * weight[None]).sum((1, 2), keepdims=True)
+        spread = (jnp.square(k - mean).sum(0) * weight).sum((0, 1))
+        mixed, _, _ = dense(None, view)
+        return mixed, carry, (energy, spread)
+
+    x = embed(model, jnp.asarray(batch["tokens"]))
+    return run_layers(model, x, jnp.asarray(batch["positions"]), mixer, None)[2]
+
+
+def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs, rank: int) -> LookaheadHeads:
+    first, second = pair_dimensions(base)
+    dims = jnp.concatenate([first[pairs], second[pairs]], axis=-1)  # [L-1, K, R]
+    per_query = jnp.repeat(dims, base.group, axis=1)  # [L-1, H, R]
+    scale = (rank / base.head_dim) ** 0.5
+    layers = model.layers
+
+    def chosen(weights: Float[Array, "L H D"]) -> Float[Array, "L H R"]:
+        return jnp.take_along_axis(weights[1:].astype(jnp.float32), per_query, axis=-1) * scale
+
+    query = jax.lax.map(
+        lambda ws: jnp.take_along_axis(ws[0].astype(jnp.float32), ws[1][None], axis=-1) * scale,
+        (layers.q[1:], per_query),
+    )
+    if layers.q_norm is not None:
+        gain = jnp.broadcast_to(layers.q_norm[...][:, None], (base.layers, base.heads, base.head_dim))
+        query = query * (chosen(gain) / scale)[:, None]
+    heads.query = nnx.Param(query)
+    heads.key = nnx.Param(jnp.swapaxes(jax.nn.one_hot(dims, base.head_dim, dtype=jnp.float32), -1, -2))
+    if heads.query_bias is not None:
+        heads.query_bias = nnx.Param(chosen(layers.q_bias[...]))
+    heads.pairs = nnx.Variable(pairs)
+    return heads

@@ -1,0 +1,74 @@
+"""The producer/consumer predictor of the paper's second version (TokenButler, arXiv 2503.07518v2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from butler_jax.base_model import LayerView
+from butler_jax.configs import BaseConfig, PredictorConfig
+from butler_jax.layers import layer_norm, rms_norm
+from butler_jax.predictors.interface import Context, Predictor, xavier
+
+
+class ProducerTrunk(nnx.Module):
+    """LayerNorm and the first projection, stacked over N producers."""
+
+    def __init__(self, producers: int, width: int, hidden: int, key):
+        self.norm_scale = nnx.Param(jnp.ones((producers, width)))
+        self.norm_bias = nnx.Param(jnp.zeros((producers, width)))
+        self.inner = xavier(key, (producers, width, hidden), width, hidden)
+
+
+class ProducerHeads(nnx.Module):
+    """The slots of every producer, and the projection of the cached keys, stacked over N*P."""
+
+    def __init__(self, slots: int, base: BaseConfig, hidden: int, rank: int, key):
+        first, second = jax.random.split(key)
+        self.query = xavier(first, (slots, hidden, base.heads, rank), hidden, base.heads * rank)
+        self.key = xavier(second, (slots, base.kv_heads, base.head_dim, rank), base.head_dim, rank)
+
+
+class Producer(Predictor):
+    """f = LayerNorm(E) -> E x I -> SiLU -> I x (P H R); keys are a projection of the real cached keys.
+
+    Read: the attention input (after the input norm) of layer nP, in training and in decoding alike; the keys'
+    projection belongs to a KV head in both. No rotary on the queries. Every producer has P slots, as published: the
+    last one's slots beyond the last layer stay untrained.
+    """
+
+    kind = "producer"
+    logical_axes = {
+        "norm_scale": ("layers", "norm"),
+        "norm_bias": ("layers", "norm"),
+        "inner": ("layers", "width", "hidden"),
+        "query": ("layers", "hidden", "heads", "rank"),
+        "key": ("layers", "kv_heads", "head_dim", "rank"),
+    }
+
+    def __init__(self, base: BaseConfig, config: PredictorConfig, key):
+        super().__init__(base, config)
+        hidden = config.hidden or 512
+        first, second = jax.random.split(key)
+        self.trunk = ProducerTrunk(self.producers, base.width, hidden, first)
+        self.heads = ProducerHeads(self.producers * self.stride, base, hidden, config.rank, second)
+
+    def capture(self, view: LayerView):
+        """The attention input of the producer layer, [B, T, E]."""
+        return rms_norm(view.x, view.weights.attention_norm[...], self.base.norm_eps)
+
+    def features(self, trunk: Any, captured, context: Context, attend, dropout):
+        """The hidden layer [B, T, I] shared by the producer's slots."""
+        x = layer_norm(captured, trunk.norm_scale[...], trunk.norm_bias[...])
+        return jax.nn.silu(jnp.einsum("bte,ei->bti", x, trunk.inner[...].astype(x.dtype))), None
+
+    def queries(self, head: Any, features, view: LayerView, context: Context):
+        """Importance queries [B, T, H, R]."""
+        return jnp.einsum("bti,ihr->bthr", features, head.query[...].astype(features.dtype))
+
+    def keys(self, head: Any, features, view: LayerView, context: Context):
+        """Importance keys [B, T, K, R] from the keys after rotary."""
+        return jnp.einsum("btkd,kdr->btkr", view.k, head.key[...].astype(view.k.dtype))

@@ -1,0 +1,121 @@
+"""Meshes and sharding rules: the only file that names mesh axes.
+
+Two axes: `data` splits the batch and, FSDP-like, the width of every weight; `model` splits heads, hidden units and the
+vocabulary (tensor parallel). A dimension that an axis does not divide stays whole.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from butler_jax.configs import require
+
+AXES = ("data", "model")
+
+RULES: dict[str, str | None] = {
+    "batch": "data",
+    "width": "data",
+    "heads": "model",
+    "kv_heads": "model",
+    "hidden": "model",
+    "vocab": "model",
+}
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """'data=4,model=2' -> {'data': 4, 'model': 2}; axes left out are 1. Raises ValueError naming what is wrong."""
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        match = re.fullmatch(r"(\w+)=(\d+)", part)
+        require(bool(match), f"mesh {text!r}: {part!r} is not of the form axis=size, as in data=4,model=2")
+        axis, size = match.group(1), int(match.group(2))
+        require(axis in AXES, f"mesh {text!r}: unknown axis {axis!r}; axes are {', '.join(AXES)}")
+        require(size > 0, f"mesh {text!r}: {axis} must be at least 1")
+        sizes[axis] = size
+    return sizes
+
+
+def make_mesh(text: str = "") -> Mesh:
+    """The mesh that `text` describes, over the first devices; '' puts every device on the data axis.
+
+    Raises ValueError where the mesh needs more devices than there are.
+    """
+    devices = jax.devices()
+    sizes = parse_mesh(text) if text else {"data": len(devices), "model": 1}
+    needed = sizes["data"] * sizes["model"]
+    require(
+        needed <= len(devices),
+        f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
+        f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
+    )
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
+
+
+def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Mesh axes of an array with these logical axes; what an axis does not divide is left whole."""
+    axes = [RULES.get(name) for name in logical]
+    return PartitionSpec(
+        *(a if a and mesh.shape[a] > 1 and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True))
+    )
+
+
+def shardings_for(mesh: Mesh):
+    """(logical axes, shape) -> NamedSharding on this mesh; what load_base's `shardings` takes."""
+    return lambda logical, shape: NamedSharding(mesh, partition(logical, shape, mesh))
+
+
+def module_shardings(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any:
+    """A pytree of NamedShardings in the shape of `module`.
+
+    An axes table is keyed by parameter name, or by its dotted path where two of one name differ.
+    """
+
+    def one(path, leaf):
+        names = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
+        names = [n for n in names if n != "value"]
+        logical = logical_axes.get(".".join(names[-2:])) or logical_axes[names[-1]]
+        return NamedSharding(mesh, partition(logical, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, module)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches [B, T] split over the data axis."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raise ValueError where the mesh does not divide the batch."""
+    size = mesh.shape[RULES["batch"]]
+    require(
+        batch_size % size == 0,
+        f"batch size {batch_size} is not divisible by the mesh's data axis ({size}); "
+        f"use a multiple of {size} or another --mesh",
+    )
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> nnx.Module:
+    """Move a module's parameters to their shardings."""
+    return jax.device_put(module, module_shardings(module, logical_axes, mesh))
+
+
+def attention_axes() -> tuple[str, str]:
+    """The mesh axes over which attention splits its batch and its heads."""
+    return RULES["batch"], RULES["heads"]
