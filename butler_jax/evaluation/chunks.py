@@ -1,0 +1,110 @@
+"""A layer's queries in chunks of rows, with everything that policies look at; memory linear in length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.attention import (
+    CHUNK,
+    causal_attention,
+    chunk_mask,
+    make_bands,
+    split_keys,
+    split_queries,
+    split_segments,
+)
+from butler_jax.base_model import LayerView
+from butler_jax.policies import Chunk
+from butler_jax.selection import Rows
+
+Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"]]
+
+
+def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The column where each token's document begins; documents are contiguous."""
+    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jax.lax.cummax(jnp.where(segments != before, columns, 0), axis=1)
+
+
+def map_chunks(
+    apply: Callable[[Chunk, Float[Array, "B K S D"], Int[Array, ""]], Any],
+    view: LayerView,
+    importance: Importance | None,
+    segments: Int[Array, "B T"],
+    window: int | None,
+    rows: int | None = None,
+) -> tuple[Any, int]:
+    """Results of apply(chunk, values, number) for all chunks of query rows, stacked [N, ...]; a chunk's rows.
+
+    importance: (q_imp, k_imp), k_imp per KV head or per query head. window: of a sliding layer, static.
+    rows: take about so many query rows, chunks evenly spread along the sequence (None: all).
+    """
+    length, size = segments.shape[1], min(CHUNK, segments.shape[1])
+    kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
+
+    def scaled(x):
+        return split_queries(x * jnp.asarray(x.shape[-1] ** -0.5, x.dtype), kv_heads, size)
+
+    queries, keys, values = scaled(view.q), split_keys(view.k, size), split_keys(view.v, size)
+    starts = split_segments(document_starts(segments), size)
+    segments = split_segments(segments, size)
+    if importance is not None:
+        importance = scaled(importance[0]), split_keys(importance[1], size)
+
+    def scores(rows, columns):
+        """Products of M = G C rows with keys per KV head or, where there are H of them, per query head."""
+        batch, _, _, width = rows.shape
+        rows = rows.reshape(batch, kv_heads, group, size, width)
+        if columns.shape[1] == kv_heads:
+            return jnp.einsum("bkgcd,bksd->bkgcs", rows, columns, preferred_element_type=jnp.float32)
+        columns = columns.reshape(batch, kv_heads, group, -1, width)
+        return jnp.einsum("bkgcd,bkgsd->bkgcs", rows, columns, preferred_element_type=jnp.float32)
+
+    def one(band, number):
+        first = band.first_key(number, size)
+        q, k = queries[number], band.take(keys, first, 2)
+        predicted = None
+        if importance is not None:
+            predicted = scores(importance[0][number], band.take(importance[1], first, 2))
+        start = jax.lax.dynamic_slice_in_dim(starts, number * size, size, axis=1)
+        own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
+        chunk = Chunk(
+            view.index,
+            q.reshape(q.shape[0], kv_heads, group, size, -1),
+            k,
+            scores(q, k),
+            predicted,
+            Rows(own, start),
+            first + jnp.arange(band.keys, dtype=jnp.int32),
+            chunk_mask(number, first, band.keys, segments, window, size),
+        )
+        return apply(chunk, band.take(values, first, 2), number)
+
+    parts = []
+    chosen = spread(-(-length // size), size, rows)
+    for band in make_bands(-(-length // size), size, window):
+        numbers = [n for n in range(band.start, band.stop) if n in chosen]
+        if numbers:
+            parts.append(jax.lax.map(lambda number, band=band: one(band, number), jnp.asarray(numbers)))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts), size
+
+
+def spread(chunks: int, size: int, rows: int | None) -> list[int]:
+    """Numbers of the chunks that hold about `rows` rows, evenly spread over all of them."""
+    taken = chunks if rows is None else min(max(rows // size, 1), chunks)
+    return [(2 * i + 1) * chunks // (2 * taken) for i in range(taken)]
+
+
+def importance_attend(segments: Int[Array, "B T"], implementation: str | None = None):
+    """The attention of a predictor's trunk over whole sequences, as predictors.walk takes it."""
+
+    def attend(cache, q, k, v):
+        return causal_attention(q, k, v, segments=segments, implementation=implementation), None
+
+    return attend

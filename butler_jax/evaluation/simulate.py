@@ -1,0 +1,180 @@
+"""Decoding simulated in one pass: every query attends to its own choice only, in all layers but the first."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.attention import merge_queries, weighted_values
+from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
+from butler_jax.configs import SelectionConfig, require
+from butler_jax.evaluation.chunks import importance_attend, map_chunks
+from butler_jax.policies import Policy
+from butler_jax.predictors import Predictor, walk
+from butler_jax.selection import budget_table, select_mask
+
+LOGIT_ROWS = 64  # rows of logits formed at a time
+
+
+class Simulated(NamedTuple):
+    """What a pass yields.
+
+    nll: negative log-likelihood of the next token in nats, 0 where the next token is padding or of another
+    document. greedy: the most likely next token. attended: per row the mean over KV heads (query heads
+    where a policy chooses for each) and layers 1 ... of the fraction of its causal keys that was read.
+    """
+
+    nll: Float[Array, "B T"]
+    greedy: Int[Array, "B T"]
+    attended: Float[Array, "B T"]
+
+
+def simulate(
+    model: BaseModel,
+    batch: dict[str, Int[Array, "B T"]],
+    policy: Policy,
+    config: SelectionConfig,
+    predictor: Predictor | None = None,
+    *,
+    implementation: str | None = None,
+) -> Simulated:
+    """One pass over a batch (tokens, segments, positions) under a policy and a budget.
+
+    Raises ValueError beyond the model's context, or where the policy needs a predictor and there is none.
+    Compiles once per policy and shape: the budget is data.
+    """
+    length = batch["tokens"].shape[1]
+    check_length(model.config, length)
+    require(
+        predictor is not None or not policy.needs_predictor,
+        f"the policy {policy.name} needs a trained predictor",
+    )
+    batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
+    table = jnp.asarray(budget_table(config, length))
+    if not policy.needs_predictor:
+        predictor = None
+    return _simulate(
+        model, predictor, batch, table, policy=policy, sinks=config.sinks, window=config.window,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("policy", "sinks", "window", "implementation"))
+def _simulate(model, predictor, batch, table, *, policy, sinks, window, implementation) -> Simulated:
+    x, attended = hidden_states(
+        model,
+        predictor,
+        batch,
+        table,
+        policy=policy,
+        sinks=sinks,
+        window=window,
+        implementation=implementation,
+    )
+    nll, greedy = predictions(model, x, batch["tokens"], batch["segments"])
+    return Simulated(nll, greedy, attended)
+
+
+def hidden_states(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batch: dict[str, Int[Array, "B T"]],
+    table: Int[Array, " N"],
+    *,
+    policy: Policy,
+    sinks: int = 4,
+    window: int = 8,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B T"]]:
+    """Last residual stream under a policy, and each row's attended fraction. table: a budget_table."""
+    base, segments, positions = model.config, batch["segments"], batch["positions"]
+    x = embed(model, batch["tokens"])
+    if policy.name == "dense":
+        x, _, _ = run_layers(model, x, positions, dense_mixer(base, segments, implementation), None)
+        return x, jnp.ones(segments.shape, jnp.float32)
+    length = segments.shape[1]
+    context = state = None
+    if predictor is not None:
+        context = predictor.context(positions, length)
+        state = walk.begin(predictor, x, context)
+    attend_trunk = importance_attend(segments, implementation)
+
+    def mixer(state, view):
+        importance = None
+        if predictor is not None:
+            step = walk.step(predictor, state, view, context, attend_trunk)
+            state = step.state
+            importance = tuple(
+                f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys)
+            )
+
+        def attend(limit):
+            apply = partial(sparse_chunk, policy=policy, table=table, sinks=sinks, window=window)
+            (outputs, fractions), size = map_chunks(apply, view, importance, segments, limit)
+            fractions = jnp.swapaxes(fractions, 0, 1).reshape(segments.shape[0], -1)[:, :length]
+            return merge_queries(outputs, size, length), fractions
+
+        output, fractions = by_window(base, view.index, attend)
+        return output, state, fractions
+
+    x, _, fractions = run_layers(model, x, positions, mixer, state)
+    return x, jnp.mean(fractions[1:], axis=0)
+
+
+def sparse_chunk(chunk, values, number, *, policy: Policy, table, sinks: int, window: int):
+    """Attention of a chunk over its chosen keys: output [B, K, M, D], fraction of causal keys read [B, C].
+
+    Layer 0 reads everything.
+    """
+    allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
+    count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
+    tokens = jnp.where(chunk.layer > 0, table[count], count)
+    mask = select_mask(
+        policy(chunk), allowed, chunk.rows, tokens, sinks=sinks, window=window, columns=chunk.columns
+    )
+    batch, kv_heads, group, size, keys = chunk.logits.shape
+    read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
+    fraction = read.astype(jnp.float32) / (mask.shape[1] * jnp.maximum(count, 1)).astype(jnp.float32)
+    mask = mask.reshape(batch, kv_heads, -1, size, keys)  # 1 or G sets in a group
+    scores = jnp.where(mask, chunk.logits, -1e30)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True).reshape(batch, kv_heads, group * size, 1)
+    output = weighted_values(weights.reshape(batch, kv_heads, group * size, keys), values) / total
+    return output.astype(values.dtype), fraction
+
+
+def predictions(
+    model: BaseModel, x: Float[Array, "B T E"], tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
+    """Negative log-likelihood (nats) of each next token, and the greedy one; a few rows of logits at a time.
+
+    The likelihood is 0 where `has_next` is false.
+    """
+    batch, length = tokens.shape
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    chunks = -(-length // LOGIT_ROWS)
+    pad = chunks * LOGIT_ROWS - length
+
+    def split(a):
+        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.swapaxes(a.reshape(batch, chunks, LOGIT_ROWS, *a.shape[2:]), 0, 1)
+
+    def one(rows):
+        hidden, following = rows
+        values = logits(model, hidden)
+        chosen = jnp.take_along_axis(values, following[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(values, axis=-1) - chosen, jnp.argmax(values, axis=-1).astype(jnp.int32)
+
+    parts = jax.lax.map(one, (split(x), split(following)))
+    nll, greedy = (jnp.swapaxes(a, 0, 1).reshape(batch, -1)[:, :length] for a in parts)
+    return jnp.where(has_next(segments), nll, 0.0), greedy
+
+
+def has_next(segments: Int[Array, "B T"]) -> Array:
+    """Which tokens are followed by a token of their own document: those whose next token is predicted."""
+    following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    return (segments > 0) & (segments == following)

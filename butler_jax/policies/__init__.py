@@ -1,0 +1,28 @@
+"""Policies by name. Another is one more file and one more row here."""
+
+from __future__ import annotations
+
+from butler_jax.configs import require
+from butler_jax.policies.dense import Dense
+from butler_jax.policies.interface import Chunk, Policy
+from butler_jax.policies.oracle import Oracle, OracleHead
+from butler_jax.policies.random import Random
+from butler_jax.policies.streaming import Streaming
+from butler_jax.policies.tokenbutler import TokenButler
+
+POLICIES: dict[str, type[Policy]] = {
+    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, TokenButler)
+}
+
+__all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
+
+
+def make_policy(name: str, **fields) -> Policy:
+    """The policy of that name; fields: its hyper-parameters. Raises ValueError naming the known ones."""
+    require(name in POLICIES, f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    known = POLICIES[name].__dataclass_fields__
+    unknown = sorted(set(fields) - set(known))
+    require(
+        not unknown, f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}"
+    )
+    return POLICIES[name](**fields)

@@ -1,0 +1,78 @@
+"""What every policy is: scores of the keys for a chunk of query rows. Choosing is selection's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.selection import Rows
+
+
+class Chunk(NamedTuple):
+    """C query rows of one layer and the S keys they may see; the G query heads of a group share a KV head.
+
+    layer: its index, from 0. q (times D**-0.5) and k: after rotary. logits: q . k, every key, masked or
+    not. importance: the predictor's scores in the layout of logits, None without a predictor. rows: the
+    queries' columns. columns: positions of the keys along the sequence. allowed: which keys a row may see
+    (batch 1 without documents).
+    """
+
+    layer: Int[Array, ""]
+    q: Float[Array, "B K G C D"]
+    k: Float[Array, "B K S D"]
+    logits: Float[Array, "B K G C S"]
+    importance: Float[Array, "B K G C S"] | None
+    rows: Rows
+    columns: Int[Array, " S"]
+    allowed: Bool[Array, "B C S"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base class: a frozen dataclass whose fields are the policy's hyper-parameters.
+
+    `scores` gives [B, K, G or 1, C, S] (higher is read first, 1: the same for the whole group) and `pool`
+    makes of them what is selected by: [B, K, C, S], or [B, H, C, S] for a policy that chooses per query
+    head.
+    """
+
+    name: ClassVar[str]
+    needs_predictor: ClassVar[bool] = False
+
+    def scores(self, chunk: Chunk) -> Float[Array, "B K G C S"]:
+        """Scores per query head, before pooling."""
+        raise TypeError(f"{type(self).__name__} must define scores")
+
+    def pool(self, scores: Float[Array, "B K G C S"], chunk: Chunk) -> Float[Array, "B K C S"]:
+        """Scores per KV head; default: the maximum over the group."""
+        return jnp.max(scores, axis=2)
+
+    def __call__(self, chunk: Chunk) -> Float[Array, "B K C S"]:
+        """The scores that selection takes."""
+        return self.pool(self.scores(chunk), chunk)
+
+
+def normalise(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
+    """Scores less each head's own log-sum-exp over the keys it may see, so that heads of a group compare.
+
+    A group of one has nothing to compare and is left as it is.
+    """
+    if scores.shape[2] == 1:
+        return scores
+    masked = jnp.where(allowed[:, None, None], scores, -1e30)
+    return scores - jax.nn.logsumexp(masked, axis=-1, keepdims=True)
+
+
+def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:
+    """One row of scores a query head: a policy that chooses so lets no head share."""
+    batch, kv_heads, group, *rest = scores.shape
+    return scores.reshape(batch, kv_heads * group, *rest)
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """Name and hyper-parameters, for reports."""
+    return {"name": policy.name, **{f: getattr(policy, f) for f in policy.__dataclass_fields__}}

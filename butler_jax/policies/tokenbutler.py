@@ -1,0 +1,37 @@
+"""The trained predictor (TokenButler, arXiv 2503.07518)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from butler_jax.configs import require
+from butler_jax.policies.interface import Chunk, Policy, normalise
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenButler(Policy):
+    """Scores by the predictor's importance q_imp . k_imp / sqrt(R), pooled per KV head.
+
+    pooling: "normalised" takes each head's own log-sum-exp off before the maximum over the group; "maximum"
+    is the plain maximum, as published, and cheaper.
+    """
+
+    name = "tokenbutler"
+    needs_predictor = True
+    pooling: Literal["normalised", "maximum"] = "normalised"
+
+    def __post_init__(self):
+        known = ("normalised", "maximum")
+        require(self.pooling in known, f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
+
+    def scores(self, chunk: Chunk):
+        """Importance per query head."""
+        require(chunk.importance is not None, "the policy tokenbutler needs a trained predictor")
+        return chunk.importance
+
+    def pool(self, scores, chunk: Chunk):
+        """Maximum over the group."""
+        if self.pooling == "normalised":
+            scores = normalise(scores, chunk.allowed)
+        return scores.max(axis=2)
