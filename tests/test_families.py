@@ -43,9 +43,7 @@ def test_rotary_settings_per_layer_kind_are_refused():
 
 def test_longrope_factors_of_the_wrong_number_are_refused():
     with pytest.raises(ValueError, match=r"8 short and long factors, got \[3, 8\]"):
-        config(
-            rope_scaling={"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 8, "factor": 2.0}
-        )
+        config(rope_scaling={"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 8, "factor": 2.0})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

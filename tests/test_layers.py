@@ -138,9 +138,7 @@ def test_rotary_scores_depend_on_the_distance_alone(seed, shift, gap):
     frequencies, _ = rope_frequencies(base_config(SIZES).rope, 16, context=256, length=256)
 
     def score(at_q, at_k):
-        rotated = [
-            rotary(x, *rotary_angles(jnp.asarray([p]), frequencies)) for x, p in ((q, at_q), (k, at_k))
-        ]
+        rotated = [rotary(x, *rotary_angles(jnp.asarray([p]), frequencies)) for x, p in ((q, at_q), (k, at_k))]
         return jnp.sum(rotated[0] * rotated[1])
 
     # Angles near 300 radians carry an error of 2e-5 in float32; a score sums 16 products of about 1.

@@ -52,9 +52,7 @@ def library() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(
-            "reading .gguf files needs the package gguf: pip install 'butler-jax[gguf]'"
-        ) from error
+        raise ValueError("reading .gguf files needs the package gguf: pip install 'butler-jax[gguf]'") from error
     return gguf
 
 
@@ -157,8 +155,8 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
 def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict[str, Any]:
     """Rotary scaling in Hugging Face's spelling.
 
-    Llama 3's smoothed scaling is stored as one divisor per frequency; the same divisors as both sets of longrope factors,
-    with an attention factor of 1, are the same rotation.
+    Llama 3's smoothed scaling is stored as one divisor per frequency; the same divisors as both sets of longrope
+    factors, with an attention factor of 1, are the same rotation.
     """
 
     def factors(name: str) -> list[float]:

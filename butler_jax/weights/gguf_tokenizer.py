@@ -54,7 +54,8 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
         return None
     require(
         kind in ("gpt2", "llama"),
-        f"unknown tokenizer {kind!r} (tokenizer.ggml.model); supported: gpt2 (byte-level BPE), llama (SentencePiece BPE)",
+        f"unknown tokenizer {kind!r} (tokenizer.ggml.model); supported: gpt2 (byte-level BPE) and llama "
+        "(SentencePiece BPE)",
     )
     tokens = get("tokens")
     require(bool(tokens), "the metadata lacks tokenizer.ggml.tokens")
@@ -70,7 +71,9 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
         backend = sentencepiece_bpe(tokens, scores, types, unknown, prefix=get("add_space_prefix", True))
         add_bos = True
     for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [AddedToken(t, special=special, normalized=False) for t, n in zip(tokens, types, strict=True) if n == wanted]
+        added = [
+            AddedToken(t, special=special, normalized=False) for t, n in zip(tokens, types, strict=True) if n == wanted
+        ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     bos, eos = get("bos_token_id"), get("eos_token_id")
     add_bos = bos is not None and get("add_bos_token", add_bos)

@@ -86,9 +86,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise FileNotFoundError(f"{path} is missing; {INDEX} lists it. Download the model again")
         tensors |= open_safetensors(path)
     lost = [name for name in placed if name not in tensors]
-    require(
-        not lost, f"{directory / INDEX} lists tensor {lost[0] if lost else ''}, which is in none of its files"
-    )
+    require(not lost, f"{directory / INDEX} lists tensor {lost[0] if lost else ''}, which is in none of its files")
     return tensors
 
 
@@ -99,8 +97,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(file.read(8), "little")
         require(
             size >= 8 + length,
-            f"{path} is truncated: {size} bytes, but its header alone has {length}. "
-            "Download or copy the file again",
+            f"{path} is truncated: {size} bytes, but its header alone has {length}. Download or copy the file again",
         )
         try:
             header = json.loads(file.read(length))
@@ -109,9 +106,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a safetensors file: its header cannot be read") from error
     expected = 8 + length + max(ends, default=0)
-    require(
-        size >= expected, f"{path} is truncated: {size} bytes of {expected}. Download or copy the file again"
-    )
+    require(size >= expected, f"{path} is truncated: {size} bytes of {expected}. Download or copy the file again")
     tensors = {}
     for name, entry in entries.items():
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -127,9 +122,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_rows(
-    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int
-) -> np.ndarray:
+def _read_rows(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
     row = math.prod(shape[1:])
     raw = np.fromfile(
         path, np.uint8, (stop - start) * row * dtype.itemsize, offset=offset + start * row * dtype.itemsize
@@ -163,6 +156,6 @@ def download(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS)))
     except Exception as error:  # network, authorisation and naming errors have no common class
         raise FileNotFoundError(
-            f"{name!r} is no directory here, and the hub did not deliver it ({type(error).__name__}: {error}). Check the "
-            "name and the connection, or give the path of a downloaded directory"
+            f"{name!r} is no directory here, and the hub did not deliver it ({type(error).__name__}: {error}). Check "
+            "the name and the connection, or give the path of a downloaded directory"
         ) from error

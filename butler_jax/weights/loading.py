@@ -87,7 +87,8 @@ def _directory(spec: str) -> tuple[Path, str]:
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec):
         return huggingface.download(spec), spec
     raise FileNotFoundError(
-        f"no such directory: {spec}. A base is a Hugging Face directory, a hub id organisation/name, a .gguf file, or tiny"
+        f"no such directory: {spec}. A base is a Hugging Face directory, a hub id organisation/name, a .gguf file, "
+        "or tiny"
     )
 
 

@@ -188,8 +188,7 @@ class Slot:
         whole = (slice(None),) * len(shape)
         indices = sharding.addressable_devices_indices_map(shape) if sharding else {None: whole}
         self.boxes = {  # device -> [(start, stop)] along every axis
-            device: [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-            for device, index in indices.items()
+            device: [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)] for device, index in indices.items()
         }
         self.shards = {
             device: jnp.zeros([stop - start for start, stop in box], dtype, device=device)
@@ -205,9 +204,7 @@ class Slot:
             ]
             if any(a >= b for a, b in overlap):
                 continue
-            mine = piece[
-                tuple(slice(a - first, b - first) for (a, b), first in zip(overlap, start, strict=True))
-            ]
+            mine = piece[tuple(slice(a - first, b - first) for (a, b), first in zip(overlap, start, strict=True))]
             at = tuple(np.int32(a - origin) for (a, _), (origin, _) in zip(overlap, box, strict=True))
             self.shards[device] = _update(self.shards[device], jax.device_put(mine, device), at)
         jax.block_until_ready(list(self.shards.values()))
