@@ -36,6 +36,7 @@ MODELS = {  # name -> (family, settings)
     "llama": ("llama", {}),
     "llama of one KV head": ("llama", {"num_key_value_heads": 1}),
     "llama of all KV heads, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama of even blocks": ("llama", {"intermediate_size": 64}),  # rows of whole quantisation blocks
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama with wide heads": ("llama", {"head_dim": 24, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
     "mistral with a window": ("mistral", {"sliding_window": 5}),

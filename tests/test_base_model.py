@@ -43,7 +43,7 @@ def random_tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(3, 96, shape, dtype=np.int32)
 
 
-@pytest.mark.parametrize("name", reference_models.MODELS)
+@pytest.mark.parametrize("name", [name for name in reference_models.MODELS if "blocks" not in name])
 def test_logits_equal_those_of_transformers(loaded, name):
     theirs, base = loaded(name)
     for length in (24, 48) if "longrope" in name else (24,):  # on both sides of the original context, 32

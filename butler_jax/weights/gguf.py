@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from butler_jax.configs import require
-from butler_jax.families import base_config
+from butler_jax.families import FAMILIES, base_config
 from butler_jax.weights.gguf_tokenizer import read_tokenizer
 from butler_jax.weights.huggingface import Source
 from butler_jax.weights.placing import StoredTensor
@@ -92,15 +92,15 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
         if fields["general.architecture"] in INTERLEAVED and part in ("attn_q", "attn_k"):
             heads = config.heads if part == "attn_q" else config.kv_heads
             tensor = StoredTensor(tensor.shape, partial(_halves, tensor, heads))
-        tensors[tensor_name(name)] = tensor
+        tensors[tensor_name(name, FAMILIES[config.family].fused)] = tensor
     return Source(config, tensors), tokenizer
 
 
-def tensor_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own."""
+def tensor_name(name: str, fused: bool) -> str:
+    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own. fused: gate and up are one tensor."""
     pieces = name.split(".")
     if len(pieces) == 4 and pieces[0] == "blk" and pieces[2] in PARTS:
-        part = PARTS[pieces[2]]
+        part = "mlp.gate_up_proj" if fused and pieces[2] == "ffn_up" else PARTS[pieces[2]]
         return f"model.layers.{pieces[1]}.{part}.{pieces[3]}"
     return TABLES.get(name, name)
 
