@@ -1,0 +1,331 @@
+"""Masked simulation, recall, perplexity, co-reference and report, against naive numpy forms on tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from math import ceil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.base_model import BaseModel, forward
+from butler_jax.configs import BaseConfig, EvalConfig, PredictorConfig, SelectionConfig
+from butler_jax.evaluation import Report, coreference, evaluate, perplexity, recall, simulate, text_windows
+from butler_jax.evaluation.chunks import document_starts, spread
+from butler_jax.evaluation.perplexity import read_text, windows
+from butler_jax.policies import make_policy
+from butler_jax.predictors import PREDICTORS, make_predictor
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+BASE = BaseConfig(
+    family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=512
+)
+
+
+def make_model(config=BASE, seed=0):
+    model = BaseModel(config, jax.random.key(seed))
+    # Sharper queries than a random model's, so that it matters which keys are read.
+    model.layers.q[...] = model.layers.q[...] * 4
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def make_batch(lengths, total, seed=0):
+    """Rows of documents of the given lengths, padded to `total`."""
+    random = np.random.default_rng(seed)
+    shape = (len(lengths), total)
+    tokens, segments, positions = random.integers(0, 61, shape), np.zeros(shape), np.zeros(shape)
+    for row, documents in enumerate(lengths):
+        first = 0
+        for number, size in enumerate(documents):
+            segments[row, first : first + size] = number + 1
+            positions[row, first : first + size] = np.arange(size)
+            first += size
+    return {
+        k: v.astype(np.int32)
+        for k, v in zip(("tokens", "segments", "positions"), (tokens, segments, positions), strict=True)
+    }
+
+
+def naive(model, tokens, score, budget, sinks=4, window=8, sliding=None):
+    """One document, position by position in float64: logits [T, V], chosen sets and weights [l][h][t].
+
+    score(layer, head, t, q, k) gives the scores of keys 0..t by head; pooled by maximum over a group.
+    """
+    c = model.config
+    p = {n: np.float64(v[...]) for n, v in vars(model.layers).items() if hasattr(v, "shape")}
+    half = c.head_dim // 2
+    angles = np.arange(len(tokens))[:, None] * c.rope.theta ** (-np.arange(half) / half)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
+
+    def rotate(x):
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = np.float64(model.embedding[...])[tokens]
+    sets, weights = [], []
+    for layer in range(c.layers):
+        h = norm(x, p["attention_norm"][layer])
+        q, k, v = (np.einsum("te,ehd->thd", h, p[n][layer]) for n in "qkv")
+        q, k = rotate(q) / np.sqrt(c.head_dim), rotate(k)
+        out = np.zeros_like(q)
+        sets.append({}), weights.append({})
+        for t in range(len(tokens)):
+            low = 0 if sliding is None else max(0, t - sliding + 1)
+            for kv in range(c.kv_heads):
+                heads = range(kv * c.group, (kv + 1) * c.group)
+                logits = {head: k[low : t + 1, kv] @ q[t, head] for head in heads}
+                true = {head: np.exp(z - z.max()) / np.exp(z - z.max()).sum() for head, z in logits.items()}
+                count = t + 1 - low
+                n = ceil(budget * count) if layer else count
+                pooled = np.max([score(layer, head, t, true[head]) for head in heads], axis=0)
+                newest = min(n, window)
+                forced = [j for j in range(count) if j >= count - newest]
+                forced += [j for j in range(count) if j not in forced and j + low < min(n - newest, sinks)]
+                rest = sorted((j for j in range(count) if j not in forced), key=lambda j: (-pooled[j], j))
+                chosen = sorted(forced + rest[: n - len(forced)])
+                for head in heads:
+                    kept = true[head][chosen]
+                    out[t, head] = kept @ v[low : t + 1, kv][chosen] / kept.sum()
+                    sets[-1][head, t], weights[-1][head, t] = chosen, true[head]
+        x = x + np.einsum("thd,hde->te", out, p["o"][layer])
+        h = norm(x, p["mlp_norm"][layer])
+        gate = np.einsum("te,ef->tf", h, p["gate"][layer])
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ p["up"][layer])) @ p["down"][layer]
+    return norm(x, np.float64(model.final_norm[...])) @ np.float64(model.unembedding[...]).T, sets, weights
+
+
+def next_nll(logits, tokens):
+    top = logits.max(-1, keepdims=True)
+    log = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    return -log[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+SCORES = {"oracle": lambda layer, head, t, true: true, "streaming": lambda layer, head, t, true: np.arange(len(true))}
+
+
+@pytest.mark.parametrize("policy", sorted(SCORES))
+@pytest.mark.parametrize("sliding", [None, 20])
+def test_simulation_equals_position_by_position_form(policy, sliding):
+    model = make_model(dataclasses.replace(BASE, window=sliding))
+    batch = make_batch([[37], [30]], 37)
+    for budget in (0.5, 0.25):
+        result = simulate(model, batch, make_policy(policy), SelectionConfig(budget=budget))
+        for row, size in enumerate((37, 30)):
+            tokens = batch["tokens"][row, :size]
+            logits, _, _ = naive(model, tokens, SCORES[policy], budget, sliding=sliding)
+            # float32 against float64 through three layers; a wrongly chosen key changes the first digits
+            np.testing.assert_allclose(result.nll[row, : size - 1], next_nll(logits, tokens), atol=2e-4)
+            np.testing.assert_array_equal(result.greedy[row, :size], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", sorted(PREDICTORS))
+def test_full_budget_equals_dense_pass(model, kind):
+    predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2))
+    batch = make_batch([[20, 150], [140]], 170)
+    result = simulate(model, batch, make_policy("tokenbutler"), SelectionConfig(budget=1.0), predictor)
+    logits = jax.jit(forward)(model, **{k: jnp.asarray(v) for k, v in batch.items()})
+    following = np.roll(batch["tokens"], -1, axis=1)
+    nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), following[..., None], axis=-1)[..., 0]
+    same = (batch["segments"] > 0) & (np.roll(batch["segments"], -1, axis=1) == batch["segments"])
+    same[:, -1] = False
+    # the same float32 sums in another order
+    np.testing.assert_allclose(result.nll, np.where(same, nll, 0), atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(result.attended), 1.0)
+
+
+@pytest.mark.parametrize("policy", ["oracle", "oracle_head", "random", "streaming", "tokenbutler"])
+def test_documents_and_padding_change_nothing(model, policy):
+    predictor = make_predictor(BASE, PredictorConfig(kind="contextual", rank=8))
+    batch = make_batch([[50, 95], [50], [95]], 160)
+    for row, first, size in ((1, 0, 50), (2, 50, 95)):
+        batch["tokens"][row, :size] = batch["tokens"][0, first : first + size]
+    result = simulate(model, batch, make_policy(policy), SelectionConfig(budget=0.25), predictor)
+    for row, first, size in ((1, 0, 50), (2, 50, 95)):
+        packed = result.nll[0, first : first + size - 1]
+        # rows stand in other chunks: other order of float32 sums
+        np.testing.assert_allclose(packed, result.nll[row, : size - 1], atol=2e-4)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.125, 16])
+def test_attended_fraction_is_the_budget(model, budget):
+    batch = make_batch([[150]], 150)
+    result = simulate(model, batch, make_policy("random"), SelectionConfig(budget=budget))
+    counts = np.arange(1, 151)
+    wanted = np.minimum(budget, counts) if isinstance(budget, int) else np.ceil(budget * counts)
+    # float32 means of small fractions
+    np.testing.assert_allclose(result.attended[0], wanted / counts, rtol=1e-5)
+
+
+def test_recall_and_hit_rate_equal_sorted_form(model):
+    batch = make_batch([[60]], 64)
+    found = recall(model, None, [batch], [make_policy("oracle"), make_policy("streaming")], [0.5, 0.25])
+    for name, score in SCORES.items():
+        for budget in (0.5, 0.25):
+            # sets of the naive form at this budget, weights of the dense pass
+            mass, hits = [], []
+            _, _, dense = naive(model, batch["tokens"][0, :60], score, 1.0)
+            for layer in (1, 2):
+                for (head, t), true in dense[layer].items():
+                    group = [dense[layer][h, t] for h in range(head // 2 * 2, head // 2 * 2 + 2)]
+                    pooled = np.max([score(layer, 0, t, w) for w in group], axis=0)
+                    n = ceil(budget * (t + 1))
+                    newest = min(n, 8)
+                    forced = {*range(t + 1 - newest, t + 1), *range(min(n - newest, 4, t + 1))}
+                    rest = sorted(set(range(t + 1)) - forced, key=lambda j: (-pooled[j], j))
+                    mass.append(true[[*forced, *rest[: n - len(forced)]]].sum())
+                    if t >= 31:
+                        half = (t + 1) // 2
+                        own = score(layer, head, t, true)
+                        tops = (set(np.argsort(-a, kind="stable")[:half]) for a in (true, own))
+                        hits.append(len(set.intersection(*tops)) / half)
+            # means of float32 weights
+            assert found.mass[name][budget] == pytest.approx(np.mean(mass), abs=2e-5)
+        assert found.hit_rate[name] == pytest.approx(np.mean(hits), abs=1e-5)
+    assert (found.rows, found.hit_rows) == (60, 29)
+
+
+def test_oracle_recalls_most_and_random_hits_half(model):
+    predictor = make_predictor(BASE, PredictorConfig(kind="lookahead", rank=8))
+    names = ["oracle_head", "oracle", "random", "tokenbutler"]
+    budgets = [0.5, 0.125, 0.0625]
+    batch = make_batch([[240], [200]], 240)
+    found = recall(model, predictor, [batch], [make_policy(n) for n in names], budgets)
+    for budget in budgets:
+        mass = {n: found.mass[n][budget] for n in names}
+        assert mass["oracle_head"] >= mass["oracle"] - 1e-6
+        assert mass["oracle_head"] >= max(mass.values()) - 1e-6
+        assert mass["oracle"] >= max(mass["random"], mass["tokenbutler"])
+        assert 0 < found.attended[budget] < 1
+    assert found.hit_rate["oracle"] == pytest.approx(1, abs=1e-6)
+    # about 380 rows x 2 layers x 2 KV heads of 16 to 120 draws each: standard error below 0.002
+    assert found.hit_rate["random"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_recall_of_some_rows_measures_only_those(model):
+    batch = make_batch([[512]], 512)
+    found = recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
+    assert found.rows == 128
+    assert spread(8, 128, None) == list(range(8)) and spread(8, 128, 300) == [2, 6] and spread(4, 128, 1) == [2]
+
+
+def test_document_starts_are_first_columns():
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
+    starts = document_starts(segments)
+    np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2, 5, 5], [0, 1, 1, 1, 1, 1, 1]])
+
+
+class Letters:
+    """A tokenizer of single characters, for tests."""
+
+    bos = eos = None
+
+    def encode(self, text, bos=None):
+        return [ord(c) % 61 for c in text]
+
+    def encode_with_offsets(self, text, bos=None):
+        return self.encode(text), [(i, i + 1) for i in range(len(text))]
+
+
+def test_windows_do_not_overlap_and_last_is_padded():
+    batches = windows(range(25), context=10, batch_size=2)
+    assert [b["tokens"].shape for b in batches] == [(2, 10), (2, 10)]
+    np.testing.assert_array_equal(np.concatenate([b["tokens"] for b in batches])[:3].ravel()[:25], range(25))
+    assert batches[1]["segments"].sum() == 5
+
+
+def test_text_is_tokenised_as_far_as_needed():
+    text = "line of text\n" * 40_000
+    batches = text_windows(Letters(), text, context=64, tokens=200, batch_size=4)
+    assert sum(int(b["segments"].sum()) for b in batches) == 200
+    with pytest.raises(ValueError, match=r"a\.txt is empty"):
+        text_windows(Letters(), "", context=64, tokens=200, source="a.txt")
+
+
+def test_perplexity_is_exp_of_mean_over_predicted_tokens(model):
+    batches = windows(np.random.default_rng(1).integers(0, 61, 90), context=40)
+    value, attended = perplexity(model, batches, make_policy("dense"), SelectionConfig(budget=1.0))
+    nll = []
+    for batch in batches:
+        size = int(batch["segments"].sum())
+        logits, _, _ = naive(model, batch["tokens"][0, :size], SCORES["oracle"], 1.0)
+        nll.append(next_nll(logits, batch["tokens"][0, :size]))
+    # float32 likelihoods against float64
+    assert value == pytest.approx(np.exp(np.concatenate(nll).mean()), rel=1e-4)
+    assert attended == 1
+
+
+def test_coreference_counts_tokens_and_whole_samples(model):
+    batch = make_batch([[40], [33], []], 48)
+    greedy = np.asarray(simulate(model, batch, make_policy("dense"), SelectionConfig(budget=1.0)).greedy)
+    asked = np.zeros((3, 48), bool)
+    asked[0, 37:40] = asked[1, 30:33] = True
+    batch["asked"] = asked
+    batch["tokens"][0, 39] = greedy[0, 38]  # the last token of a row changes no prediction before it
+    found = coreference(model, [batch], make_policy("dense"), SelectionConfig(budget=1.0))
+    right = [int(greedy[r, i - 1] == batch["tokens"][r, i]) for r in (0, 1) for i in np.flatnonzero(asked[r])]
+    assert found.token_accuracy == pytest.approx(sum(right) / 6) and right[2] == 1
+    assert found.sample_accuracy == (all(right[:3]) + all(right[3:])) / 2
+    assert (found.tokens, found.samples) == (6, 2)
+
+
+def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 10)
+    base = SimpleNamespace(name="letters", model=model, tokenizer=Letters(), fingerprint="f", config=BASE)
+    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+    config = EvalConfig(
+        tasks="perplexity", text=text, tokens=1000, context=128, budgets="1/2,32", policies="dense,random,tokenbutler"
+    )
+    lines = []
+    report = evaluate(base, predictor, config, say=lines.append)
+    assert any("450 tokens, fewer than the 1,000" in line for line in lines)
+    wanted = {("perplexity", "dense", 1)}
+    for policy in ("random", "tokenbutler"):
+        wanted |= {(task, policy, b) for task in ("perplexity", "recalled_mass") for b in (0.5, 32)}
+        wanted.add(("hit_rate", policy, 0.5))
+    assert {(r["task"], r["policy"], r["budget"]) for r in report.rows} == wanted
+    saved = json.loads(report.save(tmp_path / "out").read_text())
+    assert saved["rows"] == report.rows and saved["predictor"]["kind"] == "lookahead"
+    assert all(list(r) == ["task", "policy", "budget", "value", "unit", "n", "attended"] for r in saved["rows"])
+    assert report.value("perplexity", "dense") == saved["rows"][0]["value"]
+    report.print()
+    assert "tokenbutler" in capsys.readouterr().out
+
+
+def test_bad_input_is_a_clear_error(model, tmp_path):
+    base = SimpleNamespace(name="letters", model=model, tokenizer=Letters(), fingerprint="f", config=BASE)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    with pytest.raises(ValueError, match="is empty"):
+        evaluate(base, config=EvalConfig(tasks="perplexity", policies="dense", text=empty, context=64))
+    with pytest.raises(FileNotFoundError, match="no such text file"):
+        read_text(tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match="beyond the model's context of 512"):
+        evaluate(base, config=EvalConfig(tasks="perplexity", context=1024))
+    with pytest.raises(ValueError, match="unknown policy 'best'"):
+        evaluate(base, config=EvalConfig(policies="best"))
+    with pytest.raises(ValueError, match="unknown task chess"):
+        EvalConfig(tasks="chess")
+    with pytest.raises(ValueError, match="budget 'half' is not a number"):
+        EvalConfig(budgets="half")
+    with pytest.raises(ValueError, match="at most 1"):
+        EvalConfig(budgets="3/2")
+    with pytest.raises(ValueError, match="no policy is left"):
+        evaluate(base, config=EvalConfig(policies="tokenbutler", context=64))
+    with pytest.raises(ValueError, match="needs a trained predictor"):
+        simulate(model, make_batch([[8]], 8), make_policy("tokenbutler"), SelectionConfig(budget=0.5))
+    with pytest.raises(KeyError, match="no row"):
+        Report().value("perplexity", "dense")
