@@ -29,7 +29,6 @@ run = jax.jit(forward)
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """name -> (transformers model, our Base), through save_pretrained and load_base."""
-    pytest.importorskip("transformers", reason="the oracle is transformers on torch: pip install -e '.[test]'")
 
     @cache
     def pair(name):

@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,6 @@ from butler_jax.layers import rope_frequencies
 from butler_jax.weights import load_base
 from butler_jax.weights.gguf_tokenizer import WORD_SPLITTERS, byte_level_bpe, read_tokenizer
 
-gguf = pytest.importorskip("gguf", reason="writes the files to read: pip install -e '.[test]'")
 TYPE = gguf.GGMLQuantizationType
 SOURCE = Path(__file__).read_text(encoding="utf-8").replace("<s>", "").replace("</s>", "")
 TEXT = "The cat's 3 hats cost 12345 dollars;  don't\n\n ask WHY… naïve 漢字 🎉\tend "
@@ -77,7 +77,6 @@ def write(path, model, architecture, *, kind=TYPE.F32, metadata=None, extra=None
 
 
 def pair(name, architecture, tmp_path, **options):
-    pytest.importorskip("transformers", reason="the oracle: pip install -e '.[test]'")
     directory = tmp_path / "directory"
     model = reference_models.save_model(name, directory)
     return load_base(directory), load_base(write(tmp_path / "model.gguf", model, architecture, **options))
@@ -194,7 +193,6 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_truncated_file_is_named(tmp_path):
-    pytest.importorskip("transformers", reason="the oracle: pip install -e '.[test]'")
     path = write(tmp_path / "model.gguf", reference_models.make_model("llama"), "llama")
     whole = path.read_bytes()
     for keep in (6, 200, 2000, len(whole) - 64):
@@ -298,7 +296,8 @@ def test_unknown_tokenizers_are_named(trained):
 
 
 def test_sentencepiece_tokenizer_equals_sentencepiece(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece", reason="the oracle: pip install -e '.[test]'")
+    import sentencepiece
+
     source = tmp_path / "text.txt"
     source.write_text(SOURCE, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -365,7 +364,6 @@ def test_smollm2_file_equals_its_directory(shared_data, smollm2_dir):
 
 
 def test_bfloat16_is_placed_from_quantised_files(tmp_path):
-    pytest.importorskip("transformers", reason="the oracle: pip install -e '.[test]'")
     path = write(tmp_path / "model.gguf", reference_models.make_model("llama"), "llama")
     narrow = load_base(path, dtype=jnp.bfloat16)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(narrow.model))

@@ -76,7 +76,6 @@ def test_matrices_are_stored_transposed(directory):
 
 
 def test_fused_projections_are_split(tmp_path):
-    pytest.importorskip("transformers", reason="the oracle: pip install -e '.[test]'")
     theirs = reference_models.save_model("phi3", tmp_path)
     rows = theirs.model.layers[1].self_attn.qkv_proj.weight.detach().numpy()
     layers = load_base(tmp_path).model.layers

@@ -6,20 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from butler_jax.families import base_config
-from butler_jax.layers import layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles, swiglu
-
-torch = pytest.importorskip("torch", reason="the oracle is transformers on torch: pip install -e '.[test]'")
-from transformers import LlamaConfig, Phi3Config  # noqa: E402
-from transformers.models.llama.modeling_llama import (  # noqa: E402
+from transformers import LlamaConfig, Phi3Config
+from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
-from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding  # noqa: E402
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+from butler_jax.families import base_config
+from butler_jax.layers import layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles, swiglu
 
 SIZES = {
     "model_type": "llama",
