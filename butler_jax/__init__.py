@@ -1,0 +1,35 @@
+"""TokenButler in JAX: a frozen language model, and a small trained predictor of the cached tokens its next step needs.
+
+    import butler_jax
+
+    base = butler_jax.load_base("tiny")
+    predictor = butler_jax.distil(base, butler_jax.TrainConfig(steps=300))
+    report = butler_jax.evaluate(base, predictor)
+
+Source: "TokenButler: Token Importance is Predictable", arXiv 2503.07518.
+"""
+
+from butler_jax.checkpoints import load_predictor, save_predictor
+from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig, TrainConfig
+from butler_jax.data import batches
+from butler_jax.decode import decode_step, prefill
+from butler_jax.evaluation import evaluate
+from butler_jax.predictor_training import distil, init_predictor
+from butler_jax.weights import Base, load_base
+
+__all__ = [
+    "Base",
+    "EvalConfig",
+    "PredictorConfig",
+    "SelectionConfig",
+    "TrainConfig",
+    "batches",
+    "decode_step",
+    "distil",
+    "evaluate",
+    "init_predictor",
+    "load_base",
+    "load_predictor",
+    "prefill",
+    "save_predictor",
+]
