@@ -50,7 +50,7 @@ class Layers(nnx.Module):
 
     def __init__(self, config: BaseConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
         c = config
-        L, E, H, K, D, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.hidden  # noqa: N806
+        L, E, H, K, D, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.hidden
         keys = iter(jax.random.split(key, 7))
 
         def dense(*shape: int, inputs: int) -> nnx.Param:

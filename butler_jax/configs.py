@@ -237,8 +237,8 @@ class SelectionConfig:
     """How many tokens a query attends, and which of them are never left to the scores.
 
     budget: all attended tokens, sinks and window included. A float is a fraction of the keys a dense query would
-    attend, rounded up; an int is a number of tokens. sinks: first tokens of the document. window: newest tokens, the
-    query's own included. Where a fraction gives less than sinks + window, the newest tokens come first, then the sinks.
+    attend, rounded up, and never less than sinks + window; an int is a number of tokens. sinks: first tokens of the
+    document. window: newest tokens, the query's own included.
     """
 
     budget: float | int = 0.25
@@ -289,9 +289,9 @@ class PretrainConfig(FitConfig):
     """Steps between checkpoints; one more at the end and at Ctrl-C."""
     vocab_size: int = 2048
     """Entries of the byte-level BPE."""
-    width: int = 192
+    width: int = 128
     """Model width E."""
-    inner: int = 512
+    inner: int = 384
     """Width of the feed-forward block."""
     layers: int = 6
     """Layers L."""

@@ -74,9 +74,7 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def open_documents(
-    spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None
-) -> Documents:
+def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None) -> Documents:
     """The documents of one source, prepared on first use.
 
     Args:
@@ -259,9 +257,7 @@ def held_out(
     Fewer are returned where the held-out text ends sooner; what is missing in the last of them is padding.
     """
     if count < 1 or batch_size < 1 or length < 2:
-        raise ValueError(
-            f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2."
-        )
+        raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
     parts = parse_spec(spec)
     sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir) for part in parts]
     ordered = []
@@ -292,9 +288,7 @@ class _Pieces(grain.experimental.FlatMapTransform):
         return [{"tokens": tokens[i : i + self.length]} for i in range(0, len(tokens), self.length)]
 
 
-def _packed(
-    documents: grain.MapDataset, tokenizer: Tokenizer, length: int, whole: bool = False
-) -> grain.IterDataset:
+def _packed(documents: grain.MapDataset, tokenizer: Tokenizer, length: int, whole: bool = False) -> grain.IterDataset:
     """Tokenises whole documents, read one after the other, and packs them into rows of `length`."""
     end = [] if tokenizer.eos is None else [tokenizer.eos]
 

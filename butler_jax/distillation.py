@@ -89,9 +89,7 @@ def attention_and_squared_error(
     window and implementation concern the output. The squared error takes all causal pairs of a document
     even where the layer has a sliding window: its logits are defined for them.
     """
-    output = attention.causal_attention(
-        q, k, v, segments=segments, window=window, implementation=implementation
-    )
+    output = attention.causal_attention(q, k, v, segments=segments, window=window, implementation=implementation)
     loss, count = squared_error(q, k, p, r, segments=segments)
     return jax.lax.stop_gradient(output), loss, count
 

@@ -22,14 +22,18 @@ from butler_jax.attention import causal_attention
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, by_window, check_length, embed, forward, run_layers
 from butler_jax.checkpoints import about
 from butler_jax.configs import PredictorConfig, TrainConfig
+from butler_jax.evaluation.recall import recall
 from butler_jax.fitting import fit, open_run
+from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
 from butler_jax.predictors.interface import at
 from butler_jax.sharding import check_batch, make_mesh, place, place_batch
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.weights import Base
 
-VALIDATION_ROWS = 8
+VALIDATION_ROWS = 8  # held-out rows a validation reads
+RECALL_BUDGET = 0.25  # of the recalled mass that is logged
+RECALL_ROWS = 256  # query rows of each held-out row that are measured
 
 OBJECTIVES = {
     "cross_entropy": distillation.attention_and_cross_entropy,
@@ -202,7 +206,14 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
         def validate(predictor):
             losses = [validation_loss(predictor, model, b) for b in held_out]
             loss, count = (sum(float(x) for x in column) for column in zip(*losses, strict=True))
-            return {"validation_loss": loss / max(count, 1.0)}
+            found = recall(
+                model, predictor, held_out, [make_policy("tokenbutler")], [RECALL_BUDGET], rows=RECALL_ROWS
+            )
+            return {
+                "validation_loss": loss / max(count, 1.0),
+                "hit_rate": found.hit_rate["tokenbutler"],
+                "recalled_mass": found.mass["tokenbutler"][RECALL_BUDGET],
+            }
 
         optimiser = make_optimiser(config, rate)
         step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))

@@ -32,8 +32,8 @@ def budget_tokens(config: SelectionConfig, length: int) -> int:
     """Tokens attended by a query whose dense attention would read `length` keys (t+1 at position t).
 
     ceil(budget * length) for a fraction, exact for the decimal or simple ratio that was written (0.1 of 10
-    is 1 and 1/3 of 3 is 1, whatever their binary form); never more than length, never less than 1 where
-    there is a key.
+    is 1 and 1/3 of 3 is 1, whatever their binary form), but never less than sinks + window, and never more
+    than length.
     """
     return int(budget_table(config, length)[length])
 
@@ -45,7 +45,7 @@ def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
         wanted = np.full_like(lengths, config.budget)
     else:
         fraction = Fraction(repr(float(config.budget))).limit_denominator(1_000_000)
-        wanted = np.maximum(-(-lengths * fraction.numerator // fraction.denominator), 1)
+        wanted = np.maximum(-(-lengths * fraction.numerator // fraction.denominator), config.sinks + config.window)
     return np.minimum(wanted, lengths).astype(np.int32)
 
 

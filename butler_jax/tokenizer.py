@@ -43,9 +43,7 @@ class Tokenizer:
         path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
         directory = path.parent
         if not directory.is_dir():
-            raise FileNotFoundError(
-                f"no such directory: {directory} (a tokenizer is read from its tokenizer.json)"
-            )
+            raise FileNotFoundError(f"no such directory: {directory} (a tokenizer is read from its tokenizer.json)")
         if not path.is_file():
             found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
             raise FileNotFoundError(
@@ -87,9 +85,7 @@ class Tokenizer:
         """
         return [*self._first(bos), *self.backend.encode(text, add_special_tokens=False).ids]
 
-    def encode_with_offsets(
-        self, text: str, bos: bool | None = None
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str, bos: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and, for each, the half-open range of characters it stands for; (0, 0) for the first
         token."""
         encoding = self.backend.encode(text, add_special_tokens=False)
@@ -170,9 +166,7 @@ def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) 
     if token is not None:
         index = backend.token_to_id(token)
         if index is None:
-            raise ValueError(
-                f"{path.parent}/tokenizer_config.json: {which}_token {token!r} is not in {path}."
-            )
+            raise ValueError(f"{path.parent}/tokenizer_config.json: {which}_token {token!r} is not in {path}.")
         return index
     for config in numbered:
         index = config.get(f"{which}_token_id")
@@ -188,6 +182,4 @@ def _mentions_template(post_processor: dict | None) -> bool:
     if not post_processor:
         return False
     parts = post_processor.get("processors", [post_processor])
-    return any(
-        part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing") for part in parts
-    )
+    return any(part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing") for part in parts)

@@ -15,7 +15,7 @@ from butler_jax.configs import FitConfig
 
 
 class TrainState(NamedTuple):
-    """What a step changes: its number, the trained module (predictor, or base in pretraining), the optimiser's state."""
+    """What a step changes: its number, the trained module (predictor or base) and the optimiser's state."""
 
     step: Int[Array, ""]
     module: Any

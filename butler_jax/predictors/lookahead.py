@@ -25,7 +25,7 @@ class LookaheadHeads(nnx.Module):
 
     def __init__(self, base: BaseConfig, rank: int, key):
         first, second = jax.random.split(key)
-        L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim  # noqa: N806
+        L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim
         self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
         self.key = nnx.Param(jax.random.normal(second, (L, K, D, rank)) * D**-0.5)
         self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
