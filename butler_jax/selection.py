@@ -93,19 +93,13 @@ def _break_ties(image, threshold, count) -> Bool[Array, "*B S"]:
     return above | (equal & (columns < end[..., None]))
 
 
-def always_chosen(
-    rows: Rows,
-    columns: Int[Array, " S"],
-    tokens: Int[Array, "B C"],
-    sinks: int,
-    window: int,
-) -> Bool[Array, "B C S"]:
-    """The newest min(window, tokens) columns up to each query's own, then as many sinks as still fit."""
+def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, window: int) -> Bool[Array, "B C S"]:
+    """The newest `window` columns up to each query's own, and the first `sinks` of its document.
+
+    Columns beyond the query's own, or of other documents, are for the caller to bar.
+    """
     columns = columns[None, None]
-    newest = jnp.minimum(tokens, window)
-    first = jnp.minimum(tokens - newest, sinks)
-    recent = columns > (rows.own - newest)[..., None]
-    return recent | (columns < (rows.start + first)[..., None])
+    return (columns > (rows.own - window)[..., None]) | (columns < (rows.start + sinks)[..., None])
 
 
 def select_mask(
@@ -121,13 +115,13 @@ def select_mask(
     """The keys that each query attends, per head: min(tokens, |allowed|) of those in `allowed`.
 
     scores: float32, higher is better; -inf and NaN come last. allowed: causal, same document, inside a
-    sliding window; the second axis is 1 or K. rows: see Rows. tokens: how many keys to attend,
-    `budget_table(...)[number of allowed keys]`. columns: positions of the keys, 0 ... S-1 unless given.
+    sliding window; the second axis is 1 or K. rows: see Rows. tokens: how many keys to attend, at least sinks +
+    window or everything allowed, as `budget_table(...)[number of allowed keys]` gives it. columns: positions of the
+    keys, 0 ... S-1 unless given.
     """
     columns = jnp.arange(scores.shape[-1]) if columns is None else columns
     tokens = jnp.minimum(tokens[:, None], _size(allowed))  # [B, Q, C]
-    heads = [always_chosen(rows, columns, tokens[:, i], sinks, window) for i in range(tokens.shape[1])]
-    forced = jnp.stack(heads, axis=1)
+    forced = always_chosen(rows, columns, sinks, window)[:, None]
     image = jnp.where(forced, FORCED, ordered_bits(scores))
     image = jnp.where(allowed, image, BARRED)
     return top_mask(image, jnp.broadcast_to(tokens, image.shape[:-1]))

@@ -89,11 +89,9 @@ def naive(model, tokens, score, budget, sinks=4, window=8, sliding=None):
                 logits = {head: k[low : t + 1, kv] @ q[t, head] for head in heads}
                 true = {head: np.exp(z - z.max()) / np.exp(z - z.max()).sum() for head, z in logits.items()}
                 count = t + 1 - low
-                n = ceil(budget * count) if layer else count
+                n = min(max(ceil(budget * count), sinks + window), count) if layer else count
                 pooled = np.max([score(layer, head, t, true[head]) for head in heads], axis=0)
-                newest = min(n, window)
-                forced = [j for j in range(count) if j >= count - newest]
-                forced += [j for j in range(count) if j not in forced and j + low < min(n - newest, sinks)]
+                forced = [j for j in range(count) if j >= count - window or j + low < sinks]
                 rest = sorted((j for j in range(count) if j not in forced), key=lambda j: (-pooled[j], j))
                 chosen = sorted(forced + rest[: n - len(forced)])
                 for head in heads:
@@ -164,7 +162,8 @@ def test_attended_fraction_is_the_budget(model, budget):
     batch = make_batch([[150]], 150)
     result = simulate(model, batch, make_policy("random"), SelectionConfig(budget=budget))
     counts = np.arange(1, 151)
-    wanted = np.minimum(budget, counts) if isinstance(budget, int) else np.ceil(budget * counts)
+    wanted = budget if isinstance(budget, int) else np.maximum(np.ceil(budget * counts), 12)
+    wanted = np.minimum(wanted, counts)
     # float32 means of small fractions
     np.testing.assert_allclose(result.attended[0], wanted / counts, rtol=1e-5)
 
@@ -181,9 +180,8 @@ def test_recall_and_hit_rate_equal_sorted_form(model):
                 for (head, t), true in dense[layer].items():
                     group = [dense[layer][h, t] for h in range(head // 2 * 2, head // 2 * 2 + 2)]
                     pooled = np.max([score(layer, 0, t, w) for w in group], axis=0)
-                    n = ceil(budget * (t + 1))
-                    newest = min(n, 8)
-                    forced = {*range(t + 1 - newest, t + 1), *range(min(n - newest, 4, t + 1))}
+                    n = min(max(ceil(budget * (t + 1)), 12), t + 1)
+                    forced = {*range(max(0, t - 7), t + 1), *range(min(4, t + 1))}
                     rest = sorted(set(range(t + 1)) - forced, key=lambda j: (-pooled[j], j))
                     mass.append(true[[*forced, *rest[: n - len(forced)]]].sum())
                     if t >= 31:

@@ -29,16 +29,12 @@ choose = jax.jit(select_mask, static_argnames=("sinks", "window"))
 
 
 def sorted_choice(scores, allowed, own, start, tokens, sinks, window):
-    """The set of one row, by sorting: newest, then sinks, then by score and position."""
-    columns = np.flatnonzero(allowed)
-    tokens = min(tokens, len(columns))
-    newest = min(tokens, window)
-    forced = [j for j in columns if j > own - newest]
-    forced += [j for j in columns if j not in forced and start <= j < start + min(sinks, tokens - newest)]
-    rest = [j for j in columns if j not in forced]
-    value = {j: -np.inf if np.isnan(scores[j]) else scores[j] for j in rest}
-    rest.sort(key=lambda j: (-value[j], j))
-    return set(forced) | set(rest[: tokens - len(forced)])
+    """The set of one row, by sorting: window and sinks, then by score and position."""
+    columns = [int(j) for j in np.flatnonzero(allowed)]
+    forced = [j for j in columns if j > own - window or start <= j < start + sinks]
+    value = {j: -np.inf if np.isnan(scores[j]) else scores[j] for j in columns}
+    rest = sorted(set(columns) - set(forced), key=lambda j: (-value[j], j))
+    return {*forced, *rest[: max(min(tokens, len(columns)) - len(forced), 0)]}
 
 
 # One compiled shape for all draws; documents, own columns and budgets vary inside it.
@@ -59,7 +55,7 @@ def test_chosen_set_equals_sort(seed, levels, special, sliding):
         scores[where] = random.choice(values, where.sum())
     own = random.integers(0, S, (B, C)).astype(np.int32)
     start = (own * random.random((B, C))).astype(np.int32)
-    tokens = random.integers(1, S + 1, (B, C)).astype(np.int32)
+    tokens = random.integers(2 + 3, S + 1, (B, C)).astype(np.int32)
     columns = np.arange(S)
     allowed = (columns <= own[..., None]) & (columns >= start[..., None])
     if sliding:
@@ -79,9 +75,12 @@ def test_chosen_set_stays_inside_allowed_and_counts_exactly():
     own = np.arange(40, dtype=np.int32)[None]
     allowed = np.tri(40, dtype=bool)[None, None]
     config = SelectionConfig(budget=0.5)
-    mask = np.asarray(select(jnp.asarray(scores), jnp.asarray(allowed), Rows(own, np.zeros_like(own)), config))
+    mask = jax.jit(select, static_argnums=3)(scores, allowed, Rows(own, np.zeros_like(own)), config)
+    mask = np.asarray(mask)
     assert not (mask & ~allowed).any()
-    np.testing.assert_array_equal(mask.sum(-1)[0, 0], [ceil(Fraction(1, 2) * (t + 1)) for t in range(40)])
+    # half of t + 1 keys, but 4 sinks and a window of 8 at least, where there are so many
+    wanted = [min(max(ceil(Fraction(1, 2) * n), 12), n) for n in range(1, 41)]
+    np.testing.assert_array_equal(mask.sum(-1)[0, 0], wanted)
 
 
 def test_order_of_float32_is_kept_by_its_unsigned_image():
@@ -99,23 +98,29 @@ def test_ties_go_to_the_earlier_token():
         assert list(np.flatnonzero(mask[0])) == list(wanted)
 
 
-def test_short_rows_attend_newest_then_sinks():
-    own = np.arange(20, dtype=np.int32)[None]
-    rows, allowed = Rows(own, np.zeros_like(own)), np.tri(20, dtype=bool)[None, None]
-    scores = np.zeros((1, 1, 20, 20), np.float32)
-    for tokens in (1, 3, 5, 6):  # 4 sinks and a window of 8 do not fit
-        mask = choose(scores, allowed, rows, np.full((1, 20), tokens, np.int32), sinks=4, window=3)[0, 0]
-        newest = min(tokens, 3)
-        wanted = {*range(19, 19 - newest, -1), *range(tokens - newest)}
-        assert set(np.flatnonzero(mask[19])) == wanted
+@pytest.mark.parametrize("budget", [1 / 16, 0.5, 12])
+def test_sinks_and_window_are_in_every_choice(budget):
+    own = np.arange(64, dtype=np.int32)[None]
+    start = np.where(own < 20, 0, 20).astype(np.int32)  # two documents in a row
+    columns = np.arange(64)
+    allowed = (columns <= own[..., None]) & (columns >= start[..., None])
+    # the scores would have none of them
+    scores = np.where((columns % 7) == 3, 1.0, -1.0).astype(np.float32) * np.ones((1, 1, 64, 1), np.float32)
+    mask = np.asarray(jax.jit(select, static_argnums=3)(scores, allowed[:, None], Rows(own, start), SelectionConfig(budget=budget)))
+    for t in range(64):
+        first = 0 if t < 20 else 20
+        wanted = {*range(first, min(first + 4, t + 1)), *range(max(first, t - 7), t + 1)}
+        assert wanted <= set(np.flatnonzero(mask[0, 0, t])) <= set(range(first, t + 1))
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.1, 1 / 3, 1 / 16, 0.3, 1.0, 0.7])
-def test_fraction_of_a_length_is_rounded_up_exactly(budget):
+@pytest.mark.parametrize(("sinks", "window"), [(4, 8), (0, 1)])
+def test_fraction_of_a_length_is_rounded_up_exactly_above_its_floor(budget, sinks, window):
     ratio = Fraction(budget).limit_denominator(100)
-    table = budget_table(SelectionConfig(budget=budget), 5000)
-    np.testing.assert_array_equal(table, [ceil(ratio * n) for n in range(5001)])
-    assert budget_tokens(SelectionConfig(budget=budget), 10) == ceil(ratio * 10)
+    config = SelectionConfig(budget=budget, sinks=sinks, window=window)
+    table = budget_table(config, 5000)
+    np.testing.assert_array_equal(table, [min(max(ceil(ratio * n), sinks + window), n) for n in range(5001)])
+    assert budget_tokens(config, 10) == table[10] and budget_tokens(config, 1000) == ceil(ratio * 1000)
 
 
 def test_integer_budget_is_a_number_of_tokens():
