@@ -206,9 +206,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
         def validate(predictor):
             losses = [validation_loss(predictor, model, b) for b in held_out]
             loss, count = (sum(float(x) for x in column) for column in zip(*losses, strict=True))
-            found = recall(
-                model, predictor, held_out, [make_policy("tokenbutler")], [RECALL_BUDGET], rows=RECALL_ROWS
-            )
+            found = recall(model, predictor, held_out, [make_policy("tokenbutler")], [RECALL_BUDGET], rows=RECALL_ROWS)
             return {
                 "validation_loss": loss / max(count, 1.0),
                 "hit_rate": found.hit_rate["tokenbutler"],

@@ -63,9 +63,7 @@ TOLERANCE = 5e-6
 def test_output_and_log_sum_exp_equal_naive_form(length, heads, dims, window, documents):
     q, k, v = _inputs(length, 2, length, *heads, *dims)
     segments = _documents(length, 2, length) if documents else None
-    out, lse = causal_attention(
-        q, k, v, segments=segments, window=window, implementation="xla", return_lse=True
-    )
+    out, lse = causal_attention(q, k, v, segments=segments, window=window, implementation="xla", return_lse=True)
     expected, expected_lse = _naive(q, k, v, segments, window)
     np.testing.assert_allclose(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_allclose(lse, expected_lse, rtol=TOLERANCE, atol=TOLERANCE)
@@ -141,9 +139,7 @@ def test_splash_equals_naive_form(window):
     # Interpreted on CPU; 200 tokens are padded to 256, widths 8 and 5 to 128.
     q, k, v = _inputs(5, 2, 200, 4, 2, 8, 5)
     segments = _documents(5, 2, 200)
-    out, lse = causal_attention(
-        q, k, v, segments=segments, window=window, implementation="splash", return_lse=True
-    )
+    out, lse = causal_attention(q, k, v, segments=segments, window=window, implementation="splash", return_lse=True)
     expected, expected_lse = _naive(q, k, v, segments, window)
     np.testing.assert_allclose(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_allclose(lse, expected_lse, rtol=TOLERANCE, atol=TOLERANCE)
@@ -155,9 +151,7 @@ def test_splash_gradients_equal_xla(return_lse):
     segments = _documents(6, 1, 130)
 
     def total(q, k, v, implementation):
-        out = causal_attention(
-            q, k, v, segments=segments, implementation=implementation, return_lse=return_lse
-        )
+        out = causal_attention(q, k, v, segments=segments, implementation=implementation, return_lse=return_lse)
         return jnp.sum(jnp.square(out[0] if return_lse else out))
 
     gradient = jax.jit(jax.grad(total, (0, 1, 2)), static_argnums=3)

@@ -35,11 +35,7 @@ def take(iterator, count):
 
 
 def same(left, right):
-    return all(
-        np.array_equal(a[key], b[key])
-        for a, b in zip(left, right, strict=True)
-        for key in ("tokens", *SHAPES)
-    )
+    return all(np.array_equal(a[key], b[key]) for a, b in zip(left, right, strict=True) for key in ("tokens", *SHAPES))
 
 
 SHAPES = ("segments", "positions")
@@ -48,8 +44,7 @@ SHAPES = ("segments", "positions")
 def test_same_seed_same_batches_and_another_seed_others(tokenizer, book):
     spec, data_dir = book
     runs = [
-        take(batches(spec, tokenizer, length=64, batch_size=4, seed=seed, data_dir=data_dir), 6)
-        for seed in (1, 1, 2)
+        take(batches(spec, tokenizer, length=64, batch_size=4, seed=seed, data_dir=data_dir), 6) for seed in (1, 1, 2)
     ]
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
@@ -76,11 +71,7 @@ def test_rows_are_the_documents_end_to_end(tokenizer):
                 assert batch["segments"][row, column] == segment
                 assert batch["positions"][row, column] == position
                 at += 1
-    assert all(
-        batch[key].dtype == np.int32 and batch[key].shape == (rows, length)
-        for batch in found
-        for key in batch
-    )
+    assert all(batch[key].dtype == np.int32 and batch[key].shape == (rows, length) for batch in found for key in batch)
 
 
 def test_an_epoch_holds_each_document_once(tokenizer, book):
@@ -108,8 +99,7 @@ def test_processes_share_the_batch_of_one(tokenizer, book, processes):
     options = {"length": 64, "batch_size": 4, "seed": 1, "data_dir": data_dir}
     alone = take(batches(spec, tokenizer, **options), 5)
     shares = [
-        take(batches(spec, tokenizer, **options, process_index=i, process_count=processes), 5)
-        for i in range(processes)
+        take(batches(spec, tokenizer, **options, process_index=i, process_count=processes), 5) for i in range(processes)
     ]
     for step, whole in enumerate(alone):
         for key in whole:
@@ -206,9 +196,7 @@ def test_specifications_are_read_as_written():
     assert [(p.source, p.weight) for p in parse_spec("tfds:c4/en:3.0.1")] == [("tfds:c4/en:3.0.1", None)]
 
 
-@pytest.mark.parametrize(
-    "spec", ["wikipedia", "text:", "", "python_docs:0+coreference:1", "python_docs:2+coreference"]
-)
+@pytest.mark.parametrize("spec", ["wikipedia", "text:", "", "python_docs:0+coreference:1", "python_docs:2+coreference"])
 def test_bad_specifications_are_refused(spec):
     with pytest.raises(ValueError, match=r"unknown data|weight"):
         parse_spec(spec)

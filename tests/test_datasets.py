@@ -40,10 +40,7 @@ def test_samples_hold_about_250_words_and_end_with_the_name():
 def test_samples_follow_from_seed_index_and_split_alone():
     assert coreference.sample(3, 5) == coreference.sample(3, 5)
     texts = {
-        coreference.sample(seed, i, split).text
-        for seed in (0, 1)
-        for i in range(40)
-        for split in ("train", "test")
+        coreference.sample(seed, i, split).text for seed in (0, 1) for i in range(40) for split in ("train", "test")
     }
     assert len(texts) == 160
 

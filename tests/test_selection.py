@@ -46,7 +46,7 @@ def sorted_choice(scores, allowed, own, start, tokens, sinks, window):
     sliding=st.sampled_from([None, 3, 9]),
 )
 def test_chosen_set_equals_sort(seed, levels, special, sliding):
-    B, K, C, S = 2, 2, 3, 24  # noqa: N806
+    B, K, C, S = 2, 2, 3, 24
     random = np.random.default_rng(seed)
     scores = random.integers(-levels, levels + 1, (B, K, C, S)).astype(np.float32) / 7
     if special:
@@ -106,7 +106,9 @@ def test_sinks_and_window_are_in_every_choice(budget):
     allowed = (columns <= own[..., None]) & (columns >= start[..., None])
     # the scores would have none of them
     scores = np.where((columns % 7) == 3, 1.0, -1.0).astype(np.float32) * np.ones((1, 1, 64, 1), np.float32)
-    mask = np.asarray(jax.jit(select, static_argnums=3)(scores, allowed[:, None], Rows(own, start), SelectionConfig(budget=budget)))
+    mask = np.asarray(
+        jax.jit(select, static_argnums=3)(scores, allowed[:, None], Rows(own, start), SelectionConfig(budget=budget))
+    )
     for t in range(64):
         first = 0 if t < 20 else 20
         wanted = {*range(first, min(first + 4, t + 1)), *range(max(first, t - 7), t + 1)}

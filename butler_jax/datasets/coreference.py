@@ -106,9 +106,7 @@ def sample(seed: int, index: int, split: str = "train") -> CoreferenceSample:
     head = introduction.format(name=name)
     body = " ".join(" ".join(part) for part in parts)
     text = f"{head} {body} {question} "
-    return CoreferenceSample(
-        text=text + name, name=name, name_start=introduction.index("{name}"), last_start=len(text)
-    )
+    return CoreferenceSample(text=text + name, name=name, name_start=introduction.index("{name}"), last_start=len(text))
 
 
 def name_split(name: str) -> str:

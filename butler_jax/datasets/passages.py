@@ -27,9 +27,7 @@ class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {"text": tfds.features.Text(), "source": tfds.features.Text()}
-            ),
+            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "source": tfds.features.Text()}),
             disable_shuffling=True,
         )
 

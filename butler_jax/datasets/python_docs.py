@@ -46,9 +46,7 @@ class PythonDocs(PassageBuilder):
         return {split: self._generate_examples(found, split) for split in ("train", "test")}
 
     def _generate_examples(self, found: list[tuple[str, str]], split: str):
-        return numbered(
-            (name, piece) for name, text in found if split_of(name) == split for piece in cut(text)
-        )
+        return numbered((name, piece) for name, text in found if split_of(name) == split for piece in cut(text))
 
 
 def open_builder(data_dir: str | None = None) -> PythonDocs:

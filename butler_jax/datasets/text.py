@@ -60,9 +60,7 @@ def open_builder(paths: Sequence[str | os.PathLike[str]], data_dir: str | None =
         byte or line are named.
     """
     files = find_files(paths)
-    return open_prepared(
-        TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir
-    )
+    return open_prepared(TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir)
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:

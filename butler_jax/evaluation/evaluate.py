@@ -53,9 +53,7 @@ def evaluate(
         for policy in [p for p in policies if p.needs_predictor]:
             say(f"{policy.name} is left out: there is no trained predictor (give a run)")
         policies = [p for p in policies if not p.needs_predictor]
-        require(
-            bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run"
-        )
+        require(bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run")
     started = time.perf_counter()
     report = Report()
     if "perplexity" in config.tasks:
@@ -113,9 +111,7 @@ def _text_batches(base: Any, config: EvalConfig, data: str, say: Say) -> list[di
         source = f"the held-out part of {data}"
     found = sum(int((b["segments"] > 0).sum()) for b in batches)
     if found < config.tokens:
-        say(
-            f"{source} has {found:,} tokens, fewer than the {config.tokens:,} asked for: all of them are used"
-        )
+        say(f"{source} has {found:,} tokens, fewer than the {config.tokens:,} asked for: all of them are used")
     return batches
 
 
@@ -132,22 +128,16 @@ def _judge_text(report, base, predictor, config, policies, batches, say) -> None
         began = time.perf_counter()
         value, attended = perplexity(base.model, batches, policy, selection, predictor)
         report.add("perplexity", policy.name, budget, value, "perplexity", count, attended)
-        say(
-            f"perplexity   {policy.name:12} {budget:<8g} {value:10.3f}   {time.perf_counter() - began:6.1f} s"
-        )
+        say(f"perplexity   {policy.name:12} {budget:<8g} {value:10.3f}   {time.perf_counter() - began:6.1f} s")
     sparse = [p for p in policies if p.name != "dense"]
     if not sparse:
         return
     began = time.perf_counter()
-    found = recall(
-        base.model, predictor, batches, sparse, config.budgets, sinks=config.sinks, window=config.window
-    )
+    found = recall(base.model, predictor, batches, sparse, config.budgets, sinks=config.sinks, window=config.window)
     for policy in sparse:
         for budget in config.budgets:
             mass = found.mass[policy.name][budget]
-            report.add(
-                "recalled_mass", policy.name, budget, mass, "fraction", found.rows, found.attended[budget]
-            )
+            report.add("recalled_mass", policy.name, budget, mass, "fraction", found.rows, found.attended[budget])
     for policy in sparse if found.hit_rows else ():
         report.add("hit_rate", policy.name, 0.5, found.hit_rate[policy.name], "fraction", found.hit_rows, 0.5)
     say(f"recalled mass and hit rate of {len(sparse)} policies   {time.perf_counter() - began:6.1f} s")

@@ -78,8 +78,7 @@ def read_text(path: Path) -> str:
 def predicted_tokens(batches: Sequence[Batch]) -> int:
     """How many tokens of the batches are predicted: those whose predecessor is of the same document."""
     return sum(
-        int(((b["segments"][:, 1:] > 0) & (b["segments"][:, 1:] == b["segments"][:, :-1])).sum())
-        for b in batches
+        int(((b["segments"][:, 1:] > 0) & (b["segments"][:, 1:] == b["segments"][:, :-1])).sum()) for b in batches
     )
 
 

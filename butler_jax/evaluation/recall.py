@@ -58,9 +58,7 @@ def recall(
     """
     policies, budgets = tuple(policies), tuple(budgets)
     needing = [p.name for p in policies if p.needs_predictor]
-    require(
-        predictor is not None or not needing, f"the policy {', '.join(needing)} needs a trained predictor"
-    )
+    require(predictor is not None or not needing, f"the policy {', '.join(needing)} needs a trained predictor")
     selections = [SelectionConfig(budget=b, sinks=sinks, window=window) for b in budgets]
     total = None
     for batch in batches:
@@ -125,9 +123,7 @@ def measure(
         if predictor is not None:
             step = walk.step(predictor, state, view, context, attend_trunk)
             state = step.state
-            importance = tuple(
-                f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys)
-            )
+            importance = tuple(f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys))
 
         def look(limit):
             apply = partial(

@@ -58,9 +58,7 @@ class Report:
         for (task, unit), rows in groups.items():
             budgets = sorted({r["budget"] for r in rows if r["policy"] != "dense"}, key=_width, reverse=True)
             attended = {b: _mean(r["attended"] for r in rows if r["budget"] == b) for b in budgets}
-            title = task.replace("_", " ") + (
-                "" if unit in (task, "fraction") else f" ({unit.replace('_', ' ')})"
-            )
+            title = task.replace("_", " ") + ("" if unit in (task, "fraction") else f" ({unit.replace('_', ' ')})")
             table = Table(title=f"{title}, n = {rows[0]['n']:,}", box=box.SIMPLE_HEAD, title_justify="left")
             table.add_column("policy")
             table.add_column("everything", justify="right")

@@ -108,9 +108,7 @@ def hidden_states(
         if predictor is not None:
             step = walk.step(predictor, state, view, context, attend_trunk)
             state = step.state
-            importance = tuple(
-                f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys)
-            )
+            importance = tuple(f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys))
 
         def attend(limit):
             apply = partial(sparse_chunk, policy=policy, table=table, sinks=sinks, window=window)
@@ -133,9 +131,7 @@ def sparse_chunk(chunk, values, number, *, policy: Policy, table, sinks: int, wi
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
     count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
     tokens = jnp.where(chunk.layer > 0, table[count], count)
-    mask = select_mask(
-        policy(chunk), allowed, chunk.rows, tokens, sinks=sinks, window=window, columns=chunk.columns
-    )
+    mask = select_mask(policy(chunk), allowed, chunk.rows, tokens, sinks=sinks, window=window, columns=chunk.columns)
     batch, kv_heads, group, size, keys = chunk.logits.shape
     read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
     fraction = read.astype(jnp.float32) / (mask.shape[1] * jnp.maximum(count, 1)).astype(jnp.float32)

@@ -10,9 +10,7 @@ from butler_jax.policies.random import Random
 from butler_jax.policies.streaming import Streaming
 from butler_jax.policies.tokenbutler import TokenButler
 
-POLICIES: dict[str, type[Policy]] = {
-    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, TokenButler)
-}
+POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, TokenButler)}
 
 __all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
 
@@ -22,7 +20,5 @@ def make_policy(name: str, **fields) -> Policy:
     require(name in POLICIES, f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     known = POLICIES[name].__dataclass_fields__
     unknown = sorted(set(fields) - set(known))
-    require(
-        not unknown, f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}"
-    )
+    require(not unknown, f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
     return POLICIES[name](**fields)
