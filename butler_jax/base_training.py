@@ -143,8 +143,8 @@ class Curriculum:
     def set_state(self, state: dict) -> None:
         """Go on from get_state."""
         self._taken = state["taken"]
-        for stream, place in zip(self._streams, state["streams"], strict=True):
-            stream.set_state(place)
+        for stream, where in zip(self._streams, state["streams"], strict=True):
+            stream.set_state(where)
 
 
 def _tokenizer(run_dir: Path, config: PretrainConfig) -> Tokenizer:

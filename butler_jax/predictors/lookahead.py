@@ -21,7 +21,10 @@ from butler_jax.predictors.interface import Context, Predictor
 
 
 class LookaheadHeads(nnx.Module):
-    """Per layer 1 ... L-1: query [E, H, R], key [K, D, R], the pairs' numbers [K, R/2], the query bias where the base has one."""
+    """Stacked over layers 1 ... L-1: query [E, H, R], key [K, D, R], the pairs' numbers [K, R/2].
+
+    query_bias [H, R] where the base has one.
+    """
 
     def __init__(self, base: BaseConfig, rank: int, key):
         first, second = jax.random.split(key)
