@@ -82,7 +82,10 @@ class Checkpoints:
         return _unnamed(state, loaded), states[jax.process_index()]
 
     def restore_module(self, step: int, shapes: Any) -> Any:
-        """The trained module alone, on the first device; shapes: its eval_shape. Raises ValueError where they differ."""
+        """The trained module alone, on the first device; shapes: its eval_shape.
+
+        Raises ValueError where they differ.
+        """
         saved = self._orbax.metadata(step).metadata
         wanted = {f"module.{name}": leaf for name, leaf in _named(shapes).items()}
         mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
