@@ -158,9 +158,9 @@ def test_memory_grows_with_length_alone_and_holds_no_square(kind, objective):
     deep, deep_parameters = compiled(kind, objective, length=length, layers=12)
     used = [run.memory_analysis().temp_size_in_bytes for run in (short, double, deep)]
     assert used[1] <= 2.1 * used[0], used
-    # Twice the layers: the gradients' buffers grow (scanned and padded copies), activations [T, E] do not stack.
-    activations = 4 * length * BASE.width
-    assert used[2] - used[0] < 4 * (deep_parameters - parameters) + activations, used
+    # Six layers more: gradients may grow (scanned and padded copies), but not by one residual stream [T, E].
+    assert used[2] - used[0] < 4 * length * BASE.width, used
+    assert used[2] - used[0] < 2 * (deep_parameters - parameters), used
     for shape in re.findall(r"\w\[([\d,]+)\]", double.as_text()):
         assert shape.split(",").count(str(2 * length)) < 2, f"a T x T array: [{shape}]"
 

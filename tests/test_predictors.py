@@ -1,4 +1,4 @@
-"""The three predictors: their sizes, their place in the layers, what they start from, and that they never look ahead."""
+"""The three predictors: their sizes, their place in the layers, what they start from, and their causality."""
 
 from __future__ import annotations
 

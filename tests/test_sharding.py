@@ -1,0 +1,114 @@
+"""Meshes and sharding rules, and training on several devices against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tiny_runs
+from jax.sharding import PartitionSpec
+
+from butler_jax.sharding import check_batch, make_mesh, parse_mesh, partition
+
+TESTS = Path(__file__).parent
+
+
+def test_axes_left_out_are_one():
+    assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2}
+    assert parse_mesh(" model=2 ") == {"data": 1, "model": 2}
+    assert parse_mesh("") == {"data": 1, "model": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data4", r"'data4' is not of the form axis=size, as in data=4,model=2"),
+        ("data=4;model=2", "not of the form axis=size"),
+        ("data=-1", "not of the form axis=size"),
+        ("rows=4", "unknown axis 'rows'; axes are data, model"),
+        ("data=0", "data must be at least 1"),
+        ("data=100,model=10", r"needs 1000 devices, but this machine has \d+ .*choose sizes whose product is at most"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(text)
+
+
+def test_what_an_axis_does_not_divide_stays_whole():
+    mesh = types.SimpleNamespace(shape={"data": 4, "model": 2})
+    assert partition(("layers", "width", "heads", "head_dim"), (5, 64, 6, 8), mesh) == PartitionSpec(
+        None, "data", "model", None
+    )
+    assert partition(("vocab", "width"), (61, 66), mesh) == PartitionSpec(None, None)
+    assert partition(("layers", "kv_heads"), (4, 1), mesh) == PartitionSpec(None, None)
+    single = types.SimpleNamespace(shape={"data": 1, "model": 1})
+    assert partition(("vocab", "width"), (64, 64), single) == PartitionSpec(None, None)
+
+
+def test_batches_are_multiples_of_the_data_axis():
+    mesh = types.SimpleNamespace(shape={"data": 4, "model": 2})
+    check_batch(8, mesh)
+    with pytest.raises(ValueError, match=r"batch size 6 is not divisible by the mesh's data axis \(4\); use a multiple"):
+        check_batch(6, mesh)
+
+
+RUN = """
+import json, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_numpy_rank_promotion", "raise")
+sys.path.insert(0, sys.argv[1])
+import tiny_runs
+from butler_jax import distil, load_base
+assert len(jax.devices()) == 8
+directory, cases = Path(sys.argv[2]), json.loads(sys.argv[3])
+place = {"base": directory / "base", "text": directory / "book.txt", "data_dir": directory / "data"}
+base = load_base(str(place["base"]))
+losses = {}
+for predictor, mesh in cases:
+    run_dir = directory / f"{predictor}-{mesh}"
+    distil(base, tiny_runs.settings(place, run_dir, steps=5, batch_size=8, predictor=predictor, mesh=mesh))
+    losses[f"{predictor} {mesh}"] = [row["loss"] for row in tiny_runs.rows(run_dir)]
+print(json.dumps(losses))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sharding")
+    tiny_runs.make_place(directory)
+    return directory
+
+
+def losses_on_8_devices(directory: Path, cases: list[tuple[str, str]]) -> dict[str, list[float]]:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", RUN, str(TESTS), str(directory), json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(found: dict[str, list[float]], cases: list[tuple[str, str]]) -> None:
+    for predictor, mesh in cases:
+        one, several = found[f"{predictor} data=1"], found[f"{predictor} {mesh}"]
+        assert len(one) == len(several) == 5
+        # sums over devices come in another order: float32 rounding, grown by five steps of training
+        assert several == pytest.approx(one, abs=1e-5), (predictor, mesh)
+
+
+def test_eight_devices_train_like_one(place):
+    cases = [("lookahead", "data=1"), ("lookahead", "data=4,model=2")]
+    compare(losses_on_8_devices(place, cases), cases)
+
+
+@pytest.mark.slow
+def test_every_mesh_trains_every_predictor_like_one_device(place):
+    meshes = ("data=1", "data=8", "model=2", "model=8", "data=2,model=4")
+    cases = [(predictor, mesh) for predictor in ("producer", "contextual", "lookahead") for mesh in meshes]
+    compare(losses_on_8_devices(place, cases), cases)
