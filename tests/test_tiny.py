@@ -36,8 +36,9 @@ def test_shape_is_that_of_a_small_grouped_llama(tiny):
 
 def test_card_says_how_it_was_made():
     card = json.loads((TINY / "card.json").read_text(encoding="utf-8"))
-    assert {"data", "steps", "seed", "losses"} <= set(card), sorted(card)
-    assert card["steps"] > 0 and card["losses"]
+    assert {"data", "steps", "seed", "length", "batch_size"} <= set(card["recipe"])
+    assert card["recipe"]["steps"] > 0 and card["learning_rate"] > 0
+    assert all(0 < loss < 4 for loss in card["losses"].values()) and "validation_loss" in card["losses"]
 
 
 def test_tokenizer_returns_the_text(tiny):
