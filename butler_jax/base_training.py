@@ -19,7 +19,7 @@ from butler_jax import data
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, forward, parameter_count
 from butler_jax.configs import BaseConfig, PretrainConfig, to_dict
 from butler_jax.fitting import fit, open_run
-from butler_jax.sharding import check_batch, make_mesh, place, place_batch
+from butler_jax.sharding import make_mesh, own_rows, place, place_batch
 from butler_jax.tokenizer import Tokenizer, train_bpe
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 
@@ -52,9 +52,9 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
     settings stopped. model.safetensors is bfloat16; card.json beside it says what it was made of.
     """
     config = config or PretrainConfig()
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size // config.accumulate, mesh)
+    mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or Path("runs") / "pretrain"
+    data.parse_spec(config.data)
     open_run(run_dir, config)
     tokenizer = _tokenizer(run_dir, config)
     base = dataclasses.replace(config.base_config(), vocab_size=tokenizer.vocab_size)

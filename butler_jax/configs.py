@@ -164,9 +164,10 @@ class FitConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
     mesh: str = ""
-    """Devices as data=N,model=M. Default: every device on the data axis."""
-    distributed: bool = False
-    """Join a run on several hosts through jax.distributed; start the same command on each."""
+    """Devices as data=N,model=M. Default: as many devices on the data axis as divide the batch."""
+    distributed: str = ""
+    """Several hosts through jax.distributed, the same command on each: auto where the cluster says who is who (TPU
+    pods, Slurm), else HOST:PORT,COUNT,INDEX."""
     attention: Literal["xla", "cudnn", "splash"] | None = None
     """Attention implementation. Default: splash on TPU, cuDNN on GPU where it can, else xla."""
     seed: int = 0
@@ -269,7 +270,7 @@ class SelectionConfig:
 class PretrainConfig(FitConfig):
     """Train the embedded base model `tiny` from nothing: its tokenizer, its weights, its card."""
 
-    data: str = "python_docs:0.3+coreference:0.7"
+    data: str = "python_docs:0.25+coreference:0.35+coreference_short:0.4"
     """Training text, as --data of train.py."""
     steps: int = 1500
     """Optimiser steps in all."""
@@ -283,8 +284,6 @@ class PretrainConfig(FitConfig):
     """AdamW's decoupled weight decay of matrices."""
     clip: float = 1.0
     """Largest global gradient norm."""
-    eval_every: int = 500
-    """Steps between validations; 0 validates at the end only."""
     checkpoint_every: int = 250
     """Steps between checkpoints; one more at the end and at Ctrl-C."""
     vocab_size: int = 2048

@@ -27,7 +27,7 @@ Batch = dict[str, np.ndarray]
 padding; positions restart at 0 in each document."""
 
 SPECS = (
-    "python_docs, coreference, text:PATH[,PATH...], tfds:NAME[/CONFIG], "
+    "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG], "
     "or several joined by + (python_docs+coreference)"
 )
 
@@ -64,7 +64,7 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
             source, weight = match[1], float(match[2])
             if weight <= 0:
                 raise ValueError(f"data {spec!r}: the weight of {source} must be above 0, got {match[2]}.")
-        known = source in ("python_docs", "coreference") or re.match(r"(text|tfds):.", source)
+        known = source in ("python_docs", "coreference", "coreference_short") or re.match(r"(text|tfds):.", source)
         if not known:
             raise ValueError(f"unknown data {source!r}; choose {SPECS}.")
         parts.append(Part(source, weight))
@@ -92,8 +92,8 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
     if len(parts) > 1:
         raise ValueError(f"{spec!r} names {len(parts)} sources; documents are opened one source at a time.")
     source = parts[0].source
-    if source == "coreference":
-        return _Coreference(seed, split)
+    if source.startswith("coreference"):
+        return _Coreference(seed, split, short=source == "coreference_short")
     if source.startswith("tfds:"):
         return open_prepared_set(source.removeprefix("tfds:"), split, data_dir)
     if source == "python_docs":
@@ -109,17 +109,17 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
 class _Coreference:
     """The endless co-reference task as a source."""
 
-    def __init__(self, seed: int, split: str):
-        self._seed, self._split = seed, split
+    def __init__(self, seed: int, split: str, short: bool):
+        self._seed, self._split, self._short = seed, split, short
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> str:
-        return coreference.sample(self._seed, int(index), self._split).text
+        return coreference.sample(self._seed, int(index), self._split, short=self._short).text
 
     def __repr__(self) -> str:
-        return f"coreference(seed={self._seed}, split={self._split})"
+        return f"coreference(seed={self._seed}, split={self._split}, short={self._short})"
 
 
 class BatchIterator:

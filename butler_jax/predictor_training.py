@@ -23,11 +23,11 @@ from butler_jax.base_model import LOGICAL_AXES, BaseModel, by_window, check_leng
 from butler_jax.checkpoints import about
 from butler_jax.configs import PredictorConfig, TrainConfig
 from butler_jax.evaluation.recall import recall
-from butler_jax.fitting import fit, open_run
+from butler_jax.fitting import check_run, fit, open_run
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
 from butler_jax.predictors.interface import at
-from butler_jax.sharding import check_batch, make_mesh, place, place_batch
+from butler_jax.sharding import make_mesh, own_rows, place, place_batch
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.weights import Base
 
@@ -166,11 +166,10 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     """
     config = config or TrainConfig()
     check_length(base.config, config.length)
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch_size // config.accumulate, mesh)
+    mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     kind = PREDICTORS[config.predictor]
     run_dir = config.run_dir or default_run_dir(config)
-    open_run(run_dir, config)
+    check_run(run_dir, config)
     with jax.set_mesh(mesh):
         model = place(base.model, LOGICAL_AXES, mesh)
         source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
@@ -179,7 +178,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
         held_out = data.held_out(
             config.data, base.tokenizer, count=max(1, VALIDATION_ROWS // config.batch_size), **source
         )
-        held_out = [place_batch(b, mesh) for b in held_out]
+        held_out = [place_batch(own_rows(b), mesh) for b in held_out]
         if predictor is None:
             calibration = data.batches(config.data, base.tokenizer, seed=config.seed + 1, **source, **processes)
             first = [place_batch(next(calibration), mesh) for _ in range(config.calibration)]
@@ -215,6 +214,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
 
         optimiser = make_optimiser(config, rate)
         step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))
+        open_run(run_dir, config)  # not before everything else was found in order
         state = fit(
             step,
             start_state(predictor, optimiser),

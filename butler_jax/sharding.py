@@ -41,28 +41,57 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(text: str = "") -> Mesh:
-    """The mesh that `text` describes, over the first devices; '' puts every device on the data axis.
+def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
+    """The mesh that `text` describes, over the first devices.
 
-    Raises ValueError where the mesh needs more devices than there are.
+    '' puts on the data axis as many devices as divide the batch (all of them where several hosts work together).
+    Raises ValueError where the mesh needs more devices than there are, or does not divide the batch.
     """
     devices = jax.devices()
-    sizes = parse_mesh(text) if text else {"data": len(devices), "model": 1}
+    count = len(devices)
+    if not text and batch_size and jax.process_count() == 1:
+        count = next(n for n in range(count, 0, -1) if batch_size % n == 0)
+    sizes = parse_mesh(text) if text else {"data": count, "model": 1}
     needed = sizes["data"] * sizes["model"]
     require(
         needed <= len(devices),
         f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
         f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
     )
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
+    mesh = jax.make_mesh(
+        tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed]
+    )
+    if batch_size:
+        check_batch(batch_size, mesh)
+    return mesh
+
+
+def join_hosts(text: str) -> None:
+    """Start jax.distributed: 'auto' asks the cluster, 'HOST:PORT,COUNT,INDEX' says who this process is; '' does nothing.
+
+    Raises ValueError for another form.
+    """
+    if not text:
+        return
+    if text == "auto":
+        jax.distributed.initialize()
+        return
+    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", text)
+    require(bool(match), f"--distributed {text!r} is neither auto nor of the form HOST:PORT,COUNT,INDEX")
+    jax.distributed.initialize(match.group(1), int(match.group(2)), int(match.group(3)))
 
 
 def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Mesh axes of an array with these logical axes; what an axis does not divide is left whole."""
-    axes = [RULES.get(name) for name in logical]
-    return PartitionSpec(
-        *(a if a and mesh.shape[a] > 1 and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=True))
-    )
+    """Mesh axes of an array with these logical axes.
+
+    An axis splits the first dimension that asks for it and that it divides; everything else is left whole.
+    """
+    chosen: list[str | None] = []
+    for name, size in zip(logical, shape, strict=True):
+        axis = RULES.get(name)
+        fits = axis is not None and axis not in chosen and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+        chosen.append(axis if fits else None)
+    return PartitionSpec(*chosen)
 
 
 def shardings_for(mesh: Mesh):
@@ -103,6 +132,12 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         f"batch size {batch_size} is not divisible by the mesh's data axis ({size}); "
         f"use a multiple of {size} or another --mesh",
     )
+
+
+def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of a batch that every process has whole, this process's rows."""
+    count, index = jax.process_count(), jax.process_index()
+    return {name: np.split(rows, count)[index] for name, rows in batch.items()}
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -69,14 +69,16 @@ def sentences() -> Sentences:
     )
 
 
-def sample(seed: int, index: int, split: str = "train") -> CoreferenceSample:
+def sample(seed: int, index: int, split: str = "train", *, short: bool = False) -> CoreferenceSample:
     """The sample with this index; names of the splits "train" and "test" are disjoint.
 
-    Raises ValueError for another split.
+    short: a sample of 20 to 100 words, from none to a few sentences between the two mentions; a model that is trained
+    from nothing learns to look back on these first. Raises ValueError for another split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
-    random = Random(f"coreference {seed} {split} {index}")
+    random = Random(f"coreference{' short' if short else ''} {seed} {split} {index}")
+    aim, least = (random.randint(20, 100), 0) if short else (_AIM, 3)
     written = sentences()
     name = _name(random, split)
     introduction, question = random.choice(written.introductions)
@@ -97,15 +99,14 @@ def sample(seed: int, index: int, split: str = "train") -> CoreferenceSample:
     while True:
         sentence = kinds[turn % 3][1](next(pools[turn % 3]))
         count = len(sentence.split())
-        if turn >= 3 and words + count // 2 > _AIM:
+        if turn >= least and words + count // 2 > aim:
             break
         parts[turn % 3].append(sentence)
         words += count
         turn += 1
 
     head = introduction.format(name=name)
-    body = " ".join(" ".join(part) for part in parts)
-    text = f"{head} {body} {question} "
+    text = " ".join([head, *(" ".join(part) for part in parts if part), question, ""])
     return CoreferenceSample(text=text + name, name=name, name_start=introduction.index("{name}"), last_start=len(text))
 
 
