@@ -72,13 +72,14 @@ def sentences() -> Sentences:
 def sample(seed: int, index: int, split: str = "train", *, short: bool = False) -> CoreferenceSample:
     """The sample with this index; names of the splits "train" and "test" are disjoint.
 
-    short: a sample of 20 to 100 words, from none to a few sentences between the two mentions; a model that is trained
-    from nothing learns to look back on these first. Raises ValueError for another split.
+    short: up to five facts of the place one after the other, each asked back, and at most a few sentences before the
+    last question; a model that is trained from nothing learns to look back on these first. Raises ValueError for
+    another split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
     random = Random(f"coreference{' short' if short else ''} {seed} {split} {index}")
-    aim, least = (random.randint(20, 100), 0) if short else (_AIM, 3)
+    aim, least = (random.randint(0, 80), 0) if short else (_AIM, 3)
     written = sentences()
     name = _name(random, split)
     introduction, question = random.choice(written.introductions)
@@ -106,8 +107,11 @@ def sample(seed: int, index: int, split: str = "train", *, short: bool = False) 
         turn += 1
 
     head = introduction.format(name=name)
+    if short:
+        facts = random.sample(written.introductions, random.randint(0, 5))
+        head = " ".join([*(f"{fact.format(name=name)} {ask} {name}." for fact, ask in facts), head])
     text = " ".join([head, *(" ".join(part) for part in parts if part), question, ""])
-    return CoreferenceSample(text=text + name, name=name, name_start=introduction.index("{name}"), last_start=len(text))
+    return CoreferenceSample(text=text + name, name=name, name_start=text.index(name), last_start=len(text))
 
 
 def name_split(name: str) -> str:
