@@ -53,21 +53,23 @@ class Layers(nnx.Module):
         L, E, H, K, D, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.hidden
         keys = iter(jax.random.split(key, 7))
 
-        def dense(*shape: int, inputs: int) -> nnx.Param:
-            return nnx.Param((jax.random.normal(next(keys), (L, *shape)) * inputs**-0.5).astype(dtype))
+        def dense(*shape: int, inputs: int, gain: float = 1.0) -> nnx.Param:
+            return nnx.Param((jax.random.normal(next(keys), (L, *shape)) * gain * inputs**-0.5).astype(dtype))
+
+        quiet = (2 * L * E) ** -0.5  # what the blocks add starts no louder than the embeddings
 
         def vector(*shape: int, fill: float, when: bool = True) -> nnx.Param | None:
             return nnx.Param(jnp.full((L, *shape), fill, dtype)) if when else None
 
         self.attention_norm = vector(E, fill=1.0)
         self.q, self.k, self.v = dense(E, H, D, inputs=E), dense(E, K, D, inputs=E), dense(E, K, D, inputs=E)
-        self.o = dense(H, D, E, inputs=H * D)
+        self.o = dense(H, D, E, inputs=H * D, gain=quiet)
         self.q_bias, self.k_bias, self.v_bias = (vector(n, D, fill=0.0, when=c.qkv_bias) for n in (H, K, K))
         self.o_bias = vector(E, fill=0.0, when=c.output_bias)
         self.q_norm, self.k_norm = (vector(D, fill=1.0, when=c.qk_norm) for _ in range(2))
         self.mlp_norm = vector(E, fill=1.0)
         self.gate, self.up = dense(E, F, inputs=E), dense(E, F, inputs=E)
-        self.down = dense(F, E, inputs=F)
+        self.down = dense(F, E, inputs=F, gain=quiet)
         self.gate_bias, self.up_bias = (vector(F, fill=0.0, when=c.mlp_bias) for _ in range(2))
         self.down_bias = vector(E, fill=0.0, when=c.mlp_bias)
 

@@ -270,9 +270,9 @@ class SelectionConfig:
 class PretrainConfig(FitConfig):
     """Train the embedded base model `tiny` from nothing: its tokenizer, its weights, its card."""
 
-    data: str = "python_docs:0.25+coreference:0.3+coreference_short:0.45"
+    data: str = "python_docs:0.25+coreference:0.4+coreference_short:0.35"
     """Training text, as --data of train.py."""
-    steps: int = 1200
+    steps: int = 1000
     """Optimiser steps in all."""
     length: int = 512
     """Tokens in a row; the last `long_steps` steps use the whole context instead."""
@@ -329,6 +329,7 @@ class PretrainConfig(FitConfig):
             context=self.context,
             norm_eps=1e-5,
             tied=True,
+            rope=RopeConfig(theta=1e6),
         )
 
 
