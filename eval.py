@@ -5,18 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import tyro
-
+from butler_jax.command_line import read, run
 from butler_jax.configs import EvalConfig, require
 
 
 def main(arguments: list[str]) -> int:
     """Run one evaluation; returns the exit status. Errors of the user's making are one line, no traceback."""
-    try:
-        return judge(tyro.cli(EvalConfig, args=arguments, prog="eval.py"))
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(lambda: judge(read(EvalConfig, arguments, "eval.py")))
 
 
 def judge(config: EvalConfig) -> int:

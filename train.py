@@ -5,27 +5,24 @@ from __future__ import annotations
 import sys
 
 import jax
-import tyro
 
+from butler_jax.command_line import read, run
 from butler_jax.configs import PretrainConfig, TrainConfig
+from butler_jax.sharding import join_hosts
 
 
 def main(arguments: list[str]) -> int:
     """Run one training; returns the exit status. Errors of the user's making are one line, without a traceback."""
-    pretraining = arguments[:1] == ["pretrain"]
-    kind = PretrainConfig if pretraining else TrainConfig
-    try:
-        config = tyro.cli(
-            kind,
-            args=arguments[1:] if pretraining else arguments,
-            prog="train.py pretrain" if pretraining else "train.py",
-        )
-        if config.distributed:
-            jax.distributed.initialize()
-        return _pretrain(config) if pretraining else _distil(config)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+    def command() -> int:
+        if arguments[:1] == ["pretrain"]:
+            config, train = read(PretrainConfig, arguments[1:], "train.py pretrain"), _pretrain
+        else:
+            config, train = read(TrainConfig, arguments, "train.py"), _distil
+        join_hosts(config.distributed)
+        return train(config)
+
+    return run(command)
 
 
 def _pretrain(config: PretrainConfig) -> int:

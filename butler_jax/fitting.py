@@ -46,25 +46,30 @@ class NonFiniteLoss(FloatingPointError):
     """A loss that is not a number or infinite; the run stops before it is saved."""
 
 
-def open_run(run_dir: Path, config: FitConfig) -> None:
-    """Make the run directory with its config.json, or check that a run already there has the same settings.
+def check_run(run_dir: Path, config: FitConfig) -> None:
+    """Check that a run already in the directory has the same settings; an absent one is fine.
 
     Raises ValueError naming the settings that differ and what to do.
     """
     path = run_dir / "config.json"
-    mine = to_dict(config)
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        different = [k for k in mine if k not in CHANGEABLE and theirs.get(k) != mine[k]]
-        require(
-            not different,
-            f"{run_dir} holds a run with other settings ("
-            + ", ".join(f"{k}: {theirs.get(k)!r} there, {mine[k]!r} now" for k in different)
-            + "); repeat them to go on, or choose another --run-dir",
-        )
+    if not path.exists():
+        return
+    mine, theirs = to_dict(config), json.loads(path.read_text())
+    different = [k for k in mine if k not in CHANGEABLE and theirs.get(k) != mine[k]]
+    require(
+        not different,
+        f"{run_dir} holds a run with other settings ("
+        + ", ".join(f"{k}: {theirs.get(k)!r} there, {mine[k]!r} now" for k in different)
+        + "); repeat them to go on, or choose another --run-dir",
+    )
+
+
+def open_run(run_dir: Path, config: FitConfig) -> None:
+    """Make the run directory with its config.json; raises as check_run does."""
+    check_run(run_dir, config)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=2) + "\n")
+        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 class Metrics:
@@ -207,12 +212,7 @@ def fit(
             number, values = pending
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             pending = None
-            if not math.isfinite(values["loss"]):
-                raise NonFiniteLoss(
-                    f"the loss is {values['loss']} at step {number}, batch {number - 1} of {config.data} "
-                    f"(seed {config.seed}); the last good checkpoint is at step {checkpoints.latest() or 'none'}; "
-                    "lower --learning-rate or look at that batch"
-                )
+            stop_unless_finite("loss", values["loss"], number)
             now = time.monotonic()
             seconds, clock = now - clock, now
             row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -226,6 +226,15 @@ def fit(
             values = validate(state.module)
             clock += time.monotonic() - before
             return values
+
+        def stop_unless_finite(name: str, value: float, number: int) -> None:
+            if not math.isfinite(value):
+                last = checkpoints.latest()
+                kept = f"the last good checkpoint is at step {last}" if last else "there is no checkpoint yet"
+                raise NonFiniteLoss(
+                    f"the {name} is {value} at step {number}, batch {number - 1} of {config.data} "
+                    f"(seed {config.seed}); {kept}; lower --learning-rate or look at that batch"
+                )
 
         try:
             with stop_requests() as stopping:
@@ -241,6 +250,7 @@ def fit(
                         jax.block_until_ready(values)
                         extra = validated()
                         settle(extra)
+                        stop_unless_finite("validation loss after it", extra["validation_loss"], number)
                     if save:
                         metric = {"loss": extra["validation_loss"]}
                         checkpoints.save(number, state, batches.get_state(), metric)

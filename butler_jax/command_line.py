@@ -1,0 +1,31 @@
+"""Command lines made from configurations, and their errors said in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+
+def read(kind: type, arguments: list[str], program: str) -> Any:
+    """A configuration of dataclass `kind` from command-line arguments; its docstrings are the help.
+
+    Raises ValueError as the configuration's own checks do; unknown options and values of the wrong type end the
+    program with a message.
+    """
+    # The checks run here and not inside tyro, which would draw a box around their messages.
+    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__doc__": kind.__doc__})
+    values = tyro.cli(unchecked, args=arguments, prog=program)
+    return kind(**{field.name: getattr(values, field.name) for field in dataclasses.fields(kind)})
+
+
+def run(command: Callable[[], int]) -> int:
+    """Exit status of `command`; an error of the user's making becomes one line on stderr and status 1."""
+    try:
+        return command()
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
