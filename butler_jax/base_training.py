@@ -20,7 +20,7 @@ from butler_jax.base_model import LOGICAL_AXES, BaseModel, forward, parameter_co
 from butler_jax.configs import BaseConfig, PretrainConfig, to_dict
 from butler_jax.fitting import fit, open_run
 from butler_jax.layers import rope_frequencies
-from butler_jax.sharding import make_mesh, own_rows, place, place_batch
+from butler_jax.sharding import make_mesh, place, place_batch
 from butler_jax.tokenizer import Tokenizer, train_bpe
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 

@@ -58,18 +58,16 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
         f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
     )
-    mesh = jax.make_mesh(
-        tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed]
-    )
+    mesh = jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
     if batch_size:
         check_batch(batch_size, mesh)
     return mesh
 
 
 def join_hosts(text: str) -> None:
-    """Start jax.distributed: 'auto' asks the cluster, 'HOST:PORT,COUNT,INDEX' says who this process is; '' does nothing.
+    """Start jax.distributed: 'auto' asks the cluster, 'HOST:PORT,COUNT,INDEX' says who this process is.
 
-    Raises ValueError for another form.
+    An empty text does nothing. Raises ValueError for another form.
     """
     if not text:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from math import ceil
 from types import SimpleNamespace
 
@@ -206,7 +207,7 @@ class NaivePredictor:
         y = np.einsum("hts,shd->thd", weights, v).reshape(length, -1)
         y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
         y = (y * w["norm_scale"] + w["norm_bias"]) @ w["up"] + w["up_bias"]
-        y = y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))) / 2
+        y = y * (1 + np.vectorize(math.erf)(y / np.sqrt(2))) / 2
         x = h + y @ w["down"] + w["down_bias"]
         f, g = (z / (1 + np.exp(-z)) for z in (x @ w["query"], x @ w["key"]))
         cos, sin = (a[:, None] for a in self.angles(self.rank))

@@ -131,7 +131,8 @@ class Contextual(Predictor):
         )
         y, cache = attend(self._rotate(q, context), self._rotate(k, context), v)
         y = layer_norm(y.reshape(z.shape).astype(x.dtype), trunk.norm_scale[...], trunk.norm_bias[...])
-        y = jax.nn.gelu(jnp.einsum("btz,zy->bty", y, cast(trunk.up)) + cast(trunk.up_bias)[None, None])
+        y = jnp.einsum("btz,zy->bty", y, cast(trunk.up)) + cast(trunk.up_bias)[None, None]
+        y = jax.nn.gelu(y, approximate=False)
         if dropout is not None:
             keep = jax.random.bernoulli(dropout, 1 - DROPOUT, y.shape)
             y = jnp.where(keep, y / (1 - DROPOUT), 0)
