@@ -49,6 +49,10 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, in order."""
+        return sorted(c.step for c in self._orbax.checkpoints)
+
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
         return self._orbax.latest.step if self._orbax.latest else None
@@ -173,6 +177,9 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
         step = checkpoints.best() if step is None else step
         if step is None:
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
+        if step not in checkpoints.steps():
+            there = ", ".join(map(str, checkpoints.steps()))
+            raise FileNotFoundError(f"{directory} has no checkpoint of step {step}; steps: {there}")
         facts = checkpoints.facts(step)
         check_base(facts, base, path)
         config = from_dict(PredictorConfig, facts["predictor"])

@@ -1,0 +1,130 @@
+"""Checkpoints: exact, tied to their base, and clear about what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.base_model import BaseModel
+from butler_jax.checkpoints import Checkpoints, load_predictor, save_predictor
+from butler_jax.configs import BaseConfig, PredictorConfig
+from butler_jax.predictors import PREDICTORS, make_predictor
+from butler_jax.weights import Base
+
+CONFIG = BaseConfig(
+    family="qwen2", vocab_size=61, width=64, hidden=96, layers=4, heads=4, kv_heads=2, head_dim=16, context=64,
+    qkv_bias=True,
+)  # fmt: skip
+
+
+def base_of(name: str, fingerprint: str, config: BaseConfig = CONFIG) -> Base:
+    """A base without weights: checkpoints read its name, sizes and fingerprint only."""
+    return Base(name, jax.eval_shape(lambda: BaseModel(config, jax.random.key(0))), None, fingerprint)
+
+
+BASE = base_of("mine", "aaaa")
+
+
+def random_predictor(kind: str, rank: int = 8, seed: int = 0):
+    """Every number of it random, the rotary pairs too."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: make_predictor(CONFIG, PredictorConfig(kind=kind, rank=rank, stride=2, hidden=32)))
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, 8, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+@pytest.mark.parametrize("kind", PREDICTORS)
+def test_a_predictor_comes_back_exactly(tmp_path, kind):
+    predictor = random_predictor(kind)
+    save_predictor(tmp_path / "predictor", predictor, BASE)
+    loaded = load_predictor(tmp_path / "predictor", BASE)
+    assert type(loaded) is type(predictor) and loaded.config == predictor.config and loaded.base == CONFIG
+    assert jax.tree.structure(loaded) == jax.tree.structure(predictor)
+    for mine, theirs in zip(jax.tree.leaves(predictor), jax.tree.leaves(loaded), strict=True):
+        assert mine.dtype == theirs.dtype
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_another_base_is_refused_with_both_names(tmp_path):
+    save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
+    with pytest.raises(ValueError, match="was trained for base 'mine'") as error:
+        load_predictor(tmp_path / "predictor", base_of("other", "bbbb"))
+    for words in ("(fingerprint aaaa)", "not for 'other' (bbbb)", "load that base, or train a predictor for this one"):
+        assert words in str(error.value)
+    renamed = load_predictor(tmp_path / "predictor", base_of("moved elsewhere", "aaaa"))  # the same weights
+    assert renamed.kind == "producer"
+
+
+def test_other_sizes_are_named(tmp_path):
+    save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
+    wide = base_of("mine", "aaaa", dataclasses.replace(CONFIG, width=128))
+    with pytest.raises(
+        ValueError, match=r"does not fit: .*trunk\.inner is \(2, 64, 32\) there and \(2, 128, 32\) here"
+    ):
+        load_predictor(tmp_path / "predictor", wide)
+    plain = base_of("mine", "aaaa", dataclasses.replace(CONFIG, qkv_bias=False))
+    save_predictor(tmp_path / "lookahead", random_predictor("lookahead"), BASE)
+    with pytest.raises(ValueError, match=r"query_bias is .* there and unknown here"):
+        load_predictor(tmp_path / "lookahead", plain)
+
+
+def test_a_directory_without_checkpoints_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoints; give the directory of a run of train.py"):
+        load_predictor(tmp_path / "absent", BASE)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no finished checkpoint yet"):
+        load_predictor(tmp_path / "run", BASE)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
+    with pytest.raises(FileExistsError, match="already holds checkpoints; choose another directory"):
+        save_predictor(tmp_path / "predictor", random_predictor("producer", seed=1), BASE)
+
+
+def about(predictor) -> dict:
+    return {"base": "mine", "fingerprint": "aaaa", "predictor": dataclasses.asdict(predictor.config)}
+
+
+def test_the_best_is_loaded_unless_a_step_is_named(tmp_path):
+    predictors = [random_predictor("producer", seed=seed) for seed in range(3)]
+    with Checkpoints(tmp_path / "checkpoints", keep=5, about=about(predictors[0])) as checkpoints:
+        for step, (predictor, loss) in enumerate(zip(predictors, (3.0, 1.0, 2.0), strict=True), 1):
+            checkpoints.save(step, {"module": predictor, "step": jnp.asarray(step)}, {"place": step}, {"loss": loss})
+        assert (checkpoints.best(), checkpoints.latest()) == (2, 3)
+
+    def query(predictor):
+        return np.asarray(predictor.heads.query[...])
+
+    np.testing.assert_array_equal(query(load_predictor(tmp_path, BASE)), query(predictors[1]))
+    np.testing.assert_array_equal(query(load_predictor(tmp_path, BASE, step=3)), query(predictors[2]))
+
+
+def test_a_step_that_is_not_there_is_named(tmp_path):
+    save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7.*steps: 0"):
+        load_predictor(tmp_path / "predictor", BASE, step=7)
+
+
+def test_state_and_place_in_the_data_come_back_exactly(tmp_path):
+    predictor = random_predictor("lookahead")
+    state = {"module": predictor, "moments": (jnp.asarray([1.5, -2.0]), jnp.asarray([3], jnp.int32))}
+    with Checkpoints(tmp_path / "checkpoints", keep=2, about=about(predictor)) as checkpoints:
+        checkpoints.save(4, state, {"place": [1, {"deep": "text"}]}, {"loss": 1.0})
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        empty = jax.tree.map(jnp.zeros_like, state)
+        found, place = checkpoints.restore(4, empty)
+        assert place == {**place, "place": [1, {"deep": "text"}]}
+        jax.tree.map(np.testing.assert_array_equal, found, state)
+        other = {"module": random_predictor("lookahead", rank=4), "moments": empty["moments"]}
+        with pytest.raises(ValueError, match=r"does not fit: module\.heads\.key is \(3, 2, 16, 8\) there and"):
+            checkpoints.restore(4, other)
