@@ -94,7 +94,7 @@ def place(tmp_path_factory):
 def losses_on_8_devices(directory: Path, cases: list[tuple[str, str]]) -> dict[str, list[float]]:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", RUN, str(TESTS), str(directory), json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
