@@ -145,7 +145,7 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
         save_model(out, state.module, tokenizer)
         card = {
             "parameters": parameter_count(state.module),
-            "recipe": to_dict(config),
+            "recipe": {k: v for k, v in to_dict(config).items() if k not in ("run_dir", "out", "data_dir")},
             "learning_rate": rate,
             "losses": validate(state.module),
             "jax": jax.__version__,
