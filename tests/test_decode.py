@@ -33,7 +33,8 @@ def decoded(model, tokens, predictor=None):
     """Logits and scores after every token of every row, by prefill of short ragged prompts and single steps."""
     prompts = np.asarray(PROMPTS)
     first = jnp.asarray(np.where(np.arange(max(PROMPTS))[None] < prompts[:, None], tokens[:, : max(PROMPTS)], 0))
-    found, state = prefill(model, first, jnp.asarray(prompts), capacity=CAPACITY, predictor=predictor)
+    fill = jax.jit(lambda t, n: prefill(model, t, n, capacity=CAPACITY, predictor=predictor))
+    found, state = fill(first, jnp.asarray(prompts))
     step = jax.jit(lambda t, s: decode_step(model, t, s, predictor=predictor), donate_argnums=1)
     logits = {(b, prompts[b] - 1): np.asarray(found[b]) for b in range(len(prompts))}
     scores = {}
@@ -65,7 +66,7 @@ def decoded(model, tokens, predictor=None):
 def test_decoding_step_by_step_equals_the_full_pass(changes):
     model, tokens = model_of(**changes), rows_of()
     padded = np.pad(tokens, ((0, 0), (0, CAPACITY - tokens.shape[1])))  # longrope plans for the cache's capacity
-    full = np.asarray(forward(model, jnp.asarray(padded)))
+    full = np.asarray(jax.jit(forward)(model, jnp.asarray(padded)))
     logits, _ = decoded(model, tokens)
     assert len(logits) == sum(LENGTHS) - sum(PROMPTS) + len(PROMPTS)
     for (b, t), found in logits.items():
