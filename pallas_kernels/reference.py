@@ -1,0 +1,138 @@
+"""What the kernels compute, written to be read: sorts, gathers and softmax in jax.numpy, with nothing clever.
+
+Arguments are those of `api.py` after its checks; every function here is the definition the others are tested against.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def take_layer(array, layer):
+    """One layer of a cache [L, ...], or the array itself where layer is None."""
+    return array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def seen(size, lengths, first):
+    """bool [B, S]: the positions first[b] ... lengths[b] - 1."""
+    positions = jnp.arange(size, dtype=jnp.int32)[None]
+    mask = positions < lengths[:, None]
+    return mask if first is None else mask & (positions >= first[:, None])
+
+
+def per_head(keys, scales):
+    """int8 keys [B, Q, R, S] in float32 with their scales [Q] or [B, Q] applied; others as they are."""
+    if scales is None:
+        return keys
+    scales = jnp.broadcast_to(scales, keys.shape[:2]).astype(jnp.float32)
+    return keys.astype(jnp.float32) * scales[:, :, None, None]
+
+
+def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer):
+    """float32 [B, K, S]; -inf where a row sees nothing."""
+    batch, heads, group, rank = q_imp.shape
+    keys = per_head(take_layer(score_keys, layer), scales)
+    if keys.shape[1] == heads:  # shared by the group
+        keys = jnp.repeat(keys, group, axis=1)
+    keys = keys.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
+    scores = jnp.einsum("bkgr,bkgrs->bkgs", q_imp.astype(jnp.float32), keys, precision="highest") * scale
+    mask = jnp.broadcast_to(seen(scores.shape[-1], lengths, first)[:, None, None], scores.shape)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    if pooling == "normalised" and group > 1:
+        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        scores = jnp.where(mask, scores - total, -jnp.inf)
+    return jnp.max(scores, axis=2)
+
+
+def ranked(scores, lengths, *, sinks, window, unit, first, threshold):
+    """(forced, best, may) [B, K, units]: the order of the choice, and which units may be chosen at all.
+
+    Above every score lie the newest `window` tokens, newest first, then the first `sinks`, earliest first. A unit
+    counts as its best token; NaN counts as -inf.
+    """
+    size = scores.shape[-1]
+    positions = jnp.arange(size, dtype=jnp.int32)[None]
+    age = lengths[:, None] - 1 - positions
+    may = seen(size, lengths, first)
+    recent = may & (age < window)
+    early = may & (positions < sinks) & ~recent
+    forced = jnp.where(recent, window + sinks - age, jnp.where(early, sinks - positions, 0))  # [B, S]
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
+    may = jnp.broadcast_to(may[:, None], scores.shape)
+    forced = jnp.broadcast_to(forced[:, None], scores.shape)
+    if threshold is not None:
+        limit = jnp.broadcast_to(threshold, scores.shape[:2]).astype(jnp.float32)[..., None]
+        may = may & ((scores >= limit) | (forced > 0))
+    padding = ((0, 0), (0, 0), (0, -size % unit))
+
+    def reduce(values, empty):
+        padded = jnp.pad(values, padding, constant_values=empty)
+        return jnp.max(padded.reshape(*scores.shape[:2], -1, unit), axis=-1)
+
+    may_unit = reduce(may, False)
+    return reduce(forced, 0), reduce(jnp.where(may, scores, -jnp.inf), -jnp.inf), may_unit
+
+
+def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold):
+    """(indices, valid) [B, K, n]: a full sort, forced units first, then by score, ties by position."""
+    forced, best, may = ranked(scores, lengths, sinks=sinks, window=window, unit=unit, first=first, threshold=threshold)
+    units = may.shape[-1]
+    position = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32)[None, None], may.shape)
+    best = jnp.where(best == 0, 0.0, best)  # -0 is 0
+    keys = ((~may).astype(jnp.int32), -forced, -best, position)
+    order = jax.lax.sort(keys, dimension=-1, num_keys=4)[3][..., :n]
+    held = jnp.sum(may, axis=-1, dtype=jnp.int32)
+    taken = jnp.minimum(held, wanted(counts, n, may.shape[:2]))[..., None]
+    slot = jnp.arange(n, dtype=jnp.int32)[None, None]
+    chosen = jnp.sort(jnp.where(slot < taken, order, units), axis=-1)
+    valid = slot < taken
+    return jnp.where(valid, chosen, 0), valid
+
+
+def wanted(counts, n, rows):
+    """int32 [B, K]: how many units each row asks for, 0 ... n."""
+    if counts is None:
+        return jnp.full(rows, n, jnp.int32)
+    counts = jnp.asarray(counts, jnp.int32)
+    counts = counts[:, None] if counts.ndim == 1 else counts
+    return jnp.clip(jnp.broadcast_to(counts, rows), 0, n)
+
+
+def masked_topk_decode_attention(
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual
+):
+    """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
+    k, v = take_layer(k, layer), take_layer(v, layer)
+    batch, heads, size, dim = k.shape
+    tokens = indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
+    mask = jnp.ones(indices.shape, bool) if valid is None else valid
+    mask = jnp.broadcast_to(mask[..., None], tokens.shape) & (tokens < size)
+    if lengths is not None:
+        mask = mask & (tokens < lengths[:, None, None, None])
+    if first is not None:
+        mask = mask & (tokens >= first[:, None, None, None])
+    tokens, mask = tokens.reshape(batch, heads, -1), mask.reshape(batch, heads, -1)
+    safe = jnp.where(mask, tokens, 0)[..., None]
+    rows_k, rows_v = (jnp.take_along_axis(a, safe, axis=2) if size else a for a in (k, v))
+    if new_k is not None:
+        rows_k = jnp.concatenate([rows_k, new_k[:, :, None].astype(k.dtype)], axis=2)
+        rows_v = jnp.concatenate([rows_v, new_v[:, :, None].astype(v.dtype)], axis=2)
+        mask = jnp.concatenate([mask, jnp.ones((batch, heads, 1), bool)], axis=2)
+    grouped = q.reshape(batch, heads, -1, dim).astype(jnp.float32)
+    logits = jnp.einsum("bkgd,bknd->bkgn", grouped, rows_k.astype(jnp.float32), precision="highest") * scale
+    return softmax_sum(logits, mask, rows_v, q, return_residual)
+
+
+def softmax_sum(logits, mask, values, q, return_residual):
+    """Softmax of logits [B, K, G, n] where mask [B, K, n] is set, times values [B, K, n, D]; float32 inside."""
+    mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    values = jnp.where(mask[:, :, 0, :, None], values.astype(jnp.float32), 0.0)  # what is not attended may be NaN
+    out = jnp.einsum("bkgn,bknd->bkgd", weights, values, precision="highest")
+    out = (out / jnp.where(total > 0, total, 1.0)).reshape(q.shape).astype(q.dtype)
+    return (out, (top + jnp.log(total)).reshape(q.shape[:2])) if return_residual else out
