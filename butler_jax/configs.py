@@ -237,20 +237,36 @@ class TrainConfig(FitConfig):
 class SelectionConfig:
     """How many tokens a query attends, and which of them are never left to the scores.
 
-    budget: all attended tokens, sinks and window included. A float is a fraction of the keys a dense query would
-    attend, rounded up, and never less than sinks + window; an int is a number of tokens. sinks: first tokens of the
-    document. window: newest tokens, the query's own included.
+    budget: all attended tokens, sinks, window and neighbours included. A float is a fraction of the keys a dense query
+    would attend, rounded up, and never less than `least`; an int is a number of tokens. sinks: first tokens of the
+    document. window: newest tokens, the query's own included. unit: tokens are chosen in pages of so many, a power of
+    two, each by its best token. threshold: per layer and KV head [L][K], what scores below it is not read even where
+    the budget has room (`calibrate_thresholds` makes them; layer 0's are ignored); the budget is then the most a row
+    takes. interval: decode steps from one choice to the next; between them the chosen stay and the window moves on.
+    neighbours: of what scores choose, only half the room is filled, and each run of c consecutive units brings the c
+    units to its right. min_context: rows of up to so many tokens attend everything.
     """
 
     budget: float | int = 0.25
     sinks: int = 4
     window: int = 8
+    unit: int = 1
+    threshold: tuple[tuple[float, ...], ...] | None = None
+    interval: int = 1
+    neighbours: bool = False
+    min_context: int = 0
 
     def __post_init__(self):
         number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
         require(number, f"the budget must be a number, got {self.budget!r}")
         require(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
         require(self.window >= 1, f"the window must be at least 1 (the token itself), got {self.window}")
+        require(
+            isinstance(self.unit, int) and self.unit >= 1 and self.unit & (self.unit - 1) == 0,
+            f"the unit must be a power of two (1, 2, 4, ...), got {self.unit!r}",
+        )
+        require(self.interval >= 1, f"the interval must be at least 1 step, got {self.interval}")
+        require(self.min_context >= 0, f"min_context must be 0 or more tokens, got {self.min_context}")
         require(self.budget > 0, f"the budget must be above 0, got {self.budget}")
         if isinstance(self.budget, float):
             require(
@@ -258,12 +274,30 @@ class SelectionConfig:
                 f"a fractional budget is at most 1.0, got {self.budget}; give an integer for a number of tokens",
             )
         else:
-            least = self.sinks + self.window
+            pages = "" if self.unit == 1 else f" in pages of {self.unit}"
             require(
-                self.budget >= least,
-                f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.window} window = {least}; "
-                f"give at least {least}, or a fraction such as 0.25 (everything is 1.0)",
+                self.budget >= self.least,
+                f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.window} window{pages} = "
+                f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)",
             )
+        if self.threshold is not None:
+            rows = tuple(tuple(float(value) for value in row) for row in self.threshold)
+            require(
+                len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0,
+                "threshold must hold one number for every layer and KV head, [L][K]; got rows of "
+                f"{sorted({len(row) for row in rows})} numbers",
+            )
+            object.__setattr__(self, "threshold", rows)
+
+    @property
+    def rule(self) -> SelectionConfig:
+        """The same without budget, thresholds and min_context, which jitted code takes as data."""
+        return dataclasses.replace(self, budget=1.0, threshold=None, min_context=0)
+
+    @property
+    def least(self) -> int:
+        """The most tokens that sinks and window take, whole pages counted: every row's budget is at least this."""
+        return -(-self.sinks // self.unit) * self.unit + self.window + self.unit - 1
 
 
 @dataclass(frozen=True, kw_only=True)

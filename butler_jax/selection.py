@@ -1,8 +1,12 @@
-"""From scores to chosen tokens: the only place that knows sinks, window, budget and ties.
+"""From scores to chosen tokens: the only place that knows sinks, window, budget, pages and ties.
 
 A query attends `tokens` of the keys it may see: the newest `window` and the first `sinks` of its document
-always, the rest by score. The k-th largest score is found exactly, by bisection on the order-preserving
-unsigned image of float32; nothing is sorted. Ties go to the earlier token, so exactly `tokens` are chosen.
+always, the rest by score. The k-th largest score is found exactly (top_k.py); ties go to the earlier token, so
+exactly `tokens` are chosen.
+
+With pages, the unit of choice is `unit` tokens counted from the document's start, a page is as good as its best token,
+and whole pages are taken as long as they fit. `select_mask` chooses for many queries of packed sequences,
+`choose` for the newest token of each row: both through `select_units`.
 """
 
 from __future__ import annotations
@@ -10,12 +14,12 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import BaseConfig, SelectionConfig, require
+from butler_jax.top_k import Chosen, compact, ordered_bits, right_of_runs, set_size, top_mask
 
 FORCED = np.uint32(0xFFFFFFFF)  # above the image of every float32: sinks and window
 BARRED = np.uint32(0)  # below the image of every float32: keys that a query may not see
@@ -32,8 +36,8 @@ def budget_tokens(config: SelectionConfig, length: int) -> int:
     """Tokens attended by a query whose dense attention would read `length` keys (t+1 at position t).
 
     ceil(budget * length) for a fraction, exact for the decimal or simple ratio that was written (0.1 of 10
-    is 1 and 1/3 of 3 is 1, whatever their binary form), but never less than sinks + window, and never more
-    than length.
+    is 1 and 1/3 of 3 is 1, whatever their binary form), but never less than `config.least` (sinks + window, in whole
+    pages), and never more than length. Everything up to `config.min_context`.
     """
     return int(budget_table(config, length)[length])
 
@@ -45,52 +49,9 @@ def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
         wanted = np.full_like(lengths, config.budget)
     else:
         fraction = Fraction(repr(float(config.budget))).limit_denominator(1_000_000)
-        wanted = np.maximum(-(-lengths * fraction.numerator // fraction.denominator), config.sinks + config.window)
+        wanted = np.maximum(-(-lengths * fraction.numerator // fraction.denominator), config.least)
+    wanted = np.where(lengths <= config.min_context, lengths, wanted)
     return np.minimum(wanted, lengths).astype(np.int32)
-
-
-def ordered_bits(scores: Float[Array, "*B"]) -> UInt32[Array, "*B"]:
-    """The unsigned image of float32 that keeps its order; -0 counts as 0 and NaN as the lowest score."""
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def top_mask(image: UInt32[Array, "*B S"], count: Int[Array, "*B"]) -> Bool[Array, "*B S"]:
-    """The `count` largest entries of every row, ties to the lower index; count <= S."""
-    threshold = _kth_largest(image, count)[..., None]
-    mask = image >= threshold
-    return jax.lax.cond(jnp.any(_size(mask) != count), lambda: _break_ties(image, threshold, count), lambda: mask)
-
-
-def _size(mask: Bool[Array, "*B S"]) -> Int[Array, "*B"]:
-    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
-
-
-def _kth_largest(image: UInt32[Array, "*B S"], count: Int[Array, "*B"]) -> UInt32[Array, "*B"]:
-    """The largest value that at least `count` entries reach, bit by bit from the top."""
-
-    def body(step, found):
-        trial = found | jnp.uint32(1) << (31 - step).astype(jnp.uint32)
-        return jnp.where(_size(image >= trial[..., None]) >= count, trial, found)
-
-    return jax.lax.fori_loop(0, 32, body, jnp.zeros(image.shape[:-1], jnp.uint32))
-
-
-def _break_ties(image, threshold, count) -> Bool[Array, "*B S"]:
-    """Everything above the threshold, and of what equals it the first ones."""
-    above, equal = image > threshold, image == threshold
-    missing = count - _size(above)
-    size = image.shape[-1]
-    columns = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (image.ndim - 1) + (size,))
-    steps = size.bit_length()
-
-    def body(step, end):  # the largest end before which at most `missing` ties lie
-        trial = end | jnp.int32(1) << (steps - 1 - step)
-        return jnp.where(_size(equal & (columns < trial[..., None])) <= missing, trial, end)
-
-    end = jax.lax.fori_loop(0, steps, body, jnp.zeros(count.shape, jnp.int32))
-    return above | (equal & (columns < end[..., None]))
 
 
 def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, window: int) -> Bool[Array, "B C S"]:
@@ -102,6 +63,77 @@ def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, window: int
     return (columns > (rows.own - window)[..., None]) | (columns < (rows.start + sinks)[..., None])
 
 
+class Pages(NamedTuple):
+    """How keys lie in pages: of `unit` tokens, the first one beginning `offset` keys before the first column.
+
+    offset: 0 ... unit - 1 for each query, or None where every query's pages begin at column 0.
+    """
+
+    unit: int
+    offset: Int[Array, "B C"] | None
+
+    def of(self, image: UInt32[Array, "B K C S"]) -> UInt32[Array, "B K C U"]:
+        """The largest entry of every page."""
+        size, unit = image.shape[-1], self.unit
+        if unit == 1:
+            return image
+        if self.offset is None:
+            image = jnp.pad(image, ((0, 0),) * 3 + ((0, -size % unit),))
+        else:
+            at = jnp.arange(-(-(size + unit - 1) // unit) * unit, dtype=jnp.int32)[None, None] - self.offset[..., None]
+            image = jnp.take_along_axis(image, jnp.clip(at, 0, size - 1)[:, None], axis=-1)
+            image = jnp.where(((at >= 0) & (at < size))[:, None], image, BARRED)
+        return jnp.max(image.reshape(*image.shape[:3], -1, unit), axis=-1)
+
+    def tokens(self, mask: Bool[Array, "B K C U"], size: int) -> Bool[Array, "B K C S"]:
+        """Every column of the pages in the mask."""
+        if self.unit == 1:
+            return mask
+        column = jnp.arange(size, dtype=jnp.int32)[None, None]
+        offset = jnp.zeros((1, 1), jnp.int32) if self.offset is None else self.offset
+        return jnp.take_along_axis(mask, ((column + offset[..., None]) // self.unit)[:, None], axis=-1)
+
+
+def select_units(
+    image: UInt32[Array, "B K C S"],
+    rows: Rows,
+    tokens: Int[Array, "B Q C"],
+    allowed: Int[Array, "B Q C"],
+    pages: Pages,
+    threshold: Float[Array, "B K C"] | None = None,
+    neighbours: bool = False,
+) -> Bool[Array, "B K C U"]:
+    """The units each query attends.
+
+    image: FORCED, BARRED, or ordered_bits of a score. allowed: how many of a row are not BARRED. The newest page may be
+    partly filled: n pages hold (n - 1) * unit tokens and those of the newest one at most, and n is the most for which
+    they are within `tokens`. threshold: see SelectionConfig, of any shape that broadcasts.
+    """
+    shape = image.shape[:-1]
+    units = pages.of(image)
+    everything = tokens >= allowed
+    count = tokens
+    if pages.unit > 1:
+        newest = jnp.minimum((rows.own - rows.start)[:, None] % pages.unit + 1, allowed)
+        count = 1 + (tokens - newest) // pages.unit
+        count = jnp.where(everything, set_size(units != BARRED), count)
+    count = jnp.broadcast_to(count, shape)
+    if pages.unit > 1 or threshold is not None or neighbours:
+        forced = set_size(units == FORCED)
+        count = jnp.maximum(count, forced)
+        if neighbours:
+            count = jnp.where(everything, count, forced + (count - forced) // 2)
+        if threshold is not None:
+            limit = jnp.broadcast_to(ordered_bits(threshold), shape)
+            count = jnp.minimum(count, jnp.maximum(set_size(units >= limit[..., None]), forced))
+        mask = top_mask(units, count)
+        if neighbours:
+            # Half of the room at most was filled, and as many neighbours at most come: never more than the room.
+            mask = mask | (right_of_runs(mask & (units != FORCED)) & (units != BARRED))
+        return mask
+    return top_mask(units, count)
+
+
 def select_mask(
     scores: Float[Array, "B K C S"],
     allowed: Bool[Array, "B Q C S"],
@@ -111,33 +143,120 @@ def select_mask(
     sinks: int = 4,
     window: int = 8,
     columns: Int[Array, " S"] | None = None,
+    unit: int = 1,
+    threshold: Float[Array, "B K C"] | None = None,
+    neighbours: bool = False,
 ) -> Bool[Array, "B K C S"]:
-    """The keys that each query attends, per head: min(tokens, |allowed|) of those in `allowed`.
+    """The keys that each query attends, per head: min(tokens, |allowed|) of those in `allowed`, or fewer.
 
     scores: float32, higher is better; -inf and NaN come last. allowed: causal, same document, inside a
-    sliding window; the second axis is 1 or K. rows: see Rows. tokens: how many keys to attend, at least sinks +
-    window or everything allowed, as `budget_table(...)[number of allowed keys]` gives it. columns: positions of the
-    keys, 0 ... S-1 unless given.
+    sliding window, so consecutive columns up to the query's own; the second axis is 1 or K. rows: see Rows. tokens: how
+    many keys to attend, at least SelectionConfig.least or everything allowed, as `budget_table(...)[number of allowed
+    keys]` gives it. columns: positions of the keys, consecutive, 0 ... S-1 unless given. unit, threshold, neighbours:
+    see SelectionConfig; the threshold in any shape that broadcasts to [B, K, C].
     """
     columns = jnp.arange(scores.shape[-1]) if columns is None else columns
-    tokens = jnp.minimum(tokens[:, None], _size(allowed))  # [B, Q, C]
+    size = set_size(allowed)
+    tokens = jnp.minimum(tokens[:, None], size)  # [B, Q, C]
     forced = always_chosen(rows, columns, sinks, window)[:, None]
     image = jnp.where(forced, FORCED, ordered_bits(scores))
     image = jnp.where(allowed, image, BARRED)
-    return top_mask(image, jnp.broadcast_to(tokens, image.shape[:-1]))
+    pages = Pages(unit, None if unit == 1 else (columns[0] - rows.start) % unit)
+    mask = select_units(image, rows, tokens, size, pages, threshold, neighbours)
+    return mask if unit == 1 else pages.tokens(mask, scores.shape[-1]) & allowed
 
 
 def select(
-    scores: Float[Array, "B K C S"], allowed: Bool[Array, "B Q C S"], rows: Rows, config: SelectionConfig
+    scores: Float[Array, "B K C S"],
+    allowed: Bool[Array, "B Q C S"],
+    rows: Rows,
+    config: SelectionConfig,
+    threshold: Float[Array, "B K C"] | None = None,
 ) -> Bool[Array, "B K C S"]:
     """select_mask under a configuration: its budget of the keys each row may see.
 
-    allowed must be the same for every head (second axis 1). Raises ValueError where it is not.
+    threshold: of this layer, where the configuration has them. allowed must be the same for every head (second axis 1).
+    Raises ValueError where it is not.
     """
     require(
         allowed.shape[1] == 1,
         f"select needs one set of allowed keys a row, got {allowed.shape[1]} heads of them",
     )
     table = jnp.asarray(budget_table(config, scores.shape[-1]))
-    tokens = table[_size(allowed)[:, 0]]
-    return select_mask(scores, allowed, rows, tokens, sinks=config.sinks, window=config.window)
+    count = set_size(allowed)[:, 0]
+    tokens = table[count]
+    threshold = beyond(config.min_context, count[:, None], threshold)
+    return select_mask(
+        scores, allowed, rows, tokens, sinks=config.sinks, window=config.window, unit=config.unit,
+        threshold=threshold, neighbours=config.neighbours,
+    )  # fmt: skip
+
+
+class Limits(NamedTuple):
+    """What of a selection is data under jit: budget_table, thresholds or None, min_context."""
+
+    table: Int[Array, " N"]
+    threshold: Float[Array, "L K"] | None
+    min_context: int
+
+
+def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
+    """The limits of a selection for rows of up to `length` tokens.
+
+    Raises ValueError where the thresholds are not those of a model of these sizes.
+    """
+    threshold = None
+    if config.threshold is not None:
+        shape = len(config.threshold), len(config.threshold[0])
+        require(
+            shape in ((base.layers, base.kv_heads), (base.layers, base.heads)),
+            f"thresholds of {shape[0]} layers and {shape[1]} heads do not fit a model of {base.layers} layers and "
+            f"{base.kv_heads} KV heads; calibrate them on this model",
+        )
+        threshold = jnp.asarray(config.threshold, jnp.float32)
+    return Limits(jnp.asarray(budget_table(config, length)), threshold, config.min_context)
+
+
+def beyond(
+    min_context: Int[Array, ""] | int, lengths: Int[Array, "*B"], threshold: Float[Array, "*B"] | None
+) -> Float[Array, "*B"] | None:
+    """The threshold for rows of more than min_context tokens; none passes over the others. Shapes broadcast."""
+    return None if threshold is None else jnp.where(lengths > min_context, threshold, -jnp.inf)
+
+
+def slots(config: SelectionConfig, most: int) -> int:
+    """N: room for the units of any row whose budget is at most `most` tokens."""
+    return -(-most // config.unit) + (config.unit > 1)
+
+
+def choose(
+    scores: Float[Array, "B K S"],
+    lengths: Int[Array, " B"],
+    tokens: Int[Array, " B"],
+    room: int,
+    config: SelectionConfig,
+    *,
+    threshold: Float[Array, "B K"] | None = None,
+    first: Int[Array, " B"] | None = None,
+) -> Chosen:
+    """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
+
+    scores: of the cached tokens; the newest one's is not looked at (it is in the window). lengths: tokens of each row,
+    the newest included. tokens: its budget, as budget_table gives it. room: slots(config, the largest of tokens).
+    threshold: of this layer. first: the first token a row may see (a sliding window), 0 unless given.
+    """
+    size = scores.shape[-1]
+    start = jnp.zeros_like(lengths) if first is None else first
+    columns = jnp.arange(size, dtype=jnp.int32)
+    rows = Rows((lengths - 1)[:, None], jnp.zeros_like(lengths)[:, None])
+    image = jnp.where(
+        always_chosen(rows, columns, config.sinks, config.window)[:, None], FORCED, ordered_bits(scores)[:, :, None]
+    )
+    inside = (columns[None] < lengths[:, None]) & (columns[None] >= start[:, None])
+    image = jnp.where(inside[:, None, None], image, BARRED)
+    held = (lengths - start)[:, None, None]
+    tokens = jnp.minimum(tokens[:, None, None], held)
+    if threshold is not None:
+        threshold = threshold[..., None]
+    mask = select_units(image, rows, tokens, held, Pages(config.unit, None), threshold, config.neighbours)
+    return compact(mask[:, :, 0], room)

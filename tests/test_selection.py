@@ -13,19 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from butler_jax.configs import SelectionConfig
-from butler_jax.selection import (
-    Rows,
-    budget_table,
-    budget_tokens,
-    ordered_bits,
-    select,
-    select_mask,
-    top_mask,
-)
+from butler_jax.selection import Rows, beyond, budget_table, budget_tokens, choose, select, select_mask, slots
+from butler_jax.top_k import ordered_bits, right_of_runs, top_mask
+from pallas_kernels import select_top_k
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-choose = jax.jit(select_mask, static_argnames=("sinks", "window"))
+masked = jax.jit(select_mask, static_argnames=("sinks", "window"))
 
 
 def sorted_choice(scores, allowed, own, start, tokens, sinks, window):
@@ -60,7 +54,7 @@ def test_chosen_set_equals_sort(seed, levels, special, sliding):
     allowed = (columns <= own[..., None]) & (columns >= start[..., None])
     if sliding:
         allowed &= columns > own[..., None] - sliding
-    mask = choose(scores, allowed[:, None], Rows(own, start), tokens, sinks=2, window=3)
+    mask = masked(scores, allowed[:, None], Rows(own, start), tokens, sinks=2, window=3)
     # Denormals may be flushed to zero by the compiled comparison of floats; the oracle is given the same.
     flushed = np.where(np.abs(scores) < 1e-38, np.float32(0), scores)
     for b, k, c in np.ndindex(B, K, C):
@@ -143,8 +137,139 @@ def test_integer_budget_is_a_number_of_tokens():
         ({"budget": True}, "must be a number"),
         ({"sinks": -1}, "sinks"),
         ({"window": 0}, "window"),
+        ({"unit": 3}, "power of two"),
+        ({"unit": 0}, "power of two"),
+        ({"unit": 16, "budget": 38}, "in pages of 16 = 39; give at least 39"),
+        ({"interval": 0}, "at least 1 step"),
+        ({"min_context": -1}, "min_context"),
+        ({"threshold": ((0.0, 1.0), (0.0,))}, "every layer and KV head"),
+        ({"threshold": ()}, "every layer and KV head"),
     ],
 )
 def test_bad_budget_is_a_clear_error(fields, message):
     with pytest.raises(ValueError, match=message):
         SelectionConfig(**fields)
+
+
+def paged_choice(scores, held, tokens, config, threshold=None, first=0):
+    """The tokens of one row of `held` tokens, page by page in Python; those before `first` do not exist for it."""
+    unit, seen = config.unit, range(first, held)
+    value = {j: -np.inf if np.isnan(scores[j]) else scores[j] for j in seen}
+    pages = {}
+    for j in seen:
+        pages.setdefault(j // unit, []).append(j)
+    forced = {p for p, js in pages.items() if any(j < config.sinks or j >= held - config.window for j in js)}
+    everything = tokens >= len(seen)
+    room = 0
+    total = min(len(pages[(held - 1) // unit]), (held - 1) % unit + 1)
+    while total <= tokens:  # whole pages beside the newest
+        room, total = room + 1, total + unit
+    room = len(pages) if everything else max(room, len(forced))
+    order = sorted(set(pages) - forced, key=lambda p: (-max(value[j] for j in pages[p]), p))
+    own = room - len(forced)
+    if config.neighbours and not everything:
+        own //= 2
+    picked = order[: max(own, 0)]
+    if threshold is not None:
+        picked = [p for p in picked if max(value[j] for j in pages[p]) >= threshold]
+    chosen = set(picked)
+    if config.neighbours:
+        for p in picked:  # the run that p belongs to, and its length
+            low, high = p, p
+            while low - 1 in picked:
+                low -= 1
+            while high + 1 in picked:
+                high += 1
+            if p + (high - low + 1) in pages:
+                chosen.add(p + (high - low + 1))
+    return {j for p in chosen | forced for j in pages[p]}
+
+
+CASES = [
+    dict(budget=0.4, sinks=2, window=3),
+    dict(budget=0.4, sinks=2, window=3, unit=4),
+    dict(budget=22, sinks=1, window=6, unit=8),
+    dict(budget=0.5, sinks=2, window=3, neighbours=True),
+    dict(budget=0.6, sinks=2, window=3, unit=2, neighbours=True),
+    dict(budget=0.7, sinks=2, window=3, threshold=((0.0, 0.0), (0.3, -0.5))),
+    dict(budget=0.7, sinks=2, window=3, unit=2, neighbours=True, threshold=((0.0, 0.0), (0.3, -0.5))),
+    dict(budget=1.0, unit=4, sinks=2, window=3),
+    dict(budget=0.3, sinks=2, window=3, min_context=20),
+]
+
+
+@pytest.mark.parametrize("fields", CASES, ids=lambda f: "-".join(f"{k[:3]}{v}" for k, v in f.items())[:40])
+@pytest.mark.parametrize("sliding", [None, 11])
+def test_pages_thresholds_and_neighbours_equal_form_in_python(fields, sliding):
+    config, S = SelectionConfig(**fields), 37
+    random = np.random.default_rng(3)
+    lengths = np.arange(1, S + 1, dtype=np.int32)
+    scores = (random.integers(-6, 7, (S, 2, S)) / 7).astype(np.float32)  # many ties
+    first = np.zeros_like(lengths) if sliding is None else np.maximum(lengths - sliding, 0)
+    table = budget_table(config, S)
+    tokens = table[lengths - first]
+    threshold = None if config.threshold is None else jnp.asarray([config.threshold[1]] * S)
+    room = slots(config, int(tokens.max()))
+    pick = jax.jit(choose, static_argnames=("room", "config"))
+    indices, valid = map(np.asarray, pick(scores, lengths, tokens, room, config, threshold=threshold, first=first))
+    for row, head in np.ndindex(S, 2):
+        limit = None if config.threshold is None else config.threshold[1][head]
+        wanted = paged_choice(scores[row, head], lengths[row], tokens[row], config, limit, first[row])
+        assert len(wanted) <= max(tokens[row], 1)
+        units = indices[row, head][valid[row, head]]
+        assert (np.diff(units) > 0).all() and not indices[row, head][~valid[row, head]].any()
+        own = {j for u in units for j in range(u * config.unit, (u + 1) * config.unit)}
+        assert own & set(range(first[row], lengths[row])) == wanted
+
+
+@pytest.mark.parametrize("fields", CASES, ids=lambda f: "-".join(f"{k[:3]}{v}" for k, v in f.items())[:40])
+def test_mask_of_packed_documents_is_the_choice_of_each_newest_token(fields):
+    config, S = SelectionConfig(**fields), 44
+    starts = np.asarray([0] * 21 + [21] * 23)  # pages are counted from a document's start
+    own = np.arange(S, dtype=np.int32)
+    random = np.random.default_rng(5)
+    scores = (random.integers(-6, 7, (1, 2, S, S)) / 7).astype(np.float32)
+    allowed = (own[None] <= own[:, None]) & (own[None] >= starts[:, None])
+    threshold = None if config.threshold is None else jnp.asarray(config.threshold[1])[None, :, None]
+    rows = Rows(own[None], starts[None].astype(np.int32))
+    mask = jax.jit(select, static_argnums=3)(scores, allowed[None, None], rows, config, threshold)
+    table = budget_table(config, S)
+    for t, head in np.ndindex(S, 2):
+        held = t + 1 - starts[t]
+        limit = None if config.threshold is None else config.threshold[1][head]
+        wanted = paged_choice(scores[0, head, t, starts[t] :], held, table[held], config, limit)
+        assert set(np.flatnonzero(mask[0, head, t]) - starts[t]) == wanted
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_kernels_choose_the_same(unit, implementation):
+    config, B, S = SelectionConfig(budget=0.5, sinks=2, window=5, unit=unit), 6, 40
+    random = np.random.default_rng(1)
+    scores = (random.integers(-3, 4, (B, 2, S)) / 7).astype(np.float32)
+    lengths = np.asarray([40, 1, 17, 23, 5, 32], np.int32)
+    tokens = budget_table(config, S)[lengths]
+    room = slots(config, int(tokens.max()))
+    mine = choose(scores, lengths, tokens, room, config)
+    counts = np.asarray(mine.valid.sum(-1))
+    theirs = select_top_k(
+        scores, lengths, room, counts=counts, sinks=2, window=5, unit=unit, implementation=implementation
+    )
+    np.testing.assert_array_equal(mine.indices, theirs.indices)
+    np.testing.assert_array_equal(mine.valid, theirs.valid)
+
+
+def test_a_run_of_c_brings_the_c_to_its_right():
+    mask = np.zeros((1, 16), bool)
+    mask[0, [1, 4, 5, 9, 10, 11, 12]] = True
+    # {1} brings 2, {4, 5} bring 6 and 7, {9 ... 12} bring 13, 14, 15 and one beyond the end
+    assert list(np.flatnonzero(right_of_runs(jnp.asarray(mask))[0])) == [2, 6, 7, 13, 14, 15]
+
+
+def test_rows_up_to_min_context_attend_everything():
+    config = SelectionConfig(budget=0.25, min_context=100)
+    table = budget_table(config, 400)
+    np.testing.assert_array_equal(table[:101], np.arange(101))
+    assert table[101] == 26 and table[400] == 100
+    found = beyond(100, jnp.asarray([100, 101]), jnp.asarray([0.5, 0.5]))
+    assert np.isneginf(found[0]) and found[1] == 0.5

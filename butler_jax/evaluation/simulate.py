@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.attention import merge_queries, weighted_values
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_attend, map_chunks
-from butler_jax.policies import Policy
+from butler_jax.policies import Chunk, Policy
 from butler_jax.predictors import Predictor, walk
-from butler_jax.selection import budget_table, select_mask
+from butler_jax.selection import Limits, beyond, limits_of, select_mask
 
 LOGIT_ROWS = 64  # rows of logits formed at a time
 
@@ -44,8 +44,9 @@ def simulate(
 ) -> Simulated:
     """One pass over a batch (tokens, segments, positions) under a policy and a budget.
 
-    Raises ValueError beyond the model's context, or where the policy needs a predictor and there is none.
-    Compiles once per policy and shape: the budget is data.
+    Raises ValueError beyond the model's context, where the policy needs a predictor and there is none, for thresholds
+    of another model, and for an interval: every position chooses. Compiles once per policy and shape: the budget is
+    data.
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
@@ -53,27 +54,21 @@ def simulate(
         predictor is not None or not policy.needs_predictor,
         f"the policy {policy.name} needs a trained predictor",
     )
+    require(
+        config.interval == 1,
+        f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one",
+    )
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
-    table = jnp.asarray(budget_table(config, length))
+    limits = limits_of(config, model.config, length)
     if not policy.needs_predictor:
         predictor = None
-    return _simulate(
-        model, predictor, batch, table, policy=policy, sinks=config.sinks, window=config.window,
-        implementation=implementation,
-    )  # fmt: skip
+    return _simulate(model, predictor, batch, limits, policy=policy, rule=config.rule, implementation=implementation)
 
 
-@partial(jax.jit, static_argnames=("policy", "sinks", "window", "implementation"))
-def _simulate(model, predictor, batch, table, *, policy, sinks, window, implementation) -> Simulated:
+@partial(jax.jit, static_argnames=("policy", "rule", "implementation"))
+def _simulate(model, predictor, batch, limits, *, policy, rule, implementation) -> Simulated:
     x, attended = hidden_states(
-        model,
-        predictor,
-        batch,
-        table,
-        policy=policy,
-        sinks=sinks,
-        window=window,
-        implementation=implementation,
+        model, predictor, batch, limits, policy=policy, rule=rule, implementation=implementation
     )
     nll, greedy = predictions(model, x, batch["tokens"], batch["segments"])
     return Simulated(nll, greedy, attended)
@@ -83,14 +78,13 @@ def hidden_states(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
-    table: Int[Array, " N"],
+    limits: Limits,
     *,
     policy: Policy,
-    sinks: int = 4,
-    window: int = 8,
+    rule: SelectionConfig,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B T"]]:
-    """Last residual stream under a policy, and each row's attended fraction. table: a budget_table."""
+    """Last residual stream under a policy, and each row's attended fraction. rule: SelectionConfig.rule."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
     if policy.name == "dense":
@@ -111,7 +105,7 @@ def hidden_states(
             importance = tuple(f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys))
 
         def attend(limit):
-            apply = partial(sparse_chunk, policy=policy, table=table, sinks=sinks, window=window)
+            apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
             (outputs, fractions), size = map_chunks(apply, view, importance, segments, limit)
             fractions = jnp.swapaxes(fractions, 0, 1).reshape(segments.shape[0], -1)[:, :length]
             return merge_queries(outputs, size, length), fractions
@@ -123,15 +117,9 @@ def hidden_states(
     return x, jnp.mean(fractions[1:], axis=0)
 
 
-def sparse_chunk(chunk, values, number, *, policy: Policy, table, sinks: int, window: int):
-    """Attention of a chunk over its chosen keys: output [B, K, M, D], fraction of causal keys read [B, C].
-
-    Layer 0 reads everything.
-    """
-    allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
-    count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
-    tokens = jnp.where(chunk.layer > 0, table[count], count)
-    mask = select_mask(policy(chunk), allowed, chunk.rows, tokens, sinks=sinks, window=window, columns=chunk.columns)
+def sparse_chunk(chunk, values, number, *, policy: Policy, limits: Limits, rule: SelectionConfig):
+    """Attention of a chunk over its chosen keys: output [B, K, M, D], fraction of causal keys read [B, C]."""
+    mask, count = chosen_mask(chunk, policy, limits, rule)
     batch, kv_heads, group, size, keys = chunk.logits.shape
     read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
     fraction = read.astype(jnp.float32) / (mask.shape[1] * jnp.maximum(count, 1)).astype(jnp.float32)
@@ -141,6 +129,24 @@ def sparse_chunk(chunk, values, number, *, policy: Policy, table, sinks: int, wi
     total = jnp.sum(weights, axis=-1, keepdims=True).reshape(batch, kv_heads, group * size, 1)
     output = weighted_values(weights.reshape(batch, kv_heads, group * size, keys), values) / total
     return output.astype(values.dtype), fraction
+
+
+def chosen_mask(
+    chunk: Chunk, policy: Policy, limits: Limits, rule: SelectionConfig
+) -> tuple[Bool[Array, "B K C S"], Int[Array, "B C"]]:
+    """The keys that the chunk's rows read, and how many they may see. Layer 0 reads everything."""
+    allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
+    count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
+    tokens = jnp.where(chunk.layer > 0, limits.table[count], count)
+    threshold = None
+    if limits.threshold is not None:
+        threshold = jnp.where(chunk.layer > 0, limits.threshold[chunk.layer], -jnp.inf)[None, :, None]
+        threshold = beyond(limits.min_context, count[:, None], threshold)
+    mask = select_mask(
+        policy(chunk), allowed, chunk.rows, tokens, sinks=rule.sinks, window=rule.window, columns=chunk.columns,
+        unit=rule.unit, threshold=threshold, neighbours=rule.neighbours,
+    )  # fmt: skip
+    return mask, count
 
 
 def predictions(
