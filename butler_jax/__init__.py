@@ -12,9 +12,10 @@ Source: "TokenButler: Token Importance is Predictable", arXiv 2503.07518.
 from butler_jax.checkpoints import load_predictor, save_predictor
 from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig, TrainConfig
 from butler_jax.data import batches
-from butler_jax.decode import decode_step, prefill
+from butler_jax.decode import decode_step
 from butler_jax.evaluation import evaluate
 from butler_jax.predictor_training import distil, init_predictor
+from butler_jax.prefill import prefill
 from butler_jax.weights import Base, load_base
 
 __all__ = [

@@ -1,4 +1,8 @@
-"""Caches of decoding: pytrees of fixed capacity, with the number of tokens each row holds."""
+"""Caches of decoding: pytrees of fixed capacity, with the number of tokens each row holds.
+
+A pass over the layers only reads them; the tokens it made are written afterwards, all layers at once, so that donated
+caches are updated in place.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.configs import BaseConfig
+from butler_jax.top_k import Chosen
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +34,10 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScoreCache:
-    """Importance keys of every layer, the cached tokens in the minor dimension; layer 0's are unused."""
+    """Importance keys of every layer, the cached tokens in the minor dimension; layer 0's are unused.
+
+    trunk: cache of a predictor's own attention, stacked over producers; None where it has none.
+    """
 
     keys: Float[Array, "L B Q R S"]
     trunk: Any = None
@@ -38,14 +46,43 @@ class ScoreCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """All that decoding carries: caches and the tokens held by each row. scores is None without a predictor."""
+    """All that decoding carries from step to step; donate it.
+
+    lengths: tokens each row holds. scores: None without a predictor. steps: decode steps so far. chosen: the units of
+    every layer [L, B, K, N] that the last choice keeps for the steps until the next one, None where every step
+    chooses.
+    """
 
     kv: KVCache
     scores: ScoreCache | None
     lengths: Int[Array, " B"]
+    steps: Int[Array, ""]
+    chosen: Chosen | None = None
 
 
 def empty_kv_cache(config: BaseConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
     """A cache of zeros for `capacity` tokens a row."""
     shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write_token(
+    cache: Float[Array, "L B K S D"], new: Float[Array, "L B K D"], lengths: Int[Array, " B"]
+) -> Float[Array, "L B K S D"]:
+    """The cache with one more token a row, at its length."""
+    rows = jnp.arange(lengths.shape[0])
+    return cache.at[:, rows, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(cache.dtype))
+
+
+def write_score_key(
+    keys: Float[Array, "L B Q R S"], new: Float[Array, "L B Q R"], lengths: Int[Array, " B"]
+) -> Float[Array, "L B Q R S"]:
+    """The score keys with one more token a row, at its length."""
+    rows = jnp.arange(lengths.shape[0])
+    return keys.at[:, rows, :, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(keys.dtype))
+
+
+def empty_chosen(config: BaseConfig, batch: int, heads: int, room: int) -> Chosen:
+    """Room for the units that every layer keeps over several steps."""
+    shape = (config.layers, batch, heads, room)
+    return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))

@@ -1,75 +1,42 @@
-"""Decoding: prefill the caches from prompts, then one token a row and step.
+"""One token a row: score the cached tokens, choose a few, attend to those, in every layer but the first.
 
-The predictor's queries and keys come from the very functions that training differentiates; the score cache holds the
-importance keys of every token seen.
+The caches are only read while the layers run; the new token's rows are written once, after them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.attention import causal_attention
-from butler_jax.base_model import BaseModel, LayerView, by_window, dense_mixer, embed, logits, run_layers
-from butler_jax.cache import DecodeState, KVCache, ScoreCache, empty_kv_cache
-from butler_jax.configs import require
+from butler_jax.base_model import BaseModel, LayerView, embed, logits, run_layers
+from butler_jax.cache import DecodeState, KVCache, ScoreCache, write_score_key, write_token
+from butler_jax.cached_attention import cached_attention, layer_windows
+from butler_jax.chosen import attended_tokens, chosen_tokens, kept, recent_from, with_recent
+from butler_jax.configs import SelectionConfig, require
+from butler_jax.policies import Policy
+from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor, walk
+from butler_jax.scoring import choosing_heads, chunk_of, issue, with_own
+from butler_jax.selection import beyond, choose, limits_of, room_for
+from butler_jax.top_k import Chosen
+from pallas_kernels import importance_scores, masked_topk_decode_attention
 
 
-def prefill(
-    model: BaseModel,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    *,
-    capacity: int,
-    predictor: Predictor | None = None,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Run prompts densely; logits after each row's last token, and the caches of `capacity` tokens a row.
+class Found(NamedTuple):
+    """What a step looked at.
 
-    tokens: prompts, padded on the right to T. lengths: tokens of each prompt, 1 ... T. Raises ValueError where T
-    exceeds the capacity or the capacity the model's context.
+    attended: tokens really read by every layer and KV head (query head where a policy chooses for each), the row's own
+    included. With details: chosen, the set itself (None where decoding is dense), and scores, the predictor's per query
+    head, -inf where a row holds no token (None without a predictor). Layer 0 is dense: its scores mean nothing.
     """
-    batch, length = tokens.shape
-    require(length <= capacity, f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
-    require(
-        capacity <= model.config.context,
-        f"a cache of {capacity} tokens is beyond the model's context of {model.config.context}",
-    )
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
-    x = embed(model, tokens)
-    dense = dense_mixer(model.config, None, implementation)
-    room = capacity - length
 
-    def trunk_attend(_, q, k, v):
-        cache = tuple(jnp.pad(a, ((0, 0), (0, room), (0, 0), (0, 0))) for a in (k, v))
-        return causal_attention(q, k, v, implementation=implementation), cache
-
-    context = None if predictor is None else predictor.context(positions, capacity)
-
-    def mixer(state, view: LayerView):
-        keys = None
-        if predictor is not None:
-            step = walk.step(predictor, state, view, context, trunk_attend)
-            keys = predictor.keys(step.head, step.features, view, context).transpose(0, 2, 3, 1)
-            state = step.state
-        rows = tuple(a.transpose(0, 2, 1, 3) for a in (view.k, view.v))
-        return dense(None, view)[0], state, (*rows, keys)
-
-    start = None
-    if predictor is not None:
-        start = walk.begin(predictor, x, context, _trunk_cache(predictor, batch, capacity, x.dtype))
-    x, end, (k, v, keys) = run_layers(model, x, positions, mixer, start, length=capacity)
-    kv = empty_kv_cache(model.config, batch, capacity, x.dtype)
-    kv = KVCache(*(jax.lax.dynamic_update_slice(a, b, (0,) * 5) for a, b in ((kv.k, k), (kv.v, v))))
-    scores = None
-    if predictor is not None:
-        scores = ScoreCache(jnp.pad(keys, ((0, 0),) * 4 + ((0, room),)), end.cache)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return logits(model, last), DecodeState(kv, scores, lengths.astype(jnp.int32))
+    attended: Int[Array, "L B K"]
+    chosen: Bool[Array, "L B K S"] | None = None
+    scores: Float[Array, "L B H S"] | None = None
 
 
 def decode_step(
@@ -78,73 +45,194 @@ def decode_step(
     state: DecodeState,
     *,
     predictor: Predictor | None = None,
-) -> tuple[Float[Array, "B V"], DecodeState, Float[Array, "L B H S"] | None]:
-    """One token a row: logits after it, the caches with it, and its importance scores.
+    selection: SelectionConfig | None = None,
+    policy: Policy | None = None,
+    most: int | None = None,
+    implementation: str | None = None,
+    details: bool = False,
+) -> tuple[Float[Array, "B V"], DecodeState, Found]:
+    """One token a row: logits after it, float32, the state with it, and what was read.
 
-    The scores (None without a predictor) are those of every cached token, the new one included, for each query head,
-    before any pooling; -inf where a row holds no token. Layer 0 is always dense: its scores mean nothing.
-    Attention is dense. A row must have room: the caller keeps lengths below the capacity. Donate `state` under jit.
+    selection: which cached tokens are attended (None: all; the predictor's caches are kept all the same). policy: who
+    scores them; None is the predictor, as `TokenButler()`. most: the largest budget of any row at this step, in tokens,
+    where the caller knows that it is below the largest of the cache's length. implementation: of pallas_kernels.
+    details: see Found. Donate `state` under jit; all that is not an array is static there.
+
+    Raises ValueError where the cache is known to be full, where the policy needs a predictor and there is none, where
+    thresholds are another model's, and where an interval is asked of a state that `prefill` did not make for it.
     """
+    policy = policy or TokenButler()
+    if policy.name == "dense":
+        selection = None
+    check_step(state, predictor, selection, policy)
     config, capacity = model.config, state.kv.capacity
-    lengths = state.lengths
-    rows = jnp.arange(tokens.shape[0])
-    held = jnp.arange(capacity)[None] <= lengths[:, None]  # [B, S], the new token included
-    positions = lengths[:, None]
+    cached, total = state.lengths, state.lengths + 1
     x = embed(model, tokens[:, None])
-    context = None if predictor is None else predictor.context(positions, capacity)
+    context = None if predictor is None else predictor.context(cached[:, None], capacity)
+    windows = layer_windows(config)
+    scored = predictor is not None and (details or (selection is not None and policy.needs_predictor))
+    pooled = scored and not details and isinstance(policy, TokenButler) and policy.pooling == "maximum"
+    if selection is not None:
+        limits = limits_of(selection, config, capacity)
+        room = room_for(selection, capacity, most)
+        sets = choosing_heads(policy, config)
 
-    def trunk_attend(cache, q, k, v):
-        k, v = (a.at[rows, lengths].set(new[:, 0].astype(a.dtype)) for a, new in zip(cache, (k, v), strict=True))
-        out = _attend(q[:, 0], k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), held)
-        return out[:, None], (k, v)
+    def pool(queries, layer):
+        return importance_scores(
+            queries, state.scores.keys, cached, pooling="maximum", layer=layer, implementation=implementation
+        )
 
     def mixer(carry, view: LayerView):
-        walked, k, v, keys = carry
-        k = k.at[view.index, rows, :, lengths].set(view.k[:, 0].astype(k.dtype))
-        v = v.at[view.index, rows, :, lengths].set(view.v[:, 0].astype(v.dtype))
-        found = None
+        walked, ahead = carry
+        window = None if windows is None else jnp.asarray(windows)[view.index]
+        first = None if windows is None else jnp.maximum(total - window, 0)
+        key = scores = None
         if predictor is not None:
-            step = walk.step(predictor, walked, view, context, trunk_attend)
-            fresh = predictor.keys(step.head, step.features, view, context)[:, 0]
-            keys = keys.at[view.index, rows, :, :, lengths].set(fresh.astype(keys.dtype))
-            query = predictor.queries(step.head, step.features, view, context)[:, 0]
-            found = importance(query, keys[view.index], held)
+            step = walk.step(predictor, walked, view, context, partial(_trunk_attend, cached))
+            key = predictor.keys(step.head, step.features, view, context)[:, 0]
             walked = step.state
+        if scored:
+            wanted = step.place.starts
+            if selection is not None and not details:
+                wanted &= state.steps % selection.interval == 0
+            ahead = jax.lax.cond(
+                wanted,
+                lambda: issue(predictor, model, step.features, context, view.index, state.scores.keys, pooled and pool),
+                lambda: ahead,
+            )
+            place = (view.index - 1) % predictor.stride
+            scores = ahead.scores[place]
+            if not pooled:
+                scores = with_own(scores, ahead.queries[place], key, cached)
 
-        def attend(window):
-            seen = held if window is None else held & (jnp.arange(capacity)[None] > positions - window)
-            return _attend(view.q[:, 0], k[view.index], v[view.index], seen)[:, None]
+        def everything():
+            out = cached_attention(view.q, view.k, view.v, state.kv.k, state.kv.v, view.index, cached, window)
+            count = total if first is None else total - first
+            return out, jnp.broadcast_to(count[:, None], (count.shape[0], sets if selection else config.kv_heads))
 
-        return by_window(config, view.index, attend), (walked, k, v, keys), found
+        def fresh() -> Chosen:
+            values = scores
+            if not pooled:
+                values = policy(chunk_of(view, state.kv.k, cached, first, scores))[:, :, 0]
+            count = total if first is None else total - first
+            threshold = None if limits.threshold is None else limits.threshold[view.index][None]
+            threshold = beyond(limits.min_context, count[:, None], threshold)
+            return choose(values, total, limits.table[count], room, selection, threshold=threshold, first=first)
 
-    walked = keys = None
+        def sparse():
+            if selection.interval == 1:
+                keep, chosen = None, fresh()
+            else:
+                held = jax.tree.map(lambda a: a[view.index], state.chosen)
+                now = state.steps % selection.interval == 0
+                keep = jax.lax.cond(now, lambda: kept(fresh(), total, selection), lambda: held)
+                low = recent_from(limits, selection, total, state.steps, window)
+                chosen = with_recent(keep, low, total, selection, capacity)
+            out = _attend_chosen(view, state.kv, chosen, cached, first, selection.unit, implementation)
+            mask = chosen_tokens(chosen, total, first, selection.unit, capacity) if details else None
+            return (out, attended_tokens(chosen, total, first, selection.unit)), keep, mask
+
+        def dense():
+            shape = (total.shape[0], sets)
+            columns = jnp.arange(capacity, dtype=jnp.int32)[None, None]
+            keep = mask = None
+            if selection.interval > 1:
+                keep = jax.tree.map(lambda a: a[view.index], state.chosen)
+            if details:
+                mask = jnp.broadcast_to(columns < total[:, None, None], (*shape, capacity))
+                mask = mask if first is None else mask & (columns >= first[:, None, None])
+            return everything(), keep, mask
+
+        if selection is None:
+            (out, count), keep, mask = everything(), None, None
+        else:
+            (out, count), keep, mask = jax.lax.cond(view.index > 0, sparse, dense)
+        shown = None
+        if details and scored:
+            held = jnp.arange(capacity, dtype=jnp.int32)[None] < total[:, None]
+            shown = jnp.where(held[:, None], scores.reshape(scores.shape[0], -1, capacity), -jnp.inf)
+        return out, (walked, ahead), (view.k[:, 0], view.v[:, 0], key, keep, Found(count, mask, shown))
+
+    walked = ahead = None
     if predictor is not None:
-        walked, keys = walk.begin(predictor, x, context, state.scores.trunk), state.scores.keys
-    start = (walked, state.kv.k, state.kv.v, keys)
-    x, (walked, k, v, keys), found = run_layers(model, x, positions, mixer, start, length=capacity)
-    scores = None if predictor is None else ScoreCache(keys, walked.cache)
-    return logits(model, x[:, 0]), DecodeState(KVCache(k, v), scores, lengths + 1), found
+        walked = walk.begin(predictor, x, context, state.scores.trunk)
+    if scored:
+        features = walked.captured if walked.features is None else walked.features
+        ahead = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype),
+            jax.eval_shape(
+                lambda f, keys: issue(predictor, model, f, context, jnp.asarray(1), keys, pooled and pool),
+                features,
+                state.scores.keys,
+            ),
+        )
+    x, (walked, _), (k, v, keys, keep, found) = run_layers(
+        model, x, cached[:, None], mixer, (walked, ahead), length=capacity
+    )
+    kv = KVCache(*(write_token(a, b, cached) for a, b in ((state.kv.k, k), (state.kv.v, v))))
+    scores = None
+    if predictor is not None:
+        scores = ScoreCache(write_score_key(state.scores.keys, keys, cached), walked.cache)
+    keep = state.chosen if keep is None else keep
+    return logits(model, x[:, 0]), DecodeState(kv, scores, total, state.steps + 1, keep), found
 
 
-def importance(query: Float[Array, "B H R"], keys: Float[Array, "B Q R S"], held: Any) -> Float[Array, "B H S"]:
-    """query . key / sqrt(R) of every cached token, float32; -inf where `held` [B, S] is false."""
-    batch, heads, rank = query.shape
-    grouped = query.reshape(batch, keys.shape[1], -1, rank)
-    scores = jnp.einsum("bqgr,bqrs->bqgs", grouped, keys, preferred_element_type=jnp.float32) * rank**-0.5
-    return jnp.where(held[:, None], scores.reshape(batch, heads, -1), -jnp.inf)
+def check_step(
+    state: DecodeState, predictor: Predictor | None, selection: SelectionConfig | None, policy: Policy
+) -> None:
+    """Raise ValueError where a step cannot be done; what is only known on the device is not looked at."""
+    if not isinstance(state.lengths, jax.core.Tracer):
+        most, capacity = int(jnp.max(state.lengths)), state.kv.capacity
+        require(
+            most < capacity,
+            f"the cache is full: a row holds {most} of {capacity} tokens; prefill with a larger capacity",
+        )
+    if predictor is not None:
+        require(
+            state.scores is not None,
+            "the state has no importance keys: prefill was done without the predictor; give it there too",
+        )
+    if selection is None:
+        return
+    require(
+        predictor is not None or not policy.needs_predictor,
+        f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely",
+    )
+    require(
+        selection.interval == 1 or state.chosen is not None,
+        f"an interval of {selection.interval} keeps a choice over the steps, and the state has no room for one; give "
+        "the selection to prefill too",
+    )
 
 
-def _attend(q: Float[Array, "B H D"], k: Float[Array, "B K S D"], v: Float[Array, "B K S D"], seen: Any):
-    """Dense attention of one query a row over its cache, [B, H, D]."""
-    batch, heads, dim = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, dim)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, k, preferred_element_type=jnp.float32) * dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgs,bksd->bkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, heads, dim).astype(q.dtype)
+def _trunk_attend(cached, cache, q, k, v):
+    """A trunk's attention of one token a row, and its cache with it."""
+    rows = jnp.arange(cached.shape[0])
+    new = tuple(a.at[rows, cached].set(b[:, 0].astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
+    return cached_attention(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new
 
 
-def _trunk_cache(predictor: Predictor, batch: int, capacity: int, dtype: Any) -> Any:
-    """The trunk's cache, one for every producer; None where the trunk keeps none."""
-    cache = predictor.trunk_cache(batch, capacity, dtype)
-    return jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), cache)
+def _attend_chosen(
+    view: LayerView,
+    kv: KVCache,
+    chosen: Chosen,
+    cached: Int[Array, " B"],
+    first: Int[Array, " B"] | None,
+    unit: int,
+    implementation: str | None,
+) -> Float[Array, "B 1 H D"]:
+    """Attention of one token a row over the chosen units of its layer, and itself."""
+    batch, _, heads, dim = view.q.shape
+    kv_heads = view.k.shape[2]
+    attend = partial(
+        masked_topk_decode_attention, k=kv.k, v=kv.v, unit=unit, new_k=view.k[:, 0], new_v=view.v[:, 0],
+        lengths=cached, first=first, layer=view.index, implementation=implementation,
+    )  # fmt: skip
+    group = chosen.indices.shape[1] // kv_heads
+    if group == 1:
+        return attend(view.q[:, 0], indices=chosen.indices, valid=chosen.valid)[:, None]
+    # A set for every query head: one head of each group at a time, so that nothing of the cache is repeated.
+    queries = view.q.reshape(batch, kv_heads, group, dim)
+    indices, valid = (a.reshape(batch, kv_heads, group, -1) for a in chosen)
+    parts = [attend(queries[:, :, g], indices=indices[:, :, g], valid=valid[:, :, g]) for g in range(group)]
+    return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim)

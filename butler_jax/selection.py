@@ -224,6 +224,15 @@ def beyond(
     return None if threshold is None else jnp.where(lengths > min_context, threshold, -jnp.inf)
 
 
+def room_for(config: SelectionConfig, capacity: int, most: int | None = None) -> int:
+    """N: room for the units of any row of a cache; most: the largest budget there is, where that is known.
+
+    A choice that is kept over several steps always gets the same room.
+    """
+    most = int(np.max(budget_table(config, capacity))) if most is None or config.interval > 1 else most
+    return min(slots(config, most), -(-capacity // config.unit))
+
+
 def slots(config: SelectionConfig, most: int) -> int:
     """N: room for the units of any row whose budget is at most `most` tokens."""
     return -(-most // config.unit) + (config.unit > 1)

@@ -10,8 +10,9 @@ import pytest
 from butler_jax.attention import causal_attention
 from butler_jax.base_model import BaseModel, dense_mixer, embed, forward, run_layers
 from butler_jax.configs import BaseConfig, PredictorConfig, RopeConfig
-from butler_jax.decode import decode_step, prefill
+from butler_jax.decode import decode_step
 from butler_jax.predictors import PREDICTORS, make_predictor, walk
+from butler_jax.prefill import prefill
 
 LENGTHS = (19, 7, 12)
 PROMPTS = (5, 1, 4)
@@ -35,17 +36,17 @@ def decoded(model, tokens, predictor=None):
     first = jnp.asarray(np.where(np.arange(max(PROMPTS))[None] < prompts[:, None], tokens[:, : max(PROMPTS)], 0))
     fill = jax.jit(lambda t, n: prefill(model, t, n, capacity=CAPACITY, predictor=predictor))
     found, state = fill(first, jnp.asarray(prompts))
-    step = jax.jit(lambda t, s: decode_step(model, t, s, predictor=predictor), donate_argnums=1)
+    step = jax.jit(lambda t, s: decode_step(model, t, s, predictor=predictor, details=True), donate_argnums=1)
     logits = {(b, prompts[b] - 1): np.asarray(found[b]) for b in range(len(prompts))}
     scores = {}
     for _ in range(max(LENGTHS) - min(PROMPTS)):
         at = np.asarray(state.lengths)
         inside = np.minimum(at, np.asarray(LENGTHS) - 1)
-        found, state, importance = step(jnp.asarray(tokens[np.arange(len(at)), inside]), state)
+        found, state, looked = step(jnp.asarray(tokens[np.arange(len(at)), inside]), state)
         for b in np.flatnonzero(at < np.asarray(LENGTHS)):
             logits[b, at[b]] = np.asarray(found[b])
-            if importance is not None:
-                scores[b, at[b]] = np.asarray(importance[:, b])
+            if looked.scores is not None:
+                scores[b, at[b]] = np.asarray(looked.scores[:, b])
     return logits, scores
 
 

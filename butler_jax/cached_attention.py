@@ -1,0 +1,72 @@
+"""Dense attention of new tokens over a cache that they are not in yet: a few queries a row, block by block of keys."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.configs import BaseConfig
+
+BLOCK = 1024  # cached keys looked at together
+MASKED = -1e30  # finite, so that no row gives NaN
+FAR = 2**30  # the window of a layer that sees everything
+
+
+def layer_windows(config: BaseConfig) -> tuple[int, ...] | None:
+    """How many tokens each layer sees, FAR where it does not slide; None where none does."""
+    return tuple(config.window if s else FAR for s in config.sliding) if any(config.sliding) else None
+
+
+def cached_attention(
+    q: Float[Array, "B T H D"],
+    new_k: Float[Array, "B T K D"],
+    new_v: Float[Array, "B T K D"],
+    k: Float[Array, "L B K S D"],
+    v: Float[Array, "L B K S D"],
+    layer: Int[Array, ""] | int,
+    cached: Int[Array, " B"],
+    window: Int[Array, ""] | int | None = None,
+) -> Float[Array, "B T H D"]:
+    """Attention of tokens at positions cached ... cached + T - 1 over the `cached` ones of `layer` and themselves.
+
+    Causal among the new ones. window: a token sees itself and the window - 1 before it; may be traced. As many blocks
+    are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in q's dtype.
+    """
+    batch, count, heads, dim = q.shape
+    kv_heads, size = k.shape[2:4]
+    block = min(BLOCK, size)
+    rows = (q * jnp.asarray(dim**-0.5, q.dtype)).reshape(batch, count, kv_heads, heads // kv_heads, dim)
+    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, heads // kv_heads * count, dim)
+    own = cached[:, None] + jnp.arange(count, dtype=jnp.int32)[None]  # [B, T]
+
+    def add(state, keys, values, positions, held):
+        """One more set of keys [B, K, N, D] at positions [N] or [B, N]; held [B, 1 or T, N]: which of them exist."""
+        top, total, sums = state
+        seen = held & (positions[:, None] <= own[..., None])
+        if window is not None:
+            seen = seen & (positions[:, None] > own[..., None] - window)
+        logits = jnp.einsum("bkmd,bknd->bkmn", rows, keys, preferred_element_type=jnp.float32)
+        split = logits.reshape(batch, kv_heads, -1, count, keys.shape[2])
+        logits = jnp.where(seen[:, None, None], split, MASKED).reshape(logits.shape)
+        higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(logits - higher), jnp.exp(top - higher)
+        part = jnp.einsum("bkmn,bknd->bkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), sums * shrink + part
+
+    def one(number, state):
+        start = jnp.minimum(number * block, size - block)
+        keys, values = (
+            jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), (1, batch, kv_heads, block, dim))[0] for a in (k, v)
+        )
+        positions = (start + jnp.arange(block, dtype=jnp.int32))[None]
+        held = (positions >= number * block) & (positions < cached[:, None])
+        return add(state, keys.astype(q.dtype), values.astype(q.dtype), positions, held[:, None])
+
+    shape = (*rows.shape[:-1], 1)
+    state = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+    fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))
+    state = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself: top is a logit
+    _, total, sums = jax.lax.fori_loop(0, -(-jnp.max(cached) // block), one, state)
+    out = (sums / total).reshape(batch, kv_heads, heads // kv_heads, count, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,150 @@
+"""Scores of the cached tokens while decoding: those of a block of layers are issued together, before its layers run.
+
+The predictor's queries and keys come from the very functions that training differentiates. The newest token's own
+importance key is only known in its layer, where its score joins those of the cached tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.base_model import BaseModel, LayerView
+from butler_jax.cache import ScoreCache
+from butler_jax.configs import BaseConfig
+from butler_jax.policies import Chunk, Policy
+from butler_jax.predictors import Predictor, walk
+from butler_jax.predictors.interface import at
+from butler_jax.selection import Rows
+
+UNROLLED = 8  # layers of a block that are scored without a loop
+
+Pool = Callable[[Float[Array, "B K G R"], Int[Array, ""]], Float[Array, "B K S"]]
+
+
+class Ahead(NamedTuple):
+    """Importance queries of a block's P layers and the scores of their cached tokens.
+
+    scores: per query head and before any pooling, [P, B, Q, G, S], or pooled [P, B, K, S]: as `issue` was told.
+    """
+
+    queries: Float[Array, "P B H R"]
+    scores: Array
+
+
+def queries_of(predictor: Predictor, model: BaseModel, features: Any, context: Any, index: Int[Array, " P"]):
+    """Importance queries [P, B, H, R] of the layers `index`, all from one producer's features of one token a row.
+
+    A predictor's queries may look at a layer's index and weights: nothing else of it exists yet.
+    """
+
+    def one(head, weights, layer):
+        view = LayerView(layer, weights, *[None] * 5)
+        return predictor.queries(head, features, view, context)[:, 0]
+
+    heads = jax.tree.map(lambda a: a[jnp.minimum(index - 1, a.shape[0] - 1)], predictor.heads)
+    return jax.vmap(one)(heads, jax.tree.map(lambda a: a[index], model.layers), index)
+
+
+def issue(
+    predictor: Predictor,
+    model: BaseModel,
+    features: Any,
+    context: Any,
+    index: Int[Array, ""],
+    keys: Float[Array, "L B Q R S"],
+    pool: Pool | None,
+) -> Ahead:
+    """Queries and scores of the block of layers that starts at `index`; beyond the last layer they mean nothing.
+
+    pool: (queries [B, K, G, R], layer) -> pooled scores [B, K, S]; without it the scores stay per query head.
+    """
+    layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), model.config.layers - 1)
+    queries = queries_of(predictor, model, features, context, layers)
+    if not pool:
+        return Ahead(queries, raw_scores(queries, keys[layers]))
+    grouped = queries.reshape(*queries.shape[:2], model.config.kv_heads, model.config.group, -1)
+    if predictor.stride <= UNROLLED:
+        return Ahead(queries, jnp.stack([pool(grouped[p], layers[p]) for p in range(predictor.stride)]))
+    return Ahead(queries, jax.lax.map(lambda one: pool(*one), (grouped, layers)))
+
+
+def choosing_heads(policy: Policy, config: BaseConfig) -> int:
+    """How many sets of tokens a policy chooses for a row: one a KV head, or one a query head."""
+    heads, group, dim = config.kv_heads, config.group, config.head_dim
+    one = jnp.zeros((1, heads, group, 1, 1))
+    place = jnp.zeros((1, 1), jnp.int32)
+    queries, keys = jnp.zeros((1, heads, group, 1, dim)), jnp.zeros((1, heads, 1, dim))
+    chunk = Chunk(place[0, 0], queries, keys, one, one, Rows(place, place), place[0], jnp.ones((1, 1, 1), bool))
+    return jax.eval_shape(lambda c: policy(c), chunk).shape[1]
+
+
+def raw_scores(queries: Float[Array, "P B H R"], keys: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:
+    """query . key / sqrt(R), float32, of every place in the cache, held or not."""
+    layers, batch, _, rank = queries.shape
+    grouped = queries.reshape(layers, batch, keys.shape[2], -1, rank)
+    return jnp.einsum("pbqgr,pbqrs->pbqgs", grouped, keys, preferred_element_type=jnp.float32) * rank**-0.5
+
+
+def with_own(
+    scores: Float[Array, "B Q G S"],
+    query: Float[Array, "B H R"],
+    key: Float[Array, "B Q R"],
+    cached: Int[Array, " B"],
+) -> Float[Array, "B Q G S"]:
+    """The scores of one layer with the newest token's own at its place."""
+    own = raw_scores(query[None], key[None, ..., None])[0]
+    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] == cached[:, None]
+    return jnp.where(place[:, None, None], own, scores)
+
+
+def chunk_of(
+    view: LayerView,
+    k: Float[Array, "L B K S D"],
+    cached: Int[Array, " B"],
+    first: Int[Array, " B"] | None,
+    scores: Float[Array, "B Q G S"] | None,
+) -> Chunk:
+    """What a policy sees of the newest token of each row: the same as it sees of a row of a whole sequence.
+
+    scores: the predictor's, the newest token's own included.
+    """
+    size, kv_heads = k.shape[3], k.shape[2]
+    keys = jax.lax.dynamic_index_in_dim(k, view.index, keepdims=False).astype(view.q.dtype)
+    keys = keys.at[jnp.arange(cached.shape[0]), :, cached].set(view.k[:, 0])
+    batch, _, heads, dim = view.q.shape
+    q = view.q[:, 0] * jnp.asarray(dim**-0.5, view.q.dtype)
+    q = q.reshape(batch, kv_heads, heads // kv_heads, 1, dim)
+    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32)
+    columns = jnp.arange(size, dtype=jnp.int32)
+    allowed = columns[None] <= cached[:, None]
+    if first is not None:
+        allowed &= columns[None] >= first[:, None]
+    if scores is not None:
+        scores = scores.reshape(batch, kv_heads, heads // kv_heads, 1, size)
+    rows = Rows(cached[:, None], jnp.zeros_like(cached)[:, None])
+    return Chunk(view.index, q, keys, logits, scores, rows, columns, allowed[:, None])
+
+
+def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: int, dtype: Any) -> ScoreCache:
+    """A score cache of zeros for `capacity` tokens a row."""
+    config = model.config
+    token = jax.ShapeDtypeStruct((batch, 1, config.width), dtype)
+
+    def key(x):
+        context = predictor.context(jnp.zeros((batch, 1), jnp.int32), capacity)
+        state = walk.begin(predictor, x, context)
+        keys = jnp.zeros((batch, 1, config.kv_heads, config.head_dim), dtype)
+        queries = jnp.zeros((batch, 1, config.heads, config.head_dim), dtype)
+        view = LayerView(jnp.asarray(1), at(model.layers, 1), x, queries, keys, keys, keys)
+        features = state.captured if state.features is None else state.features
+        return predictor.keys(at(predictor.heads, 0), features, view, context)[:, 0]
+
+    shape = jax.eval_shape(key, token)
+    keys = jnp.zeros((config.layers, *shape.shape, capacity), shape.dtype)
+    trunk = predictor.trunk_cache(batch, capacity, dtype)
+    return ScoreCache(keys, jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk))

@@ -1,0 +1,151 @@
+"""What decoding reads: row t of the simulation's mask, step after step, in every row of a ragged batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.base_model import BaseModel
+from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig
+from butler_jax.decode import decode_step
+from butler_jax.policies import make_policy
+from butler_jax.predictors import make_predictor
+from butler_jax.prefill import prefill
+from butler_jax.selection import limits_of
+
+simulation = importlib.import_module("butler_jax.evaluation.simulate")  # the package names its function so
+
+BASE = BaseConfig(
+    family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=4, kv_heads=2, head_dim=16, context=64
+)
+TOTAL = 60
+PROMPTS = np.asarray([1, 5, 3])  # no longer than sinks + window: the simulation reads all of them too
+
+
+def make_model(**changes) -> BaseModel:
+    model = BaseModel(dataclasses.replace(BASE, **changes), jax.random.key(0))
+    model.layers.q[...] = model.layers.q[...] * 4  # sharper: it matters which keys are read
+    return model
+
+
+def rows_of() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 61, (len(PROMPTS), TOTAL)).astype(np.int32)
+
+
+def decoded_sets(model, predictor, policy, selection, steps=None, **options):
+    """{(row, position): sets [L, heads, S]} and the counts the step reports, of teacher-forced decoding."""
+    tokens = jnp.asarray(rows_of())
+
+    @jax.jit
+    def run(tokens):
+        _, state = prefill(
+            model, tokens[:, : PROMPTS.max()], PROMPTS, capacity=TOTAL, predictor=predictor, selection=selection,
+            policy=policy,
+        )  # fmt: skip
+
+        def step(state, _):
+            at = jnp.minimum(state.lengths, TOTAL - 1)
+            own = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
+            logits, state, found = decode_step(
+                model, own, state, predictor=predictor, selection=selection, policy=policy, details=True, **options
+            )
+            return state, (at, found.chosen, found.attended, logits)
+
+        return jax.lax.scan(step, state, None, length=steps or TOTAL - PROMPTS.max())[1]
+
+    at, sets, counts, logits = map(np.asarray, run(tokens))
+    found = {}
+    for s, b in np.ndindex(at.shape):
+        found[b, at[s, b]] = sets[s, :, b], counts[s, :, b], logits[s, b]
+    return found
+
+
+def simulated_masks(model, predictor, policy, selection):
+    """Masks [L, B, heads, T, S] of the simulation's own pass."""
+    shape = (len(PROMPTS), TOTAL)
+    batch = {
+        "tokens": jnp.asarray(rows_of()),
+        "segments": jnp.ones(shape, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(TOTAL, dtype=jnp.int32)[None], shape),
+    }
+    seen, original = {}, simulation.chosen_mask
+
+    def watched(chunk, *rest):
+        mask, count = original(chunk, *rest)
+        jax.debug.callback(lambda layer, mask: seen.__setitem__(int(layer), np.asarray(mask)), chunk.layer, mask)
+        return mask, count
+
+    run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "chosen_mask", watched)
+        x, _ = jax.jit(run)(model, predictor, batch, limits_of(selection, model.config, TOTAL))
+        x.block_until_ready()
+        jax.effects_barrier()
+    return np.stack([seen[layer] for layer in range(model.config.layers)])
+
+
+QUICK = [
+    ("tokenbutler", {}, dict(budget=0.25)),
+    ("tokenbutler", {}, dict(budget=0.4, unit=4)),
+    ("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
+    ("oracle", {}, dict(budget=0.3, neighbours=True)),
+]
+GRID = [
+    (name, fields, budget)
+    for name, fields in (
+        ("tokenbutler", {}), ("tokenbutler", {"pooling": "maximum"}), ("oracle", {}), ("oracle_head", {}),
+        ("random", {"seed": 3}), ("streaming", {}),
+    )
+    for budget in (
+        dict(budget=0.25), dict(budget=12), dict(budget=0.4, unit=4), dict(budget=45, unit=16), dict(budget=1.0),
+        dict(budget=0.5, neighbours=True), dict(budget=0.5, threshold=-3.0), dict(budget=0.2, min_context=30),
+    )
+]  # fmt: skip
+
+
+def compare(name, fields, budget, **changes):
+    policy, model = make_policy(name, **fields), make_model(**changes)
+    budget = dict(budget)
+    if "threshold" in budget:
+        heads = BASE.heads if name == "oracle_head" else BASE.kv_heads
+        budget["threshold"] = ((budget["threshold"],) * heads,) * BASE.layers
+    selection = SelectionConfig(sinks=2, window=3, **budget)
+    predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if policy.needs_predictor else None
+    masks = simulated_masks(model, predictor, policy, selection)
+    found = decoded_sets(model, predictor, policy, selection)
+    assert len(found) == len(PROMPTS) * (TOTAL - PROMPTS.max())
+    smaller = 0
+    for (b, t), (sets, counts, _) in found.items():
+        np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
+        smaller += int((counts[1:] < t + 1).sum())
+        assert sets[0].sum(-1).tolist() == [t + 1] * len(sets[0])  # layer 0 is dense
+    assert smaller or budget["budget"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "fields", "budget"), QUICK)
+def test_decoding_chooses_the_simulations_rows(name, fields, budget):
+    compare(name, fields, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields", "budget"), GRID)
+def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, budget):
+    compare(name, fields, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [dict(budget=0.4), dict(budget=0.6, unit=4)])
+def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget):
+    policy, model = make_policy("oracle"), make_model(window=20, windowed=(True, False, True, False))
+    selection = SelectionConfig(sinks=2, window=3, **budget)
+    masks = simulated_masks(model, None, policy, selection)
+    for (b, t), (sets, counts, _) in decoded_sets(model, None, policy, selection).items():
+        np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
