@@ -5,6 +5,7 @@
     base = butler_jax.load_base("tiny")
     predictor = butler_jax.distil(base, butler_jax.TrainConfig(steps=300))
     report = butler_jax.evaluate(base, predictor)
+    butler_jax.generate(base, "Once upon a time", predictor=predictor, stream=lambda piece: print(piece.text, end=""))
 
 Source: "TokenButler: Token Importance is Predictable", arXiv 2503.07518.
 """
@@ -14,13 +15,16 @@ from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig, Tra
 from butler_jax.data import batches
 from butler_jax.decode import decode_step
 from butler_jax.evaluation import evaluate
+from butler_jax.filling import prefill
+from butler_jax.generation import Generated, Piece, generate, generate_stream
 from butler_jax.predictor_training import distil, init_predictor
-from butler_jax.prefill import prefill
 from butler_jax.weights import Base, load_base
 
 __all__ = [
     "Base",
     "EvalConfig",
+    "Generated",
+    "Piece",
     "PredictorConfig",
     "SelectionConfig",
     "TrainConfig",
@@ -28,6 +32,8 @@ __all__ = [
     "decode_step",
     "distil",
     "evaluate",
+    "generate",
+    "generate_stream",
     "init_predictor",
     "load_base",
     "load_predictor",

@@ -11,8 +11,8 @@ from butler_jax.attention import causal_attention
 from butler_jax.base_model import BaseModel, dense_mixer, embed, forward, run_layers
 from butler_jax.configs import BaseConfig, PredictorConfig, RopeConfig
 from butler_jax.decode import decode_step
+from butler_jax.filling import prefill
 from butler_jax.predictors import PREDICTORS, make_predictor, walk
-from butler_jax.prefill import prefill
 
 LENGTHS = (19, 7, 12)
 PROMPTS = (5, 1, 4)

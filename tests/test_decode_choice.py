@@ -14,9 +14,9 @@ import pytest
 from butler_jax.base_model import BaseModel
 from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig
 from butler_jax.decode import decode_step
+from butler_jax.filling import prefill
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
-from butler_jax.prefill import prefill
 from butler_jax.selection import limits_of
 
 simulation = importlib.import_module("butler_jax.evaluation.simulate")  # the package names its function so

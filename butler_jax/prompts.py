@@ -1,0 +1,75 @@
+"""Prompts as token ids, and new tokens as text, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from butler_jax.configs import require
+
+if TYPE_CHECKING:
+    from butler_jax.weights import Base
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+def encode(base: Base, prompts: Prompts) -> list[list[int]]:
+    """Token ids of every prompt. Raises ValueError for an empty one, ids out of range, or text without a tokenizer."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    prompts = list(prompts)
+    require(bool(prompts), "there is no prompt; give a text, or a list of texts or of token ids")
+    if all(isinstance(p, (int, np.integer)) for p in prompts):
+        prompts = [prompts]
+    rows = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            require(base.tokenizer is not None, f"the base {base.name} has no tokenizer; give token ids")
+            row = base.tokenizer.encode(prompt)
+            if not row and base.tokenizer.bos is not None:
+                row = [base.tokenizer.bos]
+        else:
+            row = [int(token) for token in prompt]
+        require(bool(row), f"prompt {number} is empty, and nothing can follow nothing; give at least one token")
+        least, most = min(row), max(row)
+        require(
+            least >= 0 and most < base.config.vocab_size,
+            f"prompt {number} has the token {least if least < 0 else most}; the vocabulary is 0 ... "
+            f"{base.config.vocab_size - 1}",
+        )
+        rows.append(row)
+    return rows
+
+
+def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
+    """Ids that end a row. Raises ValueError for a text that is no token."""
+    if stop is None:
+        eos = None if base.tokenizer is None else base.tokenizer.eos
+        return set() if eos is None else {eos}
+    found = set()
+    for one in [stop] if isinstance(stop, (str, int)) else stop:
+        token = base.tokenizer.backend.token_to_id(one) if isinstance(one, str) and base.tokenizer else one
+        require(isinstance(token, int), f"stop {one!r} is not a single token of {base.name}; give a token id")
+        found.add(token)
+    return found
+
+
+class Writer:
+    """Turns a row's tokens into text piece by piece; a character that is not complete yet waits."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.tokens, self.start, self.shown = tokenizer, [], 0, 0
+
+    def add(self, token: int, last: bool) -> str:
+        """The text that this token completes; with the last one, all that is left."""
+        if self.tokenizer is None:
+            return ""
+        self.tokens.append(token)
+        before = self.tokenizer.decode(self.tokens[self.start : self.shown])
+        now = self.tokenizer.decode(self.tokens[self.start :])
+        if now.endswith("\ufffd") and not last:
+            return ""
+        self.start, self.shown = self.shown, len(self.tokens)
+        return now[len(before) :]

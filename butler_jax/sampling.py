@@ -1,0 +1,63 @@
+"""The next token from logits: greedy or drawn, row by row, so that a row's tokens do not depend on its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from butler_jax.configs import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.
+
+    temperature: 0 takes the likeliest token. top_k: only the k likeliest (None: all). top_p: only the fewest likeliest
+    tokens whose probabilities reach p, after top_k. repetition_penalty: logits of tokens that the row already holds are
+    divided by it where positive and multiplied where negative (Keskar et al. 2019, CTRL); 1 does nothing.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        require(self.temperature >= 0, f"the temperature must be 0 (greedy) or more, got {self.temperature}")
+        require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}")
+        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
+        require(self.repetition_penalty > 0, f"the repetition penalty must be above 0, got {self.repetition_penalty}")
+
+
+def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
+    """Logits with the repetition penalty on the tokens seen."""
+    weaker = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, weaker, logits)
+
+
+def allowed_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits over the temperature, -inf for the tokens that top_k and top_p leave out; ties at an edge stay in."""
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    limited = sampling.top_k is not None and sampling.top_k < logits.shape[-1]
+    if not limited and sampling.top_p == 1:
+        return logits
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    if limited:
+        ordered = jnp.where(jnp.arange(logits.shape[-1])[None] < sampling.top_k, ordered, -jnp.inf)
+    weights = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(weights, axis=-1) - weights  # a token is needed while those before it fall short of p
+    least = jnp.min(jnp.where((before < sampling.top_p) & (ordered > -jnp.inf), ordered, jnp.inf), axis=-1)
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+
+
+def draw(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], steps: Int[Array, ""], sampling: Sampling
+) -> Int[Array, " B"]:
+    """One token a row. keys: of the rows; steps: tokens drawn before, so that every draw of a row is another."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, steps))(keys)
+    return jax.vmap(jax.random.categorical)(keys, allowed_logits(logits, sampling)).astype(jnp.int32)
