@@ -1,7 +1,8 @@
-"""The same functions for any platform that XLA compiles for, fast on CPU: nothing is sorted, only chosen rows are read.
+"""The same functions for any platform that XLA compiles for, fast on CPU. Arguments are those of `api.py`, checked.
 
-The n-th best score is found by bisection on the order-preserving unsigned image of float32; the chosen positions
-are compacted by ranks. Arguments are those of `api.py` after its checks.
+What was measured on CPU shaped them: XLA's gather of rows runs three times faster when arithmetic is fused with it,
+temporary arrays beyond a few MB cost page faults, and a slice of a cache stacked over layers must never stand alone
+or the layer is copied.
 """
 
 from __future__ import annotations
@@ -12,87 +13,96 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.reference import per_head, seen, softmax_sum, take_layer, wanted
+from pallas_kernels.reference import seen
+from pallas_kernels.xla_select import select_top_k
 
-TOP = np.uint32(0xFFFFFFFF)  # forced units take the images from here down, above that of +inf, 0xFF800000
-BARRED = np.uint32(0)  # below the image of -inf
+__all__ = ["importance_scores", "masked_topk_decode_attention", "select_top_k"]
+
+TILE = 2**18  # elements of a temporary array that stays in a core's cache
+MOST_TERMS = 256  # products that are written out in one fused loop
+UNROLLED = 8  # chunks written out where a loop would have its whole operand widened to float32 beforehand
+LOWEST = -1e30  # finite, so that rows that see nothing give no NaN
 
 
 def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer):
     """float32 [B, K, S]; -inf where a row sees nothing."""
     batch, heads, group, rank = q_imp.shape
-    keys = take_layer(score_keys, layer)
-    size = keys.shape[-1]
-    if keys.dtype == jnp.int8:
-        keys = per_head(keys, scales)
-    q = (q_imp * jnp.asarray(scale, q_imp.dtype)).astype(keys.dtype)
-    q = q.reshape(batch, keys.shape[1], -1, rank)
-    scores = jnp.einsum("bqgr,bqrs->bqgs", q, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, heads, group, size)
-    mask = jnp.broadcast_to(seen(size, lengths, first)[:, None], (batch, heads, size))
-    if pooling == "normalised" and group > 1:
-        shown = jnp.where(mask[:, :, None], scores, -jnp.inf)
-        top = jnp.max(shown, axis=-1, keepdims=True, initial=-1e30)
-        total = jnp.sum(jnp.exp(shown - top), axis=-1, keepdims=True)
-        scores = scores - (top + jnp.log(total))
-    return jnp.where(mask, jnp.max(scores, axis=2), -jnp.inf)
+    size = score_keys.shape[-1]
+    factor = jnp.full((batch, heads, group), scale, jnp.float32)
+    shared = score_keys.shape[-3] == heads
+    if scales is not None:
+        scales = jnp.broadcast_to(scales, (batch, score_keys.shape[-3])).astype(jnp.float32)
+        factor = factor * scales.reshape(batch, heads, -1)
+    stacked = score_keys if layer is not None else score_keys[None]
+    start = (0 if layer is None else layer, 0, 0, 0)
+
+    def keys(at, width):  # [B, K, 1 or G, R, width]
+        found = jax.lax.dynamic_slice(stacked, (*start, at), (1, *score_keys.shape[-4:-1], width))
+        return found.reshape(batch, heads, 1 if shared else group, rank, width)
+
+    mask = seen(size, lengths, first)
+    total = None
+    if pooling == "normalised" and group > 1 and size:
+        total = log_sum_exp(q_imp, factor, keys, mask, score_keys.dtype == jnp.float32)
+    scores = pooled(q_imp.astype(jnp.float32) * factor[..., None], keys(0, size), total)
+    return jnp.where(mask[:, None], scores, -jnp.inf)
 
 
-def ordered_image(scores):
-    """uint32 that sorts as float32 does; -0 is 0, and NaN the lowest."""
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+def products(queries, keys):
+    """float32 [B, K, G, width] of queries [B, K, G, R] and keys [B, K, 1 or G, R, width]."""
+    if queries.dtype != keys.dtype:
+        queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
+    form, keys = ("bkgr,bkrs->bkgs", keys[:, :, 0]) if keys.shape[2] == 1 else ("bkgr,bkgrs->bkgs", keys)
+    return jnp.einsum(form, queries, keys, preferred_element_type=jnp.float32, precision=exact(keys.dtype))
 
 
-def token_image(scores, lengths, *, sinks, window, first, threshold):
-    """uint32 [B, K, S] that sorts as the choice does: BARRED, then by score, then sinks, then the window."""
-    batch, heads, size = scores.shape
-    image = ordered_image(scores)
-    if threshold is not None:
-        limit = jnp.broadcast_to(threshold, (batch, heads)).astype(jnp.float32)[..., None]
-        image = jnp.where(scores >= limit, image, BARRED)
-    positions = jnp.arange(size, dtype=jnp.int32)[None]
-    age = lengths[:, None] - 1 - positions
-    rank = jnp.where(age < window, age, window + positions)
-    forced = (age < window) | (positions < sinks)
-    image = jnp.where(forced[:, None], TOP - rank.astype(jnp.uint32)[:, None], image)
-    return jnp.where(seen(size, lengths, first)[:, None], image, BARRED)
+def exact(dtype):
+    """The precision of a product that multiplies float32 as float32 on every platform."""
+    return "highest" if dtype == jnp.float32 else None
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold):
-    """(indices, valid) [B, K, n]."""
-    image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
-    if unit > 1:
-        padded = jnp.pad(image, ((0, 0), (0, 0), (0, -image.shape[-1] % unit)))
-        image = jnp.max(padded.reshape(*image.shape[:2], -1, unit), axis=-1)
-    batch, heads, units = image.shape
-    if n == 0 or units == 0:
-        return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
-    taken = jnp.minimum(jnp.sum(image != BARRED, axis=-1, dtype=jnp.int32), wanted(counts, n, (batch, heads)))
-    mask = top_mask(image, taken)
-    slot = jnp.arange(n, dtype=jnp.int32)[None, None]
-    place = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-    rows = jnp.arange(batch * heads, dtype=jnp.int32)[:, None]
-    place = jnp.where(mask, place, n).reshape(batch * heads, units)
-    position = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32)[None], place.shape)
-    indices = jnp.zeros((batch * heads, n), jnp.int32).at[rows, place].set(position, mode="drop", unique_indices=True)
-    return indices.reshape(batch, heads, n), slot < taken[..., None]
+def pooled(queries, keys, total):
+    """float32 [B, K, S]: the maximum over the group of products, less total [B, K, G] where given."""
+    group, rank = queries.shape[2:]
+    if group * rank > MOST_TERMS:
+        scores = products(queries, keys)
+        return jnp.max(scores if total is None else scores - total[..., None], axis=2)
+    best = None
+    for member in range(group):  # written out, so that keys are read once and nothing but the result is written
+        own = keys[:, :, member if keys.shape[2] > 1 else 0]
+        terms = [queries[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(rank)]
+        score = sum(terms[1:], terms[0])
+        if total is not None:
+            score = score - total[:, :, member, None]
+        best = score if best is None else jnp.maximum(best, score)
+    return best
 
 
-def top_mask(image, count):
-    """bool: the `count` [B, K] largest entries of image [B, K, S], ties to the earlier."""
+def log_sum_exp(queries, factor, keys, mask, loops):
+    """float32 [B, K, G] over the tokens where mask [B, S] is set, a chunk of S at a time, looped over or written out."""
+    batch, heads, group, _ = queries.shape
+    size = mask.shape[-1]
+    chunk = min(size, max(256, TILE // (batch * heads * group)))
+    if not loops:
+        chunk = max(chunk, -(-size // UNROLLED))
 
-    def size(mask):
-        return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    def part(index):
+        at = jnp.minimum(index * chunk, size - chunk)  # the last chunk overlaps the one before it
+        columns = at + jnp.arange(chunk, dtype=jnp.int32)
+        own = jax.lax.dynamic_slice_in_dim(mask, at, chunk, axis=1) & (columns >= index * chunk)[None]
+        own = jnp.broadcast_to(own[:, None, None], (batch, heads, group, chunk))
+        scores = jnp.where(own, products(queries, keys(at, chunk)) * factor[..., None], -jnp.inf)
+        top = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
+        return top, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
 
-    def narrow(step, found):
-        trial = found | jnp.uint32(1) << (31 - step).astype(jnp.uint32)
-        return jnp.where(size(image >= trial[..., None]) >= count, trial, found)
-
-    limit = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(count.shape, jnp.uint32))[..., None]
-    above, equal = image > limit, image == limit
-    return above | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= (count - size(above))[..., None]))
+    chunks = -(-size // chunk)
+    if loops:
+        tops, sums = jax.lax.map(part, jnp.arange(chunks, dtype=jnp.int32))
+    else:
+        tops, sums = (jnp.stack(parts) for parts in zip(*map(part, range(chunks)), strict=True))
+    top = jnp.max(tops, axis=0)
+    total = jnp.sum(sums * jnp.exp(tops - top[None]), axis=0)
+    return top + jnp.log(jnp.where(total > 0, total, 1.0))
 
 
 def masked_topk_decode_attention(
@@ -100,24 +110,80 @@ def masked_topk_decode_attention(
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
     *_, batch, heads, size, dim = k.shape
-    n = indices.shape[-1]
+    rows = batch * heads
+    queries = q.reshape(rows, -1, dim).astype(jnp.float32)
+    top, total, out = attend_rows(queries, k, v, indices, valid, unit, lengths, first, scale, layer)
+    if new_k is not None:
+        logit = jnp.sum(queries * new_k.reshape(rows, 1, dim).astype(jnp.float32), axis=-1) * scale
+        higher = jnp.maximum(top, logit)
+        kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
+        top, total = higher, total * kept + weight
+        out = out * kept[..., None] + weight[..., None] * new_v.reshape(rows, 1, dim).astype(jnp.float32)
+    some = total > 0
+    out = (out / jnp.where(some, total, 1.0)[..., None]).reshape(q.shape).astype(q.dtype)
+    residual = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    return (out, residual.reshape(q.shape[:2])) if return_residual else out
+
+
+def attend_rows(queries, k, v, indices, valid, unit, lengths, first, scale, layer):
+    """Unnormalised attention of queries [B*K, G, D]: (largest logit [B*K, G], sum of weights, weighted values)."""
+    rows, group, dim = queries.shape
+    batch, heads, n = indices.shape
+    size = k.shape[-2]
+    if n == 0 or size == 0:
+        empty = jnp.full((rows, group), LOWEST)
+        return empty, jnp.zeros((rows, group)), jnp.zeros((rows, group, dim))
+    tokens, mask = chosen_tokens(indices, valid, unit, lengths, first, size)
+    paged = unit if size % unit == 0 else 1  # whole pages lie together
+    picked = indices.reshape(rows, n) if paged == unit else tokens.reshape(rows, -1)
+    inside = mask.reshape(rows, -1, paged)
+    offset = jnp.arange(rows, dtype=jnp.int32)[:, None] * (size // paged)
+    if layer is not None:
+        offset = offset + jnp.asarray(layer, jnp.int32) * (rows * (size // paged))
+    flat = jnp.where(jnp.any(inside, axis=-1), picked, 0) + offset
+    cache_k, cache_v = (a.reshape(math.prod(a.shape[:-2]) * (size // paged), paged * dim) for a in (k, v))
+
+    def attend(part):
+        q, at, seen_here = part
+        parts, width = at.shape
+        row_k = taken(cache_k, at) * np.float32(scale)
+        keep = jnp.repeat(seen_here, dim, axis=-1) if paged > 1 else seen_here
+        row_v = -jnp.where(keep, taken(cache_v, at), 0.0)  # what is not attended may be NaN
+        row_k, row_v = (a.reshape(parts, width * paged, dim) for a in (row_k, row_v))
+        logits = jnp.einsum("pgd,pnd->pgn", q, row_k, precision="highest")
+        logits = jnp.where(seen_here.reshape(parts, 1, width * paged), logits, -jnp.inf)
+        top = jnp.maximum(jnp.max(logits, axis=-1), LOWEST)
+        weights = jnp.exp(logits - top[..., None])
+        return top, jnp.sum(weights, axis=-1), -jnp.einsum("pgn,pnd->pgd", weights, row_v, precision="highest")
+
+    most = max(1, TILE // (tokens.shape[-1] * dim)) if k.dtype == jnp.float32 else rows  # as UNROLLED
+    return in_groups(attend, (queries, flat, inside), most)
+
+
+def chosen_tokens(indices, valid, unit, lengths, first, size):
+    """(positions, mask) [B, K, n*unit]: the tokens of the chosen units and which of them are attended."""
+    batch, heads, n = indices.shape
     tokens = indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
-    mask = jnp.ones(indices.shape, bool) if valid is None else valid
-    mask = jnp.broadcast_to(mask[..., None], tokens.shape) & (tokens < size)
+    mask = (tokens >= 0) & (tokens < size)
+    if valid is not None:
+        mask = mask & valid[..., None]
     if lengths is not None:
         mask = mask & (tokens < lengths[:, None, None, None])
     if first is not None:
         mask = mask & (tokens >= first[:, None, None, None])
-    tokens, mask = (a.reshape(batch, heads, n * unit) for a in (tokens, mask))
-    row = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1) * size
-    start = 0 if layer is None else jnp.asarray(layer, jnp.int32) * (batch * heads * size)
-    flat = jnp.where(mask, tokens, 0) + row + start
-    flat_k, flat_v = (a.reshape(math.prod(a.shape[:-1]), dim) for a in (k, v))
-    rows_k, rows_v = (a.at[flat].get(mode="promise_in_bounds") for a in (flat_k, flat_v))
-    if new_k is not None:
-        rows_k = jnp.concatenate([rows_k, new_k[:, :, None].astype(k.dtype)], axis=2)
-        rows_v = jnp.concatenate([rows_v, new_v[:, :, None].astype(v.dtype)], axis=2)
-        mask = jnp.concatenate([mask, jnp.ones((batch, heads, 1), bool)], axis=2)
-    grouped = q.reshape(batch, heads, -1, dim)
-    logits = jnp.einsum("bkgd,bknd->bkgn", grouped, rows_k, preferred_element_type=jnp.float32) * scale
-    return softmax_sum(logits, mask, rows_v, q, return_residual)
+    return tokens.reshape(batch, heads, n * unit), mask.reshape(batch, heads, n * unit)
+
+
+def taken(cache, rows):
+    """float32 [..., width]: rows of a cache."""
+    return cache.at[rows.astype(jnp.uint32)].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
+def in_groups(function, arrays, size):
+    """function of arrays [rows, ...], at most `size` rows at a time (the nearest divisor of rows)."""
+    rows = arrays[0].shape[0]
+    size = max(d for d in range(1, min(size, rows) + 1) if rows % d == 0)
+    if size == rows:
+        return function(arrays)
+    out = jax.lax.map(function, tuple(a.reshape(rows // size, size, *a.shape[1:]) for a in arrays))
+    return tuple(a.reshape(rows, *a.shape[2:]) for a in out)
