@@ -20,10 +20,14 @@ from butler_jax.top_k import Chosen
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys after rotary, and values, of every layer; a head's rows are contiguous."""
+    """Keys after rotary, and values, of every layer; a head's rows are contiguous.
+
+    near: layer 0 on the device, where k and v are in host memory (offload.py); None where they are on the device.
+    """
 
     k: Float[Array, "L B K S D"]
     v: Float[Array, "L B K S D"]
+    near: KVCache | None = None
 
     @property
     def capacity(self) -> int:

@@ -17,6 +17,7 @@ from butler_jax.cache import DecodeState, KVCache, ScoreCache, write_score_key, 
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.chosen import attended_tokens, chosen_tokens, kept, recent_from, with_recent
 from butler_jax.configs import SelectionConfig, require
+from butler_jax.offload import fetch_layer, fetch_rows, rows_of_units, write_token_on_host
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor, walk
@@ -106,14 +107,17 @@ def decode_step(
                 scores = with_own(scores, ahead.queries[place], key, cached)
 
         def everything():
-            out = cached_attention(view.q, view.k, view.v, state.kv.k, state.kv.v, view.index, cached, window)
+            kv, layer = _whole_layer(state.kv, view.index, selection is not None)
+            out = cached_attention(view.q, view.k, view.v, kv.k, kv.v, layer, cached, window)
             count = total if first is None else total - first
             return out, jnp.broadcast_to(count[:, None], (count.shape[0], sets if selection else config.kv_heads))
 
         def fresh() -> Chosen:
             values = scores
             if not pooled:
-                values = policy(chunk_of(view, state.kv.k, cached, first, scores))[:, :, 0]
+                kv, layer = _whole_layer(state.kv, view.index, False)
+                keys = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)  # unused, and gone, for most policies
+                values = policy(chunk_of(view, keys, cached, first, scores))[:, :, 0]
             count = total if first is None else total - first
             threshold = None if limits.threshold is None else limits.threshold[view.index][None]
             threshold = beyond(limits.min_context, count[:, None], threshold)
@@ -169,7 +173,10 @@ def decode_step(
     x, (walked, _), (k, v, keys, keep, found) = run_layers(
         model, x, cached[:, None], mixer, (walked, ahead), length=capacity
     )
-    kv = KVCache(*(write_token(a, b, cached) for a, b in ((state.kv.k, k), (state.kv.v, v))))
+    if state.kv.near is None:
+        kv = KVCache(*(write_token(a, b, cached) for a, b in ((state.kv.k, k), (state.kv.v, v))))
+    else:
+        kv = write_token_on_host(state.kv, k, v, cached)
     scores = None
     if predictor is not None:
         scores = ScoreCache(write_score_key(state.scores.keys, keys, cached), walked.cache)
@@ -212,6 +219,15 @@ def _trunk_attend(cached, cache, q, k, v):
     return cached_attention(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new
 
 
+def _whole_layer(kv: KVCache, index: Int[Array, ""], only_first: bool) -> tuple[KVCache, Int[Array, ""] | int]:
+    """Caches on the device that hold a layer, and its place in them. only_first: it is known to be layer 0."""
+    if kv.near is None:
+        return kv, index
+    if only_first:
+        return kv.near, 0
+    return jax.lax.cond(index > 0, lambda: fetch_layer(kv, index), lambda: kv.near), 0
+
+
 def _attend_chosen(
     view: LayerView,
     kv: KVCache,
@@ -225,14 +241,22 @@ def _attend_chosen(
     batch, _, heads, dim = view.q.shape
     kv_heads = view.k.shape[2]
     attend = partial(
-        masked_topk_decode_attention, k=kv.k, v=kv.v, unit=unit, new_k=view.k[:, 0], new_v=view.v[:, 0],
-        lengths=cached, first=first, layer=view.index, implementation=implementation,
-    )  # fmt: skip
+        masked_topk_decode_attention, new_k=view.k[:, 0], new_v=view.v[:, 0], implementation=implementation
+    )
+
+    def one(q, indices, valid):
+        if kv.near is None:
+            return attend(q, kv.k, kv.v, indices, valid, unit=unit, lengths=cached, first=first, layer=view.index)
+        tokens, held = rows_of_units(indices, valid, unit, cached, first)
+        keys, values = fetch_rows(kv, view.index, tokens)
+        place = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.int32)[None, None], held.shape)
+        return attend(q, keys, values, place, held)
+
     group = chosen.indices.shape[1] // kv_heads
     if group == 1:
-        return attend(view.q[:, 0], indices=chosen.indices, valid=chosen.valid)[:, None]
+        return one(view.q[:, 0], *chosen)[:, None]
     # A set for every query head: one head of each group at a time, so that nothing of the cache is repeated.
     queries = view.q.reshape(batch, kv_heads, group, dim)
     indices, valid = (a.reshape(batch, kv_heads, group, -1) for a in chosen)
-    parts = [attend(queries[:, :, g], indices=indices[:, :, g], valid=valid[:, :, g]) for g in range(group)]
+    parts = [one(queries[:, :, g], indices[:, :, g], valid[:, :, g]) for g in range(group)]
     return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim)

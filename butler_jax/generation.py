@@ -5,6 +5,7 @@ A row's tokens depend on its prompt, its seed and the settings alone, not on the
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.decode import decode_step
 from butler_jax.filling import CHUNK, prefill
+from butler_jax.offload import to_host
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor
@@ -43,7 +45,7 @@ class Generated:
 
     tokens: new ids of each row, a stop token included. texts: what they say, "" without a tokenizer. attended: per row,
     the mean over steps, heads and layers 1 ... of the fraction of its tokens that was read. prompt_tokens: per row.
-    prefill_seconds: until the first token, compilation included; seconds: of the steps after it; steps: how many.
+    prefill_seconds: until the first token, compilation included; seconds: from the second token to the last.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -52,7 +54,6 @@ class Generated:
     prompt_tokens: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     seconds: float = 0.0
-    steps: int = 0
 
     @property
     def text(self) -> str:
@@ -61,8 +62,8 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows over the seconds of decoding; the first of each row belongs to the prefill."""
-        return sum(max(len(t) - 1, 0) for t in self.tokens) / self.seconds if self.seconds else 0.0
+        """New tokens of all rows, beyond the first two, which bear the prefill and compilation, over `seconds`."""
+        return sum(max(len(t) - 2, 0) for t in self.tokens) / self.seconds if self.seconds else 0.0
 
 
 def generate(base: Base, prompts: Prompts, *, stream: Callable[[Piece], Any] | None = None, **settings) -> Generated:
@@ -93,6 +94,7 @@ def generate_stream(
     seed: int | Sequence[int] = 0,
     capacity: int | None = None,
     chunk: int = CHUNK,
+    offload: bool = False,
     implementation: str | None = None,
     result: Generated | None = None,
 ) -> Iterator[Piece]:
@@ -103,6 +105,7 @@ def generate_stream(
     top_k, top_p, repetition_penalty: see `Sampling`. stop: token ids, or texts of single tokens, that end a row (None:
     the tokenizer's end of text). seed: of row 0, the others count on; or one a row. capacity: tokens a row has room
     for; by default the next of a few sizes, so that lengths up to it share a compilation. chunk: see `prefill`.
+    offload: keys and values are moved to host memory after the prefill, and only what is read comes back (offload.py).
     result: filled while the pieces come.
 
     Raises ValueError for an empty prompt, ids out of range, and what fits neither the capacity nor the context.
@@ -144,6 +147,10 @@ def generate_stream(
         base.model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, selection=selection,
         capacity=capacity, chunk=chunk, **fixed,
     )  # fmt: skip
+    if offload:
+        near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
+        made, held = jax.device_put((made, held), near)
+        held = held._replace(state=dataclasses.replace(held.state, kv=to_host(held.state.kv)))
     for step in range(max_new_tokens):
         token, fraction = made
         if step + 1 < max_new_tokens:  # the next step is under way before this one's token is looked at
@@ -152,11 +159,11 @@ def generate_stream(
         values = np.asarray(token)
         if step == 0:
             result.prefill_seconds = time.perf_counter() - began
-            began = time.perf_counter()
         else:
             read += np.where(done, 0.0, np.asarray(fraction))
-            result.seconds = time.perf_counter() - began
-        result.steps = step
+        if step == 1:
+            began = time.perf_counter()
+        result.seconds = time.perf_counter() - began if step > 1 else 0.0
         for b in np.flatnonzero(~done):
             value = int(values[b])
             result.tokens[b].append(value)

@@ -104,18 +104,17 @@ def with_own(
 
 def chunk_of(
     view: LayerView,
-    k: Float[Array, "L B K S D"],
+    keys: Float[Array, "B K S D"],
     cached: Int[Array, " B"],
     first: Int[Array, " B"] | None,
     scores: Float[Array, "B Q G S"] | None,
 ) -> Chunk:
     """What a policy sees of the newest token of each row: the same as it sees of a row of a whole sequence.
 
-    scores: the predictor's, the newest token's own included.
+    keys: of this layer, cached. scores: the predictor's, the newest token's own included.
     """
-    size, kv_heads = k.shape[3], k.shape[2]
-    keys = jax.lax.dynamic_index_in_dim(k, view.index, keepdims=False).astype(view.q.dtype)
-    keys = keys.at[jnp.arange(cached.shape[0]), :, cached].set(view.k[:, 0])
+    size, kv_heads = keys.shape[2], keys.shape[1]
+    keys = keys.astype(view.q.dtype).at[jnp.arange(cached.shape[0]), :, cached].set(view.k[:, 0])
     batch, _, heads, dim = view.q.shape
     q = view.q[:, 0] * jnp.asarray(dim**-0.5, view.q.dtype)
     q = q.reshape(batch, kv_heads, heads // kv_heads, 1, dim)

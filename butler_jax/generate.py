@@ -1,0 +1,130 @@
+"""Continue a prompt with a trained predictor: `python -m butler_jax.generate --run DIR --prompt TEXT`.
+
+The function is `butler_jax.generate` (generation.py); nothing imports this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from butler_jax.command_line import read, run
+from butler_jax.configs import SelectionConfig, parse_budget, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a prompt, reading only the cached tokens that a trained predictor chooses.
+
+    The text goes to standard output as it comes, a line of figures to standard error.
+    """
+
+    run: Path | None = None
+    """Directory of a training run, or of save_predictor. Default: decode the base model densely."""
+    base: str | None = None
+    """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
+    prompt: str | None = None
+    """The text to continue. Default: what comes from standard input."""
+    prompt_file: Path | None = None
+    """A file with the text to continue."""
+    max_new_tokens: int = 128
+    """Tokens to generate at most."""
+    dense: bool = False
+    """Read everything, whatever the run."""
+    budget: str = "1/4"
+    """Share of the cached tokens that a step attends, or an integer number of tokens; sinks and window included."""
+    sinks: int = 4
+    """First tokens that are always attended."""
+    window: int = 8
+    """Newest tokens that are always attended."""
+    unit: int = 1
+    """Tokens chosen together, a power of two: pages by their best token."""
+    interval: int = 1
+    """Steps from one choice to the next."""
+    neighbours: bool = False
+    """Fill half of the room by score and bring the right neighbours of every run."""
+    min_context: int = 0
+    """Attend everything up to so many tokens."""
+    pooling: Literal["normalised", "maximum"] = "normalised"
+    """How the heads of a group agree: maximum of weights, or the plain maximum of scores, which is cheaper."""
+    offload: bool = False
+    """Keep keys and values in host memory; only what is read goes to the device."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probabilities reach p."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens already there become less likely."""
+    seed: int = 0
+    """Seed of the draws."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
+
+    def __post_init__(self):
+        require(
+            self.run is not None or self.base is not None,
+            "nothing to generate with: give --run DIR (a run of train.py), or --base SPEC for dense decoding",
+        )
+        require(
+            self.prompt is None or self.prompt_file is None,
+            "--prompt and --prompt-file exclude each other; give one of them",
+        )
+        self.selection()
+
+    def selection(self) -> SelectionConfig | None:
+        """The selection these settings describe; None where decoding is dense."""
+        chosen = SelectionConfig(
+            budget=parse_budget(self.budget), sinks=self.sinks, window=self.window, unit=self.unit,
+            interval=self.interval, neighbours=self.neighbours, min_context=self.min_context,
+        )  # fmt: skip
+        return None if self.dense or self.run is None else chosen
+
+    def text(self) -> str:
+        """The prompt. Raises ValueError for a file that is missing or no text."""
+        if self.prompt_file is None:
+            return sys.stdin.read() if self.prompt is None else self.prompt
+        try:
+            return self.prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.prompt_file} is not UTF-8 text") from None
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit status. Errors of the user's making are one line, no traceback."""
+    return run(lambda: continue_prompt(read(GenerateConfig, arguments, "python -m butler_jax.generate")))
+
+
+def continue_prompt(config: GenerateConfig) -> int:
+    """Load, generate, show."""
+    from butler_jax.checkpoints import load_predictor
+    from butler_jax.evaluation import run_config
+    from butler_jax.generation import generate
+    from butler_jax.policies import make_policy
+    from butler_jax.weights import load_base
+
+    prompt, selection = config.text(), config.selection()
+    base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
+    predictor = None if selection is None else load_predictor(config.run, base)
+    show = lambda text: print(text, end="", flush=True)  # noqa: E731
+    show(prompt)
+    result = generate(
+        base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
+        policy=make_policy("tokenbutler", pooling=config.pooling), max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        repetition_penalty=config.repetition_penalty, seed=config.seed, offload=config.offload,
+    )  # fmt: skip
+    print(flush=True)
+    print(
+        f"{result.prompt_tokens[0]} + {len(result.tokens[0])} tokens; {result.prefill_seconds:.1f} s to the first, "
+        f"then {result.tokens_per_second:.1f} tokens/s; {100 * result.attended[0]:.1f} % of the cache read",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
