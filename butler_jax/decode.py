@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.base_model import BaseModel, LayerView, embed, logits, run_layers
@@ -189,7 +190,7 @@ def check_step(
 ) -> None:
     """Raise ValueError where a step cannot be done; what is only known on the device is not looked at."""
     if not isinstance(state.lengths, jax.core.Tracer):
-        most, capacity = int(jnp.max(state.lengths)), state.kv.capacity
+        most, capacity = int(np.max(np.asarray(state.lengths))), state.kv.capacity
         require(
             most < capacity,
             f"the cache is full: a row holds {most} of {capacity} tokens; prefill with a larger capacity",

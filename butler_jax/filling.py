@@ -53,7 +53,8 @@ def prefill(
     )
     require(chunk >= 1, f"a chunk must have at least 1 token, got {chunk}")
     if not isinstance(lengths, jax.core.Tracer):
-        least, most = int(np.min(lengths)), int(np.max(lengths))
+        known = np.asarray(lengths)
+        least, most = int(known.min()), int(known.max())
         require(least >= 1, "a prompt has no tokens; give every row at least one")
         require(most <= length, f"a prompt of {most} tokens does not fit the {length} columns of tokens")
     lengths = jnp.asarray(lengths).astype(jnp.int32)
