@@ -79,7 +79,7 @@ def pooled(queries, keys, total):
 
 
 def log_sum_exp(queries, factor, keys, mask, loops):
-    """float32 [B, K, G] over the tokens where mask [B, S] is set, a chunk of S at a time, looped over or written out."""
+    """float32 [B, K, G] over the tokens where mask [B, S] is set; chunks of S, looped over or written out."""
     batch, heads, group, _ = queries.shape
     size = mask.shape[-1]
     chunk = min(size, max(256, TILE // (batch * heads * group)))
@@ -109,11 +109,20 @@ def masked_topk_decode_attention(
     q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
-    *_, batch, heads, size, dim = k.shape
-    rows = batch * heads
-    queries = q.reshape(rows, -1, dim).astype(jnp.float32)
-    top, total, out = attend_rows(queries, k, v, indices, valid, unit, lengths, first, scale, layer)
+    queries = q.reshape(k.shape[-4] * k.shape[-3], -1, q.shape[-1]).astype(jnp.float32)
+    parts = attend_rows(queries, k, v, indices, valid, unit, lengths, first, scale, layer)
+    return finish(parts, q, new_k, new_v, scale, return_residual)
+
+
+def finish(parts, q, new_k, new_v, scale, return_residual):
+    """The result of q [B, H, D], from (largest logit, sum of weights, weighted values) of its rows and the new token.
+
+    parts: float32 [B*K, G], [B*K, G] and [B*K, G, D]; weights are exp(logit - largest logit).
+    """
+    top, total, out = parts
+    rows, _, dim = out.shape
     if new_k is not None:
+        queries = q.reshape(out.shape).astype(jnp.float32)
         logit = jnp.sum(queries * new_k.reshape(rows, 1, dim).astype(jnp.float32), axis=-1) * scale
         higher = jnp.maximum(top, logit)
         kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
@@ -128,7 +137,7 @@ def masked_topk_decode_attention(
 def attend_rows(queries, k, v, indices, valid, unit, lengths, first, scale, layer):
     """Unnormalised attention of queries [B*K, G, D]: (largest logit [B*K, G], sum of weights, weighted values)."""
     rows, group, dim = queries.shape
-    batch, heads, n = indices.shape
+    n = indices.shape[-1]
     size = k.shape[-2]
     if n == 0 or size == 0:
         empty = jnp.full((rows, group), LOWEST)

@@ -1,0 +1,181 @@
+"""Attention over chosen pages on TPU: pages arrive by asynchronous copies, many in flight, and are attended in tiles.
+
+A ring of SLOTS tiles in VMEM runs over all rows without a break: while one tile is attended, the copies of the next
+ones, of the next row too, are under way. Pages that are not valid are neither copied nor waited for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.xla import LOWEST, exact, finish
+
+TILE = 128  # tokens attended at a time, or one unit where that is more
+SLOTS = 6  # tiles in flight, with one being attended
+LANES = 128
+SUBLANES = 8
+SCALAR_BYTES = 2**18  # of the lists of pages in scalar memory, for one call
+
+
+def masked_topk_decode_attention(
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, interpret
+):
+    """[B, H, D], and the log-sum-exp [B, H] on request; arguments as in `api.py`, unit >= 16 and S of whole units."""
+    batch, heads, n = indices.shape
+    dim, size = q.shape[-1], k.shape[-2]
+    rows, group = batch * heads, q.shape[1] // heads
+    queries = q.reshape(rows, group, dim)
+    if n == 0 or size == 0:
+        empty = jnp.full((rows, group), LOWEST)
+        parts = empty, jnp.zeros((rows, group)), jnp.zeros((rows, group, dim))
+        return finish(parts, q, new_k, new_v, scale, return_residual)
+    pages = indices if valid is None else jnp.where(valid, indices, -1)
+    pages = jnp.where(pages < size // unit, pages, -1).reshape(rows, n)
+    start = jnp.zeros((batch,), jnp.int32) if first is None else first.astype(jnp.int32)
+    bounds = jnp.stack([start, lengths.astype(jnp.int32)], axis=1)  # [B, 2]
+    queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0)))
+    caches = [a.reshape(-1, size, dim) for a in (k, v)]
+    layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+
+    most = max(1, SCALAR_BYTES // (4 * n))  # rows whose lists fit
+    found = []
+    for at in range(0, rows, most):
+        part = slice(at, min(at + most, rows))
+        call = functools.partial(_attend, unit=unit, scale=scale, heads=heads, rows=rows, interpret=interpret)
+        found.append(call(layer * rows + at, pages[part], bounds, queries[part], *caches, at=at))
+    parts = [jnp.concatenate(a) if len(found) > 1 else a[0] for a in zip(*found, strict=True)]
+    top, total, out = (a[:, :group] for a in parts)
+    return finish((top[..., 0], total[..., 0], out), q, new_k, new_v, scale, return_residual)
+
+
+def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, rows, at, interpret):
+    """(largest logit, sum of weights [rows, G, 128], weighted values [rows, G, D]) of some rows, all float32."""
+    rows, group, dim = queries.shape
+    n = pages.shape[1]
+    width = max(1, TILE // unit)  # pages a tile
+    pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1)
+    tiles = pages.shape[1] // width
+    cores = 2 if rows % 2 == 0 else 1  # of a chip that has two; others take both parts in turn
+    kernel = functools.partial(
+        _kernel, unit=unit, width=width, tiles=tiles, rows=rows // cores, heads=heads, at=at, scale=scale
+    )
+    row = lambda core, i, *_: (core * (rows // cores) + i, 0, 0)  # noqa: E731
+    tile = pltpu.VMEM((SLOTS, width * unit, dim), k.dtype)
+    stats = jax.ShapeDtypeStruct((rows, group, LANES), jnp.float32)
+    bytes_read = 2 * pages.size * unit * dim * k.dtype.itemsize
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(cores, rows // cores),
+            in_specs=[
+                pl.BlockSpec((1, group, dim), row),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, group, LANES), row),
+                pl.BlockSpec((1, group, LANES), row),
+                pl.BlockSpec((1, group, dim), row),
+            ],
+            scratch_shapes=[tile, tile, pltpu.SemaphoreType.DMA((SLOTS, 2))],
+        ),
+        out_shape=[stats, stats, jax.ShapeDtypeStruct((rows, group, dim), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * pages.size * unit * group * dim,
+            transcendentals=pages.size * unit * group,
+            bytes_accessed=bytes_read,
+        ),
+        interpret=interpret,
+        name="attend_to_pages",
+    )(base, pages, bounds, queries, k, v)
+
+
+def _kernel(
+    base_ref, pages_ref, bounds_ref, q_ref, k_hbm, v_hbm, top_ref, total_ref, out_ref, k_vmem, v_vmem, arrived,
+    *, unit, width, tiles, rows, heads, at, scale,
+):  # fmt: skip
+    core, row = pl.program_id(0), pl.program_id(1)
+    last = rows * tiles  # steps of this core
+
+    def each_copy(step, act):
+        """act on the copies of the valid pages of tile `step` of this core, counted over its rows."""
+        own, tile = core * rows + step // tiles, step % tiles
+        slot = step % SLOTS
+        for u in range(width):
+            page = pages_ref[own, tile * width + u]
+
+            @pl.when(page >= 0)
+            def _(page=page, u=u):
+                source = base_ref[0] + own
+                for which, (hbm, vmem) in enumerate(((k_hbm, k_vmem), (v_hbm, v_vmem))):
+                    rows_read = hbm.at[source, pl.ds(pl.multiple_of(page * unit, unit), unit), :]
+                    written = vmem.at[slot, pl.ds(u * unit, unit), :]
+                    act(pltpu.make_async_copy(rows_read, written, arrived.at[slot, which]))
+
+    def start(step):
+        @pl.when(step < last)
+        def _():
+            each_copy(step, lambda copy: copy.start())
+
+    @pl.when(row == 0)
+    def _():
+        for step in range(SLOTS - 1):
+            start(jnp.int32(step))
+
+    own = core * rows + row
+    begin, end = bounds_ref[(at + own) // heads, 0], bounds_ref[(at + own) // heads, 1]
+    queries = q_ref[0]
+    precision = exact(k_vmem.dtype)
+    group, dim = queries.shape
+    if queries.dtype != k_vmem.dtype:
+        queries = queries.astype(k_vmem.dtype)
+
+    def attended(tile, shape, axis):
+        """bool of this shape, tokens along axis: which tokens of the tile are attended."""
+        token = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        position = jnp.full(shape, -1, jnp.int32)
+        for u in range(width):
+            page = pages_ref[own, tile * width + u]
+            inside = (token >= u * unit) & (token < (u + 1) * unit) & (page >= 0)
+            position = jnp.where(inside, page * unit + token - u * unit, position)
+        return (position >= jnp.maximum(begin, 0)) & (position < end)
+
+    def attend(tile, carry):
+        top, total, out = carry
+        step = row * tiles + tile
+        start(step + SLOTS - 1)
+        each_copy(step, lambda copy: copy.wait())
+        slot = step % SLOTS
+        keys, values = k_vmem[slot], v_vmem[slot]
+        tokens = width * unit
+        logits = jax.lax.dot_general(
+            queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=precision
+        )
+        logits = jnp.where(attended(tile, (group, tokens), 1), logits * np.float32(scale), -jnp.inf)
+        values = jnp.where(attended(tile, (tokens, dim), 0), values.astype(jnp.float32), 0.0).astype(values.dtype)
+        higher = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
+        weights = jnp.exp(logits - higher)
+        kept = jnp.exp(top - higher)
+        total = total * kept + jnp.sum(weights, axis=1, keepdims=True)
+        out = out * kept + jax.lax.dot_general(
+            weights.astype(values.dtype), values, (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32, precision=precision,
+        )  # fmt: skip
+        return higher, total, out
+
+    empty = (
+        jnp.full((group, 1), LOWEST, jnp.float32), jnp.zeros((group, 1), jnp.float32),
+        jnp.zeros((group, dim), jnp.float32),
+    )  # fmt: skip
+    top, total, out = jax.lax.fori_loop(0, tiles, attend, empty)
+    top_ref[0] = jnp.broadcast_to(top, (group, LANES))
+    total_ref[0] = jnp.broadcast_to(total, (group, LANES))
+    out_ref[0] = out

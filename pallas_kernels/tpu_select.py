@@ -1,0 +1,131 @@
+"""Exact top-k on TPU, eight rows at a time: bisection for the threshold, then slots find their units by rank.
+
+Everything is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly: running
+counts are products with a triangle of ones, and the counts of a slot's 128 units are fetched by a one-hot product.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.reference import wanted
+from pallas_kernels.xla_select import BARRED, candidates, token_image, unit_image
+
+LANES = 128
+SUBLANES = 8
+WIDE = 1024  # units counted at a time
+SLOTS = 256  # slots filled at a time
+
+
+def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold, interpret):
+    """(indices, valid) [B, K, n]; arguments as in `api.py`."""
+    batch, heads, size = scores.shape
+    if n == 0 or size == 0:
+        return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
+    image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
+    image = unit_image(image, unit)
+    taken = jnp.minimum(candidates(image, size, lengths, unit, first, threshold), wanted(counts, n, (batch, heads)))
+    rows = batch * heads
+    image = image.reshape(rows, image.shape[-1])
+    multiple = WIDE if image.shape[1] > WIDE else LANES
+    padding = ((0, -rows % SUBLANES), (0, -image.shape[1] % multiple))
+    image = jnp.pad(image, padding, constant_values=BARRED)
+    target = jnp.pad(taken.reshape(rows, 1), (padding[0], (0, 0)))
+    indices = _chosen(image, target, n, min(multiple, image.shape[1]), interpret)[:rows, :n].reshape(batch, heads, n)
+    valid = jnp.arange(n, dtype=jnp.int32)[None, None] < taken[..., None]
+    return jnp.where(valid, indices, 0), valid
+
+
+def _chosen(image, target, n, wide, interpret):
+    """int32 [rows, n rounded up]: the positions, ascending, of the target [rows, 1] largest of image [rows, units]."""
+    rows, units = image.shape
+    slots = min(SLOTS, -(-n // LANES) * LANES)
+    width = -(-n // slots) * slots
+    chunks = units // LANES
+    return pl.pallas_call(
+        functools.partial(_kernel, wide=wide, slots=slots),
+        grid=(rows // SUBLANES,),
+        in_specs=[
+            pl.BlockSpec((SUBLANES, units), lambda i: (i, 0)),
+            pl.BlockSpec((SUBLANES, 1), lambda i: (i, 0)),
+        ],
+        out_specs=pl.BlockSpec((SUBLANES, width), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, width), jnp.int32),
+        scratch_shapes=[pltpu.VMEM((SUBLANES, chunks, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(flops=70 * rows * units, transcendentals=0, bytes_accessed=4 * rows * units),
+        interpret=interpret,
+        name="select_top_k",
+    )(image, target)
+
+
+def _whole(a, b, contract=(1, 0)):
+    """Product of matrices of whole numbers up to 256, exact: bfloat16 factors, float32 sums."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), dims, preferred_element_type=jnp.float32)
+
+
+def _triangle(size):
+    """float32 [size, size], 1 where row <= column."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    return (row <= column).astype(jnp.float32)
+
+
+def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
+    units, width = image_ref.shape[1], out_ref.shape[1]
+    chunks = units // LANES
+    target = target_ref[...].astype(jnp.float32)  # [8, 1]
+
+    def count(compare):
+        """float32 [8, 1]: how many units the comparison holds for."""
+
+        def add(i, total):
+            part = image_ref[:, pl.ds(pl.multiple_of(i * wide, wide), wide)]
+            return total + jnp.sum(compare(part).astype(jnp.float32), axis=1, keepdims=True)
+
+        return jax.lax.fori_loop(0, units // wide, add, jnp.zeros((SUBLANES, 1), jnp.float32))
+
+    def narrow(step, found):  # the bits of the threshold, from the top, as an unsigned number
+        trial = found | jax.lax.shift_left(jnp.int32(1), jnp.int32(31) - step)
+        reached = count(lambda part: part >= (trial ^ BARRED))
+        return jnp.where(reached >= target, trial, found)
+
+    limit = jax.lax.fori_loop(0, 32, narrow, jnp.zeros((SUBLANES, 1), jnp.int32)) ^ BARRED
+    missing = target - count(lambda part: part > limit)  # how many of those that equal it
+    triangle = _triangle(LANES)
+
+    def mark(chunk, ties):
+        part = image_ref[:, pl.ds(pl.multiple_of(chunk * LANES, LANES), LANES)]
+        equal = (part == limit).astype(jnp.float32)
+        order = ties + _whole(equal, triangle)
+        chosen = jnp.where(part > limit, 1.0, jnp.where((equal > 0) & (order <= missing), 1.0, 0.0))
+        running_ref[:, pl.ds(chunk, 1), :] = _whole(chosen, triangle)[:, None, :]
+        return order[:, LANES - 1 :]
+
+    jax.lax.fori_loop(0, chunks, mark, jnp.zeros((SUBLANES, 1), jnp.float32))
+    lower = _triangle(chunks).T
+
+    for row in range(SUBLANES):
+        running = running_ref[row]  # [chunks, 128], counts within a chunk
+        end = _whole(lower, running)[:, LANES - 1 :]  # [chunks, 1], counts up to a chunk's end
+        begin = end - running[:, LANES - 1 :]
+
+        def fill(i, carry, row=row, running=running, begin=begin, end=end):
+            slot = (i * slots + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1)).astype(jnp.float32)
+            here = ((begin <= slot) & (slot < end)).astype(jnp.float32)  # [chunks, slots], one-hot
+            chunk = jnp.sum((end <= slot).astype(jnp.float32), axis=0, keepdims=True)
+            rank = slot - jnp.sum(here * begin, axis=0, keepdims=True)
+            counts = _whole(running, here, (0, 0))  # [128, slots]
+            unit = jnp.sum((counts <= rank).astype(jnp.float32), axis=0, keepdims=True)
+            found = (chunk * np.float32(LANES) + unit).astype(jnp.int32)
+            out_ref[pl.ds(row, 1), pl.ds(pl.multiple_of(i * slots, slots), slots)] = found
+            return carry
+
+        jax.lax.fori_loop(0, width // slots, fill, 0)
