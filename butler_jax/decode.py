@@ -25,7 +25,7 @@ from butler_jax.predictors import Predictor, walk
 from butler_jax.scoring import choosing_heads, chunk_of, issue, with_own
 from butler_jax.selection import beyond, choose, limits_of, room_for
 from butler_jax.top_k import Chosen
-from pallas_kernels import importance_scores, masked_topk_decode_attention
+from pallas_kernels import importance_scores, masked_topk_decode_attention, select_top_k
 
 
 class Found(NamedTuple):
@@ -78,6 +78,7 @@ def decode_step(
         limits = limits_of(selection, config, capacity)
         room = room_for(selection, capacity, most)
         sets = choosing_heads(policy, config)
+        top_k = partial(select_top_k, implementation=implementation)
 
     def pool(queries, layer):
         return importance_scores(
@@ -122,7 +123,9 @@ def decode_step(
             count = total if first is None else total - first
             threshold = None if limits.threshold is None else limits.threshold[view.index][None]
             threshold = beyond(limits.min_context, count[:, None], threshold)
-            return choose(values, total, limits.table[count], room, selection, threshold=threshold, first=first)
+            return choose(
+                values, total, limits.table[count], room, selection, threshold=threshold, first=first, top_k=top_k
+            )
 
         def sparse():
             if selection.interval == 1:

@@ -11,6 +11,7 @@ and whole pages are taken as long as they fit. `select_mask` chooses for many qu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -112,11 +113,7 @@ def select_units(
     shape = image.shape[:-1]
     units = pages.of(image)
     everything = tokens >= allowed
-    count = tokens
-    if pages.unit > 1:
-        newest = jnp.minimum((rows.own - rows.start)[:, None] % pages.unit + 1, allowed)
-        count = 1 + (tokens - newest) // pages.unit
-        count = jnp.where(everything, set_size(units != BARRED), count)
+    count = unit_counts(tokens, allowed, (rows.own - rows.start)[:, None], pages.unit)
     count = jnp.broadcast_to(count, shape)
     if pages.unit > 1 or threshold is not None or neighbours:
         forced = set_size(units == FORCED)
@@ -132,6 +129,17 @@ def select_units(
             mask = mask | (right_of_runs(mask & (units != FORCED)) & (units != BARRED))
         return mask
     return top_mask(units, count)
+
+
+def unit_counts(
+    tokens: Int[Array, "*B"], allowed: Int[Array, "*B"], own: Int[Array, "*B"], unit: int
+) -> Int[Array, "*B"]:
+    """The most units whose tokens are within a budget: of `allowed` tokens in a row, the newest at position `own`."""
+    if unit == 1:
+        return tokens
+    newest = jnp.minimum(own % unit + 1, allowed)
+    whole = own // unit - (own - allowed + 1) // unit + 1
+    return jnp.where(tokens >= allowed, whole, 1 + (tokens - newest) // unit)
 
 
 def select_mask(
@@ -247,13 +255,22 @@ def choose(
     *,
     threshold: Float[Array, "B K"] | None = None,
     first: Int[Array, " B"] | None = None,
+    top_k: Callable[..., tuple[Array, Array]] | None = None,
 ) -> Chosen:
     """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
 
     scores: of the cached tokens; the newest one's is not looked at (it is in the window). lengths: tokens of each row,
     the newest included. tokens: its budget, as budget_table gives it. room: slots(config, the largest of tokens).
-    threshold: of this layer. first: the first token a row may see (a sliding window), 0 unless given.
+    threshold: of this layer. first: the first token a row may see (a sliding window), 0 unless given. top_k: a faster
+    form of the same choice, with the arguments and the result of pallas_kernels.select_top_k; neighbours do without.
     """
+    if top_k is not None and not config.neighbours:
+        held = lengths if first is None else lengths - first
+        counts = unit_counts(jnp.minimum(tokens, held), held, lengths - 1, config.unit)
+        forced = dict(sinks=config.sinks, window=config.window)
+        return Chosen(
+            *top_k(scores, lengths, room, counts=counts, unit=config.unit, first=first, threshold=threshold, **forced)
+        )
     size = scores.shape[-1]
     start = jnp.zeros_like(lengths) if first is None else first
     columns = jnp.arange(size, dtype=jnp.int32)

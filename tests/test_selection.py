@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from math import ceil
 
 import jax
@@ -241,20 +242,20 @@ def test_mask_of_packed_documents_is_the_choice_of_each_newest_token(fields):
         assert set(np.flatnonzero(mask[0, head, t]) - starts[t]) == wanted
 
 
-@pytest.mark.parametrize("unit", [1, 4])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_kernels_choose_the_same(unit, implementation):
-    config, B, S = SelectionConfig(budget=0.5, sinks=2, window=5, unit=unit), 6, 40
+@pytest.mark.parametrize("sliding", [None, 11])
+@pytest.mark.parametrize("fields", [dict(), dict(unit=4), dict(unit=2, threshold=((0.0, 0.0), (0.3, -0.5)))])
+def test_kernels_choose_the_same(fields, sliding, implementation):
+    config, S = SelectionConfig(budget=0.5, sinks=2, window=5, **fields), 40
     random = np.random.default_rng(1)
-    scores = (random.integers(-3, 4, (B, 2, S)) / 7).astype(np.float32)
     lengths = np.asarray([40, 1, 17, 23, 5, 32], np.int32)
-    tokens = budget_table(config, S)[lengths]
-    room = slots(config, int(tokens.max()))
-    mine = choose(scores, lengths, tokens, room, config)
-    counts = np.asarray(mine.valid.sum(-1))
-    theirs = select_top_k(
-        scores, lengths, room, counts=counts, sinks=2, window=5, unit=unit, implementation=implementation
-    )
+    scores = jnp.asarray((random.integers(-3, 4, (6, 2, S)) / 7).astype(np.float32))
+    first = None if sliding is None else jnp.asarray(np.maximum(lengths - sliding, 0))
+    tokens = jnp.asarray(budget_table(config, S)[lengths - (0 if first is None else np.asarray(first))])
+    threshold = None if config.threshold is None else jnp.asarray([config.threshold[1]] * 6)
+    room = slots(config, 20)
+    pick = partial(choose, scores, jnp.asarray(lengths), tokens, room, config, threshold=threshold, first=first)
+    mine, theirs = pick(), pick(top_k=partial(select_top_k, implementation=implementation))
     np.testing.assert_array_equal(mine.indices, theirs.indices)
     np.testing.assert_array_equal(mine.valid, theirs.valid)
 
