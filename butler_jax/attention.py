@@ -24,6 +24,7 @@ def causal_attention(
     v: Float[Array, "B T K V"],
     *,
     segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B T"] | None = None,
     window: int | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -33,9 +34,10 @@ def causal_attention(
     """Softmax attention of every token over itself and the tokens before it, keys shared by H/K query heads.
 
     segments: the document of each token; tokens attend within their document only. 0 is padding: its rows
-    are finite and mean nothing. window: a query sees itself and the window-1 tokens before it; static.
-    scale: factor on the logits, D**-0.5 unless given. return_lse: also the log-sum-exp of the scaled
-    logits, in nats, float32; it carries no gradient, and cuDNN rounds it to the dtype of q.
+    are finite and mean nothing. key_segments: those of the keys, where they differ from the queries'; rows
+    without a key in their document are finite and mean nothing. window: a query sees itself and the window-1
+    tokens before it; static. scale: factor on the logits, D**-0.5 unless given. return_lse: also the log-sum-exp of
+    the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it to the dtype of q.
 
     implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
     "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
@@ -47,14 +49,18 @@ def causal_attention(
     Raises ValueError for shapes that do not fit, an unknown implementation, or one that cannot do the task.
     """
     check_shapes(q, k, v, segments, window)
+    if key_segments is None:
+        key_segments = segments
+    elif segments is None or key_segments.shape != segments.shape:
+        raise ValueError("key_segments goes with segments, both [B, T]")
     name = choose_implementation(implementation, q, v.shape[-1], segments)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "xla":
-        out, lse = _xla(q, k, v, segments, window, scale)
+        out, lse = _xla(q, k, v, segments, key_segments, window, scale)
     elif name == "cudnn":
         out, lse = _cudnn(q, k, v, window, scale)
     else:
-        out, lse = _splash(q, k, v, segments, window, scale, return_lse, partition)
+        out, lse = _splash(q, k, v, segments, key_segments, window, scale, return_lse, partition)
     return (out, jax.lax.stop_gradient(lse.astype(jnp.float32))) if return_lse else out
 
 
@@ -167,6 +173,13 @@ def split_segments(segments: Int[Array, "B T"] | None, chunk: int) -> Int[Array,
     return None if segments is None else jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % chunk)))
 
 
+def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The column where each token's document begins; documents are contiguous."""
+    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jax.lax.cummax(jnp.where(segments != before, columns, 0), axis=1)
+
+
 def chunk_mask(
     index: Int[Array, ""],
     first: Int[Array, ""] | int,
@@ -174,8 +187,12 @@ def chunk_mask(
     segments: Int[Array, "B S"] | None,
     window: int | None,
     chunk: int,
+    key_segments: Int[Array, "B S"] | None = None,
 ) -> Bool[Array, "B C keys"]:
-    """Which of the keys first..first+keys-1 the rows of chunk `index` attend to; batch 1 without segments."""
+    """Which of the keys first..first+keys-1 the rows of chunk `index` attend to; batch 1 without segments.
+
+    key_segments: documents of the keys, default those of the queries.
+    """
     rows = (index * chunk + jnp.arange(chunk))[:, None]
     columns = (first + jnp.arange(keys))[None, :]
     mask = columns <= rows
@@ -184,7 +201,8 @@ def chunk_mask(
     mask = mask[None]
     if segments is not None:
         own = jax.lax.dynamic_slice_in_dim(segments, index * chunk, chunk, axis=1)
-        other = jax.lax.dynamic_slice_in_dim(segments, first, keys, axis=1)
+        other = segments if key_segments is None else key_segments
+        other = jax.lax.dynamic_slice_in_dim(other, first, keys, axis=1)
         mask = mask & (own[:, :, None] == other[:, None, :])
     return mask
 
@@ -210,16 +228,16 @@ def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K 
     return jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
 
 
-def _xla(q, k, v, segments, window, scale):
+def _xla(q, k, v, segments, key_segments, window, scale):
     length, chunk = q.shape[1], min(CHUNK, q.shape[1])
     queries = split_queries(q * jnp.asarray(scale, q.dtype), k.shape[2], chunk)
     keys, values = split_keys(k, chunk), split_keys(v, chunk)
-    segments = split_segments(segments, chunk)
+    segments, key_segments = split_segments(segments, chunk), split_segments(key_segments, chunk)
 
     def attend(band: Band, inputs):
         index, rows = inputs
         first = band.first_key(index, chunk)
-        mask = chunk_mask(index, first, band.keys, segments, window, chunk)
+        mask = chunk_mask(index, first, band.keys, segments, window, chunk, key_segments)
         weights, total, lse = masked_exponentials(rows, band.take(keys, first, 2), mask)
         return (weighted_values(weights, band.take(values, first, 2)) / total).astype(v.dtype), lse
 
@@ -255,7 +273,7 @@ def _cudnn(q, k, v, window, scale):
     return out[..., :value_dim], lse
 
 
-def _splash(q, k, v, segments, window, scale, return_lse, partition):
+def _splash(q, k, v, segments, key_segments, window, scale, return_lse, partition):
     batch, length = q.shape[:2]
     value_dim = v.shape[-1]
     padding = -length % LANES
@@ -263,8 +281,8 @@ def _splash(q, k, v, segments, window, scale, return_lse, partition):
     q, k, v = (_pad_last(x.astype(q.dtype), -(-x.shape[-1] // LANES) * LANES) for x in (q, k, v))
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
     if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    segments = jnp.pad(segments, ((0, 0), (0, padding)))
+        segments = key_segments = jnp.ones((batch, length), jnp.int32)
+    segments, key_segments = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, key_segments))
 
     run = functools.partial(_splash_local, window=window, return_lse=return_lse)
     mesh = jax.sharding.get_abstract_mesh()
@@ -279,13 +297,13 @@ def _splash(q, k, v, segments, window, scale, return_lse, partition):
         spec = jax.sharding.PartitionSpec
         heads_spec = spec(batch_axis, head_axis, None, None)
         out_specs = (heads_spec, spec(batch_axis, head_axis, None))
-        in_specs = (heads_spec, heads_spec, heads_spec, spec(batch_axis, None))
+        in_specs = (heads_spec, heads_spec, heads_spec, spec(batch_axis, None), spec(batch_axis, None))
         run = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    out, lse = run(q, k, v, segments)
+    out, lse = run(q, k, v, segments, key_segments)
     return out.transpose(0, 2, 1, 3)[:, :length, :, :value_dim], lse.transpose(0, 2, 1)[:, :length]
 
 
-def _splash_local(q, k, v, segments, *, window, return_lse):
+def _splash_local(q, k, v, segments, key_segments, *, window, return_lse):
     """Splash attention of one device: q [B, H, T, D], k and v [B, K, T, D], T and D multiples of 128."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -311,27 +329,23 @@ def _splash_local(q, k, v, segments, *, window, return_lse):
     )
     kernel = make()
 
-    def attend(q, k, v, segments):
-        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments)
+    def each(kernel, q, k, v, own, other):
+        return jax.vmap(lambda q, k, v, own, other: kernel(q, k, v, splash.SegmentIds(own, other)))(q, k, v, own, other)
 
     if not return_lse:
-        return attend(q, k, v, segments), jnp.zeros(q.shape[:3], jnp.float32)
+        return each(kernel, q, k, v, segments, key_segments), jnp.zeros(q.shape[:3], jnp.float32)
 
     kernel_with_lse = make(save_residuals=True)
 
     @jax.custom_vjp
-    def attend_with_lse(q, k, v, segments):
-        one = lambda q, k, v, s: kernel_with_lse(q, k, v, splash.SegmentIds(s, s))  # noqa: E731
-        out, (lse,) = jax.vmap(one)(q, k, v, segments)
+    def attend_with_lse(q, k, v, own, other):
+        out, (lse,) = each(kernel_with_lse, q, k, v, own, other)
         return out, lse
 
-    def forward(q, k, v, segments):
+    def forward(q, k, v, own, other):
         # The kernel that returns its log-sum-exp has no derivative: a differentiated call runs both.
-        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
-        return (out, attend_with_lse(q, k, v, segments)[1]), pull
+        out, pull = jax.vjp(lambda q, k, v: each(kernel, q, k, v, own, other), q, k, v)
+        return (out, attend_with_lse(q, k, v, own, other)[1]), pull
 
-    def backward(pull, cotangents):
-        return *pull(cotangents[0]), None
-
-    attend_with_lse.defvjp(forward, backward)
-    return attend_with_lse(q, k, v, segments)
+    attend_with_lse.defvjp(forward, lambda pull, cotangents: (*pull(cotangents[0]), None, None))
+    return attend_with_lse(q, k, v, segments, key_segments)

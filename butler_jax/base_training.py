@@ -104,7 +104,7 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
     tokenizer = _tokenizer(run_dir, config)
     base = dataclasses.replace(config.base_config(), vocab_size=tokenizer.vocab_size)
     rate = config.learning_rate or LEARNING_RATE
-    optimiser = make_optimiser(config, rate, b2=0.95)
+    optimiser = make_optimiser(config, rate)
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def gradient_pass(model, _, batch, key):

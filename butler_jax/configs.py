@@ -220,12 +220,24 @@ class TrainConfig(FitConfig):
     """Inner width I of the contextual and producer predictors. Default: 512."""
     objective: Literal["cross_entropy", "squared_error"] | None = None
     """Distillation loss. Default: squared_error for contextual, cross_entropy for the others."""
+    sinks: int = 4
+    """First tokens of a document that will always be read: the cross entropy is about the other tokens. 0 with
+    --window 0 for the loss as published."""
+    window: int = 8
+    """Newest tokens that will always be read, likewise."""
     calibration: int = 4
     """Batches on which the lookahead predictor chooses its rotary pairs."""
 
     def __post_init__(self):
         super().__post_init__()
         require(self.calibration > 0, f"--calibration must be at least 1, got {self.calibration}")
+        for name in ("sinks", "window"):
+            require(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
+        require(
+            self.sinks + self.window < self.length,
+            f"--sinks {self.sinks} and --window {self.window} leave nothing to choose in --length {self.length}; "
+            "raise the length",
+        )
         self.predictor_config()
 
     def predictor_config(self) -> PredictorConfig:

@@ -33,26 +33,33 @@ def attention_and_cross_entropy(
     *,
     segments: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    sinks: int = 0,
+    newest: int = 0,
     implementation: str | None = None,
     form: str | None = None,
 ) -> tuple[Heads, Scalar, Scalar]:
     """Attention output [B, T, H, D], the cross entropy summed over rows and heads (nats), and their number.
 
-    With A = softmax(s q.k) and B = softmax(s' p.r) over a row's causal keys, a row's loss is -sum_j A_ij
+    With A = softmax(s q.k) over a row's causal keys and B = softmax(s' p.r), a row's loss is -sum_j A_ij
     log B_ij (TokenButler, arXiv 2503.07518, second version, trains with it on sampled rows; here every row
     that is not padding counts). Window and document borders limit A and B alike. Differentiable with
     respect to p and r.
 
+    sinks, newest: the first keys of a document and the newest ones up to the query's own, which selection reads
+    whatever their score. B and the sum are then over the other keys, the contested ones: the loss asks where
+    the attention goes that a choice decides about, in the measure in which it goes there. Rows without contested
+    keys do not count.
+
     form "fused" (XLA): one pass over chunks of 128 rows forms both rows of weights once and gives output,
-    loss and both gradients; the backward pass only scales. "two_calls" (cuDNN, Splash): attention with r
-    beside v as values, and an R-wide attention for the log-sum-exp, log B's normaliser; no T x T matrix
-    inside the kernels. None takes the form that goes with the implementation, see
-    `attention.causal_attention`.
+    loss and both gradients; the backward pass only scales. "two_calls" (cuDNN, Splash): attention with r as
+    values (beside v, where every key is contested; else a call of its own), and an R-wide attention for the
+    log-sum-exp, log B's normaliser; no T x T matrix inside the kernels. None takes the form that goes with the
+    implementation, see `attention.causal_attention`.
 
     Raises ValueError for shapes that do not fit or an implementation that cannot do what was asked.
     """
-    name, form = _check(q, k, v, p, r, segments, window, implementation, form)
-    output, loss, count = _cross_entropy(q, k, v, p, r, segments, window, name, form)
+    name, form = _check(q, k, v, p, r, segments, window, implementation, form, sinks, newest)
+    output, loss, count = _cross_entropy(q, k, v, p, r, segments, window, (sinks, newest), name, form)
     return jax.lax.stop_gradient(output), loss, jax.lax.stop_gradient(count)
 
 
@@ -64,12 +71,14 @@ def cross_entropy(
     *,
     segments: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    sinks: int = 0,
+    newest: int = 0,
     implementation: str | None = None,
     form: str | None = None,
 ) -> tuple[Scalar, Scalar]:
     """Loss sum (nats) and count of `attention_and_cross_entropy`, without values and output."""
-    name, form = _check(q, k, k, p, r, segments, window, implementation, form)
-    _, loss, count = _cross_entropy(q, k, None, p, r, segments, window, name, form)
+    name, form = _check(q, k, k, p, r, segments, window, implementation, form, sinks, newest)
+    _, loss, count = _cross_entropy(q, k, None, p, r, segments, window, (sinks, newest), name, form)
     return loss, jax.lax.stop_gradient(count)
 
 
@@ -121,8 +130,10 @@ def squared_error(
     return loss, _pair_count(q, segments)
 
 
-def _check(q, k, v, p, r, segments, window, implementation, form) -> tuple[str, str]:
+def _check(q, k, v, p, r, segments, window, implementation, form, sinks=0, newest=0) -> tuple[str, str]:
     attention.check_shapes(q, k, v, segments, window)
+    if min(sinks, newest) < 0:
+        raise ValueError(f"sinks and newest must be 0 or more, got {sinks} and {newest}")
     if p.ndim != 4 or r.ndim != 4 or p.shape[:3] != q.shape[:3] or r.shape[:2] != q.shape[:2]:
         wanted = f"p must be [B, T, H, R] and r [B, T, heads, R] beside q {q.shape}"
         raise ValueError(f"{wanted}; got {p.shape}, {r.shape}")
@@ -140,10 +151,6 @@ def _check(q, k, v, p, r, segments, window, implementation, form) -> tuple[str, 
     return name, form
 
 
-def _counted_rows(length: int, batch: int, segments: Int[Array, "B T"] | None) -> Float[Array, "B T"]:
-    return jnp.ones((batch, length), jnp.float32) if segments is None else (segments != 0).astype(jnp.float32)
-
-
 def _regroup(x: Float[Array, "B K M S"], heads: int) -> Float[Array, "B P N S"]:
     """Rows of K groups of query heads as rows of `heads` groups; a group's heads follow one another."""
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
@@ -152,15 +159,15 @@ def _regroup(x: Float[Array, "B K M S"], heads: int) -> Float[Array, "B P N S"]:
 # --- cross entropy --------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _cross_entropy(q, k, v, p, r, segments, window, name, form):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _cross_entropy(q, k, v, p, r, segments, window, always, name, form):
     run = _fused if form == "fused" else functools.partial(_two_calls, name=name)
-    return run(q, k, v, p, r, segments, window, differentiate=False)[0]
+    return run(q, k, v, p, r, segments, window, *always, differentiate=False)[0]
 
 
-def _cross_entropy_forward(q, k, v, p, r, segments, window, name, form):
+def _cross_entropy_forward(q, k, v, p, r, segments, window, always, name, form):
     run = _fused if form == "fused" else functools.partial(_two_calls, name=name)
-    results, dp, dr = run(q, k, v, p, r, segments, window, differentiate=True)
+    results, dp, dr = run(q, k, v, p, r, segments, window, *always, differentiate=True)
     return results, (dp.astype(p.dtype), dr.astype(r.dtype))
 
 
@@ -168,14 +175,24 @@ def _scale_gradients(gradients, cotangent):
     return tuple((cotangent * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
 
 
-def _cross_entropy_backward(window, name, form, gradients, cotangents):
+def _cross_entropy_backward(window, always, name, form, gradients, cotangents):
     return None, None, None, *_scale_gradients(gradients, cotangents[1]), None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _fused(q, k, v, p, r, segments, window, *, differentiate):
+def _contested_rows(shape, segments, window, sinks, newest) -> Float[Array, "B T"]:
+    """1 for the rows that have a contested key and are not padding, else 0."""
+    columns = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    if segments is None:
+        rows = columns >= sinks + newest
+    else:
+        rows = (columns - attention.document_starts(segments) >= sinks + newest) & (segments != 0)
+    return (rows & (window is None or newest < window)).astype(jnp.float32)
+
+
+def _fused(q, k, v, p, r, segments, window, sinks, newest, *, differentiate):
     batch, length, heads, dim = q.shape
     kv_heads, key_heads = k.shape[2], r.shape[2]
     chunk = min(attention.CHUNK, length)
@@ -184,13 +201,19 @@ def _fused(q, k, v, p, r, segments, window, *, differentiate):
     guesses = attention.split_queries(p.astype(jnp.float32) * scale, key_heads, chunk)
     keys, importance = attention.split_keys(k, chunk), attention.split_keys(r.astype(jnp.float32), chunk)
     values = None if v is None else attention.split_keys(v, chunk)
-    counted = _counted_rows(length, batch, segments)
+    counted = _contested_rows((batch, length), segments, window, sinks, newest)
     rows_counted = jnp.broadcast_to(counted[:, :, None, None], (*p.shape[:3], 1))
     rows_counted = attention.split_queries(rows_counted, key_heads, chunk)
     segments = attention.split_segments(segments, chunk)
-    # One product for the output and A r where the two have the same heads and dtype.
-    joined = values is not None and key_heads == kv_heads and values.dtype == importance.dtype
-    both = jnp.concatenate([values, importance], axis=-1) if joined else None
+    starts = jnp.zeros((1, keys.shape[2]), jnp.int32) if segments is None else attention.document_starts(segments)
+
+    def contested(mask, index, first):
+        if not sinks and not newest:
+            return mask
+        columns = (first + jnp.arange(mask.shape[2]))[None, None]
+        own = (index * chunk + jnp.arange(chunk))[None, :, None]
+        start = jax.lax.dynamic_slice_in_dim(starts, index * chunk, chunk, axis=1)[..., None]
+        return mask & (columns <= own - newest) & (columns >= start + sinks)
 
     def step(band, carry, inputs):
         loss, dr = carry
@@ -198,26 +221,25 @@ def _fused(q, k, v, p, r, segments, window, *, differentiate):
         first = band.first_key(index, chunk)
         mask = attention.chunk_mask(index, first, band.keys, segments, window, chunk)
         a, a_total, _ = attention.masked_exponentials(rows, band.take(keys, first, 2), mask)
+        out = None
+        if values is not None:
+            out = (attention.weighted_values(a, band.take(values, first, 2)) / a_total).astype(v.dtype)
+        mask = contested(mask, index, first)
         r_here = band.take(importance, first, 2)
         b, b_total, b_lse = attention.masked_exponentials(guess, r_here, mask)
-        out = None
-        a_rows, a_rows_total = _regroup(a, key_heads), _regroup(a_total, key_heads)
-        if joined:
-            weighed = attention.weighted_values(a, band.take(both, first, 2)) / a_total
-            out, a_mean = weighed[..., :dim], weighed[..., dim:]
-        else:
-            if values is not None:
-                out = (attention.weighted_values(a, band.take(values, first, 2)) / a_total).astype(v.dtype)
-            a_mean = attention.weighted_values(a_rows, r_here) / a_rows_total
-        loss += jnp.sum(use * (b_lse - jnp.sum(guess * a_mean, axis=-1, keepdims=True)))
+        if sinks or newest:
+            tiled = jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, a.shape[2] // chunk, *mask.shape[1:]))
+            a = jnp.where(tiled.reshape(mask.shape[0], 1, *a.shape[2:]), a, 0)
+        a = _regroup(a / a_total, key_heads) * use
+        share = jnp.sum(a, axis=-1, keepdims=True)  # the attention that goes to contested keys
+        a_mean = attention.weighted_values(a, r_here)
+        loss += jnp.sum(share * b_lse - jnp.sum(guess * a_mean, axis=-1, keepdims=True))
         if not differentiate:
             return (loss, dr), (out, None)
-        b_mean = attention.weighted_values(b, r_here) / b_total
-        guess = guess * use
-        change = jnp.einsum("bpmr,bpms->bprs", guess / b_total, b)
-        change -= jnp.einsum("bpmr,bpms->bprs", guess / a_rows_total, a_rows)
+        slope = b * (share / b_total) - a
+        change = jnp.einsum("bpmr,bpms->bprs", guess, slope)
         dr = jax.lax.dynamic_update_slice_in_dim(dr, band.take(dr, first, 3) + change, first, axis=3)
-        return (loss, dr), (out, scale * use * (b_mean - a_mean))
+        return (loss, dr), (out, scale * attention.weighted_values(slope, r_here))
 
     # The gradient of r is summed as [B, P, R, S]: the large factor of its product is then read untransposed.
     dr = jnp.zeros_like(importance.transpose(0, 1, 3, 2)) if differentiate else None
@@ -238,41 +260,68 @@ def _fused(q, k, v, p, r, segments, window, *, differentiate):
     return results, dp, dr.transpose(0, 3, 1, 2)[:, :length]
 
 
-def _two_calls(q, k, v, p, r, segments, window, *, name, differentiate):
+def _shift(x: Array, tokens: int) -> Array:
+    """x [B, T, ...] moved `tokens` places to the left (to the right where negative), zeros moved in."""
+    if tokens == 0:
+        return x
+    kept = x[:, tokens:] if tokens > 0 else x[:, :tokens]
+    room = x.shape[1] - kept.shape[1]
+    return jnp.pad(kept, ((0, 0), (0, room) if tokens > 0 else (room, 0)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _two_calls(q, k, v, p, r, segments, window, sinks, newest, *, name, differentiate):
     heads, dim, rank = q.shape[2], q.shape[3], p.shape[3]
     scale = rank**-0.5
-    counted = _counted_rows(q.shape[1], q.shape[0], segments)
-    options = {"segments": segments, "window": window, "implementation": name}
-    attend = functools.partial(attention.causal_attention, **options)
+    counted = _contested_rows(q.shape[:2], segments, window, sinks, newest)
+    attend = functools.partial(attention.causal_attention, implementation=name)
     dtype = p.dtype if name == "xla" else q.dtype
     guess, importance = p.astype(dtype), r.astype(dtype)
+    everything = not sinks and not newest
     output = None
     # r beside v in one call, unless r has other heads than v or both together are too wide for the kernel.
-    joined = v is not None and r.shape[2] == k.shape[2]
+    joined = everything and v is not None and r.shape[2] == k.shape[2]
     joined = joined and (name != "cudnn" or dim + rank <= attention.cudnn_head_dim())
-    if v is not None and not joined:
-        output = attend(q, k, v)
-    keys = jnp.repeat(k, r.shape[2] // k.shape[2], axis=2)
+    if not joined and (v is not None or not everything):
+        output, lse_all = attend(q, k, k if v is None else v, segments=segments, window=window, return_lse=True)
+    count = heads * jnp.sum(counted)
+    if window is not None and newest >= window:
+        zeros = (jnp.zeros(x.shape, jnp.float32) for x in (p, r))
+        return (None if v is None else output, jnp.zeros((), jnp.float32), count), *zeros
+
+    # Moving the queries back makes the keys older than the newest the causal ones; the sinks are moved out, or
+    # where there are documents put into one of their own.
+    key_shift = sinks if segments is None else 0
+    row_shift = key_shift + newest
+    rows, columns = (functools.partial(_shift, tokens=n) for n in (row_shift, key_shift))
+    options = {"window": None if window is None else window - newest}
+    if segments is not None:
+        place = jnp.arange(q.shape[1])[None] - attention.document_starts(segments)
+        options["segments"] = rows(segments)
+        options["key_segments"] = jnp.where(place < sinks, -1, segments)
+    keys = columns(jnp.repeat(k, r.shape[2] // k.shape[2], axis=2))
+    far_queries, far_guess, use = rows(q), rows(guess), rows(counted)[:, :, None]
 
     def frozen(importance):
-        beside = jnp.concatenate([v, importance.astype(v.dtype)], axis=-1) if joined else importance
-        return attend(q, keys, beside)
+        beside = jnp.concatenate([v, importance.astype(v.dtype)], axis=-1) if joined else columns(importance)
+        found = attend(far_queries, keys, beside, return_lse=not everything, **options)
+        return (found, None) if everything else found
 
     def predicted(values):
-        return attend(guess, importance, values, return_lse=True)
+        return attend(far_guess, columns(importance), columns(values), return_lse=True, **options)
 
     if differentiate:
-        weighed, pull_frozen = jax.vjp(frozen, importance)
+        weighed, pull_frozen, lse_frozen = jax.vjp(frozen, importance, has_aux=True)
         b_mean, pull_predicted, lse = jax.vjp(predicted, importance, has_aux=True)
     else:
-        weighed, (_, lse) = frozen(importance), predicted(importance)
+        (weighed, lse_frozen), (b_mean, lse) = frozen(importance), predicted(importance)
     if joined:
         output = weighed[..., :dim]
+    if not everything:  # each row by the share of its attention that goes to contested keys
+        use = jnp.where(use > 0, jnp.exp(jnp.minimum(lse_frozen - rows(lse_all), 0.0)), 0.0)
     a_mean = weighed[..., -rank:].astype(jnp.float32)
-    use = counted[:, :, None]
-    guess = scale * p.astype(jnp.float32)
-    loss = jnp.sum(use * (lse - jnp.sum(guess * a_mean, axis=-1)))
-    results = (output, loss, heads * jnp.sum(counted))
+    guess = scale * far_guess.astype(jnp.float32)
+    loss = jnp.sum(jnp.where(use > 0, use * (lse - jnp.sum(guess * a_mean, axis=-1)), 0.0))
+    results = (None if v is None else output, loss, count)
     if not differentiate:
         return results, None, None
     # d lse_i / dr_j is B_ij s' p_i: the gradient of sum_i s' p_i . b_mean_i with respect to the values alone.
@@ -280,7 +329,8 @@ def _two_calls(q, k, v, p, r, segments, window, *, name, differentiate):
     dr = pull_predicted(guess.astype(b_mean.dtype))[0].astype(jnp.float32)
     away = jnp.pad(guess, ((0, 0), (0, 0), (0, 0), (weighed.shape[-1] - rank, 0)))
     dr -= pull_frozen(away.astype(weighed.dtype))[0].astype(jnp.float32)
-    return results, scale * use[..., None] * (b_mean.astype(jnp.float32) - a_mean), dr
+    dp = scale * use[..., None] * (b_mean.astype(jnp.float32) - a_mean)
+    return results, _shift(dp, -row_shift), dr
 
 
 # --- squared error --------------------------------------------------------------------------------
@@ -380,6 +430,5 @@ def _pair_count(q: Heads, segments: Int[Array, "B T"] | None) -> Scalar:
     if segments is None:
         return jnp.asarray(batch * heads * (length * (length + 1) // 2), jnp.float32)
     index = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
-    border = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start = jax.lax.cummax(jnp.where(border, index, 0), axis=1)
+    start = attention.document_starts(segments)
     return heads * jnp.sum(jnp.where(segments != 0, index - start + 1, 0).astype(jnp.float32))

@@ -21,7 +21,7 @@ from butler_jax import data, distillation
 from butler_jax.attention import causal_attention
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, by_window, check_length, embed, forward, run_layers
 from butler_jax.checkpoints import about
-from butler_jax.configs import PredictorConfig, TrainConfig
+from butler_jax.configs import PredictorConfig, TrainConfig, require
 from butler_jax.evaluation.recall import recall
 from butler_jax.fitting import check_run, fit, open_run
 from butler_jax.policies import make_policy
@@ -35,10 +35,7 @@ VALIDATION_ROWS = 8  # held-out rows a validation reads
 RECALL_BUDGET = 0.25  # of the recalled mass that is logged
 RECALL_ROWS = 256  # query rows of each held-out row that are measured
 
-OBJECTIVES = {
-    "cross_entropy": distillation.attention_and_cross_entropy,
-    "squared_error": distillation.attention_and_squared_error,
-}
+OBJECTIVES = ("cross_entropy", "squared_error")
 
 
 class Carry(NamedTuple):
@@ -57,6 +54,8 @@ def distil_pass(
     batch: dict[str, Int[Array, "B T"]],
     *,
     objective: str,
+    sinks: int = 0,
+    newest: int = 0,
     dropout: Key[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Any]:
@@ -64,11 +63,16 @@ def distil_pass(
 
     The loss is averaged over layers 1 ... L-1 before it is summed over rows and heads (cross entropy, nats a row) or
     pairs and heads (squared error): divide loss and gradient by the count. batch: tokens, segments and positions as
-    data.batches gives them.
+    data.batches gives them. sinks, newest: keys that the cross entropy leaves out, see
+    distillation.attention_and_cross_entropy. Raises ValueError for an unknown objective.
     """
     config = model.config
     segments, positions = batch["segments"], batch["positions"]
-    attend_with_loss = OBJECTIVES[objective]
+    require(objective in OBJECTIVES, f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    if objective == "cross_entropy":
+        attend_with_loss = partial(distillation.attention_and_cross_entropy, sinks=sinks, newest=newest)
+    else:
+        attend_with_loss = distillation.attention_and_squared_error
     context = predictor.context(positions, positions.shape[1])
     trunk = predictor.trunk
 
@@ -189,17 +193,21 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
                 seed=config.seed,
             )
         predictor = place(predictor, kind.logical_axes, mesh)
-        objective = config.objective or kind.objective
         rate = config.learning_rate or kind.learning_rate
+        one_pass = partial(
+            distil_pass,
+            objective=config.objective or kind.objective,
+            sinks=config.sinks,
+            newest=config.window,
+            implementation=config.attention,
+        )
 
         def gradient_pass(predictor, model, batch, key):
-            return distil_pass(
-                model, predictor, batch, objective=objective, dropout=key, implementation=config.attention
-            )
+            return one_pass(model, predictor, batch, dropout=key)
 
         @jax.jit
         def validation_loss(predictor, model, batch):
-            loss, count, _ = distil_pass(model, predictor, batch, objective=objective, implementation=config.attention)
+            loss, count, _ = one_pass(model, predictor, batch)
             return loss, count
 
         def validate(predictor):

@@ -22,11 +22,8 @@ class TrainState(NamedTuple):
     optimiser: Any
 
 
-def make_optimiser(config: FitConfig, learning_rate: float, b2: float = 0.999) -> optax.GradientTransformation:
-    """AdamW with clipping, a linear warm-up and a cosine to a tenth of the peak; matrices alone decay.
-
-    b2: decay of the second moment.
-    """
+def make_optimiser(config: FitConfig, learning_rate: float) -> optax.GradientTransformation:
+    """AdamW with clipping, a linear warm-up and a cosine to a tenth of the peak; matrices alone decay."""
     rate = learning_schedule(config, learning_rate)
 
     def matrices(parameters):
@@ -37,7 +34,7 @@ def make_optimiser(config: FitConfig, learning_rate: float, b2: float = 0.999) -
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b2=b2, weight_decay=config.weight_decay, mask=matrices),
+        optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=matrices),
     )
 
 

@@ -33,7 +33,7 @@ def _documents(seed, batch, length):
     return segments
 
 
-def _naive(kind, q, k, p, r, segments=None, window=None):
+def _naive(kind, q, k, p, r, segments=None, window=None, sinks=0, newest=0):
     """Loss, count, and the gradients of p and r in closed form, float64, from [B, H, T, T] squares."""
     q, k, p, r = (x.astype(np.float64) for x in (q, k, p, r))
     batch, length, heads, dim = q.shape
@@ -53,10 +53,17 @@ def _naive(kind, q, k, p, r, segments=None, window=None):
         residual = np.where(seen, truth - guess, 0) * use
         loss, slope, count = np.square(residual).sum(), -2 * residual, (seen * use).sum() * heads
     else:
-        a, b = (np.where(seen, np.exp(x - x.max(axis=-1, keepdims=True)), 0) for x in (truth, guess))
-        a, b = a / a.sum(axis=-1, keepdims=True), b / b.sum(axis=-1, keepdims=True)
-        loss = -(use * a * np.log(np.where(seen, b, 1))).sum()
-        slope, count = use * (b - a), use.sum() * heads
+        place = np.array([[j - min(i for i in range(length) if row[i] == row[j]) for j in range(length)]
+                          for row in (np.zeros((batch, length)) if segments is None else segments)])  # fmt: skip
+        distance = np.arange(length)[:, None] - np.arange(length)
+        contested = seen & (place >= sinks)[:, None, None] & (distance >= newest)
+        use = use * contested.any(axis=-1, keepdims=True)
+        a, b = (np.exp(x - x.max(axis=-1, keepdims=True)) for x in (truth, guess))
+        a, b = np.where(seen, a, 0), np.where(contested, b, 0)
+        a, b = a / a.sum(axis=-1, keepdims=True), b / np.maximum(b.sum(axis=-1, keepdims=True), 1e-300)
+        a = np.where(contested, a, 0)
+        loss = -(use * a * np.log(np.where(contested, b, 1))).sum()
+        slope, count = use * (b * a.sum(axis=-1, keepdims=True) - a), use.sum() * heads
     dp = np.einsum("bhij,bjhr->bihr", slope, importance) / rank**0.5
     dr = np.einsum("bhij,bihr->bjhr", slope, p) / rank**0.5
     return loss, count, dp, dr.reshape(batch, length, key_heads, -1, rank).sum(axis=3)
@@ -67,37 +74,39 @@ def _relative(actual, expected):
     return error / max(np.abs(expected).max(), 1e-3)
 
 
-def _assert_equals_naive(kind, loss_and_count, inputs, segments=None, window=None, tolerance=TOLERANCE):
+def _assert_equals_naive(kind, loss_and_count, inputs, segments=None, window=None, sinks=0, newest=0):
     q, k, _, p, r = inputs
     (loss, count), (dp, dr) = jax.jit(jax.value_and_grad(loss_and_count, (0, 1), has_aux=True))(p, r)
-    expected, terms, expected_dp, expected_dr = _naive(kind, q, k, p, r, segments, window)
+    expected, terms, expected_dp, expected_dr = _naive(kind, q, k, p, r, segments, window, sinks, newest)
     assert float(count) == terms
     assert loss.dtype == count.dtype == jnp.float32
-    assert _relative(loss, expected) < tolerance
-    assert _relative(dp, expected_dp) < tolerance
-    assert _relative(dr, expected_dr) < tolerance
-    assert _relative(jax.jit(loss_and_count)(p, r)[0], expected) < tolerance  # the form without gradients
+    assert _relative(loss, expected) < TOLERANCE
+    assert _relative(dp, expected_dp) < TOLERANCE
+    assert _relative(dr, expected_dr) < TOLERANCE
+    assert _relative(jax.jit(loss_and_count)(p, r)[0], expected) < TOLERANCE  # the form without gradients
 
 
 HEADS = [(2, 2, 2), (3, 1, 1), (3, 1, 3), (4, 2, 2), (4, 2, 4)]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     length=st.sampled_from([1, 5, 128, 131, 200]),
     heads=st.sampled_from(HEADS),
     window=st.sampled_from([None, 3, 140]),
     documents=st.booleans(),
+    always=st.sampled_from([(0, 0), (4, 8), (0, 1), (130, 2)]),
+    form=st.sampled_from(distillation.FORMS),
 )
-def test_cross_entropy_equals_naive_form_in_float64(length, heads, window, documents):
+def test_cross_entropy_equals_naive_form_in_float64(length, heads, window, documents, always, form):
     inputs = q, k, *_ = _inputs(length, 2, length, *heads)
     segments = _documents(length, 2, length) if documents else None
-    options = {"segments": segments, "window": window, "implementation": "xla"}
+    options = {"segments": segments, "window": window, "sinks": always[0], "newest": always[1]}
 
     def loss(p, r):
-        return distillation.cross_entropy(q, k, p, r, **options)
+        return distillation.cross_entropy(q, k, p, r, implementation="xla", form=form, **options)
 
-    _assert_equals_naive("cross entropy", loss, inputs, segments, window)
+    _assert_equals_naive("cross entropy", loss, inputs, **options)
 
 
 @settings(max_examples=6, deadline=None)
@@ -117,17 +126,26 @@ def test_squared_error_equals_naive_form_in_float64(length, heads, chunk, docume
     _assert_equals_naive("squared error", loss, inputs, segments)
 
 
-@pytest.mark.parametrize(("form", "window"), [("fused", None), ("fused", 200), ("two_calls", 50)])
-def test_cross_entropy_over_many_chunks_equals_naive_form(form, window):
+@pytest.mark.parametrize(
+    ("form", "window", "always"),
+    [
+        ("fused", None, (4, 8)),
+        ("fused", 200, (0, 0)),
+        ("fused", 200, (4, 150)),
+        ("two_calls", 50, (0, 0)),
+        ("two_calls", 50, (4, 8)),
+    ],
+)
+def test_cross_entropy_over_many_chunks_equals_naive_form(form, window, always):
     # 660 tokens: six chunks in three bands, six documents and padding.
     inputs = q, k, v, *_ = _inputs(0, 1, 660, 2, 1, 1)
-    segments = _documents(1, 1, 660)
-    options = {"segments": segments, "window": window, "implementation": "xla", "form": form}
+    options = {"segments": _documents(1, 1, 660), "window": window, "sinks": always[0], "newest": always[1]}
 
     def loss(p, r):
-        return distillation.attention_and_cross_entropy(q, k, v, p, r, **options)[1:]
+        options_of_form = {"implementation": "xla", "form": form, **options}
+        return distillation.attention_and_cross_entropy(q, k, v, p, r, **options_of_form)[1:]
 
-    _assert_equals_naive("cross entropy", loss, inputs, segments, window)
+    _assert_equals_naive("cross entropy", loss, inputs, **options)
 
 
 def test_squared_error_with_documents_shorter_and_longer_than_a_chunk():
@@ -142,13 +160,14 @@ def test_squared_error_with_documents_shorter_and_longer_than_a_chunk():
     _assert_equals_naive("squared error", loss, inputs, segments)
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 2), (4, 2, 4)])
-def test_two_calls_and_fused_give_the_same(heads):
+@pytest.mark.parametrize(("heads", "sinks", "newest"), [((4, 2, 2), 4, 8), ((4, 2, 2), 0, 0), ((4, 2, 4), 2, 1)])
+def test_two_calls_and_fused_give_the_same(heads, sinks, newest):
     q, k, v, p, r = _inputs(2, 2, 150, *heads)
     segments = _documents(2, 2, 150)
 
     def run(p, r, form):
-        options = {"segments": segments, "window": 70, "implementation": "xla", "form": form}
+        options = {"segments": segments, "window": 70, "sinks": sinks, "newest": newest}
+        options |= {"implementation": "xla", "form": form}
         output, loss, count = distillation.attention_and_cross_entropy(q, k, v, p, r, **options)
         return loss, (output, count)
 
@@ -160,15 +179,28 @@ def test_two_calls_and_fused_give_the_same(heads):
 
 
 @pytest.mark.slow
-def test_splash_cross_entropy_equals_naive_form():
+@pytest.mark.parametrize(("sinks", "newest"), [(0, 0), (4, 8)])
+@pytest.mark.parametrize("documents", [True, False])
+def test_splash_cross_entropy_equals_naive_form(documents, sinks, newest):
     inputs = q, k, v, *_ = _inputs(3, 1, 140, 4, 2, 2)
-    segments = _documents(3, 1, 140)
+    options = {"segments": _documents(3, 1, 140) if documents else None, "sinks": sinks, "newest": newest}
 
     def loss(p, r):
-        options = {"segments": segments, "implementation": "splash"}
-        return distillation.attention_and_cross_entropy(q, k, v, p, r, **options)[1:]
+        return distillation.attention_and_cross_entropy(q, k, v, p, r, implementation="splash", **options)[1:]
 
-    _assert_equals_naive("cross entropy", loss, inputs, segments)
+    _assert_equals_naive("cross entropy", loss, inputs, **options)
+
+
+def test_scores_of_keys_that_are_always_read_do_not_matter():
+    q, k, _, p, r = _inputs(10, 1, 60, 2, 1, 1)
+    other = r.copy()
+    other[:, :4] += 50.0  # the sinks; of the newest, each row's own
+    run = jax.jit(lambda r: distillation.cross_entropy(q, k, p, r, sinks=4, newest=60 - 4)[0])
+    assert run(other) == run(r) == 0  # no row has another key
+    run = jax.jit(lambda r: distillation.cross_entropy(q, k, p, r, sinks=4, newest=8)[0])
+    np.testing.assert_array_equal(run(other), run(r))
+    other[:, 30] += 1.0
+    assert run(other) != run(r)
 
 
 @pytest.mark.parametrize("name", ["attention_and_cross_entropy", "attention_and_squared_error"])
@@ -293,6 +325,7 @@ def test_frozen_layers_are_not_differentiated_through_a_scan():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"newest": -1}, "sinks and newest must be 0 or more, got 0 and -1"),
         ({"form": "one"}, "form 'one' is unknown.*fused.*two_calls"),
         ({"form": "fused", "implementation": "splash"}, 'runs on "xla" only'),
         ({"implementation": "flash"}, "unknown implementation 'flash'"),

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax.attention import document_starts
 from butler_jax.base_model import BaseModel, forward
 from butler_jax.configs import BaseConfig, EvalConfig, PredictorConfig, SelectionConfig
 from butler_jax.evaluation import Report, coreference, evaluate, perplexity, recall, simulate, text_windows
-from butler_jax.evaluation.chunks import document_starts, spread
+from butler_jax.evaluation.chunks import spread
 from butler_jax.evaluation.perplexity import read_text, windows
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor

@@ -13,6 +13,7 @@ from butler_jax.attention import (
     CHUNK,
     causal_attention,
     chunk_mask,
+    document_starts,
     make_bands,
     split_keys,
     split_queries,
@@ -23,13 +24,6 @@ from butler_jax.policies import Chunk
 from butler_jax.selection import Rows
 
 Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"]]
-
-
-def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The column where each token's document begins; documents are contiguous."""
-    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return jax.lax.cummax(jnp.where(segments != before, columns, 0), axis=1)
 
 
 def map_chunks(

@@ -43,7 +43,7 @@ class Lookahead(Predictor):
     """
 
     kind = "lookahead"
-    learning_rate = 2e-3
+    learning_rate = 5e-3
     logical_axes = {
         "query": ("layers", "width", "heads", "rank"),
         "key": ("layers", "kv_heads", "head_dim", "rank"),
