@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.reference import wanted
-from pallas_kernels.xla_select import BARRED, candidates, token_image, unit_image
+from pallas_kernels.xla_select import BARRED, candidates, token_image
 
 LANES = 128
 SUBLANES = 8
@@ -29,10 +29,10 @@ def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, thre
     if n == 0 or size == 0:
         return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
     image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
-    image = unit_image(image, unit)
-    taken = jnp.minimum(candidates(image, size, lengths, unit, first, threshold), wanted(counts, n, (batch, heads)))
     rows = batch * heads
-    image = image.reshape(rows, image.shape[-1])
+    image = unit_image(image.reshape(rows, size), unit)
+    held = candidates(image.reshape(batch, heads, -1), size, lengths, unit, first, threshold)
+    taken = jnp.minimum(held, wanted(counts, n, (batch, heads)))
     multiple = WIDE if image.shape[1] > WIDE else LANES
     padding = ((0, -rows % SUBLANES), (0, -image.shape[1] % multiple))
     image = jnp.pad(image, padding, constant_values=BARRED)
@@ -40,6 +40,12 @@ def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, thre
     indices = _chosen(image, target, n, min(multiple, image.shape[1]), interpret)[:rows, :n].reshape(batch, heads, n)
     valid = jnp.arange(n, dtype=jnp.int32)[None, None] < taken[..., None]
     return jnp.where(valid, indices, 0), valid
+
+
+def unit_image(image, unit):
+    """The image of units of image [rows, S]: a reshape to [..., unit] would be padded to whole tiles of 128 lanes."""
+    image = jnp.pad(image, ((0, 0), (0, -image.shape[1] % unit)), constant_values=BARRED)
+    return jax.lax.reduce_window(image, BARRED, jax.lax.max, (1, unit), (1, unit), "VALID") if unit > 1 else image
 
 
 def _chosen(image, target, n, wide, interpret):
