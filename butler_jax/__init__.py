@@ -14,7 +14,7 @@ from butler_jax.checkpoints import load_predictor, save_predictor
 from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig, TrainConfig
 from butler_jax.data import batches
 from butler_jax.decode import decode_step
-from butler_jax.evaluation import evaluate
+from butler_jax.evaluation import calibrate_thresholds, evaluate
 from butler_jax.filling import prefill
 from butler_jax.generation import Generated, Piece, generate, generate_stream
 from butler_jax.predictor_training import distil, init_predictor
@@ -29,6 +29,7 @@ __all__ = [
     "SelectionConfig",
     "TrainConfig",
     "batches",
+    "calibrate_thresholds",
     "decode_step",
     "distil",
     "evaluate",

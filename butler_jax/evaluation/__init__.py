@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from butler_jax.evaluation.calibration import calibrate_thresholds
 from butler_jax.evaluation.coreference import coreference, coreference_batches
 from butler_jax.evaluation.evaluate import evaluate, run_config
 from butler_jax.evaluation.perplexity import perplexity, text_windows
@@ -13,6 +14,7 @@ __all__ = [
     "Recall",
     "Report",
     "Simulated",
+    "calibrate_thresholds",
     "coreference",
     "coreference_batches",
     "evaluate",
