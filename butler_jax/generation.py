@@ -143,7 +143,7 @@ def generate_stream(
 
     fixed = dict(policy=policy, sampling=settings, implementation=implementation)
     began = time.perf_counter()
-    made, held = _start(
+    made, held = start(
         base.model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, selection=selection,
         capacity=capacity, chunk=chunk, **fixed,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def generate_stream(
         token, fraction = made
         if step + 1 < max_new_tokens:  # the next step is under way before this one's token is looked at
             now, most = _plan(selection, table, lengths, step)
-            made, held = _advance(base.model, predictor, token, keys, held, selection=now, most=most, **fixed)
+            made, held = advance(base.model, predictor, token, keys, held, selection=now, most=most, **fixed)
         values = np.asarray(token)
         if step == 0:
             result.prefill_seconds = time.perf_counter() - began
@@ -194,7 +194,7 @@ class _Step(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "implementation"))
-def _start(
+def start(
     model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, implementation
 ) -> tuple[_Step, _Held]:
     """The caches of the prompts, and the first token of every row."""
@@ -213,7 +213,7 @@ def _start(
 @partial(
     jax.jit, static_argnames=("selection", "policy", "sampling", "most", "implementation"), donate_argnames=("held",)
 )
-def _advance(
+def advance(
     model, predictor, token, keys, held: _Held, *, selection, policy, sampling, most, implementation
 ) -> tuple[_Step, _Held]:
     """One token more for every row."""

@@ -118,7 +118,8 @@ def test_nobody_imports_the_scripts():
 
 
 def test_tests_and_their_oracles_stay_outside():
-    assert not importers("tests", "torch", "transformers", "pytest", "tensorflow")
+    assert not importers("tests", "pytest", "tensorflow")
+    assert importers("torch", "transformers") <= {"bench.py"}  # a peer to be timed, where it is installed
 
 
 def test_one_file_names_mesh_axes():

@@ -131,10 +131,10 @@ def test_a_character_in_two_tokens_waits_until_it_is_whole():
 
 
 def test_prompts_of_a_bucket_share_one_compilation(base, dense):
-    before = generation._start._cache_size(), generation._advance._cache_size()
+    before = generation.start._cache_size(), generation.advance._cache_size()
     shorter = [PROMPTS[0][:9], PROMPTS[1] * 3, PROMPTS[2][:2]]
     butler_jax.generate(base, shorter, max_new_tokens=12, stop=())
-    assert (generation._start._cache_size(), generation._advance._cache_size()) == before
+    assert (generation.start._cache_size(), generation.advance._cache_size()) == before
 
 
 @pytest.mark.parametrize("kind", ["lookahead", pytest.param("contextual", marks=pytest.mark.slow)])
