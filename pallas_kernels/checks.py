@@ -27,18 +27,9 @@ def current_platform() -> str:
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    if device is not None:
-        kind = device.device_kind.lower()
-        if "tpu" in kind:
-            return "tpu"
-        if kind == "cpu":
-            return "cpu"
-        return "gpu" if getattr(device, "platform", "gpu") not in ("cpu", "tpu") else device.platform
-    default = jax.config.jax_default_device
-    if default is not None:
-        platform = default if isinstance(default, str) else default.platform
-    else:
-        platform = jax.default_backend()
+    device = jax.config.jax_default_device if device is None else device
+    device = jax.default_backend() if device is None else device
+    platform = device if isinstance(device, str) else device.platform
     return "gpu" if platform in ("gpu", "cuda", "rocm") else platform
 
 
@@ -189,8 +180,9 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
         require(valid.dtype == jnp.bool_, f"valid must be booleans, got {valid.dtype}")
     require((new_k is None) == (new_v is None), "new_k and new_v, the current token, come together or not at all")
     for name, new in (("new_k", new_k), ("new_v", new_v)):
-        wanted = (batch, shape[1], dim)
-        require(new is None or new.shape == wanted, f"{name} must be [B, K, D] = {wanted}, got {jnp.shape(new)}")
+        if new is not None:
+            wanted = (batch, shape[1], dim)
+            require(new.shape == wanted, f"{name} must be [B, K, D] = {wanted}, got {new.shape}")
     require(
         unit == 1 or lengths is not None,
         f"units of {unit} tokens need lengths, to leave out what lies beyond a row's end; pass lengths=[B]",

@@ -1,7 +1,8 @@
 """Importance scores on TPU: score keys are read once, in blocks as wide as fit, and pooled on the way out.
 
 "normalised" pooling needs every head's log-sum-exp before the first score is written, so a row of blocks is passed
-twice. Where one block holds all of a head's keys, as it does up to LONGEST bytes of them, the second pass finds it in VMEM.
+twice. Where one block holds all of a head's keys, as it does up to LONGEST bytes of them, the second pass finds it in
+VMEM and nothing is read twice.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exact top-k on TPU, eight rows at a time: bisection for the threshold, then slots find their units by rank.
 
-Everything is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly: running
-counts are products with a triangle of ones, and the counts of a slot's 128 units are fetched by a one-hot product.
+Everything is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly:
+running counts are products with a triangle of ones, the counts of a slot's 128 units come by a one-hot product.
 """
 
 from __future__ import annotations
