@@ -73,7 +73,7 @@ def decode_step(
     context = None if predictor is None else predictor.context(cached[:, None], capacity)
     windows = layer_windows(config)
     scored = predictor is not None and (details or (selection is not None and policy.needs_predictor))
-    pooled = scored and not details and isinstance(policy, TokenButler) and policy.pooling == "maximum"
+    pooled = scored and not details and isinstance(policy, TokenButler)
     if selection is not None:
         limits = limits_of(selection, config, capacity)
         room = room_for(selection, capacity, most)
@@ -81,9 +81,13 @@ def decode_step(
         top_k = partial(select_top_k, implementation=implementation)
 
     def pool(queries, layer):
+        seen = 0 if windows is None else total - jnp.asarray(windows)[layer]
+        first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(total)
+        contested = jnp.maximum(total - selection.window, 0)  # sinks and window are read whatever their score
         return importance_scores(
-            queries, state.scores.keys, cached, pooling="maximum", layer=layer, implementation=implementation
-        )
+            queries, state.scores.keys, contested, first=first, pooling=policy.pooling, layer=layer,
+            implementation=implementation,
+        )  # fmt: skip
 
     def mixer(carry, view: LayerView):
         walked, ahead = carry
@@ -119,7 +123,8 @@ def decode_step(
             if not pooled:
                 kv, layer = _whole_layer(state.kv, view.index, False)
                 keys = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)  # unused, and gone, for most policies
-                values = policy(chunk_of(view, keys, cached, first, scores))[:, :, 0]
+                chunk = chunk_of(view, keys, cached, first, scores)
+                values = policy(chunk._replace(sinks=selection.sinks, window=selection.window))[:, :, 0]
             count = total if first is None else total - first
             threshold = None if limits.threshold is None else limits.threshold[view.index][None]
             threshold = beyond(limits.min_context, count[:, None], threshold)

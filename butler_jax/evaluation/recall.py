@@ -152,6 +152,7 @@ def measure_chunk(
     window: int,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The sums of `measure` over one chunk of rows."""
+    chunk = chunk._replace(sinks=sinks, window=window)
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))
     count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)
     last = segments.shape[1] - 1

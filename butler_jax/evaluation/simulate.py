@@ -142,8 +142,9 @@ def chosen_mask(
     if limits.threshold is not None:
         threshold = jnp.where(chunk.layer > 0, limits.threshold[chunk.layer], -jnp.inf)[None, :, None]
         threshold = beyond(limits.min_context, count[:, None], threshold)
+    scores = policy(chunk._replace(sinks=rule.sinks, window=rule.window))
     mask = select_mask(
-        policy(chunk), allowed, chunk.rows, tokens, sinks=rule.sinks, window=rule.window, columns=chunk.columns,
+        scores, allowed, chunk.rows, tokens, sinks=rule.sinks, window=rule.window, columns=chunk.columns,
         unit=rule.unit, threshold=threshold, neighbours=rule.neighbours,
     )  # fmt: skip
     return mask, count

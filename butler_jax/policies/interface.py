@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.selection import Rows
+from butler_jax.selection import Rows, always_chosen
 
 
 class Chunk(NamedTuple):
@@ -18,7 +18,7 @@ class Chunk(NamedTuple):
     layer: its index, from 0. q (times D**-0.5) and k: after rotary. logits: q . k, every key, masked or
     not. importance: the predictor's scores in the layout of logits, None without a predictor. rows: the
     queries' columns. columns: positions of the keys along the sequence. allowed: which keys a row may see
-    (batch 1 without documents).
+    (batch 1 without documents). sinks, window: of the selection that will choose.
     """
 
     layer: Int[Array, ""]
@@ -29,6 +29,13 @@ class Chunk(NamedTuple):
     rows: Rows
     columns: Int[Array, " S"]
     allowed: Bool[Array, "B C S"]
+    sinks: int = 0
+    window: int = 0
+
+    @property
+    def contested(self) -> Bool[Array, "B C S"]:
+        """The keys that scores decide about: allowed, and neither sinks nor in the window."""
+        return self.allowed & ~always_chosen(self.rows, self.columns, self.sinks, self.window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +63,14 @@ class Policy:
         return self.pool(self.scores(chunk), chunk)
 
 
-def normalise(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
-    """Scores less each head's own log-sum-exp over the keys it may see, so that heads of a group compare.
+def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
+    """Scores less each head's own log-sum-exp over the given keys of each row, so that heads of a group compare.
 
     A group of one has nothing to compare and is left as it is.
     """
     if scores.shape[2] == 1:
         return scores
-    masked = jnp.where(allowed[:, None, None], scores, -1e30)
+    masked = jnp.where(keys[:, None, None], scores, -1e30)
     return scores - jax.nn.logsumexp(masked, axis=-1, keepdims=True)
 
 

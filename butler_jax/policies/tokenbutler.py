@@ -13,8 +13,8 @@ from butler_jax.policies.interface import Chunk, Policy, normalise
 class TokenButler(Policy):
     """Scores by the predictor's importance q_imp . k_imp / sqrt(R), pooled per KV head.
 
-    pooling: "normalised" takes each head's own log-sum-exp off before the maximum over the group; "maximum"
-    is the plain maximum, as published, and cheaper.
+    pooling: "normalised" takes each head's own log-sum-exp over the contested keys (those it was trained on: neither
+    sinks nor window) off before the maximum over the group; "maximum" is the plain maximum, as published, and cheaper.
     """
 
     name = "tokenbutler"
@@ -33,5 +33,5 @@ class TokenButler(Policy):
     def pool(self, scores, chunk: Chunk):
         """Maximum over the group."""
         if self.pooling == "normalised":
-            scores = normalise(scores, chunk.allowed)
+            scores = normalise(scores, chunk.contested)
         return scores.max(axis=2)
