@@ -145,7 +145,9 @@ def test_simulation_equals_position_by_position_form(policy, sliding):
 
 
 class NaivePredictor:
-    """The scores of a predictor in float64, from its published formulas; the weight that its softmax gives."""
+    """The scores of a predictor in float64, from its published formulas; the logarithm of the weight that its softmax
+    over the keys between 4 sinks and a window of 8 gives.
+    """
 
     def __init__(self, predictor, length):
         self.base, self.kind, self.stride = predictor.base, predictor.kind, predictor.stride
@@ -176,7 +178,10 @@ class NaivePredictor:
         self.rows[layer] = np.einsum("thr,shr->hts", q_imp, k_imp) / np.sqrt(self.rank)
 
     def __call__(self, layer, head, t, true):
-        return softmax(self.rows[layer][head, t, : t + 1]) if layer else true
+        if not layer or t < 12:
+            return true  # everything is read
+        row = self.rows[layer][head, t, : t + 1]
+        return row - np.log(np.exp(row[4 : t - 7]).sum())
 
     def producer(self, producer, place, x, h, k_pre, k):
         w = {n: v[producer] for n, v in self.trunk.items()}
