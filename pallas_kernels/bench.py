@@ -1,0 +1,228 @@
+"""Speed of sparse decode attention beside dense: a table, a JSON file and a plot.
+
+    python -m pallas_kernels.bench --shape llama8b --context 32768,131072 --budget 1/16 --batch 1 --interval 1,8
+    python -m pallas_kernels.bench --h200        # everything a GPU with 100 GB can show in 8 minutes
+
+A row is one layer's decode attention: `seconds` a step, on average over an interval of one step that scores and
+chooses and the others that attend to that choice again; `dense_seconds` the fastest dense form run on the same inputs;
+`cap` the speed-up if only bytes counted; `share_of_cap` how much of it was reached. Rows also hold the predicted bytes,
+the rate they were read at beside that of a copy, every peer's time, and the cap of a whole model's step (`model_cap`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import api, checks, measuring
+
+COLUMNS = ("context", "budget", "batch", "interval", "seconds", "dense_seconds", "speedup", "cap", "share_of_cap",
+           "gb_s", "copy_gb_s", "model_cap")  # fmt: skip
+H200 = dict(shape="llama8b", context="32768,131072,8192,4096", budget="1/16,1/64,1/4", batch="16,1", interval="1,4,16",
+            minutes=7.0, memory=45.0, json="benchmarks/h200/sparse_decode.json")  # fmt: skip  # what matters most first
+
+
+def numbers(text: str, least: int = 1) -> tuple[int, ...]:
+    """Comma-separated whole numbers."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give whole numbers such as 4096,32768, got {text!r}") from None
+    if min(found) < least:
+        raise argparse.ArgumentTypeError(f"every number must be at least {least}, got {text!r}")
+    return found
+
+
+def budgets(text: str) -> tuple[Fraction | int, ...]:
+    """Comma-separated budgets: fractions of the context (1/16 or 0.0625) or numbers of tokens (2048)."""
+    found: list[Fraction | int] = []
+    for part in text.split(","):
+        try:
+            value = Fraction(part)
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"give fractions or tokens such as 1/16,2048, got {part!r}") from None
+        tokens = value.denominator == 1 and value > 1
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"a budget must be above 0, got {part!r}")
+        if value > 1 and not tokens:
+            raise argparse.ArgumentTypeError(f"a fraction is at most 1 and a number of tokens whole, got {part!r}")
+        found.append(int(value) if tokens else value)
+    return tuple(found)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    on_cpu = jax.default_backend() == "cpu"
+    found = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__.splitlines()[0])
+    add = found.add_argument
+    add("--shape", choices=tuple(measuring.SHAPES), default="llama1b" if on_cpu else "llama8b", help="whose attention")
+    add("--context", type=numbers, default=(32768,), help="tokens cached, comma-separated")
+    add("--budget", type=budgets, default=(Fraction(1, 16),), help="fractions or tokens attended, comma-separated")
+    add("--batch", type=numbers, default=(1,), help="rows, comma-separated")
+    add("--interval", type=numbers, default=(1, 8), help="steps from one prediction to the next, comma-separated")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
+    add("--unit", type=int, default=16 if jax.default_backend() == "tpu" else 1, help="tokens a page; 1 chooses tokens")
+    add("--pooling", choices=checks.POOLINGS, default="normalised", help="of the scores of a group of query heads")
+    add("--int8", action="store_true", help="score keys in int8")
+    add("--implementation", choices=checks.IMPLEMENTATIONS, default=None, help="default: the platform's own")
+    add("--repeats", type=int, default=9, help="timings, of which the median counts")
+    add("--memory", type=float, default=8.0, help="GB that inputs may take")
+    add("--minutes", type=float, default=None, help="stop in time to end within so many minutes")
+    add("--json", type=Path, default=None, help="where the rows go; the plot goes beside them")
+    add("--h200", action="store_true", help="a check and the whole table of an H200, into benchmarks/h200/")
+    return found
+
+
+def check_kernels(implementation: str) -> None:
+    """Raise AssertionError unless the kernels agree with the reference on this device, uninterpreted."""
+    unit = 16 if implementation == "tpu" else 1
+    rng = np.random.default_rng(0)
+
+    def normal(*size):
+        return jnp.asarray(rng.normal(size=size), jnp.float32)
+
+    q, k, v = normal(2, 8, 128), normal(2, 2, 1024, 128), normal(2, 2, 1024, 128)
+    q_imp, keys, lengths = normal(2, 2, 4, 16), normal(2, 2, 16, 1024), jnp.array([1024, 777])
+    for dtype, tolerance in ((jnp.float32, 1e-4), (jnp.bfloat16, 3e-2)):  # of results of size 1
+        own = [a.astype(dtype) for a in (q, k, v)]
+        scores = [api.importance_scores(q_imp, keys, lengths, implementation=i) for i in ("reference", implementation)]
+        np.testing.assert_allclose(*scores, atol=1e-4)
+        options = dict(n=128 // unit, unit=unit, sinks=4, window=8)
+        chosen = [
+            api.select_top_k(scores[0], lengths, implementation=i, **options) for i in ("reference", implementation)
+        ]
+        np.testing.assert_array_equal(chosen[0].indices, chosen[1].indices)
+        outs = [
+            api.masked_topk_decode_attention(*own, *chosen[0], unit=unit, lengths=lengths, implementation=i)
+            for i in ("reference", implementation)
+        ]
+        np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in outs), atol=tolerance)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    return (
+        f"{row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
+        f"{row['seconds'] * 1e3:>9.3f} {row['dense_seconds'] * 1e3:>9.3f} {row['speedup']:>8.2f} {row['cap']:>6.1f} "
+        f"{row['share_of_cap']:>6.0%} {row['predicted_bytes'] / 1e6:>9.1f} {row['gb_s']:>7.1f} "
+        f"{row['copy_gb_s']:>7.1f} {row['model_cap']:>9.2f}"
+    )
+
+
+HEADER = (
+    f"{'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'ms':>9} {'dense ms':>9} {'speed-up':>8} {'cap':>6} "
+    f"{'share':>6} {'MB':>9} {'GB/s':>7} {'copy':>7} {'model cap':>9}"
+)
+
+
+def plot(report: dict[str, Any], path: Path) -> str:
+    """Speed-up against context with the cap drawn in, one panel an interval; says what it did."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    intervals = sorted({row["interval"] for row in report["rows"]})
+    figure, axes = pyplot.subplots(1, len(intervals), figsize=(5 * len(intervals), 4), squeeze=False, sharey=True)
+    for axis, interval in zip(axes[0], intervals, strict=True):
+        own = [row for row in report["rows"] if row["interval"] == interval]
+        for number, key in enumerate(sorted({(row["batch"], row["budget"]) for row in own})):
+            points = sorted((row["context"], row["speedup"], row["cap"]) for row in own
+                            if (row["batch"], row["budget"]) == key)  # fmt: skip
+            contexts, speedups, caps = zip(*points, strict=True)
+            label = f"batch {key[0]}, budget {key[1]:.3g}"
+            axis.plot(contexts, speedups, "o-", color=f"C{number}", label=label)
+            axis.plot(contexts, caps, "--", color=f"C{number}", alpha=0.5)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="tokens cached", title=f"a prediction every {interval} steps")
+    axes[0][0].set_ylabel("times faster than dense (dashed: if only bytes counted)")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    return f"plot: {path}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    command = parser()
+    if arguments is None:
+        arguments = sys.argv[1:]
+    if "--h200" in arguments:
+        flags = [f"--{name}={value}" for name, value in H200.items()]
+        arguments = flags + [a for a in arguments if a != "--h200"]  # what is given by hand counts
+        if jax.default_backend() != "gpu":
+            command.error(
+                f"--h200 needs a GPU, the platform is {jax.default_backend()}; leave it out to measure this one"
+            )
+        check_kernels("gpu")
+        print("the kernels agree with the reference on this GPU", flush=True)
+    asked = command.parse_args(arguments)
+    name = checks.choose_implementation(asked.implementation, None)
+    device = jax.devices()[0]
+    begun = time.monotonic()
+    bandwidth = measuring.copy_bandwidth(asked.repeats)
+    report = dict(
+        device=device.device_kind, platform=device.platform, processor=platform.processor() or platform.machine(),
+        jax=jax.__version__, date=datetime.date.today().isoformat(), shape=asked.shape, dtype=asked.dtype,
+        unit=asked.unit, pooling=asked.pooling, int8=asked.int8, implementation=name, repeats=asked.repeats,
+        copy_gb_s=bandwidth / 1e9, rows=[], left_out=[],
+    )  # fmt: skip
+    setting = f"{asked.shape}, {asked.dtype}, unit {asked.unit}, {asked.pooling} pooling, {name}"
+    print(f"{report['device']}, jax {jax.__version__}, {setting}; a copy moves {bandwidth / 1e9:.1f} GB/s")
+    print(HEADER, flush=True)
+    longest = 0.0
+    for context in asked.context:
+        for batch in asked.batch:
+            for budget in asked.budget:
+                tokens = budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
+                case = measuring.Case(
+                    shape=measuring.SHAPES[asked.shape], context=context, batch=batch, tokens=tokens,
+                    dtype=jnp.dtype(asked.dtype), unit=asked.unit, pooling=asked.pooling, int8=asked.int8,
+                    implementation=asked.implementation,
+                )  # fmt: skip
+                if why := unfit(case, asked.memory, begun, longest, asked.minutes):
+                    report["left_out"].append(dict(context=context, batch=batch, tokens=tokens, why=why))
+                    print(f"{context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
+                    continue
+                start = time.monotonic()
+                for row in measuring.rows(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth):
+                    report["rows"].append(row)
+                    print(line(row), flush=True)
+                longest = max(longest, time.monotonic() - start)
+                print("         " + ", ".join(
+                    f"{peer} {value * 1e3:.3f} ms" if isinstance(value, float) else f"{peer}: {value}"
+                    for peer, value in row["peers"].items()), flush=True)  # fmt: skip
+                if asked.json:
+                    asked.json.parent.mkdir(parents=True, exist_ok=True)
+                    asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    if asked.json and report["rows"]:
+        print(f"rows: {asked.json}\n{plot(report, asked.json.with_suffix('.png'))}")
+    return 0
+
+
+def unfit(case: measuring.Case, memory: float, begun: float, longest: float, minutes: float | None) -> str | None:
+    """Why a case cannot be run, or None."""
+    if case.tokens > case.context:
+        return f"{case.tokens} tokens are more than the context of {case.context}"
+    if 1.2 * measuring.dense_bytes(case) > memory * 1e9:
+        return f"its caches take {measuring.dense_bytes(case) / 1e9:.1f} GB, more than --memory allows"
+    if minutes is not None and time.monotonic() - begun + 1.5 * longest > 60 * minutes:
+        return f"no time left of {minutes} minutes"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
