@@ -5,8 +5,9 @@ The caches are only read while the layers run; the new token's rows are written 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from butler_jax.cache import DecodeState, KVCache, ScoreCache, write_score_key, 
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.chosen import attended_tokens, chosen_tokens, kept, recent_from, with_recent
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.offload import fetch_layer, fetch_rows, rows_of_units, write_token_on_host
+from butler_jax.offload import Fetched, fetch_layer, fetch_units, write_token_on_host
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor, walk
+from butler_jax.predictors.interface import at
 from butler_jax.scoring import choosing_heads, chunk_of, issue, with_own
 from butler_jax.selection import beyond, choose, limits_of, room_for
 from butler_jax.top_k import Chosen
@@ -72,16 +74,23 @@ def decode_step(
     x = embed(model, tokens[:, None])
     context = None if predictor is None else predictor.context(cached[:, None], capacity)
     windows = layer_windows(config)
-    scored = predictor is not None and (details or (selection is not None and policy.needs_predictor))
-    pooled = scored and not details and isinstance(policy, TokenButler)
+    ahead_known = selection is not None and isinstance(policy, TokenButler)  # it looks at nothing but the predictor
+    raw = predictor is not None and (details or (selection is not None and policy.needs_predictor and not ahead_known))
+    prefetched = ahead_known and state.kv.near is not None
     if selection is not None:
         limits = limits_of(selection, config, capacity)
         room = room_for(selection, capacity, most)
         sets = choosing_heads(policy, config)
-        top_k = partial(select_top_k, implementation=implementation)
+        now = state.steps % selection.interval == 0
 
-    def pool(queries, layer):
-        seen = 0 if windows is None else total - jnp.asarray(windows)[layer]
+    def window_of(layer):
+        return None if windows is None else jnp.asarray(windows)[layer]
+
+    def first_of(layer):
+        return None if windows is None else jnp.maximum(total - window_of(layer), 0)
+
+    def score(queries, layer):
+        seen = 0 if windows is None else total - window_of(layer)
         first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(total)
         contested = jnp.maximum(total - selection.window, 0)  # sinks and window are read whatever their score
         return importance_scores(
@@ -89,28 +98,59 @@ def decode_step(
             implementation=implementation,
         )  # fmt: skip
 
+    def pick(values, lengths, first, threshold):
+        count = lengths if first is None else lengths - first
+        return choose(
+            values, lengths, limits.table[count], room, selection, first=first,
+            threshold=beyond(limits.min_context, count[:, None], threshold),
+            top_k=partial(select_top_k, implementation=implementation),
+        )  # fmt: skip
+
+    def pick_block(values, layers):
+        block, batch, *_ = values.shape
+        first = threshold = None
+        if windows is not None:
+            first = jnp.maximum(total[None] - window_of(layers)[:, None], 0).reshape(-1)
+        if limits.threshold is not None:
+            threshold = jnp.repeat(limits.threshold[layers], batch, axis=0)
+        values = values.reshape(block * batch, *values.shape[2:])
+        chosen = pick(values, jnp.tile(total, block), first, threshold)
+        return jax.tree.map(lambda a: a.reshape(block, batch, *a.shape[1:]), chosen)
+
+    def issue_block(features, index):
+        kernels = dict(score=score, choose=pick_block) if ahead_known else dict(score=None, choose=None)
+        return issue(predictor, model, features, context, index, state.scores.keys, raw=raw, **kernels)
+
+    def units(layer, chosen):
+        """The units that a layer attends, and what it keeps of them; chosen: gives its choice, were it made now."""
+        if selection.interval == 1:
+            return chosen(), None
+        keep = jax.lax.cond(now, lambda: kept(chosen(), total, selection), lambda: at(state.chosen, layer))
+        low = recent_from(limits, selection, total, state.steps, window_of(layer))
+        return with_recent(keep, low, total, selection, capacity), keep
+
+    def fetch(layer, chosen):
+        return fetch_units(state.kv, layer, chosen, selection.unit, cached, first_of(layer))
+
+    def fetch_next(index, ahead):
+        """The rows of the layer after `index`: known unless a new block chooses there."""
+        layer = jnp.minimum(index + 1, config.layers - 1)
+        place = jnp.minimum((index - 1) % predictor.stride + 1, predictor.stride - 1)
+        return fetch(layer, units(layer, lambda: at(ahead.chosen, place))[0])
+
     def mixer(carry, view: LayerView):
-        walked, ahead = carry
-        window = None if windows is None else jnp.asarray(windows)[view.index]
-        first = None if windows is None else jnp.maximum(total - window, 0)
+        walked, ahead, rows = carry
+        window, first = window_of(view.index), first_of(view.index)
         key = scores = None
         if predictor is not None:
             step = walk.step(predictor, walked, view, context, partial(_trunk_attend, cached))
             key = predictor.keys(step.head, step.features, view, context)[:, 0]
             walked = step.state
-        if scored:
-            wanted = step.place.starts
-            if selection is not None and not details:
-                wanted &= state.steps % selection.interval == 0
-            ahead = jax.lax.cond(
-                wanted,
-                lambda: issue(predictor, model, step.features, context, view.index, state.scores.keys, pooled and pool),
-                lambda: ahead,
-            )
+        if ahead is not None:
+            wanted = step.place.starts if details else step.place.starts & now
+            ahead = jax.lax.cond(wanted, lambda: issue_block(step.features, view.index), lambda: ahead)
             place = (view.index - 1) % predictor.stride
-            scores = ahead.scores[place]
-            if not pooled:
-                scores = with_own(scores, ahead.queries[place], key, cached)
+            scores = with_own(ahead.scores[place], ahead.queries[place], key, cached) if raw else None
 
         def everything():
             kv, layer = _whole_layer(state.kv, view.index, selection is not None)
@@ -119,68 +159,52 @@ def decode_step(
             return out, jnp.broadcast_to(count[:, None], (count.shape[0], sets if selection else config.kv_heads))
 
         def fresh() -> Chosen:
-            values = scores
-            if not pooled:
-                kv, layer = _whole_layer(state.kv, view.index, False)
-                keys = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)  # unused, and gone, for most policies
-                chunk = chunk_of(view, keys, cached, first, scores)
-                values = policy(chunk._replace(sinks=selection.sinks, window=selection.window))[:, :, 0]
-            count = total if first is None else total - first
-            threshold = None if limits.threshold is None else limits.threshold[view.index][None]
-            threshold = beyond(limits.min_context, count[:, None], threshold)
-            return choose(
-                values, total, limits.table[count], room, selection, threshold=threshold, first=first, top_k=top_k
-            )
+            if ahead_known:
+                return at(ahead.chosen, place)
+            kv, layer = _whole_layer(state.kv, view.index, False)
+            keys = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)  # unused, and gone, for most policies
+            chunk = chunk_of(view, keys, cached, first, scores)
+            values = policy(chunk._replace(sinks=selection.sinks, window=selection.window))[:, :, 0]
+            return pick(values, total, first, None if limits.threshold is None else limits.threshold[view.index][None])
 
         def sparse():
-            if selection.interval == 1:
-                keep, chosen = None, fresh()
-            else:
-                held = jax.tree.map(lambda a: a[view.index], state.chosen)
-                now = state.steps % selection.interval == 0
-                keep = jax.lax.cond(now, lambda: kept(fresh(), total, selection), lambda: held)
-                low = recent_from(limits, selection, total, state.steps, window)
-                chosen = with_recent(keep, low, total, selection, capacity)
-            out = _attend_chosen(view, state.kv, chosen, cached, first, selection.unit, implementation)
+            chosen, keep = units(view.index, fresh)
+            own = None
+            if prefetched:
+                own = jax.lax.cond(step.place.starts & now, lambda: fetch(view.index, chosen), lambda: rows)
+            out = _attend_chosen(view, state.kv, chosen, own, cached, first, selection.unit, implementation)
             mask = chosen_tokens(chosen, total, first, selection.unit, capacity) if details else None
             return (out, attended_tokens(chosen, total, first, selection.unit)), keep, mask
 
         def dense():
-            shape = (total.shape[0], sets)
-            columns = jnp.arange(capacity, dtype=jnp.int32)[None, None]
-            keep = mask = None
-            if selection.interval > 1:
-                keep = jax.tree.map(lambda a: a[view.index], state.chosen)
+            mask = None
             if details:
-                mask = jnp.broadcast_to(columns < total[:, None, None], (*shape, capacity))
+                columns = jnp.arange(capacity, dtype=jnp.int32)[None, None]
+                mask = jnp.broadcast_to(columns < total[:, None, None], (total.shape[0], sets, capacity))
                 mask = mask if first is None else mask & (columns >= first[:, None, None])
-            return everything(), keep, mask
+            return everything(), None if selection.interval == 1 else at(state.chosen, view.index), mask
 
         if selection is None:
             (out, count), keep, mask = everything(), None, None
         else:
             (out, count), keep, mask = jax.lax.cond(view.index > 0, sparse, dense)
+        rows = fetch_next(view.index, ahead) if prefetched else None
         shown = None
-        if details and scored:
+        if details and raw:
             held = jnp.arange(capacity, dtype=jnp.int32)[None] < total[:, None]
             shown = jnp.where(held[:, None], scores.reshape(scores.shape[0], -1, capacity), -jnp.inf)
-        return out, (walked, ahead), (view.k[:, 0], view.v[:, 0], key, keep, Found(count, mask, shown))
+        return out, (walked, ahead, rows), (view.k[:, 0], view.v[:, 0], key, keep, Found(count, mask, shown))
 
-    walked = ahead = None
+    walked = ahead = rows = None
     if predictor is not None:
         walked = walk.begin(predictor, x, context, state.scores.trunk)
-    if scored:
+    if ahead_known or raw:
         features = walked.captured if walked.features is None else walked.features
-        ahead = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype),
-            jax.eval_shape(
-                lambda f, keys: issue(predictor, model, f, context, jnp.asarray(1), keys, pooled and pool),
-                features,
-                state.scores.keys,
-            ),
-        )
-    x, (walked, _), (k, v, keys, keep, found) = run_layers(
-        model, x, cached[:, None], mixer, (walked, ahead), length=capacity
+        ahead = _zeros(lambda: issue_block(features, jnp.asarray(1)))
+    if prefetched:
+        rows = _zeros(lambda: fetch_next(jnp.asarray(0), ahead))
+    x, (walked, *_), (k, v, keys, keep, found) = run_layers(
+        model, x, cached[:, None], mixer, (walked, ahead, rows), length=capacity
     )
     if state.kv.near is None:
         kv = KVCache(*(write_token(a, b, cached) for a, b in ((state.kv.k, k), (state.kv.v, v))))
@@ -241,31 +265,36 @@ def _attend_chosen(
     view: LayerView,
     kv: KVCache,
     chosen: Chosen,
+    fetched: Fetched | None,
     cached: Int[Array, " B"],
     first: Int[Array, " B"] | None,
     unit: int,
     implementation: str | None,
 ) -> Float[Array, "B 1 H D"]:
-    """Attention of one token a row over the chosen units of its layer, and itself."""
+    """Attention of one token a row over the chosen units of its layer, and itself. fetched: their rows, if here yet."""
     batch, _, heads, dim = view.q.shape
     kv_heads = view.k.shape[2]
     attend = partial(
         masked_topk_decode_attention, new_k=view.k[:, 0], new_v=view.v[:, 0], implementation=implementation
     )
 
-    def one(q, indices, valid):
+    def one(q, chosen, rows):
         if kv.near is None:
-            return attend(q, kv.k, kv.v, indices, valid, unit=unit, lengths=cached, first=first, layer=view.index)
-        tokens, held = rows_of_units(indices, valid, unit, cached, first)
-        keys, values = fetch_rows(kv, view.index, tokens)
-        place = jnp.broadcast_to(jnp.arange(held.shape[-1], dtype=jnp.int32)[None, None], held.shape)
-        return attend(q, keys, values, place, held)
+            return attend(q, kv.k, kv.v, *chosen, unit=unit, lengths=cached, first=first, layer=view.index)
+        rows = fetch_units(kv, view.index, chosen, unit, cached, first) if rows is None else rows
+        place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
+        return attend(q, rows.k, rows.v, place, rows.held)
 
     group = chosen.indices.shape[1] // kv_heads
     if group == 1:
-        return one(view.q[:, 0], *chosen)[:, None]
+        return one(view.q[:, 0], chosen, fetched)[:, None]
     # A set for every query head: one head of each group at a time, so that nothing of the cache is repeated.
     queries = view.q.reshape(batch, kv_heads, group, dim)
-    indices, valid = (a.reshape(batch, kv_heads, group, -1) for a in chosen)
-    parts = [one(queries[:, :, g], indices[:, :, g], valid[:, :, g]) for g in range(group)]
+    apart = jax.tree.map(lambda a: a.reshape(batch, kv_heads, group, -1), chosen)
+    parts = [one(queries[:, :, g], jax.tree.map(lambda a, g=g: a[:, :, g], apart), None) for g in range(group)]
     return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim)
+
+
+def _zeros(function: Callable[[], Any]) -> Any:
+    """Zeros in the shapes of what a function would return."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.experimental import compute_on
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.cache import KVCache, write_token
+from butler_jax.top_k import Chosen
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 KIND = "pinned_host"
@@ -45,11 +46,29 @@ def to_host(kv: KVCache) -> KVCache:
     return KVCache(*(jax.device_put(a, host) for a in (kv.k, kv.v)), near)
 
 
-def fetch_rows(
-    kv: KVCache, layer: Int[Array, ""], tokens: Int[Array, "B K M"]
-) -> tuple[Float[Array, "B K M D"], Float[Array, "B K M D"]]:
-    """Keys and values of some tokens of a layer, on the device."""
+class Fetched(NamedTuple):
+    """Rows of chosen units on the device, and which of them a row attends."""
+
+    k: Float[Array, "B K M D"]
+    v: Float[Array, "B K M D"]
+    held: Bool[Array, "B K M"]
+
+
+def fetch_units(
+    kv: KVCache,
+    layer: Int[Array, ""],
+    chosen: Chosen,
+    unit: int,
+    cached: Int[Array, " B"],
+    first: Int[Array, " B"] | None,
+) -> Fetched:
+    """The rows of some units of a layer; tokens beyond `cached` or before `first`, and invalid units, are not held."""
     layers, batch, heads, size, dim = kv.k.shape
+    tokens = chosen.indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
+    held = chosen.valid[..., None] & (tokens < cached[:, None, None, None])
+    if first is not None:
+        held &= tokens >= first[:, None, None, None]
+    tokens, held = (a.reshape(batch, heads, -1) for a in (jnp.where(held, tokens, 0), held))
     row = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1)
     place = (layer * (batch * heads) + row) * size + tokens
 
@@ -58,7 +77,7 @@ def fetch_rows(
         k, v = (a.reshape(layers * batch * heads * size, dim) for a in (k, v))
         return tuple(a.at[place].get(mode="promise_in_bounds") for a in (k, v))
 
-    return jax.device_put(gather(kv.k, kv.v, jax.device_put(place, HOST)), DEVICE)
+    return Fetched(*jax.device_put(gather(kv.k, kv.v, jax.device_put(place, HOST)), DEVICE), held)
 
 
 def fetch_layer(kv: KVCache, layer: Int[Array, ""]) -> KVCache:
@@ -87,19 +106,3 @@ def write_token_on_host(
 
     new_k, new_v, place = jax.device_put((k.astype(kv.k.dtype), v.astype(kv.v.dtype), place), HOST)
     return KVCache(write(kv.k, new_k, place), write(kv.v, new_v, place), near)
-
-
-def rows_of_units(
-    indices: Int[Array, "B K N"],
-    valid: Bool[Array, "B K N"],
-    unit: int,
-    cached: Int[Array, " B"],
-    first: Int[Array, " B"] | None,
-) -> tuple[Int[Array, "B K M"], Bool[Array, "B K M"]]:
-    """The tokens of chosen units, and which of them a row attends; those it does not are token 0."""
-    tokens = indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
-    held = valid[..., None] & (tokens < cached[:, None, None, None])
-    if first is not None:
-        held &= tokens >= first[:, None, None, None]
-    shape = (*indices.shape[:2], -1)
-    return jnp.where(held, tokens, 0).reshape(shape), held.reshape(shape)

@@ -20,20 +20,24 @@ from butler_jax.policies import Chunk, Policy
 from butler_jax.predictors import Predictor, walk
 from butler_jax.predictors.interface import at
 from butler_jax.selection import Rows
+from butler_jax.top_k import Chosen
 
 UNROLLED = 8  # layers of a block that are scored without a loop
 
-Pool = Callable[[Float[Array, "B K G R"], Int[Array, ""]], Float[Array, "B K S"]]
+Score = Callable[[Float[Array, "B K G R"], Int[Array, ""]], Float[Array, "B K S"]]
+Choose = Callable[[Float[Array, "P B K S"], Int[Array, " P"]], Chosen]
 
 
 class Ahead(NamedTuple):
-    """Importance queries of a block's P layers and the scores of their cached tokens.
+    """What is known of a block of P layers before they run.
 
-    scores: per query head and before any pooling, [P, B, Q, G, S], or pooled [P, B, K, S]: as `issue` was told.
+    queries: importance queries. chosen: the units of every layer, [P, B, K, N]; None where the policy looks at more
+    than the predictor. scores: of the cached tokens, per query head and before any pooling; None where nobody asks.
     """
 
     queries: Float[Array, "P B H R"]
-    scores: Array
+    chosen: Chosen | None
+    scores: Float[Array, "P B Q G S"] | None
 
 
 def queries_of(predictor: Predictor, model: BaseModel, features: Any, context: Any, index: Int[Array, " P"]):
@@ -57,20 +61,27 @@ def issue(
     context: Any,
     index: Int[Array, ""],
     keys: Float[Array, "L B Q R S"],
-    pool: Pool | None,
+    *,
+    score: Score | None,
+    choose: Choose | None,
+    raw: bool,
 ) -> Ahead:
-    """Queries and scores of the block of layers that starts at `index`; beyond the last layer they mean nothing.
+    """The block of layers that starts at `index`; what it says beyond the last layer means nothing.
 
-    pool: (queries [B, K, G, R], layer) -> pooled scores [B, K, S]; without it the scores stay per query head.
+    score: pooled scores of one layer. choose: from those of the block to its units. Both None: nothing is chosen yet.
+    raw: whether scores per query head are wanted.
     """
     layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), model.config.layers - 1)
     queries = queries_of(predictor, model, features, context, layers)
-    if not pool:
-        return Ahead(queries, raw_scores(queries, keys[layers]))
-    grouped = queries.reshape(*queries.shape[:2], model.config.kv_heads, model.config.group, -1)
-    if predictor.stride <= UNROLLED:
-        return Ahead(queries, jnp.stack([pool(grouped[p], layers[p]) for p in range(predictor.stride)]))
-    return Ahead(queries, jax.lax.map(lambda one: pool(*one), (grouped, layers)))
+    chosen = None
+    if score is not None:
+        grouped = queries.reshape(*queries.shape[:2], model.config.kv_heads, model.config.group, -1)
+        if predictor.stride <= UNROLLED:
+            pooled = jnp.stack([score(grouped[p], layers[p]) for p in range(predictor.stride)])
+        else:
+            pooled = jax.lax.map(lambda one: score(*one), (grouped, layers))
+        chosen = choose(pooled, layers)
+    return Ahead(queries, chosen, raw_scores(queries, keys[layers]) if raw else None)
 
 
 def choosing_heads(policy: Policy, config: BaseConfig) -> int:

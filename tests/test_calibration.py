@@ -33,7 +33,7 @@ def batch_of(rows=2, length=128):
     return {"tokens": tokens, "segments": segments, "positions": np.arange(length, dtype=np.int32)[None] + 0 * tokens}
 
 
-@pytest.mark.parametrize(("mean", "unit"), [(0.3, 1), (20, 4)])
+@pytest.mark.parametrize(("mean", "unit"), [(0.3, 1), pytest.param(20, 4, marks=pytest.mark.slow)])
 def test_mean_of_what_rows_read_is_reached(model, mean, unit):
     batch, most = batch_of(), SelectionConfig(budget=0.6 if unit == 1 else 60, sinks=2, window=3, unit=unit)
     selection = calibrate_thresholds(model, None, [batch], most, mean, policy=make_policy("oracle"))

@@ -91,7 +91,6 @@ def simulated_masks(model, predictor, policy, selection):
 
 
 QUICK = [
-    ("tokenbutler", {}, dict(budget=0.25)),
     ("tokenbutler", {}, dict(budget=0.4, unit=4)),
     ("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
     ("oracle", {}, dict(budget=0.3, neighbours=True)),

@@ -24,6 +24,7 @@ from butler_jax.checkpoints import save_predictor
 from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig, to_dict
 from butler_jax.decode import decode_step
 from butler_jax.filling import prefill
+from butler_jax.offload import to_host
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 
@@ -75,7 +76,7 @@ def test_greedy_tokens_are_those_of_whole_passes(base, dense):
 
 @pytest.mark.parametrize(
     "fields",
-    [dict(), dict(unit=4, interval=3, neighbours=True)],
+    [pytest.param(dict(), marks=pytest.mark.slow), dict(unit=4, interval=3, neighbours=True)],
     ids=lambda f: "-".join(f) or "tokens",
 )
 def test_a_budget_of_everything_gives_dense_tokens(base, predictor, dense, fields):
@@ -216,6 +217,7 @@ def test_between_choices_the_chosen_stay_and_the_window_moves(base):
         assert len(own) == max(-(-2 * (total - since) // 5), sinks + window)
 
 
+@pytest.mark.slow
 def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predictor, dense):
     selection = SelectionConfig(budget=0.3, sinks=1, window=3, interval=2, min_context=24)
     settings = dict(predictor=predictor, selection=selection, max_new_tokens=20, stop=(), capacity=48)
@@ -343,3 +345,28 @@ def check_everything(base, fields):
         base, prompt, predictor=predictor, selection=SelectionConfig(budget=1.0, **fields), **settings
     )
     assert len(dense.tokens[0]) == 200 and found.tokens == dense.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["normalised", "maximum"])
+@pytest.mark.parametrize(
+    "fields", [dict(budget=0.4), dict(budget=0.5, unit=4), dict(budget=0.4, interval=3)], ids=lambda f: "-".join(f)
+)
+@pytest.mark.parametrize("kind", ["lookahead", "producer", "contextual"])
+def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
+    # A layer's rows are fetched in the layer before it, where its choice is known; the arithmetic is the same.
+    predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
+    selection = SelectionConfig(sinks=1, window=3, **fields)
+    settings = dict(predictor=predictor, selection=selection, policy=make_policy("tokenbutler", pooling=pooling))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 24)), jnp.int32)
+    fill = jax.jit(lambda t: prefill(base.model, t, jnp.asarray([24, 15]), capacity=48, **settings)[1])
+    step = jax.jit(lambda t, s: decode_step(base.model, t, s, **settings))
+    resident = jax.device_put(fill(tokens), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    offloaded = dataclasses.replace(resident, kv=to_host(resident.kv))
+    for t in range(7):
+        logits, resident, found = step(tokens[:, t], resident)
+        own_logits, offloaded, own_found = step(tokens[:, t], offloaded)
+        np.testing.assert_array_equal(own_logits, logits)
+        np.testing.assert_array_equal(own_found.attended, found.attended)
+    np.testing.assert_array_equal(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v))
+    assert offloaded.kv.k.sharding.memory_kind == "pinned_host"
