@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.configs import BaseConfig
 
-BLOCK = 1024  # cached keys looked at together
+BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
+LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
 MASKED = -1e30  # finite, so that no row gives NaN
 FAR = 2**30  # the window of a layer that sees everything
 
@@ -35,7 +36,8 @@ def cached_attention(
     """
     batch, count, heads, dim = q.shape
     kv_heads, size = k.shape[2:4]
-    block = min(BLOCK, size)
+    block = BLOCK if jax.default_backend() == "cpu" else max(BLOCK, LOGITS // (batch * heads * count))
+    block = min(block, size)
     rows = (q * jnp.asarray(dim**-0.5, q.dtype)).reshape(batch, count, kv_heads, heads // kv_heads, dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, heads // kv_heads * count, dim)
     own = cached[:, None] + jnp.arange(count, dtype=jnp.int32)[None]  # [B, T]
