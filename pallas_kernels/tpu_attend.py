@@ -43,7 +43,7 @@ def masked_topk_decode_attention(
     caches = [a.reshape(-1, size, dim) for a in (k, v)]
     layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
 
-    most = max(1, SCALAR_BYTES // (4 * n))  # rows whose lists fit
+    most = max(1, SCALAR_BYTES // (4 * (-(-n // LANES) * LANES)))  # rows whose lists fit, padded as they are there
     found = []
     for at in range(0, rows, most):
         part = slice(at, min(at + most, rows))

@@ -21,6 +21,7 @@ LANES = 128
 SUBLANES = 8
 WIDE = 1024  # units counted at a time
 SLOTS = 256  # slots filled at a time
+VMEM_BYTES = 48 * 2**20
 
 
 def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold, interpret):
@@ -64,7 +65,7 @@ def _chosen(image, target, n, wide, interpret):
         out_specs=pl.BlockSpec((SUBLANES, width), lambda i: (i, 0)),
         out_shape=jax.ShapeDtypeStruct((rows, width), jnp.int32),
         scratch_shapes=[pltpu.VMEM((SUBLANES, chunks, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
         cost_estimate=pl.CostEstimate(flops=70 * rows * units, transcendentals=0, bytes_accessed=4 * rows * units),
         interpret=interpret,
         name="select_top_k",

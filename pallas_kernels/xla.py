@@ -146,10 +146,10 @@ def attend_rows(queries, k, v, indices, valid, unit, lengths, first, scale, laye
     paged = unit if size % unit == 0 else 1  # whole pages lie together
     picked = indices.reshape(rows, n) if paged == unit else tokens.reshape(rows, -1)
     inside = mask.reshape(rows, -1, paged)
-    offset = jnp.arange(rows, dtype=jnp.int32)[:, None] * (size // paged)
+    offset = jnp.arange(rows, dtype=jnp.uint32)[:, None] * np.uint32(size // paged)
     if layer is not None:
-        offset = offset + jnp.asarray(layer, jnp.int32) * (rows * (size // paged))
-    flat = jnp.where(jnp.any(inside, axis=-1), picked, 0) + offset
+        offset = offset + jnp.asarray(layer).astype(jnp.uint32) * np.uint32(rows * (size // paged))
+    flat = jnp.where(jnp.any(inside, axis=-1), picked, 0).astype(jnp.uint32) + offset
     cache_k, cache_v = (a.reshape(math.prod(a.shape[:-2]) * (size // paged), paged * dim) for a in (k, v))
 
     def attend(part):
@@ -185,7 +185,7 @@ def chosen_tokens(indices, valid, unit, lengths, first, size):
 
 def taken(cache, rows):
     """float32 [..., width]: rows of a cache."""
-    return cache.at[rows.astype(jnp.uint32)].get(mode="promise_in_bounds").astype(jnp.float32)
+    return cache.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
 
 
 def in_groups(function, arrays, size):
