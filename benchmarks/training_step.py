@@ -53,7 +53,8 @@ def make_step(base: BaseConfig, kind: str, rank: int, stride: int) -> tuple[Any,
     optimiser = make_optimiser(config, predictor.learning_rate)
 
     def gradients(module, model, batch, key):
-        return distil_pass(model, module, batch, objective=predictor.objective, dropout=key)
+        always = {"sinks": config.sinks, "newest": config.window}
+        return distil_pass(model, module, batch, objective=predictor.objective, dropout=key, **always)
 
     def first():
         return start_state(make_predictor(base, PredictorConfig(kind=kind, rank=rank, stride=stride)), optimiser)
