@@ -221,8 +221,8 @@ class TrainConfig(FitConfig):
     objective: Literal["cross_entropy", "squared_error"] | None = None
     """Distillation loss. Default: squared_error for contextual, cross_entropy for the others."""
     sinks: int = 4
-    """First tokens of a document that will always be read: the cross entropy is about the other tokens. 0 with
-    --window 0 for the loss as published."""
+    """First tokens of a document that will always be read: the cross entropy is about the other tokens. 0, and a window
+    of 0, for the loss as published."""
     window: int = 8
     """Newest tokens that will always be read, likewise."""
     calibration: int = 4
