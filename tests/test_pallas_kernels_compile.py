@@ -9,6 +9,7 @@ import functools
 import os
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what chip this is
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share: another process may hold its lock
 
 import jax
 import jax.numpy as jnp
