@@ -34,10 +34,13 @@ def _pretrain(config: PretrainConfig) -> int:
 
 def _distil(config: TrainConfig) -> int:
     from butler_jax.predictor_training import default_run_dir, distil
+    from butler_jax.sharding import make_mesh, shardings_for
     from butler_jax.weights import load_base
 
+    mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or default_run_dir(config)
-    distil(load_base(config.base, dtype=config.dtype), config)
+    shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
+    distil(load_base(config.base, dtype=config.dtype, shardings=shardings), config)
     if jax.process_index() == 0:
         print(f"the predictor is in {run_dir}; judge it with: python eval.py --run {run_dir}")
     return 0

@@ -3,9 +3,9 @@
     python -m benchmarks.losses --json benchmarks/losses.json
 
 Every figure is one jitted call that returns the loss and the gradients of p and r (the cross entropy, over the keys
-that are neither among 4 sinks nor the 8 newest, also the attention output). The two forms take turns in one process, so a busy machine slows both alike; the
-median is reported, and compiled temporary memory as XLA states it. The naive form is `jax.value_and_grad`
-of the formula as written. Float32, one row.
+that are neither among 4 sinks nor the 8 newest, also the attention output). The two forms take turns in one process,
+so a busy machine slows both alike; the median is reported, and compiled temporary memory as XLA states it. The naive
+form is `jax.value_and_grad` of the formula as written. Float32, one row.
 """
 
 from __future__ import annotations

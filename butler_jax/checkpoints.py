@@ -72,9 +72,15 @@ class Checkpoints:
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
         """(state, this process's data state) at `step`, in the structure, dtypes and shardings of `state`.
 
-        Raises ValueError where names or shapes differ, or the run had another number of processes.
+        Raises ValueError where the base is another, names or shapes differ, or the run had another number of processes.
         """
         metadata = self._orbax.metadata(step)
+        saved, mine = metadata.custom_metadata, self.about
+        require(
+            "fingerprint" not in mine or saved.get("fingerprint") == mine["fingerprint"],
+            f"{self._orbax.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
+            f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
+        )
         states = metadata.custom_metadata["data"]
         require(
             len(states) == jax.process_count(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -142,8 +143,8 @@ class FitConfig:
     """What every training run has: its length, its optimiser, its devices and its directory."""
 
     data: str = "python_docs"
-    """python_docs, coreference, text:PATH[,PATH...], tfds:NAME, or a mixture as A:0.5+B:0.5."""
-    data_dir: Path | None = None
+    """python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME, or a mixture as A:0.5+B:0.5."""
+    data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     steps: int = 300
     """Optimiser steps in all."""
@@ -173,17 +174,18 @@ class FitConfig:
     seed: int = 0
     """Seed of the data order, of random parameters and of dropout."""
     run_dir: Path | None = None
-    """Directory of checkpoints and metrics. Default: runs/ with a name made of the settings."""
+    """Directory of checkpoints and metrics. Default: in runs/, named after base, predictor and data, or pretrain."""
     checkpoint_every: int = 100
     """Steps between checkpoints; one more at the end and at Ctrl-C."""
     keep: int = 2
     """How many of the newest checkpoints to keep; the best is kept besides."""
     eval_every: int = 100
-    """Steps between validations; 0 validates at the end only."""
+    """Steps between validations, besides those at every checkpoint and at the end; 0: no others."""
     log_every: int = 10
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
 
     def __post_init__(self):
+        object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
         for name in positive:
             require(
@@ -197,7 +199,9 @@ class FitConfig:
             self.learning_rate is None or self.learning_rate > 0,
             f"--learning-rate must be above 0, got {self.learning_rate}",
         )
+        require(self.learning_rate != math.inf, "--learning-rate must be finite, got inf")
         require(self.clip > 0, f"--clip must be above 0, got {self.clip}")
+        require(0 <= self.weight_decay < math.inf, f"--weight-decay must be 0 or more, got {self.weight_decay}")
         require(
             self.batch_size % self.accumulate == 0,
             f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}",
@@ -403,7 +407,7 @@ class EvalConfig:
     window: int = 8
     """Newest tokens that are always attended."""
     tokens: int = 8192
-    """Tokens of text for perplexity."""
+    """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
     """Tokens in a window of text; windows do not overlap."""
     samples: int = 64
@@ -412,14 +416,15 @@ class EvalConfig:
     """Windows or samples in a pass."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
-    data_dir: Path | None = None
+    data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     seed: int = 0
     """Seed of the samples and of the policy random."""
     out: Path | None = None
-    """Directory of report.json. Default: RUN/eval."""
+    """Directory of report.json. Default: RUN/eval, without a run ./eval."""
 
     def __post_init__(self):
+        object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         for name in ("tasks", "policies", "budgets"):
             object.__setattr__(self, name, _split_list(getattr(self, name)))
             require(bool(getattr(self, name)), f"--{name} names nothing; give at least one")

@@ -1,4 +1,4 @@
-"""The two distillation losses, exact over all causal pairs, without a T x T matrix.
+"""The two distillation losses, exact over all pairs they are about, without a T x T matrix.
 
 Both compare a frozen attention layer (queries q, keys k, D wide, after rotary) with a predictor (importance
 queries p and keys r, R wide); s = D**-0.5, s' = R**-0.5. r has the layer's K KV heads or all H query heads.

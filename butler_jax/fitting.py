@@ -54,7 +54,11 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
     path = run_dir / "config.json"
     if not path.exists():
         return
-    mine, theirs = to_dict(config), json.loads(path.read_text())
+    mine = to_dict(config)
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to go on with the settings given now") from None
     different = [k for k in mine if k not in CHANGEABLE and theirs.get(k) != mine[k]]
     require(
         not different,
@@ -69,7 +73,14 @@ def open_run(run_dir: Path, config: FitConfig) -> None:
     check_run(run_dir, config)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        _write_whole(run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it, or a kill, never finds half of it."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 class Metrics:
@@ -87,7 +98,7 @@ class Metrics:
             return
         if self.path.exists():  # steps after the checkpoint are done again
             lines = [line for line in self.path.read_text().splitlines(True) if _step(line) <= start]
-            self.path.write_text("".join(lines))
+            _write_whole(self.path, "".join(lines))
         self.file = self.path.open("a")
         with contextlib.suppress(ImportError):
             from tensorboardX import SummaryWriter

@@ -7,6 +7,9 @@ the gradients themselves.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -157,9 +160,12 @@ def init_predictor(
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """runs/BASE-PREDICTOR-DATA."""
-    source = config.data.split(":")[0]
-    return Path("runs") / f"{Path(config.base).stem}-{config.predictor}-{source}"
+    """runs/BASE-PREDICTOR-DATA, a data specification of more than one word by a digest of it."""
+    source, *more = re.split(r"[:+]", config.data)
+    if more:
+        source += "-" + hashlib.sha256(config.data.encode()).hexdigest()[:6]
+    name = Path(config.base).name.removesuffix(".gguf")
+    return Path("runs") / f"{name}-{config.predictor}-{source}"
 
 
 def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predictor | None = None) -> Predictor:
@@ -169,6 +175,11 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     init_predictor. Raises ValueError for settings that do not fit the base, the data or the devices.
     """
     config = config or TrainConfig()
+    if config.base == "tiny" != base.name:  # the configuration was not told which base it is for
+        config = dataclasses.replace(config, base=base.name)
+    require(
+        base.tokenizer is not None, f"the base {base.name} has no tokenizer: its directory lacks tokenizer.json; add it"
+    )
     check_length(base.config, config.length)
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     kind = PREDICTORS[config.predictor]

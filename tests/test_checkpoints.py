@@ -54,6 +54,17 @@ def test_a_predictor_comes_back_exactly(tmp_path, kind):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_a_run_does_not_go_on_with_another_base(tmp_path):
+    state = {"module": random_predictor("producer")}
+    with Checkpoints(tmp_path / "run", keep=1, about={"base": "mine", "fingerprint": "aaaa"}) as checkpoints:
+        checkpoints.save(1, state, None, {"loss": 0.0})
+    with (
+        Checkpoints(tmp_path / "run", keep=1, about={"base": "other", "fingerprint": "bbbb"}) as checkpoints,
+        pytest.raises(ValueError, match=r"belongs to base 'mine' .fingerprint aaaa., not to 'other' .bbbb."),
+    ):
+        checkpoints.restore(1, state)
+
+
 def test_another_base_is_refused_with_both_names(tmp_path):
     save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
     with pytest.raises(ValueError, match="was trained for base 'mine'") as error:

@@ -40,6 +40,9 @@ def evaluate(
     policy, a context beyond the base's, or an empty text.
     """
     config = config or EvalConfig()
+    require(
+        base.tokenizer is not None, f"the base {base.name} has no tokenizer: its directory lacks tokenizer.json; add it"
+    )
     say = say or (lambda line: None)
     settings = {"seed": config.seed}
     policies = [make_policy(name, **(settings if name == "random" else {})) for name in config.policies]
@@ -82,9 +85,14 @@ def run_config(run: Path) -> dict[str, Any]:
             f"{run} is no run directory: it has no config.json; give the directory of a run of train.py"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    require(
+        isinstance(config, dict) and "base" in config,
+        f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of train.py",
+    )
+    return config
 
 
 def _run_data(run: Path | None) -> str:

@@ -49,7 +49,8 @@ class Contextual(Predictor):
     """One producer at layer 0 for the whole model, with an attention of its own; keys per query head.
 
     Input: the token embeddings after layer 0's input norm. Rotary on its attention and on both importance vectors
-    follows the base's own configuration. Left out against the published counts: a LayerNorm over E that nothing
+    follows the base's own configuration (its longrope apart, whose factors are for another width: default rope there).
+    Left out against the published counts: a LayerNorm over E that nothing
     reads (2 E), and the slots of layer 0, which is always dense (2 I H R).
 
     Raises ValueError where the base's width is not a multiple of 16.

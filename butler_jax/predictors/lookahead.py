@@ -1,8 +1,8 @@
 """The lookahead predictor: the base's own projections, cut to a few rotary pairs and applied a few layers early.
 
 It keeps the producer predictor's timing and score cache and differs in three ways: both importance vectors are
-rotated at chosen frequencies of the base, they start as the matching rows of the frozen projections, and all causal
-rows are distilled. Which pairs: per (layer, KV head) the R/2 largest E|q_f|^2 E|k_f - mean k_f|^2.
+rotated at chosen frequencies of the base, they start as the matching rows of the frozen projections, and every row is
+distilled, not a sample of them. Which pairs: per (layer, KV head) the R/2 largest E|q_f|^2 E|k_f - mean k_f|^2.
 """
 
 from __future__ import annotations
