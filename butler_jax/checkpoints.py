@@ -81,7 +81,7 @@ class Checkpoints:
             f"{self._orbax.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
             f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
         )
-        states = metadata.custom_metadata["data"]
+        states = saved["data"]
         require(
             len(states) == jax.process_count(),
             f"the run was saved by {len(states)} processes and cannot go on with {jax.process_count()}",
