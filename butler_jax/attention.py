@@ -285,8 +285,8 @@ def _splash(q, k, v, segments, key_segments, window, scale, return_lse, partitio
     segments, key_segments = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, key_segments))
 
     run = functools.partial(_splash_local, window=window, return_lse=return_lse)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    mesh = sharding.current_mesh()
+    if mesh is not None:
         if partition is None:
             partition = sharding.attention_axes()
         batch_axis, head_axis = partition

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.configs import BaseConfig
+from butler_jax.sharding import current_mesh, partition
 from butler_jax.top_k import Chosen
 
 
@@ -40,11 +41,13 @@ class KVCache:
 class ScoreCache:
     """Importance keys of every layer, the cached tokens in the minor dimension; layer 0's are unused.
 
-    trunk: cache of a predictor's own attention, stacked over producers; None where it has none.
+    trunk: cache of a predictor's own attention, stacked over producers; None where it has none. scales: what a step of
+    int8 keys is worth (score_keys.py); None where keys are floats.
     """
 
     keys: Float[Array, "L B Q R S"]
     trunk: Any = None
+    scales: Float[Array, "L B Q"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +67,24 @@ class DecodeState:
     chosen: Chosen | None = None
 
 
+def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
+    """The PartitionSpec of every array of a state: rows and KV heads are split where the mesh divides them."""
+
+    def spec(path, array):
+        trunk = any(getattr(part, "name", None) == "trunk" for part in path)
+        names = ("batch",) if array.ndim < 2 else ("layers", "batch", "whole" if trunk else "kv_heads")
+        names = (*names, *["whole"] * array.ndim)[: array.ndim]
+        return partition(names, array.shape, mesh)
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def split_state(state: DecodeState) -> DecodeState:
+    """The state split over the devices of the current mesh, under jit; outside of a mesh the state itself."""
+    mesh = current_mesh()
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, state_partition(state, mesh))
+
+
 def empty_kv_cache(config: BaseConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
     """A cache of zeros for `capacity` tokens a row."""
     shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
@@ -76,14 +97,6 @@ def write_token(
     """The cache with one more token a row, at its length."""
     rows = jnp.arange(lengths.shape[0])
     return cache.at[:, rows, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(cache.dtype))
-
-
-def write_score_key(
-    keys: Float[Array, "L B Q R S"], new: Float[Array, "L B Q R"], lengths: Int[Array, " B"]
-) -> Float[Array, "L B Q R S"]:
-    """The score keys with one more token a row, at its length."""
-    rows = jnp.arange(lengths.shape[0])
-    return keys.at[:, rows, :, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(keys.dtype))
 
 
 def empty_chosen(config: BaseConfig, batch: int, heads: int, room: int) -> Chosen:

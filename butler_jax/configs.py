@@ -416,6 +416,8 @@ class EvalConfig:
     """Windows or samples in a pass."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
+    score_dtype: Literal["int8"] | None = None
+    """int8 rounds the predictor's importance keys as decoding stores them with it. Default: that of the base model."""
     data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     seed: int = 0

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax import score_keys
 from butler_jax.base_model import BaseModel, LayerView, embed, logits, run_layers
-from butler_jax.cache import DecodeState, KVCache, ScoreCache, write_score_key, write_token
+from butler_jax.cache import DecodeState, KVCache, ScoreCache, split_state, write_token
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.chosen import attended_tokens, chosen_tokens, kept, recent_from, with_recent
 from butler_jax.configs import SelectionConfig, require
@@ -26,6 +27,7 @@ from butler_jax.predictors import Predictor, walk
 from butler_jax.predictors.interface import at
 from butler_jax.scoring import choosing_heads, chunk_of, issue, with_own
 from butler_jax.selection import beyond, choose, limits_of, room_for
+from butler_jax.sharding import by_rows_and_heads
 from butler_jax.top_k import Chosen
 from pallas_kernels import importance_scores, masked_topk_decode_attention, select_top_k
 
@@ -69,7 +71,7 @@ def decode_step(
     if policy.name == "dense":
         selection = None
     check_step(state, predictor, selection, policy)
-    config, capacity = model.config, state.kv.capacity
+    config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
     cached, total = state.lengths, state.lengths + 1
     x = embed(model, tokens[:, None])
     context = None if predictor is None else predictor.context(cached[:, None], capacity)
@@ -93,33 +95,46 @@ def decode_step(
         seen = 0 if windows is None else total - window_of(layer)
         first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(total)
         contested = jnp.maximum(total - selection.window, 0)  # sinks and window are read whatever their score
-        return importance_scores(
-            queries, state.scores.keys, contested, first=first, pooling=policy.pooling, layer=layer,
-            implementation=implementation,
-        )  # fmt: skip
+        scales = None if state.scores.scales is None else state.scores.scales[layer]
+
+        def run(queries, keys, contested, first, layer, scales):
+            return importance_scores(
+                queries, keys, contested, first=first, scales=scales, pooling=policy.pooling, layer=layer,
+                implementation=implementation,
+            )  # fmt: skip
+
+        split = by_rows_and_heads(run, ("bh--", "-bh--", "b", "b", "", "bh"), "bh-", rows=batch, heads=config.kv_heads)
+        return split(queries, state.scores.keys, contested, first, layer, scales)
 
     def pick(values, lengths, first, threshold):
         count = lengths if first is None else lengths - first
-        return choose(
-            values, lengths, limits.table[count], room, selection, first=first,
-            threshold=beyond(limits.min_context, count[:, None], threshold),
-            top_k=partial(select_top_k, implementation=implementation),
-        )  # fmt: skip
+
+        def run(values, lengths, tokens, first, threshold):
+            top_k = partial(select_top_k, implementation=implementation)
+            return choose(values, lengths, tokens, room, selection, first=first, threshold=threshold, top_k=top_k)
+
+        threshold = beyond(limits.min_context, count[:, None], threshold)
+        if threshold is not None:
+            threshold = jnp.broadcast_to(threshold, values.shape[:2])
+        split = by_rows_and_heads(
+            run, ("bh-", "b", "b", "b", "bh"), Chosen("bh-", "bh-"), rows=batch, heads=config.kv_heads
+        )
+        return split(values, lengths, limits.table[count], first, threshold)
 
     def pick_block(values, layers):
-        block, batch, *_ = values.shape
+        block = values.shape[1]
         first = threshold = None
         if windows is not None:
-            first = jnp.maximum(total[None] - window_of(layers)[:, None], 0).reshape(-1)
+            first = jnp.maximum(total[:, None] - window_of(layers)[None], 0).reshape(-1)
         if limits.threshold is not None:
-            threshold = jnp.repeat(limits.threshold[layers], batch, axis=0)
-        values = values.reshape(block * batch, *values.shape[2:])
-        chosen = pick(values, jnp.tile(total, block), first, threshold)
-        return jax.tree.map(lambda a: a.reshape(block, batch, *a.shape[1:]), chosen)
+            threshold = jnp.tile(limits.threshold[layers], (batch, 1))
+        values = values.reshape(batch * block, *values.shape[2:])
+        chosen = pick(values, jnp.repeat(total, block), first, threshold)
+        return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(batch, block, *a.shape[1:]), 0, 1), chosen)
 
     def issue_block(features, index):
         kernels = dict(score=score, choose=pick_block) if ahead_known else dict(score=None, choose=None)
-        return issue(predictor, model, features, context, index, state.scores.keys, raw=raw, **kernels)
+        return issue(predictor, model, features, context, index, state.scores, raw=raw, **kernels)
 
     def units(layer, chosen):
         """The units that a layer attends, and what it keeps of them; chosen: gives its choice, were it made now."""
@@ -212,9 +227,10 @@ def decode_step(
         kv = write_token_on_host(state.kv, k, v, cached)
     scores = None
     if predictor is not None:
-        scores = ScoreCache(write_score_key(state.scores.keys, keys, cached), walked.cache)
+        scores = ScoreCache(score_keys.write(state.scores, keys, cached), walked.cache, state.scores.scales)
     keep = state.chosen if keep is None else keep
-    return logits(model, x[:, 0]), DecodeState(kv, scores, total, state.steps + 1, keep), found
+    new = DecodeState(kv, scores, total, state.steps + 1, keep)
+    return logits(model, x[:, 0]), new if kv.near is not None else split_state(new), found
 
 
 def check_step(
@@ -274,16 +290,26 @@ def _attend_chosen(
     """Attention of one token a row over the chosen units of its layer, and itself. fetched: their rows, if here yet."""
     batch, _, heads, dim = view.q.shape
     kv_heads = view.k.shape[2]
-    attend = partial(
-        masked_topk_decode_attention, new_k=view.k[:, 0], new_v=view.v[:, 0], implementation=implementation
-    )
+
+    def attend(q, k, v, new_k, new_v, chosen, lengths, first, layer, unit):
+        def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer):
+            return masked_topk_decode_attention(
+                q, k, v, indices, valid, unit=unit, new_k=new_k, new_v=new_v, lengths=lengths, first=first, layer=layer,
+                implementation=implementation,
+            )  # fmt: skip
+
+        cache = "bh--" if layer is None else "-bh--"
+        operands = ("bh-", cache, cache, "bh-", "bh-", "bh-", "bh-", "b", "b", "")
+        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads)
+        return split(q, k, v, new_k, new_v, *chosen, lengths, first, layer)
 
     def one(q, chosen, rows):
+        new = view.k[:, 0], view.v[:, 0]
         if kv.near is None:
-            return attend(q, kv.k, kv.v, *chosen, unit=unit, lengths=cached, first=first, layer=view.index)
+            return attend(q, kv.k, kv.v, *new, chosen, cached, first, view.index, unit)
         rows = fetch_units(kv, view.index, chosen, unit, cached, first) if rows is None else rows
         place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
-        return attend(q, rows.k, rows.v, place, rows.held)
+        return attend(q, rows.k, rows.v, *new, (place, rows.held), None, None, None, 1)
 
     group = chosen.indices.shape[1] // kv_heads
     if group == 1:

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.attention import causal_attention
 from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, logits, run_layers
-from butler_jax.cache import DecodeState, KVCache, ScoreCache, empty_chosen, empty_kv_cache
+from butler_jax.cache import DecodeState, KVCache, ScoreCache, empty_chosen, empty_kv_cache, split_state
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor, walk
+from butler_jax.score_keys import store
 from butler_jax.scoring import choosing_heads, empty_scores
 from butler_jax.selection import room_for
 
@@ -34,6 +35,7 @@ def prefill(
     selection: SelectionConfig | None = None,
     policy: Policy | None = None,
     chunk: int = CHUNK,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts densely; logits after each row's last token, and the caches of `capacity` tokens a row.
@@ -41,6 +43,7 @@ def prefill(
     tokens: prompts, padded on the right to T. lengths: tokens of each prompt, 1 ... T. selection, policy: those of the
     steps that follow; only an interval needs them, for the room it takes. chunk: prompts of more tokens run in chunks
     of so many, as many of them as the longest row has: T may be the padding of any shorter prompt and is not paid for.
+    score_dtype: "int8" keeps the importance keys in int8 (score_keys.py); None as the predictor makes them.
     implementation: of attention.causal_attention, for prompts that run at once.
 
     Raises ValueError where T exceeds the capacity or the capacity the model's context, or a length is out of range.
@@ -60,11 +63,14 @@ def prefill(
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     run = _at_once if length <= chunk else partial(_in_chunks, chunk=chunk)
     last, kv, scores = run(model, tokens, lengths, capacity, predictor, implementation)
+    if scores is not None:
+        scores = store(scores, lengths, score_dtype)
     chosen = None
     if selection is not None and selection.interval > 1:
         heads = choosing_heads(policy or TokenButler(), model.config)
         chosen = empty_chosen(model.config, batch, heads, room_for(selection, capacity))
-    return logits(model, last), DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), chosen)
+    state = DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), chosen)
+    return logits(model, last), split_state(state)
 
 
 def _at_once(model, tokens, lengths, capacity, predictor, implementation):

@@ -51,6 +51,8 @@ class GenerateConfig:
     """How the heads of a group agree: maximum of weights, or the plain maximum of scores, which is cheaper."""
     offload: bool = False
     """Keep keys and values in host memory; only what is read goes to the device."""
+    score_dtype: Literal["int8"] | None = None
+    """int8 keeps the predictor's importance keys in int8. Default: the precision of the base model."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_k: int | None = None
@@ -116,6 +118,7 @@ def continue_prompt(config: GenerateConfig) -> int:
         policy=make_policy("tokenbutler", pooling=config.pooling), max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         repetition_penalty=config.repetition_penalty, seed=config.seed, offload=config.offload,
+        score_dtype=config.score_dtype,
     )  # fmt: skip
     print(flush=True)
     print(

@@ -95,6 +95,7 @@ def generate_stream(
     capacity: int | None = None,
     chunk: int = CHUNK,
     offload: bool = False,
+    score_dtype: str | None = None,
     implementation: str | None = None,
     result: Generated | None = None,
 ) -> Iterator[Piece]:
@@ -106,7 +107,7 @@ def generate_stream(
     the tokenizer's end of text). seed: of row 0, the others count on; or one a row. capacity: tokens a row has room
     for; by default the next of a few sizes, so that lengths up to it share a compilation. chunk: see `prefill`.
     offload: keys and values are moved to host memory after the prefill, and only what is read comes back (offload.py).
-    result: filled while the pieces come.
+    score_dtype: "int8" keeps the predictor's importance keys in int8. result: filled while the pieces come.
 
     Raises ValueError for an empty prompt, ids out of range, and what fits neither the capacity nor the context.
     """
@@ -145,7 +146,7 @@ def generate_stream(
     began = time.perf_counter()
     made, held = start(
         base.model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, selection=selection,
-        capacity=capacity, chunk=chunk, **fixed,
+        capacity=capacity, chunk=chunk, score_dtype=score_dtype, **fixed,
     )  # fmt: skip
     if offload:
         near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
@@ -193,14 +194,18 @@ class _Step(NamedTuple):
     attended: jax.Array
 
 
-@partial(jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "implementation"))
+@partial(
+    jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "score_dtype", "implementation")
+)
 def start(
-    model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, implementation
-) -> tuple[_Step, _Held]:
+    model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, score_dtype=None,
+    implementation=None,
+) -> tuple[_Step, _Held]:  # fmt: skip
     """The caches of the prompts, and the first token of every row."""
     logits, state = prefill(
-        model, tokens, lengths, capacity=capacity, predictor=predictor, selection=selection, policy=policy, chunk=chunk
-    )
+        model, tokens, lengths, capacity=capacity, predictor=predictor, selection=selection, policy=policy, chunk=chunk,
+        score_dtype=score_dtype,
+    )  # fmt: skip
     seen = None
     if sampling.repetition_penalty != 1:
         batch, width = tokens.shape

@@ -177,9 +177,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     config = config or TrainConfig()
     if config.base == "tiny" != base.name:  # the configuration was not told which base it is for
         config = dataclasses.replace(config, base=base.name)
-    require(
-        base.tokenizer is not None, f"the base {base.name} has no tokenizer: its directory lacks tokenizer.json; add it"
-    )
+    base.require_tokenizer()
     check_length(base.config, config.length)
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     kind = PREDICTORS[config.predictor]

@@ -19,13 +19,14 @@ from butler_jax.configs import BaseConfig
 from butler_jax.policies import Chunk, Policy
 from butler_jax.predictors import Predictor, walk
 from butler_jax.predictors.interface import at
+from butler_jax.score_keys import restored
 from butler_jax.selection import Rows
 from butler_jax.top_k import Chosen
 
 UNROLLED = 8  # layers of a block that are scored without a loop
 
 Score = Callable[[Float[Array, "B K G R"], Int[Array, ""]], Float[Array, "B K S"]]
-Choose = Callable[[Float[Array, "P B K S"], Int[Array, " P"]], Chosen]
+Choose = Callable[[Float[Array, "B P K S"], Int[Array, " P"]], Chosen]
 
 
 class Ahead(NamedTuple):
@@ -60,7 +61,7 @@ def issue(
     features: Any,
     context: Any,
     index: Int[Array, ""],
-    keys: Float[Array, "L B Q R S"],
+    scores: ScoreCache,
     *,
     score: Score | None,
     choose: Choose | None,
@@ -77,11 +78,12 @@ def issue(
     if score is not None:
         grouped = queries.reshape(*queries.shape[:2], model.config.kv_heads, model.config.group, -1)
         if predictor.stride <= UNROLLED:
-            pooled = jnp.stack([score(grouped[p], layers[p]) for p in range(predictor.stride)])
+            pooled = jnp.stack([score(grouped[p], layers[p]) for p in range(predictor.stride)], axis=1)
         else:
-            pooled = jax.lax.map(lambda one: score(*one), (grouped, layers))
+            pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), (grouped, layers)), 0, 1)
         chosen = choose(pooled, layers)
-    return Ahead(queries, chosen, raw_scores(queries, keys[layers]) if raw else None)
+    keys = restored(scores.keys[layers], None if scores.scales is None else scores.scales[layers])
+    return Ahead(queries, chosen, raw_scores(queries, keys) if raw else None)
 
 
 def choosing_heads(policy: Policy, config: BaseConfig) -> int:

@@ -7,6 +7,7 @@ vocabulary (tensor parallel). A dimension that an axis does not divide stays who
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -147,6 +148,34 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> nnx.Module:
     """Move a module's parameters to their shardings."""
     return jax.device_put(module, module_shardings(module, logical_axes, mesh))
+
+
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh set by jax.set_mesh, None where there is none or it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def by_rows_and_heads(
+    function: Callable[..., Any], operands: Sequence[str], result: Any, *, rows: int, heads: int
+) -> Callable[..., Any]:
+    """`function`, run by every device of the current mesh on its own rows and KV heads, without communication.
+
+    operands: for each, a letter a dimension: "b" for rows or a multiple of them, "h" for KV heads or a multiple, "-"
+    for all others. result: the same, or a tuple of it. rows, heads: how many there are; an axis of the mesh that does
+    not divide them does not split them. Outside of a mesh this is the function itself.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function
+    wanted = {"b": (RULES["batch"], rows), "h": (RULES["kv_heads"], heads)}
+    axes = {letter: axis for letter, (axis, size) in wanted.items() if size % mesh.shape[axis] == 0}
+
+    def spec(letters):
+        return PartitionSpec(*(axes.get(letter) for letter in letters))
+
+    results = jax.tree.map(spec, result)
+    return jax.shard_map(function, in_specs=tuple(map(spec, operands)), out_specs=results, check_vma=False)
 
 
 def attention_axes() -> tuple[str, str]:

@@ -16,6 +16,12 @@ def ordered_bits(scores: Float[Array, "*B"]) -> UInt32[Array, "*B"]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
+def from_bits(image: UInt32[Array, "*B"]) -> Float[Array, "*B"]:
+    """The float32 whose `ordered_bits` is the image."""
+    bits = jnp.where(image >> 31 == 1, image & jnp.uint32(0x7FFFFFFF), ~image)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def top_mask(image: UInt32[Array, "*B S"], count: Int[Array, "*B"]) -> Bool[Array, "*B S"]:
     """The `count` largest entries of every row, ties to the lower index; count <= S."""
     threshold = _kth_largest(image, count)[..., None]

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 STAGES = {
     "configs.py": 0, "top_k.py": 0,
     "layers.py": 1, "attention.py": 1, "cache.py": 1, "selection.py": 1, "distillation.py": 1, "families.py": 1,
-    "chosen.py": 1, "cached_attention.py": 1, "offload.py": 1,
+    "chosen.py": 1, "score_keys.py": 1, "cached_attention.py": 1, "offload.py": 1,
     "sharding.py": 1, "tokenizer.py": 1, "datasets/": 1, "data.py": 1,
     "sampling.py": 1, "base_model.py": 2, "weights/": 2, "predictors/": 2, "policies/": 2,
     "checkpoints.py": 3, "scoring.py": 3, "decode.py": 3, "filling.py": 3,
@@ -102,7 +102,7 @@ def test_one_file_imports_orbax():
 
 
 def test_only_decoding_imports_kernels():
-    assert importers("pallas_kernels") <= {"decode.py"}
+    assert importers("pallas_kernels") <= {"decode.py", "score_keys.py"}
 
 
 def test_kernels_import_jax_alone():

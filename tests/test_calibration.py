@@ -10,9 +10,8 @@ import pytest
 from butler_jax.base_model import BaseModel
 from butler_jax.configs import BaseConfig, SelectionConfig
 from butler_jax.evaluation import calibrate_thresholds, simulate
-from butler_jax.evaluation.calibration import from_bits
 from butler_jax.policies import make_policy
-from butler_jax.top_k import ordered_bits
+from butler_jax.top_k import from_bits, ordered_bits
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16, context=256

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from math import ceil
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from butler_jax.evaluation.chunks import spread
 from butler_jax.evaluation.perplexity import read_text, windows
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
+from butler_jax.weights import Base
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -396,7 +396,7 @@ def test_coreference_counts_tokens_and_whole_samples(model):
 def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    base = SimpleNamespace(name="letters", model=model, tokenizer=Letters(), fingerprint="f", config=BASE)
+    base = Base("letters", model, Letters(), "f")
     predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
     config = EvalConfig(
         tasks="perplexity", text=text, tokens=1000, context=128, budgets="1/2,32", batch_size=3,
@@ -419,7 +419,7 @@ def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
 
 
 def test_bad_input_is_a_clear_error(model, tmp_path):
-    base = SimpleNamespace(name="letters", model=model, tokenizer=Letters(), fingerprint="f", config=BASE)
+    base = Base("letters", model, Letters(), "f")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     with pytest.raises(ValueError, match="is empty"):

@@ -203,6 +203,7 @@ distil(load_base(str(place["base"])), tiny_runs.settings(place, directory / "kil
 """
 
 
+@pytest.mark.slow
 def test_a_killed_distillation_goes_on_bit_for_bit(tmp_path):
     place = tiny_runs.make_place(tmp_path)
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]

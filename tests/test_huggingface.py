@@ -280,6 +280,7 @@ def test_fingerprint_ignores_dtype_and_tells_models_apart(directory):
     assert load_base(directory).fingerprint != first.fingerprint
 
 
+@pytest.mark.slow
 def test_every_parameter_counts_in_the_fingerprint():
     model = BaseModel(base_config(LLAMA), jax.random.key(0))
     leaves, tree = jax.tree.flatten(model)

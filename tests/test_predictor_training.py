@@ -158,7 +158,11 @@ def compiled(kind: str, objective: str, *, length: int, layers: int):
 
 @pytest.mark.parametrize(
     ("kind", "objective"),
-    [("lookahead", "cross_entropy"), ("producer", "cross_entropy"), ("contextual", "squared_error")],
+    [
+        ("lookahead", "cross_entropy"),
+        pytest.param("producer", "cross_entropy", marks=pytest.mark.slow),
+        pytest.param("contextual", "squared_error", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_grows_with_length_alone_and_holds_no_square(kind, objective):
     length = 1280  # not the size of anything else
@@ -198,6 +202,7 @@ def test_accumulation_changes_rounding_only(model, predictors, kind):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), whole, parts)
 
 
+@pytest.mark.slow
 def test_dropout_is_for_training_the_contextual_predictor(model, predictors):
     batch, key = random_batch(), jax.random.key(1)
     run = jax.jit(objective_pass, static_argnames="dropout")

@@ -120,6 +120,58 @@ def test_every_predictor_trains_like_on_one_device(place):
     compare(losses_on_8_devices(place, cases), cases)
 
 
+DECODE = """
+import json, sys
+from pathlib import Path
+import jax
+import numpy as np
+jax.config.update("jax_numpy_rank_promotion", "raise")
+sys.path.insert(0, sys.argv[1])
+from butler_jax import PredictorConfig, SelectionConfig, generate, load_base
+from butler_jax.filling import prefill
+from butler_jax.predictors import make_predictor
+from butler_jax.sharding import make_mesh, place, shardings_for
+rng = np.random.default_rng(0)
+prompts = [rng.integers(5, 250, n).tolist() for n in (30, 7, 19, 41)]
+found = {}
+for mesh_text in ("data=1", *sys.argv[4:]):
+    mesh = make_mesh(mesh_text)
+    base = load_base(sys.argv[2], shardings=shardings_for(mesh))
+    predictor = make_predictor(base.config, PredictorConfig(rank=8, stride=2))
+    predictor = place(predictor, predictor.logical_axes, mesh)
+    selection = SelectionConfig(**json.loads(sys.argv[3]))
+    with jax.set_mesh(mesh):
+        made = generate(base, prompts, predictor=predictor, selection=selection, max_new_tokens=12, stop=())
+    found[mesh_text] = [made.tokens, made.attended]
+    with jax.set_mesh(mesh):
+        fill = jax.jit(lambda m, p, t, n: prefill(m, t, n, capacity=32, predictor=p)[1])
+        state = fill(base.model, predictor, np.ones((4, 8), np.int32), np.full(4, 8, np.int32))
+    parts = {a.sharding.shard_shape(a.shape) for a in (state.kv.k, state.kv.v)}
+    apart = 1 if mesh.shape["model"] == 2 else 2  # four devices do not divide two KV heads: each has both
+    assert parts == {(4, 4 // mesh.shape["data"], apart, 32, 8)} or mesh.size == 1, parts
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "meshes"),
+    [
+        ({"budget": 0.3}, ["data=4,model=2"]),
+        pytest.param({"budget": 0.3}, ["model=2", "data=2,model=4"], marks=pytest.mark.slow),
+        pytest.param({"budget": 0.5, "unit": 4, "interval": 3}, ["data=4,model=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, meshes):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", DECODE, str(TESTS), str(place / "base"), json.dumps(fields), *meshes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for mesh in meshes:
+        tokens, attended = found[mesh]
+        assert tokens == found["data=1"][0] and attended == pytest.approx(found["data=1"][1])
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

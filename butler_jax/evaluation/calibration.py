@@ -18,13 +18,14 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.evaluation.chunks import importance_attend, map_chunks
+from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.evaluation.simulate import chosen_mask
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
-from butler_jax.predictors import Predictor, walk
+from butler_jax.predictors import Predictor
 from butler_jax.scoring import choosing_heads
 from butler_jax.selection import Limits, limits_of
+from butler_jax.top_k import from_bits
 
 PASSES = 16  # bits of a threshold that are found: a precision of 2**-7 of its value
 
@@ -73,12 +74,6 @@ def calibrate_thresholds(
     return dataclasses.replace(selection, threshold=tuple(map(tuple, values.tolist())))
 
 
-def from_bits(image: UInt32[Array, "*B"]) -> Float[Array, "*B"]:
-    """The float32 whose top_k.ordered_bits is the image."""
-    bits = jnp.where(image >> 31 == 1, image & jnp.uint32(0x7FFFFFFF), ~image)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 @partial(jax.jit, static_argnames=("policy", "rule", "whole"))
 def _read(
     model: BaseModel,
@@ -95,11 +90,8 @@ def _read(
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     limits = limits._replace(threshold=from_bits(image))
     x = embed(model, batch["tokens"])
-    context = state = None
-    if predictor is not None and policy.needs_predictor:
-        context = predictor.context(positions, segments.shape[1])
-        state = walk.begin(predictor, x, context)
     dense = dense_mixer(base, segments)
+    begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end look at the last column
 
     def one(chunk, values, number):
@@ -111,16 +103,12 @@ def _read(
         return jnp.sum(jnp.where(inside[:, None], read, 0.0), axis=(0, 2))
 
     def mixer(state, view):
-        importance = None
-        if context is not None:
-            step = walk.step(predictor, state, view, context, importance_attend(segments))
-            state = step.state
-            importance = tuple(f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys))
+        state, importance = step(state, view)
 
         def look(limit):
             return jnp.sum(map_chunks(one, view, importance, segments, limit)[0], axis=0)
 
         return dense(None, view)[0], state, by_window(base, view.index, look)
 
-    sums = run_layers(model, x, positions, mixer, state)[2]
+    sums = run_layers(model, x, positions, mixer, begun)[2]
     return sums, jnp.sum(segments > 0).astype(jnp.float32)

@@ -1,4 +1,7 @@
-"""A layer's queries in chunks of rows, with everything that policies look at; memory linear in length."""
+"""A layer's queries in chunks of rows, with everything that policies look at; memory linear in length.
+
+The predictor's own queries and keys come from `importance_walk`, layer by layer as the base's pass goes on.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ from butler_jax.attention import (
 )
 from butler_jax.base_model import LayerView
 from butler_jax.policies import Chunk
+from butler_jax.predictors import Predictor, walk
+from butler_jax.score_keys import rounded
 from butler_jax.selection import Rows
 
 Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"]]
+Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
 
 
 def map_chunks(
@@ -95,10 +101,32 @@ def spread(chunks: int, size: int, rows: int | None) -> list[int]:
     return [(2 * i + 1) * chunks // (2 * taken) for i in range(taken)]
 
 
-def importance_attend(segments: Int[Array, "B T"], implementation: str | None = None):
-    """The attention of a predictor's trunk over whole sequences, as predictors.walk takes it."""
+def importance_walk(
+    predictor: Predictor | None,
+    x: Float[Array, "B T E"],
+    batch: dict[str, Int[Array, "B T"]],
+    *,
+    implementation: str | None = None,
+    score_dtype: str | None = None,
+) -> tuple[Any, Step]:
+    """A state to begin with, and the step of a layer: (state, view) -> (state, (q_imp, k_imp)).
+
+    x: the embeddings. score_dtype: "int8" rounds the keys as decoding stores them. Without a predictor there is nothing
+    to carry and the importance is None.
+    """
+    if predictor is None:
+        return None, lambda state, view: (state, None)
+    segments = batch["segments"]
+    context = predictor.context(batch["positions"], segments.shape[1])
 
     def attend(cache, q, k, v):
         return causal_attention(q, k, v, segments=segments, implementation=implementation), None
 
-    return attend
+    def step(state, view):
+        at = walk.step(predictor, state, view, context, attend)
+        queries, keys = (f(at.head, at.features, view, context) for f in (predictor.queries, predictor.keys))
+        if score_dtype is not None:
+            keys = rounded(keys, segments > 0)
+        return at.state, (queries, keys)
+
+    return walk.begin(predictor, x, context), step

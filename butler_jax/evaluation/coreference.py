@@ -66,12 +66,15 @@ def coreference(
     config: SelectionConfig,
     predictor: Predictor | None = None,
     *,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Coreference:
     """Accuracy on batches of coreference_batches under a policy and a budget."""
     right, asked, perfect, samples, attended, rows = 0, 0, 0, 0, 0.0, 0
     for batch in batches:
-        result = simulate(model, batch, policy, config, predictor, implementation=implementation)
+        result = simulate(
+            model, batch, policy, config, predictor, score_dtype=score_dtype, implementation=implementation
+        )
         wanted, real = batch["asked"], batch["segments"] > 0
         guessed = np.zeros_like(batch["tokens"])
         guessed[:, 1:] = np.asarray(result.greedy)[:, :-1]

@@ -40,9 +40,7 @@ def evaluate(
     policy, a context beyond the base's, or an empty text.
     """
     config = config or EvalConfig()
-    require(
-        base.tokenizer is not None, f"the base {base.name} has no tokenizer: its directory lacks tokenizer.json; add it"
-    )
+    base.require_tokenizer()
     say = say or (lambda line: None)
     settings = {"seed": config.seed}
     policies = [make_policy(name, **(settings if name == "random" else {})) for name in config.policies]
@@ -134,14 +132,17 @@ def _judge_text(report, base, predictor, config, policies, batches, say) -> None
     count = predicted_tokens(batches)
     for policy, budget, selection in _passes(policies, config):
         began = time.perf_counter()
-        value, attended = perplexity(base.model, batches, policy, selection, predictor)
+        value, attended = perplexity(base.model, batches, policy, selection, predictor, score_dtype=config.score_dtype)
         report.add("perplexity", policy.name, budget, value, "perplexity", count, attended)
         say(f"perplexity   {policy.name:12} {budget:<8g} {value:10.3f}   {time.perf_counter() - began:6.1f} s")
     sparse = [p for p in policies if p.name != "dense"]
     if not sparse:
         return
     began = time.perf_counter()
-    found = recall(base.model, predictor, batches, sparse, config.budgets, sinks=config.sinks, window=config.window)
+    found = recall(
+        base.model, predictor, batches, sparse, config.budgets, sinks=config.sinks, window=config.window,
+        score_dtype=config.score_dtype,
+    )  # fmt: skip
     for policy in sparse:
         for budget in config.budgets:
             mass = found.mass[policy.name][budget]
@@ -158,7 +159,7 @@ def _judge_coreference(report, base, predictor, config, policies, say) -> None:
     )  # fmt: skip
     for policy, budget, selection in _passes(policies, config):
         began = time.perf_counter()
-        found = coreference(base.model, batches, policy, selection, predictor)
+        found = coreference(base.model, batches, policy, selection, predictor, score_dtype=config.score_dtype)
         for unit, n in (("token_accuracy", found.tokens), ("sample_accuracy", found.samples)):
             report.add("coreference", policy.name, budget, getattr(found, unit), unit, n, found.attended)
         say(

@@ -89,6 +89,7 @@ def perplexity(
     config: SelectionConfig,
     predictor: Predictor | None = None,
     *,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[float, float]:
     """exp of the mean negative log-likelihood, and the mean attended fraction over all rows.
@@ -100,7 +101,9 @@ def perplexity(
     check_length(model.config, batches[0]["tokens"].shape[1])
     nll, attended, rows = 0.0, 0.0, 0
     for batch in batches:
-        result = simulate(model, batch, policy, config, predictor, implementation=implementation)
+        result = simulate(
+            model, batch, policy, config, predictor, score_dtype=score_dtype, implementation=implementation
+        )
         real = batch["segments"] > 0
         nll += float(np.asarray(result.nll, np.float64).sum())
         attended += float(np.asarray(result.attended, np.float64)[real].sum())

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.evaluation.chunks import importance_attend, map_chunks
+from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.policies import Chunk, Policy
-from butler_jax.predictors import Predictor, walk
+from butler_jax.predictors import Predictor
 from butler_jax.selection import budget_table, ordered_bits, select_mask, top_mask
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
@@ -48,13 +48,14 @@ def recall(
     sinks: int = 4,
     window: int = 8,
     rows: int | None = None,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Recall:
     """Measure policies on batches (tokens, segments, positions) of one shape.
 
     rows: about how many query rows to measure in every sequence, in chunks spread evenly along it (None:
-    all); the smaller, the cheaper. Raises ValueError without batches, or where a policy needs a predictor
-    and there is none.
+    all); the smaller, the cheaper. score_dtype: see `simulate`. Raises ValueError without batches, or where a
+    policy needs a predictor and there is none.
     """
     policies, budgets = tuple(policies), tuple(budgets)
     needing = [p.name for p in policies if p.needs_predictor]
@@ -74,6 +75,7 @@ def recall(
             sinks=sinks,
             window=window,
             rows=rows,
+            score_dtype=score_dtype,
             implementation=implementation,
         )
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
@@ -91,7 +93,7 @@ def recall(
     )
 
 
-@partial(jax.jit, static_argnames=("policies", "sinks", "window", "rows", "implementation"))
+@partial(jax.jit, static_argnames=("policies", "sinks", "window", "rows", "score_dtype", "implementation"))
 def measure(
     model: BaseModel,
     predictor: Predictor | None,
@@ -102,6 +104,7 @@ def measure(
     sinks: int,
     window: int,
     rows: int | None = None,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "P N"], Float[Array, " N"], Float[Array, " P"], Float[Array, ""], Float[Array, ""]]:
     """Sums over rows and layers 1 ... of recalled mass, attended fraction and hit rate.
@@ -111,19 +114,11 @@ def measure(
     """
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
-    context = state = None
-    if predictor is not None:
-        context = predictor.context(positions, segments.shape[1])
-        state = walk.begin(predictor, x, context)
     dense = dense_mixer(base, segments, implementation)
-    attend_trunk = importance_attend(segments, implementation)
+    begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
 
     def mixer(state, view):
-        importance = None
-        if predictor is not None:
-            step = walk.step(predictor, state, view, context, attend_trunk)
-            state = step.state
-            importance = tuple(f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys))
+        state, importance = step(state, view)
 
         def look(limit):
             apply = partial(
@@ -134,7 +129,7 @@ def measure(
 
         return dense(None, view)[0], state, by_window(base, view.index, look)
 
-    _, _, sums = run_layers(model, x, positions, mixer, state)
+    _, _, sums = run_layers(model, x, positions, mixer, begun)
     mass, attended, hits, count, hit_count = sums
     mass, attended, hits = (jnp.sum(a[1:], axis=0) for a in (mass, attended, hits))
     return mass, attended, hits, count[0], hit_count[1]

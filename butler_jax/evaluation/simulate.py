@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.attention import merge_queries, weighted_values
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.evaluation.chunks import importance_attend, map_chunks
+from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.policies import Chunk, Policy
-from butler_jax.predictors import Predictor, walk
+from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, beyond, limits_of, select_mask
 
 LOGIT_ROWS = 64  # rows of logits formed at a time
@@ -40,10 +40,12 @@ def simulate(
     config: SelectionConfig,
     predictor: Predictor | None = None,
     *,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Simulated:
     """One pass over a batch (tokens, segments, positions) under a policy and a budget.
 
+    score_dtype: "int8" rounds the predictor's importance keys as decoding stores them (score_keys.py).
     Raises ValueError beyond the model's context, where the policy needs a predictor and there is none, for thresholds
     of another model, and for an interval: every position chooses. Compiles once per policy and shape: the budget is
     data.
@@ -62,14 +64,18 @@ def simulate(
     limits = limits_of(config, model.config, length)
     if not policy.needs_predictor:
         predictor = None
-    return _simulate(model, predictor, batch, limits, policy=policy, rule=config.rule, implementation=implementation)
+    return _simulate(
+        model, predictor, batch, limits, policy=policy, rule=config.rule, score_dtype=score_dtype,
+        implementation=implementation,
+    )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("policy", "rule", "implementation"))
-def _simulate(model, predictor, batch, limits, *, policy, rule, implementation) -> Simulated:
+@partial(jax.jit, static_argnames=("policy", "rule", "score_dtype", "implementation"))
+def _simulate(model, predictor, batch, limits, *, policy, rule, score_dtype, implementation) -> Simulated:
     x, attended = hidden_states(
-        model, predictor, batch, limits, policy=policy, rule=rule, implementation=implementation
-    )
+        model, predictor, batch, limits, policy=policy, rule=rule, score_dtype=score_dtype,
+        implementation=implementation,
+    )  # fmt: skip
     nll, greedy = predictions(model, x, batch["tokens"], batch["segments"])
     return Simulated(nll, greedy, attended)
 
@@ -82,6 +88,7 @@ def hidden_states(
     *,
     policy: Policy,
     rule: SelectionConfig,
+    score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B T"]]:
     """Last residual stream under a policy, and each row's attended fraction. rule: SelectionConfig.rule."""
@@ -91,18 +98,10 @@ def hidden_states(
         x, _, _ = run_layers(model, x, positions, dense_mixer(base, segments, implementation), None)
         return x, jnp.ones(segments.shape, jnp.float32)
     length = segments.shape[1]
-    context = state = None
-    if predictor is not None:
-        context = predictor.context(positions, length)
-        state = walk.begin(predictor, x, context)
-    attend_trunk = importance_attend(segments, implementation)
+    begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
 
     def mixer(state, view):
-        importance = None
-        if predictor is not None:
-            step = walk.step(predictor, state, view, context, attend_trunk)
-            state = step.state
-            importance = tuple(f(step.head, step.features, view, context) for f in (predictor.queries, predictor.keys))
+        state, importance = step(state, view)
 
         def attend(limit):
             apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
@@ -113,7 +112,7 @@ def hidden_states(
         output, fractions = by_window(base, view.index, attend)
         return output, state, fractions
 
-    x, _, fractions = run_layers(model, x, positions, mixer, state)
+    x, _, fractions = run_layers(model, x, positions, mixer, begun)
     return x, jnp.mean(fractions[1:], axis=0)
 
 

@@ -40,6 +40,12 @@ class Base:
         """The model's configuration."""
         return self.model.config
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError(f"the base {self.name} has no tokenizer: its directory lacks tokenizer.json; add it")
+        return self.tokenizer
+
 
 def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardings | None = None) -> Base:
     """Load a base model.

@@ -1,0 +1,107 @@
+"""The decode step of a Llama-3.1-8B through the TPU's own compiler, without a TPU: `python -m benchmarks.tpu_decode`.
+
+Needs `pip install "jax[tpu]"`. Prints, for each chip, what a step keeps, needs and moves, as the compiler counts it.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what chip this is
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share: another process may hold its lock
+
+import re
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from butler_jax.base_model import LOGICAL_AXES, BaseModel
+from butler_jax.cache import state_partition
+from butler_jax.configs import BaseConfig, PredictorConfig, RopeConfig, SelectionConfig
+from butler_jax.decode import decode_step
+from butler_jax.filling import prefill
+from butler_jax.predictors import make_predictor
+from butler_jax.sharding import AXES, module_shardings
+
+# Chips, and as many of them as hold the weights and the caches: 16, 95 and 32 GB a chip.
+CHIPS = {"v5e": ("v5e:2x2", 4), "v5p": ("v5p:2x2x1", 1), "v6e": ("v6e:2x2", 2)}
+LLAMA_8B = BaseConfig(
+    family="llama", vocab_size=128256, width=4096, hidden=14336, layers=32, heads=32, kv_heads=8, head_dim=128,
+    context=131072, rope=RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_context=8192),
+)  # fmt: skip
+SELECTION = SelectionConfig(budget=1 / 16, unit=16)
+COLLECTIVES = r"= \S+ (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+
+
+def compile_decode(chip: str, *, base: BaseConfig = LLAMA_8B, batch: int = 1, capacity: int = 32768, **options: Any):
+    """A compiled decode step for a chip of CHIPS, the heads split over as many as are needed.
+
+    options: of decode_step; selection is SELECTION unless given. score_dtype: of prefill.
+    """
+    name, count = CHIPS[chip]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    mesh = Mesh(np.array(topology.devices[:count]).reshape(1, count), AXES, axis_types=(AxisType.Auto,) * 2)
+    score_dtype = options.pop("score_dtype", None)
+    options = {"selection": SELECTION, "implementation": "tpu", **options}
+    bfloat16 = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, _narrow(a.dtype)))
+    model = bfloat16(jax.eval_shape(lambda: BaseModel(base, jax.random.key(0))))
+    predictor = bfloat16(jax.eval_shape(lambda: make_predictor(base, PredictorConfig())))
+    tokens = jax.ShapeDtypeStruct((batch, 64), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    fill = partial(prefill, capacity=capacity, selection=options["selection"], score_dtype=score_dtype)
+    _, state = jax.eval_shape(lambda m, p, t, n: fill(m, t, n, predictor=p), model, predictor, tokens, lengths)
+
+    def described(tree, shardings):
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+    split = jax.tree.map(partial(NamedSharding, mesh), state_partition(state, mesh))
+    model = described(model, module_shardings(model, LOGICAL_AXES, mesh))
+    predictor = described(predictor, module_shardings(predictor, predictor.logical_axes, mesh))
+    lengths = described(lengths, NamedSharding(mesh, PartitionSpec()))
+
+    def step(model, predictor, tokens, state):
+        return decode_step(model, tokens, state, predictor=predictor, **options)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=3).lower(model, predictor, lengths, described(state, split)).compile()
+
+
+def _narrow(dtype: Any) -> Any:
+    return jnp.bfloat16 if dtype == jnp.float32 else dtype
+
+
+def summary(compiled: Any) -> dict[str, Any]:
+    """GiB a chip keeps (arguments) and needs besides (temporary), GB a step accesses, collectives by kind."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return {
+        "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30,
+        "accessed_gb": cost.get("bytes accessed", float("nan")) / 1e9,
+        "gigaflops": cost.get("flops", float("nan")) / 1e9,
+        "collectives": dict(Counter(re.findall(COLLECTIVES, compiled.as_text()))),
+    }
+
+
+def main() -> None:
+    """Compile for every chip, print a line each."""
+    print("a decode step of Llama-3.1-8B in bfloat16, R = 16, 32,768 tokens of cache, budget 1/16 in pages of 16")
+    for chip, (_, count) in CHIPS.items():
+        for score_dtype in (None, "int8"):
+            found = summary(compile_decode(chip, score_dtype=score_dtype))
+            print(
+                f"{chip} x {count}, score keys {score_dtype or 'bfloat16':8}: a chip keeps "
+                f"{found['arguments_gib']:.2f} GiB, needs {found['temporary_gib']:.3f} GiB more; accesses "
+                f"{found['accessed_gb']:.2f} GB, {found['gigaflops']:.1f} GFLOP a step; in the program: "
+                f"{found['collectives'] or 'no collectives'}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
