@@ -195,15 +195,9 @@ def sparse_decode_attention(
     shared = dict(lengths=lengths, first=first, implementation=implementation, interpret=interpret)
     tpu_can = unit >= checks.SMALLEST_TPU_UNIT and k.shape[-2] % unit == 0
     shared["implementation"] = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
-
-    def score():
-        return importance_scores(
-            q_imp, score_keys, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared
-        )
-
-    # Under a condition, or XLA fuses the scores into every pass of the selection and computes them anew for each.
-    shape = (*q_imp.shape[:2], score_keys.shape[-1])
-    scores = jax.lax.cond(jnp.any(lengths > 0), score, lambda: jnp.full(shape, -jnp.inf))
+    scores = importance_scores(
+        q_imp, score_keys, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared
+    )
     chosen = select_top_k(
         scores, n=n, counts=counts, sinks=sinks, window=window, unit=unit, threshold=threshold, **shared
     )

@@ -135,22 +135,33 @@ def plot(report: dict[str, Any], path: Path) -> str:
         from matplotlib import pyplot
     except ImportError:
         return "no plot: matplotlib is not installed (pip install matplotlib)"
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     intervals = sorted({row["interval"] for row in report["rows"]})
-    figure, axes = pyplot.subplots(1, len(intervals), figsize=(5 * len(intervals), 4), squeeze=False, sharey=True)
+    size = dict(figsize=(4.2 * len(intervals) + 0.8, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(intervals), squeeze=False, sharey=True, **size)
     for axis, interval in zip(axes[0], intervals, strict=True):
         own = [row for row in report["rows"] if row["interval"] == interval]
         for number, key in enumerate(sorted({(row["batch"], row["budget"]) for row in own})):
             points = sorted((row["context"], row["speedup"], row["cap"]) for row in own
                             if (row["batch"], row["budget"]) == key)  # fmt: skip
             contexts, speedups, caps = zip(*points, strict=True)
-            label = f"batch {key[0]}, budget {key[1]:.3g}"
+            label = f"batch {key[0]}, {Fraction(key[1]).limit_denominator(1024)} read"
             axis.plot(contexts, speedups, "o-", color=f"C{number}", label=label)
             axis.plot(contexts, caps, "--", color=f"C{number}", alpha=0.5)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="tokens cached", title=f"a prediction every {interval} steps")
-    axes[0][0].set_ylabel("times faster than dense (dashed: if only bytes counted)")
-    axes[0][-1].legend(fontsize=7)
-    figure.tight_layout()
+        title = "every step predicts" if interval == 1 else f"one step in {interval} predicts"
+        axis.set(xlabel="tokens cached", title=title)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    axes[0][0].plot([], [], "--", color="grey", label="if only bytes counted")
+    axes[0][0].set_ylabel("speed-up over dense attention")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(f"{report['shape']}, {report['dtype']}, {report['device']}", fontsize=9)
     figure.savefig(path, dpi=150)
     return f"plot: {path}"
 

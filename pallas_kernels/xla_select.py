@@ -62,15 +62,26 @@ def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, thre
     batch, heads, size = scores.shape
     if n == 0 or size == 0:
         return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
-    image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
-    image = unit_image(image, unit)
-    image = pad_units(image, COLUMNS if image.shape[-1] >= LARGE else WORD)
+
+    def make_image():
+        image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
+        image = unit_image(image, unit)
+        return pad_units(image, COLUMNS if image.shape[-1] >= LARGE else WORD)
+
+    # Under a condition, or XLA fuses what made the scores into every pass over the image, and computes them anew in each.
+    shape = jax.eval_shape(make_image)
+    image = jax.lax.cond(always(scores), make_image, lambda: jnp.full(shape.shape, BARRED, shape.dtype))
     taken = jnp.minimum(candidates(image, size, lengths, unit, first, threshold), wanted(counts, n, (batch, heads)))
     limit, end = kth_largest(image, taken)
     positions = jnp.arange(image.shape[-1], dtype=jnp.int32)[None, None]
     chosen = (image > limit[..., None]) | ((image == limit[..., None]) & (positions < end[..., None]))
     valid = jnp.arange(n, dtype=jnp.int32)[None, None] < taken[..., None]
     return jnp.where(valid, ranked_bits(chosen, n), 0), valid
+
+
+def always(scores):
+    """True, but only when the program runs: the compiler does not see that a shifted sign is 0 or -1."""
+    return jax.lax.bitcast_convert_type(scores[0, 0, 0].astype(jnp.float32), jnp.int32) >> 31 <= 0
 
 
 def candidates(image, size, lengths, unit, first, threshold):

@@ -70,4 +70,6 @@ def test_a_run_writes_the_rows_it_prints(tmp_path, capsys):
     row = report["rows"][0]
     assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
     assert row["dense_seconds"] <= row["peers"]["einsum"]
-    assert "left out: 384 tokens" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out: 384 tokens" in printed and f"plot: {path.with_suffix('.png')}" in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
