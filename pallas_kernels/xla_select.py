@@ -68,7 +68,7 @@ def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, thre
         image = unit_image(image, unit)
         return pad_units(image, COLUMNS if image.shape[-1] >= LARGE else WORD)
 
-    # Under a condition, or XLA fuses what made the scores into every pass over the image, and computes them anew in each.
+    # Under a condition, or XLA fuses what made the scores into every pass over the image, computing them anew in each.
     shape = jax.eval_shape(make_image)
     image = jax.lax.cond(always(scores), make_image, lambda: jnp.full(shape.shape, BARRED, shape.dtype))
     taken = jnp.minimum(candidates(image, size, lengths, unit, first, threshold), wanted(counts, n, (batch, heads)))

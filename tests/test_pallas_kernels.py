@@ -371,6 +371,30 @@ def test_the_whole_is_its_parts_and_everything_chosen_is_dense(implementation):
                 np.testing.assert_allclose(found[b, own], expected, atol=1e-5)
 
 
+def test_the_whole_computes_its_scores_once():
+    """Not in every pass of the selection, which is what XLA made of lengths it knows: twice the work at this size."""
+    size, n, lengths = 8192, 512, jnp.array([8192])
+    shapes = dict(
+        q=(1, 8, 64), k=(1, 2, size, 64), v=(1, 2, size, 64), q_imp=(1, 2, 4, 16), score_keys=(1, 2, 16, size)
+    )
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def flops(function, *names):
+        return jax.jit(function).lower(*(shapes[name] for name in names)).compile().cost_analysis()["flops"]
+
+    shapes |= dict(scores=jax.ShapeDtypeStruct((1, 2, size), jnp.float32))
+    score = functools.partial(pk.importance_scores, lengths=lengths, pooling="maximum", implementation="xla")
+    whole = functools.partial(
+        pk.sparse_decode_attention, lengths=lengths, n=n, pooling="maximum", implementation="xla"
+    )  # fmt: skip
+    once = flops(score, "q_imp", "score_keys")
+    select = flops(lambda s: pk.select_top_k(s, lengths, n, implementation="xla"), "scores")
+    everything = flops(whole, "q", "k", "v", "q_imp", "score_keys")
+    attend = 4 * 8 * n * 64
+    # The compiler's count takes the one score that a condition looks at for all of them.
+    assert everything < 2 * once + select + 1.5 * attend
+
+
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(
