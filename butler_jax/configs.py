@@ -399,7 +399,7 @@ class EvalConfig:
     text: Path | None = None
     """Text file for perplexity. Default: the held-out part of the run's data."""
     policies: tuple[str, ...] = ("dense", "oracle", "random", "streaming", "tokenbutler")
-    """dense, oracle, oracle_head, random, streaming, tokenbutler."""
+    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, quest, lowrank, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Share of the causal keys a query attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4

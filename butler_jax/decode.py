@@ -68,8 +68,7 @@ def decode_step(
     thresholds are another model's, and where an interval is asked of a state that `prefill` did not make for it.
     """
     policy = policy or TokenButler()
-    if policy.name == "dense":
-        selection = None
+    selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
     check_step(state, predictor, selection, policy)
     config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
     cached, total = state.lengths, state.lengths + 1

@@ -65,10 +65,10 @@ def prefill(
     last, kv, scores = run(model, tokens, lengths, capacity, predictor, implementation)
     if scores is not None:
         scores = store(scores, lengths, score_dtype)
-    chosen = None
+    chosen, policy = None, policy or TokenButler()
     if selection is not None and selection.interval > 1:
-        heads = choosing_heads(policy or TokenButler(), model.config)
-        chosen = empty_chosen(model.config, batch, heads, room_for(selection, capacity))
+        heads = choosing_heads(policy, model.config)
+        chosen = empty_chosen(model.config, batch, heads, room_for(policy.selection(selection), capacity))
     state = DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), chosen)
     return logits(model, last), split_state(state)
 

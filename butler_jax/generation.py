@@ -115,8 +115,7 @@ def generate_stream(
     if predictor is not None and selection is None:
         selection = SelectionConfig()
     policy = policy or TokenButler()
-    if policy.name == "dense":
-        selection = None
+    selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
     require(
         selection is None or predictor is not None or not policy.needs_predictor,
         f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely",

@@ -92,7 +92,7 @@ def choosing_heads(policy: Policy, config: BaseConfig) -> int:
     one = jnp.zeros((1, heads, group, 1, 1))
     place = jnp.zeros((1, 1), jnp.int32)
     queries, keys = jnp.zeros((1, heads, group, 1, dim)), jnp.zeros((1, heads, 1, dim))
-    chunk = Chunk(place[0, 0], queries, keys, one, one, Rows(place, place), place[0], jnp.ones((1, 1, 1), bool))
+    chunk = Chunk(place[0, 0], queries, keys, one, one, Rows(place, place), place[0], jnp.ones((1, 1, 1), bool), place)
     return jax.eval_shape(lambda c: policy(c), chunk).shape[1]
 
 
@@ -139,7 +139,8 @@ def chunk_of(
     if scores is not None:
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, 1, size)
     rows = Rows(cached[:, None], jnp.zeros_like(cached)[:, None])
-    return Chunk(view.index, q, keys, logits, scores, rows, columns, allowed[:, None])
+    starts = jnp.zeros((batch, size), jnp.int32)
+    return Chunk(view.index, q, keys, logits, scores, rows, columns, allowed[:, None], starts)
 
 
 def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: int, dtype: Any) -> ScoreCache:

@@ -38,6 +38,13 @@ def rows_of() -> np.ndarray:
     return np.random.default_rng(0).integers(1, 61, (len(PROMPTS), TOTAL)).astype(np.int32)
 
 
+def text_of(rows: int) -> dict[str, np.ndarray]:
+    """Some rows as the simulation takes them."""
+    tokens = rows_of()[:rows]
+    positions = np.broadcast_to(np.arange(TOTAL, dtype=np.int32)[None], tokens.shape)
+    return {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
+
+
 def decoded_sets(model, predictor, policy, selection, steps=None, **options):
     """{(row, position): sets [L, heads, S]} and the counts the step reports, of teacher-forced decoding."""
     tokens = jnp.asarray(rows_of())
@@ -68,13 +75,9 @@ def decoded_sets(model, predictor, policy, selection, steps=None, **options):
 
 def simulated_masks(model, predictor, policy, selection):
     """Masks [L, B, heads, T, S] of the simulation's own pass."""
-    shape = (len(PROMPTS), TOTAL)
-    batch = {
-        "tokens": jnp.asarray(rows_of()),
-        "segments": jnp.ones(shape, jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(TOTAL, dtype=jnp.int32)[None], shape),
-    }
+    batch = jax.tree.map(jnp.asarray, text_of(len(PROMPTS)))
     seen, original = {}, simulation.chosen_mask
+    selection = policy.selection(selection)
 
     def watched(chunk, *rest):
         mask, count = original(chunk, *rest)
@@ -94,12 +97,13 @@ QUICK = [
     ("tokenbutler", {}, dict(budget=0.4, unit=4)),
     ("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
     ("oracle", {}, dict(budget=0.3, neighbours=True)),
+    ("quest", {"page": 4}, dict(budget=0.4)),
 ]
 GRID = [
     (name, fields, budget)
     for name, fields in (
         ("tokenbutler", {}), ("tokenbutler", {"pooling": "maximum"}), ("oracle", {}), ("oracle_head", {}),
-        ("random", {"seed": 3}), ("streaming", {}),
+        ("random", {"seed": 3}), ("streaming", {}), ("lowrank", {"rank": 4}),
     )
     for budget in (
         dict(budget=0.25), dict(budget=12), dict(budget=0.4, unit=4), dict(budget=45, unit=16), dict(budget=1.0),
@@ -116,6 +120,7 @@ def compare(name, fields, budget, **changes):
         budget["threshold"] = ((budget["threshold"],) * heads,) * BASE.layers
     selection = SelectionConfig(sinks=2, window=3, **budget)
     predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if policy.needs_predictor else None
+    policy = policy.prepare(model, [text_of(len(PROMPTS))])
     masks = simulated_masks(model, predictor, policy, selection)
     found = decoded_sets(model, predictor, policy, selection)
     assert len(found) == len(PROMPTS) * (TOTAL - PROMPTS.max())

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
+from butler_jax.configs import BaseConfig, SelectionConfig
 from butler_jax.policies import POLICIES, Chunk, make_policy
 from butler_jax.policies.random import mix
 from butler_jax.selection import Rows
@@ -33,6 +35,7 @@ def chunk():
         rows=Rows(own, start),
         columns=columns,
         allowed=allowed,
+        starts=np.array([[0] * S, [0] * 5 + [5] * (S - 5)], np.int32),
         sinks=2,
         window=3,
     )
@@ -74,6 +77,62 @@ def test_streaming_scores_by_recency(chunk):
     assert scores.shape == (B, K, C, S) and (np.diff(scores, axis=-1) > 0).all()
 
 
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_quest_bounds_every_logit_of_a_page_and_no_later_key(chunk, page):
+    """The bound is that of the keys of the page up to the row, and no logit among them is above it."""
+    scores = np.asarray(make_policy("quest", page=page).scores(chunk))
+    q, k, logits = (np.asarray(a, np.float64) for a in (chunk.q, chunk.k, chunk.logits))
+    for b, c in np.ndindex(B, C):
+        own, start = int(chunk.rows.own[b, c]), int(chunk.rows.start[b, c])
+        for s in range(start, own + 1):
+            first = s - (s - start) % page
+            keys = k[b, :, first : min(first + page, own + 1)]
+            wanted = np.maximum(q[b, :, :, c] * keys.min(1)[:, None], q[b, :, :, c] * keys.max(1)[:, None]).sum(-1)
+            np.testing.assert_allclose(scores[b, :, :, c, s], wanted, atol=1e-5)  # sums of 8 products of size 1
+            assert (scores[b, :, :, c, s] >= logits[b, :, :, c, s] - 1e-5).all()
+
+
+def test_quest_chooses_its_pages_whole():
+    config = make_policy("quest", page=8).selection(SelectionConfig(budget=0.5, unit=1))
+    assert config == SelectionConfig(budget=0.5, unit=8)
+    with pytest.raises(ValueError, match="page of quest must be a power of two"):
+        make_policy("quest", page=12)
+
+
+def test_lowrank_scores_in_the_principal_directions_of_the_keys(chunk):
+    config = BaseConfig(family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=6, kv_heads=2, head_dim=8,
+                        context=64)  # fmt: skip
+    model = BaseModel(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(1, 61, (2, 40)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[1, 30:] = 0
+    batch = {"tokens": tokens, "segments": segments, "positions": np.arange(40, dtype=np.int32)[None] + 0 * tokens}
+    policy = make_policy("lowrank", rank=3).prepare(model, [batch])
+    kept = []
+
+    def mixer(state, view):
+        return dense_mixer(config, jnp.asarray(segments))(None, view)[0], state, view.k
+
+    x = embed(model, jnp.asarray(tokens))
+    keys = np.asarray(run_layers(model, x, jnp.asarray(batch["positions"]), mixer, None)[2], np.float64)
+    for layer, head in np.ndindex(4, 2):
+        own = keys[layer, :, :, head][segments > 0]
+        values, vectors = np.linalg.eigh(np.cov(own.T, bias=True))
+        basis = vectors[:, ::-1][:, :3]
+        found = policy.directions[layer, head]
+        np.testing.assert_allclose(found @ found.T, basis @ basis.T, atol=1e-3)  # the same space; float32 sums
+        kept.append(values[::-1][:3].sum() / values.sum())
+    assert min(kept) > 3 / 8
+    basis = np.float64(policy.directions[3])
+    q, k = (np.einsum(f"bk{g}cd,kdr->bk{g}cr", a, basis) for g, a in (("g", np.asarray(chunk.q)), ("", chunk.k)))
+    np.testing.assert_allclose(policy.scores(chunk), np.einsum("bkgcr,bksr->bkgcs", q, k), atol=1e-5)
+    whole = make_policy("lowrank", rank=8).prepare(model, [batch])
+    np.testing.assert_allclose(whole.scores(chunk), chunk.logits, atol=1e-4)  # all directions: the true logits
+    assert whole != policy and len({whole, policy}) == 2 and make_policy("lowrank").prepare(model, [batch]).rank == 2
+    with pytest.raises(ValueError, match=r"rank of lowrank must be 1 \.\.\. 8, the head dimension, got 9"):
+        make_policy("lowrank", rank=9).prepare(model, [batch])
+
+
 def test_random_scores_are_uniform_and_differ_everywhere(chunk):
     big = 256
     own = jnp.arange(big, dtype=jnp.int32)[None]
@@ -109,9 +168,14 @@ def test_hash_is_the_published_finaliser():
     np.testing.assert_array_equal(mix(jnp.asarray(values, jnp.uint32)), [reference(v) for v in values])
 
 
-def test_every_policy_gives_finite_scores_of_the_shape_selection_takes(chunk):
+def test_every_policy_gives_finite_scores_of_the_shape_selection_takes_or_evicts(chunk):
+    directions = np.ones((4, K, D, 2), np.float32)
     for name in POLICIES:
-        scores = make_policy(name)(chunk)
+        if POLICIES[name].evicts:
+            with pytest.raises(ValueError, match=f"the policy {name} evicts for good: it is simulated by eval.py"):
+                make_policy(name)(chunk)
+            continue
+        scores = make_policy(name, **({"directions": directions} if name == "lowrank" else {}))(chunk)
         assert scores.shape in ((B, K, C, S), (B, K * G, C, S)), name
         assert np.isfinite(np.asarray(scores)).all(), name
 
@@ -125,3 +189,5 @@ def test_errors_name_what_is_known(chunk):
         make_policy("tokenbutler", pooling="mean")
     with pytest.raises(ValueError, match="needs a trained predictor"):
         make_policy("tokenbutler")(chunk._replace(importance=None))
+    with pytest.raises(ValueError, match="lowrank has no directions yet"):
+        make_policy("lowrank")(chunk)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
-from butler_jax.evaluation.simulate import chosen_mask
+from butler_jax.evaluation.simulate import chosen_mask, with_rule
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor
@@ -58,6 +58,7 @@ def calibrate_thresholds(
         predictor is not None or not policy.needs_predictor,
         f"the policy {policy.name} needs a trained predictor",
     )
+    selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
     found = np.zeros((model.config.layers, choosing_heads(policy, model.config)), np.uint32)
@@ -95,7 +96,7 @@ def _read(
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end look at the last column
 
     def one(chunk, values, number):
-        mask, count = chosen_mask(chunk, policy, limits, rule)
+        mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
         if not whole:
             read = read / jnp.maximum(count, 1).astype(jnp.float32)[:, None]

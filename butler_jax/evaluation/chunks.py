@@ -83,6 +83,7 @@ def map_chunks(
             Rows(own, start),
             first + jnp.arange(band.keys, dtype=jnp.int32),
             chunk_mask(number, first, band.keys, segments, window, size),
+            band.take(starts, first, 1),
         )
         return apply(chunk, band.take(values, first, 2), number)
 

@@ -19,8 +19,10 @@ from butler_jax.evaluation.perplexity import perplexity, predicted_tokens, read_
 from butler_jax.evaluation.recall import recall
 from butler_jax.evaluation.report import Report, versions
 from butler_jax.policies import Policy, make_policy
+from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
 
+PREPARED_TOKENS = 8192  # of text that a policy is prepared on
 Say = Callable[[str], None]
 
 
@@ -56,9 +58,11 @@ def evaluate(
         policies = [p for p in policies if not p.needs_predictor]
         require(bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run")
     started = time.perf_counter()
+    data = data or _run_data(config.run)
+    policies = _prepared(policies, base, config, data)
     report = Report()
     if "perplexity" in config.tasks:
-        batches = _text_batches(base, config, data or _run_data(config.run), say)
+        batches = _text_batches(base, config, data, say)
         _judge_text(report, base, predictor, config, policies, batches, say)
     if "coreference" in config.tasks:
         _judge_coreference(report, base, predictor, config, policies, say)
@@ -66,6 +70,7 @@ def evaluate(
         base=base.name,
         fingerprint=base.fingerprint,
         predictor=None if predictor is None else to_dict(predictor.config),
+        policies=[describe(p) for p in policies],
         versions=versions(),
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         config=to_dict(config),
@@ -95,6 +100,18 @@ def run_config(run: Path) -> dict[str, Any]:
 
 def _run_data(run: Path | None) -> str:
     return "python_docs" if run is None else run_config(run).get("data", "python_docs")
+
+
+def _prepared(policies: Sequence[Policy], base: Any, config: EvalConfig, data: str) -> list[Policy]:
+    """Policies with what they find out on text: a few rows of the training part of `data`."""
+    if all(type(p).prepare is Policy.prepare for p in policies):
+        return list(policies)
+    from butler_jax.data import batches
+
+    length = min(config.context, base.config.context)
+    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=config.data_dir)
+    rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
+    return [policy.prepare(base.model, rows) for policy in policies]
 
 
 def _text_batches(base: Any, config: EvalConfig, data: str, say: Say) -> list[dict[str, np.ndarray]]:
@@ -146,8 +163,10 @@ def _judge_text(report, base, predictor, config, policies, batches, say) -> None
     for policy in sparse:
         for budget in config.budgets:
             mass = found.mass[policy.name][budget]
-            report.add("recalled_mass", policy.name, budget, mass, "fraction", found.rows, found.attended[budget])
-    for policy in sparse if found.hit_rows else ():
+            report.add(
+                "recalled_mass", policy.name, budget, mass, "fraction", found.rows, found.attended[policy.name][budget]
+            )
+    for policy in [p for p in sparse if p.name in found.hit_rate] if found.hit_rows else ():
         report.add("hit_rate", policy.name, 0.5, found.hit_rate[policy.name], "fraction", found.hit_rows, 0.5)
     say(f"recalled mass and hit rate of {len(sparse)} policies   {time.perf_counter() - began:6.1f} s")
 

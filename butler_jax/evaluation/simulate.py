@@ -13,6 +13,7 @@ from butler_jax.attention import merge_queries, weighted_values
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
+from butler_jax.evaluation.eviction import evicting_attention
 from butler_jax.policies import Chunk, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, beyond, limits_of, select_mask
@@ -61,6 +62,7 @@ def simulate(
         f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one",
     )
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
+    config = policy.selection(config)
     limits = limits_of(config, model.config, length)
     if not policy.needs_predictor:
         predictor = None
@@ -103,13 +105,17 @@ def hidden_states(
     def mixer(state, view):
         state, importance = step(state, view)
 
+        def evict(limit):
+            found = evicting_attention(view, segments, limit, policy, limits, rule)
+            return found.output, found.fraction
+
         def attend(limit):
             apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
             (outputs, fractions), size = map_chunks(apply, view, importance, segments, limit)
             fractions = jnp.swapaxes(fractions, 0, 1).reshape(segments.shape[0], -1)[:, :length]
             return merge_queries(outputs, size, length), fractions
 
-        output, fractions = by_window(base, view.index, attend)
+        output, fractions = by_window(base, view.index, evict if policy.evicts else attend)
         return output, state, fractions
 
     x, _, fractions = run_layers(model, x, positions, mixer, begun)
@@ -118,7 +124,7 @@ def hidden_states(
 
 def sparse_chunk(chunk, values, number, *, policy: Policy, limits: Limits, rule: SelectionConfig):
     """Attention of a chunk over its chosen keys: output [B, K, M, D], fraction of causal keys read [B, C]."""
-    mask, count = chosen_mask(chunk, policy, limits, rule)
+    mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
     batch, kv_heads, group, size, keys = chunk.logits.shape
     read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
     fraction = read.astype(jnp.float32) / (mask.shape[1] * jnp.maximum(count, 1)).astype(jnp.float32)
@@ -130,8 +136,13 @@ def sparse_chunk(chunk, values, number, *, policy: Policy, limits: Limits, rule:
     return output.astype(values.dtype), fraction
 
 
+def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
+    """The chunk with the sinks and the window of the selection that will choose."""
+    return chunk._replace(sinks=rule.sinks, window=rule.window)
+
+
 def chosen_mask(
-    chunk: Chunk, policy: Policy, limits: Limits, rule: SelectionConfig
+    chunk: Chunk, scores: Float[Array, "B K C S"], limits: Limits, rule: SelectionConfig
 ) -> tuple[Bool[Array, "B K C S"], Int[Array, "B C"]]:
     """The keys that the chunk's rows read, and how many they may see. Layer 0 reads everything."""
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
@@ -141,7 +152,6 @@ def chosen_mask(
     if limits.threshold is not None:
         threshold = jnp.where(chunk.layer > 0, limits.threshold[chunk.layer], -jnp.inf)[None, :, None]
         threshold = beyond(limits.min_context, count[:, None], threshold)
-    scores = policy(chunk._replace(sinks=rule.sinks, window=rule.window))
     mask = select_mask(
         scores, allowed, chunk.rows, tokens, sinks=rule.sinks, window=rule.window, columns=chunk.columns,
         unit=rule.unit, threshold=threshold, neighbours=rule.neighbours,

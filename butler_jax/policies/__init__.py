@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from butler_jax.configs import require
 from butler_jax.policies.dense import Dense
+from butler_jax.policies.h2o import H2O
 from butler_jax.policies.interface import Chunk, Policy
+from butler_jax.policies.lowrank import LowRank
 from butler_jax.policies.oracle import Oracle, OracleHead
+from butler_jax.policies.quest import Quest
 from butler_jax.policies.random import Random
+from butler_jax.policies.snapkv import SnapKV
 from butler_jax.policies.streaming import Streaming
 from butler_jax.policies.tokenbutler import TokenButler
 
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, TokenButler)}
+POLICIES: dict[str, type[Policy]] = {
+    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, H2O, SnapKV, Quest, LowRank, TokenButler)
+}
 
 __all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
 

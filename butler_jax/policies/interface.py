@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.configs import SelectionConfig
 from butler_jax.selection import Rows, always_chosen
+
+if TYPE_CHECKING:
+    from butler_jax.base_model import BaseModel
 
 
 class Chunk(NamedTuple):
@@ -18,7 +24,8 @@ class Chunk(NamedTuple):
     layer: its index, from 0. q (times D**-0.5) and k: after rotary. logits: q . k, every key, masked or
     not. importance: the predictor's scores in the layout of logits, None without a predictor. rows: the
     queries' columns. columns: positions of the keys along the sequence. allowed: which keys a row may see
-    (batch 1 without documents). sinks, window: of the selection that will choose.
+    (batch 1 without documents). starts: the column where each key's document begins. sinks, window: of the selection
+    that will choose.
     """
 
     layer: Int[Array, ""]
@@ -29,6 +36,7 @@ class Chunk(NamedTuple):
     rows: Rows
     columns: Int[Array, " S"]
     allowed: Bool[Array, "B C S"]
+    starts: Int[Array, "B S"]
     sinks: int = 0
     window: int = 0
 
@@ -49,6 +57,7 @@ class Policy:
 
     name: ClassVar[str]
     needs_predictor: ClassVar[bool] = False
+    evicts: ClassVar[bool] = False  # see evicting.py
 
     def scores(self, chunk: Chunk) -> Float[Array, "B K G C S"]:
         """Scores per query head, before pooling."""
@@ -57,6 +66,14 @@ class Policy:
     def pool(self, scores: Float[Array, "B K G C S"], chunk: Chunk) -> Float[Array, "B K C S"]:
         """Scores per KV head; default: the maximum over the group."""
         return jnp.max(scores, axis=2)
+
+    def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
+        """The policy with what it has to find out about a model on some text; default: nothing."""
+        return self
+
+    def selection(self, config: SelectionConfig) -> SelectionConfig:
+        """The selection under which the policy is used; default: what was asked for."""
+        return config
 
     def __call__(self, chunk: Chunk) -> Float[Array, "B K C S"]:
         """The scores that selection takes."""
@@ -81,5 +98,6 @@ def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """Name and hyper-parameters, for reports."""
-    return {"name": policy.name, **{f: getattr(policy, f) for f in policy.__dataclass_fields__}}
+    """Name and hyper-parameters, for reports; what was found on text is left out."""
+    fields = {f: getattr(policy, f) for f in policy.__dataclass_fields__}
+    return {"name": policy.name, **{f: value for f, value in fields.items() if not isinstance(value, np.ndarray)}}

@@ -1,0 +1,32 @@
+"""H2O (Zhang et al. 2023, arXiv 2306.14048): the heavy hitters, by accumulated attention, and the newest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from butler_jax.policies.evicting import Evicting
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Evicting):
+    """A token is worth the attention that all rows so far gave it while it was kept; half of the budget is recent."""
+
+    name = "h2o"
+
+    def begin(self, shape):
+        """No attention yet."""
+        return jnp.zeros(shape, jnp.float32)
+
+    def observe(self, memory, weights, row):
+        """Add it up."""
+        return memory + weights
+
+    def worth(self, memory):
+        """The sum."""
+        return memory
+
+    def recent(self, budget):
+        """Half of the budget."""
+        return budget // 2

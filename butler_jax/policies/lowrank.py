@@ -1,0 +1,74 @@
+"""Loki (Singhania et al. 2024, arXiv 2406.02542): queries and keys on the first principal directions of the keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
+from butler_jax.configs import require
+from butler_jax.policies.interface import Chunk, Policy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LowRank(Policy):
+    """Scores by q . k in the first `rank` principal directions of the cached keys (after rotary), found on text.
+
+    rank: None is a quarter of the head dimension, as published. directions: [L, K, D, rank], from `prepare`.
+    """
+
+    name = "lowrank"
+    rank: int | None = None
+    directions: np.ndarray | None = None
+
+    __eq__ = object.__eq__  # compiled once for each set of directions
+    __hash__ = object.__hash__
+
+    def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> LowRank:
+        """The policy with the directions of this text's keys. Raises ValueError for a rank beyond the dimension."""
+        dim = model.config.head_dim
+        rank = dim // 4 if self.rank is None else self.rank
+        require(1 <= rank <= dim, f"the rank of lowrank must be 1 ... {dim}, the head dimension, got {rank}")
+        sums = None
+        for batch in batches:
+            part = key_moments(model, {n: jnp.asarray(batch[n]) for n in ("tokens", "segments", "positions")})
+            sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+        require(sums is not None, "lowrank finds its directions on text: give at least one batch")
+        products, mean, count = (np.asarray(a, np.float64) for a in sums)
+        mean = mean / count
+        covariance = products / count - mean[..., :, None] * mean[..., None, :]
+        directions = np.linalg.eigh(covariance)[1][..., ::-1][..., :rank]  # largest first
+        return dataclasses.replace(self, rank=rank, directions=directions.astype(np.float32))
+
+    def scores(self, chunk: Chunk):
+        """Products in the few directions, per query head."""
+        require(self.directions is not None, "lowrank has no directions yet; use what prepare(model, batches) gives")
+        basis = jnp.asarray(self.directions)[chunk.layer]
+        exact = dict(preferred_element_type=jnp.float32, precision="highest")
+        q = jnp.einsum("bkgcd,kdr->bkgcr", chunk.q.astype(jnp.float32), basis, **exact)
+        k = jnp.einsum("bksd,kdr->bksr", chunk.k.astype(jnp.float32), basis, **exact)
+        return jnp.einsum("bkgcr,bksr->bkgcs", q, k, **exact)
+
+
+@jax.jit
+def key_moments(
+    model: BaseModel, batch: dict[str, Int[Array, "B T"]]
+) -> tuple[Float[Array, "L K D D"], Float[Array, "L K D"], Float[Array, ""]]:
+    """Sums over all tokens that are not padding: k k^T, k, and 1."""
+    dense = dense_mixer(model.config, batch["segments"])
+    real = (batch["segments"] > 0).astype(jnp.float32)
+
+    def mixer(state, view):
+        keys = view.k.astype(jnp.float32) * real[..., None, None]
+        products = jnp.einsum("btkd,btke->kde", keys, keys, precision="highest")
+        return dense(None, view)[0], state, (products, jnp.sum(keys, axis=(0, 1)))
+
+    x = embed(model, batch["tokens"])
+    _, _, (products, sums) = run_layers(model, x, batch["positions"], mixer, None)
+    return products, sums, jnp.sum(real)

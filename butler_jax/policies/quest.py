@@ -1,0 +1,72 @@
+"""Quest (Tang et al. 2024, arXiv 2406.10774): whole pages, by an upper bound of every logit in the page."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.configs import SelectionConfig, require
+from butler_jax.policies.interface import Chunk, Policy
+
+Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quest(Policy):
+    """Scores a page by sum_d max(q_d min_d, q_d max_d) over the range of its keys, and keeps pages whole.
+
+    Of the page that a row itself stands in, only the keys up to that row count. page: tokens, a power of two.
+    """
+
+    name = "quest"
+    page: int = 16
+
+    def __post_init__(self):
+        good = self.page >= 1 and self.page & (self.page - 1) == 0
+        require(good, f"a page of quest must be a power of two (1, 2, 4, 8, 16, ...), got {self.page}")
+
+    def selection(self, config: SelectionConfig) -> SelectionConfig:
+        """Pages are chosen whole."""
+        return dataclasses.replace(config, unit=self.page)
+
+    def scores(self, chunk: Chunk):
+        """The bound of each token's page, per query head."""
+        so_far, whole = page_ranges(chunk.k, chunk.columns, chunk.starts, self.page)
+        up, down = jnp.maximum(chunk.q, 0), jnp.minimum(chunk.q, 0)
+
+        def bound(product, low, high):
+            parts = ((up, high), (down, low))
+            return sum(jnp.einsum(product, *part, preferred_element_type=jnp.float32) for part in parts)
+
+        own = jnp.clip(chunk.rows.own - chunk.columns[0], 0, chunk.k.shape[2] - 1)  # a row's own place among the keys
+        mine = bound("bkgcd,bkcd->bkgc", *(jnp.take_along_axis(a, own[:, None, :, None], axis=2) for a in so_far))
+        first = chunk.rows.own - (chunk.rows.own - chunk.rows.start) % self.page
+        same = chunk.columns[None, None] >= first[..., None]
+        return jnp.where(same[:, None, None], mine[..., None], bound("bkgcd,bksd->bkgcs", *whole))
+
+
+def page_ranges(
+    keys: Float[Array, "B K S D"], columns: Int[Array, " S"], starts: Int[Array, "B S"], page: int
+) -> tuple[Range, Range]:
+    """(smallest, largest) of every dimension over the keys of a token's page: those up to the token, and all of them.
+
+    Pages are counted from the start of each document; its end, and that of the keys, may cut one.
+    """
+    place = (columns[None] - starts) % page
+    low = high = keys
+    step = 1
+    while step < page:  # ranges of 2, 4, 8, ... tokens, as far as the page goes
+        inside = ((place >= step) & (columns - columns[0] >= step)[None])[:, None, :, None]
+        low = jnp.where(inside, jnp.minimum(low, jnp.roll(low, step, axis=2)), low)
+        high = jnp.where(inside, jnp.maximum(high, jnp.roll(high, step, axis=2)), high)
+        step *= 2
+    size = keys.shape[2]
+    index = jnp.arange(size, dtype=jnp.int32)[None]
+    begins = jnp.where(starts == columns[None], index, size)
+    following = jax.lax.cummin(jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=size), axis=1, reverse=True)
+    last = jnp.minimum(index + page - 1 - place, following - 1)[:, None, :, None]
+    return (low, high), tuple(jnp.take_along_axis(a, last, axis=2) for a in (low, high))
