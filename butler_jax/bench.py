@@ -175,7 +175,7 @@ def _fill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, c
     return generation.start(
         base.model, predictor, jnp.asarray(prompt), jnp.full(config.batch, prompt.shape[1], jnp.int32), keys,
         selection=None, policy=make_policy("tokenbutler"), sampling=Sampling(), capacity=context,
-        chunk=generation.CHUNK, implementation=None,
+        chunk=generation.CHUNK,
     )  # fmt: skip
 
 

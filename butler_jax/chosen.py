@@ -70,11 +70,12 @@ def recent_from(
 ) -> Int[Array, " B"]:
     """The first token that is attended for being recent, some steps after a choice.
 
-    The window moves on; but a row whose choice was everything loses nothing: all that came since is recent.
+    The window moves on; but a row whose choice was everything loses nothing: all that came since is recent. Nor does a
+    row so short that its window held sinks, whatever its thresholds let pass.
     """
     then = lengths - steps % config.interval
     count = then if window is None else jnp.minimum(then, window)
     everything = limits.table[count] >= count
     if limits.threshold is not None:
-        everything &= count <= limits.min_context
+        everything &= count <= max(limits.min_context, config.least)
     return jnp.maximum(jnp.where(everything, then, lengths) - config.window, 0)

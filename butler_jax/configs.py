@@ -273,17 +273,28 @@ class SelectionConfig:
     min_context: int = 0
 
     def __post_init__(self):
-        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
-        require(number, f"the budget must be a number, got {self.budget!r}")
+        for name in ("budget", "sinks", "window", "unit", "interval", "min_context"):
+            value = getattr(self, name)
+            if hasattr(value, "item"):  # of numpy
+                object.__setattr__(self, name, value.item())
+                value = getattr(self, name)
+            kinds = (int, float) if name == "budget" else int
+            require(
+                isinstance(value, kinds) and not isinstance(value, bool),
+                f"{name} must be a {'number' if name == 'budget' else 'whole number'}, got {value!r}",
+            )
         require(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
         require(self.window >= 1, f"the window must be at least 1 (the token itself), got {self.window}")
         require(
-            isinstance(self.unit, int) and self.unit >= 1 and self.unit & (self.unit - 1) == 0,
+            self.unit >= 1 and self.unit & (self.unit - 1) == 0,
             f"the unit must be a power of two (1, 2, 4, ...), got {self.unit!r}",
         )
         require(self.interval >= 1, f"the interval must be at least 1 step, got {self.interval}")
         require(self.min_context >= 0, f"min_context must be 0 or more tokens, got {self.min_context}")
-        require(self.budget > 0, f"the budget must be above 0, got {self.budget}")
+        require(
+            self.budget > 0,
+            f"the budget must be above 0, got {self.budget}; give a fraction such as 0.25 or a number of tokens",
+        )
         if isinstance(self.budget, float):
             require(
                 self.budget <= 1,
@@ -297,11 +308,14 @@ class SelectionConfig:
                 f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)",
             )
         if self.threshold is not None:
-            rows = tuple(tuple(float(value) for value in row) for row in self.threshold)
+            shape = "threshold must hold one number for every layer and KV head, [L][K]"
+            try:
+                rows = tuple(tuple(float(value) for value in row) for row in self.threshold)
+            except TypeError:
+                raise ValueError(f"{shape}; got {self.threshold!r}") from None
             require(
                 len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0,
-                "threshold must hold one number for every layer and KV head, [L][K]; got rows of "
-                f"{sorted({len(row) for row in rows})} numbers",
+                f"{shape}; got rows of {sorted({len(row) for row in rows})} numbers",
             )
             object.__setattr__(self, "threshold", rows)
 
@@ -417,7 +431,8 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
     score_dtype: Literal["int8"] | None = None
-    """int8 rounds the predictor's importance keys as decoding stores them with it. Default: that of the base model."""
+    """int8 rounds the predictor's importance keys as decoding stores them after a prompt of the whole text.
+    Default: that of the base model."""
     data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     seed: int = 0

@@ -70,6 +70,8 @@ def decode_step(
     policy = policy or TokenButler()
     selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
     check_step(state, predictor, selection, policy)
+    if selection is not None and selection.interval > 1:
+        check_room(state, selection, choosing_heads(policy, model.config))
     config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
     cached, total = state.lengths, state.lengths + 1
     x = embed(model, tokens[:, None])
@@ -257,6 +259,16 @@ def check_step(
         selection.interval == 1 or state.chosen is not None,
         f"an interval of {selection.interval} keeps a choice over the steps, and the state has no room for one; give "
         "the selection to prefill too",
+    )
+
+
+def check_room(state: DecodeState, selection: SelectionConfig, sets: int) -> None:
+    """Raise ValueError where the room that prefill made for a choice is another selection's."""
+    wanted, found = (sets, room_for(selection, state.kv.capacity)), state.chosen.indices.shape[2:]
+    require(
+        found == wanted,
+        f"the state has room for {found[1]} units of {found[0]} heads, and this selection chooses {wanted[1]} of "
+        f"{wanted[0]}: prefill was done for another one; give both the same",
     )
 
 

@@ -18,7 +18,7 @@ from butler_jax.configs import SelectionConfig, require
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor, walk
-from butler_jax.score_keys import store
+from butler_jax.score_keys import check_score_dtype, store
 from butler_jax.scoring import choosing_heads, empty_scores
 from butler_jax.selection import room_for
 
@@ -54,6 +54,7 @@ def prefill(
         capacity <= model.config.context,
         f"a cache of {capacity} tokens is beyond the model's context of {model.config.context}",
     )
+    check_score_dtype(score_dtype)
     require(chunk >= 1, f"a chunk must have at least 1 token, got {chunk}")
     if not isinstance(lengths, jax.core.Tracer):
         known = np.asarray(lengths)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from butler_jax.command_line import read, run
 from butler_jax.configs import SelectionConfig, parse_budget, require
+from butler_jax.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ class GenerateConfig:
     """Above 1: tokens already there become less likely."""
     seed: int = 0
     """Seed of the draws."""
+    stop: tuple[str, ...] = ()
+    """Texts of single tokens at which to stop, besides the end of the text."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
 
@@ -76,6 +79,14 @@ class GenerateConfig:
             "--prompt and --prompt-file exclude each other; give one of them",
         )
         self.selection()
+        self.sampling()
+
+    def sampling(self) -> dict[str, Any]:
+        """What generate takes to draw tokens. Raises ValueError for what cannot be."""
+        fields = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        fields["repetition_penalty"] = self.repetition_penalty
+        Sampling(**fields)
+        return fields
 
     def selection(self) -> SelectionConfig | None:
         """The selection these settings describe; None where decoding is dense."""
@@ -106,19 +117,19 @@ def continue_prompt(config: GenerateConfig) -> int:
     from butler_jax.evaluation import run_config
     from butler_jax.generation import generate
     from butler_jax.policies import make_policy
+    from butler_jax.prompts import stop_tokens
     from butler_jax.weights import load_base
 
     prompt, selection = config.text(), config.selection()
     base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
     predictor = None if selection is None else load_predictor(config.run, base)
+    stop = None if not config.stop else [*config.stop, *stop_tokens(base, None)]
     show = lambda text: print(text, end="", flush=True)  # noqa: E731
     show(prompt)
     result = generate(
         base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
         policy=make_policy("tokenbutler", pooling=config.pooling), max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        repetition_penalty=config.repetition_penalty, seed=config.seed, offload=config.offload,
-        score_dtype=config.score_dtype,
+        seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop, **config.sampling(),
     )  # fmt: skip
     print(flush=True)
     print(

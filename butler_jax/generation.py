@@ -25,6 +25,7 @@ from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.prompts import Prompts, Writer, encode, stop_tokens
 from butler_jax.sampling import Sampling, draw, penalise
+from butler_jax.score_keys import check_score_dtype
 from butler_jax.selection import budget_table, limits_of
 
 if TYPE_CHECKING:
@@ -107,7 +108,10 @@ def generate_stream(
     the tokenizer's end of text). seed: of row 0, the others count on; or one a row. capacity: tokens a row has room
     for; by default the next of a few sizes, so that lengths up to it share a compilation. chunk: see `prefill`.
     offload: keys and values are moved to host memory after the prefill, and only what is read comes back (offload.py).
-    score_dtype: "int8" keeps the predictor's importance keys in int8. result: filled while the pieces come.
+    score_dtype: "int8" keeps the predictor's importance keys in int8. implementation: of the kernels of pallas_kernels.
+    result: filled while the pieces come.
+
+    A base with longrope picks its rotary factors by the capacity: give one for rows that are to agree with longer ones.
 
     Raises ValueError for an empty prompt, ids out of range, and what fits neither the capacity nor the context.
     """
@@ -120,7 +124,11 @@ def generate_stream(
         selection is None or predictor is not None or not policy.needs_predictor,
         f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely",
     )
-    require(max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    require(
+        isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1,
+        f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}",
+    )
+    check_score_dtype(score_dtype)
     rows = encode(base, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
@@ -131,17 +139,39 @@ def generate_stream(
     tokens = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
-    seeds = [seed + b for b in range(len(rows))] if isinstance(seed, int) else list(seed)
-    require(len(seeds) == len(rows), f"{len(seeds)} seeds do not fit {len(rows)} prompts; give one each, or one number")
-    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    keys = row_keys(seed, len(rows))
     ends = stop_tokens(base, stop)
     result = Generated() if result is None else result
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
-    writers = [Writer(base.tokenizer) for _ in rows]
-    done, read = np.zeros(len(rows), bool), np.zeros(len(rows))
+    return _pieces(
+        base, predictor, tokens, lengths, keys, ends, result, table,
+        selection=selection, policy=policy, sampling=settings, max_new_tokens=max_new_tokens,
+        capacity=capacity, chunk=chunk, offload=offload, score_dtype=score_dtype,
+        implementation=implementation,
+    )  # fmt: skip
 
-    fixed = dict(policy=policy, sampling=settings, implementation=implementation)
+
+def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """A random key for every row. Raises ValueError for seeds that are no whole numbers, or not as many as rows."""
+    if isinstance(seed, (int, np.integer)):
+        seed = [int(seed) + b for b in range(rows)]
+    whole = not isinstance(seed, str) and all(isinstance(one, (int, np.integer)) for one in seed)
+    require(whole, f"the seed must be a whole number, or one for every prompt, got {seed!r}")
+    require(len(seed) == rows, f"{len(seed)} seeds do not fit {rows} prompts; give one each, or one number")
+    return jax.vmap(jax.random.key)(jnp.asarray([int(one) & 0xFFFFFFFF for one in seed], jnp.uint32))
+
+
+def _pieces(
+    base, predictor, tokens, lengths, keys, ends, result, table, *, selection, policy, sampling, max_new_tokens,
+    capacity, chunk, offload, score_dtype, implementation,
+) -> Iterator[Piece]:  # fmt: skip
+    """The work of generate_stream, whose arguments are checked before the first piece is asked for."""
+    rows = len(lengths)
+    writers = [Writer(base.tokenizer) for _ in range(rows)]
+    done, read = np.zeros(rows, bool), np.zeros(rows)
+
+    fixed = dict(policy=policy, sampling=sampling)
     began = time.perf_counter()
     made, held = start(
         base.model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, selection=selection,
@@ -155,7 +185,17 @@ def generate_stream(
         token, fraction = made
         if step + 1 < max_new_tokens:  # the next step is under way before this one's token is looked at
             now, most = _plan(selection, table, lengths, step)
-            made, held = advance(base.model, predictor, token, keys, held, selection=now, most=most, **fixed)
+            made, held = advance(
+                base.model,
+                predictor,
+                token,
+                keys,
+                held,
+                selection=now,
+                most=most,
+                implementation=implementation,
+                **fixed,
+            )
         values = np.asarray(token)
         if step == 0:
             result.prefill_seconds = time.perf_counter() - began
@@ -193,13 +233,10 @@ class _Step(NamedTuple):
     attended: jax.Array
 
 
-@partial(
-    jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "score_dtype", "implementation")
-)
+@partial(jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "score_dtype"))
 def start(
-    model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, score_dtype=None,
-    implementation=None,
-) -> tuple[_Step, _Held]:  # fmt: skip
+    model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, score_dtype=None
+) -> tuple[_Step, _Held]:
     """The caches of the prompts, and the first token of every row."""
     logits, state = prefill(
         model, tokens, lengths, capacity=capacity, predictor=predictor, selection=selection, policy=policy, chunk=chunk,

@@ -19,6 +19,10 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
     """Token ids of every prompt. Raises ValueError for an empty one, ids out of range, or text without a tokenizer."""
     if isinstance(prompts, str):
         prompts = [prompts]
+    require(
+        isinstance(prompts, (Sequence, np.ndarray)),
+        f"prompts must be a text, or a list of texts or of token ids, got {type(prompts).__name__}",
+    )
     prompts = list(prompts)
     require(bool(prompts), "there is no prompt; give a text, or a list of texts or of token ids")
     if all(isinstance(p, (int, np.integer)) for p in prompts):
@@ -31,6 +35,8 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
             if not row and base.tokenizer.bos is not None:
                 row = [base.tokenizer.bos]
         else:
+            whole = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
+            require(whole, f"prompt {number} must be a text or a list of token ids, got {prompt!r}")
             row = [int(token) for token in prompt]
         require(bool(row), f"prompt {number} is empty, and nothing can follow nothing; give at least one token")
         least, most = min(row), max(row)
@@ -51,8 +57,14 @@ def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
     found = set()
     for one in [stop] if isinstance(stop, (str, int)) else stop:
         token = base.tokenizer.backend.token_to_id(one) if isinstance(one, str) and base.tokenizer else one
-        require(isinstance(token, int), f"stop {one!r} is not a single token of {base.name}; give a token id")
-        found.add(token)
+        require(
+            isinstance(token, (int, np.integer)), f"stop {one!r} is not a single token of {base.name}; give a token id"
+        )
+        require(
+            0 <= token < base.config.vocab_size,
+            f"stop {token} is no token of {base.name}; its vocabulary is 0 ... {base.config.vocab_size - 1}",
+        )
+        found.add(int(token))
     return found
 
 

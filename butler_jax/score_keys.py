@@ -1,7 +1,8 @@
 """Importance keys in int8, one scale a layer, row and head: a half or a quarter of the bytes that scoring reads.
 
-A scale comes from the prompt. The first tokens do not count for it: they are attention sinks, their keys can be several
-times as large as all others, and they are read whatever their score. What exceeds the scale later saturates.
+A scale comes from the prompt: its largest element, and no less than WIDE times the root mean square, for a short prompt
+has not seen the largest yet. The first tokens do not count: they are attention sinks, their keys can be several times
+as large as all others, and they are read whatever their score. What exceeds the scale later saturates.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from butler_jax.configs import SelectionConfig, require
 from pallas_kernels import quantise_score_keys
 
 SINKS = SelectionConfig().sinks  # tokens that do not count for a scale
+WIDE = 5.0
+
+
+def check_score_dtype(score_dtype: str | None) -> None:
+    """Raise ValueError for what keys cannot be kept in."""
+    require(score_dtype in (None, "int8"), f"score_dtype must be 'int8' or None, got {score_dtype!r}")
 
 
 def store(scores: ScoreCache, lengths: Int[Array, " B"], score_dtype: str | None) -> ScoreCache:
-    """A score cache filled from prompts as decoding keeps it: in int8, or as it is (None).
-
-    Raises ValueError for another dtype.
-    """
-    require(score_dtype in (None, "int8"), f"score_dtype must be 'int8' or None, got {score_dtype!r}")
+    """A score cache filled from prompts as decoding keeps it: in int8, or as it is (None)."""
     if score_dtype is None:
         return scores
     held = jnp.arange(scores.keys.shape[-1])[None] < lengths[:, None]
@@ -44,8 +47,11 @@ def scales_of(keys: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Flo
     """What one step of int8 is worth, from the keys held by each row."""
     later = jnp.arange(held.shape[1])[None] >= SINKS
     counted = held & (later | (jnp.sum(held, axis=1, keepdims=True) <= SINKS))
-    largest = jnp.max(jnp.abs(jnp.where(counted[:, None, None], keys, 0)), axis=(-2, -1))
-    return largest.astype(jnp.float32) / 127
+    keys = jnp.where(counted[:, None, None], keys, 0).astype(jnp.float32)
+    elements = jnp.maximum(jnp.sum(counted, axis=1), 1).astype(jnp.float32) * keys.shape[-2]
+    elements = elements.reshape((1,) * (keys.ndim - 4) + (-1, 1))
+    spread = jnp.sqrt(jnp.sum(jnp.square(keys), axis=(-2, -1)) / elements)
+    return jnp.maximum(jnp.max(jnp.abs(keys), axis=(-2, -1)), WIDE * spread) / 127
 
 
 def rounded(keys: Float[Array, "B T Q R"], held: Bool[Array, "B T"]) -> Float[Array, "B T Q R"]:

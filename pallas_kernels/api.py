@@ -191,6 +191,10 @@ def sparse_decode_attention(
         k.ndim >= 3 and k.shape[-2] == score_keys.shape[-1],
         f"k {k.shape} and score_keys {score_keys.shape} must have room for the same number of tokens S",
     )
+    checks.require(
+        layer is None or k.shape[0] == score_keys.shape[0],
+        f"k has {k.shape[0]} layers and score_keys {score_keys.shape[0]}; a cache has them for the same layers",
+    )
     checks.require(q_imp.shape[1] == k.shape[-3], f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
     shared = dict(lengths=lengths, first=first, implementation=implementation, interpret=interpret)
     tpu_can = unit >= checks.SMALLEST_TPU_UNIT and k.shape[-2] % unit == 0

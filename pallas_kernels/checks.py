@@ -104,10 +104,16 @@ def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]
     return tuple(array.shape[layer is not None :])
 
 
+def check_some(batch: int, heads: int) -> None:
+    """At least one row and one head."""
+    require(batch > 0 and heads > 0, f"there must be at least one row and one KV head, got B = {batch}, K = {heads}")
+
+
 def check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer) -> None:
     """Raise ValueError unless these fit `importance_scores`."""
     require(q_imp.ndim == 4, f"q_imp must be [B, K, G, R], got shape {q_imp.shape}")
     batch, heads, group, rank = q_imp.shape
+    check_some(batch, heads)
     shape = check_layer("score_keys", score_keys, layer, "B K R S")
     require(
         shape[0] == batch and shape[2] == rank and shape[1] in (heads, heads * group),
@@ -133,6 +139,7 @@ def check_selection(scores, lengths, n, counts, sinks, window, unit, first, thre
     """Raise ValueError unless these fit `select_top_k`."""
     require(scores.ndim == 3, f"scores must be [B, K, S], got shape {scores.shape}")
     batch, heads, size = scores.shape
+    check_some(batch, heads)
     check_counts(n, size, unit, sinks, window)
     check_vector("lengths", lengths, ((batch,),))
     check_vector("counts", counts, ((batch,), (batch, heads)))
@@ -151,8 +158,9 @@ def check_counts(n, size, unit, sinks, window) -> None:
     what = "tokens" if unit == 1 else f"units of {unit} tokens"
     require(n >= 0, f"n must be 0 or more, got {n}")
     require(n <= units, f"n = {n} is more than the cache's {units} {what}; lower the budget to {units} or less")
-    require(sinks >= 0, f"sinks must be 0 or more, got {sinks}")
-    require(window >= 0, f"window must be 0 or more, got {window}")
+    for name, value in (("sinks", sinks), ("window", window)):
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        require(whole and value >= 0, f"{name} must be a whole number, 0 or more, got {value!r}")
 
 
 def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer) -> None:
@@ -160,6 +168,9 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
     require(q.ndim == 3, f"q must be [B, H, D], got shape {q.shape}")
     batch, heads, dim = q.shape
     shape = check_layer("k", k, layer, "B K S D")
+    check_some(*shape[:2])
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        require(jnp.issubdtype(array.dtype, jnp.floating), f"{name} must be floating point, got {array.dtype}")
     require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must have one shape")
     require(shape[0] == batch, f"k holds {shape[0]} rows and q {batch}; both are [B, ...]")
     require(shape[3] == dim, f"k has head dimension {shape[3]} and q {dim}; they must be equal")

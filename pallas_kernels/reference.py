@@ -107,7 +107,7 @@ def masked_topk_decode_attention(
     batch, heads, size, dim = k.shape
     tokens = indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
     mask = jnp.ones(indices.shape, bool) if valid is None else valid
-    mask = jnp.broadcast_to(mask[..., None], tokens.shape) & (tokens < size)
+    mask = jnp.broadcast_to(mask[..., None], tokens.shape) & (tokens >= 0) & (tokens < size)
     if lengths is not None:
         mask = mask & (tokens < lengths[:, None, None, None])
     if first is not None:

@@ -35,7 +35,7 @@ def token_image(scores, lengths, *, sinks, window, first, threshold):
     image = ordered_image(scores)
     if threshold is not None:
         limit = jnp.broadcast_to(threshold, (batch, heads)).astype(jnp.float32)[..., None]
-        image = jnp.where(scores >= limit, image, BARRED)
+        image = jnp.where(image >= ordered_image(limit), image, BARRED)
     positions = jnp.arange(size, dtype=jnp.int32)[None]
     age = lengths.astype(jnp.int32)[:, None] - 1 - positions
     forced = (age < window) | (positions < sinks)

@@ -145,11 +145,14 @@ def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "lookahead", "producer"])
 @pytest.mark.parametrize("budget", [dict(budget=0.4), dict(budget=0.6, unit=4)])
-def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget):
-    policy, model = make_policy("oracle"), make_model(window=20, windowed=(True, False, True, False))
+def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget, kind):
+    policy = make_policy("tokenbutler" if kind else "oracle")
+    model = make_model(window=20, windowed=(True, False, True, False))
+    predictor = make_predictor(model.config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16)) if kind else None
     selection = SelectionConfig(sinks=2, window=3, **budget)
-    masks = simulated_masks(model, None, policy, selection)
-    for (b, t), (sets, counts, _) in decoded_sets(model, None, policy, selection).items():
+    masks = simulated_masks(model, predictor, policy, selection)
+    for (b, t), (sets, counts, _) in decoded_sets(model, predictor, policy, selection).items():
         np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
         np.testing.assert_array_equal(counts, sets.sum(-1))

@@ -217,6 +217,36 @@ def test_between_choices_the_chosen_stay_and_the_window_moves(base):
         assert len(own) == max(-(-2 * (total - since) // 5), sinks + window)
 
 
+@pytest.mark.parametrize("unit", [1, 4])
+def test_short_rows_keep_their_sinks_between_choices_whatever_thresholds_pass(base, unit):
+    """Sinks inside the window of a choice are still there when the window has moved on."""
+    selection = SelectionConfig(budget=1.0, sinks=4, window=8, unit=unit, interval=8, threshold=((1e9,) * 2,) * 3)
+    settings = dict(selection=selection, policy=make_policy("random"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 12)), jnp.int32)
+
+    @jax.jit
+    def run(tokens):
+        state = prefill(base.model, tokens, jnp.asarray([8, 11]), capacity=48, **settings)[1]
+
+        def step(state, _):
+            _, state, found = decode_step(base.model, tokens[:, 0], state, details=True, **settings)
+            return state, found.chosen
+
+        return jax.lax.scan(step, state, None, length=20)[1]
+
+    sets = np.asarray(run(tokens))
+    for s, layer, b, head in np.ndindex(20, 3, 2, 2):
+        total = (8, 11)[b] + s + 1
+        own = set(np.flatnonzero(sets[s, layer, b, head]))
+        assert own >= set(range(4)) | set(range(total - 8, total)), (s, layer, b, head)
+
+
+def test_seeds_are_any_whole_numbers(base):
+    drawn = [butler_jax.generate(base, [[1], [2]], seed=seed, temperature=1.0, max_new_tokens=8, stop=()).tokens
+             for seed in (np.int64(3), [3, 4], -1)]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 @pytest.mark.slow
 def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predictor, dense):
     selection = SelectionConfig(budget=0.3, sinks=1, window=3, interval=2, min_context=24)
@@ -234,7 +264,13 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         ([], {}, "there is no prompt"),
         ([[]], {}, "prompt 0 is empty"),
         ([[1, 61]], {}, "token 61; the vocabulary is 0 ... 60"),
-        ([[1]], dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens must be a whole number of at least 1, got 0"),
+        ([[1]], dict(max_new_tokens=2.5), "max_new_tokens must be a whole number of at least 1, got 2.5"),
+        ([[1.5, 2]], {}, r"prompt 0 must be a text or a list of token ids, got \[1.5, 2\]"),
+        (None, {}, "prompts must be a text, or a list of texts or of token ids, got NoneType"),
+        ([[1]], dict(score_dtype="int4"), "score_dtype must be 'int8' or None, got 'int4'"),
+        ([[1]], dict(seed="a"), "the seed must be a whole number, or one for every prompt, got 'a'"),
+        ([[1]], dict(stop=[99999]), "stop 99999 is no token of letters; its vocabulary is 0 ... 60"),
         ([[1] * 90], dict(max_new_tokens=20), "model's context of 96 tokens; ask for at most 7 new tokens"),
         ([[1] * 30], dict(capacity=20), "a prompt of 30 tokens does not fit a cache of 20"),
         ([[1] * 30], dict(capacity=32, max_new_tokens=9), "full after 3 new tokens of 9"),
@@ -252,7 +288,7 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
 )
 def test_bad_input_is_a_clear_error(base, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
-        butler_jax.generate(base, prompts, **settings)
+        butler_jax.generate_stream(base, prompts, **settings)  # before the first piece is asked for
 
 
 def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
@@ -268,6 +304,13 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
         decode_step(
             base.model, jnp.asarray([1]), state, selection=SelectionConfig(interval=2), policy=make_policy("random")
         )
+    other = dict(policy=make_policy("random"))
+    _, kept = prefill(
+        base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=60,
+        selection=SelectionConfig(budget=0.25, interval=2), **other,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="room for 15 units of 2 heads, and this selection chooses 30 of 2: "):
+        decode_step(base.model, jnp.asarray([1]), kept, selection=SelectionConfig(budget=0.5, interval=2), **other)
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([0]), capacity=4)
     assert isinstance(state, DecodeState) and logits.shape == (1, 61)

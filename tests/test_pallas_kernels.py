@@ -273,6 +273,19 @@ def test_ties_go_to_the_earlier_and_the_count_is_exact(implementation):
         check_choice(implementation, scores, jnp.array([90, 90]), n=n, sinks=1, window=2)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+def test_a_threshold_of_nothing_lets_nan_pass_as_the_lowest(implementation):
+    scores = jnp.asarray([[[jnp.nan, 1.0, jnp.nan, 2.0]]])
+    for limit, n in ((-jnp.inf, 4), (-jnp.inf, 3), (1.5, 4)):
+        options = dict(threshold=jnp.asarray([limit]))
+        wanted = pk.select_top_k(scores, jnp.asarray([4]), n, implementation="reference", **options)
+        interpret = True if implementation != "xla" else None
+        options |= dict(implementation=implementation, interpret=interpret)
+        found = pk.select_top_k(scores, jnp.asarray([4]), n, **options)
+        np.testing.assert_array_equal(found.indices, wanted.indices)
+        np.testing.assert_array_equal(found.valid, wanted.valid)
+
+
 @pytest.mark.parametrize("distribution", ["normal", "peaked", "ties"])
 def test_a_large_choice_without_sorting_is_that_of_a_sort(distribution):
     """Large enough for the sampled bracket and the counts by columns."""
@@ -435,12 +448,14 @@ def whole(**changed):
 @pytest.mark.parametrize(
     "changed, message",
     [
+        (dict(sinks=1.5), "sinks must be a whole number, 0 or more, got 1.5"),
+        (dict(window=True), "window must be a whole number, 0 or more, got True"),
         (dict(n=33), "n = 33 is more than the cache's 32 tokens; lower the budget to 32"),
         (dict(n=3, unit=16), "more than the cache's 2 units of 16 tokens"),
         (dict(n=-1), "n must be 0 or more"),
         (dict(n=2.5), "must be a static integer"),
         (dict(unit=3), "unit must be a power of two"),
-        (dict(sinks=-1), "sinks must be 0 or more"),
+        (dict(sinks=-1), "sinks must be a whole number, 0 or more"),
         (dict(pooling="mean"), "unknown pooling 'mean'; use one of normalised, maximum"),
         (dict(implementation="cuda"), "unknown implementation 'cuda'; use None or one of reference, xla, tpu, gpu"),
         (dict(implementation="tpu", unit=16, n=1), 'needs a TPU, the platform is cpu; use "xla"'),

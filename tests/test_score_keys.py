@@ -85,8 +85,20 @@ def test_later_keys_use_the_scale_and_saturate():
 
 def test_first_tokens_do_not_widen_the_scale():
     keys = jnp.ones((1, 1, 2, 8)).at[..., :4].set(100.0)
-    assert score_keys.scales_of(keys, jnp.arange(8)[None] < 8)[0, 0] == pytest.approx(1 / 127)
-    assert score_keys.scales_of(keys, jnp.arange(8)[None] < 3)[0, 0] == pytest.approx(100 / 127)  # there are no others
+    # five times the root mean square, which is 1, is above the largest
+    assert score_keys.scales_of(keys, jnp.arange(8)[None] < 8)[0, 0] == pytest.approx(5 / 127)
+    assert score_keys.scales_of(keys, jnp.arange(8)[None] < 3)[0, 0] == pytest.approx(500 / 127)  # there are no others
+    keys = jnp.zeros((1, 1, 2, 200)).at[..., 100:].set(jnp.asarray([1.0, 0.0])[:, None]).at[0, 0, 0, 150].set(9.0)
+    assert score_keys.scales_of(keys, jnp.ones((1, 200), bool))[0, 0] == pytest.approx(9 / 127)  # an outlier counts
+
+
+def test_a_short_prompt_leaves_room_for_what_comes():
+    """Of normal keys of 16 elements, the scale of 1 ... 8 tokens must saturate few of 1,000 later ones."""
+    keys = jax.random.normal(jax.random.key(0), (64, 2, 16, 1024))
+    for held in (5, 6, 8, 12):
+        scales = score_keys.scales_of(keys, jnp.broadcast_to(jnp.arange(1024)[None] < held, (64, 1024)))
+        beyond = jnp.abs(keys[..., held:]) > 127 * scales[..., None, None]
+        assert float(jnp.mean(beyond)) < 5e-4, held
 
 
 def test_decoding_chooses_by_the_stored_keys(model, predictor, tokens, states):
