@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from math import ceil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import pytest
 
 from butler_jax.attention import document_starts
 from butler_jax.base_model import BaseModel, forward
-from butler_jax.configs import BaseConfig, EvalConfig, PredictorConfig, SelectionConfig
+from butler_jax.configs import BaseConfig, EvalConfig, PredictorConfig, SelectionConfig, TrainConfig
 from butler_jax.evaluation import Report, coreference, evaluate, perplexity, recall, simulate, text_windows
 from butler_jax.evaluation.chunks import spread
+from butler_jax.evaluation.evaluate import run_config
 from butler_jax.evaluation.perplexity import read_text, windows
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
@@ -442,3 +444,31 @@ def test_bad_input_is_a_clear_error(model, tmp_path):
         simulate(model, make_batch([[8]], 8), make_policy("tokenbutler"), SelectionConfig(budget=0.5))
     with pytest.raises(KeyError, match="no row"):
         Report().value("perplexity", "dense")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no run directory: it has no config.json; give the directory of a run of train.py"),
+        ('{"steps": ', r"config\.json is not valid JSON"),
+        ('{"steps": 5}', r"config\.json names no base: .* is no run that trained a predictor"),
+    ],
+)
+def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_config(tmp_path)
+
+
+def test_a_base_without_tokenizer_is_told(model):
+    base = Base("mute", model, None, "f")
+    with pytest.raises(
+        ValueError, match="the base mute has no tokenizer: its directory lacks tokenizer.json"
+    ):
+        evaluate(base, None, EvalConfig(policies=("streaming",), tasks=("perplexity",)))
+
+
+def test_a_bucket_stays_a_bucket():
+    assert EvalConfig(data_dir="gs://bucket/data").data_dir == TrainConfig(data_dir="gs://bucket/data").data_dir
+    assert EvalConfig(data_dir=Path("/data")).data_dir == "/data"
