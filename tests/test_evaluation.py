@@ -463,9 +463,7 @@ def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
 
 def test_a_base_without_tokenizer_is_told(model):
     base = Base("mute", model, None, "f")
-    with pytest.raises(
-        ValueError, match="the base mute has no tokenizer: its directory lacks tokenizer.json"
-    ):
+    with pytest.raises(ValueError, match="the base mute has no tokenizer: its directory lacks"):
         evaluate(base, None, EvalConfig(policies=("streaming",), tasks=("perplexity",)))
 
 
