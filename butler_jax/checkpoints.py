@@ -42,6 +42,9 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=keep is not None,
         )
+        # Orbax sweeps up in the background and waits for that at its first save only: a run that ends before it would
+        # sweep away what the next one is saving.
+        self._orbax._manager._maybe_await_cleanup_tmp_directory()
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -12,6 +12,13 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+def pytest_configure(config):
+    """Fast tests compile more than they compute: without the slowest optimisations they take half the time."""
+    if config.getoption("markexpr") == "not slow":
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 REPOSITORY = Path(__file__).parent.parent
 
 
