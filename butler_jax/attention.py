@@ -29,7 +29,6 @@ def causal_attention(
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
-    partition: tuple[str | None, str | None] | None = None,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
     """Softmax attention of every token over itself and the tokens before it, keys shared by H/K query heads.
 
@@ -42,9 +41,8 @@ def causal_attention(
     implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
     "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
     "splash" is the TPU kernel of `jax.experimental.pallas`, interpreted (slowly) on CPU. None takes splash
-    on TPU, cudnn on GPU where it can, and xla otherwise; a named one is used or raises. partition: mesh
-    axes of (batch, heads) that splash is split over; None asks `butler_jax.sharding` when a mesh of several
-    devices is set.
+    on TPU, cudnn on GPU where it can, and xla otherwise; a named one is used or raises. On a mesh of
+    several devices splash is split as `sharding.by_rows_and_heads` says.
 
     Raises ValueError for shapes that do not fit, an unknown implementation, or one that cannot do the task.
     """
@@ -60,7 +58,7 @@ def causal_attention(
     elif name == "cudnn":
         out, lse = _cudnn(q, k, v, window, scale)
     else:
-        out, lse = _splash(q, k, v, segments, key_segments, window, scale, return_lse, partition)
+        out, lse = _splash(q, k, v, segments, key_segments, window, scale, return_lse)
     return (out, jax.lax.stop_gradient(lse.astype(jnp.float32))) if return_lse else out
 
 
@@ -273,7 +271,7 @@ def _cudnn(q, k, v, window, scale):
     return out[..., :value_dim], lse
 
 
-def _splash(q, k, v, segments, key_segments, window, scale, return_lse, partition):
+def _splash(q, k, v, segments, key_segments, window, scale, return_lse):
     batch, length = q.shape[:2]
     value_dim = v.shape[-1]
     padding = -length % LANES
@@ -285,20 +283,8 @@ def _splash(q, k, v, segments, key_segments, window, scale, return_lse, partitio
     segments, key_segments = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, key_segments))
 
     run = functools.partial(_splash_local, window=window, return_lse=return_lse)
-    mesh = sharding.current_mesh()
-    if mesh is not None:
-        if partition is None:
-            partition = sharding.attention_axes()
-        batch_axis, head_axis = partition
-        if batch_axis is not None and batch % mesh.shape[batch_axis]:
-            batch_axis = None
-        if head_axis is not None and k.shape[1] % mesh.shape[head_axis]:
-            head_axis = None
-        spec = jax.sharding.PartitionSpec
-        heads_spec = spec(batch_axis, head_axis, None, None)
-        out_specs = (heads_spec, spec(batch_axis, head_axis, None))
-        in_specs = (heads_spec, heads_spec, heads_spec, spec(batch_axis, None), spec(batch_axis, None))
-        run = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    operands = ("bh--", "bh--", "bh--", "b-", "b-")
+    run = sharding.by_rows_and_heads(run, operands, ("bh--", "bh-"), rows=batch, heads=k.shape[1])
     out, lse = run(q, k, v, segments, key_segments)
     return out.transpose(0, 2, 1, 3)[:, :length, :, :value_dim], lse.transpose(0, 2, 1)[:, :length]
 

@@ -276,8 +276,8 @@ class SelectionConfig:
         for name in ("budget", "sinks", "window", "unit", "interval", "min_context"):
             value = getattr(self, name)
             if hasattr(value, "item"):  # of numpy
-                object.__setattr__(self, name, value.item())
-                value = getattr(self, name)
+                value = value.item()
+                object.__setattr__(self, name, value)
             kinds = (int, float) if name == "budget" else int
             require(
                 isinstance(value, kinds) and not isinstance(value, bool),

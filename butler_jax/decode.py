@@ -70,8 +70,6 @@ def decode_step(
     policy = policy or TokenButler()
     selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
     check_step(state, predictor, selection, policy)
-    if selection is not None and selection.interval > 1:
-        check_room(state, selection, choosing_heads(policy, model.config))
     config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
     cached, total = state.lengths, state.lengths + 1
     x = embed(model, tokens[:, None])
@@ -84,6 +82,8 @@ def decode_step(
         limits = limits_of(selection, config, capacity)
         room = room_for(selection, capacity, most)
         sets = choosing_heads(policy, config)
+        if selection.interval > 1:
+            check_room(state, sets, room)
         now = state.steps % selection.interval == 0
 
     def window_of(layer):
@@ -262,13 +262,13 @@ def check_step(
     )
 
 
-def check_room(state: DecodeState, selection: SelectionConfig, sets: int) -> None:
+def check_room(state: DecodeState, sets: int, room: int) -> None:
     """Raise ValueError where the room that prefill made for a choice is another selection's."""
-    wanted, found = (sets, room_for(selection, state.kv.capacity)), state.chosen.indices.shape[2:]
+    found = state.chosen.indices.shape[2:]
     require(
-        found == wanted,
-        f"the state has room for {found[1]} units of {found[0]} heads, and this selection chooses {wanted[1]} of "
-        f"{wanted[0]}: prefill was done for another one; give both the same",
+        found == (sets, room),
+        f"the state has room for {found[1]} units of {found[0]} heads, and this selection chooses {room} of "
+        f"{sets}: prefill was done for another one; give both the same",
     )
 
 

@@ -176,8 +176,3 @@ def by_rows_and_heads(
 
     results = jax.tree.map(spec, result)
     return jax.shard_map(function, in_specs=tuple(map(spec, operands)), out_specs=results, check_vma=False)
-
-
-def attention_axes() -> tuple[str, str]:
-    """The mesh axes over which attention splits its batch and its heads."""
-    return RULES["batch"], RULES["heads"]
