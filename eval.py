@@ -15,21 +15,26 @@ def main(arguments: list[str]) -> int:
 
 
 def judge(config: EvalConfig) -> int:
-    """Evaluate, show the table, write report.json."""
+    """Evaluate, show the tables, write the report. Ctrl-C loses only the cell under way."""
     require(
         config.run is not None or config.base is not None,
         "nothing to judge: give --run DIR (a run of train.py), or --base SPEC for a base model alone",
     )
+    out = config.out or (Path("eval") if config.run is None else config.run / "eval")
     from butler_jax.evaluation import evaluate, run_config
+    from butler_jax.evaluation.evaluate import check_directory
     from butler_jax.weights import load_base
 
-    spec = config.base or run_config(config.run)["base"]
-    out = config.out or (Path("eval") if config.run is None else config.run / "eval")
-    base = load_base(spec, dtype=config.dtype)
-    report = evaluate(base, config=config, say=lambda line: print(line, flush=True))
+    check_directory(out)
+    base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
+    try:
+        report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
+        return 130
     print()
     report.print()
-    print(f"{report.about['seconds']:.0f} s in all; rows in {report.save(out)}")
+    print(f"{report.about['seconds']:.0f} s in all; the report is in {report.save(out).parent}")
     return 0
 
 

@@ -397,6 +397,10 @@ class PretrainConfig(FitConfig):
         )
 
 
+DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
+TASKS = ("perplexity", "attention", "coreference", "needle", "key_value", "variables", *DOWNSTREAM)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Judge a base model under policies and budgets, and the predictor of a training run among them.
@@ -408,12 +412,19 @@ class EvalConfig:
     """Directory of a training run; its predictor is the policy tokenbutler. Default: the base model alone."""
     base: str | None = None
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
-    tasks: tuple[str, ...] = ("perplexity", "coreference")
-    """perplexity (with recalled attention mass and hit rate), coreference."""
+    compare: tuple[str | Path, ...] = ()
+    """Further runs on the same base: their predictors are judged too, as tokenbutler:KIND."""
+    tasks: tuple[str, ...] = ("perplexity", "attention", "coreference")
+    """perplexity; attention (recalled mass, hit rate, rank correlation); coreference; needle, key_value, variables;
+    lambada, piqa, winogrande, arc_easy (need --downstream and the extra harness)."""
     text: Path | None = None
-    """Text file for perplexity. Default: the held-out part of the run's data."""
+    """Text file for perplexity, attention, and the haystack of needles. Default: the held-out part of --data."""
+    data: str | None = None
+    """Text and data sets as train.py takes them (text:..., tfds:...). Default: the run's, else python_docs."""
+    downstream: Path | None = None
+    """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
     policies: tuple[str, ...] = ("dense", "oracle", "random", "streaming", "tokenbutler")
-    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, quest, lowrank, tokenbutler."""
+    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Share of the causal keys a query attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4
@@ -424,8 +435,21 @@ class EvalConfig:
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
     """Tokens in a window of text; windows do not overlap."""
+    stride: int | None = None
+    """Perplexity in overlapping windows, each so many tokens after the one before; a token is predicted once, after at
+    least context - stride others. Needs --text."""
+    attention_rows: int = 256
+    """About how many rows of each window the task attention measures, spread evenly."""
     samples: int = 64
-    """Co-reference samples."""
+    """Co-reference samples, key_value and variables samples of each length."""
+    lengths: tuple[str | int, ...] = (256, 512, 1024)
+    """Tokens of the samples of needle, key_value and variables."""
+    depths: tuple[str | float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where needles lie: 0 is the beginning of the haystack, 1 its end."""
+    needles: int = 4
+    """Needle samples of each length and depth."""
+    limit: int = 200
+    """Items of each downstream task."""
     batch_size: int = 4
     """Windows or samples in a pass."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -438,18 +462,31 @@ class EvalConfig:
     seed: int = 0
     """Seed of the samples and of the policy random."""
     out: Path | None = None
-    """Directory of report.json. Default: RUN/eval, without a run ./eval."""
+    """Directory of the report. Default: RUN/eval, without a run ./eval."""
 
     def __post_init__(self):
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        for name in ("tasks", "policies", "budgets"):
+        for name in ("tasks", "policies", "budgets", "lengths", "depths"):
             object.__setattr__(self, name, _split_list(getattr(self, name)))
             require(bool(getattr(self, name)), f"--{name} names nothing; give at least one")
+        object.__setattr__(self, "compare", tuple(Path(p) for p in _split_list(self.compare)))
         object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
-        tasks = ("perplexity", "coreference")
-        unknown = [t for t in self.tasks if t not in tasks]
-        require(not unknown, f"unknown task {', '.join(unknown)}; known: {', '.join(tasks)}")
-        for name in ("tokens", "context", "samples", "batch_size"):
+        object.__setattr__(self, "lengths", _numbers("lengths", int, self.lengths))
+        object.__setattr__(self, "depths", _numbers("depths", float, self.depths))
+        unknown = [t for t in self.tasks if t not in TASKS]
+        require(not unknown, f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+        require(all(n > 1 for n in self.lengths), f"--lengths are numbers of tokens, got {min(self.lengths)}")
+        require(all(0 <= d <= 1 for d in self.depths), f"--depths are 0 ... 1, got {self.depths}")
+        wanting = [t for t in self.tasks if t in DOWNSTREAM]
+        require(
+            not wanting or self.downstream is not None,
+            f"the task {', '.join(wanting)} reads local files: give their directory with --downstream",
+        )
+        require(
+            self.stride is None or (0 < self.stride < self.context and self.text is not None),
+            f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}",
+        )
+        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
             require(
                 getattr(self, name) > 0,
                 f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}",
@@ -464,9 +501,16 @@ class EvalConfig:
         return SelectionConfig(budget=budget, sinks=self.sinks, window=self.window)
 
 
+def _numbers(name: str, kind: type, values: tuple) -> tuple:
+    try:
+        return tuple(kind(v) for v in values)
+    except ValueError:
+        raise ValueError(f"--{name} must be numbers separated by commas, got {','.join(map(str, values))}") from None
+
+
 def _split_list(values) -> tuple:
     """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'); what is not text stays; repeated entries once."""
-    values = (values,) if isinstance(values, (str, int, float)) else values
+    values = (values,) if isinstance(values, (str, int, float, Path)) else values
     parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else (v,))]
     parts = [p.strip() if isinstance(p, str) else p for p in parts]
     return tuple(dict.fromkeys(p for p in parts if p != ""))

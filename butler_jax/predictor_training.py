@@ -222,11 +222,14 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
         def validate(predictor):
             losses = [validation_loss(predictor, model, b) for b in held_out]
             loss, count = (sum(float(x) for x in column) for column in zip(*losses, strict=True))
-            found = recall(model, predictor, held_out, [make_policy("tokenbutler")], [RECALL_BUDGET], rows=RECALL_ROWS)
+            found = recall(
+                model, predictor, held_out, [make_policy("tokenbutler")], [RECALL_BUDGET], rows=RECALL_ROWS, ranks=False
+            )
+            hit_rate = found.hit_rate.get("tokenbutler")
             return {
                 "validation_loss": loss / max(count, 1.0),
-                "hit_rate": found.hit_rate["tokenbutler"],
-                "recalled_mass": found.mass["tokenbutler"][RECALL_BUDGET],
+                "hit_rate": hit_rate.value if hit_rate else 0.0,
+                "recalled_mass": found.mass["tokenbutler"][RECALL_BUDGET].value,
             }
 
         optimiser = make_optimiser(config, rate)

@@ -89,6 +89,8 @@ def issue(
 def choosing_heads(policy: Policy, config: BaseConfig) -> int:
     """How many sets of tokens a policy chooses for a row: one a KV head, or one a query head."""
     heads, group, dim = config.kv_heads, config.group, config.head_dim
+    if policy.evicts:
+        return heads
     one = jnp.zeros((1, heads, group, 1, 1))
     place = jnp.zeros((1, 1), jnp.int32)
     queries, keys = jnp.zeros((1, heads, group, 1, dim)), jnp.zeros((1, heads, 1, dim))

@@ -16,9 +16,10 @@ import pytest
 from butler_jax.attention import document_starts
 from butler_jax.base_model import BaseModel, forward
 from butler_jax.configs import BaseConfig, EvalConfig, PredictorConfig, SelectionConfig, TrainConfig
-from butler_jax.evaluation import Report, coreference, evaluate, perplexity, recall, simulate, text_windows
+from butler_jax.evaluation import Report, answers, evaluate, perplexity, recall, simulate, text_windows
 from butler_jax.evaluation.chunks import spread
 from butler_jax.evaluation.evaluate import run_config
+from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.perplexity import read_text, windows
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
@@ -306,9 +307,10 @@ def test_recall_and_hit_rate_equal_sorted_form(model):
                         tops = (set(np.argsort(-a, kind="stable")[:half]) for a in (true, own))
                         hits.append(len(set.intersection(*tops)) / half)
             # means of float32 weights
-            assert found.mass[name][budget] == pytest.approx(np.mean(mass), abs=2e-5)
-        assert found.hit_rate[name] == pytest.approx(np.mean(hits), abs=1e-5)
-    assert (found.rows, found.hit_rows) == (60, 29)
+            assert found.mass[name][budget].value == pytest.approx(np.mean(mass), abs=2e-5)
+        assert found.hit_rate[name].value == pytest.approx(np.mean(hits), abs=1e-5)
+        assert found.by_head[name].mean() == pytest.approx(np.mean(hits), abs=1e-5)
+        assert (found.mass[name][0.5].n, found.hit_rate[name].n) == (60, 29)
 
 
 def test_oracle_recalls_most_and_random_hits_half(model):
@@ -318,20 +320,22 @@ def test_oracle_recalls_most_and_random_hits_half(model):
     batch = make_batch([[128], [128], [100]], 128)
     found = recall(model, predictor, [batch], [make_policy(n) for n in names], budgets)
     for budget in budgets:
-        mass = {n: found.mass[n][budget] for n in names}
+        mass = {n: found.mass[n][budget].value for n in names}
         assert mass["oracle_head"] >= mass["oracle"] - 1e-6
         assert mass["oracle_head"] >= max(mass.values()) - 1e-6
         assert mass["oracle"] >= max(mass["random"], mass["tokenbutler"])
-        assert all(0 < found.attended[n][budget] < 1 for n in names)
-    assert found.hit_rate["oracle"] == pytest.approx(1, abs=1e-6)
+        assert all(0 < found.attended[n][budget].value < 1 for n in names)
+    assert found.hit_rate["oracle"].value == pytest.approx(1, abs=1e-6)
+    assert found.spearman["oracle"].value == pytest.approx(1, abs=1e-6)
     # about 260 rows x 2 layers x 2 KV heads of 16 to 64 draws each: standard error below 0.002
-    assert found.hit_rate["random"] == pytest.approx(0.5, abs=0.01)
+    assert found.hit_rate["random"].value == pytest.approx(0.5, abs=0.01)
+    assert found.spearman["random"].value == pytest.approx(0, abs=0.02)
 
 
 def test_recall_of_some_rows_measures_only_those(model):
     batch = make_batch([[256]], 256)
     found = recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
-    assert found.rows == 128
+    assert found.mass["streaming"][0.5].n == 128
     assert spread(8, 128, None) == list(range(8)) and spread(8, 128, 300) == [2, 6] and spread(4, 128, 1) == [2]
 
 
@@ -370,29 +374,30 @@ def test_text_is_tokenised_as_far_as_needed():
 
 def test_perplexity_is_exp_of_mean_over_predicted_tokens(model):
     batches = windows(np.random.default_rng(1).integers(0, 61, 90), context=40)
-    value, attended = perplexity(model, batches, make_policy("dense"), SelectionConfig(budget=1.0))
+    found = perplexity(model, batches, make_policy("dense"), SelectionConfig(budget=1.0))
     nll = []
     for batch in batches:
         size = int(batch["segments"].sum())
         logits, _, _ = naive(model, batch["tokens"][0, :size], SCORES["oracle"], 1.0)
         nll.append(next_nll(logits, batch["tokens"][0, :size]))
     # float32 likelihoods against float64
-    assert value == pytest.approx(np.exp(np.concatenate(nll).mean()), rel=1e-4)
-    assert attended == 1
+    assert found.perplexity.value == pytest.approx(np.exp(np.concatenate(nll).mean()), rel=1e-4)
+    assert found.perplexity.n == sum(map(len, nll)) and found.mean("attended").value == 1
 
 
-def test_coreference_counts_tokens_and_whole_samples(model):
+def test_answers_count_tokens_and_whole_samples(model):
     batch = make_batch([[40], [33], []], 48)
     greedy = np.asarray(simulate(model, batch, make_policy("dense"), SelectionConfig(budget=1.0)).greedy)
     asked = np.zeros((3, 48), bool)
     asked[0, 37:40] = asked[1, 30:33] = True
     batch["asked"] = asked
     batch["tokens"][0, 39] = greedy[0, 38]  # the last token of a row changes no prediction before it
-    found = coreference(model, [batch], make_policy("dense"), SelectionConfig(budget=1.0))
+    found = answers(Passes(model), [batch], make_policy("dense"), SelectionConfig(budget=1.0))
     right = [int(greedy[r, i - 1] == batch["tokens"][r, i]) for r in (0, 1) for i in np.flatnonzero(asked[r])]
-    assert found.token_accuracy == pytest.approx(sum(right) / 6) and right[2] == 1
-    assert found.sample_accuracy == (all(right[:3]) + all(right[3:])) / 2
-    assert (found.tokens, found.samples) == (6, 2)
+    assert found.token_inaccuracy.value == pytest.approx(1 - sum(right) / 6) and right[2] == 1
+    assert found.miss_rate.value == 1 - found.accuracy.value == 1 - (all(right[:3]) + all(right[3:])) / 2
+    assert (found.token_inaccuracy.n, found.miss_rate.n) == (6, 2) and found.share_read == 1
+    np.testing.assert_array_equal(found.of(np.asarray([1])).right, [sum(right[3:])])
 
 
 def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
@@ -401,20 +406,23 @@ def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
     base = Base("letters", model, Letters(), "f")
     predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
     config = EvalConfig(
-        tasks="perplexity", text=text, tokens=1000, context=128, budgets="1/2,32", batch_size=3,
+        tasks="perplexity,attention", text=text, tokens=1000, context=128, budgets="1/2,32", batch_size=3,
         policies="dense,random,tokenbutler",
     )  # fmt: skip
     lines = []
     report = evaluate(base, predictor, config, say=lines.append)
     assert any("360 tokens, fewer than the 1,000" in line for line in lines)
-    wanted = {("perplexity", "dense", 1)}
+    alone = ("perplexity", "effective_sparsity", "bytes_read")
+    compared = ("over_dense", "js_divergence", "top1_agreement", "recalled_mass")
+    wanted = {(metric, "dense", 1) for metric in alone}
     for policy in ("random", "tokenbutler"):
-        wanted |= {(task, policy, b) for task in ("perplexity", "recalled_mass") for b in (0.5, 32)}
-        wanted.add(("hit_rate", policy, 0.5))
-    assert {(r["task"], r["policy"], r["budget"]) for r in report.rows} == wanted
+        wanted |= {(metric, policy, b) for metric in (*alone, *compared) for b in (0.5, 32)}
+        wanted |= {(metric, policy, None) for metric in ("hit_rate", "spearman")}
+    assert {(r["metric"], r["policy"], r["budget"]) for r in report.rows} == wanted
+    assert all(r["n"] > 0 and r["error"] > 0 for r in report.rows if r["policy"] == "random")
     saved = json.loads(report.save(tmp_path / "out").read_text())
-    assert saved["rows"] == report.rows and saved["predictor"]["kind"] == "lookahead"
-    assert all(list(r) == ["task", "policy", "budget", "value", "unit", "n", "attended"] for r in saved["rows"])
+    assert saved["rows"] == report.rows and saved["predictors"]["tokenbutler"]["kind"] == "lookahead"
+    assert np.shape(saved["arrays"]["hit_rate"]["tokenbutler"]) == (BASE.layers - 1, BASE.heads)
     assert report.value("perplexity", "dense") == saved["rows"][0]["value"]
     report.print()
     assert "tokenbutler" in capsys.readouterr().out

@@ -184,3 +184,10 @@ def last_mention_mask(tokenizer: Tokenizer, sample: CoreferenceSample) -> tuple[
     """
     tokens, offsets = tokenizer.encode_with_offsets(sample.text)
     return tokens, [end >= sample.last_start for _, end in offsets]
+
+
+def mention_distance(tokenizer: Tokenizer, sample: CoreferenceSample) -> int:
+    """Tokens between the first mention of the name and the last: how far a model has to look back."""
+    _, offsets = tokenizer.encode_with_offsets(sample.text)
+    first_end = sample.name_start + len(sample.name)
+    return sum(first_end <= start and end < sample.last_start for start, end in offsets)

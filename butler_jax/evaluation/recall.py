@@ -1,10 +1,11 @@
-"""Recalled attention mass and hit rate of several policies and budgets, all from one dense pass."""
+"""Recalled attention mass, hit rate and rank correlation of policies, all from one dense pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.evaluation.eviction import evicting_attention
 from butler_jax.evaluation.simulate import chosen_mask
+from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Chunk, Policy
 from butler_jax.policies.evicting import Evicting
 from butler_jax.predictors import Predictor
@@ -26,19 +28,35 @@ LEAST_KEYS = 32  # rows with fewer keys have no hit rate
 
 @dataclass(frozen=True)
 class Recall:
-    """Means over layers 1 ..., query heads and all rows that are not padding.
+    """Means over layers 1 ..., query heads and all measured rows, per policy.
 
-    mass[policy][budget]: the sum of the true attention weights inside the chosen set. hit_rate[policy]: the
-    share of the top half by true logit that is in the top half by score, per query head, rows of at least
-    32 keys. attended[policy][budget]: fraction of the causal keys chosen. rows, hit_rows: how many rows were
-    averaged.
+    mass[policy][budget]: the sum of the true attention weights inside the chosen set. attended[policy][budget]:
+    fraction of the causal keys chosen. hit_rate[policy]: the share of the top half by true logit that is in the top
+    half by score. spearman[policy]: correlation of the ranks by score with the ranks by true logit, equal scores with
+    their mean rank. The last two per query head, rows of at least 32 keys, not for policies that evict. by_head: the
+    hit rate of every layer from 1 on and query head.
     """
 
-    mass: dict[str, dict[float, float]]
-    hit_rate: dict[str, float]
-    attended: dict[str, dict[float, float]]
-    rows: int
-    hit_rows: int
+    mass: dict[str, dict[float, Estimate]]
+    attended: dict[str, dict[float, Estimate]]
+    hit_rate: dict[str, Estimate]
+    spearman: dict[str, Estimate]
+    by_head: dict[str, Float[np.ndarray, "L H"]]
+
+
+class Sums(NamedTuple):
+    """What one pass adds up over the rows of each sequence, P policies and N budgets.
+
+    mass, attended: over layers too, means over heads. hits, spearman: of every layer and query head. rows, long: how
+    many rows were measured, and how many of them have at least 32 keys.
+    """
+
+    mass: Float[Array, "P N B"]
+    attended: Float[Array, "P N B"]
+    hits: Float[Array, "P L H B"]
+    spearman: Float[Array, "P L H B"]
+    rows: Float[Array, " B"]
+    long: Float[Array, " B"]
 
 
 def recall(
@@ -51,14 +69,16 @@ def recall(
     sinks: int = 4,
     window: int = 8,
     rows: int | None = None,
+    ranks: bool = True,
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Recall:
     """Measure policies on batches (tokens, segments, positions) of one shape.
 
-    rows: about how many query rows to measure in every sequence, in chunks spread evenly along it (None:
-    all); the smaller, the cheaper. score_dtype: see `simulate`. Raises ValueError without batches, or where a
-    policy needs a predictor and there is none.
+    rows: about how many query rows to measure in every sequence, in chunks spread evenly along it (None: all); the
+    smaller, the cheaper; policies that evict always measure all. ranks: whether to compute spearman, which sorts every
+    row (0 otherwise). score_dtype: see `simulate`. Raises ValueError without batches, or where a policy needs a
+    predictor and there is none.
     """
     policies, budgets = tuple(policies), tuple(budgets)
     needing = [p.name for p in policies if p.needs_predictor]
@@ -66,35 +86,38 @@ def recall(
     selections = [SelectionConfig(budget=b, sinks=sinks, window=window) for b in budgets]
     scoring = tuple(p for p in policies if not p.evicts)
     groups = [scoring] * bool(scoring) + [(p,) for p in policies if p.evicts]
-    total = None
+    parts: list[list[Sums]] = [[] for _ in groups]
     for batch in batches:
         batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
         length = batch["tokens"].shape[1]
         tables = jnp.asarray(np.stack([budget_table(s, length) for s in selections]))
         options = dict(sinks=sinks, window=window, implementation=implementation)
-        sums = [
-            measure_evicting(model, batch, tables, policy=group[0], **options) if group[0].evicts else measure(
-                model, predictor if needing else None, batch, tables, policies=group, rows=rows,
+        for group, found in zip(groups, parts, strict=True):
+            sums = measure_evicting(model, batch, tables, policy=group[0], **options) if group[0].evicts else measure(
+                model, predictor if needing else None, batch, tables, policies=group, rows=rows, ranks=ranks,
                 score_dtype=score_dtype, **options,
-            )
-            for group in groups
-        ]  # fmt: skip
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    require(total is not None, "recall needs at least one batch")
-    mass, attended, hit_rate = {}, {}, {}
+            )  # fmt: skip
+            found.append(jax.tree.map(lambda a: np.asarray(a, np.float64), sums))
+    require(bool(groups) and bool(parts[0]), "recall needs at least one policy and one batch")
+    result = Recall({}, {}, {}, {}, {})
     layers = model.config.layers - 1
-    for part, group in zip(total, groups, strict=True):
-        masses, reads, hits, count, hit_count = (np.asarray(a, np.float64) for a in part)
+    for found, group in zip(parts, groups, strict=True):
+        sums = Sums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
         for number, policy in enumerate(group):
-            mass[policy.name], attended[policy.name] = (
-                dict(zip(budgets, map(float, a[number] / (count * layers)), strict=True)) for a in (masses, reads)
-            )
-            if not policy.evicts:
-                hit_rate[policy.name] = float(hits[number] / max(hit_count * layers, 1))
-    return Recall(mass, hit_rate, attended, *(int(number) for number in total[0][3:]))
+            for table, values in ((result.mass, sums.mass), (result.attended, sums.attended)):
+                each = [ratio(v / layers, sums.rows) for v in values[number]]
+                table[policy.name] = dict(zip(budgets, each, strict=True))
+            if policy.evicts or not sums.long.any():
+                continue
+            for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
+                table[policy.name] = ratio(values[number].mean(axis=(0, 1)), sums.long)
+            result.by_head[policy.name] = sums.hits[number].sum(axis=-1) / sums.long.sum()
+    return result
 
 
-@partial(jax.jit, static_argnames=("policies", "sinks", "window", "rows", "score_dtype", "implementation"))
+@partial(
+    jax.jit, static_argnames=("policies", "sinks", "window", "rows", "ranks", "score_dtype", "implementation")
+)  # fmt: skip
 def measure(
     model: BaseModel,
     predictor: Predictor | None,
@@ -105,14 +128,11 @@ def measure(
     sinks: int,
     window: int,
     rows: int | None = None,
+    ranks: bool = True,
     score_dtype: str | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "P N"], Float[Array, "P N"], Float[Array, " P"], Float[Array, ""], Float[Array, ""]]:
-    """Sums over rows and layers 1 ... of recalled mass, attended fraction and hit rate.
-
-    Each a mean over heads; then the number of rows measured and of those with a hit rate. tables: budget_table of N
-    budgets.
-    """
+) -> Sums:
+    """The sums of one dense pass. tables: budget_table of N budgets."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments, implementation)
@@ -123,17 +143,18 @@ def measure(
 
         def look(limit):
             apply = partial(
-                measure_chunk, segments=segments, policies=policies, tables=tables, sinks=sinks, window=window
-            )
+                measure_chunk, segments=segments, policies=policies, tables=tables, sinks=sinks, window=window,
+                ranks=ranks,
+            )  # fmt: skip
             sums, _ = map_chunks(apply, view, importance, segments, limit, rows)
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
         return dense(None, view)[0], state, by_window(base, view.index, look)
 
-    _, _, sums = run_layers(model, x, positions, mixer, begun)
-    mass, attended, hits, count, hit_count = sums
-    mass, attended, hits = (jnp.sum(a[1:], axis=0) for a in (mass, attended, hits))
-    return mass, attended, hits, count[0], hit_count[1]
+    found = run_layers(model, x, positions, mixer, begun)[2]
+    mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
+    hits, spearman = (jnp.swapaxes(a[1:], 0, 1) for a in found[2:4])
+    return Sums(mass, attended, hits, spearman, found.rows[0], found.long[1])
 
 
 @partial(jax.jit, static_argnames=("policy", "sinks", "window", "implementation"))
@@ -146,7 +167,7 @@ def measure_evicting(
     sinks: int,
     window: int,
     implementation: str | None = None,
-) -> tuple[Float[Array, "1 N"], Float[Array, "1 N"], Float[Array, " 1"], Float[Array, ""], Float[Array, ""]]:
+) -> Sums:
     """The sums of `measure` for a policy that evicts; it has no scores, and so no hit rate. All rows count."""
     base, segments = model.config, batch["segments"]
     rule = policy.selection(SelectionConfig(sinks=sinks, window=window)).rule
@@ -156,7 +177,7 @@ def measure_evicting(
         def look(limit):
             def one(table):
                 found = evicting_attention(view, segments, limit, policy, Limits(table, None, 0), rule)
-                return tuple(jnp.sum(jnp.where(segments > 0, a, 0.0)) for a in (found.mass, found.fraction))
+                return tuple(jnp.sum(jnp.where(segments > 0, a, 0.0), axis=1) for a in (found.mass, found.fraction))
 
             return jax.lax.map(one, tables)
 
@@ -164,7 +185,9 @@ def measure_evicting(
 
     sums = run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
     mass, attended = (jnp.sum(a[1:], axis=0)[None] for a in sums)
-    return mass, attended, jnp.zeros(1), jnp.sum(segments > 0).astype(jnp.float32), jnp.zeros(())
+    none = jnp.zeros((1, base.layers - 1, base.heads, segments.shape[0]))
+    rows = jnp.sum(segments > 0, axis=1).astype(jnp.float32)
+    return Sums(mass, attended, none, none, rows, jnp.zeros_like(rows))
 
 
 def measure_chunk(
@@ -177,10 +200,12 @@ def measure_chunk(
     tables: Int[Array, "N S"],
     sinks: int,
     window: int,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """The sums of `measure` over one chunk of rows."""
+    ranks: bool,
+) -> Sums:
+    """The sums of one chunk of rows of one layer: no axis L."""
     chunk = chunk._replace(sinks=sinks, window=window)
-    allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))
+    batch, kv_heads, group, size, keys = chunk.logits.shape
+    allowed = jnp.broadcast_to(chunk.allowed, (batch, *chunk.allowed.shape[1:]))
     count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)
     last = segments.shape[1] - 1
     inside = chunk.rows.own <= last
@@ -189,30 +214,35 @@ def measure_chunk(
     long = real & (count >= LEAST_KEYS)
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], chunk.logits, -1e30), axis=-1)
 
-    def mean(per_head, rows):
-        return jnp.sum(jnp.where(rows, jnp.mean(per_head, axis=(1, 2)), 0.0))
+    def mean(per_head):
+        return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)
+
+    def each(per_head):
+        """Sums of every query head, [H, B]."""
+        sums = jnp.sum(jnp.where(long[:, None, None], per_head, 0.0), axis=-1)
+        return jnp.broadcast_to(sums, (batch, kv_heads, group)).reshape(batch, -1).T
 
     def mass(pooled, rule, table):
         """Recalled mass and the fraction of keys read, summed over rows."""
         mask, _ = chosen_mask(chunk, pooled, Limits(table, None, 0), rule)
-        batch, kv_heads, _, size, keys = chunk.logits.shape
         mask = mask.reshape(batch, kv_heads, -1, size, keys)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32) / jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]
-        return mean(jnp.sum(jnp.where(mask, weights, 0.0), axis=-1), real), mean(read, real)
+        return mean(jnp.sum(jnp.where(mask, weights, 0.0), axis=-1)), mean(read)
 
     best = top_half(chunk.logits, allowed)
-    found, hits = [], []
+    true = mean_ranks(chunk.logits, allowed) if ranks else None
+    found, hits, spearman = [], [], []
     for policy in policies:
         rule = policy.selection(SelectionConfig(sinks=sinks, window=window)).rule
         scores = policy.scores(chunk)
         found.append(jax.lax.map(partial(mass, policy.pool(scores, chunk), rule), tables))
         common = jnp.sum(best & top_half(scores, allowed), axis=-1, dtype=jnp.int32)
-        share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
-        hits.append(mean(share, long))
+        hits.append(each(common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]))
+        spearman.append(each(rank_correlation(scores, true, allowed)) if ranks else jnp.zeros_like(hits[-1]))
 
-    rows = (jnp.sum(a.astype(jnp.float32)) for a in (real, long))
+    rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long))
     masses, attended = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return masses, attended, jnp.stack(hits), *rows
+    return Sums(masses, attended, jnp.stack(hits), jnp.stack(spearman), *rows)
 
 
 def top_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
@@ -220,3 +250,36 @@ def top_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -
     image = jnp.where(allowed[:, None, None], ordered_bits(scores), jnp.uint32(0))
     half = jnp.sum(allowed, axis=-1, dtype=jnp.int32) // 2
     return top_mask(image, jnp.broadcast_to(half[:, None, None], image.shape[:-1]))
+
+
+def mean_ranks(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
+    """Rank of every key among those its row may see, from 1 for the lowest; equal scores share their mean rank."""
+    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 4)
+    masked = jnp.where(allowed[:, None, None], scores, jnp.inf)
+    ordered, place = jax.lax.sort((masked, place), dimension=-1, num_keys=1)
+    return jax.lax.sort((place, ranks_in_order(ordered)), dimension=-1, num_keys=1)[1]
+
+
+def ranks_in_order(ordered: Float[Array, "*B S"]) -> Float[Array, "*B S"]:
+    """Mean ranks of a row that is sorted already."""
+    index = jax.lax.broadcasted_iota(jnp.int32, ordered.shape, ordered.ndim - 1)
+    new = jnp.concatenate([jnp.ones_like(ordered[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis=-1)
+    ends = jnp.concatenate([new[..., 1:], jnp.ones_like(new[..., :1])], axis=-1)
+    first = jax.lax.cummax(jnp.where(new, index, 0), axis=ordered.ndim - 1)
+    last = jax.lax.cummin(jnp.where(ends, index, ordered.shape[-1]), axis=ordered.ndim - 1, reverse=True)
+    return (first + last).astype(jnp.float32) / 2 + 1
+
+
+def rank_correlation(
+    scores: Float[Array, "B K G C S"], ranks: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
+) -> Float[Array, "B K G C"]:
+    """Spearman's coefficient between scores and ranks given, over the keys each row may see; 0 for equal scores."""
+    scores = jnp.broadcast_to(scores, ranks.shape)
+    masked = jnp.where(allowed[:, None, None], scores, jnp.inf)
+    ordered, other = jax.lax.sort((masked, ranks), dimension=-1, num_keys=1)
+    count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None]
+    inside = jax.lax.broadcasted_iota(jnp.int32, ranks.shape, 4) < count
+    middle = (count + 1).astype(jnp.float32) / 2
+    own, other = (jnp.where(inside, a - middle, 0.0) for a in (ranks_in_order(ordered), other))
+    spread = jnp.sum(own**2, axis=-1) * jnp.sum(other**2, axis=-1)
+    return jnp.sum(own * other, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))

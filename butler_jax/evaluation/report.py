@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FIELDS = ("task", "policy", "budget", "value", "unit", "n", "attended")
+FIELDS = ("task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where")
 PACKAGES = ("butler-jax", "jax", "flax", "numpy")
 
 
@@ -17,12 +17,15 @@ PACKAGES = ("butler-jax", "jax", "flax", "numpy")
 class Report:
     """What an evaluation found.
 
-    rows: dicts {task, policy, budget, value, unit, n, attended}; n counts tokens or samples, attended is
-    the mean fraction of the causal keys that was read. about: base, predictor, versions, configuration,
-    date, seconds.
+    rows: dicts {task, metric, policy, budget, value, error, n, seed, attended, where}. error: the standard error, None
+    where one sequence was seen. n: tokens, rows or samples that the value is a mean of. attended: the mean fraction of
+    the causal keys read in layers 1 .... where: {} for the whole task, or the part of it that the row is about.
+    arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}}. about: base, predictors, policies,
+    versions, device, configuration, command, date, seconds.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    arrays: dict[str, dict[str, list]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
     def add(self, *values: Any) -> dict[str, Any]:
@@ -30,19 +33,21 @@ class Report:
         self.rows.append(dict(zip(FIELDS, values, strict=True)))
         return self.rows[-1]
 
-    def value(self, task: str, policy: str, budget: float | None = None, unit: str | None = None) -> float:
-        """One number. Raises KeyError where no row has it."""
+    def value(self, task: str, policy: str, budget: float | None = None, metric: str | None = None) -> float:
+        """One number; the first metric of the task unless named. Raises KeyError where no row has it."""
         for row in self.rows:
-            wanted = {"task": task, "policy": policy, "budget": budget, "unit": unit}
-            if all(v is None or row[k] == v for k, v in wanted.items()):
+            wanted = {"task": task, "policy": policy, "budget": budget, "metric": metric}
+            if not row["where"] and all(v is None or row[k] == v for k, v in wanted.items()):
                 return row["value"]
-        raise KeyError(f"no row for task {task!r}, policy {policy!r}, budget {budget!r}, unit {unit!r}")
+        raise KeyError(f"no row for task {task!r}, policy {policy!r}, budget {budget!r}, metric {metric!r}")
 
     def save(self, directory: str | Path) -> Path:
         """Write report.json into a directory, made where missing; returns its path."""
         path = Path(directory) / "report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"rows": self.rows, **self.about}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"rows": self.rows, "arrays": self.arrays, **self.about}, indent=1) + "\n", encoding="utf-8"
+        )
         return path
 
     def print(self, console: Any = None) -> None:
@@ -53,8 +58,8 @@ class Report:
 
         console = console or Console(width=None if Console().is_terminal else 110)
         groups: dict[tuple[str, str], list[dict]] = {}
-        for row in self.rows:
-            groups.setdefault((row["task"], row["unit"]), []).append(row)
+        for row in [r for r in self.rows if not r["where"]]:
+            groups.setdefault((row["task"], row["metric"]), []).append(row)
         for (task, unit), rows in groups.items():
             budgets = sorted({r["budget"] for r in rows if r["policy"] != "dense"}, key=_width, reverse=True)
             attended = {b: _mean(r["attended"] for r in rows if r["budget"] == b) for b in budgets}
@@ -83,7 +88,8 @@ def _mean(values) -> float:
 
 
 def _show(value: float, unit: str) -> str:
-    return f"{value:.3f}" if unit == "perplexity" else f"{100 * value:.2f} %"
+    plain = unit in ("perplexity", "js_divergence", "spearman", "bytes_read")
+    return f"{value:.3f}" if plain else f"{100 * value:.2f} %"
 
 
 def versions() -> dict[str, str]:

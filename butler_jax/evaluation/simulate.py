@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.attention import merge_queries, weighted_values
+from butler_jax.attention import document_starts, merge_queries, weighted_values
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.cached_attention import layer_windows
+from butler_jax.configs import BaseConfig, SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.evaluation.eviction import evicting_attention
 from butler_jax.policies import Chunk, Policy
 from butler_jax.predictors import Predictor
+from butler_jax.scoring import choosing_heads
 from butler_jax.selection import Limits, beyond, limits_of, select_mask
 
 LOGIT_ROWS = 64  # rows of logits formed at a time
@@ -25,13 +27,20 @@ class Simulated(NamedTuple):
     """What a pass yields.
 
     nll: negative log-likelihood of the next token in nats, 0 where the next token is padding or of another
-    document. greedy: the most likely next token. attended: per row the mean over KV heads (query heads
-    where a policy chooses for each) and layers 1 ... of the fraction of its causal keys that was read.
+    document. greedy: the most likely next token. attended: per row the mean over KV heads (query heads where a policy
+    chooses for each) and layers 1 ... of the fraction of its causal keys that was read. read: how many keys a row read
+    in all layers and heads, layer 0 included. hidden: the last residual stream. With a reference, divergence: the
+    Jensen-Shannon divergence in nats between both next-token distributions; agrees: 1 where both have the same greedy
+    token.
     """
 
     nll: Float[Array, "B T"]
     greedy: Int[Array, "B T"]
     attended: Float[Array, "B T"]
+    read: Float[Array, "B T"]
+    hidden: Float[Array, "B T E"]
+    divergence: Float[Array, "B T"] | None = None
+    agrees: Float[Array, "B T"] | None = None
 
 
 def simulate(
@@ -41,12 +50,17 @@ def simulate(
     config: SelectionConfig,
     predictor: Predictor | None = None,
     *,
+    wanted: Bool[Array, "B T"] | None = None,
+    reference: Float[Array, "B T E"] | None = None,
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Simulated:
     """One pass over a batch (tokens, segments, positions) under a policy and a budget.
 
-    score_dtype: "int8" rounds the predictor's importance keys as decoding stores them (score_keys.py).
+    wanted: the rows whose next token is asked for; the others may come out as 0, and the unembedding is not paid for
+    where none is. reference: `hidden` of another pass over the batch, to compare predictions with. score_dtype: "int8"
+    rounds the predictor's importance keys as decoding stores them (score_keys.py).
+
     Raises ValueError beyond the model's context, where the policy needs a predictor and there is none, for thresholds
     of another model, and for an interval: every position chooses. Compiles once per policy and shape: the budget is
     data.
@@ -67,19 +81,36 @@ def simulate(
     if not policy.needs_predictor:
         predictor = None
     return _simulate(
-        model, predictor, batch, limits, policy=policy, rule=config.rule, score_dtype=score_dtype,
+        model, predictor, batch, limits, wanted, reference, policy=policy, rule=config.rule, score_dtype=score_dtype,
         implementation=implementation,
     )  # fmt: skip
 
 
 @partial(jax.jit, static_argnames=("policy", "rule", "score_dtype", "implementation"))
-def _simulate(model, predictor, batch, limits, *, policy, rule, score_dtype, implementation) -> Simulated:
-    x, attended = hidden_states(
+def _simulate(
+    model, predictor, batch, limits, wanted, reference, *, policy, rule, score_dtype, implementation
+) -> Simulated:
+    x, fractions = hidden_states(
         model, predictor, batch, limits, policy=policy, rule=rule, score_dtype=score_dtype,
         implementation=implementation,
     )  # fmt: skip
-    nll, greedy = predictions(model, x, batch["tokens"], batch["segments"])
-    return Simulated(nll, greedy, attended)
+    told = predictions(model, x, batch["tokens"], batch["segments"], wanted, reference)
+    read = keys_read(model.config, batch["segments"], fractions, choosing_heads(policy, model.config))
+    return Simulated(*told[:2], jnp.mean(fractions[1:], axis=0), read, x, *told[2:])
+
+
+def keys_read(
+    config: BaseConfig, segments: Int[Array, "B T"], fractions: Float[Array, "L B T"], heads: int
+) -> Float[Array, "B T"]:
+    """Keys that a row reads in all layers. heads: sets a layer chooses; layer 0 reads all keys of every KV head."""
+    count = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments) + 1
+    windows = layer_windows(config)
+    if windows is None:
+        count = jnp.broadcast_to(count[None], fractions.shape)
+    else:
+        count = jnp.minimum(count[None], jnp.asarray(windows)[:, None, None])
+    sets = jnp.where(jnp.arange(config.layers) > 0, heads, config.kv_heads).astype(jnp.float32)
+    return jnp.einsum("l,lbt->bt", sets, fractions * count.astype(jnp.float32))
 
 
 def hidden_states(
@@ -92,13 +123,13 @@ def hidden_states(
     rule: SelectionConfig,
     score_dtype: str | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T E"], Float[Array, "B T"]]:
-    """Last residual stream under a policy, and each row's attended fraction. rule: SelectionConfig.rule."""
+) -> tuple[Float[Array, "B T E"], Float[Array, "L B T"]]:
+    """Last residual stream under a policy, and the fraction that a row read. rule: SelectionConfig.rule."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
     if policy.name == "dense":
         x, _, _ = run_layers(model, x, positions, dense_mixer(base, segments, implementation), None)
-        return x, jnp.ones(segments.shape, jnp.float32)
+        return x, jnp.ones((base.layers, *segments.shape), jnp.float32)
     length = segments.shape[1]
     begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
 
@@ -119,7 +150,7 @@ def hidden_states(
         return output, state, fractions
 
     x, _, fractions = run_layers(model, x, positions, mixer, begun)
-    return x, jnp.mean(fractions[1:], axis=0)
+    return x, fractions
 
 
 def sparse_chunk(chunk, values, number, *, policy: Policy, limits: Limits, rule: SelectionConfig):
@@ -160,11 +191,16 @@ def chosen_mask(
 
 
 def predictions(
-    model: BaseModel, x: Float[Array, "B T E"], tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T"], Int[Array, "B T"]]:
-    """Negative log-likelihood (nats) of each next token, and the greedy one; a few rows of logits at a time.
+    model: BaseModel,
+    x: Float[Array, "B T E"],
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    wanted: Bool[Array, "B T"] | None = None,
+    reference: Float[Array, "B T E"] | None = None,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """nll, greedy, divergence and agrees of `Simulated`; a few rows of logits at a time, and none without a wanted row.
 
-    The likelihood is 0 where `has_next` is false.
+    What speaks of a next token is 0 where `has_next` is false.
     """
     batch, length = tokens.shape
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
@@ -175,15 +211,36 @@ def predictions(
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
         return jnp.swapaxes(a.reshape(batch, chunks, LOGIT_ROWS, *a.shape[2:]), 0, 1)
 
-    def one(rows):
-        hidden, following = rows
+    def told(hidden, following, other):
         values = logits(model, hidden)
-        chosen = jnp.take_along_axis(values, following[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(values, axis=-1) - chosen, jnp.argmax(values, axis=-1).astype(jnp.int32)
+        greedy = jnp.argmax(values, axis=-1).astype(jnp.int32)
+        logs = jax.nn.log_softmax(values)
+        nll = -jnp.take_along_axis(logs, following[..., None], axis=-1)[..., 0]
+        if other is None:
+            return nll, greedy, None, None
+        values = logits(model, other)
+        same = (jnp.argmax(values, axis=-1) == greedy).astype(jnp.float32)
+        return nll, greedy, jensen_shannon(logs, jax.nn.log_softmax(values)), same
 
-    parts = jax.lax.map(one, (split(x), split(following)))
-    nll, greedy = (jnp.swapaxes(a, 0, 1).reshape(batch, -1)[:, :length] for a in parts)
-    return jnp.where(has_next(segments), nll, 0.0), greedy
+    def one(rows):
+        *rows, asked = rows
+        if asked is None:
+            return told(*rows)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(told, *rows))
+        return jax.lax.cond(jnp.any(asked), lambda: told(*rows), lambda: nothing)
+
+    rows = (x, following, reference, wanted)
+    parts = jax.lax.map(one, jax.tree.map(split, rows))
+    nll, greedy, *compared = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(batch, -1)[:, :length], parts)
+    after = has_next(segments)
+    return jnp.where(after, nll, 0.0), greedy, *(a if a is None else jnp.where(after, a, 0.0) for a in compared)
+
+
+def jensen_shannon(p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """Jensen-Shannon divergence in nats (0 ... log 2) of distributions given by their logarithms."""
+    middle = jnp.logaddexp(p, q) - jnp.log(2.0)
+    parts = (jnp.sum(jnp.exp(a) * (a - middle), axis=-1) for a in (p, q))
+    return jnp.maximum(0.5 * sum(parts), 0.0)
 
 
 def has_next(segments: Int[Array, "B T"]) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.configs import SelectionConfig
+from butler_jax.configs import BaseConfig, SelectionConfig
 from butler_jax.selection import Rows, always_chosen
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ class Policy:
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
         """The policy with what it has to find out about a model on some text; default: nothing."""
         return self
+
+    def looked_at(self, base: BaseConfig, predictor: Any) -> float:
+        """Numbers read of each cached token and KV head to choose, before anything is attended; default: none."""
+        return 0.0
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
         """The selection under which the policy is used; default: what was asked for."""

@@ -46,6 +46,10 @@ class LowRank(Policy):
         directions = np.linalg.eigh(covariance)[1][..., ::-1][..., :rank]  # largest first
         return dataclasses.replace(self, rank=rank, directions=directions.astype(np.float32))
 
+    def looked_at(self, base, predictor):
+        """The first coordinates of keys that are kept in their principal directions."""
+        return float(base.head_dim // 4 if self.rank is None else self.rank)
+
     def scores(self, chunk: Chunk):
         """Products in the few directions, per query head."""
         require(self.directions is not None, "lowrank has no directions yet; use what prepare(model, batches) gives")

@@ -16,6 +16,10 @@ class Oracle(Policy):
 
     name = "oracle"
 
+    def looked_at(self, base, predictor):
+        """Whole keys."""
+        return float(base.head_dim)
+
     def scores(self, chunk: Chunk):
         """True logits."""
         return chunk.logits

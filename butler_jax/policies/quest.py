@@ -33,6 +33,10 @@ class Quest(Policy):
         """Pages are chosen whole."""
         return dataclasses.replace(config, unit=self.page)
 
+    def looked_at(self, base, predictor):
+        """The two ends of a page's range."""
+        return 2 * base.head_dim / self.page
+
     def scores(self, chunk: Chunk):
         """The bound of each token's page, per query head."""
         so_far, whole = page_ranges(chunk.k, chunk.columns, chunk.starts, self.page)

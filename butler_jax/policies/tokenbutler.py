@@ -25,6 +25,10 @@ class TokenButler(Policy):
         known = ("normalised", "maximum")
         require(self.pooling in known, f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
 
+    def looked_at(self, base, predictor):
+        """Importance keys."""
+        return predictor.config.rank * predictor.key_heads / base.kv_heads
+
     def scores(self, chunk: Chunk):
         """Importance per query head."""
         require(chunk.importance is not None, "the policy tokenbutler needs a trained predictor")

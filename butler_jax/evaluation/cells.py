@@ -1,0 +1,106 @@
+"""Cells of an evaluation: one task under one policy and budget. Finished ones are kept, and not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from butler_jax.evaluation.statistics import Estimate
+
+FILE = "cells.jsonl"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number of a cell: what was measured, at which budget (None: at none), and of which part (`where`).
+
+    attended: the mean fraction of the causal keys read in layers 1 ....
+    """
+
+    metric: str
+    estimate: Estimate
+    budget: float | int | None
+    attended: float
+    where: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a task found; arrays: by name, as nested lists. seconds: what it took."""
+
+    findings: list[Finding]
+    arrays: dict[str, list] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Kept:
+    """Finished cells, by the hash of all they depend on; in a file of one JSON object a line, or in no file (None)."""
+
+    def __init__(self, directory: Path | None):
+        self.path = None if directory is None else Path(directory) / FILE
+        self.cells: dict[str, Cell] = {}
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+            try:
+                read = json.loads(line)
+                findings = [Finding(**{**f, "estimate": Estimate(*f["estimate"])}) for f in read["findings"]]
+                self.cells[read["key"]] = Cell(findings, read["arrays"], read["seconds"])
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off while it was written, or of another version: the cell is measured anew
+
+    def add(self, key: str, about: dict[str, Any], cell: Cell) -> None:
+        """Keep a cell; about: for people who read the file."""
+        self.cells[key] = cell
+        if self.path is not None:
+            cut = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n" * cut + json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """The hash of JSON-ready facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class Progress:
+    """Says a line after each cell, with the time that the rest will take if cells of a task cost alike."""
+
+    def __init__(self, counts: dict[str, int], say: Say):
+        self.left, self.say, self.total = dict(counts), say, sum(counts.values())
+        self.spent: dict[str, list[float]] = {task: [] for task in counts}
+        self.done, self.began = 0, time.perf_counter()
+
+    def add(self, task: str, label: str, cell: Cell, *, kept: bool) -> None:
+        """A cell is there; kept: it was already."""
+        self.left[task] -= 1
+        self.done += 1
+        self.spent[task].append(cell.seconds)
+        first = cell.findings[0]
+        budget = "" if first.budget is None else f"{first.budget:g}"
+        place = f"{self.done:{len(str(self.total))}}/{self.total}"
+        cost = "kept" if kept else f"{cell.seconds:.0f} s"
+        left = f", about {duration(self.seconds_left())} left" if self.done < self.total else ""
+        self.say(f"[{place}] {task:12} {label:14} {budget:8} {first.metric} {first.estimate.value:.4f}   {cost}{left}")
+
+    def seconds_left(self) -> float:
+        """The mean of a task's cells so far for each that is left; for a task not begun, the mean of all cells."""
+        seen = [s for spent in self.spent.values() for s in spent]
+        overall = sum(seen) / max(len(seen), 1)
+        means = {task: sum(spent) / len(spent) if spent else overall for task, spent in self.spent.items()}
+        return sum(means[task] * count for task, count in self.left.items())
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 40 s, 12 min, 3 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

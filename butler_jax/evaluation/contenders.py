@@ -1,0 +1,105 @@
+"""Who is judged: a policy with what it found out on text, its predictor, and the label it goes by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from butler_jax.configs import EvalConfig, SelectionConfig, require, to_dict
+from butler_jax.policies import Policy, make_policy
+from butler_jax.policies.interface import describe
+from butler_jax.predictors import Predictor
+
+PREPARED_TOKENS = 8192  # of text that a policy is prepared on
+
+
+class Contender(NamedTuple):
+    """A policy under its label, with its predictor (None where it needs none)."""
+
+    label: str
+    policy: Policy
+    predictor: Predictor | None
+
+    def selections(self, config: EvalConfig) -> dict[float | int, SelectionConfig]:
+        """The budgets it is judged under: dense has one, which is everything."""
+        if self.policy.name == "dense":
+            return {1: config.selection(1.0)}
+        return {budget: config.selection(budget) for budget in config.budgets}
+
+    def facts(self) -> dict[str, Any]:
+        """All that its results depend on, JSON-ready: settings, and digests of what was learnt or found on text."""
+        arrays = {f: getattr(self.policy, f) for f in self.policy.__dataclass_fields__}
+        found = {name: digest(a) for name, a in arrays.items() if isinstance(a, np.ndarray)}
+        learnt = {} if self.predictor is None else {"predictor": to_dict(self.predictor.config),
+                                                    "parameters": digest(self.predictor)}  # fmt: skip
+        return {**describe(self.policy), **found, **learnt}
+
+
+def contenders(
+    base: Any, predictor: Predictor | None, config: EvalConfig, data: str, say: Callable[[str], None]
+) -> list[Contender]:
+    """The policies of a configuration, prepared; with further runs to compare, one tokenbutler for each predictor.
+
+    predictor: None reads that of config.run; without a run tokenbutler is left out, and `say` told. Raises ValueError
+    for an unknown policy, and where none is left.
+    """
+    settings = {"random": {"seed": config.seed}}
+    policies = [make_policy(name, **settings.get(name, {})) for name in config.policies]
+    needing = [p.name for p in policies if p.needs_predictor]
+    predictors = list(_predictors(base, predictor, config)) if needing else []
+    if not predictors:
+        for name in needing:
+            say(f"{name} is left out: there is no trained predictor (give a run)")
+        policies = [p for p in policies if not p.needs_predictor]
+        require(bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run")
+    found = []
+    for policy in _prepared(policies, base, config, data):
+        if policy.needs_predictor:
+            found += [Contender(policy.name + suffix, policy, one) for suffix, one in predictors]
+        else:
+            found.append(Contender(policy.name, policy, None))
+    return found
+
+
+def _predictors(base: Any, predictor: Predictor | None, config: EvalConfig) -> Iterator[tuple[str, Predictor]]:
+    """(what follows the policy's name, predictor): nothing for the first, :KIND for those to compare."""
+    from butler_jax.checkpoints import load_predictor
+
+    taken = set()
+    if predictor is None and config.run is not None:
+        predictor = load_predictor(config.run, base)
+    if predictor is not None:
+        yield "", predictor
+    for run in config.compare:
+        other = load_predictor(run, base)
+        kind = other.config.kind
+        suffix = f":{kind}" if kind not in taken else f":{kind} {Path(run).name}"
+        taken.add(kind)
+        yield suffix, other
+
+
+def _prepared(policies: list[Policy], base: Any, config: EvalConfig, data: str) -> list[Policy]:
+    """Policies with what they find out on text: a few rows of the training part of `data`."""
+    if all(type(p).prepare is Policy.prepare for p in policies):
+        return policies
+    from butler_jax.data import batches
+
+    length = min(config.context, base.config.context)
+    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=config.data_dir)
+    rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
+    return [policy.prepare(base.model, rows) for policy in policies]
+
+
+def digest(tree: Any) -> str:
+    """A short hash of all numbers of a pytree and of their types and shapes."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        values = np.asarray(leaf)
+        found.update(f"{values.dtype}{values.shape}".encode())
+        found.update(np.ascontiguousarray(values).tobytes())
+    return found.hexdigest()[:16]

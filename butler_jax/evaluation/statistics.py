@@ -1,0 +1,43 @@
+"""Estimates with standard errors. Tokens of a sequence depend on each other, so errors are taken over sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Estimate(NamedTuple):
+    """A value, its standard error (None where a single sequence was seen), and how many items it is a mean of."""
+
+    value: float
+    error: float | None
+    n: int
+
+    def through(self, function: Callable[[float], float], slope: float) -> Estimate:
+        """The estimate of a function of the value; slope: its derivative there (the delta method)."""
+        return Estimate(function(self.value), None if self.error is None else abs(slope) * self.error, self.n)
+
+    def exp(self) -> Estimate:
+        """Of the exponential: a perplexity from a mean negative log-likelihood."""
+        return self.through(math.exp, math.exp(self.value))
+
+
+def ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
+    """sum(sums) / sum(counts) over N independent sequences, and its standard error as a ratio estimator's.
+
+    That is sqrt(N / (N - 1) sum_i (s_i - value c_i)^2) / sum(c) (Cochran, Sampling Techniques, section 6.3). Sequences
+    that count nothing are left out. Raises ValueError where nothing was counted.
+    """
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if not len(counts):
+        raise ValueError("there is nothing to take a mean of: no sequence has an item that counts")
+    value, error = sums.sum() / counts.sum(), None
+    if len(counts) > 1:
+        rest = sums - value * counts
+        error = float(np.sqrt(len(rest) / (len(rest) - 1) * np.sum(rest**2)) / counts.sum())
+    return Estimate(float(value), error, int(counts.sum()))
