@@ -239,7 +239,8 @@ def haystack(base: Any, config: EvalConfig, data: str) -> str:
     from butler_jax.data import held_out
 
     rows = held_out(data, base.tokenizer, length=max(config.lengths), count=4, data_dir=config.data_dir)
-    return "\n\n".join(base.tokenizer.decode(row[row > 0].tolist()) for batch in rows for row in batch["tokens"])
+    texts = (base.tokenizer.decode(b["tokens"][b["segments"] > 0].tolist()) for b in rows)
+    return "\n\n".join(texts)
 
 
 def text_batches(base: Any, config: EvalConfig, data: str, say: Say) -> Batches:
