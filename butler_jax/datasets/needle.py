@@ -114,11 +114,11 @@ def _needle(random: Random, kind: str, text: str) -> tuple[str, str, str]:
     """Statement, question up to the answer, and an answer that is not in the text."""
     if kind == "place":
         statement, question = random.choice(sentences().introductions)
-        statement = statement.replace("{name}", "{answer}")
+        statement, question = statement.replace("{name}", "{answer}"), f"{question[: question.rindex('?')]}? "
     else:
         statement, question = random.choice(_NUMBERS if kind == "number" else _WORDS)
-        # The question ends in the words that come before the answer in the statement.
-        question += statement[: statement.index(" {answer}")]
+    # A question ends in the words that come before the answer in the statement.
+    question += statement[: statement.index(" {answer}")]
     thing, lower = random.choice(_THINGS), text.lower()
     for _ in range(_TRIES):
         answer = _answer(random, kind)
