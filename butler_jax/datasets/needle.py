@@ -42,7 +42,7 @@ _THINGS = (
     "clock tower", "blue suitcase", "empty aviary", "winter garden", "stone bridge", "silver bicycle", "brick oven",
 )  # fmt: skip
 _SENTENCE_END = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s+|\n\s*\n")
-_NEAR = 64  # tokens within which the border of a sentence is looked for
+_NEAR = 32  # tokens within which the border of a sentence is looked for
 _STRIDE = 8  # tokens without a space after which a word may be cut
 _TRIES = 1000
 
