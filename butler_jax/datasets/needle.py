@@ -130,7 +130,7 @@ def _needle(random: Random, kind: str, text: str) -> tuple[str, str, str]:
 def _answer(random: Random, kind: str) -> str:
     if kind == "number":
         return str(random.randint(10_000, 99_999))
-    return invented_name(random, "test") if kind == "place" else invented_word(random, 3)
+    return invented_name(random, "test") if kind == "place" else invented_word(random, 2)
 
 
 def _sentence_start(haystack: str, random: Random) -> int:
