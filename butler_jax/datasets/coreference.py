@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from random import Random
 
+from butler_jax.datasets.asked import asked_tokens
 from butler_jax.tokenizer import Tokenizer
 
 WORDS = (220, 280)
@@ -81,7 +82,7 @@ def sample(seed: int, index: int, split: str = "train", *, short: bool = False) 
     random = Random(f"coreference{' short' if short else ''} {seed} {split} {index}")
     aim, least = (random.randint(0, 80), 0) if short else (_AIM, 3)
     written = sentences()
-    name = _name(random, split)
+    name = invented_name(random, split)
     introduction, question = random.choice(written.introductions)
     if random.random() < _GENERIC_SHARE:
         question = random.choice(written.questions)
@@ -119,17 +120,20 @@ def name_split(name: str) -> str:
     return "test" if hashlib.sha256(name.encode()).digest()[0] % 2 else "train"
 
 
-def _name(random: Random, split: str) -> str:
-    """Two invented words of two or three syllables, such as "velmora quithas"."""
-    onsets, vowels, codas = _ONSETS.split(), _VOWELS.split(), _CODAS.split()
+def invented_name(random: Random, split: str) -> str:
+    """Two invented words of two or three syllables, such as "velmora quithas", of the split "train" or "test"."""
     while True:
-        words = []
-        for syllables in (random.choice((2, 2, 3)), random.choice((2, 2, 3))):
-            word = "".join(random.choice(onsets) + random.choice(vowels) for _ in range(syllables))
-            words.append(word + (random.choice(codas) if random.random() < _CODA_SHARE else ""))
-        name = " ".join(words)
+        counts = (random.choice((2, 2, 3)), random.choice((2, 2, 3)))
+        name = " ".join(invented_word(random, count) for count in counts)
         if name_split(name) == split:
             return name
+
+
+def invented_word(random: Random, syllables: int) -> str:
+    """A word of no language, in lower case."""
+    onsets, vowels, codas = _ONSETS.split(), _VOWELS.split(), _CODAS.split()
+    word = "".join(random.choice(onsets) + random.choice(vowels) for _ in range(syllables))
+    return word + (random.choice(codas) if random.random() < _CODA_SHARE else "")
 
 
 def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
@@ -182,8 +186,7 @@ def last_mention_mask(tokenizer: Tokenizer, sample: CoreferenceSample) -> tuple[
     The space before the name belongs to it, also as a token of its own. The marked tokens are what a model
     has to predict.
     """
-    tokens, offsets = tokenizer.encode_with_offsets(sample.text)
-    return tokens, [end >= sample.last_start for _, end in offsets]
+    return asked_tokens(tokenizer, sample.text, [(sample.last_start, len(sample.text))])
 
 
 def mention_distance(tokenizer: Tokenizer, sample: CoreferenceSample) -> int:

@@ -13,8 +13,7 @@ from jaxtyping import Int
 
 from butler_jax.configs import require
 from butler_jax.datasets.coreference import last_mention_mask, mention_distance, sample
-
-MULTIPLE = 32  # lengths are padded to a multiple, so that other samples rarely compile anew
+from butler_jax.evaluation.teacher_forced import answer_batches
 
 
 def coreference_batches(
@@ -31,18 +30,7 @@ def coreference_batches(
         f"co-reference samples are up to {longest} tokens long, beyond the model's context of {context}; "
         "leave the task out with --tasks perplexity",
     )
-    length = -(-longest // MULTIPLE) * MULTIPLE
-    length = length if context is None else min(length, context)
-    batch_size = min(batch_size, samples)
-    count = -(-samples // batch_size) * batch_size
-    whole = {name: np.zeros((count, length), np.int32) for name in ("tokens", "segments", "positions")}
-    whole["asked"] = np.zeros((count, length), bool)
-    whole["positions"][:] = np.arange(length, dtype=np.int32)
-    for row, (tokens, asked) in enumerate(rows):
-        whole["tokens"][row, : len(tokens)] = tokens
-        whole["segments"][row, : len(tokens)] = 1
-        whole["asked"][row, : len(tokens)] = asked
-    return [{n: a[i : i + batch_size] for n, a in whole.items()} for i in range(0, count, batch_size)]
+    return answer_batches(rows, batch_size=batch_size, context=context)
 
 
 def coreference_distances(tokenizer: Any, *, samples: int, seed: int = 0) -> Int[np.ndarray, " N"]:

@@ -1,0 +1,119 @@
+"""Batches of the long-context tasks: needles over a grid of depths and lengths, lists of keys, chains of variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from butler_jax.configs import require
+from butler_jax.datasets import needle, retrieval
+from butler_jax.datasets.asked import AskedSample
+from butler_jax.evaluation.teacher_forced import Batch, answer_batches
+from butler_jax.tokenizer import Tokenizer
+
+
+class Labelled(NamedTuple):
+    """Batches for teacher_forced.answers, and what each of their samples is: {"length": ...}, needles with "depth"."""
+
+    batches: list[Batch]
+    labels: list[dict[str, float | int]]
+
+
+def needle_batches(
+    tokenizer: Tokenizer,
+    haystack: str,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    kind: str | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    context: int | None = None,
+) -> Labelled:
+    """`samples` needles for every length in tokens and depth in 0 ... 1; see datasets/needle.py.
+
+    The needles of one sample's number are the same in every cell. A batch holds one length. Raises ValueError for a
+    length beyond `context`, the model's, or too short, and where there is nothing to do.
+    """
+    require(bool(depths), "a needle needs a depth; give some, such as 0, 0.5 and 1")
+
+    def make(length: int) -> list[tuple[dict[str, float | int], AskedSample]]:
+        return [
+            (
+                {"depth": depth, "length": length},
+                needle.sample(tokenizer, haystack, length, depth, seed=seed, index=index, kind=kind),
+            )
+            for depth in depths
+            for index in range(samples)
+        ]
+
+    return _batches("needle", make, lengths, samples, batch_size, context)
+
+
+def key_value_batches(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    samples: int,
+    value: str = "number",
+    queries: int = 1,
+    batch_size: int = 4,
+    seed: int = 0,
+    context: int | None = None,
+) -> Labelled:
+    """`samples` lists of keys and values for every length in tokens; see datasets/retrieval.py. Errors as above."""
+
+    def make(length: int) -> list[tuple[dict[str, float | int], AskedSample]]:
+        return [
+            (
+                {"length": length},
+                retrieval.key_value(tokenizer, length, seed=seed, index=index, value=value, queries=queries),
+            )
+            for index in range(samples)
+        ]
+
+    return _batches("key_value", make, lengths, samples, batch_size, context)
+
+
+def variables_batches(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    samples: int,
+    hops: int = 2,
+    question: str = "value",
+    batch_size: int = 4,
+    seed: int = 0,
+    context: int | None = None,
+) -> Labelled:
+    """`samples` texts of assignments for every length in tokens; see datasets/retrieval.py. Errors as above."""
+
+    def make(length: int) -> list[tuple[dict[str, float | int], AskedSample]]:
+        return [
+            (
+                {"length": length},
+                retrieval.variables(tokenizer, length, seed=seed, index=index, hops=hops, question=question),
+            )
+            for index in range(samples)
+        ]
+
+    return _batches("variables", make, lengths, samples, batch_size, context)
+
+
+def _batches(task: str, make: Callable, lengths: Sequence[int], samples: int, batch_size: int, context: int | None):
+    require(bool(lengths), f"the task {task} needs a length in tokens; give some, such as 512")
+    require(samples >= 1, f"the task {task} needs at least 1 sample, got {samples}")
+    over = [length for length in lengths if context is not None and length > context]
+    require(
+        not over,
+        f"the task {task} is asked for at {', '.join(map(str, over))} tokens, beyond the model's context of {context}; "
+        "leave these lengths out",
+    )
+    batches, labels = [], []
+    for length in lengths:
+        made = make(length)
+        labels += [label for label, _ in made]
+        rows = [(sample.tokens, sample.asked) for _, sample in made]
+        batches += answer_batches(rows, batch_size=batch_size, context=context)
+    return Labelled(batches, labels)
