@@ -236,8 +236,10 @@ def main() -> None:
     peers = {name: importlib.metadata.version(name) for name in ("kvpress", "torch", "transformers")}
     report = {
         "rows": rows,
-        "command": "python -m benchmarks.kvpress " + " ".join(sys.argv[1:]),
-        "settings": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(arguments).items()},
+        "command": "python -m benchmarks.kvpress " + " ".join(pathlib.Path(a).name for a in sys.argv[1:]),
+        "base": base.name,
+        "fingerprint": base.fingerprint,
+        "predictions": arguments.windows * (arguments.context - arguments.prompt - 1),
         "device": f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time(),
