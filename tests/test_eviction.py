@@ -47,8 +47,9 @@ CASES = {
 
 
 def naive(q, k, v, segments, budget, worth, recent, window):
-    """Output [B, T, K*G, D], tokens read [B, T, K] and recalled mass [B, T, K*G]."""
+    """Output [B, T, K*G, D], tokens read [B, T, K], recalled mass [B, T, K*G], and the last row's set [B, K, T]."""
     output, read, mass = np.zeros((B, T, K * G, D)), np.zeros((B, T, K)), np.zeros((B, T, K * G))
+    last = np.zeros((B, K, T), bool)
     for b, h in np.ndindex(B, K):
         kept, rows, start = [], [], 0
         for t in range(T):
@@ -72,7 +73,8 @@ def naive(q, k, v, segments, budget, worth, recent, window):
                     seen[j] = seen.get(j, 0.0) + weight
             rows.append(seen)
             read[b, t, h] = len(kept) / (t - low + 1)
-    return output, read, mass
+        last[b, h, kept] = True
+    return output, read, mass, last
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,6 +93,7 @@ def test_rows_attend_what_earlier_rows_kept(name, window):
     np.testing.assert_allclose(np.asarray(found.output)[real], wanted[0][real], atol=1e-5)  # float32 sums
     np.testing.assert_allclose(np.asarray(found.fraction)[real], wanted[1].mean(-1)[real], rtol=1e-6)
     np.testing.assert_allclose(np.asarray(found.mass)[real], wanted[2].mean(-1)[real], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(found.kept), wanted[3])
     assert (wanted[1][real] < 1).any()
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.attention import document_starts
 from butler_jax.base_model import LayerView
@@ -19,12 +19,13 @@ class Evicted(NamedTuple):
     """A layer under a policy that evicts.
 
     output: attention over what was kept. fraction: of its causal keys that a row read, mean over KV heads. mass: true
-    attention weight inside the set kept, mean over query heads.
+    attention weight inside the set kept, mean over query heads. kept: what the last row kept, itself included.
     """
 
     output: Float[Array, "B T H D"]
     fraction: Float[Array, "B T"]
     mass: Float[Array, "B T"]
+    kept: Bool[Array, "B K T"]
 
 
 def evicting_attention(
@@ -69,6 +70,6 @@ def evicting_attention(
 
     shape = (batch, kv_heads, length)
     rows = jnp.swapaxes(queries, 0, 1), jnp.swapaxes(starts, 0, 1), columns
-    _, (out, fraction, mass) = jax.lax.scan(row, (jnp.zeros(shape, bool), policy.begin(shape)), rows)
+    (kept, _), (out, fraction, mass) = jax.lax.scan(row, (jnp.zeros(shape, bool), policy.begin(shape)), rows)
     out = jnp.swapaxes(out, 0, 1).reshape(batch, length, heads, -1)
-    return Evicted(out, jnp.swapaxes(fraction, 0, 1), jnp.swapaxes(mass, 0, 1))
+    return Evicted(out, jnp.swapaxes(fraction, 0, 1), jnp.swapaxes(mass, 0, 1), kept)

@@ -1,0 +1,254 @@
+"""Streaming, SnapKV and H2O beside NVIDIA's kvpress: the same weights, text and budgets in one process.
+
+    python -m benchmarks.kvpress --base DIR --text FILE --run RUN --json benchmarks/kvpress.json
+
+It needs kvpress, torch and transformers. kvpress cuts the cache once, at the end of a dense prompt; what is kept stays,
+and later tokens attend it and all that is new. Line by line our definitions are turned into kvpress's. A line gives the
+share of kvpress's set that ours keeps too (mean over prompts, KV heads and layers 1 ...; two random sets share as much
+as the budget), and the perplexity of what follows the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.kvpress_forms import (
+    H2OLike,
+    Prompt,
+    SnapKVLike,
+    decoded,
+    dense_prompt,
+    follow,
+    kept_once,
+    kept_row_by_row,
+)
+from butler_jax import decode_step, load_base, load_predictor, prefill
+from butler_jax.base_model import BaseModel
+from butler_jax.configs import SelectionConfig, require
+from butler_jax.evaluation.perplexity import read_text, text_windows
+from butler_jax.evaluation.report import versions
+from butler_jax.policies import Policy, make_policy
+from butler_jax.selection import limits_of
+
+SINKS, WINDOW = 4, 8
+
+
+class Step(NamedTuple):
+    """A line of the comparison.
+
+    form: "rows" evicts row after row, "dense rows" on a dense prompt, "once" at its end, "decode" is what the row after
+    it reads. always: sinks and window. first: layer 0 is cut too. judged: what follows the prompt is predicted.
+    """
+
+    aligned: str
+    form: str
+    policy: Policy
+    always: tuple[int, int] = (SINKS, WINDOW)
+    first: bool = False
+    judged: bool = False
+
+
+def steps() -> dict[str, list[Step]]:
+    """From our definition to kvpress's: a line keeps what the lines before it aligned."""
+    streaming = make_policy("streaming")
+    as_decoded = Step("as decoded; then frozen", "decode", streaming, judged=True)
+    lines = {"streaming": [as_decoded, as_decoded._replace(aligned="layer 0 is cut too", first=True)]}
+    for name, like, switches in (
+        ("snapkv", SnapKVLike, [
+            ("64 rows observed, 5 wide", dict(observed=64, pool=5)),
+            ("all observed rows stay, no sinks", dict(whole=True)),
+            ("observed rows left out of the pooling", dict(outside=True)),
+            ("mean for maximum", dict(mean=True)),
+        ]),
+        ("h2o", H2OLike, [
+            ("nothing recent stays, no sinks", dict(free=True)),
+            ("divided by the rows that could see it", dict(mean=True)),
+        ]),
+    ):  # fmt: skip
+        ours, fields, always = make_policy(name), {}, (SINKS, WINDOW)
+        lines[name] = [
+            Step("as simulated, row after row", "rows", ours),
+            Step("on a dense prompt", "dense rows", ours),
+            Step("chosen once, at its end", "once", like(), judged=True),
+            Step("layer 0 is cut too", "once", like(), first=True, judged=True),
+        ]
+        for label, switch in switches:
+            fields |= switch
+            always = (0, 0) if "no sinks" in label else always
+            lines[name].append(Step(label, "once", like(**fields), always, True, switch is switches[-1][1]))
+    return lines
+
+
+def ours(model: BaseModel, tokens: np.ndarray, prompt: Prompt, budget: float, step: Step) -> Any:
+    """What is kept of the prompt [L, B, K, P]."""
+    length = prompt.k.shape[2]
+    selection = SelectionConfig(budget=budget, sinks=SINKS, window=WINDOW)
+    if step.form == "once":
+        sinks, window = step.always
+        kept = kept_once(prompt, int(budget * length), policy=step.policy, sinks=sinks, window=window)
+    elif step.form == "decode":
+        lengths = np.full(tokens.shape[0], length, np.int32)
+        _, state = prefill(model, tokens[:, :length], lengths, capacity=length + 1)
+        found = decode_step(model, tokens[:, length], state, selection=selection, policy=step.policy, details=True)[2]
+        kept = found.chosen[..., :length]
+        kept = kept.at[0].set(kept[1]) if step.first else kept  # the same in every layer
+    else:
+        limits, dense = limits_of(selection, model.config, length + 1), step.form == "dense rows"
+        row = tokens[:, : length + 1]
+        kept = kept_row_by_row(model, row, limits, policy=step.policy, rule=selection.rule, dense=dense)
+    return kept if step.first else kept.at[0].set(True)
+
+
+class Theirs:
+    """A Hugging Face model under presses of kvpress."""
+
+    def __init__(self, directory: str):
+        import kvpress
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.torch, self.cache = torch, transformers.DynamicCache
+        # Only eager attention returns the weights that observed attention sums.
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.presses = {
+            "streaming": lambda budget: kvpress.StreamingLLMPress(1 - budget, n_sink=SINKS),
+            "snapkv": lambda budget: kvpress.SnapKVPress(1 - budget),
+            "h2o": lambda budget: kvpress.ObservedAttentionPress(1 - budget),
+        }
+
+    def __call__(self, name: str, tokens: np.ndarray, budget: float, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """nll [B, T - length - 1] of what follows a prompt of `length` tokens, as `follow`; the kept [L, B, K, length].
+
+        Budget 1 is without kvpress.
+        """
+        torch, layers, kept = self.torch, [], np.zeros((0, length), bool)
+        press = None if budget == 1 else self.presses[name](budget)
+        if press is not None:
+            compress = press.compress
+
+            def recording(module, hidden, keys, values, attentions, kwargs):
+                # No score looks at values: places in their stead show what is kept.
+                places = torch.arange(keys.shape[2], dtype=keys.dtype)[None, None, :, None].expand_as(values)
+                keys, places = compress(module, hidden, keys, places, attentions, kwargs)
+                layers.append(places[..., 0].long().numpy())
+                return keys, values.gather(2, places.long())
+
+            press.compress = recording
+        ids, cache = torch.asarray(tokens.astype(np.int64)), self.cache(config=self.model.config)
+        with torch.inference_mode():
+            with contextlib.nullcontext() if press is None else press(self.model):
+                self.model.model(ids[:, :length], past_key_values=cache)
+            positions = torch.arange(length, ids.shape[1])[None]
+            logits = self.model(ids[:, length:], past_key_values=cache, position_ids=positions).logits
+            nll = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, length + 1 :], reduction="none")
+        if layers:
+            kept = np.zeros((len(layers), *layers[0].shape[:2], length), bool)
+            np.put_along_axis(kept, np.stack(layers), True, axis=-1)
+        return nll.numpy(), kept
+
+
+def overlap(mine: np.ndarray, theirs: np.ndarray) -> float:
+    """Mean share of theirs that is in mine too, layers 1 ...; both keep the same number of tokens."""
+    mine, theirs = np.asarray(mine)[1:], theirs[1:]
+    counts = mine.sum(-1), theirs.sum(-1)
+    require((counts[0] == counts[1]).all(), f"{counts[0].mean()} tokens are kept, and {counts[1].mean()} by kvpress")
+    return float(((mine & theirs).sum(-1) / counts[1]).mean())
+
+
+def judge(nll: np.ndarray, theirs: np.ndarray | None = None) -> dict[str, Any]:
+    """Perplexity, the mean of every window, and the largest difference of a token's nll from kvpress's."""
+    nll = np.asarray(nll, np.float64)
+    found = {"perplexity": float(np.exp(nll.mean())), "window_nll": nll.mean(axis=1).tolist()}
+    return found if theirs is None else found | {"largest_difference": float(np.abs(nll - theirs).max())}
+
+
+def compare(
+    model: BaseModel, predictor: Any, peer: Theirs, tokens: np.ndarray, budgets: list[float], length: int
+) -> list[dict[str, Any]]:
+    """Every line at every budget, shown as it is found; tokens: windows that begin with the prompts."""
+    prompt, rows = dense_prompt(model, tokens[:, :length]), []
+    seen = float(np.mean(np.arange(length + 1, tokens.shape[1])))  # tokens that a dense row attends, mean
+
+    def add(policy: str, aligned: str, budget: float, read: float, **found: Any) -> None:
+        rows.append(dict(policy=policy, aligned=aligned, budget=budget, read=read) | found)
+        figures = [f"{found[n]:{form}}" if n in found else "" for n, form in
+                   (("overlap", ".4f"), ("perplexity", ".3f"), ("largest_difference", ".1e"))]  # fmt: skip
+        print(f"{policy:12}{aligned:40}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>13}".format(*figures), flush=True)
+
+    print(f"{'':52}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'nll differs':>13}")
+    theirs, _ = peer("dense", tokens, 1, length)
+    everything = jnp.ones((prompt.k.shape[0], tokens.shape[0], prompt.k.shape[3], length), bool)
+    add("dense", "transformers", 1, seen, **judge(theirs))
+    add("dense", "ours", 1, seen, **judge(follow(model, prompt, everything, tokens[:, length:]), theirs))
+    for name, lines in steps().items():
+        for budget in budgets:
+            read = int(budget * length) + seen - length
+            theirs, kept = peer(name, tokens, budget, length)
+            add(name, "kvpress", budget, read, **judge(theirs))
+            for step in lines:
+                mine = ours(model, tokens, prompt, budget, step)
+                found = {"overlap": overlap(mine, kept)}
+                if step.judged:
+                    found |= judge(follow(model, prompt, mine, tokens[:, length:]), theirs)
+                add(name, step.aligned, budget, read, **found)
+    for budget in budgets if predictor is not None else ():
+        read = int(budget * length) + seen - length
+        nll, attended = decoded(model, predictor, tokens, selection=SelectionConfig(budget=round(read)), length=length)
+        add("tokenbutler", "decoded, as many read", budget, float(attended), **judge(nll))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", required=True, help="a Hugging Face directory")
+    parser.add_argument("--text", type=pathlib.Path, required=True)
+    parser.add_argument("--run", type=pathlib.Path, help="a training run: its predictor decodes beside the others")
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1 / 2, 1 / 4, 1 / 8])
+    parser.add_argument("--prompt", type=int, default=768, help="tokens of a prompt")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window, the prompt first")
+    parser.add_argument("--windows", type=int, default=4)
+    arguments = parser.parse_args()
+
+    began = time.perf_counter()
+    base, peer = load_base(arguments.base), Theirs(arguments.base)
+    predictor = load_predictor(arguments.run, base) if arguments.run else None
+    text, tokens = read_text(arguments.text), arguments.windows * arguments.context
+    found = text_windows(base.require_tokenizer(), text, context=arguments.context, tokens=tokens)
+    windows = np.concatenate([batch["tokens"] for batch in found])
+    rows = compare(base.model, predictor, peer, windows, arguments.budgets, arguments.prompt)
+    peers = {name: importlib.metadata.version(name) for name in ("kvpress", "torch", "transformers")}
+    report = {
+        "rows": rows,
+        "command": "python -m benchmarks.kvpress " + " ".join(pathlib.Path(a).name for a in sys.argv[1:]),
+        "base": base.name,
+        "fingerprint": base.fingerprint,
+        "predictions": arguments.windows * (arguments.context - arguments.prompt - 1),
+        "device": f"{jax.default_backend()} {jax.devices()[0].device_kind}",
+        "seconds": time.perf_counter() - began,
+        "processor_seconds": time.process_time(),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions() | peers,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
