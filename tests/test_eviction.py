@@ -53,7 +53,7 @@ def naive(q, k, v, segments, budget, worth, recent, window):
         kept, rows, start = [], [], 0
         for t in range(T):
             if t and segments[b, t] != segments[b, t - 1]:
-                kept, start = [], t
+                kept, rows, start = [], [], t
             low = start if window is None else max(start, t - window + 1)
             n = int(budget[t - low + 1])
             kept = [j for j in kept if j >= low] + [t]
@@ -84,8 +84,9 @@ def test_rows_attend_what_earlier_rows_kept(name, window):
     table = budget_table(selection, T)
     view = LayerView(jnp.asarray(1), None, None, *(jnp.asarray(a, jnp.float32) for a in (q, k, k, v)))
     found = evicting_attention(
-        view, jnp.asarray(segments), window, make_policy(name, **fields), Limits(jnp.asarray(table), None, 0), selection
-    )
+        view, jnp.asarray(segments), window, make_policy(name, **fields), Limits(jnp.asarray(table), None, 0), selection,
+        mass=True,
+    )  # fmt: skip
     wanted = naive(q, k, v, segments, table, worth, recent, window)
     real = segments > 0
     np.testing.assert_allclose(np.asarray(found.output)[real], wanted[0][real], atol=1e-5)  # float32 sums
