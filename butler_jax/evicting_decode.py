@@ -1,8 +1,8 @@
 """Prefill and decode steps under a policy that evicts: what a row has kept is carried from token to token.
 
 The prompt runs under the policy too, row after row, so that decoding goes on where a simulation of the whole text would
-stand. That is slower than a dense prefill: these policies are here to be compared with. Keys and values that were dropped
-stay in the cache unread.
+stand. That is slower than a dense prefill: these policies are here to be compared with. Keys and values that were
+dropped stay in the cache unread.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def evicting_step(
     """
     check_devices(policy)
     check_state(state, policy)
-    config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
+    config, capacity = model.config, state.kv.capacity
     cached, total = state.lengths, state.lengths + 1
     limits = limits_of(selection, config, capacity)
     room = room_for(selection, capacity, most)
@@ -183,6 +183,6 @@ def check_state(state: DecodeState, policy: Evicting) -> None:
         )
     require(
         fits,
-        f"the state was not prefilled under the policy {policy.name}, which has to know what was kept; give prefill the "
-        "same selection and policy",
+        f"the state was not prefilled under the policy {policy.name}, which has to know what was kept; give prefill "
+        "the same selection and policy",
     )

@@ -225,3 +225,17 @@ def test_decoding_keeps_what_the_simulation_keeps(name, fields):
 def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, window):
     changes = {} if window is None else dict(window=20, windowed=(True, False, True, False))
     compare_evicting(name, fields, budget, **changes)
+
+
+def test_a_state_of_another_policy_is_a_clear_error():
+    model, selection = make_model(), SelectionConfig(budget=12)
+    tokens = jnp.asarray(rows_of())[:, :5]
+    fill = partial(prefill, model, tokens, PROMPTS, capacity=TOTAL, selection=selection)
+    step = partial(decode_step, model, tokens[:, 0], selection=selection)
+    with pytest.raises(ValueError, match="the state was not prefilled under the policy h2o"):
+        step(fill(policy=make_policy("oracle"))[1], policy=make_policy("h2o"))
+    state = fill(policy=make_policy("h2o"))[1]
+    with pytest.raises(ValueError, match="the state was not prefilled under the policy snapkv"):
+        step(state, policy=make_policy("snapkv"))
+    with pytest.raises(ValueError, match="was prefilled under a policy that evicts"):
+        step(state, policy=make_policy("oracle"))

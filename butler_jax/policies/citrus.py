@@ -31,13 +31,13 @@ class CItruS(Evicting):
     """At the end of every chunk, the tokens before it are judged by the attention that the instruction pays to them.
 
     Until the next border that judgement stands: a row drops the token that was worth least, so that the budget holds at
-    every row. The chunk under way and the one before it stay whole, as published, and come to judgement one border later.
+    every row. The chunk under way and the one before it stay whole, as published, and are judged one border later.
     There 768 states are kept, 256 tokens of a chunk and 256 of the next one beside them; so a chunk is a fifth of the
     budget here, and never more than `chunk` tokens. The border is known when the chunk begins.
 
-    The published instruction is a text of its own, which runs after every chunk and is thrown away again. Here a row only
-    knows the text before it: the instruction is the last `observed` rows of the chunk, all of them where it is shorter.
-    With `observed` at least `chunk` it is the whole chunk, which is what is published for text without an instruction.
+    The published instruction is a text of its own, which runs after every chunk and is thrown away again. Here a row
+    only knows the text before it: the instruction is the last `observed` rows of the chunk, all of them where it is
+    shorter. With `observed` at least `chunk` it is the whole chunk, as published for text without an instruction.
     The cache is the one that is shared; tokens are kept per KV head, where the authors average over a layer's heads.
     """
 

@@ -15,7 +15,7 @@ from butler_jax.top_k import ordered_bits, top_mask
 
 
 class Place(NamedTuple):
-    """Where one row of each sequence stands: its own column, and the first of its document. At own < 0 nothing began."""
+    """Where a row of each sequence stands: its own column, and the first of its document. At own < 0 nothing began."""
 
     own: Int[Array, " B"]
     start: Int[Array, " B"]

@@ -17,8 +17,8 @@ from butler_jax.policies.evicting import Evicting
 class Recent(NamedTuple):
     """The attention of the last N rows, summed with additions alone, a few for each row.
 
-    rows: what each row gave at its slot, position modulo N; from the next slot on, still of the round before, the sums of
-    a slot and all later ones. new: the sum of this round's rows. total: that of the last N.
+    rows: what each row gave, at its slot (position modulo N); the later slots are still of the round before, and hold
+    the sums of their own and all later ones. new: the sum of this round's rows. total: that of the last N.
     """
 
     rows: Float[Array, "N B K S"]
