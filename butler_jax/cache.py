@@ -57,7 +57,7 @@ class DecodeState:
 
     lengths: tokens each row holds. scores: None without a predictor. steps: decode steps so far. chosen: the units of
     every layer [L, B, K, N] that the last choice keeps for the steps until the next one, None where every step
-    chooses.
+    chooses. evicted: what every layer has kept under a policy that evicts (eviction.py), None under others.
     """
 
     kv: KVCache
@@ -65,6 +65,7 @@ class DecodeState:
     lengths: Int[Array, " B"]
     steps: Int[Array, ""]
     chosen: Chosen | None = None
+    evicted: Any = None
 
 
 def state_partition(state: DecodeState, mesh: Any) -> DecodeState:

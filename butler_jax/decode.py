@@ -20,6 +20,7 @@ from butler_jax.cache import DecodeState, KVCache, ScoreCache, split_state, writ
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.chosen import attended_tokens, chosen_tokens, kept, recent_from, with_recent
 from butler_jax.configs import SelectionConfig, require
+from butler_jax.evicting_decode import evicting_step
 from butler_jax.offload import Fetched, fetch_layer, fetch_units, write_token_on_host
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
@@ -60,16 +61,22 @@ def decode_step(
     """One token a row: logits after it, float32, the state with it, and what was read.
 
     selection: which cached tokens are attended (None: all; the predictor's caches are kept all the same). policy: who
-    scores them; None is the predictor, as `TokenButler()`. most: the largest budget of any row at this step, in tokens,
-    where the caller knows that it is below the largest of the cache's length. implementation: of pallas_kernels.
+    scores them; None is the predictor, as `TokenButler()`; one that evicts goes on from a prefill under it, without the
+    predictor (evicting_decode.py). most: the largest budget of any row at this step, in tokens, where the caller knows
+    that it is below the largest of the cache's length. implementation: of pallas_kernels.
     details: see Found. Donate `state` under jit; all that is not an array is static there.
 
     Raises ValueError where the cache is known to be full, where the policy needs a predictor and there is none, where
-    thresholds are another model's, and where an interval is asked of a state that `prefill` did not make for it.
+    thresholds are another model's, and where an interval or a policy that evicts is asked of a state that `prefill` did
+    not make for it.
     """
     policy = policy or TokenButler()
     selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
-    check_step(state, predictor, selection, policy)
+    evicts = selection is not None and policy.evicts
+    check_step(state, None if evicts else predictor, selection, policy)
+    if evicts:
+        out, state, *found = evicting_step(model, tokens, state, selection, policy, most=most, details=details)
+        return out, state, Found(*found)
     config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
     cached, total = state.lengths, state.lengths + 1
     x = embed(model, tokens[:, None])
@@ -244,6 +251,10 @@ def check_step(
             most < capacity,
             f"the cache is full: a row holds {most} of {capacity} tokens; prefill with a larger capacity",
         )
+    require(
+        state.evicted is None or (selection is not None and policy.evicts),
+        "the state was prefilled under a policy that evicts; decode with the same selection and policy",
+    )
     if predictor is not None:
         require(
             state.scores is not None,

@@ -15,6 +15,7 @@ from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, logi
 from butler_jax.cache import DecodeState, KVCache, ScoreCache, empty_chosen, empty_kv_cache, split_state
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.configs import SelectionConfig, require
+from butler_jax.evicting_decode import fill_evicting
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor, walk
@@ -41,7 +42,8 @@ def prefill(
     """Run prompts densely; logits after each row's last token, and the caches of `capacity` tokens a row.
 
     tokens: prompts, padded on the right to T. lengths: tokens of each prompt, 1 ... T. selection, policy: those of the
-    steps that follow; only an interval needs them, for the room it takes. chunk: prompts of more tokens run in chunks
+    steps that follow; an interval needs them, for the room it takes, and a policy that evicts, under which the prompts
+    run then, whole and without the predictor (evicting_decode.py). chunk: prompts of more tokens run in chunks
     of so many, as many of them as the longest row has: T may be the padding of any shorter prompt and is not paid for.
     score_dtype: "int8" keeps the importance keys in int8 (score_keys.py); None as the predictor makes them.
     implementation: of attention.causal_attention, for prompts that run at once.
@@ -62,6 +64,9 @@ def prefill(
         require(least >= 1, "a prompt has no tokens; give every row at least one")
         require(most <= length, f"a prompt of {most} tokens does not fit the {length} columns of tokens")
     lengths = jnp.asarray(lengths).astype(jnp.int32)
+    if selection is not None and policy is not None and policy.evicts:
+        last, kv, evicted = fill_evicting(model, tokens, lengths, capacity, selection, policy, implementation)
+        return logits(model, last), DecodeState(kv, None, lengths, jnp.zeros((), jnp.int32), evicted=evicted)
     run = _at_once if length <= chunk else partial(_in_chunks, chunk=chunk)
     last, kv, scores = run(model, tokens, lengths, capacity, predictor, implementation)
     if scores is not None:

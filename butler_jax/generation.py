@@ -125,6 +125,10 @@ def generate_stream(
         f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely",
     )
     require(
+        not (offload and selection is not None and policy.evicts),
+        f"the policy {policy.name} needs its caches on the device: leave out offload",
+    )
+    require(
         isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1,
         f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}",
     )
@@ -184,7 +188,7 @@ def _pieces(
     for step in range(max_new_tokens):
         token, fraction = made
         if step + 1 < max_new_tokens:  # the next step is under way before this one's token is looked at
-            now, most = _plan(selection, table, lengths, step)
+            now, most = _plan(selection, table, lengths, step, policy)
             made, held = advance(
                 base.model,
                 predictor,
@@ -276,10 +280,10 @@ def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
 
 
 def _plan(
-    selection: SelectionConfig | None, table: np.ndarray | None, lengths: np.ndarray, step: int
+    selection: SelectionConfig | None, table: np.ndarray | None, lengths: np.ndarray, step: int, policy: Policy
 ) -> tuple[SelectionConfig | None, int | None]:
     """(selection, most) of a step: dense while no row is beyond min_context; room for what the rows can then need."""
-    if selection is None or selection.min_context == 0:
+    if selection is None or selection.min_context == 0 or policy.evicts:  # what is kept is kept from the first token on
         return selection, None
     chosen_at = lengths + step + 1 - step % selection.interval
     if (chosen_at <= selection.min_context).all():

@@ -19,6 +19,7 @@ STAGES = {
     "sharding.py": 1, "tokenizer.py": 1, "datasets/": 1, "data.py": 1,
     "sampling.py": 1, "base_model.py": 2, "weights/": 2, "predictors/": 2, "policies/": 2,
     "checkpoints.py": 3, "scoring.py": 3, "decode.py": 3, "filling.py": 3,
+    "eviction.py": 3, "evicting_decode.py": 3,
     "prompts.py": 3, "generation.py": 4, "training.py": 4, "fitting.py": 4, "evaluation/": 4,
     "base_training.py": 5, "predictor_training.py": 5, "command_line.py": 5, "generate.py": 5, "bench.py": 5,
     "__init__.py": 6,

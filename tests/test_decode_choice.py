@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from butler_jax.base_model import BaseModel
+from butler_jax import eviction
+from butler_jax.base_model import BaseModel, logits
 from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig
 from butler_jax.decode import decode_step
+from butler_jax.evaluation import eviction as judged
 from butler_jax.filling import prefill
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
-from butler_jax.selection import limits_of
+from butler_jax.selection import budget_table, limits_of
 
 simulation = importlib.import_module("butler_jax.evaluation.simulate")  # the package names its function so
 
@@ -45,14 +47,14 @@ def text_of(rows: int) -> dict[str, np.ndarray]:
     return {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
 
 
-def decoded_sets(model, predictor, policy, selection, steps=None, **options):
+def decoded_sets(model, predictor, policy, selection, steps=None, prompts=PROMPTS, **options):
     """{(row, position): sets [L, heads, S]} and the counts the step reports, of teacher-forced decoding."""
     tokens = jnp.asarray(rows_of())
 
     @jax.jit
     def run(tokens):
         _, state = prefill(
-            model, tokens[:, : PROMPTS.max()], PROMPTS, capacity=TOTAL, predictor=predictor, selection=selection,
+            model, tokens[:, : prompts.max()], prompts, capacity=TOTAL, predictor=predictor, selection=selection,
             policy=policy,
         )  # fmt: skip
 
@@ -64,7 +66,7 @@ def decoded_sets(model, predictor, policy, selection, steps=None, **options):
             )
             return state, (at, found.chosen, found.attended, logits)
 
-        return jax.lax.scan(step, state, None, length=steps or TOTAL - PROMPTS.max())[1]
+        return jax.lax.scan(step, state, None, length=steps or TOTAL - prompts.max())[1]
 
     at, sets, counts, logits = map(np.asarray, run(tokens))
     found = {}
@@ -156,3 +158,84 @@ def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget, kind):
     for (b, t), (sets, counts, _) in decoded_sets(model, predictor, policy, selection).items():
         np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
         np.testing.assert_array_equal(counts, sets.sum(-1))
+
+
+LONGER = np.asarray([1, 41, 17])  # the prefill evicts too
+EVICTING = [("h2o", {}), ("snapkv", {"observed": 6, "pool": 3}), ("citrus", {"chunk": 4, "observed": 2})]
+
+
+def simulated_kept(model, policy, selection):
+    """What the simulation keeps [L, B, K, T, S], in chunks of 16 rows; of layer 0, which is dense, everything."""
+    batch = jax.tree.map(jnp.asarray, text_of(len(LONGER)))
+    shape = (model.config.layers, len(LONGER), model.config.kv_heads, TOTAL, TOTAL)
+    seen, layer, rows, row = np.zeros(shape, bool), [], judged.rows_of, eviction.evict_row
+
+    def note(layer, own, kept):
+        if own[0] >= 0:
+            seen[layer, :, :, own[0], : kept.shape[-1]] = kept
+
+    def watched_rows(view, *rest, **wanted):
+        layer.append(view.index)
+        return rows(view, *rest, **wanted)
+
+    def watched_row(policy, state, place, *rest):
+        state, weights = row(policy, state, place, *rest)
+        jax.debug.callback(note, layer[-1], place.own, state.kept)
+        return state, weights
+
+    run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judged, "rows_of", watched_rows)
+        patch.setattr(eviction, "evict_row", watched_row)
+        patch.setattr(eviction, "CHUNK", 16)
+        x, _ = jax.jit(run)(model, None, batch, limits_of(selection, model.config, TOTAL))
+        x.block_until_ready()
+        jax.effects_barrier()
+    seen[0] = np.tril(np.ones((TOTAL, TOTAL), bool))
+    return seen, np.asarray(jax.jit(logits)(model, x))
+
+
+def compare_evicting(name, fields, budget, **changes):
+    """Rows of three lengths, prompts under the policy: the same tokens kept and the same logits at every position."""
+    policy, model = make_policy(name, **fields), make_model(**changes)
+    selection = policy.selection(SelectionConfig(sinks=2, window=3, **budget))
+    kept, wanted = simulated_kept(model, policy, selection)
+    found = decoded_sets(model, None, policy, selection, prompts=LONGER)
+    assert len(found) == len(LONGER) * (TOTAL - LONGER.max())
+    table = budget_table(selection, TOTAL)
+    for (b, t), (sets, counts, values) in found.items():
+        if model.config.window is None:
+            np.testing.assert_array_equal(sets, kept[:, b, :, t], err_msg=f"row {b}, position {t}")
+            assert (counts[1:] == table[t + 1]).all()
+        else:
+            np.testing.assert_array_equal(sets[1:], kept[1:, b, :, t], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
+        np.testing.assert_allclose(values, wanted[b, t], atol=2e-4)  # float32 logits of size 10, other sums
+
+
+@pytest.mark.parametrize(("name", "fields"), EVICTING)
+def test_decoding_keeps_what_the_simulation_keeps(name, fields):
+    compare_evicting(name, fields, dict(budget=0.3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields"), EVICTING)
+@pytest.mark.parametrize("budget", [dict(budget=12), dict(budget=1.0), dict(budget=10, min_context=30)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, window):
+    changes = {} if window is None else dict(window=20, windowed=(True, False, True, False))
+    compare_evicting(name, fields, budget, **changes)
+
+
+def test_a_state_of_another_policy_is_a_clear_error():
+    model, selection = make_model(), SelectionConfig(budget=12)
+    tokens = jnp.asarray(rows_of())[:, :5]
+    fill = partial(prefill, model, tokens, PROMPTS, capacity=TOTAL, selection=selection)
+    step = partial(decode_step, model, tokens[:, 0], selection=selection)
+    with pytest.raises(ValueError, match="the state was not prefilled under the policy h2o"):
+        step(fill(policy=make_policy("oracle"))[1], policy=make_policy("h2o"))
+    state = fill(policy=make_policy("h2o"))[1]
+    with pytest.raises(ValueError, match="the state was not prefilled under the policy snapkv"):
+        step(state, policy=make_policy("snapkv"))
+    with pytest.raises(ValueError, match="was prefilled under a policy that evicts"):
+        step(state, policy=make_policy("oracle"))

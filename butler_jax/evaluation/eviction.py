@@ -1,4 +1,4 @@
-"""Policies that evict, simulated: row after row, for what a row attends depends on what all earlier rows kept."""
+"""Policies that evict, simulated: a whole sequence at once, its rows in order (butler_jax/eviction.py)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.attention import document_starts
+from butler_jax.attention import causal_attention, document_starts
 from butler_jax.base_model import LayerView
 from butler_jax.configs import SelectionConfig
-from butler_jax.policies.evicting import Evicting, evict
-from butler_jax.selection import Limits, Rows, always_chosen
+from butler_jax.eviction import EvictedRows, evict_rows
+from butler_jax.policies.evicting import Evicting
+from butler_jax.selection import Limits, Rows
 
 
 class Evicted(NamedTuple):
     """A layer under a policy that evicts.
 
     output: attention over what was kept. fraction: of its causal keys that a row read, mean over KV heads. mass: true
-    attention weight inside the set kept, mean over query heads. kept: what the last row kept, itself included.
+    attention weight inside the set kept, mean over query heads; None where it is not asked. kept: what the last row
+    kept, itself included.
     """
 
     output: Float[Array, "B T H D"]
     fraction: Float[Array, "B T"]
-    mass: Float[Array, "B T"]
+    mass: Float[Array, "B T"] | None
     kept: Bool[Array, "B K T"]
 
 
@@ -35,41 +37,64 @@ def evicting_attention(
     policy: Evicting,
     limits: Limits,
     rule: SelectionConfig,
+    *,
+    mass: bool = False,
 ) -> Evicted:
     """One layer, rows in order. window: of a sliding layer. Layer 0 and rows up to min_context keep everything."""
-    batch, length, heads, dim = view.q.shape
-    kv_heads = view.k.shape[2]
-    columns = jnp.arange(length, dtype=jnp.int32)
+
+    def sparse():
+        found, keys = rows_of(view, segments, window, policy, limits.table[None], rule, mass=mass)
+        return found.output, found.read / keys, found.mass, found.state.kept
+
+    def dense():
+        one = jnp.ones(segments.shape, jnp.float32)
+        output = causal_attention(view.q, view.k, view.v, segments=segments, window=window)
+        seen = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] >= document_starts(segments)[:, -1:]
+        kept = jnp.broadcast_to(seen[:, None], (seen.shape[0], view.k.shape[2], seen.shape[1]))
+        return output.astype(view.v.dtype), one, one if mass else None, kept
+
+    return Evicted(*jax.lax.cond(view.index > 0, sparse, dense))
+
+
+def evicted_sums(
+    view: LayerView,
+    segments: Int[Array, "B T"],
+    window: int | None,
+    policy: Evicting,
+    tables: Int[Array, "N S"],
+    rule: SelectionConfig,
+) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
+    """Recalled mass and attended fraction under N budgets at once, summed over the rows that are not padding.
+
+    Of layer 0 zeros: it is dense whatever the budget.
+    """
+
+    def sparse():
+        found, keys = rows_of(view, segments, window, policy, tables, rule, output=False, mass=True)
+
+        def total(a):
+            split = a.reshape(tables.shape[0], *segments.shape)
+            return jnp.sum(jnp.where((segments > 0)[None], split, 0.0), axis=2)
+
+        return total(found.mass), total(found.read.reshape(-1, *keys.shape) / keys[None])
+
+    nothing = jnp.zeros((tables.shape[0], segments.shape[0]), jnp.float32)
+    return jax.lax.cond(view.index > 0, sparse, lambda: (nothing, nothing))
+
+
+def rows_of(
+    view: LayerView,
+    segments: Int[Array, "B T"],
+    window: int | None,
+    policy: Evicting,
+    tables: Int[Array, "N S"],
+    rule: SelectionConfig,
+    **wanted: bool,
+) -> tuple[EvictedRows, Float[Array, "B T"]]:
+    """evict_rows of packed sequences, and how many keys each row may see."""
     starts = document_starts(segments)
-    queries = (view.q * jnp.asarray(dim**-0.5, view.q.dtype)).reshape(batch, length, kv_heads, -1, dim)
-    keys, values = (jnp.swapaxes(a, 1, 2) for a in (view.k, view.v))
-
-    def softmax(logits, mask):
-        return jax.nn.softmax(jnp.where(mask[:, :, None], logits, -1e30), axis=-1)
-
-    def row(carry, inputs):
-        kept, memory = carry
-        q, start, t = inputs
-        low = start if window is None else jnp.maximum(start, t - window + 1)
-        allowed = (columns[None] >= low[:, None]) & (columns[None] <= t)
-        count = t - low + 1
-        budget = jnp.where(view.index > 0, limits.table[count], count)
-        own = jnp.broadcast_to(t, (batch, 1))
-        newest = columns[None] > (t - policy.recent(budget))[:, None]
-        protected = newest | always_chosen(Rows(own, start[:, None]), columns, rule.sinks, rule.window)[:, 0]
-        candidates = (kept | (columns == t)[None, None]) & allowed[:, None]
-        kept = evict(candidates, policy.worth(memory), protected, budget)
-        logits = jnp.einsum("bkgd,bksd->bkgs", q, keys, preferred_element_type=jnp.float32)
-        weights = softmax(logits, kept)
-        out = jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        memory = policy.observe(memory, jnp.sum(weights, axis=2), t)
-        read = jnp.mean(jnp.sum(kept, axis=-1, dtype=jnp.int32).astype(jnp.float32), axis=-1)
-        true = softmax(logits, jnp.broadcast_to(allowed[:, None], kept.shape))
-        mass = jnp.mean(jnp.sum(jnp.where(kept[:, :, None], true, 0.0), axis=-1), axis=(1, 2))
-        return (kept, memory), (out.astype(values.dtype), read / count.astype(jnp.float32), mass)
-
-    shape = (batch, kv_heads, length)
-    rows = jnp.swapaxes(queries, 0, 1), jnp.swapaxes(starts, 0, 1), columns
-    (kept, _), (out, fraction, mass) = jax.lax.scan(row, (jnp.zeros(shape, bool), policy.begin(shape)), rows)
-    out = jnp.swapaxes(out, 0, 1).reshape(batch, length, heads, -1)
-    return Evicted(out, jnp.swapaxes(fraction, 0, 1), jnp.swapaxes(mass, 0, 1), kept)
+    own = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
+    found = evict_rows(policy, view.q, view.k, view.v, Rows(own, starts), tables, window, rule, **wanted)
+    keys = own - starts + 1
+    keys = keys if window is None else jnp.minimum(keys, window)
+    return found, keys.astype(jnp.float32)

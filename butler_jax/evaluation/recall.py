@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
-from butler_jax.evaluation.eviction import evicting_attention
+from butler_jax.evaluation.eviction import evicted_sums
 from butler_jax.evaluation.simulate import chosen_mask
 from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Chunk, Policy
@@ -175,11 +175,7 @@ def measure_evicting(
 
     def mixer(state, view):
         def look(limit):
-            def one(table):
-                found = evicting_attention(view, segments, limit, policy, Limits(table, None, 0), rule)
-                return tuple(jnp.sum(jnp.where(segments > 0, a, 0.0), axis=1) for a in (found.mass, found.fraction))
-
-            return jax.lax.map(one, tables)
+            return evicted_sums(view, segments, limit, policy, tables, rule)
 
         return dense(None, view)[0], state, by_window(base, view.index, look)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from butler_jax.configs import require
+from butler_jax.policies.citrus import CItruS
 from butler_jax.policies.dense import Dense
 from butler_jax.policies.h2o import H2O
 from butler_jax.policies.interface import Chunk, Policy
@@ -15,7 +16,7 @@ from butler_jax.policies.streaming import Streaming
 from butler_jax.policies.tokenbutler import TokenButler
 
 POLICIES: dict[str, type[Policy]] = {
-    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, H2O, SnapKV, Quest, LowRank, TokenButler)
+    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, H2O, SnapKV, CItruS, Quest, LowRank, TokenButler)
 }
 
 __all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]

@@ -3,49 +3,74 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.policies.interface import Chunk, Policy
+from butler_jax.top_k import ordered_bits, top_mask
+
+
+class Place(NamedTuple):
+    """Where a row of each sequence stands: its own column, and the first of its document. At own < 0 nothing began."""
+
+    own: Int[Array, " B"]
+    start: Int[Array, " B"]
+
+    @property
+    def first(self) -> Bool[Array, "B 1 1"]:
+        """Whether it is the first row of its document: all memory before it is of others."""
+        return (self.own == self.start)[:, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evicting(Policy):
     """A policy that keeps a set of tokens per KV head and drops the worst of it whenever a row's budget is exceeded.
 
-    A subclass says with `begin`, `observe` and `worth` what a token is worth, from the attention of earlier rows among
-    the tokens kept then, and with `recent` how many of the newest are never dropped.
+    A subclass says with `begin`, `observe` and `worth` what a token is worth, from the attention of earlier rows of the
+    document among the tokens kept then, and with `recent` how many of the newest are never dropped.
     """
 
     evicts: ClassVar[bool] = True
 
     def scores(self, chunk: Chunk):
         """There are none: what is worth most depends on all rows before."""
-        require(False, f"the policy {self.name} evicts for good: it is simulated by eval.py, decoding does not have it")
+        require(
+            False,
+            f"the policy {self.name} evicts for good: it is simulated by eval.py and decoded after a prefill under it, "
+            "and has no scores of a row by itself",
+        )
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
         """Raises ValueError for what means nothing to a policy that evicts."""
         plain = config.unit == 1 and config.threshold is None and not config.neighbours
         require(plain, f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
+        require(config.interval == 1, f"the policy {self.name} evicts at every row: leave out the interval")
         return config
 
     def begin(self, shape: tuple[int, int, int]) -> Any:
-        """What is remembered of attention before the first row; shape: [B, K, S]."""
+        """What is remembered of attention before the first row; shape: [B, K, S].
+
+        Of a larger S it is the same, larger: what was remembered of fewer tokens fits into its beginning.
+        """
         raise TypeError(f"{type(self).__name__} must define begin")
 
-    def observe(self, memory: Any, weights: Float[Array, "B K S"], row: Int[Array, ""]) -> Any:
-        """The memory after a row; weights: its attention among the tokens kept, summed over the group."""
+    def observe(self, memory: Any, weights: Float[Array, "B K S"], place: Place, budget: Int[Array, " B"]) -> Any:
+        """The memory after a row; weights: its attention among the tokens kept, summed over the group.
+
+        Sequences are at places of their own. What a memory holds before the first row of a document is forgotten there.
+        """
         raise TypeError(f"{type(self).__name__} must define observe")
 
     def worth(self, memory: Any) -> Float[Array, "B K S"]:
-        """What every token is worth; of those that may be dropped, the least goes first, ties to the oldest."""
+        """What every token is worth, finite; of those that may be dropped, the least goes first, ties to the oldest."""
         raise TypeError(f"{type(self).__name__} must define worth")
 
     def recent(self, budget: Int[Array, " B"]) -> Int[Array, " B"]:
-        """How many of the newest tokens stay, of a budget in tokens."""
+        """How many of the newest tokens stay, of a budget in tokens, as far as sinks leave room."""
         raise TypeError(f"{type(self).__name__} must define recent")
 
 
@@ -55,9 +80,24 @@ def evict(
     protected: Bool[Array, "B S"],
     budget: Int[Array, " B"],
 ) -> Bool[Array, "B K S"]:
-    """The candidates less the one that is worth least, where they are more than the budget."""
-    worth = jnp.where(candidates & ~protected[:, None], worth, jnp.inf)
-    least = jnp.argmin(worth, axis=-1)
-    over = jnp.sum(candidates, axis=-1, dtype=jnp.int32) > budget[:, None]
-    columns = jnp.arange(candidates.shape[-1], dtype=least.dtype)[None, None]
-    return candidates & ~((columns == least[..., None]) & over[..., None])
+    """The candidates less those that are worth least, as many as there are beyond the budget.
+
+    That is one, but for the row where min_context ends. Protected ones stay, whatever the budget.
+    """
+    free = candidates & ~protected[:, None]
+    over = jnp.sum(candidates, axis=-1, dtype=jnp.int32) - budget[:, None]
+
+    def one():
+        value = jnp.where(free, worth, jnp.inf)
+        columns = jnp.arange(worth.shape[-1], dtype=jnp.int32)[None, None]
+        least = jnp.min(value, axis=-1, keepdims=True)  # XLA's argmin is slower on CPU
+        first = jnp.min(jnp.where(value == least, columns, worth.shape[-1]), axis=-1, keepdims=True)
+        return candidates & ~((columns == first) & free & (over > 0)[..., None])
+
+    def several():
+        image = jnp.flip(jnp.where(free, ordered_bits(worth), jnp.uint32(0)), axis=-1)
+        left = jnp.sum(free, axis=-1, dtype=jnp.int32) - jnp.maximum(over, 0)
+        best = jnp.flip(top_mask(image, jnp.maximum(left, 0)), axis=-1)
+        return candidates & (protected[:, None] | best)
+
+    return jax.lax.cond(jnp.any(over > 1), several, one)

@@ -19,9 +19,9 @@ class H2O(Evicting):
         """No attention yet."""
         return jnp.zeros(shape, jnp.float32)
 
-    def observe(self, memory, weights, row):
+    def observe(self, memory, weights, place, budget):
         """Add it up."""
-        return memory + weights
+        return jnp.where(place.first, 0.0, memory) + weights
 
     def worth(self, memory):
         """The sum."""

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from butler_jax.configs import require
 from butler_jax.policies.evicting import Evicting
+
+
+class Recent(NamedTuple):
+    """The attention of the last N rows, summed with additions alone, a few for each row.
+
+    rows: what each row gave, at its slot (position modulo N); the later slots are still of the round before, and hold
+    the sums of their own and all later ones. new: the sum of this round's rows. total: that of the last N.
+    """
+
+    rows: Float[Array, "N B K S"]
+    new: Float[Array, "B K S"]
+    total: Float[Array, "B K S"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +43,31 @@ class SnapKV(Evicting):
         require(self.pool >= 1 and self.pool % 2 == 1, f"snapkv pools an odd number of tokens, got {self.pool}")
 
     def begin(self, shape):
-        """The attention of the last rows, and its sum."""
-        return jnp.zeros((self.observed, *shape), jnp.float32)
+        """No rows yet."""
+        nothing = jnp.zeros(shape, jnp.float32)
+        return Recent(jnp.zeros((self.observed, *shape), jnp.float32), nothing, nothing)
 
-    def observe(self, memory, weights, row):
+    def observe(self, memory, weights, place, budget):
         """The newest row takes the place of the oldest."""
-        return jax.lax.dynamic_update_index_in_dim(memory, weights, row % self.observed, 0)
+        batch = jnp.arange(weights.shape[0])
+        slot = (place.own - place.start) % self.observed
+        turn = (slot == 0)[:, None, None]
+
+        def begin_round():
+            sums = jax.lax.cumsum(memory.rows, axis=0, reverse=True)
+            return jnp.where(turn[None], jnp.where(place.first[None], 0.0, sums), memory.rows)
+
+        rows = jax.lax.cond(jnp.any(slot == 0), begin_round, lambda: memory.rows)
+        new = jnp.where(turn, 0.0, memory.new) + weights
+        old = rows[jnp.minimum(slot + 1, self.observed - 1), batch]
+        old = jnp.where((slot + 1 < self.observed)[:, None, None], old, 0.0)
+        return Recent(rows.at[slot, batch].set(weights), new, new + old)
 
     def worth(self, memory):
         """The pooled sum over the rows."""
-        side = self.pool // 2
-        window, padding = (1, 1, self.pool), ((0, 0), (0, 0), (side, side))
-        return jax.lax.reduce_window(jnp.sum(memory, axis=0), -jnp.inf, jax.lax.max, window, (1, 1, 1), padding)
+        size, side = memory.total.shape[-1], self.pool // 2
+        padded = jnp.pad(memory.total, ((0, 0), (0, 0), (side, side)), constant_values=-jnp.inf)
+        return reduce(jnp.maximum, [padded[..., i : i + size] for i in range(self.pool)])
 
     def recent(self, budget):
         """The observed rows, as far as half of the budget goes."""
