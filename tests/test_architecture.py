@@ -22,6 +22,7 @@ STAGES = {
     "eviction.py": 3, "evicting_decode.py": 3,
     "prompts.py": 3, "generation.py": 4, "training.py": 4, "fitting.py": 4, "evaluation/": 4,
     "base_training.py": 5, "predictor_training.py": 5, "command_line.py": 5, "generate.py": 5, "bench.py": 5,
+    "lm_eval.py": 5,
     "__init__.py": 6,
 }  # fmt: skip
 PARTS_OF_A_STAGE = {"policies/": {"base_model.py", "predictors/"}, "predictors/": {"base_model.py"},

@@ -1,0 +1,74 @@
+"""What `--model_args` of lm-evaluation-harness says to the model `butler`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from butler_jax.configs import SelectionConfig, parse_budget, require
+from butler_jax.policies import Policy, make_policy
+from butler_jax.weights import Base, load_base
+
+PREPARED_TOKENS = 8192  # of text that a policy is prepared on
+
+
+def model_arguments(
+    *,
+    base: str | None = None,
+    run: str | Path | None = None,
+    policy: str | None = None,
+    budget: str | float | int = 0.25,
+    sinks: int = 4,
+    window: int = 8,
+    dtype: str | None = None,
+    data_dir: str | None = None,
+    device: str | None = None,
+    max_batch_size: int | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """What `ButlerLM` takes, from what `--model_args` names.
+
+    base: as `load_base`; default: the run's. run: directory of a training run. policy: default: tokenbutler with a run,
+    dense without. budget: a fraction (0.25 or 1/4) or a number of tokens (256). dtype: float32 or bfloat16. data_dir:
+    where prepared data sets lie, for a policy that is prepared on text. others: max_length, batch_size, score_dtype,
+    add_bos_token, progress, and the policy's own fields. Raises ValueError for what cannot be.
+    """
+    require(device is None, f"device={device} is not for the model butler: JAX_PLATFORMS (cpu, cuda, tpu) names it")
+    require(max_batch_size is None, "max_batch_size is not for the model butler; give batch_size a number")
+    require(dtype in (None, "float32", "bfloat16"), f"dtype must be float32 or bfloat16, got {dtype!r}")
+    require(
+        base is not None or run is not None,
+        "nothing to judge: give run=DIR (a run of train.py), or base=SPEC (a directory, a hub id, a .gguf file, tiny)",
+    )
+    passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress")
+    settings = {name: others.pop(name) for name in passed if name in others}
+    chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
+    share = 1.0 if chosen.name == "dense" else parse_budget(budget)
+    selection = SelectionConfig(budget=share, sinks=sinks, window=window)
+    require(
+        run is not None or not chosen.needs_predictor,
+        f"the policy {chosen.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense",
+    )
+    require(
+        run is None or (Path(str(run)) / "checkpoints").is_dir(),
+        f"{run} is no run directory: it has no checkpoints; give the directory of a run of train.py",
+    )
+    from butler_jax.checkpoints import load_predictor
+    from butler_jax.evaluation.evaluate import run_config
+
+    loaded = load_base(base or run_config(Path(str(run)))["base"], dtype=dtype)
+    predictor = load_predictor(str(run), loaded) if chosen.needs_predictor else None
+    if type(chosen).prepare is not Policy.prepare:
+        data = "python_docs" if run is None else run_config(Path(str(run))).get("data", "python_docs")
+        chosen = chosen.prepare(loaded.model, _preparing_rows(loaded, data, data_dir))
+    return dict(base=loaded, policy=chosen, selection=selection, predictor=predictor, **settings)
+
+
+def _preparing_rows(base: Base, data: str, data_dir: str | None) -> list[dict[str, np.ndarray]]:
+    from butler_jax.data import batches
+
+    length = min(1024, base.config.context)
+    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
+    return [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
