@@ -18,8 +18,11 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9730d", "#777777"
 FAINTEST = 1e-4  # attention weights below this look alike
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes [rows, columns]."""
+def blank(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4), **options: Any) -> tuple[Any, Any]:
+    """An empty figure, which notebooks show without pyplot, and its axes [rows, columns]; size in inches.
+
+    options: of matplotlib's Figure.subplots. Raises ImportError without matplotlib, saying what to install.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -57,7 +60,7 @@ def head_agreement_figure(divergence: Float[np.ndarray, "L H H"], shown: int = 4
     """Mean divergence of a layer's pairs of heads by layer, and the matrices of a few layers."""
     layers, heads, _ = divergence.shape
     picked = np.unique(np.linspace(0, layers - 1, min(shown, layers)).round().astype(int))
-    figure, axes = _figure(1, 1 + len(picked), (4 + 2.4 * len(picked), 3.2))
+    figure, axes = blank(1, 1 + len(picked), (4 + 2.4 * len(picked), 3.2))
     pairs = divergence[:, ~np.eye(heads, dtype=bool)]
     line, *matrices = axes[0]
     if heads > 1:
@@ -75,7 +78,7 @@ def head_agreement_figure(divergence: Float[np.ndarray, "L H H"], shown: int = 4
 def step_agreement_figure(divergence: Float[np.ndarray, "L N N"]) -> Any:
     """Divergence of every two decode steps, mean over layers 1 ..., and its growth with their distance."""
     mean, steps = divergence[1:].mean(axis=0), divergence.shape[1]
-    figure, ((left, right),) = _figure(1, 2, (9, 3.6))
+    figure, ((left, right),) = blank(1, 2, (9, 3.6))
     image = _matrix(left, mean, "magma_r", float(mean.max()) or 1.0)
     left.set(xlabel="decode step", ylabel="decode step")
     left.set_title("mean over layers 1 ...", fontsize=10)
@@ -91,7 +94,7 @@ def step_agreement_figure(divergence: Float[np.ndarray, "L N N"]) -> Any:
 
 def overlap_figure(found: Overlap, published: bool = True) -> Any:
     """Overlap of the best tokens with those of step 0 by decode step; the paper's figures beside ours."""
-    figure, ((ax,),) = _figure(1, 1, (6.4, 4))
+    figure, ((ax,),) = blank(1, 1, (6.4, 4))
     parts = [(False, "by true attention", BLUE)]
     parts += [] if found.predicted is None else [(True, "by the predictor's scores", ORANGE)]
     for predicted, label, colour in parts:
@@ -110,7 +113,7 @@ def overlap_figure(found: Overlap, published: bool = True) -> Any:
 
 def drift_figure(found: Drift, bins: int = 10) -> Any:
     """Hit rate by how far attention moved: means of bins with standard errors, layers 1 ..., every row and head."""
-    figure, axes = _figure(1, 2, (9, 3.4), sharey=True)
+    figure, axes = blank(1, 2, (9, 3.4), sharey=True)
     names = {"moved": "best tokens that changed (share)", "divergence": "divergence from the earlier row (nats)"}
     for ax, (name, label) in zip(axes[0], names.items(), strict=True):
         bars = binned(getattr(found, name)[:, 1:], found.hit_rate[:, 1:], bins)
@@ -124,7 +127,7 @@ def drift_figure(found: Drift, bins: int = 10) -> Any:
 
 def access_figure(found: Access, sequence: int = 0) -> Any:
     """Which tokens are read how often by layer, how rows agree, and how much of a set the next row reads."""
-    figure, axes = _figure(1, 3, (13, 3.6), width_ratios=(2.2, 1.2, 1.2))
+    figure, axes = blank(1, 3, (13, 3.6), width_ratios=(2.2, 1.2, 1.2))
     often, agree, kept = axes[0]
     layers = found.frequency.shape[1]
     frequency = found.frequency[sequence].mean(axis=1)
@@ -150,12 +153,12 @@ def scores_figure(found: Scored) -> Any:
     """
     from matplotlib.colors import LogNorm
 
-    figure, axes = _figure(1, 2, (10, 4.6), sharex=True, sharey=True)
+    figure, axes = blank(1, 2, (10, 4.6), sharex=True, sharey=True)
     norm = LogNorm(FAINTEST, 1.0)
     parts = {"true attention": found.attention, "the predictor's scores, softmax": found.predicted}
     for ax, (title, weights) in zip(axes[0], parts.items(), strict=True):
         seen = np.ma.masked_where(np.isnan(found.logits), weights)
-        image = ax.imshow(np.ma.clip(seen, FAINTEST, 1), cmap="viridis", norm=norm, interpolation="nearest")
+        image = ax.imshow(np.ma.clip(seen, FAINTEST, 1), cmap="viridis", norm=norm, interpolation="antialiased")
         ax.set_xlabel("token read")
         ax.set_title(title, fontsize=10)
     axes[0, 0].set_ylabel("token that reads")
@@ -165,7 +168,7 @@ def scores_figure(found: Scored) -> Any:
 
 def reading_figure(found: Reading) -> Any:
     """What one row reads: sets that hold each token, above the KV heads of each layer that do."""
-    figure, ((top,), (below,)) = _figure(2, 1, (11, 5), sharex=True, height_ratios=(1, 2.4))
+    figure, ((top,), (below,)) = blank(2, 1, (11, 5), sharex=True, height_ratios=(1, 2.4))
     tokens = np.arange(found.position + 1)
     top.bar(tokens, found.counts[: tokens.size] / found.most, width=1.0, color=ORANGE)
     top.set(ylabel="share of the sets", ylim=(0, 1.03))
@@ -185,4 +188,6 @@ def _line(ax: Any, x, y, across: str, up: str, colour: str = BLUE, label: str | 
 
 
 def _matrix(ax: Any, values: np.ndarray, colours: str, most: float, aspect: str = "equal") -> Any:
-    return ax.imshow(values, cmap=colours, vmin=0, vmax=most, aspect=aspect, interpolation="nearest")
+    # With more columns than pixels, nearest would leave columns out.
+    how = "nearest" if values.shape[1] <= 400 else "antialiased"
+    return ax.imshow(values, cmap=colours, vmin=0, vmax=most, aspect=aspect, interpolation=how)
