@@ -28,7 +28,7 @@ from butler_jax.evaluation.analysis import (
     token_access,
 )
 from butler_jax.evaluation.coloured import coloured, coloured_text
-from butler_jax.evaluation.reading import attention_and_scores, reading
+from butler_jax.evaluation.reading import Reading, attention_and_scores, reading
 from butler_jax.evaluation.rows import last_rows, text_batch
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
@@ -252,6 +252,7 @@ def test_attention_and_scores_are_those_of_one_head(model, kind):
     _, _, weights = naive(model, batch["tokens"][0, :37], score, 1.0)
     for layer, head in ((1, 1), (2, 2)):
         found = attention_and_scores(model, predictor, batch, layer=layer, head=head)
+        assert {a.shape for a in found} == {(37, 37)}
         for t in (0, 12, 36):
             row = score.rows[layer][head, t, : t + 1]
             np.testing.assert_allclose(found.attention[t, : t + 1], weights[layer][head, t], **CLOSE)
@@ -322,6 +323,15 @@ def test_pictures_show_the_arrays_they_are_given():
     np.testing.assert_allclose(lines(ax)[1], found.predicted[:, 1:].mean((0, 1, 2)))
     np.testing.assert_array_equal(lines(ax)[2], [PUBLISHED[step] for step in (1, 5, 10)])
     assert "published for Llama-3.1-8B" in [t.get_text() for t in ax.get_legend().get_texts()]
+
+
+def test_wide_pictures_keep_every_column():
+    sets = np.random.default_rng(0).random((3, 2, 450)) < 0.1
+    figure = pictures.reading_figure(Reading(sets, 449, "oracle", SelectionConfig()))
+    drawn = image(figure.axes[1])
+    assert drawn.shape == (450, 450)
+    np.testing.assert_array_equal(drawn[[0, 149, 150, 449]], sets.sum(1)[[0, 0, 1, 2]])
+    assert figure.axes[1].get_images()[0].get_extent() == [-0.5, 449.5, 2.5, -0.5]
 
 
 def test_pictures_of_a_model_show_what_was_measured(model, batch, predictor, tmp_path):

@@ -188,6 +188,11 @@ def _line(ax: Any, x, y, across: str, up: str, colour: str = BLUE, label: str | 
 
 
 def _matrix(ax: Any, values: np.ndarray, colours: str, most: float, aspect: str = "equal") -> Any:
-    # With more columns than pixels, nearest would leave columns out.
-    how = "nearest" if values.shape[1] <= 400 else "antialiased"
-    return ax.imshow(values, cmap=colours, vmin=0, vmax=most, aspect=aspect, interpolation=how)
+    options = dict(cmap=colours, vmin=0, vmax=most, aspect=aspect)
+    rows, columns = values.shape
+    if columns <= 400:
+        return ax.imshow(values, interpolation="nearest", **options)
+    # With more columns than pixels, nearest would leave columns out. Few rows are drawn as many: only columns mix.
+    copies = max(columns // rows, 1)
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    return ax.imshow(np.repeat(values, copies, axis=0), interpolation="antialiased", extent=extent, **options)

@@ -25,7 +25,7 @@ LONGEST = 2048  # tokens of a T x T picture
 
 
 class Scored(NamedTuple):
-    """One query head of one layer on a text: rows are queries, columns are keys.
+    """One query head of one layer on a text of T tokens, padding left out: rows are queries, columns are keys.
 
     attention: the true weights. predicted: the softmax of the predictor's scores over the causal keys. logits, scores:
     what they are the softmax of, NaN where a query may not look.
@@ -77,7 +77,8 @@ def attention_and_scores(model: BaseModel, predictor: Predictor, batch: Batch, *
     require(1 <= layer < base.layers, f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
     require(0 <= head < base.heads, f"head must be 0 ... {base.heads - 1}, got {head}")
     found = _attention_and_scores(model, predictor, as_batch(batch), jnp.int32(layer), jnp.int32(head))
-    return Scored(*map(np.asarray, found))
+    real = np.flatnonzero(batch["segments"][0] > 0)[-1] + 1
+    return Scored(*(np.asarray(a)[:real, :real] for a in found))
 
 
 def reading(
