@@ -1,0 +1,129 @@
+"""Matplotlib without global state: how policies look, and figures as PNG or as SVG that takes the page's colour."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INK = "#123456"  # stands for the text colour of the page; no policy has it
+REFERENCE, FURTHER = "#808080", ("#8C6D1F", "#8A6FDF", "#5F8F8F")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, marker, dashes and width of a policy, the same in every figure."""
+
+    color: str
+    marker: str
+    dashes: Any = "-"
+    width: float = 1.3
+    above: int = 2  # drawn over what has less
+
+
+# Okabe and Ito's colours; what is no contender (oracles above, random below) is grey.
+LOOKS = {
+    "dense": Look("ink", "", (0, (5, 2)), 1.2, 1),
+    "oracle": Look(REFERENCE, "^", above=3),
+    "oracle_head": Look(REFERENCE, "v", (0, (3, 1.5)), above=2),
+    "random": Look(REFERENCE, "x", (0, (1, 1.5)), above=1),
+    "streaming": Look("#56B4E9", "s"),
+    "h2o": Look("#CC79A7", "D"),
+    "snapkv": Look("#E69F00", "p"),
+    "quest": Look("#009E73", "h"),
+    "lowrank": Look("#0072B2", "P"),
+    "tokenbutler": Look("#D55E00", "o", width=2.8, above=5),
+}
+BUTLERS = (
+    Look("#D55E00", "o", width=2.8, above=5),
+    Look("#D55E00", "*", (0, (4, 1.2)), 2.4, 5),
+    Look("#D55E00", "d", (0, (1.2, 1.2)), 2.4, 5),
+    Look("#F28E5C", "o", (0, (4, 1, 1, 1)), 2.4, 5),
+)
+
+
+def plots_available() -> bool:
+    """Whether matplotlib is installed (`pip install "butler-jax[plots]"`)."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def looks(policies: Sequence[str]) -> dict[str, Look]:
+    """A look a label. Several predictors share tokenbutler's colour; unknown policies get further colours in turn."""
+    butlers = [p for p in policies if p.split(":")[0] == "tokenbutler"]
+    others = [p for p in policies if p not in LOOKS and p not in butlers]
+    found = {p: LOOKS[p] for p in policies if p in LOOKS}
+    found |= {p: BUTLERS[i % len(BUTLERS)] for i, p in enumerate(butlers)}
+    return found | {p: Look(FURTHER[i % len(FURTHER)], "8", (0, (6, 1))) for i, p in enumerate(others)}
+
+
+def _settings(ink: str) -> dict[str, Any]:
+    return {
+        "font.family": ["sans-serif"],
+        "font.size": 9,
+        "text.parse_math": False,
+        "text.color": ink,
+        "axes.edgecolor": ink,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 8,
+        "axes.linewidth": 0.7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.facecolor": "none",
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "grid.color": ink,
+        "grid.alpha": 0.13,
+        "grid.linewidth": 0.7,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "figure.facecolor": "none",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "butler-jax",
+        "figure.constrained_layout.use": True,
+    }
+
+
+Draw = Callable[[str], Any]  # the colour of text -> a matplotlib figure
+
+
+def png(draw: Draw) -> bytes:
+    """A figure on white, 160 dots an inch."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_settings("#1b1b1b")):
+        draw("#1b1b1b").savefig(buffer, format="png", dpi=160, facecolor="white")
+    return buffer.getvalue()
+
+
+def svg(draw: Draw, name: str, label: str) -> str:
+    """A figure as an <svg> element for a page: text in the page's font and colour, ids that begin with `name`.
+
+    label: the alternative text.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_settings(INK)):
+        draw(INK).savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"\bfont: ((?:\d+ )?)([\d.]+px) [^;\"]*", r"font-weight: \1; font-size: \2", text)  # before 3.11
+    text = re.sub(r"font-family: [^;\"]*;|font-weight: ;", "", text)
+    text = re.sub(INK, "currentColor", text, flags=re.IGNORECASE)
+    return text.replace(
+        "<svg ", f'<svg role="img" aria-label="{html.escape(label)}" style="stroke-linejoin: round" ', 1
+    )
