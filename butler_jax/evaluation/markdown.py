@@ -7,23 +7,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from butler_jax.evaluation.figures import Figure
+from butler_jax.evaluation.plotting import NO_PICTURES
 from butler_jax.evaluation.settings import facts, predictor_words, settings
-from butler_jax.evaluation.summary import summary
+from butler_jax.evaluation.summary import HEADS, Glance, glance, summary
 from butler_jax.evaluation.tables import TASKS, Cell, Table, detail_tables, is_butler, tables
 
 
-def markdown(report: Any, pictures: Sequence[Figure] = ()) -> str:
-    """The text of report.md. pictures: the figures whose NAME.png lie beside it."""
+def markdown(report: Any, pictures: Sequence[Figure] | None = None) -> str:
+    """The text of report.md. pictures: figures whose NAME.png lie beside it; None says that matplotlib is missing."""
     lines = [f"# Evaluation of {plain(report.about.get('base', 'a base model'))}", ""]
     lines += [plain(predictor_words(report.about)), ""]
-    lines += [f"- {plain(sentence)}" for sentence in summary(report.rows)] + [""]
+    lines += [plain(" ".join(summary(report.rows))), ""]
+    lines += _glance(glance(report.rows))
+    lines += [plain(NO_PICTURES), ""] if pictures is None else []
     whole, detail = tables(report.rows), detail_tables(report.rows)
     for task in dict.fromkeys(t.task for t in (*whole, *detail)):
         lines += [f"## {plain(task.replace('_', ' ').capitalize())}", ""]
         lines += [TASKS[task], ""] if task in TASKS else []
         for table in (t for t in whole if t.task == task):
             lines += _table(table, 3)
-        for figure in (f for f in pictures if f.task == task):
+        for figure in (f for f in pictures or () if f.task == task):
             lines += [f"![{plain(figure.alt)}]({figure.name}.png)", "", plain(figure.caption), ""]
         for table in (t for t in detail if t.task == task):
             lines += _table(table, 4)
@@ -42,6 +45,13 @@ def plain(text: Any) -> str:
     """Text that Markdown shows as it is, on one line."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+
+
+def _glance(lines: Sequence[Glance]) -> list[str]:
+    if not lines:
+        return []
+    rows = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * len(HEADS[1:])]
+    return [*rows, *("| " + " | ".join(map(plain, (g.what, *g.cells))) + " |" for g in lines), ""]
 
 
 def _table(table: Table, level: int) -> list[str]:

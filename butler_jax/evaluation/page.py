@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from butler_jax.evaluation.figures import Figure
+from butler_jax.evaluation.plotting import NO_PICTURES
 from butler_jax.evaluation.settings import facts, predictor_words, settings
-from butler_jax.evaluation.summary import summary
-from butler_jax.evaluation.tables import TASKS, Cell, Table, detail_tables, is_butler, tables
+from butler_jax.evaluation.summary import HEADS, Glance, glance, summary
+from butler_jax.evaluation.tables import TASKS, Cell, Column, Line, Table, detail_tables, is_butler, tables
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -32,9 +33,9 @@ section { margin-top: 2.75rem; padding-top: 1.5rem; border-top: 1px solid var(--
 .about, .lead, .note, figcaption, dt, .share, .spread { color: var(--muted); }
 .about, .lead { margin: 0 0 .4rem; }
 .summary { margin: 1.5rem 0; padding: 1rem 1.25rem; background: var(--soft); border-left: 3px solid var(--accent); }
-.summary p { margin: 0 0 .5rem; font-weight: 600; }
-.summary ul { margin: 0; padding-left: 1.1rem; }
-.summary li { margin: .35rem 0; max-width: 62rem; }
+.summary p { margin: 0; max-width: 56rem; }
+.summary .scroll { margin-top: 1rem; }
+.summary th:first-child { background: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .95rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 2rem 2.5rem;
   margin: 1.5rem 0 2rem; }
@@ -43,7 +44,7 @@ figure svg { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .5rem; font-size: .9rem; line-height: 1.45; }
 .scroll { margin: 1.75rem 0 0; overflow-x: auto; max-width: 100%; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .92rem; line-height: 1.35; }
+table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .92rem; line-height: 1.35; }
 caption { padding-bottom: .4rem; text-align: left; font-weight: 600; font-size: 1rem; overflow-wrap: normal; }
 .note { display: block; font-weight: 400; font-size: .85rem; }
 th, td { padding: .32rem .8rem; text-align: right; white-space: nowrap; overflow-wrap: normal; }
@@ -60,30 +61,32 @@ details { margin-top: 1.75rem; }
 summary { cursor: pointer; font-weight: 600; }
 .parts { display: flex; flex-wrap: wrap; gap: 0 3rem; }
 .parts .scroll { flex: 0 1 auto; }
-pre { max-width: 100%; overflow-x: auto; padding: .8rem 1rem; background: var(--soft); font-size: .88rem; }
+pre { white-space: pre-wrap; padding: .8rem 1rem; background: var(--soft); font-size: .88rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1.25rem; font-size: .92rem; }
 dd { margin: 0; }
-@media (max-width: 30rem) { .scroll { margin-right: -1rem; max-width: calc(100% + 1rem); padding-right: 1rem; }
-  th, td { padding: .32rem .55rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
+@media (max-width: 30rem) { th, td { padding: .32rem .5rem; }
+  th:first-child { max-width: 7.5rem; white-space: normal; }
+  .summary { padding: .8rem .9rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 @media print { details::details-content { content-visibility: visible; block-size: auto; } }
 """
 
 
-def page(report: Any, pictures: Sequence[tuple[Figure, str]] = ()) -> str:
-    """The text of report.html. pictures: figures with their <svg> elements."""
+def page(report: Any, pictures: Sequence[tuple[Figure, str]] | None = None) -> str:
+    """The text of report.html. pictures: figures with their <svg> elements; None says that matplotlib is missing."""
     about = report.about
     name = about.get("base") or "a base model"
     whole, detail = tables(report.rows), detail_tables(report.rows)
     tasks = list(dict.fromkeys(t.task for t in (*whole, *detail)))
-    lines = " · ".join(str(about[k]) for k in ("device", "date") if about.get(k))
+    date = str(about.get("date") or "").replace("T", " ").replace("+00:00", " UTC")
+    lines = " · ".join(w for w in (str(about.get("device") or ""), date) if w)
     links = "".join(f'<a href="#{_id(t)}">{_name(t)}</a>' for t in tasks) + '<a href="#made">How it was made</a>'
-    missing = "" if pictures else '<p class="about">No pictures: nothing to draw, or matplotlib is not installed.</p>'
+    missing = f'<p class="about">{_text(NO_PICTURES)}</p>' if pictures is None else ""
     sections = "".join(
         _section(
             task,
             [t for t in whole if t.task == task],
             [t for t in detail if t.task == task],
-            [p for p in pictures if p[0].task == task],
+            [p for p in pictures or () if p[0].task == task],
         )
         for task in tasks
     )
@@ -105,7 +108,7 @@ def page(report: Any, pictures: Sequence[tuple[Figure, str]] = ()) -> str:
 <p class="about">{_text(lines)}</p>
 </header>
 <main>
-{_summary(summary(report.rows))}
+{_summary(summary(report.rows), glance(report.rows))}
 <nav aria-label="Sections">{links}</nav>
 {missing}
 {sections}
@@ -128,13 +131,22 @@ def _id(task: str) -> str:
     return _text("task-" + "-".join(task.split()))
 
 
-def _summary(sentences: Sequence[str]) -> str:
-    if not sentences:
-        return ""
-    lead = [s for s in sentences if ": " not in s]
-    items = [s.split(": ", 1) for s in sentences if ": " in s]
-    listed = "".join(f"<li><b>{_text(head)}:</b> {_text(rest)}</li>" for head, rest in items)
-    return f'<div class="summary">{"".join(f"<p>{_text(s)}</p>" for s in lead)}{f"<ul>{listed}</ul>" if listed else ""}</div>'
+def _summary(sentences: Sequence[str], lines: Sequence[Glance]) -> str:
+    said = f"<p>{_text(' '.join(sentences))}</p>" if sentences else ""
+    heads = "".join(f'<th scope="col">{_text(h)}</th>' for h in HEADS)
+    body = "".join(
+        f'<tr><th scope="row">{_text(g.what)}</th>'
+        + "".join(
+            f"<td{' class=best' if i == 0 and g.butler_leads else ''}>{_text(c)}</td>" for i, c in enumerate(g.cells)
+        )
+        + "</tr>"
+        for g in lines
+    )
+    table = (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Main results"><table>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+    return f'<div class="summary">{said}{table if lines else ""}</div>' if said or lines else ""
 
 
 def _section(task: str, whole: Sequence[Table], detail: Sequence[Table], pictures: Sequence[tuple[Figure, str]]) -> str:
@@ -143,36 +155,42 @@ def _section(task: str, whole: Sequence[Table], detail: Sequence[Table], picture
         f"<figure>{svg}<figcaption>{_text(figure.caption)}</figcaption></figure>" for figure, svg in pictures
     )
     parts = "".join(_table(t) for t in detail)
+    if parts:
+        parts = f'<details><summary>By parts: {len(detail)} tables</summary><div class="parts">{parts}</div></details>'
     return f"""<section id="{_id(task)}">
 <h2>{_name(task)}</h2>
 {lead}
 {f'<div class="figures">{drawn}</div>' if drawn else ""}
 {"".join(_table(t) for t in whole)}
-{f'<details><summary>By parts: {len(detail)} tables</summary><div class="parts">{parts}</div></details>' if parts else ""}
+{parts}
 </section>
 """
 
 
 def _table(table: Table) -> str:
-    heads = "".join(
-        f'<th scope="col">{_text(c.label or "value")}{f"<span class=share>{_text(c.share)}</span>" if c.share else ""}</th>'
-        for c in table.columns
-    )
+    heads = "".join(map(_head, table.columns))
     widths = [
         max((len(line.cells[i].spread) for line in table.lines if line.cells[i]), default=0)
         for i in range(len(table.columns))
     ]
-    body = "".join(
-        f"<tr{' class=butler' if is_butler(line.policy) else ''}>"
-        f'<th scope="row">{_text(line.policy)}</th>{"".join(map(_cell, line.cells, widths))}</tr>'
-        for line in table.lines
-    )
+    body = "".join(_row(line, widths) for line in table.lines)
     return f"""<div class="scroll" tabindex="0" role="region" aria-label="{_text(table.title)}"><table>
 <caption>{_text(table.title)} <span class="note">{_text(table.note)}</span></caption>
 <thead><tr><th scope="col">policy</th>{heads}</tr></thead>
 <tbody>{body}</tbody>
 </table></div>
 """
+
+
+def _row(line: Line, widths: Sequence[int]) -> str:
+    kind = ' class="butler"' if is_butler(line.policy) else ""
+    name = _text(line.policy).replace(":", ":<wbr>")
+    return f'<tr{kind}><th scope="row">{name}</th>{"".join(map(_cell, line.cells, widths))}</tr>'
+
+
+def _head(column: Column) -> str:
+    share = f'<span class="share">{_text(column.share)}</span>' if column.share else ""
+    return f'<th scope="col">{_text(column.label or "value")}{share}</th>'
 
 
 def _cell(cell: Cell | None, width: int) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+WIDTH = 4.5  # inches: narrow, so that text is still read on a phone
 INK = "#123456"  # stands for the text colour of the page; no policy has it
+NO_PICTURES = 'No pictures: they need matplotlib (pip install "butler-jax[plots]").'
 REFERENCE, FURTHER = "#808080", ("#8C6D1F", "#8A6FDF", "#5F8F8F")
 
 
@@ -127,3 +129,12 @@ def svg(draw: Draw, name: str, label: str) -> str:
     return text.replace(
         "<svg ", f'<svg role="img" aria-label="{html.escape(label)}" style="stroke-linejoin: round" ', 1
     )
+
+
+def finish_panels(panels: Sequence[Any], count: int, across: int, label: str) -> None:
+    """Hide the panels after the first `count`; the last one of a column names the axis."""
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    for panel in panels[max(0, count - across) : count]:
+        panel.tick_params(labelbottom=True)
+        panel.set_xlabel(label, fontsize=8.5)

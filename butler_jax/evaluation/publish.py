@@ -20,9 +20,9 @@ def write(report: Any, directory: str | Path) -> list[Path]:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    drawn = figures(report.rows, report.arrays) if plots_available() else []
-    pictures = [(figure, svg(figure.draw, figure.name, figure.alt)) for figure in drawn]
-    made = [_replace(directory / f"{figure.name}.png", png(figure.draw)) for figure in drawn]
+    drawn = figures(report.rows, report.arrays) if plots_available() else None
+    pictures = None if drawn is None else [(figure, svg(figure.draw, figure.name, figure.alt)) for figure in drawn]
+    made = [_replace(directory / f"{figure.name}.png", png(figure.draw)) for figure in drawn or ()]
     made.append(_replace(directory / "report.md", markdown(report, drawn).encode()))
     made.append(_replace(directory / "report.html", page(report, pictures).encode()))
     return made

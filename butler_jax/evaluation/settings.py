@@ -8,14 +8,14 @@ from typing import Any
 
 
 def predictor_words(about: Mapping[str, Any]) -> str:
-    """One line about the predictors: 'tokenbutler: lookahead, rank 16, stride 4'."""
+    """One line about the predictors: 'tokenbutler (lookahead, rank 16, stride 4)'."""
     found = about.get("predictors") or about.get("predictor")
     if not found:
         return "No trained predictor."
     if isinstance(found, Mapping) and not any(isinstance(v, Mapping) for v in found.values()):
         found = {"tokenbutler": found}
     named = found.items() if isinstance(found, Mapping) else (("tokenbutler", p) for p in found)
-    return "; ".join(f"{label}: {_predictor(config)}" for label, config in named)
+    return "; ".join(f"{label} ({_predictor(config)})" for label, config in named)
 
 
 def _predictor(config: Any) -> str:

@@ -1,10 +1,12 @@
-"""The main result of a report in a few sentences, from its rows alone."""
+"""The main result of a report, from its rows alone: two or three sentences, and one table of what matters most."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from butler_jax.evaluation.tables import (
+    Metric,
     Row,
     best_of,
     budget_label,
@@ -12,80 +14,123 @@ from butler_jax.evaluation.tables import (
     is_butler,
     is_reference,
     metric_of,
-    policies_of,
     usable,
 )
 
-MAIN = {"needle": "accuracy", "coreference": "miss_rate", "attention": "hit_rate"}  # others: accuracy
+MAIN = {"perplexity": "over_dense", "coreference": "miss_rate", "attention": "recalled_mass"}  # others: accuracy
+HEADS = ("", "tokenbutler", "best other policy", "oracle", "dense")
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A line of the table of main results: what is measured, and values as words ('' where there is none)."""
+
+    what: str
+    butler: str
+    other: str
+    oracle: str
+    dense: str
+    butler_leads: bool
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """The values in the order of HEADS."""
+        return self.butler, self.other, self.oracle, self.dense
+
+
+def glance(rows: Sequence[Row]) -> list[Glance]:
+    """Perplexity over dense at every budget, then every other task's main metric at its smallest budget."""
+    whole = [r for r in rows if not r.get("where") and usable(r["value"])]
+    found = []
+    for task in dict.fromkeys(r["task"] for r in whole):
+        here = [r for r in whole if r["task"] == task]
+        metric = MAIN.get(task, "accuracy")
+        chosen = [r for r in here if r["metric"] == metric] or [r for r in here if r["metric"] == task]
+        budgets = budgets_of(chosen)
+        for budget in budgets if task == "perplexity" else budgets[-1:]:
+            found.append(_line(task, chosen, budget))
+    return found
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Sentences: perplexity at every budget, then every other task at its smallest budget."""
-    whole = [r for r in rows if not r.get("where") and usable(r["value"])]
-    found = _perplexity([r for r in whole if r["task"] == "perplexity"])
-    for task in dict.fromkeys(r["task"] for r in whole if r["task"] != "perplexity"):
-        metric = MAIN.get(task, "accuracy")
-        chosen = [r for r in whole if r["task"] == task and r["metric"] == metric]
-        budgets = budgets_of(chosen)
-        sentence = _compared(chosen, metric, budgets[-1]) if budgets else ""
-        dense = _value(chosen, "dense", 1)
-        if not sentence and dense is not None:
-            sentence = f"dense {_shown(metric, dense)}"
-        if sentence:
-            at = f" at {budget_label(budgets[-1])}" if budgets and budgets[-1] is not None else ""
-            found.append(f"{task.replace('_', ' ').capitalize()}, {metric_of(metric).title}{at}: {sentence}.")
-    return found
-
-
-def _perplexity(rows: Sequence[Row]) -> list[str]:
-    plain = [r for r in rows if r["metric"] == "perplexity"]
-    dense = next((r for r in plain if r["policy"] == "dense"), None)
+    """Sentences: the dense model's perplexity, what the widest and the smallest budget cost, who leads how often."""
+    text = [r for r in rows if r["task"] == "perplexity" and not r.get("where") and usable(r["value"])]
     found = []
+    dense = next((r for r in text if r["metric"] == "perplexity" and r["policy"] == "dense"), None)
     if dense is not None:
-        found.append(f"The dense model has a perplexity of {_with_error('perplexity', dense)} on this text.")
-    over = [r for r in rows if r["metric"] == "over_dense"]
-    metric, chosen = ("over_dense", over) if over else ("perplexity", plain)
-    for budget in budgets_of(chosen):
-        shares = [r["attended"] for r in chosen if r["budget"] == budget and usable(r.get("attended"))]
-        read = f" ({100 * sum(shares) / len(shares):.1f} % of the cache read)" if shares else ""
-        what = "perplexity over dense" if over else "perplexity"
-        found.append(f"Budget {budget_label(budget)}{read}, {what}: {_compared(chosen, metric, budget)}.")
+        found.append(f"The dense model's perplexity is {_words(metric_of('perplexity'), dense)}.")
+    over = [r for r in text if r["metric"] == "over_dense"]
+    budgets = budgets_of(over)
+    for budget in dict.fromkeys((budgets[:1] + budgets[-1:]) if budgets else ()):
+        sentence = _cost([r for r in over if r["budget"] == budget], budget)
+        found += [sentence] if sentence else []
+    lines = [g for g in glance(rows) if g.butler and g.other]
+    if lines:
+        leads = sum(g.butler_leads for g in lines)
+        found.append(f"tokenbutler has the better value in {leads} of the {len(lines)} lines below, errors aside.")
     return found
 
 
-def _compared(rows: Sequence[Row], metric: str, budget: float | int | None) -> str:
-    """'tokenbutler +1.2 ± 0.1 %; best other policy: lowrank, +3.4 ± 0.2 %; oracle +0.9 %; dense ...'."""
+def _cost(rows: Sequence[Row], budget: float | int | None) -> str:
+    """'Reading 50.9 % of the cache (budget 1/2), tokenbutler is 0.10 % above it, and ...'."""
+    butler, other = _best(rows, is_butler), _best(rows, _is_other)
+    first = butler or other
+    if first is None:
+        return ""
+    shares = [r["attended"] for r in (butler, other) if r is not None and usable(r.get("attended"))]
+    where = f"At a budget of {budget_label(budget)}"
+    if shares:
+        where = f"Reading {100 * sum(shares) / len(shares):.1f}\u00a0% of the cache (budget {budget_label(budget)})"
+    sentence = f"{where}, {first['policy']} is {_above(first)} it"
+    if butler is not None and other is not None:
+        sentence += f", and {other['policy']}, the best other policy, {_above(other)}"
+    return sentence + "."
+
+
+def _above(row: Row) -> str:
+    shown = metric_of("over_dense").show(abs(row["value"])).lstrip("+")
+    return f"{shown}\u00a0% {'below' if row['value'] < 0 else 'above'}"
+
+
+def _line(task: str, rows: Sequence[Row], budget: float | int | None) -> Glance:
+    metric = metric_of(rows[0]["metric"], rows)
     here = [r for r in rows if r["budget"] == budget and r["policy"] != "dense"]
-    butler = _best([r for r in here if is_butler(r["policy"])], metric)
-    other = _best([r for r in here if not is_butler(r["policy"]) and not is_reference(r["policy"])], metric)
-    words = []
-    if butler is not None:
-        words.append(f"{butler['policy']} {_with_error(metric, butler)}")
-    if other is not None:
-        what = "best other policy: " if butler is not None else "best policy: "
-        words.append(f"{what}{other['policy']}, {_with_error(metric, other)}")
-    for policy in [p for p in policies_of(rows) if is_reference(p)]:
-        row = _value(rows, policy, 1 if policy == "dense" else budget)
-        if row is not None:
-            words.append(f"{policy} {_shown(metric, row)}")
-    return "; ".join(words)
+    butler, other = _best(here, is_butler), _best(here, _is_other)
+    oracle = next((r for r in here if r["policy"] == "oracle"), None)
+    dense = next((r for r in rows if r["policy"] == "dense"), None)
+    both = [r for r in (butler, other) if r is not None]
+    name = metric.title if task in ("perplexity", "attention") else f"{task.replace('_', ' ')}, {metric.title}"
+    return Glance(
+        what=f"{name} at {budget_label(budget)}" if budget is not None else name,
+        butler=_named(metric, butler, "tokenbutler"),
+        other=_named(metric, other, ""),
+        oracle=_words(metric, oracle),
+        dense=_words(metric, dense),
+        butler_leads=butler is not None and butler["policy"] in best_of(metric, both),
+    )
 
 
-def _best(rows: Sequence[Row], metric: str) -> Row | None:
-    names = best_of(metric_of(metric), rows) or policies_of(rows)[:1]
-    return next((r for r in rows if r["policy"] in names), None)
+def _is_other(policy: str) -> bool:
+    return not is_butler(policy) and not is_reference(policy)
 
 
-def _value(rows: Sequence[Row], policy: str, budget: float | int | None) -> Row | None:
-    return next((r for r in rows if r["policy"] == policy and r["budget"] == budget), None)
+def _best(rows: Sequence[Row], of) -> Row | None:
+    """The best row among policies that `of` accepts."""
+    rows = [r for r in rows if of(r["policy"])]
+    names = best_of(metric_of(rows[0]["metric"]), rows) if rows else []
+    return next((r for r in rows if r["policy"] in names), rows[0] if rows else None)
 
 
-def _shown(metric: str, row: Row) -> str:
-    shown = metric_of(metric, [row])
-    return f"{shown.show(row['value'])} {shown.unit}".rstrip()
+def _named(metric: Metric, row: Row | None, known: str) -> str:
+    """A value with its policy's name, left out where it is the known one."""
+    if row is None:
+        return ""
+    name = row["policy"].removeprefix(known).lstrip(":")
+    return f"{name} {_words(metric, row)}".lstrip()
 
 
-def _with_error(metric: str, row: Row) -> str:
-    shown = metric_of(metric, [row])
-    spread = f" ± {shown.spread(row['error'])}" if usable(row.get("error")) else ""
-    return f"{shown.show(row['value'])}{spread} {shown.unit}".rstrip()
+def _words(metric: Metric, row: Row | None) -> str:
+    if row is None:
+        return ""
+    spread = f" ± {metric.spread(row['error'])}" if usable(row.get("error")) else ""
+    return f"{metric.show(row['value'])}{spread} {metric.unit}".rstrip().replace(" ", "\u00a0")

@@ -1,4 +1,4 @@
-"""Rows of a report to tables: policies down, budgets across. The console, report.md and report.html show the same ones."""
+"""Rows of a report to tables: policies down, budgets across; the console and every written form show the same ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
+MINUS, DASH = "\u2212", "\u2013"
 
 TASKS = {
     "perplexity": "Held-out text; every row reads only the keys that were chosen for it.",
@@ -40,7 +41,7 @@ class Metric:
 
     def show(self, value: float) -> str:
         """A value without its unit, with a true minus sign."""
-        return f"{self.scale * value:{'+' if self.signed else ''}.{self.digits}f}".replace("-", "−")
+        return f"{self.scale * value:{'+' if self.signed else ''}.{self.digits}f}".replace("-", MINUS)
 
     def spread(self, error: float) -> str:
         """A standard error without its unit or sign."""
@@ -116,9 +117,28 @@ def budget_label(budget: float | int | None) -> str:
 
 
 def budgets_of(rows: Iterable[Row]) -> list[float | int | None]:
-    """The budgets of everything but dense, widest first, numbers of tokens before fractions."""
-    found = {r["budget"] for r in rows if r["policy"] != "dense"}
+    """The budgets of everything but dense, by the share that was read where it is known, the widest first."""
+    found: dict[float | int | None, list[Any]] = {}
+    for row in rows:
+        if row["policy"] != "dense":
+            found.setdefault(row["budget"], []).append(row.get("attended"))
+    if all(usable(share) for shares in found.values() for share in shares):
+        return sorted(found, key=lambda b: (sum(found[b]) / len(found[b]), b or 0), reverse=True)
     return sorted(found, key=lambda b: (isinstance(b, Integral), -1.0 if b is None else b), reverse=True)
+
+
+def by_metric(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows a (task, metric): tasks as the rows have them, metrics as METRICS has them, others at the end."""
+    groups = _by(rows, lambda r: (r["task"], r["metric"]))
+    tasks = list(dict.fromkeys(task for task, _ in groups))
+    known = list(METRICS)
+    place = {m: known.index(m) if m in known else len(known) for _, m in groups}
+    return {key: groups[key] for key in sorted(groups, key=lambda k: (tasks.index(k[0]), place[k[1]]))}
+
+
+def by_coordinates(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """Detail rows a set of coordinates: those by depth and length apart from those by length alone."""
+    return _by(rows, lambda r: tuple(sorted(r["where"])))
 
 
 def policies_of(rows: Iterable[Row]) -> list[str]:
@@ -150,7 +170,7 @@ class Column:
         if self.read is None:
             return ""
         low, high = (f"{100 * r:.1f}" for r in self.read)
-        return f"{low} % read" if low == high else f"{low}–{high} % read"
+        return f"{low} % read" if low == high else f"{low}{DASH}{high} % read"
 
 
 @dataclass(frozen=True)
@@ -175,9 +195,9 @@ class Table:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """The tables of the rows about a whole task, in the order of the rows. Dense has a column of its own."""
+    """The tables of the rows about a whole task, in the order of tasks and METRICS. Dense has a column of its own."""
     made = []
-    for (task, metric), group in _grouped([r for r in rows if not r.get("where")], "task", "metric").items():
+    for (task, metric), group in by_metric(r for r in rows if not r.get("where")).items():
         budgets = budgets_of(group)
         dense = [r for r in group if r["policy"] == "dense"]
         columns = [("dense", dense)] * bool(dense)
@@ -194,18 +214,21 @@ def detail_tables(rows: Sequence[Row]) -> list[Table]:
     Where rows have two coordinates (needle: depth and length) there is one table a value of the second.
     """
     made = []
-    detail = [r for r in rows if r.get("where")]
-    for (task, metric), group in _grouped(detail, "task", "metric").items():
-        across = part_key(group)
-        for budget in budgets_of(group) or [1]:
-            inside = [r for r in group if r["policy"] == "dense" or r["budget"] == budget]
-            for rest, chosen in _by(inside, lambda r, k=across: _words(r["where"], without=k)).items():
-                parts = _by(chosen, lambda r, k=across: r["where"].get(k))
-                columns = [(f"{across} {show_part(v)}", p) for v, p in sorted(parts.items(), key=lambda i: order(i[0]))]
-                words = [budget_label(budget) if budgets_of(group) else "dense", rest]
-                table = _table(task, metric, chosen, columns, shares=False)
-                part = ", ".join(w for w in words if w)
-                made.append(replace(table, part=part, title=f"{table.title}, {part}"))
+    for (task, metric), group in by_metric(r for r in rows if r.get("where")).items():
+        for chosen in by_coordinates(group).values():
+            made += _parts(task, metric, chosen)
+    return made
+
+
+def _parts(task: str, metric: str, rows: Sequence[Row]) -> list[Table]:
+    made, across, budgets = [], part_key(rows), budgets_of(rows)
+    for budget in budgets or [1]:
+        inside = [r for r in rows if r["policy"] == "dense" or r["budget"] == budget]
+        for rest, chosen in _by(inside, lambda r: _words(r["where"], without=across)).items():
+            parts = sorted(_by(chosen, lambda r: r["where"][across]).items(), key=lambda item: order(item[0]))
+            table = _table(task, metric, chosen, [(f"{across} {show_part(v)}", p) for v, p in parts], shares=False)
+            part = ", ".join(w for w in (budget_label(budget) if budgets else "dense", rest) if w)
+            made.append(replace(table, part=part, title=f"{table.title}, {part}"))
     return made
 
 
@@ -220,7 +243,7 @@ def part_key(rows: Iterable[Row]) -> str:
 
 def show_part(value: Any) -> str:
     """A value of `where` as words: '200-240', 512 or 0.5."""
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("-", "–")
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("-", DASH)
 
 
 def order(value: Any) -> tuple[float, str]:
@@ -243,10 +266,6 @@ def _by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     return groups
 
 
-def _grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
-    return _by(rows, lambda r: tuple(r[n] for n in names))
-
-
 def _table(
     task: str, metric: str, rows: Sequence[Row], columns: Sequence[tuple[str, list[Row]]], shares: bool = True
 ) -> Table:
@@ -260,7 +279,7 @@ def _table(
         metric=metric,
         title=title_of(task, shown),
         note=_note(shown, rows),
-        columns=tuple(Column(label, _read(inside) if shares else None) for label, inside in columns),
+        columns=tuple(Column(c, _read(inside) if shares and c != "dense" else None) for c, inside in columns),
         lines=lines,
     )
 
