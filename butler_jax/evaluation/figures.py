@@ -43,7 +43,7 @@ LOGARITHMIC = ("perplexity", "bytes_read")
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture yet to be drawn: draw(colour of its text) gives a matplotlib figure.
+    """A picture yet to be drawn: draw() gives a matplotlib figure.
 
     name: of its file, without ending. caption: what to look at. alt: what is seen, in words.
     """
@@ -94,13 +94,11 @@ def _curves(task: str, metric: str, rows: Sequence[Row], styles: Mapping[str, Lo
         caption=CURVES[metric],
         alt=f"{title} against the share of the cache that is read; budgets {budgets}; "
         f"one line each for {', '.join(policies_of(sparse))}. The numbers are in the table.",
-        draw=lambda ink: _draw_curves(metric, shown, rows, styles, ink, title),
+        draw=lambda: _draw_curves(metric, shown, rows, styles, title),
     )
 
 
-def _draw_curves(
-    metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], ink: str, title: str
-) -> Any:
+def _draw_curves(metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], title: str) -> Any:
     from matplotlib.figure import Figure as Canvas
 
     sparse = [r for r in rows if r["policy"] != "dense"]
@@ -108,11 +106,11 @@ def _draw_curves(
     shares = all(usable(r.get("attended")) and r["attended"] > 0 for r in sparse)
     canvas = Canvas(figsize=(WIDTH, 3.7))
     axes = canvas.subplots()
-    _dense(axes, rows, shown, styles, ink)
+    _dense(axes, rows, shown, styles)
     for policy in policies_of(sparse):
         own = [r for r in sparse if r["policy"] == policy]
         points = [(100 * r["attended"] if shares else -budgets.index(r["budget"]), r) for r in own]
-        _line(axes, sorted(points, key=lambda p: p[0]), shown, styles[policy], policy, ink)
+        _line(axes, sorted(points, key=lambda p: p[0]), shown, styles[policy], policy)
     if shares:
         _share_axis(axes, [100 * r["attended"] for r in sparse])
     else:
@@ -134,27 +132,30 @@ def _legend(canvas: Any, panels: Sequence[Any]) -> None:
     )
 
 
-def _line(axes: Any, points: Sequence[tuple[float, Row]], shown: Metric, look: Look, label: str, ink: str) -> None:
-    color = ink if look.color == "ink" else look.color
+def _line(axes: Any, points: Sequence[tuple[float, Row]], shown: Metric, look: Look, label: str) -> None:
     x = [p for p, _ in points]
     y = [shown.scale * r["value"] for _, r in points]
     errors = [shown.scale * r["error"] if usable(r.get("error")) else 0.0 for _, r in points]
     axes.plot(
-        x, y, color=color, marker=look.marker, linestyle=look.dashes, linewidth=look.width, zorder=look.above,
+        x, y, color=look.color, marker=look.marker, linestyle=look.dashes, linewidth=look.width, zorder=look.above,
         markersize=6.5 if look.width > 2 else 5, label=label,
     )  # fmt: skip
     if any(errors):
-        axes.errorbar(x, y, errors, fmt="none", ecolor=color, elinewidth=1, capsize=2, alpha=0.7, zorder=look.above)
+        axes.errorbar(
+            x, y, errors, fmt="none", ecolor=look.color, elinewidth=1, capsize=2, alpha=0.7, zorder=look.above
+        )
 
 
-def _dense(axes: Any, rows: Sequence[Row], shown: Metric, styles: Mapping[str, Look], ink: str) -> None:
+def _dense(axes: Any, rows: Sequence[Row], shown: Metric, styles: Mapping[str, Look]) -> None:
     """The dense model as a line across, with a band of one standard error."""
     for row in [r for r in rows if r["policy"] == "dense"][:1]:
         value, look = shown.scale * row["value"], styles["dense"]
-        axes.axhline(value, color=ink, linestyle=look.dashes, linewidth=look.width, label="dense", zorder=look.above)
+        axes.axhline(
+            value, color=look.color, linestyle=look.dashes, linewidth=look.width, label="dense", zorder=look.above
+        )
         if usable(row.get("error")) and row["error"] > 0:
             error = shown.scale * row["error"]
-            axes.axhspan(value - error, value + error, color=ink, alpha=0.1, linewidth=0, zorder=0)
+            axes.axhspan(value - error, value + error, color=look.color, alpha=0.1, linewidth=0, zorder=0)
 
 
 def _share_axis(axes: Any, shares: Sequence[float]) -> None:
@@ -205,11 +206,11 @@ def _parts(task: str, metric: str, rows: Sequence[Row], styles: Mapping[str, Loo
         caption=f"A panel is a budget. A curve that bends says that the {key} matters.",
         alt=f"{title}, one panel for each of the budgets {', '.join(budget_label(b) for b in budgets_of(rows))}. "
         "The numbers are in the tables of parts.",
-        draw=lambda ink: _draw_parts(shown, key, rows, styles, ink, title),
+        draw=lambda: _draw_parts(shown, key, rows, styles, title),
     )
 
 
-def _draw_parts(shown: Metric, key: str, rows: Sequence[Row], styles: Mapping[str, Look], ink: str, title: str) -> Any:
+def _draw_parts(shown: Metric, key: str, rows: Sequence[Row], styles: Mapping[str, Look], title: str) -> Any:
     from matplotlib.figure import Figure as Canvas
 
     budgets = budgets_of(rows) or [1]
@@ -223,7 +224,7 @@ def _draw_parts(shown: Metric, key: str, rows: Sequence[Row], styles: Mapping[st
         inside = [r for r in rows if r["policy"] == "dense" or r["budget"] == budget]
         for policy in policies_of(inside):
             own = [(float(values.index(r["where"][key])), r) for r in inside if r["policy"] == policy]
-            _line(panel, sorted(own, key=lambda p: p[0]), shown, styles[policy], policy, ink)
+            _line(panel, sorted(own, key=lambda p: p[0]), shown, styles[policy], policy)
         panel.set_title(budget_label(budget) if budgets_of(rows) else "dense", fontsize=8.5)
         panel.set_xticks(range(len(values)), labels, fontsize=7.5)
         panel.tick_params(axis="x", rotation=30 if sum(map(len, labels)) > 22 else 0)
@@ -249,7 +250,7 @@ def _grid(task: str, metric: str, rows: Sequence[Row], styles: Mapping[str, Look
         caption=f"Every square is one policy at one budget, {down} down, {across} across. "
         "Dark patches are places that are not found. Dense has no budget: its square is repeated.",
         alt=f"{title}: heat maps, policies down and budgets across. The numbers are in the tables of parts.",
-        draw=lambda ink: draw_grid(shown, down, across, rows, title),
+        draw=lambda: draw_grid(shown, down, across, rows, title),
     )
 
 
@@ -262,5 +263,5 @@ def _heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
         title="hit rate by layer and head (%)",
         caption="Layers down from layer 1, heads across, one scale for all. Chance is 50 %; dark heads are hard.",
         alt=f"Heat maps of the hit rate of every layer and head for {', '.join(policies)}.",
-        draw=lambda ink: draw_heads({p: rates[p] for p in policies}),
+        draw=lambda: draw_heads({p: rates[p] for p in policies}),
     )

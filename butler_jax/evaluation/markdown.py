@@ -21,7 +21,7 @@ def markdown(report: Any, pictures: Sequence[Figure] | None = None) -> str:
     lines += _glance(glance(report.rows))
     lines += [plain(NO_PICTURES), ""] if pictures is None else []
     whole, detail = tables(report.rows), detail_tables(report.rows)
-    for task in dict.fromkeys(t.task for t in (*whole, *detail)):
+    for task in dict.fromkeys(t.task for t in (*whole, *detail, *(pictures or ()))):
         lines += [f"## {plain(task.replace('_', ' ').capitalize())}", ""]
         lines += [TASKS[task], ""] if task in TASKS else []
         for table in (t for t in whole if t.task == task):

@@ -76,7 +76,7 @@ def page(report: Any, pictures: Sequence[tuple[Figure, str]] | None = None) -> s
     about = report.about
     name = about.get("base") or "a base model"
     whole, detail = tables(report.rows), detail_tables(report.rows)
-    tasks = list(dict.fromkeys(t.task for t in (*whole, *detail)))
+    tasks = list(dict.fromkeys(t.task for t in (*whole, *detail, *(f for f, _ in pictures or ()))))
     date = str(about.get("date") or "").replace("T", " ").replace("+00:00", " UTC")
     lines = " · ".join(w for w in (str(about.get("device") or ""), date) if w)
     links = "".join(f'<a href="#{_id(t)}">{_name(t)}</a>' for t in tasks) + '<a href="#made">How it was made</a>'

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH = 4.5  # inches: narrow, so that text is still read on a phone
-INK = "#123456"  # stands for the text colour of the page; no policy has it
+INK = "#1b1b1d"  # of text and axes; in a page it becomes the colour of the page's text
 NO_PICTURES = 'No pictures: they need matplotlib (pip install "butler-jax[plots]").'
 REFERENCE, FURTHER = "#808080", ("#8C6D1F", "#8A6FDF", "#5F8F8F")
 
@@ -29,7 +29,7 @@ class Look:
 
 # Okabe and Ito's colours; what is no contender (oracles above, random below) is grey.
 LOOKS = {
-    "dense": Look("ink", "", (0, (5, 2)), 1.2, 1),
+    "dense": Look(INK, "", (0, (5, 2)), 1.2, 1),
     "oracle": Look(REFERENCE, "^", above=3),
     "oracle_head": Look(REFERENCE, "v", (0, (3, 1.5)), above=2),
     "random": Look(REFERENCE, "x", (0, (1, 1.5)), above=1),
@@ -62,67 +62,65 @@ def looks(policies: Sequence[str]) -> dict[str, Look]:
     return found | {p: Look(FURTHER[i % len(FURTHER)], "8", (0, (6, 1))) for i, p in enumerate(others)}
 
 
-def _settings(ink: str) -> dict[str, Any]:
-    return {
-        "font.family": ["sans-serif"],
-        "font.size": 9,
-        "text.parse_math": False,
-        "text.color": ink,
-        "axes.edgecolor": ink,
-        "axes.labelcolor": ink,
-        "axes.titlecolor": ink,
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 8,
-        "axes.linewidth": 0.7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.facecolor": "none",
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
-        "grid.color": ink,
-        "grid.alpha": 0.13,
-        "grid.linewidth": 0.7,
-        "legend.frameon": False,
-        "legend.fontsize": 8.5,
-        "figure.facecolor": "none",
-        "svg.fonttype": "none",
-        "svg.hashsalt": "butler-jax",
-        "figure.constrained_layout.use": True,
-    }
+SETTINGS = {
+    "font.family": ["sans-serif"],
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "grid.color": INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "butler-jax",
+    "figure.constrained_layout.use": True,
+}
 
 
-Draw = Callable[[str], Any]  # the colour of text -> a matplotlib figure
+Draw = Callable[[], Any]  # gives a matplotlib figure
 
 
-def png(draw: Draw) -> bytes:
-    """A figure on white, 160 dots an inch."""
-    import matplotlib
+def render(draw: Draw, name: str, label: str) -> tuple[bytes, str]:
+    """A figure as PNG on white (160 dots an inch) and as an <svg> element for a page.
 
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_settings("#1b1b1b")):
-        draw("#1b1b1b").savefig(buffer, format="png", dpi=160, facecolor="white")
-    return buffer.getvalue()
-
-
-def svg(draw: Draw, name: str, label: str) -> str:
-    """A figure as an <svg> element for a page: text in the page's font and colour, ids that begin with `name`.
-
-    label: the alternative text.
+    The element's text has the page's font and colour; its ids begin with `name`. label: the alternative text.
     """
     import matplotlib
 
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_settings(INK)):
-        draw(INK).savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    picture, drawing = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure = draw()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # the layout stays as it is
+        figure.savefig(picture, format="png", dpi=160, facecolor="white")
+    return picture.getvalue(), _element(drawing.getvalue(), name, label)
+
+
+def _element(text: str, name: str, label: str) -> str:
+    """Matplotlib's SVG file as an element of a page."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"\bfont: ((?:\d+ )?)([\d.]+px) [^;\"]*", r"font-weight: \1; font-size: \2", text)  # before 3.11
     text = re.sub(r"font-family: [^;\"]*;|font-weight: ;", "", text)
     text = re.sub(INK, "currentColor", text, flags=re.IGNORECASE)

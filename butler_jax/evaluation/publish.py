@@ -9,7 +9,7 @@ from typing import Any
 from butler_jax.evaluation.figures import figures
 from butler_jax.evaluation.markdown import markdown
 from butler_jax.evaluation.page import page
-from butler_jax.evaluation.plotting import plots_available, png, svg
+from butler_jax.evaluation.plotting import plots_available, render
 
 
 def write(report: Any, directory: str | Path) -> list[Path]:
@@ -21,8 +21,11 @@ def write(report: Any, directory: str | Path) -> list[Path]:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     drawn = figures(report.rows, report.arrays) if plots_available() else None
-    pictures = None if drawn is None else [(figure, svg(figure.draw, figure.name, figure.alt)) for figure in drawn]
-    made = [_replace(directory / f"{figure.name}.png", png(figure.draw)) for figure in drawn or ()]
+    pictures, made = None if drawn is None else [], []
+    for figure in drawn or ():
+        picture, element = render(figure.draw, figure.name, figure.alt)
+        made.append(_replace(directory / f"{figure.name}.png", picture))
+        pictures.append((figure, element))
     made.append(_replace(directory / "report.md", markdown(report, drawn).encode()))
     made.append(_replace(directory / "report.html", page(report, pictures).encode()))
     return made
