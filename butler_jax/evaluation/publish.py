@@ -1,0 +1,42 @@
+"""Write what people look at after an evaluation: report.md, report.html and the pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from butler_jax.evaluation.figures import figures
+from butler_jax.evaluation.markdown import markdown
+from butler_jax.evaluation.page import page
+from butler_jax.evaluation.plotting import plots_available, render
+
+
+def write(report: Any, directory: str | Path) -> list[Path]:
+    """Write report.md, report.html and NAME.png a figure into a directory, made where missing; returns the paths.
+
+    report: has rows, arrays and about. Without matplotlib (plots_available) there are no pictures, and the
+    page says so. Every file appears whole or not at all.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = figures(report.rows, report.arrays) if plots_available() else None
+    pictures, made = None if drawn is None else [], []
+    for figure in drawn or ():
+        picture, element = render(figure.draw, figure.name, figure.alt)
+        made.append(_replace(directory / f"{figure.name}.png", picture))
+        pictures.append((figure, element))
+    made.append(_replace(directory / "report.md", markdown(report, drawn).encode()))
+    made.append(_replace(directory / "report.html", page(report, pictures).encode()))
+    return made
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    """Write a file under another name, then give it its own."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
