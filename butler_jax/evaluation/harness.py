@@ -182,7 +182,7 @@ class ButlerLM(TemplateLM):
         return [(-float(nll[b]), bool(greedy[b])) for b in range(len(rows))]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of max_length that do not overlap."""
+        """Log-likelihood of whole texts in windows of max_length; every token is predicted once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             pairs = get_rolling_token_windows(
