@@ -22,7 +22,7 @@ def judge(config: EvalConfig) -> int:
     )
     out = config.out or (Path("eval") if config.run is None else config.run / "eval")
     from butler_jax.evaluation import evaluate, run_config
-    from butler_jax.evaluation.evaluate import check_directory
+    from butler_jax.evaluation.report import check_directory
     from butler_jax.weights import load_base
 
     check_directory(out)

@@ -1,7 +1,7 @@
 """lm-evaluation-harness with the model `butler`: `python -m butler_jax.lm_eval --model butler --model_args ...`.
 
 The harness has no entry points for models and its --include_path is for tasks alone, so its own command line runs here
-after `butler` is registered; every other option is the harness's. The tasks of butler_jax/evaluation/tasks are known by
+after `butler` is registered; every other option is the harness's. The tasks of evaluation/harness_tasks are known by
 name: `--tasks piqa_local --metadata directory=DIR`. Nothing imports this file.
 """
 

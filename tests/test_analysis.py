@@ -179,8 +179,9 @@ def test_hit_rate_is_that_of_recall(model, predictor):
     whole, first = (
         recall(model, predictor, [{k: v[:, :n] for k, v in batch.items()}], policy, [0.5]) for n in (64, 32)
     )
-    assert (whole.hit_rows, first.hit_rows) == (33, 1)  # of 32 keys or more
-    wanted = (33 * whole.hit_rate["tokenbutler"] - first.hit_rate["tokenbutler"]) / 32
+    whole, first = (found.hit_rate["tokenbutler"] for found in (whole, first))
+    assert (whole.n, first.n) == (33, 1)  # of 32 keys or more
+    wanted = (33 * whole.value - first.value) / 32
     assert found.hit_rate[:, 1:].mean() == pytest.approx(wanted, abs=1e-6)  # float32 sums in another order
 
 

@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 
 import butler_jax.lm_eval
 from butler_jax.configs import PredictorConfig, SelectionConfig
-from butler_jax.evaluation import harness
+from butler_jax.evaluation import harness, passes
 from butler_jax.evaluation.downstream import downstream
 from butler_jax.evaluation.harness import ButlerLM
 from butler_jax.evaluation.local_tasks import local_tasks, read_samples
@@ -140,9 +140,8 @@ def test_a_whole_budget_reads_everything_and_a_small_one_does_not(base, predicto
 
 def test_equal_requests_are_computed_once(base, monkeypatch):
     passed = []
-    monkeypatch.setattr(harness, "simulate", lambda *a, **k: passed.append(a[1]["tokens"]) or simulate(*a, **k))
-    from butler_jax.evaluation.simulate import simulate
-
+    simulate = passes.simulate
+    monkeypatch.setattr(passes, "simulate", lambda *a, **k: passed.append(a[1]["tokens"]) or simulate(*a, **k))
     found = likelihoods(dense(base, batch_size=2), PAIRS[:1] * 5 + PAIRS[1:2])
     assert sum(len(tokens) for tokens in passed) == 2
     assert len(set(found[:5])) == 1 and found[5] != found[0]

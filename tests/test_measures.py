@@ -1,4 +1,4 @@
-"""Standard errors, divergences, rank correlation, strided windows, bytes, and cells that are kept, against naive forms."""
+"""Standard errors, divergences, rank correlation, strided windows, bytes and kept cells, against naive forms."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_rank_correlation_is_pearsons_of_mean_ranks():
         np.testing.assert_array_equal(np.asarray(ranks)[0, 0, g, c][allowed[0, c]], a)
 
 
-@pytest.mark.parametrize(("size", "context", "stride"), [(25, 10, 5), (23, 10, 4), (8, 10, 3), (30, 10, 9), (10, 10, 1)])
+@pytest.mark.parametrize(("size", "context", "stride"), [(25, 10, 5), (23, 10, 4), (8, 10, 3), (30, 10, 9), (9, 9, 1)])
 def test_strided_windows_predict_every_token_but_the_first_once(size, context, stride):
     seen = []
     for batch in strided(range(size), context=context, stride=stride, batch_size=2):
@@ -119,7 +119,7 @@ def test_comparisons_with_the_dense_pass(model):
     own = np.asarray(sparse.greedy)
     other = np.asarray(simulate(model, batch, dense, SelectionConfig(budget=1.0)).greedy)
     counted = counted_rows(batch)
-    assert found.mean("agrees").value == pytest.approx((own == other)[counted].mean()) and 0 < found.agrees.sum()
+    assert found.mean("agrees").value == pytest.approx((own == other)[counted].mean()) and found.agrees.sum() > 0
     assert 0 < found.mean("divergence").value < math.log(2)
     over = found.over(perplexity(model, [batch], dense, SelectionConfig(budget=1.0)))
     assert over.value == pytest.approx(found.perplexity.value / same.perplexity.value - 1, abs=1e-5)
@@ -132,7 +132,9 @@ def test_keys_read_are_counted_in_all_layers_and_heads(model):
     read = BASE.kv_heads * (length + 2 * np.minimum(length, 14))  # layer 0 reads all, two layers read 14
     np.testing.assert_allclose(found.read[0], read, rtol=1e-5)
     every = simulate(model, batch, make_policy("oracle_head"), SelectionConfig(budget=14))
-    np.testing.assert_allclose(every.read[0], BASE.kv_heads * length + BASE.heads * 2 * np.minimum(length, 14), rtol=1e-5)
+    np.testing.assert_allclose(
+        every.read[0], BASE.kv_heads * length + BASE.heads * 2 * np.minimum(length, 14), rtol=1e-5
+    )
 
 
 def test_rows_that_are_not_wanted_cost_no_logits_and_change_nothing_else(model):

@@ -13,6 +13,7 @@ import numpy as np
 
 from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.local_tasks import local_tasks
+from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
@@ -40,12 +41,14 @@ def downstream(
     batch_size: int = 8,
     score_dtype: str | None = None,
     progress: bool = False,
+    passes: Passes | None = None,
 ) -> Downstream:
     """A task of `local_tasks` (lambada, piqa, winogrande, arc_easy) on its first `limit` samples, all by default.
 
     accuracy: share of the samples that are right; accuracy_norm: with likelihoods divided by the choice's characters;
     perplexity (lambada): exp of the mean negative log-likelihood of the last word. Every position attends its own
-    choice. Raises as `local_tasks` does, and ImportError where lm-evaluation-harness is not installed.
+    choice. passes: what other budgets have run already. Raises as `local_tasks` does, and ImportError where
+    lm-evaluation-harness is not installed.
     """
     try:
         from lm_eval import evaluate
@@ -57,8 +60,9 @@ def downstream(
         ) from None
     with _quiet(progress):
         model = ButlerLM(
-            base, policy, selection, predictor, batch_size=batch_size, score_dtype=score_dtype, progress=progress
-        )
+            base, policy, selection, predictor, batch_size=batch_size, score_dtype=score_dtype, progress=progress,
+            passes=passes,
+        )  # fmt: skip
         found = evaluate(model, local_tasks(directory, [task]), limit=limit, bootstrap_iters=0, log_samples=True)
     samples = found["samples"][f"{task}_local"]
     return Downstream([(METRICS[name], _estimate(samples, name)) for name in samples[0]["metrics"]], model.attended)

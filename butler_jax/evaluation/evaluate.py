@@ -15,7 +15,7 @@ import jax
 from butler_jax.configs import EvalConfig, require, to_dict
 from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, key_of
 from butler_jax.evaluation.contenders import Contender, contenders
-from butler_jax.evaluation.report import Report, versions
+from butler_jax.evaluation.report import Report, check_directory, versions
 from butler_jax.evaluation.tasks import Task, make_tasks
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
@@ -80,15 +80,6 @@ def evaluate(
         seconds=round(time.perf_counter() - started, 1),
     )
     return report
-
-
-def check_directory(directory: Path) -> None:
-    """Raise ValueError where a report cannot be written there, for it or a part of its path is a file."""
-    for path in (directory, *directory.parents):
-        require(
-            not path.exists() or path.is_dir(),
-            f"{path} is a file, and the report needs a directory; give another with --out, or move the file away",
-        )
 
 
 def run_config(run: Path) -> dict[str, Any]:

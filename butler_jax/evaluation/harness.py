@@ -21,7 +21,7 @@ from tqdm import tqdm
 from butler_jax.base_model import parameter_count
 from butler_jax.configs import SelectionConfig, require, to_dict
 from butler_jax.evaluation.harness_arguments import model_arguments
-from butler_jax.evaluation.simulate import simulate
+from butler_jax.evaluation.passes import Passes
 from butler_jax.generation import bucket, generate_stream
 from butler_jax.policies import Policy
 from butler_jax.policies.interface import describe
@@ -48,7 +48,7 @@ class ButlerLM(TemplateLM):
     predictor: needed by the policy tokenbutler. max_length: tokens that a prediction may look back on; at most and by
     default the model's context less one, for the token that is predicted. batch_size: rows a pass. score_dtype: as
     `simulate`. add_bos_token: whether a text begins with the tokenizer's first token; None: as the tokenizer says.
-    progress: whether to show bars.
+    progress: whether to show bars. passes: those of the base that other models of it share (passes.py).
 
     `read` and `rows` sum up, over the input tokens of all passes, the fraction of the causal keys that was read and the
     tokens. Raises ValueError for what cannot be.
@@ -66,6 +66,7 @@ class ButlerLM(TemplateLM):
         score_dtype: str | None = None,
         add_bos_token: bool | None = None,
         progress: bool = True,
+        passes: Passes | None = None,
     ):
         super().__init__()
         require(
@@ -86,6 +87,7 @@ class ButlerLM(TemplateLM):
         self.text = base.require_tokenizer()
         self.max_length, self.batch_size = max_length or most, number
         self.score_dtype, self.add_bos_token, self.progress = score_dtype, add_bos_token, progress
+        self.passes = passes or Passes(base.model, score_dtype=score_dtype)
         self.read, self.rows = 0.0, 0
 
     @classmethod
@@ -170,14 +172,12 @@ class ButlerLM(TemplateLM):
     def _score(self, rows: Sequence[Row], count: int) -> list[tuple[float, bool]]:
         batch = scoring_batch(rows, count, self.base.config.context)
         asked = batch.pop("asked")
-        found = simulate(
-            self.base.model, batch, self.policy, self.selection, self.predictor, score_dtype=self.score_dtype
-        )
+        found = self.passes(batch, self.policy, self.selection, self.predictor, wanted=asked)
         following = np.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
-        nll = np.where(asked, np.asarray(found.nll, np.float64), 0).sum(axis=1)
-        greedy = ((np.asarray(found.greedy) == following) | ~asked).all(axis=1)
+        nll = np.where(asked, found.nll.astype(np.float64), 0).sum(axis=1)
+        greedy = ((found.greedy == following) | ~asked).all(axis=1)
         inputs = np.pad(batch["segments"][:, 1:], ((0, 0), (0, 1))) > 0
-        self.read += float(np.asarray(found.attended, np.float64)[inputs].sum())
+        self.read += float(found.attended.astype(np.float64)[inputs].sum())
         self.rows += int(inputs.sum())
         return [(-float(nll[b]), bool(greedy[b])) for b in range(len(rows))]
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on local files (tasks/*.yaml): LAMBADA, PIQA, WinoGrande and ARC-easy, no hub.
+"""Tasks of lm-evaluation-harness on local files (harness_tasks/*.yaml): LAMBADA, PIQA, WinoGrande and ARC-easy, no hub.
 
 The prompts are the harness's own. By name they are lambada_local, piqa_local, winogrande_local and arc_easy_local.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from butler_jax.configs import require
 
-TASKS_DIRECTORY = Path(__file__).parent / "tasks"
+TASKS_DIRECTORY = Path(__file__).parent / "harness_tasks"
 FILES = {
     "lambada": "lambada_openai.jsonl",
     "piqa": "piqa.jsonl",

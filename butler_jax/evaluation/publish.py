@@ -24,14 +24,14 @@ def write(report: Any, directory: str | Path) -> list[Path]:
     pictures, made = None if drawn is None else [], []
     for figure in drawn or ():
         picture, element = render(figure.draw, figure.name, figure.alt)
-        made.append(_replace(directory / f"{figure.name}.png", picture))
+        made.append(replace_file(directory / f"{figure.name}.png", picture))
         pictures.append((figure, element))
-    made.append(_replace(directory / "report.md", markdown(report, drawn).encode()))
-    made.append(_replace(directory / "report.html", page(report, pictures).encode()))
+    made.append(replace_file(directory / "report.md", markdown(report, drawn).encode()))
+    made.append(replace_file(directory / "report.html", page(report, pictures).encode()))
     return made
 
 
-def _replace(path: Path, content: bytes) -> Path:
+def replace_file(path: Path, content: bytes) -> Path:
     """Write a file under another name, then give it its own."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Results as rows, a table on the screen and report.json."""
+"""Results as rows: tables on the screen, report.json, and the pages that publish.py writes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from butler_jax.configs import require
+from butler_jax.evaluation.tables import tables
 
 FIELDS = ("task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where")
 PACKAGES = ("butler-jax", "jax", "flax", "numpy")
@@ -42,54 +45,45 @@ class Report:
         raise KeyError(f"no row for task {task!r}, policy {policy!r}, budget {budget!r}, metric {metric!r}")
 
     def save(self, directory: str | Path) -> Path:
-        """Write report.json into a directory, made where missing; returns its path."""
+        """Write report.json, report.md, report.html and a PNG a figure into a directory, made where missing.
+
+        Returns the path of report.json. Without matplotlib there are no figures. Raises ValueError where the directory
+        is a file.
+        """
+        from butler_jax.evaluation.publish import replace_file, write
+
+        check_directory(Path(directory))
         path = Path(directory) / "report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"rows": self.rows, "arrays": self.arrays, **self.about}, indent=1) + "\n", encoding="utf-8"
-        )
+        whole = {"rows": self.rows, "arrays": self.arrays, **self.about}
+        replace_file(path, (json.dumps(whole, indent=1) + "\n").encode())
+        write(self, directory)
         return path
 
     def print(self, console: Any = None) -> None:
-        """Show a table a task: policies down, budgets across; plain text off a terminal."""
+        """Show a table a task and metric: policies down, budgets across; plain text off a terminal."""
         from rich import box
         from rich.console import Console
         from rich.table import Table
 
         console = console or Console(width=None if Console().is_terminal else 110)
-        groups: dict[tuple[str, str], list[dict]] = {}
-        for row in [r for r in self.rows if not r["where"]]:
-            groups.setdefault((row["task"], row["metric"]), []).append(row)
-        for (task, unit), rows in groups.items():
-            budgets = sorted({r["budget"] for r in rows if r["policy"] != "dense"}, key=_width, reverse=True)
-            attended = {b: _mean(r["attended"] for r in rows if r["budget"] == b) for b in budgets}
-            title = task.replace("_", " ") + ("" if unit in (task, "fraction") else f" ({unit.replace('_', ' ')})")
-            table = Table(title=f"{title}, n = {rows[0]['n']:,}", box=box.SIMPLE_HEAD, title_justify="left")
-            table.add_column("policy")
-            table.add_column("everything", justify="right")
-            for budget in budgets:
-                table.add_column(f"{budget:g}\n({100 * attended[budget]:.1f} % read)", justify="right")
-            for policy in dict.fromkeys(r["policy"] for r in rows):
-                cells = {r["budget"]: _show(r["value"], unit) for r in rows if r["policy"] == policy}
-                if policy == "dense":
-                    table.add_row(policy, cells[1], *[""] * len(budgets))
-                else:
-                    table.add_row(policy, "", *[cells.get(b, "") for b in budgets])
-            console.print(table)
+        for one in tables(self.rows):
+            shown = Table(title=one.title, caption=one.note, box=box.SIMPLE_HEAD, title_justify="left")
+            shown.add_column("policy")
+            for column in one.columns:
+                shown.add_column(f"{column.label}\n{column.share}", justify="right")
+            for line in one.lines:
+                shown.add_row(line.policy, *("" if cell is None else cell.text for cell in line.cells))
+            console.print(shown)
 
 
-def _width(budget: float | int) -> tuple[bool, float]:
-    return isinstance(budget, int), budget
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def _show(value: float, unit: str) -> str:
-    plain = unit in ("perplexity", "js_divergence", "spearman", "bytes_read")
-    return f"{value:.3f}" if plain else f"{100 * value:.2f} %"
+def check_directory(directory: Path) -> None:
+    """Raise ValueError where a report cannot be written there, for it or a part of its path is a file."""
+    for path in (directory, *directory.parents):
+        require(
+            not path.exists() or path.is_dir(),
+            f"{path} is a file, and the report needs a directory; give another with --out, or move the file away",
+        )
 
 
 def versions() -> dict[str, str]:
