@@ -97,8 +97,9 @@ class ButlerLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict | None = None) -> ButlerLM:
-        """The model of named arguments; see `model_arguments`. What is None or named twice: the first counts."""
+        """The model of named arguments; see `model_arguments`. They come before the command line's own options."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        given.pop("device", None)  # the command line says cuda:0 unasked; JAX has its own choice
         return cls(**model_arguments(**{**given, **arg_dict}))
 
     @property
