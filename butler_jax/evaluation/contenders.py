@@ -58,7 +58,7 @@ def contenders(
         policies = [p for p in policies if not p.needs_predictor]
         require(bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run")
     found = []
-    for policy in _prepared(policies, base, config, data):
+    for policy in prepared(policies, base, data, context=config.context, data_dir=config.data_dir):
         if policy.needs_predictor:
             found += [Contender(policy.name + suffix, policy, one) for suffix, one in predictors]
         else:
@@ -83,14 +83,16 @@ def _predictors(base: Any, predictor: Predictor | None, config: EvalConfig) -> I
         yield suffix, other
 
 
-def _prepared(policies: list[Policy], base: Any, config: EvalConfig, data: str) -> list[Policy]:
-    """Policies with what they find out on text: a few rows of the training part of `data`."""
+def prepared(
+    policies: list[Policy], base: Any, data: str, *, context: int = 1024, data_dir: str | None = None
+) -> list[Policy]:
+    """Policies with what they find out on text: a few rows of the training part of `data`, of `context` tokens."""
     if all(type(p).prepare is Policy.prepare for p in policies):
         return policies
     from butler_jax.data import batches
 
-    length = min(config.context, base.config.context)
-    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=config.data_dir)
+    length = min(context, base.config.context)
+    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
     rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
     return [policy.prepare(base.model, rows) for policy in policies]
 

@@ -44,7 +44,7 @@ def evaluate(
     if keep is not None:
         check_directory(Path(keep))
     started = time.perf_counter()
-    data = data or config.data or _run_data(config.run)
+    data = data or config.data or run_data(config.run)
     judged = contenders(base, predictor, config, data, say)
     tasks = make_tasks(base, config, data, say)
     kept, report = Kept(None if keep is None else Path(keep)), Report()
@@ -100,7 +100,8 @@ def run_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def _run_data(run: Path | None) -> str:
+def run_data(run: Path | None) -> str:
+    """What a training run read; python_docs without one."""
     return "python_docs" if run is None else run_config(run).get("data", "python_docs")
 
 

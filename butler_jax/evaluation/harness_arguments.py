@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from butler_jax.configs import SelectionConfig, parse_budget, require
-from butler_jax.policies import Policy, make_policy
-from butler_jax.weights import Base, load_base
-
-PREPARED_TOKENS = 8192  # of text that a policy is prepared on
+from butler_jax.evaluation.contenders import prepared
+from butler_jax.policies import make_policy
+from butler_jax.weights import load_base
 
 
 def model_arguments(
@@ -56,19 +53,10 @@ def model_arguments(
         f"{run} is no run directory: it has no checkpoints; give the directory of a run of train.py",
     )
     from butler_jax.checkpoints import load_predictor
-    from butler_jax.evaluation.evaluate import run_config
+    from butler_jax.evaluation.evaluate import run_config, run_data
 
     loaded = load_base(base or run_config(Path(str(run)))["base"], dtype=dtype)
     predictor = load_predictor(str(run), loaded) if chosen.needs_predictor else None
-    if type(chosen).prepare is not Policy.prepare:
-        data = "python_docs" if run is None else run_config(Path(str(run))).get("data", "python_docs")
-        chosen = chosen.prepare(loaded.model, _preparing_rows(loaded, data, data_dir))
+    data = run_data(None if run is None else Path(str(run)))
+    (chosen,) = prepared([chosen], loaded, data, data_dir=data_dir)
     return dict(base=loaded, policy=chosen, selection=selection, predictor=predictor, **settings)
-
-
-def _preparing_rows(base: Base, data: str, data_dir: str | None) -> list[dict[str, np.ndarray]]:
-    from butler_jax.data import batches
-
-    length = min(1024, base.config.context)
-    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
-    return [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
