@@ -19,7 +19,7 @@ from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.eviction import evicting_attention
 from butler_jax.evaluation.simulate import predictions
-from butler_jax.policies.evicting import Evicting, evict
+from butler_jax.policies.evicting import Evicting, Place, evict
 from butler_jax.policies.h2o import H2O
 from butler_jax.policies.snapkv import SnapKV
 from butler_jax.selection import Limits, Rows, always_chosen
@@ -38,21 +38,21 @@ class SnapKVLike(SnapKV):
     mean: bool = False
 
     def begin(self, shape):
-        return super().begin(shape), jnp.zeros((), jnp.int32)
+        return super().begin(shape), jnp.zeros(shape[:1], jnp.int32)
 
-    def observe(self, memory, weights, row):
-        return super().observe(memory[0], weights, row), row + 1
+    def observe(self, memory, weights, place, budget):
+        return super().observe(memory[0], weights, place, budget), place.own + 1
 
     def worth(self, memory):
         rows, length = memory
         if self.outside:
-            before = jnp.arange(rows.shape[-1], dtype=jnp.int32) < length - self.observed
-            rows = jnp.where(before[None, None, None], rows, 0.0)
+            before = jnp.arange(rows.total.shape[-1], dtype=jnp.int32)[None] < (length - self.observed)[:, None]
+            rows = rows._replace(total=jnp.where(before[:, None], rows.total, 0.0))
         if not self.mean:
             return super().worth(rows)
         side = self.pool // 2
         padding = ((0, 0), (0, 0), (side, side))
-        total = jax.lax.reduce_window(jnp.sum(rows, axis=0), 0.0, jax.lax.add, (1, 1, self.pool), (1, 1, 1), padding)
+        total = jax.lax.reduce_window(rows.total, 0.0, jax.lax.add, (1, 1, self.pool), (1, 1, 1), padding)
         return total / self.pool
 
     def recent(self, budget):
@@ -70,15 +70,15 @@ class H2OLike(H2O):
     mean: bool = False
 
     def begin(self, shape):
-        return super().begin(shape), jnp.zeros((), jnp.int32)
+        return super().begin(shape), jnp.zeros(shape[:1], jnp.int32)
 
-    def observe(self, memory, weights, row):
-        return super().observe(memory[0], weights, row), row + 1
+    def observe(self, memory, weights, place, budget):
+        return super().observe(memory[0], weights, place, budget), place.own + 1
 
     def worth(self, memory):
         total, length = memory
-        rows = jnp.maximum(length - jnp.arange(total.shape[-1], dtype=jnp.int32), 1)
-        return total / rows[None, None].astype(jnp.float32) if self.mean else total
+        rows = jnp.maximum(length[:, None] - jnp.arange(total.shape[-1], dtype=jnp.int32)[None], 1)
+        return total / rows[:, None].astype(jnp.float32) if self.mean else total
 
     def recent(self, budget):
         return jnp.zeros_like(budget) if self.free else super().recent(budget)
@@ -93,8 +93,9 @@ def once(
     """
     batch, length, kv_heads, _ = weights.shape
     columns = jnp.arange(length, dtype=jnp.int32)
+    start = jnp.zeros((batch,), jnp.int32)
     memory, _ = jax.lax.scan(
-        lambda memory, row: (policy.observe(memory, row[0], row[1]), None),
+        lambda memory, row: (policy.observe(memory, row[0], Place(start + row[1], start), budget), None),
         policy.begin((batch, kv_heads, length)),
         (jnp.swapaxes(weights, 0, 1), columns),
     )

@@ -215,7 +215,8 @@ def test_training_and_judging_from_the_command_line(place, tmp_path, capfd):
     arguments = ["--run", run, "--text", place["text"], "--tasks", "perplexity", "--context", 64, "--tokens", 128,
                  "--policies", "tokenbutler", "--budgets", "1/2"]  # fmt: skip
     assert command("eval")([str(a) for a in arguments]) == 0
-    assert str(run / "eval" / "report.json") in capfd.readouterr().out
+    assert f"the report is in {run / 'eval'}" in capfd.readouterr().out
+    assert {"report.md", "report.html", "cells.jsonl"} <= {path.name for path in (run / "eval").iterdir()}
     found = json.loads((run / "eval" / "report.json").read_text())["rows"]
-    assert {"task", "policy", "budget", "value", "unit", "n", "attended"} <= set(found[0])
+    assert {"task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where"} <= set(found[0])
     assert {row["policy"] for row in found} == {"tokenbutler"}
