@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained predictor: `python -m butler_jax.generate --run DIR --prompt TEXT`.
+"""Continue a prompt with a predictor or another policy: `python -m butler_jax.generate --run DIR --prompt TEXT`.
 
 The function is `butler_jax.generate` (generation.py); nothing imports this file.
 """
@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from butler_jax.command_line import read, run
 from butler_jax.configs import SelectionConfig, parse_budget, require
+from butler_jax.policies import Policy, make_policy
 from butler_jax.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continue a prompt, reading only the cached tokens that a trained predictor chooses.
+    """Continue a prompt, reading only the cached tokens that a trained predictor, or another policy, chooses.
 
     The text goes to standard output as it comes, a line of figures to standard error.
     """
@@ -34,6 +35,8 @@ class GenerateConfig:
     """Tokens to generate at most."""
     dense: bool = False
     """Read everything, whatever the run."""
+    policy: str = "tokenbutler"
+    """Who chooses: as --policies of eval.py. All but tokenbutler do without a run."""
     budget: str = "1/4"
     """Share of the cached tokens that a step attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4
@@ -78,6 +81,7 @@ class GenerateConfig:
             self.prompt is None or self.prompt_file is None,
             "--prompt and --prompt-file exclude each other; give one of them",
         )
+        self.made_policy()
         self.selection()
         self.sampling()
 
@@ -88,13 +92,18 @@ class GenerateConfig:
         Sampling(**fields)
         return fields
 
+    def made_policy(self) -> Policy:
+        """The policy. Raises ValueError for an unknown one."""
+        return make_policy(self.policy, **({"pooling": self.pooling} if self.policy == "tokenbutler" else {}))
+
     def selection(self) -> SelectionConfig | None:
         """The selection these settings describe; None where decoding is dense."""
         chosen = SelectionConfig(
             budget=parse_budget(self.budget), sinks=self.sinks, window=self.window, unit=self.unit,
             interval=self.interval, neighbours=self.neighbours, min_context=self.min_context,
         )  # fmt: skip
-        return None if self.dense or self.run is None else chosen
+        dense = self.dense or self.policy == "dense" or (self.run is None and self.made_policy().needs_predictor)
+        return None if dense else chosen
 
     def text(self) -> str:
         """The prompt. Raises ValueError for a file that is missing or no text."""
@@ -114,21 +123,24 @@ def main(arguments: list[str]) -> int:
 def continue_prompt(config: GenerateConfig) -> int:
     """Load, generate, show."""
     from butler_jax.checkpoints import load_predictor
-    from butler_jax.evaluation import run_config
+    from butler_jax.evaluation.contenders import prepared
+    from butler_jax.evaluation.evaluate import run_config, run_data
     from butler_jax.generation import generate
-    from butler_jax.policies import make_policy
     from butler_jax.prompts import stop_tokens
     from butler_jax.weights import load_base
 
     prompt, selection = config.text(), config.selection()
     base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
-    predictor = None if selection is None else load_predictor(config.run, base)
+    policy, predictor = config.made_policy(), None
+    if selection is not None:
+        (policy,) = prepared([policy], base, run_data(config.run))
+        predictor = load_predictor(config.run, base) if policy.needs_predictor else None
     stop = None if not config.stop else [*config.stop, *stop_tokens(base, None)]
     show = lambda text: print(text, end="", flush=True)  # noqa: E731
     show(prompt)
     result = generate(
         base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
-        policy=make_policy("tokenbutler", pooling=config.pooling), max_new_tokens=config.max_new_tokens,
+        policy=policy, max_new_tokens=config.max_new_tokens,
         seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop, **config.sampling(),
     )  # fmt: skip
     print(flush=True)

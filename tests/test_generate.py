@@ -23,7 +23,9 @@ from butler_jax.cache import DecodeState
 from butler_jax.checkpoints import save_predictor
 from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig, to_dict
 from butler_jax.decode import decode_step
+from butler_jax.evaluation import simulate
 from butler_jax.filling import prefill
+from butler_jax.generate import GenerateConfig
 from butler_jax.offload import to_host
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
@@ -413,3 +415,38 @@ def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
         np.testing.assert_array_equal(own_found.attended, found.attended)
     np.testing.assert_array_equal(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v))
     assert offloaded.kv.k.sharding.memory_kind == "pinned_host"
+
+
+@pytest.mark.parametrize(
+    "name", ["h2o", *(pytest.param(n, marks=pytest.mark.slow) for n in ("snapkv", "citrus", "quest", "lowrank"))]
+)
+def test_every_policy_generates_what_it_would_have_read(base, name):
+    """Policies that evict run the prompt as well; the others leave it dense, so theirs is of one token."""
+    policy = make_policy(name, **({"page": 4} if name == "quest" else {}))
+    prompts = PROMPTS if policy.evicts else [[7]]
+    text = {n: np.zeros((1, 64), np.int32) for n in ("tokens", "segments", "positions")}
+    text["tokens"][0] = np.random.default_rng(0).integers(0, 61, 64)
+    text["segments"][:], text["positions"][0] = 1, np.arange(64)
+    policy = policy.prepare(base.model, [text])
+    selection = SelectionConfig(budget=0.4, sinks=2, window=3)
+    found = butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=24, stop=())
+    for prompt, tokens in zip(prompts, found.tokens, strict=True):
+        whole = [*prompt, *tokens]
+        batch = {n: np.zeros((1, 40), np.int32) for n in text}
+        batch["tokens"][0, : len(whole)], batch["segments"][0, : len(whole)] = whole, 1
+        batch["positions"][0] = np.arange(40)
+        greedy = np.asarray(simulate(base.model, batch, policy, selection).greedy)[0]
+        assert greedy[len(prompt) - 1 : len(whole) - 1].tolist() == tokens
+    assert max(found.attended) < 1
+    if policy.evicts:
+        with pytest.raises(ValueError, match=f"{name}"):
+            butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
+
+
+def test_the_command_takes_any_policy_and_names_the_known_ones():
+    config = GenerateConfig(base="tiny", policy="streaming", budget="1/8")
+    assert config.selection().budget == 1 / 8 and config.made_policy() == make_policy("streaming")
+    assert GenerateConfig(base="tiny").selection() is None  # no run: dense
+    assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").selection() is None
+    with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):
+        GenerateConfig(base="tiny", policy="fortune")
