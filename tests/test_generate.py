@@ -25,7 +25,6 @@ from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig, to_
 from butler_jax.decode import decode_step
 from butler_jax.evaluation import simulate
 from butler_jax.filling import prefill
-from butler_jax.generate import GenerateConfig
 from butler_jax.offload import to_host
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
@@ -443,7 +442,8 @@ def test_every_policy_generates_what_it_would_have_read(base, name):
             butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
 
 
-def test_the_command_takes_any_policy_and_names_the_known_ones():
+def test_the_command_takes_any_policy_and_names_the_known_ones(command):
+    GenerateConfig = command.__globals__["GenerateConfig"]
     config = GenerateConfig(base="tiny", policy="streaming", budget="1/8")
     assert config.selection().budget == 1 / 8 and config.made_policy() == make_policy("streaming")
     assert GenerateConfig(base="tiny").selection() is None  # no run: dense
