@@ -50,14 +50,11 @@ def downstream(
     choice. passes: what other budgets have run already. Raises as `local_tasks` does, and ImportError where
     lm-evaluation-harness is not installed.
     """
-    try:
-        from lm_eval import evaluate
+    check_harness()
+    from lm_eval import evaluate
 
-        from butler_jax.evaluation.harness import ButlerLM
-    except ImportError as error:
-        raise ImportError(
-            f"downstream tasks need lm-evaluation-harness ({error}); pip install butler-jax[harness]"
-        ) from None
+    from butler_jax.evaluation.harness import ButlerLM
+
     with _quiet(progress):
         model = ButlerLM(
             base, policy, selection, predictor, batch_size=batch_size, score_dtype=score_dtype, progress=progress,
@@ -66,6 +63,16 @@ def downstream(
         found = evaluate(model, local_tasks(directory, [task]), limit=limit, bootstrap_iters=0, log_samples=True)
     samples = found["samples"][f"{task}_local"]
     return Downstream([(METRICS[name], _estimate(samples, name)) for name in samples[0]["metrics"]], model.attended)
+
+
+def check_harness() -> None:
+    """Raise ImportError where lm-evaluation-harness cannot be imported, saying what to install."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"downstream tasks need lm-evaluation-harness ({error}); pip install butler-jax[harness]"
+        ) from None
 
 
 def _estimate(samples: list[dict], name: str) -> Estimate:

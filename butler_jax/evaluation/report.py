@@ -66,14 +66,15 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        console = console or Console(width=None if Console().is_terminal else 110)
+        console = console or Console(width=None if Console().is_terminal else 120)
         for one in tables(self.rows):
             shown = Table(title=one.title, caption=one.note, box=box.SIMPLE_HEAD, title_justify="left")
             shown.add_column("policy")
             for column in one.columns:
                 shown.add_column(f"{column.label}\n{column.share}", justify="right")
             for line in one.lines:
-                shown.add_row(line.policy, *("" if cell is None else cell.text for cell in line.cells))
+                texts = ("" if c is None else " ± ".join(filter(None, (c.text, c.spread))) for c in line.cells)
+                shown.add_row(line.policy, *texts)
             console.print(shown)
 
 

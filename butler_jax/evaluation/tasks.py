@@ -12,7 +12,7 @@ from butler_jax.configs import EvalConfig, SelectionConfig
 from butler_jax.evaluation.cells import Cell, Finding, Say, key_of
 from butler_jax.evaluation.contenders import Contender, digest
 from butler_jax.evaluation.coreference import coreference_batches, coreference_distances
-from butler_jax.evaluation.downstream import downstream
+from butler_jax.evaluation.downstream import check_harness, downstream
 from butler_jax.evaluation.local_tasks import read_samples
 from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.perplexity import TextResult, perplexity, read_text, text_windows
@@ -201,6 +201,7 @@ class Downstream(Task):
 
     def __init__(self, base: Any, config: EvalConfig, name: str):
         self.name, self.base, self.config = name, base, config
+        check_harness()
         samples = read_samples(config.downstream, name)[: config.limit]
         self.passes = Passes(base.model, score_dtype=config.score_dtype)
         self.facts = {"samples": key_of({"samples": samples}), "score_dtype": config.score_dtype}
