@@ -191,7 +191,7 @@ def test_finished_cells_are_not_measured_again(place, tmp_path):
     again = evaluate(base, predictor, config, keep=tmp_path / "out", say=said.append)
     assert again.rows == first.rows
     assert ["kept" in line for line in said] == [True, True, False, True, False]
-    assert "of" not in said[-1] and "left" in said[0] and "left" not in said[-1]
+    assert "left" in said[0] and "left" not in said[-1]
     other = make_predictor(BASE, PredictorConfig(rank=8, stride=2), seed=5)
     said.clear()
     evaluate(base, other, config, keep=tmp_path / "out", say=said.append)
@@ -221,13 +221,13 @@ def test_a_directory_that_is_a_file_is_told(place, tmp_path):
 
 def test_the_time_left_is_that_of_cells_alike(tmp_path):
     said = []
-    progress = Progress({"a": 3, "b": 2}, said.append)
+    progress = Progress({"a": 3, "b": 1}, 5, said.append)
     cell = Cell([Finding("perplexity", Estimate(2.0, None, 1), 0.5, 0.5)], seconds=10.0)
     progress.add("a", "oracle", cell, kept=False)
-    assert progress.seconds_left() == 2 * 10 + 2 * 10
-    progress.add("b", "oracle", Cell(cell.findings, seconds=100.0), kept=True)
+    assert progress.seconds_left() == 2 * 10 + 10
+    progress.add("b", "oracle", Cell(cell.findings, seconds=100.0), kept=True)  # one more is to be measured
     assert progress.seconds_left() == 2 * 10 + 100
-    assert said[0].startswith("[1/5] a") and said[0].endswith("10 s, about 40 s left")
+    assert said[0].startswith("[1/5] a") and said[0].endswith("10 s, about 30 s left")
     assert [duration(s) for s in (40, 720, 11100)] == ["40 s", "12 min", "3 h 5 min"]
     kept = Kept(tmp_path)
     kept.add("k", {"task": "a"}, cell)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -71,23 +70,26 @@ def key_of(facts: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Says a line after each cell, with the time that the rest will take if cells of a task cost alike."""
+    """Says a line after each cell, with the time that the rest will take if cells of a task cost alike.
 
-    def __init__(self, counts: dict[str, int], say: Say):
-        self.left, self.say, self.total = dict(counts), say, sum(counts.values())
-        self.spent: dict[str, list[float]] = {task: [] for task in counts}
-        self.done, self.began = 0, time.perf_counter()
+    missing: how many cells of each task are to be measured. total: all cells, those that are kept among them.
+    """
+
+    def __init__(self, missing: dict[str, int], total: int, say: Say):
+        self.left, self.total, self.say = dict(missing), total, say
+        self.spent: dict[str, list[float]] = {task: [] for task in missing}
+        self.done = 0
 
     def add(self, task: str, label: str, cell: Cell, *, kept: bool) -> None:
         """A cell is there; kept: it was already."""
-        self.left[task] -= 1
+        self.left[task] -= not kept
         self.done += 1
         self.spent[task].append(cell.seconds)
         first = cell.findings[0]
         budget = "" if first.budget is None else f"{first.budget:g}"
         place = f"{self.done:{len(str(self.total))}}/{self.total}"
         cost = "kept" if kept else f"{cell.seconds:.0f} s"
-        left = f", about {duration(self.seconds_left())} left" if self.done < self.total else ""
+        left = f", about {duration(self.seconds_left())} left" if any(self.left.values()) else ""
         self.say(f"[{place}] {task:12} {label:14} {budget:8} {first.metric} {first.estimate.value:.4f}   {cost}{left}")
 
     def seconds_left(self) -> float:

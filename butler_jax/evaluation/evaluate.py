@@ -51,14 +51,17 @@ def evaluate(
     plan = [
         (task, one, part) for task in tasks for one in judged if task.takes(one) for part in _parts(task, one, config)
     ]
-    progress = Progress({t.name: sum(task is t for task, *_ in plan) for t in tasks}, say)
     learnt = {one.label: one.facts() for one in judged}
-    for task, one, selections in plan:
-        facts = {
+    keys = [
+        key_of({
             "task": task.name, **task.facts, "base": base.fingerprint, "dtype": config.dtype, "of": learnt[one.label],
             "selections": {str(b): to_dict(s) for b, s in selections.items()}, "seed": config.seed,
-        }  # fmt: skip
-        key = key_of(facts)
+        })
+        for task, one, selections in plan
+    ]  # fmt: skip
+    missing = [task.name for (task, *_), key in zip(plan, keys, strict=True) if key not in kept.cells]
+    progress = Progress({task.name: missing.count(task.name) for task in tasks}, len(plan), say)
+    for (task, one, selections), key in zip(plan, keys, strict=True):
         cell, found = kept.cells.get(key), key in kept.cells
         if cell is None:
             began = time.perf_counter()
