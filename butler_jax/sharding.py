@@ -176,3 +176,12 @@ def by_rows_and_heads(
 
     results = jax.tree.map(spec, result)
     return jax.shard_map(function, in_specs=tuple(map(spec, operands)), out_specs=results, check_vma=False)
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """All of an array, also where other processes hold parts of it; then every process has to ask."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)

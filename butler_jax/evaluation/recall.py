@@ -22,6 +22,7 @@ from butler_jax.policies import Chunk, Policy
 from butler_jax.policies.evicting import Evicting
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, budget_table, ordered_bits, top_mask
+from butler_jax.sharding import on_host
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
 
@@ -97,7 +98,7 @@ def recall(
                 model, predictor if needing else None, batch, tables, policies=group, rows=rows, ranks=ranks,
                 score_dtype=score_dtype, **options,
             )  # fmt: skip
-            found.append(jax.tree.map(lambda a: np.asarray(a, np.float64), sums))
+            found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
     require(bool(groups) and bool(parts[0]), "recall needs at least one policy and one batch")
     result = Recall({}, {}, {}, {}, {})
     layers = model.config.layers - 1
