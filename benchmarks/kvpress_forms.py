@@ -25,8 +25,18 @@ from butler_jax.policies.snapkv import SnapKV
 from butler_jax.selection import Limits, Rows, always_chosen
 
 
+class Counting:
+    """Before a policy that evicts: its memory, and how many rows there were."""
+
+    def begin(self, shape):
+        return super().begin(shape), jnp.zeros(shape[:1], jnp.int32)
+
+    def observe(self, memory, weights, place, budget):
+        return super().observe(memory[0], weights, place, budget), place.own + 1
+
+
 @dataclass(frozen=True, kw_only=True)
-class SnapKVLike(SnapKV):
+class SnapKVLike(Counting, SnapKV):
     """SnapKV, and in which respects it is kvpress's.
 
     whole: all observed rows are kept, even where they are the whole budget. outside: attention to the observed rows is
@@ -36,12 +46,6 @@ class SnapKVLike(SnapKV):
     whole: bool = False
     outside: bool = False
     mean: bool = False
-
-    def begin(self, shape):
-        return super().begin(shape), jnp.zeros(shape[:1], jnp.int32)
-
-    def observe(self, memory, weights, place, budget):
-        return super().observe(memory[0], weights, place, budget), place.own + 1
 
     def worth(self, memory):
         rows, length = memory
@@ -60,7 +64,7 @@ class SnapKVLike(SnapKV):
 
 
 @dataclass(frozen=True, kw_only=True)
-class H2OLike(H2O):
+class H2OLike(Counting, H2O):
     """H2O, and in which respects it is kvpress's observed attention.
 
     free: no token is kept for being recent. mean: the attention of a token is divided by the rows that could see it.
@@ -68,12 +72,6 @@ class H2OLike(H2O):
 
     free: bool = False
     mean: bool = False
-
-    def begin(self, shape):
-        return super().begin(shape), jnp.zeros(shape[:1], jnp.int32)
-
-    def observe(self, memory, weights, place, budget):
-        return super().observe(memory[0], weights, place, budget), place.own + 1
 
     def worth(self, memory):
         total, length = memory

@@ -24,6 +24,7 @@ from rich.progress import (
 
 from butler_jax.checkpoints import Checkpoints
 from butler_jax.configs import FitConfig, require, to_dict
+from butler_jax.files import write_whole
 from butler_jax.sharding import place_batch
 from butler_jax.training import TrainState
 
@@ -73,14 +74,7 @@ def open_run(run_dir: Path, config: FitConfig) -> None:
     check_run(run_dir, config)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write_whole(run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, or a kill, never finds half of it."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    fresh.replace(path)
+        write_whole(run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 class Metrics:
@@ -98,7 +92,7 @@ class Metrics:
             return
         if self.path.exists():  # steps after the checkpoint are done again
             lines = [line for line in self.path.read_text().splitlines(True) if _step(line) <= start]
-            _write_whole(self.path, "".join(lines))
+            write_whole(self.path, "".join(lines))
         self.file = self.path.open("a")
         with contextlib.suppress(ImportError):
             from tensorboardX import SummaryWriter

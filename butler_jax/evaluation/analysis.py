@@ -18,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.base_model import BaseModel, check_length
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.evaluation.recall import top_half
-from butler_jax.evaluation.rows import LEAST_KEYS, Batch, as_batch, by_heads, last_rows, see_rows, softmax
+from butler_jax.evaluation.recall import LEAST_KEYS, best, top_half
+from butler_jax.evaluation.rows import Batch, as_batch, by_heads, last_rows, see_rows, softmax
 from butler_jax.evaluation.simulate import chosen_mask, with_rule
 from butler_jax.policies import Chunk, Policy
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, budget_table, limits_of, ordered_bits, top_mask
+from butler_jax.selection import Limits, budget_table, limits_of
 
 PUBLISHED = {1: 0.667, 5: 0.548, 10: 0.503, 25: 0.463, 49: 0.407}
 """Overlap with step 0 by decode step, as published for Llama-3.1-8B (arXiv 2503.07518)."""
@@ -194,15 +194,6 @@ def _check_window(model: BaseModel, rows: int) -> None:
 def _sizes(batch: dict[str, Array], fraction: float) -> Int[Array, " S"]:
     """ceil(fraction * n), for n = 0 ... T."""
     return jnp.asarray(budget_table(SelectionConfig(budget=fraction, sinks=0, window=1), batch["tokens"].shape[1]))
-
-
-def best(
-    scores: Float[Array, "B K G N S"], keys: Bool[Array, "B N S"], sizes: Int[Array, " N"]
-) -> Bool[Array, "B K G N S"]:
-    """The sizes[n] best of each row's n keys."""
-    image = jnp.where(keys[:, None, None], ordered_bits(scores), jnp.uint32(0))
-    count = sizes[jnp.sum(keys, axis=-1, dtype=jnp.int32)]
-    return top_mask(image, jnp.broadcast_to(count[:, None, None], image.shape[:-1]))
 
 
 def share(both: Bool[Array, "*B S"], of: Bool[Array, "*B S"]) -> Float[Array, "*B"]:

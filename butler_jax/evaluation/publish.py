@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from butler_jax.evaluation.figures import figures
 from butler_jax.evaluation.markdown import markdown
 from butler_jax.evaluation.page import page
 from butler_jax.evaluation.plotting import plots_available, render
+from butler_jax.files import write_whole
 
 
 def write(report: Any, directory: str | Path) -> list[Path]:
@@ -24,19 +24,8 @@ def write(report: Any, directory: str | Path) -> list[Path]:
     pictures, made = None if drawn is None else [], []
     for figure in drawn or ():
         picture, element = render(figure.draw, figure.name, figure.alt)
-        made.append(replace_file(directory / f"{figure.name}.png", picture))
+        made.append(write_whole(directory / f"{figure.name}.png", picture))
         pictures.append((figure, element))
-    made.append(replace_file(directory / "report.md", markdown(report, drawn).encode()))
-    made.append(replace_file(directory / "report.html", page(report, pictures).encode()))
+    made.append(write_whole(directory / "report.md", markdown(report, drawn).encode()))
+    made.append(write_whole(directory / "report.html", page(report, pictures).encode()))
     return made
-
-
-def replace_file(path: Path, content: bytes) -> Path:
-    """Write a file under another name, then give it its own."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path

@@ -244,9 +244,16 @@ def measure_chunk(
 
 def top_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
     """The better half (rounded down) of the keys each row may see, ties to the earlier one."""
-    image = jnp.where(allowed[:, None, None], ordered_bits(scores), jnp.uint32(0))
-    half = jnp.sum(allowed, axis=-1, dtype=jnp.int32) // 2
-    return top_mask(image, jnp.broadcast_to(half[:, None, None], image.shape[:-1]))
+    return best(scores, allowed, jnp.arange(allowed.shape[-1] + 1, dtype=jnp.int32) // 2)
+
+
+def best(
+    scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"], sizes: Int[Array, " N"]
+) -> Bool[Array, "B K G C S"]:
+    """The sizes[n] best of each row's n keys, ties to the earlier one."""
+    image = jnp.where(keys[:, None, None], ordered_bits(scores), jnp.uint32(0))
+    count = sizes[jnp.sum(keys, axis=-1, dtype=jnp.int32)]
+    return top_mask(image, jnp.broadcast_to(count[:, None, None], image.shape[:-1]))
 
 
 def mean_ranks(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from butler_jax.configs import require
 from butler_jax.evaluation.tables import tables
+from butler_jax.files import write_whole
 
 FIELDS = ("task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where")
 PACKAGES = ("butler-jax", "jax", "flax", "numpy")
@@ -50,13 +51,13 @@ class Report:
         Returns the path of report.json. Without matplotlib there are no figures. Raises ValueError where the directory
         is a file.
         """
-        from butler_jax.evaluation.publish import replace_file, write
+        from butler_jax.evaluation.publish import write
 
         check_directory(Path(directory))
         path = Path(directory) / "report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {"rows": self.rows, "arrays": self.arrays, **self.about}
-        replace_file(path, (json.dumps(whole, indent=1) + "\n").encode())
+        write_whole(path, json.dumps(whole, indent=1) + "\n")
         write(self, directory)
         return path
 

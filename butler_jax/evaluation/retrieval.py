@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from butler_jax.configs import require
@@ -38,17 +39,8 @@ def needle_batches(
     """
     require(bool(depths), "a needle needs a depth; give some, such as 0, 0.5 and 1")
 
-    def make(length: int) -> list[tuple[dict[str, float | int], AskedSample]]:
-        return [
-            (
-                {"depth": depth, "length": length},
-                needle.sample(tokenizer, haystack, length, depth, seed=seed, index=index, kind=kind),
-            )
-            for depth in depths
-            for index in range(samples)
-        ]
-
-    return _batches("needle", make, lengths, samples, batch_size, context)
+    make = partial(needle.sample, tokenizer, haystack, seed=seed, kind=kind)
+    return _batches("needle", make, lengths, samples, batch_size, context, [{"depth": depth} for depth in depths])
 
 
 def key_value_batches(
@@ -64,15 +56,7 @@ def key_value_batches(
 ) -> Labelled:
     """`samples` lists of keys and values for every length in tokens; see datasets/retrieval.py. Errors as above."""
 
-    def make(length: int) -> list[tuple[dict[str, float | int], AskedSample]]:
-        return [
-            (
-                {"length": length},
-                retrieval.key_value(tokenizer, length, seed=seed, index=index, value=value, queries=queries),
-            )
-            for index in range(samples)
-        ]
-
+    make = partial(retrieval.key_value, tokenizer, seed=seed, value=value, queries=queries)
     return _batches("key_value", make, lengths, samples, batch_size, context)
 
 
@@ -89,19 +73,20 @@ def variables_batches(
 ) -> Labelled:
     """`samples` texts of assignments for every length in tokens; see datasets/retrieval.py. Errors as above."""
 
-    def make(length: int) -> list[tuple[dict[str, float | int], AskedSample]]:
-        return [
-            (
-                {"length": length},
-                retrieval.variables(tokenizer, length, seed=seed, index=index, hops=hops, question=question),
-            )
-            for index in range(samples)
-        ]
-
+    make = partial(retrieval.variables, tokenizer, seed=seed, hops=hops, question=question)
     return _batches("variables", make, lengths, samples, batch_size, context)
 
 
-def _batches(task: str, make: Callable, lengths: Sequence[int], samples: int, batch_size: int, context: int | None):
+def _batches(
+    task: str,
+    make: Callable[..., AskedSample],
+    lengths: Sequence[int],
+    samples: int,
+    batch_size: int,
+    context: int | None,
+    places: Sequence[dict[str, float]] = ({},),
+) -> Labelled:
+    """`samples` of make(length=, index=, **place) for every length and place."""
     require(bool(lengths), f"the task {task} needs a length in tokens; give some, such as 512")
     require(samples >= 1, f"the task {task} needs at least 1 sample, got {samples}")
     over = [length for length in lengths if context is not None and length > context]
@@ -112,8 +97,9 @@ def _batches(task: str, make: Callable, lengths: Sequence[int], samples: int, ba
     )
     batches, labels = [], []
     for length in lengths:
-        made = make(length)
-        labels += [label for label, _ in made]
-        rows = [(sample.tokens, sample.asked) for _, sample in made]
+        wanted = [{**place, "length": length} for place in places for _ in range(samples)]
+        made = [make(**label, index=number % samples) for number, label in enumerate(wanted)]
+        labels += wanted
+        rows = [(sample.tokens, sample.asked) for sample in made]
         batches += answer_batches(rows, batch_size=batch_size, context=context)
     return Labelled(batches, labels)

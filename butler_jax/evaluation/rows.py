@@ -19,12 +19,12 @@ from butler_jax.base_model import BaseModel, LayerView, by_window, check_length,
 from butler_jax.configs import require
 from butler_jax.evaluation.chunks import Importance, importance_walk
 from butler_jax.evaluation.perplexity import windows
+from butler_jax.evaluation.recall import LEAST_KEYS
 from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Rows
 from butler_jax.weights import Base
 
-LEAST_KEYS = 32  # keys that the first of the rows must see
 Batch = dict[str, np.ndarray]
 
 

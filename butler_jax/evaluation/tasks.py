@@ -260,7 +260,7 @@ def text_batches(base: Any, config: EvalConfig, data: str, say: Say) -> Batches:
         batch_size = min(config.batch_size, count)
         batches = held_out(
             data, base.tokenizer, length=config.context, count=-(-count // batch_size), batch_size=batch_size,
-            data_dir=None if config.data_dir is None else str(config.data_dir),
+            data_dir=config.data_dir,
         )  # fmt: skip
         source = f"the held-out part of {data}"
     found = sum(int((b["segments"] > 0).sum()) for b in batches)
