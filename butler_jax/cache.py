@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.configs import BaseConfig
+from butler_jax.sequence import write_parts
 from butler_jax.sharding import current_mesh, partition
 from butler_jax.top_k import Chosen
 
@@ -69,13 +70,17 @@ class DecodeState:
 
 
 def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
-    """The PartitionSpec of every array of a state: rows and KV heads are split where the mesh divides them."""
+    """The PartitionSpec of every array of a state: rows, KV heads and tokens are split where the mesh divides them."""
 
     def spec(path, array):
-        trunk = any(getattr(part, "name", None) == "trunk" for part in path)
-        names = ("batch",) if array.ndim < 2 else ("layers", "batch", "whole" if trunk else "kv_heads")
-        names = (*names, *["whole"] * array.ndim)[: array.ndim]
-        return partition(names, array.shape, mesh)
+        fields = {getattr(part, "name", None) for part in path}
+        names = ["batch"] if array.ndim < 2 else ["layers", "batch", "whole" if "trunk" in fields else "kv_heads"]
+        names = [*names, *["whole"] * array.ndim][: array.ndim]
+        if "kv" in fields:
+            names[3] = "tokens"
+        elif "keys" in fields:
+            names[4] = "tokens"
+        return partition(tuple(names), array.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -96,8 +101,12 @@ def write_token(
     cache: Float[Array, "L B K S D"], new: Float[Array, "L B K D"], lengths: Int[Array, " B"]
 ) -> Float[Array, "L B K S D"]:
     """The cache with one more token a row, at its length."""
-    rows = jnp.arange(lengths.shape[0])
-    return cache.at[:, rows, :, lengths].set(jnp.swapaxes(new, 0, 1).astype(cache.dtype))
+
+    def put(cache, new, places):
+        rows = jnp.arange(places.shape[0])
+        return cache.at[:, rows, :, places].set(jnp.swapaxes(new, 0, 1).astype(cache.dtype))
+
+    return write_parts(put, cache, new, lengths, ("-bhs-", "-bh-", "b"))
 
 
 def empty_chosen(config: BaseConfig, batch: int, heads: int, room: int) -> Chosen:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.configs import BaseConfig
+from butler_jax.sequence import Part, part_of
+from butler_jax.sharding import by_rows_and_heads, token_axis
 
 BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
 LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
@@ -32,10 +34,27 @@ def cached_attention(
     """Attention of tokens at positions cached ... cached + T - 1 over the `cached` ones of `layer` and themselves.
 
     Causal among the new ones. window: a token sees itself and the window - 1 before it; may be traced. As many blocks
-    are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in q's dtype.
+    are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in q's dtype. Where
+    the current mesh splits the cache's tokens, every device attends to its part of them.
     """
+    size = k.shape[3]
+    axis = token_axis(size)
+    if axis is None:
+        return _attend(q, new_k, new_v, k, v, layer, cached, window, None)
+
+    def run(q, new_k, new_v, k, v, layer, cached, window):
+        return _attend(q, new_k, new_v, k, v, layer, cached, window, part_of(k.shape[3], axis))
+
+    operands = ("b-h-", "b-h-", "b-h-", "-bhs-", "-bhs-", "", "b", "")
+    split = by_rows_and_heads(run, operands, "b-h-", rows=q.shape[0], heads=k.shape[2], tokens=size)
+    return split(q, new_k, new_v, k, v, layer, cached, window)
+
+
+def _attend(q, new_k, new_v, k, v, layer, cached, window, part: Part | None):
+    """cached_attention over the tokens of one part of a cache, merged with the other parts."""
     batch, count, heads, dim = q.shape
     kv_heads, size = k.shape[2:4]
+    begin, here = (0, cached) if part is None else (part.begin, part.count(cached))
     block = BLOCK if jax.default_backend() == "cpu" else max(BLOCK, LOGITS // (batch * heads * count))
     block = min(block, size)
     rows = (q * jnp.asarray(dim**-0.5, q.dtype)).reshape(batch, count, kv_heads, heads // kv_heads, dim)
@@ -61,14 +80,16 @@ def cached_attention(
         keys, values = (
             jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), (1, batch, kv_heads, block, dim))[0] for a in (k, v)
         )
-        positions = (start + jnp.arange(block, dtype=jnp.int32))[None]
-        held = (positions >= number * block) & (positions < cached[:, None])
-        return add(state, keys.astype(q.dtype), values.astype(q.dtype), positions, held[:, None])
+        places = (start + jnp.arange(block, dtype=jnp.int32))[None]
+        held = (places >= number * block) & (places < here[:, None])
+        return add(state, keys.astype(q.dtype), values.astype(q.dtype), begin + places, held[:, None])
 
     shape = (*rows.shape[:-1], 1)
     state = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+    state = jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
+    if part is not None:
+        state = part.merged(*state)
     fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))
-    state = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself: top is a logit
-    _, total, sums = jax.lax.fori_loop(0, -(-jnp.max(cached) // block), one, state)
+    _, total, sums = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself
     out = (sums / total).reshape(batch, kv_heads, heads // kv_heads, count, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -28,9 +28,10 @@ from butler_jax.predictors import Predictor, walk
 from butler_jax.predictors.interface import at
 from butler_jax.scoring import choosing_heads, chunk_of, issue, with_own
 from butler_jax.selection import beyond, choose, limits_of, room_for
-from butler_jax.sharding import by_rows_and_heads
+from butler_jax.sequence import check_units, part_of, with_new
+from butler_jax.sharding import by_rows_and_heads, token_axis
 from butler_jax.top_k import Chosen
-from pallas_kernels import importance_scores, masked_topk_decode_attention, select_top_k
+from pallas_kernels import importance_scores, importance_totals, masked_topk_decode_attention, select_top_k
 
 
 class Found(NamedTuple):
@@ -78,6 +79,7 @@ def decode_step(
         out, state, *found = evicting_step(model, tokens, state, selection, policy, most=most, details=details)
         return out, state, Found(*found)
     config, capacity, batch = model.config, state.kv.capacity, tokens.shape[0]
+    axis = token_axis(capacity)
     cached, total = state.lengths, state.lengths + 1
     x = embed(model, tokens[:, None])
     context = None if predictor is None else predictor.context(cached[:, None], capacity)
@@ -87,6 +89,7 @@ def decode_step(
     prefetched = ahead_known and state.kv.near is not None
     if selection is not None:
         limits = limits_of(selection, config, capacity)
+        check_units(capacity, selection.unit)
         room = room_for(selection, capacity, most)
         sets = choosing_heads(policy, config)
         if selection.interval > 1:
@@ -106,12 +109,17 @@ def decode_step(
         scales = None if state.scores.scales is None else state.scores.scales[layer]
 
         def run(queries, keys, contested, first, layer, scales):
-            return importance_scores(
-                queries, keys, contested, first=first, scales=scales, pooling=policy.pooling, layer=layer,
-                implementation=implementation,
-            )  # fmt: skip
+            part = part_of(keys.shape[-1], axis)
+            options = dict(scales=scales, layer=layer, implementation=implementation)
+            if part is not None:
+                contested, first = part.count(contested), part.count(first)
+                if policy.pooling == "normalised":
+                    totals = part.log_sum(importance_totals(queries, keys, contested, first=first, **options))
+                    options["totals"] = totals
+            return importance_scores(queries, keys, contested, first=first, pooling=policy.pooling, **options)
 
-        split = by_rows_and_heads(run, ("bh--", "-bh--", "b", "b", "", "bh"), "bh-", rows=batch, heads=config.kv_heads)
+        operands = ("bh--", "-bh-s", "b", "b", "", "bh")
+        split = by_rows_and_heads(run, operands, "bhs", rows=batch, heads=config.kv_heads, tokens=capacity)
         return split(queries, state.scores.keys, contested, first, layer, scales)
 
     def pick(values, lengths, first, threshold):
@@ -125,7 +133,7 @@ def decode_step(
         if threshold is not None:
             threshold = jnp.broadcast_to(threshold, values.shape[:2])
         split = by_rows_and_heads(
-            run, ("bh-", "b", "b", "b", "bh"), Chosen("bh-", "bh-"), rows=batch, heads=config.kv_heads
+            run, ("bw-", "b", "b", "b", "bw"), Chosen("bw-", "bw-"), rows=batch, heads=config.kv_heads
         )
         return split(values, lengths, limits.table[count], first, threshold)
 
@@ -314,15 +322,23 @@ def _attend_chosen(
     kv_heads = view.k.shape[2]
 
     def attend(q, k, v, new_k, new_v, chosen, lengths, first, layer, unit):
-        def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer):
-            return masked_topk_decode_attention(
-                q, k, v, indices, valid, unit=unit, new_k=new_k, new_v=new_v, lengths=lengths, first=first, layer=layer,
-                implementation=implementation,
-            )  # fmt: skip
+        tokens = k.shape[-2]
+        axis = token_axis(tokens)
 
-        cache = "bh--" if layer is None else "-bh--"
+        def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer):
+            part = part_of(k.shape[-2], axis)
+            options = dict(unit=unit, layer=layer, implementation=implementation)
+            if part is None:
+                options.update(new_k=new_k, new_v=new_v, lengths=lengths, first=first)
+                return masked_topk_decode_attention(q, k, v, indices, valid, **options)
+            own = part.own(Chosen(indices, valid), unit)
+            options.update(lengths=part.count(lengths), first=None if first is None else part.count(first))
+            out, residual = masked_topk_decode_attention(q, k, v, *own, return_residual=True, **options)
+            return with_new(q, new_k, new_v, *part.merged(residual[..., None], 1.0, out.astype(jnp.float32)))
+
+        cache = "bhs-" if layer is None else "-bhs-"
         operands = ("bh-", cache, cache, "bh-", "bh-", "bh-", "bh-", "b", "b", "")
-        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads)
+        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=tokens)
         return split(q, k, v, new_k, new_v, *chosen, lengths, first, layer)
 
     def one(q, chosen, rows):

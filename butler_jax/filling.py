@@ -22,6 +22,7 @@ from butler_jax.predictors import Predictor, walk
 from butler_jax.score_keys import check_score_dtype, store
 from butler_jax.scoring import choosing_heads, empty_scores
 from butler_jax.selection import room_for
+from butler_jax.sequence import write_chunk
 
 CHUNK = 512  # tokens of a prompt that run together; shorter prompts run at once
 
@@ -104,7 +105,7 @@ def _at_once(model, tokens, lengths, capacity, predictor, implementation):
         start = walk.begin(predictor, x, context, trunk)
     x, end, (k, v, keys) = run_layers(model, x, positions, mixer, start, length=capacity)
     kv = empty_kv_cache(model.config, batch, capacity, x.dtype)
-    kv = KVCache(*(jax.lax.dynamic_update_slice(a, b, (0,) * 5) for a, b in ((kv.k, k), (kv.v, v))))
+    kv = KVCache(*(write_chunk(a, b, 0, "-bhs-") for a, b in ((kv.k, k), (kv.v, v))))
     if predictor is not None:
         scores = ScoreCache(jnp.pad(keys, ((0, 0),) * 4 + ((0, room),)), end.cache)
     return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], kv, scores
@@ -141,11 +142,9 @@ def _in_chunks(model, tokens, lengths, capacity, predictor, implementation, *, c
 
         begun = None if predictor is None else walk.begin(predictor, x, context, scores.trunk)
         x, end, (k, v, keys) = run_layers(model, x, positions, mixer, begun, length=capacity)
-        place = (0, 0, 0, start, 0)
-        kv = KVCache(*(jax.lax.dynamic_update_slice(a, b.astype(a.dtype), place) for a, b in ((kv.k, k), (kv.v, v))))
+        kv = KVCache(*(write_chunk(a, b, start, "-bhs-") for a, b in ((kv.k, k), (kv.v, v))))
         if predictor is not None:
-            fresh = keys.astype(scores.keys.dtype)
-            scores = ScoreCache(jax.lax.dynamic_update_slice(scores.keys, fresh, (0, 0, 0, 0, start)), end.cache)
+            scores = ScoreCache(write_chunk(scores.keys, keys, start, "-bh-s"), end.cache)
         at = lengths - 1 - start
         found = jnp.take_along_axis(x, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), kv, scores

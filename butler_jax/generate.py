@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from butler_jax.command_line import read, run
 from butler_jax.configs import SelectionConfig, parse_budget, require
 from butler_jax.policies import Policy, make_policy
@@ -71,6 +73,9 @@ class GenerateConfig:
     """Texts of single tokens at which to stop, besides the end of the text."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
+    mesh: str = ""
+    """Devices, as in model=4,sequence=2: model splits weights and KV heads, sequence the tokens of the caches. Default:
+    one device."""
 
     def __post_init__(self):
         require(
@@ -127,22 +132,27 @@ def continue_prompt(config: GenerateConfig) -> int:
     from butler_jax.evaluation.evaluate import run_config, run_data
     from butler_jax.generation import generate
     from butler_jax.prompts import stop_tokens
+    from butler_jax.sharding import make_mesh, place, shardings_for
     from butler_jax.weights import load_base
 
     prompt, selection = config.text(), config.selection()
-    base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
+    mesh = make_mesh(config.mesh or "data=1")
+    shardings = shardings_for(mesh) if config.mesh else None
+    base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype, shardings=shardings)
     policy, predictor = config.made_policy(), None
     if selection is not None:
         (policy,) = prepared([policy], base, run_data(config.run))
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
+        predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
     stop = None if not config.stop else [*config.stop, *stop_tokens(base, None)]
     show = lambda text: print(text, end="", flush=True)  # noqa: E731
     show(prompt)
-    result = generate(
-        base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
-        policy=policy, max_new_tokens=config.max_new_tokens,
-        seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop, **config.sampling(),
-    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        result = generate(
+            base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
+            policy=policy, max_new_tokens=config.max_new_tokens,
+            seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop, **config.sampling(),
+        )  # fmt: skip
     print(flush=True)
     print(
         f"{result.prompt_tokens[0]} + {len(result.tokens[0])} tokens; {result.prefill_seconds:.1f} s to the first, "

@@ -1,11 +1,13 @@
 """Meshes and sharding rules: the only file that names mesh axes.
 
-Two axes: `data` splits the batch and, FSDP-like, the width of every weight; `model` splits heads, hidden units and the
-vocabulary (tensor parallel). A dimension that an axis does not divide stays whole.
+Three axes: `data` splits the batch and, FSDP-like, the width of every weight; `model` splits heads, hidden units and
+the vocabulary (tensor parallel); `sequence` splits the tokens of decoding's caches. A dimension that an axis does not
+divide stays whole.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from butler_jax.configs import require
 
-AXES = ("data", "model")
+AXES = ("data", "model", "sequence")
 
 RULES: dict[str, str | None] = {
     "batch": "data",
@@ -26,6 +28,7 @@ RULES: dict[str, str | None] = {
     "kv_heads": "model",
     "hidden": "model",
     "vocab": "model",
+    "tokens": "sequence",
 }
 
 
@@ -46,21 +49,28 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
     """The mesh that `text` describes, over the first devices.
 
     '' puts on the data axis as many devices as divide the batch (all of them where several hosts work together).
-    Raises ValueError where the mesh needs more devices than there are, or does not divide the batch.
+    batch_size: of training, None for decoding. Raises ValueError where the mesh needs more devices than there are, does
+    not divide the batch, or has a sequence axis to train on.
     """
     devices = jax.devices()
     count = len(devices)
     if not text and batch_size and jax.process_count() == 1:
         count = next(n for n in range(count, 0, -1) if batch_size % n == 0)
-    sizes = parse_mesh(text) if text else {"data": count, "model": 1}
-    needed = sizes["data"] * sizes["model"]
+    sizes = parse_mesh(text or f"data={count}")
+    needed = math.prod(sizes.values())
     require(
         needed <= len(devices),
         f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
         f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
     )
-    mesh = jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
+    mesh = jax.make_mesh(
+        tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed]
+    )
     if batch_size:
+        require(
+            sizes["sequence"] == 1,
+            f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
+        )
         check_batch(batch_size, mesh)
     return mesh
 
@@ -88,9 +98,15 @@ def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P
     chosen: list[str | None] = []
     for name, size in zip(logical, shape, strict=True):
         axis = RULES.get(name)
-        fits = axis is not None and axis not in chosen and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+        fits = axis not in chosen and _divides(axis, size, mesh)
         chosen.append(axis if fits else None)
     return PartitionSpec(*chosen)
+
+
+def _divides(axis: str | None, size: int, mesh: Any) -> bool:
+    """Whether a mesh has this axis, of more than one device, and it divides a dimension."""
+    parts = mesh.shape.get(axis, 1)
+    return parts > 1 and size % parts == 0
 
 
 def shardings_for(mesh: Mesh):
@@ -156,20 +172,32 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def token_axis(tokens: int) -> str | None:
+    """The axis of the current mesh that splits a cache of so many tokens a row; None where none does."""
+    mesh, axis = current_mesh(), RULES["tokens"]
+    return axis if mesh is not None and _divides(axis, tokens, mesh) else None
+
+
 def by_rows_and_heads(
-    function: Callable[..., Any], operands: Sequence[str], result: Any, *, rows: int, heads: int
+    function: Callable[..., Any], operands: Sequence[str], result: Any, *, rows: int, heads: int, tokens: int = 1
 ) -> Callable[..., Any]:
     """`function`, run by every device of the current mesh on its own rows and KV heads, without communication.
 
-    operands: for each, a letter a dimension: "b" for rows or a multiple of them, "h" for KV heads or a multiple, "-"
-    for all others. result: the same, or a tuple of it. rows, heads: how many there are; an axis of the mesh that does
-    not divide them does not split them. Outside of a mesh this is the function itself.
+    operands: for each, a letter a dimension: "b" for rows or a multiple of them, "h" for KV heads or a multiple, "s"
+    for cached tokens, whose parts the function merges itself (sequence.py), "w" for KV heads that share the devices of
+    the tokens' axis too, "-" for all others. result: the same, or a tuple of it. rows, heads, tokens: how many there
+    are; an axis of the mesh that does not divide them does not split them. Outside of a mesh this is the function
+    itself.
     """
     mesh = current_mesh()
     if mesh is None:
         return function
-    wanted = {"b": (RULES["batch"], rows), "h": (RULES["kv_heads"], heads)}
-    axes = {letter: axis for letter, (axis, size) in wanted.items() if size % mesh.shape[axis] == 0}
+    wanted = {"b": (RULES["batch"], rows), "h": (RULES["kv_heads"], heads), "s": (RULES["tokens"], tokens)}
+    axes = {letter: axis for letter, (axis, size) in wanted.items() if _divides(axis, size, mesh)}
+    axes["w"] = axes.get("h")
+    split = mesh.shape.get(axes["w"], 1)
+    if _divides(RULES["tokens"], heads // split, mesh):
+        axes["w"] = tuple(filter(None, (axes["w"], RULES["tokens"])))
 
     def spec(letters):
         return PartitionSpec(*(axes.get(letter) for letter in letters))

@@ -3,6 +3,7 @@
 from pallas_kernels.api import (
     Selection,
     importance_scores,
+    importance_totals,
     masked_topk_decode_attention,
     quantise_score_keys,
     select_top_k,
@@ -12,6 +13,7 @@ from pallas_kernels.api import (
 __all__ = [
     "Selection",
     "importance_scores",
+    "importance_totals",
     "masked_topk_decode_attention",
     "quantise_score_keys",
     "select_top_k",

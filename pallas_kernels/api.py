@@ -42,6 +42,7 @@ def importance_scores(
     lengths: jax.Array,
     *,
     pooling: str = "normalised",
+    totals: jax.Array | None = None,
     scales: jax.Array | None = None,
     scale: float | None = None,
     first: jax.Array | None = None,
@@ -55,16 +56,42 @@ def importance_scores(
     `layer`); lengths int [B]. Returns float32 [B, K, S], -inf for tokens a row does not see.
 
     pooling: "normalised" takes each query head's own log-sum-exp over the tokens seen off before the maximum over the
-    group, so that heads compare (a group of one is left as it is); "maximum" is the plain maximum, cheaper.
+    group, so that heads compare (a group of one is left as it is); "maximum" is the plain maximum, cheaper. totals:
+    float [B, K, G], the log-sum-exps where the keys are a part of all (`importance_totals` of every part, merged).
     scales: for int8 keys only, float [K] or [B, K] (K*G where the keys are), see `quantise_score_keys`. scale: the
     factor on the products, R**-0.5 unless given. first: int [B], first token that a row sees.
     """
-    lengths, first, scales = _arrays(lengths, first, scales)
+    lengths, first, scales, totals = _arrays(lengths, first, scales, totals)
     checks.check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer)
+    checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
     scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
-    options = dict(pooling=pooling, scales=scales, scale=scale, first=first, layer=layer)
+    options = dict(pooling=pooling, totals=totals, scales=scales, scale=scale, first=first, layer=layer)
     return _module(name).importance_scores(q_imp, score_keys, lengths, **options, **_interpret(name, interpret))
+
+
+def importance_totals(
+    q_imp: jax.Array,
+    score_keys: jax.Array,
+    lengths: jax.Array,
+    *,
+    scales: jax.Array | None = None,
+    scale: float | None = None,
+    first: jax.Array | None = None,
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Log-sum-exp of every query head's scores, float32 [B, K, G], over the tokens seen; -inf where there are none.
+
+    Arguments as in `importance_scores`, which takes them as `totals` where keys are split over devices.
+    """
+    lengths, first, scales = _arrays(lengths, first, scales)
+    checks.check_importance(q_imp, score_keys, lengths, first, "normalised", scales, layer)
+    name = checks.choose_implementation(implementation, interpret)
+    scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
+    options = dict(scales=scales, scale=scale, first=first, layer=layer)
+    return _module(name).importance_totals(q_imp, score_keys, lengths, **options, **_interpret(name, interpret))
 
 
 def select_top_k(

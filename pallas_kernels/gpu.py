@@ -56,13 +56,45 @@ def _layer(layer):
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer, interpret):
+def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret, **options):
     """float32 [B, K, S]; arguments as in `api.py`."""
-    batch, heads, group, rank = q_imp.shape
+    batch, heads, group, _ = q_imp.shape
     size, key_heads = score_keys.shape[-1], score_keys.shape[-3]
     if size == 0:
         return jnp.zeros((batch, heads, 0), jnp.float32)
-    normalised = pooling == "normalised" and group > 1
+    call, operands, static = _over_blocks(q_imp, score_keys, lengths, interpret, **options)
+    rows, padded = operands[2].shape[:2]
+    total = jnp.zeros((rows, padded), jnp.float32)
+    if pooling == "normalised" and group > 1:
+        if totals is None:
+            totals = importance_totals(q_imp, score_keys, lengths, interpret=interpret, **options)
+        totals = jnp.where(jnp.isfinite(totals), totals, 0.0).reshape(rows, static["group"])
+        total = jnp.pad(totals.astype(jnp.float32), ((0, 0), (0, padded - static["group"])))
+    kernel = functools.partial(_scores_kernel, **static)
+    out_shape = jax.ShapeDtypeStruct((rows, size), jnp.float32)
+    scores = call(kernel, out_shape=out_shape, name="importance_scores")(*operands, total)
+    return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
+
+
+def importance_totals(q_imp, score_keys, lengths, *, interpret, **options):
+    """float32 [B, K, G]; arguments as in `api.py`."""
+    if score_keys.shape[-1] == 0:
+        return jnp.full(q_imp.shape[:3], -jnp.inf)
+    call, operands, static = _over_blocks(q_imp, score_keys, lengths, interpret, **options)
+    rows, padded = operands[2].shape[:2]
+    stats = jax.ShapeDtypeStruct((rows, pl.cdiv(static["size"], SCORES), padded), jnp.float32)
+    kernel = functools.partial(_lse_kernel, **static)
+    tops, sums = call(kernel, out_shape=[stats, stats], name="importance_totals")(*operands)
+    top = jnp.max(tops, axis=1)
+    held = jnp.sum(sums * jnp.exp(tops - top[:, None]), axis=1)
+    total = jnp.where(held > 0, top + jnp.log(jnp.where(held > 0, held, 1.0)), -jnp.inf)
+    return total[:, : static["group"]].reshape(q_imp.shape[:3])
+
+
+def _over_blocks(q_imp, score_keys, lengths, interpret, *, scales, scale, first, layer):
+    """What kernels over blocks of score keys share: their call, their operands, and what is static of them."""
+    batch, _, _, rank = q_imp.shape
+    size, key_heads = score_keys.shape[-1], score_keys.shape[-3]
     factor = jnp.full((batch, key_heads), scale, jnp.float32)
     if scales is not None:
         factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
@@ -74,19 +106,7 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, fir
     rows, blocks = queries.shape[0], pl.cdiv(size, SCORES)
     operands = (_layer(layer) * rows, _bounds(lengths, first), queries, factor.reshape(rows), keys)
     static = dict(group=members, rank=rank, size=size, heads=key_heads)
-    call = functools.partial(_call, grid=(rows, blocks), warps=4, interpret=interpret)
-    total = jnp.zeros((rows, queries.shape[1]), jnp.float32)
-    if normalised:
-        stats = jax.ShapeDtypeStruct((rows, blocks, queries.shape[1]), jnp.float32)
-        kernel = functools.partial(_lse_kernel, **static)
-        tops, sums = call(kernel, out_shape=[stats, stats], name="importance_log_sum_exp")(*operands)
-        top = jnp.max(tops, axis=1)
-        held = jnp.sum(sums * jnp.exp(tops - top[:, None]), axis=1)
-        total = top + jnp.log(jnp.where(held > 0, held, 1.0))
-    kernel = functools.partial(_scores_kernel, **static)
-    out_shape = jax.ShapeDtypeStruct((rows, size), jnp.float32)
-    scores = call(kernel, out_shape=out_shape, name="importance_scores")(*operands, total)
-    return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
+    return functools.partial(_call, grid=(rows, blocks), warps=4, interpret=interpret), operands, static
 
 
 def _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, *, group, rank, size, heads):

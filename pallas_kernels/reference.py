@@ -29,19 +29,28 @@ def per_head(keys, scales):
     return keys.astype(jnp.float32) * scales[:, :, None, None]
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer):
-    """float32 [B, K, S]; -inf where a row sees nothing."""
+def head_scores(q_imp, score_keys, lengths, *, scales, scale, first, layer):
+    """float32 [B, K, G, S] of every query head; -inf where a row sees nothing."""
     batch, heads, group, rank = q_imp.shape
     keys = per_head(take_layer(score_keys, layer), scales)
     if keys.shape[1] == heads:  # shared by the group
         keys = jnp.repeat(keys, group, axis=1)
     keys = keys.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
     scores = jnp.einsum("bkgr,bkgrs->bkgs", q_imp.astype(jnp.float32), keys, precision="highest") * scale
-    mask = jnp.broadcast_to(seen(scores.shape[-1], lengths, first)[:, None, None], scores.shape)
-    scores = jnp.where(mask, scores, -jnp.inf)
-    if pooling == "normalised" and group > 1:
-        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        scores = jnp.where(mask, scores - total, -jnp.inf)
+    return jnp.where(seen(scores.shape[-1], lengths, first)[:, None, None], scores, -jnp.inf)
+
+
+def importance_totals(q_imp, score_keys, lengths, **options):
+    """float32 [B, K, G]: log-sum-exps over the tokens that a row sees."""
+    return jax.nn.logsumexp(head_scores(q_imp, score_keys, lengths, **options), axis=-1)
+
+
+def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, **options):
+    """float32 [B, K, S]; -inf where a row sees nothing."""
+    scores = head_scores(q_imp, score_keys, lengths, **options)
+    if pooling == "normalised" and q_imp.shape[2] > 1:
+        totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
+        scores = jnp.where(jnp.isfinite(scores), scores - totals[..., None], -jnp.inf)
     return jnp.max(scores, axis=2)
 
 

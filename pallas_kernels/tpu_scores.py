@@ -22,25 +22,43 @@ LANES = 128
 VMEM_BYTES = 48 * 2**20
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer, interpret):
+def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret, **options):
     """float32 [B, K, S]; arguments as in `api.py`."""
     batch, heads, group, _ = q_imp.shape
     size, key_heads = score_keys.shape[-1], score_keys.shape[-3]
     if size == 0:
         return jnp.zeros((batch, heads, 0), jnp.float32)
+    operands = _operands(q_imp, score_keys, lengths, **options)
+    normalised = pooling == "normalised" and group > 1
+    given = totals if normalised else None
+    scores = _over_blocks(
+        *operands, given, key_heads, counts=normalised and given is None, writes=True, interpret=interpret
+    )
+    return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
+
+
+def importance_totals(q_imp, score_keys, lengths, *, interpret, **options):
+    """float32 [B, K, G]; arguments as in `api.py`."""
+    if score_keys.shape[-1] == 0:
+        return jnp.full(q_imp.shape[:3], -jnp.inf)
+    operands = _operands(q_imp, score_keys, lengths, **options)
+    members = operands[2].shape[1]
+    totals = _over_blocks(*operands, None, score_keys.shape[-3], counts=True, writes=False, interpret=interpret)
+    return totals[:, :members, 0].reshape(q_imp.shape[:3])
+
+
+def _operands(q_imp, score_keys, lengths, *, scales, scale, first, layer):
+    """The rows of a layer in the cache, what they see, and queries, factors and keys a row."""
+    batch, key_heads = q_imp.shape[0], score_keys.shape[-3]
     factor = jnp.full((batch, key_heads), scale, jnp.float32)
     if scales is not None:
         factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
-    normalised = pooling == "normalised" and group > 1
     start = jnp.zeros((batch,), jnp.int32) if first is None else first.astype(jnp.int32)
     bounds = jnp.stack([start, lengths.astype(jnp.int32)], axis=1)
     layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
     queries = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
     keys = score_keys.reshape(-1, *score_keys.shape[-2:])
-    scores = _scores(
-        layer * batch * key_heads, bounds, queries, factor.reshape(-1, 1, 1), keys, key_heads, normalised, interpret
-    )
-    return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
+    return layer * batch * key_heads, bounds, queries, factor.reshape(-1, 1, 1), keys
 
 
 def _block(size, bytes_a_token):
@@ -50,49 +68,60 @@ def _block(size, bytes_a_token):
     return max(LANES, 1 << ((LONGEST // bytes_a_token).bit_length() - 1))
 
 
-def _scores(base, bounds, queries, factor, keys, heads, normalised, interpret):
-    """float32 [rows, S] of queries [rows, G, R] and keys [layers*rows, R, S]."""
+def _over_blocks(base, bounds, queries, factor, keys, given, heads, *, counts, writes, interpret):
+    """Scores [rows, 1, S] of queries [rows, G, R] and keys [layers*rows, R, S], pooled over G; float32.
+
+    counts: the log-sum-exps are found first. writes: they, or those given, are taken off; else they are the result,
+    [rows, G rounded up, 128].
+    """
     rows, group, rank = queries.shape
     size = keys.shape[-1]
-    queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0)))
+    padding = ((0, 0), (0, -group % SUBLANES), (0, 0))
+    queries = jnp.pad(queries, padding)
     padded = queries.shape[1]
+    given = jnp.zeros((rows, group, 1)) if given is None else jnp.where(jnp.isfinite(given), given, 0.0)
+    given = jnp.pad(given.astype(jnp.float32).reshape(rows, group, 1), padding)
     block = _block(size, rank * keys.dtype.itemsize)
     blocks = pl.cdiv(size, block)
-    passes = 2 if normalised else 1
+    passes = counts + writes
     chunk = next((c for c in (2048, 1024, 512, 256, 128) if block % c == 0), block)
     kernel = functools.partial(
-        _kernel, group=group, block=block, chunk=chunk, heads=heads, normalised=normalised, blocks=blocks
+        _kernel, group=group, block=block, chunk=chunk, heads=heads, counts=counts, writes=writes, blocks=blocks
     )
+    whole = lambda row, p, n, *_: (row, 0, 0)  # noqa: E731
+    out = jax.ShapeDtypeStruct((rows, 1, size) if writes else (rows, padded, LANES), jnp.float32)
+    place = pl.BlockSpec((1, 1, block), lambda row, p, n, *_: (row, 0, n * p if passes > 1 else n))
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(rows, passes, blocks),
             in_specs=[
-                pl.BlockSpec((1, padded, rank), lambda row, p, n, *_: (row, 0, 0)),
-                pl.BlockSpec((1, 1, 1), lambda row, p, n, *_: (row, 0, 0)),
+                pl.BlockSpec((1, padded, rank), whole),
+                pl.BlockSpec((1, 1, 1), whole),
+                pl.BlockSpec((1, padded, 1), whole),
                 pl.BlockSpec((1, rank, block), lambda row, p, n, base, bounds: (base[0] + row, 0, n)),
             ],
-            out_specs=pl.BlockSpec((1, 1, block), lambda row, p, n, *_: (row, 0, n * p if passes > 1 else n)),
+            out_specs=place if writes else pl.BlockSpec((1, padded, LANES), whole),
             scratch_shapes=[pltpu.VMEM((padded, LANES), jnp.float32)] * 2,
         ),
-        out_shape=jax.ShapeDtypeStruct((rows, 1, size), jnp.float32),
+        out_shape=out,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * passes * rows * padded * rank * size,
-            transcendentals=rows * padded * size * (passes - 1),
+            transcendentals=rows * padded * size * counts,
             bytes_accessed=rows * size * (rank * keys.dtype.itemsize + 4),
         ),
         interpret=interpret,
-        name="importance_scores",
-    )(base, bounds, queries, factor, keys)
+        name="importance_scores" if writes else "importance_totals",
+    )(base, bounds, queries, factor, given, keys)
 
 
 def _kernel(
-    base_ref, bounds_ref, q_ref, factor_ref, keys_ref, out_ref, top_ref, total_ref,
-    *, group, block, chunk, heads, normalised, blocks,
+    base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_ref, top_ref, total_ref,
+    *, group, block, chunk, heads, counts, writes, blocks,
 ):  # fmt: skip
     del base_ref  # the index map of the keys has used it
     row, phase, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -123,7 +152,12 @@ def _kernel(
             return body(0, carry)
         return jax.lax.fori_loop(0, block // chunk, lambda i, c: body(pl.multiple_of(i * chunk, chunk), c), carry)
 
-    if normalised:
+    def totals():
+        """float32 [G, 1]: log-sum-exps once everything is counted."""
+        total = total_ref[:, :1]
+        return jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+
+    if counts:
 
         @pl.when((phase == 0) & (index == 0))
         def _():
@@ -142,14 +176,21 @@ def _kernel(
             top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
             total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
 
-    @pl.when(phase == (1 if normalised else 0))
+    if not writes:
+
+        @pl.when(index == blocks - 1)
+        def _():
+            out_ref[0] = jnp.broadcast_to(totals(), out_ref.shape[1:])
+
+        return
+
+    @pl.when(phase == (1 if counts else 0))
     def _():
+        taken_off = totals() if counts else given_ref[0]
+        taken_off = jnp.where(jnp.isfinite(taken_off), taken_off, 0.0)
+
         def write(at, carry):
-            found = scores(at)
-            if normalised:
-                total = total_ref[:, :1]
-                found = found - (top_ref[:, :1] + jnp.log(jnp.where(total > 0, total, 1.0)))
-            out_ref[0, :, pl.ds(at, chunk)] = jnp.max(found, axis=0, keepdims=True)
+            out_ref[0, :, pl.ds(at, chunk)] = jnp.max(scores(at) - taken_off, axis=0, keepdims=True)
             return carry
 
         each_chunk(write, 0)

@@ -16,7 +16,7 @@ import numpy as np
 from pallas_kernels.reference import seen
 from pallas_kernels.xla_select import select_top_k
 
-__all__ = ["importance_scores", "masked_topk_decode_attention", "select_top_k"]
+__all__ = ["importance_scores", "importance_totals", "masked_topk_decode_attention", "select_top_k"]
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
 MOST_TERMS = 256  # products that are written out in one fused loop
@@ -24,10 +24,30 @@ UNROLLED = 8  # chunks written out where a loop would have its whole operand wid
 LOWEST = -1e30  # finite, so that rows that see nothing give no NaN
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer):
+def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, scales, scale, first, layer):
     """float32 [B, K, S]; -inf where a row sees nothing."""
+    group, size = q_imp.shape[2], score_keys.shape[-1]
+    if pooling != "normalised" or group == 1:
+        totals = None
+    elif totals is None and size:
+        totals = importance_totals(q_imp, score_keys, lengths, scales=scales, scale=scale, first=first, layer=layer)
+    factor, keys = _factor_and_keys(q_imp, score_keys, scales, scale, layer)
+    scores = pooled(q_imp.astype(jnp.float32) * factor[..., None], keys(0, size), totals)
+    return jnp.where(seen(size, lengths, first)[:, None], scores, -jnp.inf)
+
+
+def importance_totals(q_imp, score_keys, lengths, *, scales, scale, first, layer):
+    """float32 [B, K, G]; -inf where a row sees nothing."""
+    if score_keys.shape[-1] == 0:
+        return jnp.full(q_imp.shape[:3], -jnp.inf)
+    factor, keys = _factor_and_keys(q_imp, score_keys, scales, scale, layer)
+    mask = seen(score_keys.shape[-1], lengths, first)
+    return log_sum_exp(q_imp, factor, keys, mask, score_keys.dtype == jnp.float32)
+
+
+def _factor_and_keys(q_imp, score_keys, scales, scale, layer):
+    """What products are multiplied with, float32 [B, K, G], and keys(at, width): [B, K, 1 or G, R, width]."""
     batch, heads, group, rank = q_imp.shape
-    size = score_keys.shape[-1]
     factor = jnp.full((batch, heads, group), scale, jnp.float32)
     shared = score_keys.shape[-3] == heads
     if scales is not None:
@@ -36,16 +56,11 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, fir
     stacked = score_keys if layer is not None else score_keys[None]
     start = (0 if layer is None else layer, 0, 0, 0)
 
-    def keys(at, width):  # [B, K, 1 or G, R, width]
+    def keys(at, width):
         found = jax.lax.dynamic_slice(stacked, (*start, at), (1, *score_keys.shape[-4:-1], width))
         return found.reshape(batch, heads, 1 if shared else group, rank, width)
 
-    mask = seen(size, lengths, first)
-    total = None
-    if pooling == "normalised" and group > 1 and size:
-        total = log_sum_exp(q_imp, factor, keys, mask, score_keys.dtype == jnp.float32)
-    scores = pooled(q_imp.astype(jnp.float32) * factor[..., None], keys(0, size), total)
-    return jnp.where(mask[:, None], scores, -jnp.inf)
+    return factor, keys
 
 
 def products(queries, keys):
@@ -102,7 +117,7 @@ def log_sum_exp(queries, factor, keys, mask, loops):
         tops, sums = (jnp.stack(parts) for parts in zip(*map(part, range(chunks)), strict=True))
     top = jnp.max(tops, axis=0)
     total = jnp.sum(sums * jnp.exp(tops - top[None]), axis=0)
-    return top + jnp.log(jnp.where(total > 0, total, 1.0))
+    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
 
 
 def masked_topk_decode_attention(

@@ -216,6 +216,23 @@ def test_a_long_cache_is_scored_as_a_short_one():
     np.testing.assert_allclose(found, oracle_scores(q, keys, lengths, "normalised"), atol=2e-5)
 
 
+@pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
+def test_parts_of_the_keys_score_as_the_whole_under_its_totals(implementation):
+    q, keys = normal(0, 3, 2, 3, 8), normal(1, 3, 2, 8, 200)
+    lengths, first = np.array([200, 0, 31]), np.array([0, 0, 9])
+    parts = [
+        (keys[..., at : at + 100], jnp.asarray(np.clip(lengths - at, 0, 100)), jnp.asarray(np.clip(first - at, 0, 100)))
+        for at in (0, 100)
+    ]
+    score = functools.partial(run, pk.importance_scores, implementation=implementation)
+    total = functools.partial(run, pk.importance_totals, implementation=implementation)
+    totals = functools.reduce(jnp.logaddexp, [total(q, part, held, first=start) for part, held, start in parts])
+    found = [score(q, part, held, first=start, totals=totals) for part, held, start in parts]
+    expected = oracle_scores(q, keys, lengths, "normalised", first)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=-1), expected, atol=1e-5)
+    assert np.isneginf(totals[1]).all()  # that row sees nothing
+
+
 @pytest.mark.parametrize("implementation", ("reference", "xla", pytest.param("gpu", marks=pytest.mark.slow),
                                             pytest.param("tpu", marks=pytest.mark.slow)))  # fmt: skip
 def test_keys_of_every_query_head_are_pooled_over_the_group(implementation):

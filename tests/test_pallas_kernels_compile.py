@@ -83,6 +83,28 @@ def test_every_tpu_kernel_compiles(chip, case):
 
 
 @pytest.mark.slow
+def test_the_totals_of_split_keys_compile_for_tpus():
+    pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
+
+    def score(q_imp, score_keys, lengths, layer):
+        options = dict(layer=layer, implementation="tpu")
+        totals = pk.importance_totals(q_imp, score_keys, lengths, **options)
+        return pk.importance_scores(q_imp, score_keys, lengths, totals=totals, **options)
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5e"])
+    mesh = Mesh(np.array(topology.devices[:1]), ("one",))
+    described = arguments(LLAMA, None, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        text = (
+            jax.jit(score)
+            .lower(*(described[n] for n in ("q_imp", "score_keys", "lengths", "layer")))
+            .compile()
+            .as_text()
+        )
+    assert "%importance_totals" in text and "%importance_scores" in text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_layer_is_not_copied_out_of_the_cache(chip):
     """Temporary memory of a step is a small part of one layer's keys and values, however they are stacked."""

@@ -20,9 +20,10 @@ TESTS = Path(__file__).parent
 
 
 def test_axes_left_out_are_one():
-    assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2}
-    assert parse_mesh(" model=2 ") == {"data": 1, "model": 2}
-    assert parse_mesh("") == {"data": 1, "model": 1}
+    assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2, "sequence": 1}
+    assert parse_mesh(" model=2 ") == {"data": 1, "model": 2, "sequence": 1}
+    assert parse_mesh("sequence=3") == {"data": 1, "model": 1, "sequence": 3}
+    assert parse_mesh("") == {"data": 1, "model": 1, "sequence": 1}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_axes_left_out_are_one():
         ("data4", r"'data4' is not of the form axis=size, as in data=4,model=2"),
         ("data=4;model=2", "not of the form axis=size"),
         ("data=-1", "not of the form axis=size"),
-        ("rows=4", "unknown axis 'rows'; axes are data, model"),
+        ("rows=4", "unknown axis 'rows'; axes are data, model, sequence"),
         ("data=0", "data must be at least 1"),
         ("data=100,model=10", r"needs 1000 devices, but this machine has \d+ .*choose sizes whose product is at most"),
     ],
@@ -39,6 +40,13 @@ def test_axes_left_out_are_one():
 def test_meshes_that_cannot_be_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(text)
+
+
+def test_training_has_no_use_for_a_sequence_axis(monkeypatch):
+    monkeypatch.setattr("jax.devices", lambda: [types.SimpleNamespace(platform="none")] * 2)
+    monkeypatch.setattr("jax.make_mesh", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="sequence axis splits the caches of decoding; training takes data and model"):
+        make_mesh("sequence=2", batch_size=2)
 
 
 def test_what_an_axis_does_not_divide_stays_whole():
@@ -141,14 +149,16 @@ for mesh_text in ("data=1", *sys.argv[4:]):
     predictor = place(predictor, predictor.logical_axes, mesh)
     selection = SelectionConfig(**json.loads(sys.argv[3]))
     with jax.set_mesh(mesh):
-        made = generate(base, prompts, predictor=predictor, selection=selection, max_new_tokens=12, stop=())
+        made = generate(base, prompts, predictor=predictor, selection=selection, max_new_tokens=12, stop=(), chunk=16)
     found[mesh_text] = [made.tokens, made.attended]
     with jax.set_mesh(mesh):
         fill = jax.jit(lambda m, p, t, n: prefill(m, t, n, capacity=32, predictor=p)[1])
         state = fill(base.model, predictor, np.ones((4, 8), np.int32), np.full(4, 8, np.int32))
     parts = {a.sharding.shard_shape(a.shape) for a in (state.kv.k, state.kv.v)}
     apart = 1 if mesh.shape["model"] == 2 else 2  # four devices do not divide two KV heads: each has both
-    assert parts == {(4, 4 // mesh.shape["data"], apart, 32, 8)} or mesh.size == 1, parts
+    tokens = 32 // mesh.shape["sequence"]
+    assert parts == {(4, 4 // mesh.shape["data"], apart, tokens, 8)} or mesh.size == 1, parts
+    assert state.scores.keys.sharding.shard_shape(state.scores.keys.shape)[-1] == tokens
 print(json.dumps(found))
 """
 
@@ -156,9 +166,12 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("fields", "meshes"),
     [
-        ({"budget": 0.3}, ["data=4,model=2"]),
+        ({"budget": 0.3}, ["data=4,model=2", "data=2,sequence=4"]),
         pytest.param({"budget": 0.3}, ["model=2", "data=2,model=4"], marks=pytest.mark.slow),
-        pytest.param({"budget": 0.5, "unit": 4, "interval": 3}, ["data=4,model=2"], marks=pytest.mark.slow),
+        pytest.param(
+            {"budget": 0.5, "unit": 4, "interval": 3}, ["data=4,model=2", "model=2,sequence=4"], marks=pytest.mark.slow
+        ),
+        pytest.param({"budget": 0.2, "neighbours": True}, ["sequence=8", "model=2,sequence=2"], marks=pytest.mark.slow),
     ],
 )
 def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, meshes):
