@@ -27,6 +27,7 @@ from butler_jax.prompts import Prompts, Writer, encode, stop_tokens
 from butler_jax.sampling import Sampling, draw, penalise
 from butler_jax.score_keys import check_score_dtype
 from butler_jax.selection import budget_table, limits_of
+from butler_jax.sharding import token_axis
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base
@@ -136,6 +137,11 @@ def generate_stream(
     rows = encode(base, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
+    require(
+        not offload or token_axis(capacity) is None,
+        "the mesh splits the tokens of the caches, and caches in host memory stay whole: leave out offload, or the "
+        "sequence axis",
+    )
     table = None if selection is None else budget_table(selection, capacity)
     if selection is not None:
         limits_of(selection, base.config, capacity)

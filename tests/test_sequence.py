@@ -131,3 +131,20 @@ def test_a_cache_is_not_split_inside_a_unit():
         "ValueError: a cache of 96 tokens in 4 parts does not hold whole units of 16; choose a capacity that is a "
     )
     assert message + "multiple of 64" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_generates_on_a_mesh_and_says_what_it_cannot_do_there():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "butler_jax.generate", "--base", "tiny", "--policy", "streaming"]
+    command += ["--prompt", "def main(args):", "--max-new-tokens", "12"]
+
+    def done(*more: str) -> subprocess.CompletedProcess:
+        run = [*command, *more]
+        return subprocess.run(run, cwd=TESTS.parent, env=environment, capture_output=True, text=True, timeout=600)
+
+    alone, together = done(), done("--mesh", "model=2,sequence=2")
+    assert together.returncode == 0, together.stderr[-4000:]
+    assert together.stdout == alone.stdout != ""
+    refused = done("--mesh", "sequence=2", "--offload")
+    assert refused.returncode == 1 and "leave out offload, or the sequence axis" in refused.stderr
