@@ -39,14 +39,18 @@ SELECTION = SelectionConfig(budget=1 / 16, unit=16)
 COLLECTIVES = r"= \S+ (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
 
-def compile_decode(chip: str, *, base: BaseConfig = LLAMA_8B, batch: int = 1, capacity: int = 32768, **options: Any):
+def compile_decode(
+    chip: str, *, base: BaseConfig = LLAMA_8B, batch: int = 1, capacity: int = 32768, parts: int = 1, **options: Any
+):
     """A compiled decode step for a chip of CHIPS, the heads split over as many as are needed.
 
-    options: of decode_step; selection is SELECTION unless given. score_dtype: of prefill.
+    parts: into so many the tokens of the caches are split, and into as much fewer the heads. options: of decode_step;
+    selection is SELECTION unless given. score_dtype: of prefill.
     """
     name, count = CHIPS[chip]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    mesh = Mesh(np.array(topology.devices[:count]).reshape(1, count), AXES, axis_types=(AxisType.Auto,) * 2)
+    devices = np.array(topology.devices[:count]).reshape(1, count // parts, parts)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     score_dtype = options.pop("score_dtype", None)
     options = {"selection": SELECTION, "implementation": "tpu", **options}
     bfloat16 = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, _narrow(a.dtype)))

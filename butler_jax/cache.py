@@ -74,7 +74,7 @@ def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
 
     def spec(path, array):
         fields = {getattr(part, "name", None) for part in path}
-        names = ["batch"] if array.ndim < 2 else ["layers", "batch", "whole" if "trunk" in fields else "kv_heads"]
+        names = ["batch"] if array.ndim < 2 else ["layers", "batch", "whole" if "trunk" in fields else "cached_heads"]
         names = [*names, *["whole"] * array.ndim][: array.ndim]
         if "kv" in fields:
             names[3] = "tokens"

@@ -1,8 +1,8 @@
 """Meshes and sharding rules: the only file that names mesh axes.
 
 Three axes: `data` splits the batch and, FSDP-like, the width of every weight; `model` splits heads, hidden units and
-the vocabulary (tensor parallel); `sequence` splits the tokens of decoding's caches. A dimension that an axis does not
-divide stays whole.
+the vocabulary (tensor parallel); `sequence` splits the tokens of decoding's caches, and weights as `model` does. A
+dimension that an axis does not divide stays whole.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from butler_jax.configs import require
 
-AXES = ("data", "model", "sequence")
+AXES = DATA, MODEL, SEQUENCE = ("data", "model", "sequence")
 
-RULES: dict[str, str | None] = {
-    "batch": "data",
-    "width": "data",
-    "heads": "model",
-    "kv_heads": "model",
-    "hidden": "model",
-    "vocab": "model",
-    "tokens": "sequence",
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": (DATA,),
+    "width": (DATA,),
+    "heads": (MODEL, SEQUENCE),
+    "kv_heads": (MODEL, SEQUENCE),
+    "hidden": (MODEL, SEQUENCE),
+    "vocab": (MODEL, SEQUENCE),
+    "cached_heads": (MODEL,),
+    "tokens": (SEQUENCE,),
 }
+"""The axes that split a dimension, as many of them as divide it one after the other."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -95,18 +97,27 @@ def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P
 
     An axis splits the first dimension that asks for it and that it divides; everything else is left whole.
     """
-    chosen: list[str | None] = []
+    free, chosen = set(mesh.shape), []
     for name, size in zip(logical, shape, strict=True):
-        axis = RULES.get(name)
-        fits = axis not in chosen and _divides(axis, size, mesh)
-        chosen.append(axis if fits else None)
+        axes = _splitting([axis for axis in RULES.get(name, ()) if axis in free], size, mesh)
+        free -= set(axes)
+        chosen.append(_entry(axes))
     return PartitionSpec(*chosen)
 
 
-def _divides(axis: str | None, size: int, mesh: Any) -> bool:
-    """Whether a mesh has this axis, of more than one device, and it divides a dimension."""
-    parts = mesh.shape.get(axis, 1)
-    return parts > 1 and size % parts == 0
+def _splitting(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:
+    """Those of the axes that split a dimension together: each divides what the ones before it have left."""
+    found: list[str] = []
+    for axis in axes:
+        parts = mesh.shape.get(axis, 1)
+        if parts > 1 and size % parts == 0:
+            found, size = [*found, axis], size // parts
+    return tuple(found)
+
+
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """Axes as a PartitionSpec has them."""
+    return axes if len(axes) > 1 else (axes or (None,))[0]
 
 
 def shardings_for(mesh: Mesh):
@@ -136,12 +147,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches [B, T] split over the data axis."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(DATA))
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
     """Raise ValueError where the mesh does not divide the batch."""
-    size = mesh.shape[RULES["batch"]]
+    size = mesh.shape[DATA]
     require(
         batch_size % size == 0,
         f"batch size {batch_size} is not divisible by the mesh's data axis ({size}); "
@@ -174,8 +185,8 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 
 def token_axis(tokens: int) -> str | None:
     """The axis of the current mesh that splits a cache of so many tokens a row; None where none does."""
-    mesh, axis = current_mesh(), RULES["tokens"]
-    return axis if mesh is not None and _divides(axis, tokens, mesh) else None
+    mesh = current_mesh()
+    return _entry(_splitting(RULES["tokens"], tokens, mesh)) if mesh is not None else None
 
 
 def by_rows_and_heads(
@@ -184,7 +195,7 @@ def by_rows_and_heads(
     """`function`, run by every device of the current mesh on its own rows and KV heads, without communication.
 
     operands: for each, a letter a dimension: "b" for rows or a multiple of them, "h" for KV heads or a multiple, "s"
-    for cached tokens, whose parts the function merges itself (sequence.py), "w" for KV heads that share the devices of
+    for cached tokens, whose parts the function merges itself (sequence.py), "w" for KV heads split over the devices of
     the tokens' axis too, "-" for all others. result: the same, or a tuple of it. rows, heads, tokens: how many there
     are; an axis of the mesh that does not divide them does not split them. Outside of a mesh this is the function
     itself.
@@ -192,12 +203,8 @@ def by_rows_and_heads(
     mesh = current_mesh()
     if mesh is None:
         return function
-    wanted = {"b": (RULES["batch"], rows), "h": (RULES["kv_heads"], heads), "s": (RULES["tokens"], tokens)}
-    axes = {letter: axis for letter, (axis, size) in wanted.items() if _divides(axis, size, mesh)}
-    axes["w"] = axes.get("h")
-    split = mesh.shape.get(axes["w"], 1)
-    if _divides(RULES["tokens"], heads // split, mesh):
-        axes["w"] = tuple(filter(None, (axes["w"], RULES["tokens"])))
+    wanted = {"b": ("batch", rows), "h": ("cached_heads", heads), "w": ("kv_heads", heads), "s": ("tokens", tokens)}
+    axes = {letter: _entry(_splitting(RULES[name], size, mesh)) for letter, (name, size) in wanted.items()}
 
     def spec(letters):
         return PartitionSpec(*(axes.get(letter) for letter in letters))

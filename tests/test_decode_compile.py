@@ -23,3 +23,13 @@ def test_a_decode_step_of_llama_compiles(chip, capsys):
     cache = 2 * 32 * 8 * 32768 * 128 * 2 / 2**30 / tpu_decode.CHIPS[chip][1]
     assert found["temporary_gib"] < cache / 16  # no layer of the caches is copied, no cache written anew
     assert set(found["collectives"]) <= {"all-reduce"}  # heads are apart: only sums over them are exchanged
+
+
+@pytest.mark.slow
+def test_a_cache_split_along_its_tokens_moves_scores_and_choices_alone():
+    pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
+    heads, tokens = (tpu_decode.compile_decode("v5e", parts=parts) for parts in (1, 4))
+    by_heads, found = tpu_decode.summary(heads), tpu_decode.summary(tokens)
+    assert f"{found['arguments_gib']:.1f}" == f"{by_heads['arguments_gib']:.1f}"  # weights and caches: a quarter each
+    assert found["temporary_gib"] < 2 * 32 * 8 * 32768 * 128 * 2 / 2**30 / 4 / 16
+    assert set(found["collectives"]) == {"all-reduce", "all-to-all", "all-gather"}

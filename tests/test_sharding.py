@@ -59,6 +59,14 @@ def test_what_an_axis_does_not_divide_stays_whole():
     # one axis, two dimensions that ask for it: the first that it divides
     assert partition(("layers", "hidden", "heads"), (5, 64, 6), mesh) == PartitionSpec(None, "model", None)
     assert partition(("layers", "hidden", "heads"), (5, 63, 6), mesh) == PartitionSpec(None, None, "model")
+    # two axes, one after the other, as far as they divide
+    decoding = types.SimpleNamespace(shape={"data": 1, "model": 2, "sequence": 4})
+    both = PartitionSpec(None, None, ("model", "sequence"), None)
+    assert partition(("layers", "width", "heads", "head_dim"), (5, 64, 8, 8), decoding) == both
+    assert partition(("layers", "width", "kv_heads"), (5, 64, 2), decoding) == PartitionSpec(None, None, "model")
+    assert partition(("batch", "cached_heads", "tokens"), (1, 8, 64), decoding) == PartitionSpec(
+        None, "model", "sequence"
+    )
     single = types.SimpleNamespace(shape={"data": 1, "model": 1})
     assert partition(("vocab", "width"), (64, 64), single) == PartitionSpec(None, None)
 
