@@ -66,7 +66,7 @@ def choose_implementation(
     implementation: str | None, q: Float[Array, "B T H D"], value_dim: int, segments: Int[Array, "B T"] | None
 ) -> str:
     """The implementation to run; raises ValueError if a named one is unknown or cannot take these inputs."""
-    platform = jax.default_backend()
+    platform = sharding.platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if implementation is None:
         if platform == "tpu":
@@ -311,7 +311,7 @@ def _splash_local(q, k, v, segments, key_segments, *, window, return_lse):
         splash.make_splash_mha_single_device,
         splash.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
-        interpret=jax.default_backend() == "cpu",
+        interpret=sharding.platform() == "cpu",
     )
     kernel = make()
 

@@ -117,7 +117,7 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
         (total, count), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
         return total, count, gradients
 
-    step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))
+    step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate), LOGICAL_AXES)
     evaluate = jax.jit(partial(next_token_loss, implementation=config.attention))
     with jax.set_mesh(mesh):
         model = wire_induction(BaseModel(base, jax.random.key(config.seed)))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -148,6 +149,31 @@ def distil_pass(
     return end.loss, end.count, jax.tree.unflatten(jax.tree.structure(parameters), jax.tree.leaves(gradients))
 
 
+def objective_pass(config: TrainConfig) -> Any:
+    """distil_pass with the objective, the contested keys and the attention that the settings say."""
+    return partial(
+        distil_pass,
+        objective=config.objective or PREDICTORS[config.predictor].objective,
+        sinks=config.sinks,
+        newest=config.window,
+        implementation=config.attention,
+    )
+
+
+def distil_step(config: TrainConfig) -> tuple[Any, optax.GradientTransformation]:
+    """The jitted step of these settings, as training.make_train_step describes it, and its optimiser."""
+    one_pass = objective_pass(config)
+    kind = PREDICTORS[config.predictor]
+    rate = config.learning_rate or kind.learning_rate
+    optimiser = make_optimiser(config, rate)
+
+    def gradient_pass(predictor, model, batch, key):
+        return one_pass(model, predictor, batch, dropout=key)
+
+    schedule = learning_schedule(config, rate)
+    return make_train_step(gradient_pass, config, optimiser, schedule, kind.logical_axes), optimiser
+
+
 def init_predictor(
     base: Base, config: PredictorConfig | None = None, *, batches: list[dict] = (), seed: int = 0
 ) -> Predictor:
@@ -202,17 +228,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
                 seed=config.seed,
             )
         predictor = place(predictor, kind.logical_axes, mesh)
-        rate = config.learning_rate or kind.learning_rate
-        one_pass = partial(
-            distil_pass,
-            objective=config.objective or kind.objective,
-            sinks=config.sinks,
-            newest=config.window,
-            implementation=config.attention,
-        )
-
-        def gradient_pass(predictor, model, batch, key):
-            return one_pass(model, predictor, batch, dropout=key)
+        one_pass = objective_pass(config)
 
         @jax.jit
         def validation_loss(predictor, model, batch):
@@ -232,8 +248,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
                 "recalled_mass": found.mass["tokenbutler"][RECALL_BUDGET].value,
             }
 
-        optimiser = make_optimiser(config, rate)
-        step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))
+        step, optimiser = distil_step(config)
         open_run(run_dir, config)  # not before everything else was found in order
         state = fit(
             step,
