@@ -4,7 +4,7 @@ A program is a set of computations that call each other: loops, branches, fusion
 often as the loop does. The trip count is what the text states (`known_trip_count`), or the constant that the loop's
 counter is compared with; a loop with neither raises ValueError, so that nothing is counted once by mistake. Of the
 branches of a conditional, the one that sends most counts. What the TPU compiler splits into a start, steps fused with
-arithmetic and an end is one collective: the parts share a channel.
+arithmetic and an end is one collective: its parts, inside fusions, share channel, chips and shape.
 """
 
 from __future__ import annotations
@@ -61,18 +61,20 @@ def collectives(text: str, devices: int) -> list[Collective]:
         """Those of a computation and of all it calls; parts of one collective once."""
         if name not in found:
             mine: dict[str, list[Collective]] = {}
-            _walk(name, mine)
+            _walk(name, mine, fused=False)
             found[name] = [one for parts in mine.values() for one in parts]
         return found[name]
 
-    def _walk(name: str, mine: dict[str, list[Collective]]) -> None:
+    def _walk(name: str, mine: dict[str, list[Collective]], fused: bool) -> None:
         for line in computations[name]:
             kind = line.op.removesuffix("-start")
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # every chip keeps its part of the sum
                 kind = "reduce-scatter"
             if kind in KINDS:
+                one = _collective(kind, line, devices)
                 channel = re.search(r"channel_id=(\d+)", line.rest)
-                mine[channel[1] if channel else f"{name} {line.name}"] = [_collective(kind, line, devices)]
+                part = f"{channel[1]} {one}" if fused and channel else f"{name} {line.name}"
+                mine[part] = [one]
             elif line.op == "while":
                 body = re.search(r"body=%([\w.-]+)", line.rest)[1]
                 times = _trips(line, computations) if inside(body) else 1
@@ -84,7 +86,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 mine[f"{name} {line.name}"] = max(branches, key=lambda b: sum(c.sent for c in b))
             elif line.op in ("fusion", "call", "async-start"):
                 for called in _CALLED.findall(line.rest) or re.findall(r"to_apply=%([\w.-]+)", line.rest):
-                    _walk(called, mine)
+                    _walk(called, mine, fused=line.op == "fusion")
 
     return inside(entry)
 

@@ -179,7 +179,7 @@ def work_of(plan: Plan, held: float) -> Work:
     """By formula, spread evenly over the chips. held: bytes of arguments on a chip.
 
     Training: every matrix product of the frozen layers once, of the predictor's queries and keys once forward and once
-    for their gradient; attention as the cross entropy calls it, in heads of 128 lanes and half the square: five calls
+    for their gradient; attention as the cross entropy calls it, in heads of 128 lanes and half the square: three calls
     forward (two products each) and two backward (four). Memory: operands and results of all of these once, weights
     twice, for they are gathered first. No logits. Decoding: two operations for every parameter and row, scores of all
     cached tokens, attention over the chosen ones. Memory: all that a chip holds but the keys and values that no layer
@@ -201,9 +201,9 @@ def work_of(plan: Plan, held: float) -> Work:
     frozen = [(E, H * D), (E, K * D), (E, K * D), (H * D, E), (E, F), (E, F), (F, E)]
     learned = [(E, H * R), (D, K * R)]
     products = sum(a * b for a, b in frozen + 2 * learned)
-    attention = (5 * 2 + 2 * 4) * tokens * length / 2 * H * LANES
+    attention = (3 * 2 + 2 * 4) * tokens * length / 2 * H * LANES
     moved = sum(tokens * (a + b) + 2 * sizes["data"] * a * b for a, b in frozen + 2 * learned)
-    moved += 7 * tokens * 2 * (H + K) * LANES
+    moved += 5 * tokens * 2 * (H + K) * LANES
     return Work(2 * L * (tokens * products + attention) / chips, 2 * L * moved / chips)
 
 

@@ -329,9 +329,11 @@ def _splash_local(q, k, v, segments, key_segments, *, window, return_lse):
         return out, lse
 
     def forward(q, k, v, own, other):
-        # The kernel that returns its log-sum-exp has no derivative: a differentiated call runs both.
+        # The kernel that returns its log-sum-exp has no derivative, but the other one keeps it for its own: the one
+        # [B, H, T] of its residuals. A version that keeps something else runs both.
         out, pull = jax.vjp(lambda q, k, v: each(kernel, q, k, v, own, other), q, k, v)
-        return (out, attend_with_lse(q, k, v, own, other)[1]), pull
+        kept = [x for x in jax.tree.leaves(pull) if x.shape == q.shape[:3] and x.dtype == jnp.float32]
+        return (out, kept[0] if len(kept) == 1 else attend_with_lse(q, k, v, own, other)[1]), pull
 
     attend_with_lse.defvjp(forward, lambda pull, cotangents: (*pull(cotangents[0]), None, None))
     return attend_with_lse(q, k, v, segments, key_segments)

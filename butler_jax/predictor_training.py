@@ -31,7 +31,7 @@ from butler_jax.fitting import check_run, fit, open_run
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
 from butler_jax.predictors.interface import at
-from butler_jax.sharding import make_mesh, own_rows, place, place_batch
+from butler_jax.sharding import make_mesh, own_rows, place, place_batch, row_share
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.weights import Base
 
@@ -212,12 +212,12 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     with jax.set_mesh(mesh):
         model = place(base.model, LOGICAL_AXES, mesh)
         source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        processes = dict(zip(("process_index", "process_count"), row_share(mesh), strict=True))
         batches = data.batches(config.data, base.tokenizer, seed=config.seed, **source, **processes)
         held_out = data.held_out(
             config.data, base.tokenizer, count=max(1, VALIDATION_ROWS // config.batch_size), **source
         )
-        held_out = [place_batch(own_rows(b), mesh) for b in held_out]
+        held_out = [place_batch(own_rows(b, mesh), mesh) for b in held_out]
         if predictor is None:
             calibration = data.batches(config.data, base.tokenizer, seed=config.seed + 1, **source, **processes)
             first = [place_batch(next(calibration), mesh) for _ in range(config.calibration)]

@@ -69,12 +69,12 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
         f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
     )
+    require(
+        not batch_size or sizes[SEQUENCE] == 1,
+        f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
+    )
     mesh = arrange(sizes, devices[:needed])
     if batch_size:
-        require(
-            sizes["sequence"] == 1,
-            f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
-        )
         check_batch(batch_size, mesh)
     return mesh
 
@@ -178,14 +178,34 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     )
 
 
-def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of a batch that every process has whole, this process's rows."""
-    count, index = jax.process_count(), jax.process_index()
+def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which of how many equal shares of a batch's rows a process feeds; default: this process.
+
+    Processes whose devices hold the same rows, because another axis reaches over several hosts, have the same index.
+    Raises ValueError where processes share a part of their rows, or have no device in the mesh.
+    """
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(place[AXES.index(DATA)])
+    process = jax.process_index() if process is None else process
+    require(process in held, f"process {process} has no device in the mesh {dict(mesh.shape)}; use all of them")
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    require(
+        sum(map(len, shares)) == mesh.shape[DATA] and len({*map(len, shares)}) == 1,
+        f"on the mesh {dict(mesh.shape)} hosts share some of their rows and not others; "
+        "choose a model axis that is a multiple of a host's devices, or divides them",
+    )
+    return shares.index(tuple(sorted(held[process]))), len(shares)
+
+
+def own_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """Of a batch that every process has whole, the rows that this process feeds to the mesh."""
+    index, count = row_share(mesh)
     return {name: np.split(rows, count)[index] for name, rows in batch.items()}
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays over the mesh."""
+    """This process's rows of a batch (row_share) as global arrays over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
