@@ -17,9 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from butler_jax.base_model import LOGICAL_AXES, BaseModel
 from butler_jax.cache import state_partition
@@ -27,7 +26,7 @@ from butler_jax.configs import BaseConfig, PredictorConfig, RopeConfig, Selectio
 from butler_jax.decode import decode_step
 from butler_jax.filling import prefill
 from butler_jax.predictors import make_predictor
-from butler_jax.sharding import AXES, module_shardings
+from butler_jax.sharding import arrange, module_shardings, parse_mesh, replicated
 
 # Chips, and as many of them as hold the weights and the caches: 16, 95 and 32 GB a chip.
 CHIPS = {"v5e": ("v5e:2x2", 4), "v5p": ("v5p:2x2x1", 1), "v6e": ("v6e:2x2", 2)}
@@ -49,8 +48,12 @@ def compile_decode(
     """
     name, count = CHIPS[chip]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    devices = np.array(topology.devices[:count]).reshape(1, count // parts, parts)
-    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = arrange(parse_mesh(f"model={count // parts},sequence={parts}"), topology.devices[:count])
+    return lower_decode(mesh, base=base, batch=batch, capacity=capacity, **options).compile()
+
+
+def lower_decode(mesh: Mesh, *, base: BaseConfig, batch: int, capacity: int, **options: Any):
+    """A lowered decode step for the chips of a mesh. options: as compile_decode takes them."""
     score_dtype = options.pop("score_dtype", None)
     options = {"selection": SELECTION, "implementation": "tpu", **options}
     bfloat16 = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, _narrow(a.dtype)))
@@ -67,13 +70,13 @@ def compile_decode(
     split = jax.tree.map(partial(NamedSharding, mesh), state_partition(state, mesh))
     model = described(model, module_shardings(model, LOGICAL_AXES, mesh))
     predictor = described(predictor, module_shardings(predictor, predictor.logical_axes, mesh))
-    lengths = described(lengths, NamedSharding(mesh, PartitionSpec()))
+    lengths = described(lengths, replicated(mesh))
 
     def step(model, predictor, tokens, state):
         return decode_step(model, tokens, state, predictor=predictor, **options)
 
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=3).lower(model, predictor, lengths, described(state, split)).compile()
+        return jax.jit(step, donate_argnums=3).lower(model, predictor, lengths, described(state, split))
 
 
 def _narrow(dtype: Any) -> Any:

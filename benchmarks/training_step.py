@@ -24,11 +24,11 @@ import numpy as np
 
 from benchmarks.losses import processor
 from butler_jax.base_model import BaseModel, dense_mixer, embed, logits, run_layers
-from butler_jax.configs import BaseConfig, PredictorConfig, TrainConfig
+from butler_jax.configs import BaseConfig, TrainConfig
 from butler_jax.evaluation.report import versions
-from butler_jax.predictor_training import distil_pass
+from butler_jax.predictor_training import distil_step
 from butler_jax.predictors import PREDICTORS, make_predictor
-from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
+from butler_jax.training import start_state
 from butler_jax.weights import load_base
 
 SMOLLM2 = BaseConfig(
@@ -49,17 +49,8 @@ def make_batch(vocab_size: int, batch_size: int, length: int) -> dict[str, jax.A
 def make_step(base: BaseConfig, kind: str, rank: int, stride: int) -> tuple[Any, Any]:
     """The jitted step of a predictor, and a function that makes its first state."""
     config = TrainConfig(predictor=kind, rank=rank, stride=stride, steps=1000)
-    predictor = PREDICTORS[kind]
-    optimiser = make_optimiser(config, predictor.learning_rate)
-
-    def gradients(module, model, batch, key):
-        always = {"sinks": config.sinks, "newest": config.window}
-        return distil_pass(model, module, batch, objective=predictor.objective, dropout=key, **always)
-
-    def first():
-        return start_state(make_predictor(base, PredictorConfig(kind=kind, rank=rank, stride=stride)), optimiser)
-
-    return make_train_step(gradients, config, optimiser, learning_schedule(config, predictor.learning_rate)), first
+    step, optimiser = distil_step(config)
+    return step, lambda: start_state(make_predictor(base, config.predictor_config()), optimiser)
 
 
 @partial(jax.jit, static_argnames="unembed")

@@ -66,7 +66,7 @@ def choose_implementation(
     implementation: str | None, q: Float[Array, "B T H D"], value_dim: int, segments: Int[Array, "B T"] | None
 ) -> str:
     """The implementation to run; raises ValueError if a named one is unknown or cannot take these inputs."""
-    platform = jax.default_backend()
+    platform = sharding.platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if implementation is None:
         if platform == "tpu":
@@ -311,7 +311,7 @@ def _splash_local(q, k, v, segments, key_segments, *, window, return_lse):
         splash.make_splash_mha_single_device,
         splash.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
-        interpret=jax.default_backend() == "cpu",
+        interpret=sharding.platform() == "cpu",
     )
     kernel = make()
 
@@ -329,9 +329,11 @@ def _splash_local(q, k, v, segments, key_segments, *, window, return_lse):
         return out, lse
 
     def forward(q, k, v, own, other):
-        # The kernel that returns its log-sum-exp has no derivative: a differentiated call runs both.
+        # The kernel that returns its log-sum-exp has no derivative, but the other one keeps it for its own: the one
+        # [B, H, T] of its residuals. A version that keeps something else runs both.
         out, pull = jax.vjp(lambda q, k, v: each(kernel, q, k, v, own, other), q, k, v)
-        return (out, attend_with_lse(q, k, v, own, other)[1]), pull
+        kept = [x for x in jax.tree.leaves(pull) if x.shape == q.shape[:3] and x.dtype == jnp.float32]
+        return (out, kept[0] if len(kept) == 1 else attend_with_lse(q, k, v, own, other)[1]), pull
 
     attend_with_lse.defvjp(forward, lambda pull, cotangents: (*pull(cotangents[0]), None, None))
     return attend_with_lse(q, k, v, segments, key_segments)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from butler_jax.attention import causal_attention
 from butler_jax.configs import BaseConfig
 from butler_jax.layers import rms_norm, rope_frequencies, rotary, rotary_angles, swiglu
+from butler_jax.sharding import constrain
 
 # Logical axes of every parameter, by name; sharding.py maps them to the mesh.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
@@ -119,8 +120,20 @@ def embed(model: BaseModel, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
 def logits(model: BaseModel, x: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
     """Final norm and unembedding of the residual stream; float32."""
     table = model.embedding if model.unembedding is None else model.unembedding
-    y = rms_norm(x, model.final_norm[...], model.config.norm_eps)
-    return jnp.einsum("...e,ve->...v", y, table[...], preferred_element_type=jnp.float32)
+    y = rms_norm(few_tokens(x), model.final_norm[...], model.config.norm_eps)
+    found = jnp.einsum("...e,ve->...v", y, table[...], preferred_element_type=jnp.float32)
+    return constrain(found, ("batch", "vocab")) if found.ndim == 2 else found
+
+
+def few_tokens(x: Float[Array, "B *T E"]) -> Float[Array, "B *T E"]:
+    """One token a row (no T, or 1): split over a mesh as the rows of the weights are that it meets; more: x itself.
+
+    The weights then stay where they are and partial sums of a few numbers travel; of many tokens, the weights would be
+    the smaller thing to move.
+    """
+    if x.ndim == 3 and x.shape[1] > 1:
+        return x
+    return constrain(x, ("whole",) * (x.ndim - 1) + ("width",))
 
 
 def project(layer: Layers, x: Float[Array, "B T E"], eps: float) -> tuple[Array, Array, Array]:
@@ -173,6 +186,7 @@ def run_layers(
 
     def body(state, scanned):
         x, carry = state
+        x = few_tokens(x)
         layer, index = scanned
         q, k_pre, v = project(layer, x, config.norm_eps)
         view = LayerView(index, layer, x, rotary(q, cos, sin), rotary(k_pre, cos, sin), k_pre, v)

@@ -20,7 +20,7 @@ from butler_jax.base_model import LOGICAL_AXES, BaseModel, forward, parameter_co
 from butler_jax.configs import BaseConfig, PretrainConfig, to_dict
 from butler_jax.fitting import fit, open_run
 from butler_jax.layers import rope_frequencies
-from butler_jax.sharding import make_mesh, place, place_batch
+from butler_jax.sharding import make_mesh, place, place_batch, row_share
 from butler_jax.tokenizer import Tokenizer, train_bpe
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 
@@ -117,13 +117,13 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
         (total, count), gradients = jax.value_and_grad(loss, has_aux=True)(parameters)
         return total, count, gradients
 
-    step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))
+    step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate), LOGICAL_AXES)
     evaluate = jax.jit(partial(next_token_loss, implementation=config.attention))
     with jax.set_mesh(mesh):
         model = wire_induction(BaseModel(base, jax.random.key(config.seed)))
         model = place(model, LOGICAL_AXES, mesh)
         state = start_state(model, optimiser)
-        batches = Curriculum(config, tokenizer)
+        batches = Curriculum(config, tokenizer, mesh)
         rows = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
         held_out = {
             part.source: [
@@ -157,7 +157,8 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
 class Curriculum:
     """Rows of --length, then rows of the whole context for the last --long-steps, with as many tokens a step."""
 
-    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer):
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
+        index, count = row_share(mesh)
         rows = max(1, config.batch_size * config.length // config.context)
         sizes = ((config.length, config.batch_size), (config.context, rows))
         self._switch = config.steps - config.long_steps
@@ -171,8 +172,8 @@ class Curriculum:
                 seed=config.seed + phase,
                 data_dir=config.data_dir,
                 whole=True,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=index,
+                process_count=count,
             )
             for phase, (length, batch_size) in enumerate(sizes)
         ]

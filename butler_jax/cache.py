@@ -98,15 +98,28 @@ def empty_kv_cache(config: BaseConfig, batch: int, capacity: int, dtype: Any) ->
 
 
 def write_token(
-    cache: Float[Array, "L B K S D"], new: Float[Array, "L B K D"], lengths: Int[Array, " B"]
+    cache: Float[Array, "L B K S D"], new: Float[Array, "L B K D"], lengths: Int[Array, " B"], letters: str = "-bhs-"
 ) -> Float[Array, "L B K S D"]:
-    """The cache with one more token a row, at its length."""
+    """The cache with one more token a row, at its length; a full row stays as it is.
+
+    letters: of the cache, as in sharding.by_rows_and_heads. Row after row, so that each write is a slice: for a scatter
+    over rows the TPU's compiler changes the layout of the whole cache and back.
+    """
+    axis = letters.index("s")
 
     def put(cache, new, places):
-        rows = jnp.arange(places.shape[0])
-        return cache.at[:, rows, :, places].set(jnp.swapaxes(new, 0, 1).astype(cache.dtype))
+        new = jnp.expand_dims(new, axis).astype(cache.dtype)
 
-    return write_parts(put, cache, new, lengths, ("-bhs-", "-bh-", "b"))
+        def one(row, cache):
+            at = [0] * cache.ndim
+            at[letters.index("b")], at[axis] = row, places[row]
+            token = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=letters.index("b"))
+            old = jax.lax.dynamic_slice(cache, at, token.shape)
+            return jax.lax.dynamic_update_slice(cache, jnp.where(places[row] < cache.shape[axis], token, old), at)
+
+        return jax.lax.fori_loop(0, places.shape[0], one, cache)
+
+    return write_parts(put, cache, new, lengths, (letters, "-bh-", "b"))
 
 
 def empty_chosen(config: BaseConfig, batch: int, heads: int, room: int) -> Chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,22 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_local(config) -> None:
+    """Raise ValueError for a setting of a configuration that names a place in a bucket; only data_dir may.
+
+    A path has lost a slash by then: gs://bucket/runs is gs:/bucket/runs.
+    """
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            found = re.search(r"(?:^|[:,])((gs|s3):/+[^,]*)", str(one)) if isinstance(one, (str, Path)) else None
+            require(
+                found is None or entry.name in ("data_dir", "prompt", "stop"),
+                f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's address; "
+                "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under that directory, see docs/tpu.md",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +202,7 @@ class FitConfig:
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
 
     def __post_init__(self):
+        require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
         for name in positive:
@@ -465,6 +483,7 @@ class EvalConfig:
     """Directory of the report. Default: RUN/eval, without a run ./eval."""
 
     def __post_init__(self):
+        require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         for name in ("tasks", "policies", "budgets", "lengths", "depths"):
             object.__setattr__(self, name, _split_list(getattr(self, name)))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from butler_jax.command_line import read, run
-from butler_jax.configs import SelectionConfig, parse_budget, require
+from butler_jax.configs import SelectionConfig, parse_budget, require, require_local
 from butler_jax.policies import Policy, make_policy
 from butler_jax.sampling import Sampling
 
@@ -78,6 +78,7 @@ class GenerateConfig:
     one device."""
 
     def __post_init__(self):
+        require_local(self)
         require(
             self.run is not None or self.base is not None,
             "nothing to generate with: give --run DIR (a run of train.py), or --base SPEC for dense decoding",

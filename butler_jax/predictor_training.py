@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -30,7 +31,7 @@ from butler_jax.fitting import check_run, fit, open_run
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
 from butler_jax.predictors.interface import at
-from butler_jax.sharding import make_mesh, own_rows, place, place_batch
+from butler_jax.sharding import make_mesh, own_rows, place, place_batch, row_share
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.weights import Base
 
@@ -148,6 +149,31 @@ def distil_pass(
     return end.loss, end.count, jax.tree.unflatten(jax.tree.structure(parameters), jax.tree.leaves(gradients))
 
 
+def objective_pass(config: TrainConfig) -> Any:
+    """distil_pass with the objective, the contested keys and the attention that the settings say."""
+    return partial(
+        distil_pass,
+        objective=config.objective or PREDICTORS[config.predictor].objective,
+        sinks=config.sinks,
+        newest=config.window,
+        implementation=config.attention,
+    )
+
+
+def distil_step(config: TrainConfig) -> tuple[Any, optax.GradientTransformation]:
+    """The jitted step of these settings, as training.make_train_step describes it, and its optimiser."""
+    one_pass = objective_pass(config)
+    kind = PREDICTORS[config.predictor]
+    rate = config.learning_rate or kind.learning_rate
+    optimiser = make_optimiser(config, rate)
+
+    def gradient_pass(predictor, model, batch, key):
+        return one_pass(model, predictor, batch, dropout=key)
+
+    schedule = learning_schedule(config, rate)
+    return make_train_step(gradient_pass, config, optimiser, schedule, kind.logical_axes), optimiser
+
+
 def init_predictor(
     base: Base, config: PredictorConfig | None = None, *, batches: list[dict] = (), seed: int = 0
 ) -> Predictor:
@@ -186,12 +212,12 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     with jax.set_mesh(mesh):
         model = place(base.model, LOGICAL_AXES, mesh)
         source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
-        processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        processes = dict(zip(("process_index", "process_count"), row_share(mesh), strict=True))
         batches = data.batches(config.data, base.tokenizer, seed=config.seed, **source, **processes)
         held_out = data.held_out(
             config.data, base.tokenizer, count=max(1, VALIDATION_ROWS // config.batch_size), **source
         )
-        held_out = [place_batch(own_rows(b), mesh) for b in held_out]
+        held_out = [place_batch(own_rows(b, mesh), mesh) for b in held_out]
         if predictor is None:
             calibration = data.batches(config.data, base.tokenizer, seed=config.seed + 1, **source, **processes)
             first = [place_batch(next(calibration), mesh) for _ in range(config.calibration)]
@@ -202,17 +228,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
                 seed=config.seed,
             )
         predictor = place(predictor, kind.logical_axes, mesh)
-        rate = config.learning_rate or kind.learning_rate
-        one_pass = partial(
-            distil_pass,
-            objective=config.objective or kind.objective,
-            sinks=config.sinks,
-            newest=config.window,
-            implementation=config.attention,
-        )
-
-        def gradient_pass(predictor, model, batch, key):
-            return one_pass(model, predictor, batch, dropout=key)
+        one_pass = objective_pass(config)
 
         @jax.jit
         def validation_loss(predictor, model, batch):
@@ -232,8 +248,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
                 "recalled_mass": found.mass["tokenbutler"][RECALL_BUDGET].value,
             }
 
-        optimiser = make_optimiser(config, rate)
-        step = make_train_step(gradient_pass, config, optimiser, learning_schedule(config, rate))
+        step, optimiser = distil_step(config)
         open_run(run_dir, config)  # not before everything else was found in order
         state = fit(
             step,

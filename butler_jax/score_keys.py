@@ -12,9 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.cache import ScoreCache
+from butler_jax.cache import ScoreCache, write_token
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.sequence import write_parts
 from pallas_kernels import quantise_score_keys
 
 SINKS = SelectionConfig().sinks  # tokens that do not count for a scale
@@ -40,12 +39,7 @@ def write(scores: ScoreCache, new: Float[Array, "L B Q R"], lengths: Int[Array, 
     """The score keys with one more token a row, at its length; in int8 what exceeds the scale saturates."""
     if scores.scales is not None:
         new = quantise_score_keys(new[..., None], scores.scales)[0][..., 0]
-
-    def put(cache, new, places):
-        rows = jnp.arange(places.shape[0])
-        return cache.at[:, rows, :, :, places].set(jnp.swapaxes(new, 0, 1).astype(cache.dtype))
-
-    return write_parts(put, scores.keys, new, lengths, ("-bh-s", "-bh-", "b"))
+    return write_token(scores.keys, new, lengths, "-bh-s")
 
 
 def scales_of(keys: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:

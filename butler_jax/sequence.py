@@ -107,11 +107,11 @@ def write_parts(
     """
     size, rows, heads = (cache.shape[letters[0].index(letter)] for letter in "sbh")
     axis = token_axis(size)
-    if axis is None:
-        return put(cache, new, places)
 
     def run(cache, new, places):
         part = part_of(cache.shape[letters[0].index("s")], axis)
+        if part is None:
+            return put(cache, new, places)
         here = (places >= part.begin) & (places < part.begin + part.size)
         return put(cache, new, jnp.where(here, places - part.begin, part.size))
 

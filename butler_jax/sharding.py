@@ -1,8 +1,9 @@
 """Meshes and sharding rules: the only file that names mesh axes.
 
-Three axes: `data` splits the batch and, FSDP-like, the width of every weight; `model` splits heads, hidden units and
-the vocabulary (tensor parallel); `sequence` splits the tokens of decoding's caches, and weights as `model` does. A
-dimension that an axis does not divide stays whole.
+Three axes: `data` splits the batch and, FSDP-like, the width of every weight and norm and what a predictor's
+projections sum over (inputs); `model` splits heads, hidden units and the vocabulary (tensor parallel); `sequence`
+splits the tokens of decoding's caches, and weights as `model` does. A dimension that an axis does not divide stays
+whole.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from butler_jax.configs import require
@@ -24,6 +26,8 @@ AXES = DATA, MODEL, SEQUENCE = ("data", "model", "sequence")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": (DATA,),
     "width": (DATA,),
+    "norm": (DATA,),
+    "inputs": (DATA,),
     "heads": (MODEL, SEQUENCE),
     "kv_heads": (MODEL, SEQUENCE),
     "hidden": (MODEL, SEQUENCE),
@@ -65,16 +69,24 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
         f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
     )
-    mesh = jax.make_mesh(
-        tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed]
+    require(
+        not batch_size or sizes[SEQUENCE] == 1,
+        f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
     )
+    mesh = arrange(sizes, devices[:needed])
     if batch_size:
-        require(
-            sizes["sequence"] == 1,
-            f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
-        )
         check_batch(batch_size, mesh)
     return mesh
+
+
+def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
+    """The mesh of these axis sizes over devices, neighbours on the chips' torus near each other on an axis.
+
+    An axis may take a part of a side of the torus, so that every factorisation of a slice is a mesh.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def join_hosts(text: str) -> None:
@@ -92,7 +104,7 @@ def join_hosts(text: str) -> None:
     jax.distributed.initialize(match.group(1), int(match.group(2)), int(match.group(3)))
 
 
-def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """Mesh axes of an array with these logical axes.
 
     An axis splits the first dimension that asks for it and that it divides; everything else is left whole.
@@ -126,16 +138,22 @@ def shardings_for(mesh: Mesh):
 
 
 def module_shardings(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any:
-    """A pytree of NamedShardings in the shape of `module`.
+    """A pytree of NamedShardings in the shape of `module`; see module_partition."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), module_partition(module, logical_axes, mesh))
 
-    An axes table is keyed by parameter name, or by its dotted path where two of one name differ.
+
+def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Any) -> Any:
+    """A pytree of PartitionSpecs in the shape of `module`.
+
+    An axes table is keyed by parameter name, or by its dotted path where two of one name differ. What holds copies of
+    the parameters under their names (an optimiser's state) is split as they are; numbers without axes are whole.
     """
 
     def one(path, leaf):
         names = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
         names = [n for n in names if n != "value"]
-        logical = logical_axes.get(".".join(names[-2:])) or logical_axes[names[-1]]
-        return NamedSharding(mesh, partition(logical, leaf.shape, mesh))
+        logical = logical_axes.get(".".join(names[-2:])) or logical_axes[names[-1]] if leaf.ndim else ()
+        return partition(logical, leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(one, module)
 
@@ -160,14 +178,34 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
     )
 
 
-def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of a batch that every process has whole, this process's rows."""
-    count, index = jax.process_count(), jax.process_index()
+def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which of how many equal shares of a batch's rows a process feeds; default: this process.
+
+    Processes whose devices hold the same rows, because another axis reaches over several hosts, have the same index.
+    Raises ValueError where processes share a part of their rows, or have no device in the mesh.
+    """
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(place[AXES.index(DATA)])
+    process = jax.process_index() if process is None else process
+    require(process in held, f"process {process} has no device in the mesh {dict(mesh.shape)}; use all of them")
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    require(
+        sum(map(len, shares)) == mesh.shape[DATA] and len({*map(len, shares)}) == 1,
+        f"on the mesh {dict(mesh.shape)} hosts share some of their rows and not others; "
+        "choose a model axis that is a multiple of a host's devices, or divides them",
+    )
+    return shares.index(tuple(sorted(held[process]))), len(shares)
+
+
+def own_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """Of a batch that every process has whole, the rows that this process feeds to the mesh."""
+    index, count = row_share(mesh)
     return {name: np.split(rows, count)[index] for name, rows in batch.items()}
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays over the mesh."""
+    """This process's rows of a batch (row_share) as global arrays over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
@@ -187,6 +225,17 @@ def token_axis(tokens: int) -> str | None:
     """The axis of the current mesh that splits a cache of so many tokens a row; None where none does."""
     mesh = current_mesh()
     return _entry(_splitting(RULES["tokens"], tokens, mesh)) if mesh is not None else None
+
+
+def platform() -> str:
+    """Where a call traced now will run: on the devices of the mesh that is set, else on the default ones.
+
+    Devices that are only described (jax.experimental.topologies) count, so that a program compiles for chips that are
+    not here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def by_rows_and_heads(
@@ -211,6 +260,22 @@ def by_rows_and_heads(
 
     results = jax.tree.map(spec, result)
     return jax.shard_map(function, in_specs=tuple(map(spec, operands)), out_specs=results, check_vma=False)
+
+
+def constrain(array: jax.Array, logical: tuple[str, ...]) -> jax.Array:
+    """An array split over the current mesh as these logical axes say, under jit; outside of a mesh the array itself."""
+    mesh = current_mesh()
+    if mesh is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, partition(logical, array.shape, mesh))
+
+
+def constrain_module(module: Any, logical_axes: dict[str, tuple[str, ...]]) -> Any:
+    """The same of a tree of parameters, by the table of its axes."""
+    mesh = current_mesh()
+    if mesh is None:
+        return module
+    return jax.tree.map(jax.lax.with_sharding_constraint, module, module_partition(module, logical_axes, mesh))
 
 
 def on_host(array: jax.Array) -> np.ndarray:

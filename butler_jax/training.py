@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from butler_jax.configs import FitConfig
+from butler_jax.sharding import constrain_module
 
 
 class TrainState(NamedTuple):
@@ -46,12 +47,19 @@ def learning_schedule(config: FitConfig, learning_rate: float) -> optax.Schedule
     )
 
 
-def make_train_step(gradient_pass, config: FitConfig, optimiser: optax.GradientTransformation, rate: optax.Schedule):
+def make_train_step(
+    gradient_pass,
+    config: FitConfig,
+    optimiser: optax.GradientTransformation,
+    rate: optax.Schedule,
+    logical_axes: dict[str, tuple[str, ...]],
+):
     """(state, model, batch) -> (state, metrics), jitted, the state donated.
 
     gradient_pass(module, model, batch, key) returns the summed loss, the count and the summed gradient over the
     module's nnx.Params; parts of an accumulated batch are added up before the division, so accumulation changes
-    rounding only. metrics: loss, gradient_norm, learning_rate.
+    rounding only. metrics: loss, gradient_norm, learning_rate. logical_axes: of the module's parameters; on a mesh the
+    new state, and the gradients before it, are split by it as the old one is.
     """
 
     def summed(module, model, batch, key):
@@ -73,6 +81,7 @@ def make_train_step(gradient_pass, config: FitConfig, optimiser: optax.GradientT
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         loss, count, gradients = summed(state.module, model, batch, key)
         count = jnp.maximum(count, 1.0)
+        gradients = constrain_module(gradients, logical_axes)
         gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
         graph, parameters, rest = nnx.split(state.module, nnx.Param, ...)
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, parameters)
@@ -82,7 +91,7 @@ def make_train_step(gradient_pass, config: FitConfig, optimiser: optax.GradientT
             "gradient_norm": optax.global_norm(gradients),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, module, optimiser_state), metrics
+        return constrain_module(TrainState(state.step + 1, module, optimiser_state), logical_axes), metrics
 
     return step
 

@@ -160,6 +160,21 @@ def test_unknown_data_mesh_and_rank_are_named(fails, place, tmp_path):
     assert "fortune" in line and "streaming" in line
 
 
+def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):
+    given, mount = common(place, tmp_path), "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under"
+    for option, value in (
+        ("--run-dir", "gs://bucket/runs/one"), ("--base", "gs://bucket/llama"),
+        ("--data", f"text:{place['text']},gs://bucket/book.txt"),
+    ):  # fmt: skip
+        line = fails("train", *given, option, value)
+        assert f"{option} " in line and "bucket" in line and mount in line
+    assert mount in fails("eval", "--run", "gs://bucket/runs/one")
+    assert mount in fails("eval", "--run", place["run"], "--compare", f"{place['run']},gs://bucket/runs/two")
+    assert not list(tmp_path.glob("gs:*")) and not Path("gs:").exists()
+    # TFDS reads and writes buckets itself
+    assert TrainConfig(data_dir="gs://bucket/data").data_dir == "gs://bucket/data"
+
+
 def test_refused_settings_leave_no_run_behind(fails, place, tmp_path):
     fails("train", *common(place, tmp_path), "--data", "wiki")
     assert not (tmp_path / "run").exists()

@@ -193,7 +193,7 @@ def test_accumulation_changes_rounding_only(model, predictors, kind):
     optimiser = optax.sgd(0.1)  # linear in the gradient: Adam would magnify the rounding of tiny ones
     for parts in (1, 2):
         config = TrainConfig(steps=4, batch_size=4, accumulate=parts)
-        step = make_train_step(objective_pass, config, optimiser, optax.constant_schedule(0.1))
+        step = make_train_step(objective_pass, config, optimiser, optax.constant_schedule(0.1), {})
         state, metrics = step(start_state(copy(predictors[kind]), optimiser), model, batch)
         results.append((nnx.state(state.module, nnx.Param), metrics))
     (whole, first), (parts, second) = results
@@ -216,7 +216,7 @@ def test_dropout_follows_seed_and_step(model, predictors):
     optimiser = optax.sgd(0.0)
     for seed in (0, 1):
         config = TrainConfig(steps=4, batch_size=2, seed=seed)
-        step = make_train_step(objective_pass, config, optimiser, optax.constant_schedule(0.0))
+        step = make_train_step(objective_pass, config, optimiser, optax.constant_schedule(0.0), {})
         for name in ("first", "again"):
             state, found = start_state(copy(predictors["contextual"]), optimiser), []
             for _ in range(2):
@@ -231,7 +231,7 @@ def test_dropout_follows_seed_and_step(model, predictors):
 def test_thirty_steps_on_one_batch_lower_the_loss_and_leave_the_base_alone(model, predictors, kind):
     batch, before = random_batch(4), jax.tree.map(np.array, model)
     optimiser = make_optimiser(CONFIG, 1e-2)
-    step = make_train_step(objective_pass, CONFIG, optimiser, optax.constant_schedule(1e-2))
+    step = make_train_step(objective_pass, CONFIG, optimiser, optax.constant_schedule(1e-2), {})
     state, losses = start_state(copy(predictors[kind]), optimiser), []
     for _ in range(CONFIG.steps):
         state, metrics = step(state, model, batch)

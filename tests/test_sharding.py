@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -10,11 +11,19 @@ import sys
 import types
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tiny_runs
 from jax.sharding import PartitionSpec
 
-from butler_jax.sharding import check_batch, make_mesh, parse_mesh, partition
+from benchmarks.pods import MODELS
+from butler_jax.base_model import LOGICAL_AXES, BaseModel
+from butler_jax.configs import TrainConfig
+from butler_jax.predictor_training import distil_step
+from butler_jax.predictors import PREDICTORS, make_predictor
+from butler_jax.sharding import check_batch, make_mesh, module_partition, parse_mesh, partition, row_share
+from butler_jax.training import start_state
 
 TESTS = Path(__file__).parent
 
@@ -44,7 +53,6 @@ def test_meshes_that_cannot_be_are_refused(text, message):
 
 def test_training_has_no_use_for_a_sequence_axis(monkeypatch):
     monkeypatch.setattr("jax.devices", lambda: [types.SimpleNamespace(platform="none")] * 2)
-    monkeypatch.setattr("jax.make_mesh", lambda *_, **__: None)
     with pytest.raises(ValueError, match="sequence axis splits the caches of decoding; training takes data and model"):
         make_mesh("sequence=2", batch_size=2)
 
@@ -69,6 +77,95 @@ def test_what_an_axis_does_not_divide_stays_whole():
     )
     single = types.SimpleNamespace(shape={"data": 1, "model": 1})
     assert partition(("vocab", "width"), (64, 64), single) == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", PREDICTORS)
+@pytest.mark.parametrize("sizes", [{"data": 128, "model": 2}, {"data": 64}, {"data": 16, "model": 4}], ids=str)
+def test_no_large_array_of_a_training_step_is_whole_on_every_chip(name, kind, sizes):
+    base = MODELS[name]
+    mesh = types.SimpleNamespace(shape={"data": 1, "model": 1, "sequence": 1, **sizes})
+    config = TrainConfig(predictor=kind)
+    model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
+    predictor = jax.eval_shape(lambda: make_predictor(base, config.predictor_config()))
+    state = jax.eval_shape(lambda p: start_state(p, distil_step(config)[1]), predictor)
+    for module, axes in ((model, LOGICAL_AXES), (state, predictor.logical_axes)):
+        specs = jax.tree.leaves(module_partition(module, axes, mesh), is_leaf=lambda s: isinstance(s, PartitionSpec))
+        for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(module), specs, strict=True):
+            named = {axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,))}
+            parts = math.prod(mesh.shape[axis] for axis in named)
+            assert leaf.size * leaf.dtype.itemsize < 2**20 or parts >= 16, (jax.tree_util.keystr(path), leaf.shape)
+
+
+def described_mesh(sizes: tuple[int, int], processes: list[list[int]]) -> types.SimpleNamespace:
+    """A mesh [data, model, 1] of devices that know nothing but their process."""
+    devices = np.array([[types.SimpleNamespace(process_index=p) for p in row] for row in processes])[..., None]
+    assert devices.shape[:2] == sizes
+    return types.SimpleNamespace(devices=devices, shape={"data": sizes[0], "model": sizes[1], "sequence": 1})
+
+
+def test_hosts_that_hold_the_same_rows_feed_the_same_rows():
+    def shares(mesh, count):
+        return [row_share(mesh, process) for process in range(count)]
+
+    # a host's devices on the data axis alone; on both axes, its rows not beside each other; a row over two hosts
+    assert shares(described_mesh((4, 1), [[0], [0], [1], [1]]), 2) == [(0, 2), (1, 2)]
+    assert shares(described_mesh((4, 2), [[0, 0], [1, 1], [0, 0], [1, 1]]), 2) == [(0, 2), (1, 2)]
+    assert shares(described_mesh((2, 4), [[0, 0, 1, 1], [2, 2, 3, 3]]), 4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert shares(described_mesh((1, 4), [[0, 0, 1, 1]]), 2) == [(0, 1), (0, 1)]
+    with pytest.raises(ValueError, match="share some of their rows and not others"):
+        row_share(described_mesh((3, 2), [[0, 0], [0, 1], [1, 1]]), 0)
+    with pytest.raises(ValueError, match="process 2 has no device in the mesh"):
+        row_share(described_mesh((2, 1), [[0], [1]]), 2)
+
+
+KEPT = """
+import json, sys
+import jax
+from butler_jax.base_model import LOGICAL_AXES, BaseModel
+from butler_jax.configs import BaseConfig, TrainConfig
+from butler_jax.predictor_training import distil_step
+from butler_jax.predictors import make_predictor
+from butler_jax.sharding import batch_sharding, make_mesh, module_shardings, place
+from butler_jax.training import start_state
+base = BaseConfig(
+    family="llama", vocab_size=64, width=64, hidden=128, layers=3, heads=4, kv_heads=2, head_dim=16, context=64
+)
+mesh = make_mesh("data=2,model=2")
+model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
+for kind in sys.argv[1:]:
+    config = TrainConfig(predictor=kind, length=32, batch_size=2, rank=4)
+    step, optimiser = distil_step(config)
+    with jax.set_mesh(mesh):
+        predictor = make_predictor(base, config.predictor_config())
+        state = start_state(place(predictor, predictor.logical_axes, mesh), optimiser)
+        described = [
+            jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), t, s)
+            for t, s in ((model, module_shardings(model, LOGICAL_AXES, mesh)),)
+        ]
+        row = jax.ShapeDtypeStruct((2, 32), "int32", sharding=batch_sharding(mesh))
+        batch = {name: row for name in ("tokens", "segments", "positions")}
+        compiled = step.lower(state, *described, batch).compile()
+    wanted = module_shardings(state, predictor.logical_axes, mesh)
+    for name, new, old, rule in zip(
+        (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)),
+        jax.tree.leaves(compiled.output_shardings[0]), jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True,
+    ):
+        assert old.ndim == 0 or old.sharding.is_equivalent_to(rule, old.ndim), (kind, name, old.sharding, rule)
+        assert new.is_equivalent_to(rule, old.ndim), (kind, name, new, rule)
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", ["contextual", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lookahead", "producer"))]
+)
+def test_a_step_hands_its_state_back_split_as_the_rules_say(kind):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT, kind], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_batches_are_multiples_of_the_data_axis():

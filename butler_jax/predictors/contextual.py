@@ -60,19 +60,19 @@ class Contextual(Predictor):
     objective = "squared_error"
     logical_axes = {
         "inner": ("layers", "width", "none"),
-        "q": ("layers", "none", "none"),
-        "k": ("layers", "none", "none"),
-        "v": ("layers", "none", "none"),
+        "q": ("layers", "inputs", "none"),
+        "k": ("layers", "inputs", "none"),
+        "v": ("layers", "inputs", "none"),
         "norm_scale": ("layers", "norm"),
         "norm_bias": ("layers", "norm"),
-        "up": ("layers", "none", "none"),
+        "up": ("layers", "inputs", "none"),
         "up_bias": ("layers", "norm"),
         "down": ("layers", "none", "width"),
         "down_bias": ("layers", "norm"),
         "trunk.query": ("layers", "width", "hidden"),
         "trunk.key": ("layers", "width", "hidden"),
-        "heads.query": ("layers", "hidden", "heads", "rank"),
-        "heads.key": ("layers", "hidden", "heads", "rank"),
+        "heads.query": ("layers", "inputs", "heads", "rank"),
+        "heads.key": ("layers", "inputs", "heads", "rank"),
     }
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):

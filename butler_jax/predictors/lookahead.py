@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, run_layers
+from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, few_tokens, run_layers
 from butler_jax.configs import BaseConfig, PredictorConfig, require
 from butler_jax.layers import rms_norm, rotary
 from butler_jax.predictors.interface import Context, Predictor
@@ -46,7 +46,7 @@ class Lookahead(Predictor):
     learning_rate = 5e-3
     logical_axes = {
         "query": ("layers", "width", "heads", "rank"),
-        "key": ("layers", "kv_heads", "head_dim", "rank"),
+        "key": ("layers", "kv_heads", "inputs", "rank"),
         "query_bias": ("layers", "heads", "rank"),
         "pairs": ("layers", "kv_heads", "rank"),
     }
@@ -68,7 +68,7 @@ class Lookahead(Predictor):
 
     def queries(self, head: Any, features, view: LayerView, context: Context):
         """Importance queries [B, T, H, R]: the captured stream under this layer's own frozen norm."""
-        h = rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps)
+        h = few_tokens(rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps))
         q = jnp.einsum("bte,ehr->bthr", h, head.query[...].astype(h.dtype))
         if head.query_bias is not None:
             q = q + head.query_bias[...].astype(h.dtype)[None, None]

@@ -45,8 +45,8 @@ class Producer(Predictor):
         "norm_scale": ("layers", "norm"),
         "norm_bias": ("layers", "norm"),
         "inner": ("layers", "width", "hidden"),
-        "query": ("layers", "hidden", "heads", "rank"),
-        "key": ("layers", "kv_heads", "head_dim", "rank"),
+        "query": ("layers", "inputs", "heads", "rank"),
+        "key": ("layers", "kv_heads", "inputs", "rank"),
     }
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):

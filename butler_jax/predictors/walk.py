@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from butler_jax.base_model import LayerView
+from butler_jax.base_model import LayerView, few_tokens
 from butler_jax.predictors.interface import Context, Predictor, Schedule, at, schedule
 
 TrunkAttend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
@@ -95,6 +95,6 @@ def step(
             return made, jax.tree.map(lambda whole, one: write(whole, one), state.cache, new)
 
         features, cache = jax.lax.cond(place.starts, fresh, lambda: (state.features, state.cache))
-    captured = jnp.where(place.captures, predictor.capture(view), state.captured)
+    captured = few_tokens(jnp.where(place.captures, predictor.capture(view), state.captured))
     kept = None if predictor.trunk is None else features
     return Step(at(predictor.heads, place.head), features, place, Walk(captured, kept, cache))

@@ -1,0 +1,308 @@
+"""Training and decode steps of Llama-3.1 through the TPU's own compiler, for pods that are not here.
+
+    python -m benchmarks.pods --json benchmarks/pods.json        # the whole table; needs jax[tpu], no TPU
+    python -m benchmarks.pods --model llama-3.1-8b --topology v5e:16x16 --mesh data=256 --step train --length 4096
+
+The steps are those that train.py and generate run, with the kernels they choose on a TPU; arguments are shapes with
+shardings, so nothing is materialised. Printed for each, of one chip: what the compiler allots for arguments and
+temporaries, collectives by kind with the bytes a chip sends (hlo.py says how they are counted), floating-point
+operations, and the time of arithmetic, memory and links at the chip's peak figures. The largest of the three times is
+what a step takes at least, their sum what it takes where nothing overlaps; no chip reaches its peaks.
+
+Operations and bytes of memory are counted by formula (`work_of`): the compiler counts a loop's body once and nothing
+inside a kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what chip this is
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share: another process may hold its lock
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from benchmarks import hlo
+from benchmarks.tpu_decode import LLAMA_8B, SELECTION, lower_decode
+from butler_jax.base_model import LOGICAL_AXES, BaseModel, parameter_count
+from butler_jax.configs import BaseConfig, TrainConfig, require
+from butler_jax.evaluation.report import versions
+from butler_jax.files import write_whole
+from butler_jax.predictor_training import distil_step
+from butler_jax.predictors import make_predictor
+from butler_jax.sharding import arrange, batch_sharding, check_batch, module_shardings, parse_mesh
+from butler_jax.training import start_state
+
+MODELS = {
+    "llama-3.1-8b": LLAMA_8B,
+    "llama-3.1-70b": dataclasses.replace(LLAMA_8B, width=8192, hidden=28672, layers=80, heads=64),
+}
+
+
+class Chip(NamedTuple):
+    """Peak figures: bfloat16 operations a second, bytes of memory a second, bytes a second out of all links."""
+
+    flops: float
+    memory: float
+    links: float
+
+
+# cloud.google.com/tpu/docs/v5e, v5p and v6e, as of 2026: links are given there both ways together; half of it goes out.
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 400e9 / 2),
+    "v5p": Chip(459e12, 2765e9, 1200e9 / 2),
+    "v6e": Chip(918e12, 1638e9, 800e9 / 2),
+}
+MIB = 2**20
+LANES = 128  # what the flash attention kernel pads heads to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One step to compile. batch_size 0: one row for every chip of the data axis. layers: other than the model's."""
+
+    model: str = "llama-3.1-8b"
+    topology: str = "v5e:16x16"
+    mesh: str = "data=256"
+    step: str = "train"
+    length: int = 4096
+    batch_size: int = 0
+    predictor: str = "lookahead"
+    layers: int | None = None
+
+    def __post_init__(self):
+        require(self.model in MODELS, f"unknown model {self.model!r}; choose {', '.join(MODELS)}")
+        require(self.chip in CHIPS, f"unknown chip {self.chip!r}; choose {', '.join(CHIPS)}, as in v5e:16x16")
+        require(self.step in ("train", "decode"), f"--step is train or decode, got {self.step!r}")
+        rows = self.batch_size or parse_mesh(self.mesh)["data"]
+        object.__setattr__(self, "batch_size", rows)
+
+    @property
+    def chip(self) -> str:
+        """v5e, v5p or v6e."""
+        return self.topology.partition(":")[0]
+
+    @property
+    def base(self) -> BaseConfig:
+        """The model's configuration."""
+        base = MODELS[self.model]
+        return base if self.layers is None else dataclasses.replace(base, layers=self.layers)
+
+
+def _plans(model: str, step: str, *rows: tuple) -> list[Plan]:
+    """rows: topology, mesh, length, and a batch size where it is not one row for every chip of the data axis."""
+    names = ("topology", "mesh", "length", "batch_size")
+    return [Plan(model=model, step=step, **dict(zip(names, row, strict=False))) for row in rows]
+
+
+# What docs/scaling.md shows.
+TABLE = [
+    *_plans(
+        "llama-3.1-8b", "train",
+        ("v5e:16x16", "data=256", 4096), ("v5e:16x16", "data=128,model=2", 4096),
+        ("v5e:16x16", "data=32,model=8", 4096), ("v5p:4x4x4", "data=64", 4096), ("v6e:8x8", "data=64", 4096),
+        ("v5p:2x2x1", "data=4", 131072), ("v5p:4x4x4", "data=64", 131072), ("v5p:4x4x4", "data=16,model=4", 131072),
+        ("v6e:8x8", "data=64", 131072), ("v5e:16x16", "data=128,model=2", 131072),
+        ("v5e:16x16", "data=32,model=8", 131072),
+    ),
+    *_plans(
+        "llama-3.1-70b", "train",
+        ("v5e:16x16", "data=256", 4096), ("v5e:16x16", "data=128,model=2", 4096), ("v5p:4x4x4", "data=64", 4096),
+        ("v6e:16x16", "data=128,model=2", 4096), ("v5p:4x4x4", "data=64", 131072),
+        ("v5p:4x4x4", "data=16,model=4", 131072),
+    ),
+    *_plans(
+        "llama-3.1-8b", "decode",
+        ("v5e:2x4", "model=8", 32768, 8), ("v5e:16x16", "data=32,model=8", 32768, 256),
+        ("v5p:4x4x4", "data=8,model=8", 131072, 128), ("v6e:8x8", "data=8,model=8", 131072, 64),
+    ),
+    *_plans(
+        "llama-3.1-70b", "decode",
+        ("v5e:2x4", "model=8", 32768, 8), ("v5e:16x16", "data=32,model=8", 32768, 256),
+        ("v5p:2x2x2", "data=2,model=4", 131072, 8), ("v5p:4x4x4", "data=8,model=8", 131072, 128),
+        ("v5p:4x4x4", "data=2,model=8,sequence=4", 131072, 2), ("v6e:8x8", "data=8,model=8", 131072, 64),
+    ),
+]  # fmt: skip
+
+
+def mesh_of(plan: Plan) -> Mesh:
+    """The plan's mesh over described chips. Raises ValueError where it needs more than the topology has."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=plan.topology).devices
+    sizes = parse_mesh(plan.mesh)
+    needed = math.prod(sizes.values())
+    require(needed <= len(devices), f"mesh {plan.mesh} needs {needed} chips, {plan.topology} has {len(devices)}")
+    return arrange(sizes, devices[:needed])
+
+
+def lower_step(plan: Plan, mesh: Mesh) -> Any:
+    """The plan's step lowered for the mesh: shapes and shardings, no arrays."""
+    if plan.step == "decode":
+        return lower_decode(mesh, base=plan.base, batch=plan.batch_size, capacity=plan.length)
+    check_batch(plan.batch_size, mesh)
+    settings = TrainConfig(
+        predictor=plan.predictor, length=plan.length, batch_size=plan.batch_size, steps=1000, attention="splash"
+    )
+    step, optimiser = distil_step(settings)
+    predictor = settings.predictor_config()
+
+    def described(shapes, axes):
+        places = module_shardings(shapes, axes, mesh)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
+
+    model = jax.eval_shape(lambda: BaseModel(plan.base, jax.random.key(0), jnp.bfloat16))
+    state = jax.eval_shape(lambda: start_state(make_predictor(plan.base, predictor), optimiser))
+    row = jax.ShapeDtypeStruct((plan.batch_size, plan.length), jnp.int32, sharding=batch_sharding(mesh))
+    batch = dict.fromkeys(("tokens", "segments", "positions"), row)
+    with jax.set_mesh(mesh):
+        return step.lower(described(state, state.module.logical_axes), described(model, LOGICAL_AXES), batch)
+
+
+class Work(NamedTuple):
+    """Of one chip and step: floating-point operations, and bytes read from and written to its memory."""
+
+    flops: float
+    memory: float
+
+
+def work_of(plan: Plan, held: float) -> Work:
+    """By formula, spread evenly over the chips. held: bytes of arguments on a chip.
+
+    Training: every matrix product of the frozen layers once, of the predictor's queries and keys once forward and once
+    for their gradient; attention as the cross entropy calls it, in heads of 128 lanes and half the square: three calls
+    forward (two products each) and two backward (four). Memory: operands and results of all of these once, weights
+    twice, for they are gathered first. No logits. Decoding: two operations for every parameter and row, scores of all
+    cached tokens, attention over the chosen ones. Memory: all that a chip holds but the keys and values that no layer
+    reads; layer 0 reads all, the others the budget.
+    """
+    base, rows, length, sizes = plan.base, plan.batch_size, plan.length, parse_mesh(plan.mesh)
+    chips = math.prod(sizes.values())
+    E, F, L, H, K, D = base.width, base.hidden, base.layers, base.heads, base.kv_heads, base.head_dim
+    R = TrainConfig().rank
+    if plan.step == "decode":
+        model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
+        share = (1 + (L - 1) * float(SELECTION.budget)) / L
+        cache = 2 * L * rows * K * length * D * 2 / chips
+        attention = 4 * rows * L * H * D * length * share
+        scores = 2 * rows * (L - 1) * H * R * length
+        flops = 2 * rows * (parameter_count(model) - base.vocab_size * E) + attention + scores
+        return Work(flops / chips, held - cache * (1 - share))
+    tokens = rows * length
+    frozen = [(E, H * D), (E, K * D), (E, K * D), (H * D, E), (E, F), (E, F), (F, E)]
+    learned = [(E, H * R), (D, K * R)]
+    products = sum(a * b for a, b in frozen + 2 * learned)
+    attention = (3 * 2 + 2 * 4) * tokens * length / 2 * H * LANES
+    moved = sum(tokens * (a + b) + 2 * sizes["data"] * a * b for a, b in frozen + 2 * learned)
+    moved += 5 * tokens * 2 * (H + K) * LANES
+    return Work(2 * L * (tokens * products + attention) / chips, 2 * L * moved / chips)
+
+
+def whole_arguments(compiled: Any) -> list[str]:
+    """Arguments above 1 MiB that every chip holds all of, as the compiled program takes them."""
+    leaves = dict(jax.tree_util.tree_leaves_with_path(compiled.in_avals))
+    found = []
+    for path, place in jax.tree_util.tree_leaves_with_path(compiled.input_shardings):
+        size = leaves[path].size * leaves[path].dtype.itemsize
+        if size > MIB and place.is_fully_replicated:
+            found.append(f"{jax.tree_util.keystr(path)} {size / MIB:.1f} MiB")
+    return found
+
+
+def layer_bytes(plan: Plan) -> float:
+    """Bytes of one frozen layer's weights in bfloat16, of the part that a chip of the model axis has to see."""
+    layers = jax.eval_shape(lambda: BaseModel(plan.base, jax.random.key(0))).layers
+    return 2 * parameter_count(layers) / plan.base.layers / parse_mesh(plan.mesh)["model"]
+
+
+def compile_plan(plan: Plan) -> tuple[dict[str, Any], Any]:
+    """What the compiler says of a step, and the compiled step; (report with its error, None) where it refuses."""
+    mesh = mesh_of(plan)
+    began = time.perf_counter()
+    report = {"plan": dataclasses.asdict(plan), "chips": mesh.size}
+    try:
+        compiled = lower_step(plan, mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {**report, "error": str(error).strip().splitlines()[0]}, None
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    kinds = hlo.by_kind(hlo.collectives(text, mesh.size))
+    work, chip = work_of(plan, memory.argument_size_in_bytes), CHIPS[plan.chip]
+    seconds = {
+        "arithmetic": work.flops / chip.flops,
+        "memory": work.memory / chip.memory,
+        "links": sum(kind["bytes"] for kind in kinds.values()) / chip.links,
+    }
+    return {
+        **report,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes_besides": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "whole_arguments": whole_arguments(compiled),
+        "largest_stack_bytes": hlo.largest_stack(text, plan.base.layers),
+        "layer_bytes": layer_bytes(plan),
+        "collectives": kinds,
+        "flops": work.flops,
+        "memory_bytes": work.memory,
+        "compiler_flops": cost.get("flops"),
+        "compiler_bytes_accessed": cost.get("bytes accessed"),
+        "seconds": seconds,
+        "seconds_at_least": max(seconds.values()),
+        "seconds_without_overlap": sum(seconds.values()),
+        "compile_seconds": time.perf_counter() - began,
+    }, compiled
+
+
+def line_of(report: dict[str, Any]) -> str:
+    """One entry of the table as text."""
+    plan = Plan(**report["plan"])
+    name = f"{plan.model} {plan.step} {plan.topology} {plan.mesh} T={plan.length} B={plan.batch_size}"
+    if "error" in report:
+        return f"{name}: {report['error']}"
+    moved = ", ".join(
+        f"{kind} {one['count']} x, {one['bytes'] / 1e9:.3g} GB" for kind, one in report["collectives"].items()
+    )
+    parts = ", ".join(f"{part} {1e3 * s:.3g}" for part, s in report["seconds"].items())
+    whole = f"; WHOLE ON EVERY CHIP: {', '.join(report['whole_arguments'])}" if report["whole_arguments"] else ""
+    kept, needed = (report[f"{name}_bytes"] / 2**30 for name in ("argument", "temporary"))
+    return (
+        f"{name}: arguments {kept:.2f} GiB, temporaries {needed:.2f} GiB; {moved or 'no collectives'}; "
+        f"{report['flops'] / 1e12:.3g} TFLOP, "
+        f"{report['memory_bytes'] / 1e9:.3g} GB of memory; ms at the peaks: {parts}; a step "
+        f"{1e3 * report['seconds_at_least']:.3g} to {1e3 * report['seconds_without_overlap']:.3g} ms{whole}"
+    )
+
+
+def main() -> None:
+    """Compile one plan, or all of TABLE, and print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), help="one step of this model instead of the whole table")
+    for field in dataclasses.fields(Plan):
+        if field.name != "model":
+            kind = str if isinstance(field.default, str) else int
+            parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
+    arguments = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for chips that are not here
+    plans = TABLE
+    if arguments.model:
+        plans = [Plan(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Plan)})]
+    report = {"versions": versions(), "chips": {n: c._asdict() for n, c in CHIPS.items()}, "steps": []}
+    for plan in plans:
+        report["steps"].append(compile_plan(plan)[0])
+        print(line_of(report["steps"][-1]), flush=True)
+        jax.clear_caches()
+        if arguments.json:
+            write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
