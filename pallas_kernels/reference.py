@@ -30,7 +30,7 @@ def per_head(keys, scales):
 
 
 def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, first, layer):
-    """float32 [B, K, S]; -inf where a row sees nothing."""
+    """float32 [B, K, S]; -inf where a row sees nothing, and for products that are NaN."""
     batch, heads, group, rank = q_imp.shape
     keys = per_head(take_layer(score_keys, layer), scales)
     if keys.shape[1] == heads:  # shared by the group
@@ -38,10 +38,10 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, scales, scale, fir
     keys = keys.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
     scores = jnp.einsum("bkgr,bkgrs->bkgs", q_imp.astype(jnp.float32), keys, precision="highest") * scale
     mask = jnp.broadcast_to(seen(scores.shape[-1], lengths, first)[:, None, None], scores.shape)
-    scores = jnp.where(mask, scores, -jnp.inf)
+    scores = jnp.where(mask & ~jnp.isnan(scores), scores, -jnp.inf)
     if pooling == "normalised" and group > 1:
         total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        scores = jnp.where(mask, scores - total, -jnp.inf)
+        scores = scores - jnp.where(jnp.isfinite(total), total, 0.0)
     return jnp.max(scores, axis=2)
 
 
@@ -129,7 +129,7 @@ def softmax_sum(logits, mask, values, q, return_residual):
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     values = jnp.where(mask[:, :, 0, :, None], values.astype(jnp.float32), 0.0)  # what is not attended may be NaN

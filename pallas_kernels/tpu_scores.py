@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.xla import LOWEST, exact
+from pallas_kernels.xla import LOWEST, exact, taken_off
 
 LONGEST = 2**22  # bytes of score keys in one block
 SUBLANES = 8
@@ -102,7 +102,7 @@ def _kernel(
     factor = factor_ref[0]  # [1, 1]
 
     def scores(at):
-        """float32 [G, chunk], -inf for padding heads and tokens that are not seen."""
+        """float32 [G, chunk], -inf for padding heads, tokens that are not seen, and NaN."""
         keys = keys_ref[0, :, pl.ds(at, chunk)]
         kind = keys.dtype if keys.dtype == queries.dtype else jnp.float32
         if keys.dtype == jnp.int8:
@@ -115,7 +115,8 @@ def _kernel(
         found = found * jnp.broadcast_to(factor, found.shape)
         position = index * block + at + jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 1)
         head = jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 0)
-        return jnp.where((position >= begin) & (position < end) & (head < group), found, -jnp.inf)
+        seen = (position >= begin) & (position < end) & (head < group)
+        return jnp.where(seen & (found == found), found, -jnp.inf)
 
     def each_chunk(body, carry):
         """body(first token of a chunk, carry) over the block."""
@@ -147,8 +148,7 @@ def _kernel(
         def write(at, carry):
             found = scores(at)
             if normalised:
-                total = total_ref[:, :1]
-                found = found - (top_ref[:, :1] + jnp.log(jnp.where(total > 0, total, 1.0)))
+                found = found - taken_off(top_ref[:, :1], total_ref[:, :1])
             out_ref[0, :, pl.ds(at, chunk)] = jnp.max(found, axis=0, keepdims=True)
             return carry
 
