@@ -84,7 +84,7 @@ def test_decoding_compiles_nothing_as_the_cache_fills(base, settings):
 
 @pytest.mark.parametrize("fields", [dict(), dict(interval=3, min_context=40)], ids=["plain", "interval"])
 def test_prompts_of_every_length_share_few_programs(base, settings, fields):
-    """Widths 16, 24, 32, 48, 64, 96 and capacities 64, 96, 128: what is new is bounded by the buckets, not by lengths."""
+    """Widths 16, 24, 32, 48, 64, 96 and capacities 64, 96: what is new is bounded by the buckets, not by lengths."""
     settings = settings | dict(selection=SelectionConfig(budget=0.3, sinks=1, window=3, **fields))
     before = generation.start._cache_size(), generation.advance._cache_size()
     for length in range(1, 91, 1 if not fields else 4):

@@ -59,7 +59,8 @@ def simulate(
 
     wanted: the rows whose next token is asked for; the others may come out as 0, and the unembedding is not paid for
     where none is. reference: `hidden` of another pass over the batch, to compare predictions with. score_dtype: "int8"
-    rounds the predictor's importance keys as decoding stores them (score_keys.py).
+    rounds the predictor's importance keys as decoding stores them (score_keys.py). Rows of padding come out finite and
+    mean nothing.
 
     Raises ValueError beyond the model's context, where the policy needs a predictor and there is none, for thresholds
     of another model, and for an interval: every position chooses. Compiles once per policy and shape: the budget is
