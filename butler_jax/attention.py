@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 CHUNK = 128  # query rows formed at a time
 BANDS = 4  # static key prefixes; more of them compute less above the diagonal and compile longer
 LANES = 128  # minor dimension of a TPU tile
-MASKED = -1e30  # finite, so that no row gives NaN
+LOWEST = -1e30  # logits are above it, or count as -inf; finite, so that no row gives NaN
 
 
 def causal_attention(
@@ -35,8 +35,12 @@ def causal_attention(
     segments: the document of each token; tokens attend within their document only. 0 is padding: its rows
     are finite and mean nothing. key_segments: those of the keys, where they differ from the queries'; rows
     without a key in their document are finite and mean nothing. window: a query sees itself and the window-1
-    tokens before it; static. scale: factor on the logits, D**-0.5 unless given. return_lse: also the log-sum-exp of
-    the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it to the dtype of q.
+    tokens before it; static; beyond T it changes nothing. scale: factor on the logits, D**-0.5 unless given.
+    return_lse: also the log-sum-exp of the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it
+    to the dtype of q.
+
+    A logit of -inf weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with "xla". A logit that is
+    NaN or +inf makes its own row and head NaN, no other (that of values is 0 * NaN for every row behind them).
 
     implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
     "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
@@ -208,16 +212,33 @@ def chunk_mask(
 def masked_exponentials(
     queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"]
 ) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
-    """exp(logits - maximum) of scaled queries, 0 where masked, the row sums and log-sum-exp; all float32."""
+    """`exponentials` of the products of scaled queries and keys."""
     batch, heads, rows, _ = queries.shape
     chunk, size = mask.shape[1:]
     logits = jnp.einsum("bkmd,bksd->bkms", queries, keys, preferred_element_type=jnp.float32)
-    logits = logits.reshape(batch, heads, rows // chunk, chunk, size)
-    logits = jnp.where(mask[:, None, None], logits, MASKED).reshape(batch, heads, rows, size)
-    maximum = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    found = exponentials(logits.reshape(batch, heads, rows // chunk, chunk, size), mask[:, None, None])
+    return tuple(a.reshape(batch, heads, rows, a.shape[-1]) for a in found)
+
+
+def exponentials(
+    logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]
+) -> tuple[Float[Array, "*B S"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:
+    """exp(logits - maximum) where the mask is set and 0 elsewhere, the row sums and log-sum-exp; all float32.
+
+    A row that sees nothing above -1e30 has weights of 0, and 1 and -1e30 for the others: nothing divides by zero.
+    """
+    logits = jnp.where(mask, logits, -jnp.inf)
+    maximum = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), LOWEST))
     weights = jnp.exp(logits - maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.where(total == 0, 1.0, total)
     return weights, total, maximum + jnp.log(total)
+
+
+def masked_softmax(logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]) -> Float[Array, "*B S"]:
+    """Weights over the keys in the mask, 0 elsewhere; 0 everywhere in a row that sees nothing above -1e30."""
+    weights, total, _ = exponentials(logits, mask)
+    return weights / total
 
 
 def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K M D"]:

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from butler_jax.attention import LOWEST
 from butler_jax.configs import BaseConfig
 from butler_jax.sequence import Part, part_of
 from butler_jax.sharding import by_rows_and_heads, token_axis
 
 BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
 LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
-MASKED = -1e30  # finite, so that no row gives NaN
 FAR = 2**30  # the window of a layer that sees everything
 
 
@@ -34,7 +34,8 @@ def cached_attention(
     """Attention of tokens at positions cached ... cached + T - 1 over the `cached` ones of `layer` and themselves.
 
     Causal among the new ones. window: a token sees itself and the window - 1 before it; may be traced. As many blocks
-    are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in q's dtype. Where
+    are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in q's dtype. A row
+    of length 0 sees itself and the new tokens before it; logits that are not finite count as in causal_attention. Where
     the current mesh splits the cache's tokens, every device attends to its part of them.
     """
     size = k.shape[3]
@@ -69,7 +70,7 @@ def _attend(q, new_k, new_v, k, v, layer, cached, window, part: Part | None):
             seen = seen & (positions[:, None] > own[..., None] - window)
         logits = jnp.einsum("bkmd,bknd->bkmn", rows, keys, preferred_element_type=jnp.float32)
         split = logits.reshape(batch, kv_heads, -1, count, keys.shape[2])
-        logits = jnp.where(seen[:, None, None], split, MASKED).reshape(logits.shape)
+        logits = jnp.where(seen[:, None, None], split, -jnp.inf).reshape(logits.shape)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
         weights, shrink = jnp.exp(logits - higher), jnp.exp(top - higher)
         part = jnp.einsum("bkmn,bknd->bkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
@@ -85,11 +86,11 @@ def _attend(q, new_k, new_v, k, v, layer, cached, window, part: Part | None):
         return add(state, keys.astype(q.dtype), values.astype(q.dtype), begin + places, held[:, None])
 
     shape = (*rows.shape[:-1], 1)
-    state = jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+    state = jnp.full(shape, LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
     state = jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
     if part is not None:
         state = part.merged(*state)
     fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))
     _, total, sums = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself
-    out = (sums / total).reshape(batch, kv_heads, heads // kv_heads, count, dim)
+    out = (sums / jnp.where(total == 0, 1.0, total)).reshape(batch, kv_heads, heads // kv_heads, count, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

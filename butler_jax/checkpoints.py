@@ -37,6 +37,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)
         self.about = about or {}
+        self._saving: Any = None
         self._orbax = ocp.training.Checkpointer(
             Path(directory).absolute(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -68,9 +69,10 @@ class Checkpoints:
         """Save in the background; a step already saved is left alone. data_state: this process's, JSON."""
         if step == self.latest():
             return
+        self._settle()
         about = {**self.about, "data": _gather(data_state)}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
-        self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
+        self._saving = self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
         """(state, this process's data state) at `step`, in the structure, dtypes and shardings of `state`.
@@ -113,12 +115,22 @@ class Checkpoints:
         return self._orbax.metadata(step).custom_metadata
 
     def wait(self) -> None:
-        """Block until the save in flight is on disk."""
+        """Block until the save in flight is on disk; raises what went wrong there."""
+        self._settle()
         self._orbax.wait()
 
     def close(self) -> None:
         """Finish what is being written."""
-        self._orbax.close()
+        try:
+            self._settle()
+        finally:
+            self._orbax.close()
+
+    def _settle(self) -> None:
+        """Take the result of the last save: until then Orbax keeps a thread and three open files for it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
 
 def _named(tree: Any) -> dict[str, Any]:

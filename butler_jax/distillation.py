@@ -56,6 +56,10 @@ def attention_and_cross_entropy(
     log-sum-exp, log B's normaliser; no T x T matrix inside the kernels. None takes the form that goes with the
     implementation, see `attention.causal_attention`.
 
+    Rows of padding, rows without contested keys, and with "fused" rows whose true logits are all -inf add nothing, to
+    the gradients neither. True logits of NaN or +inf, and scores of -inf where attention goes, give a loss that is not
+    finite, and `fit` stops there.
+
     Raises ValueError for shapes that do not fit or an implementation that cannot do what was asked.
     """
     name, form = _check(q, k, v, p, r, segments, window, implementation, form, sinks, newest)
@@ -320,7 +324,7 @@ def _two_calls(q, k, v, p, r, segments, window, sinks, newest, *, name, differen
         use = jnp.where(use > 0, jnp.exp(jnp.minimum(lse_frozen - rows(lse_all), 0.0)), 0.0)
     a_mean = weighed[..., -rank:].astype(jnp.float32)
     guess = scale * far_guess.astype(jnp.float32)
-    loss = jnp.sum(jnp.where(use > 0, use * (lse - jnp.sum(guess * a_mean, axis=-1)), 0.0))
+    loss = jnp.sum(jnp.where(use == 0, 0.0, use * (lse - jnp.sum(guess * a_mean, axis=-1))))
     results = (None if v is None else output, loss, count)
     if not differentiate:
         return results, None, None
@@ -358,6 +362,8 @@ def _squared_error_pass(q, k, p, r, segments, chunk, *, differentiate):
     heads, rank = r.shape[2], r.shape[3]
     scale = rank**-0.5
     width = dim + rank
+    # Residuals are differences of logits: rounded factors, as of TF32 and of a TPU's single pass, would drown them.
+    product = functools.partial(jnp.einsum, precision="highest")
     # Rows u = [s q ; -s' p] and w = [k ; r]: every residual is u.w.
     q, k, p, r = (x.astype(jnp.float32) for x in (q, k, p, r))
     u = jnp.concatenate([q * dim**-0.5, p * -scale], axis=-1)
@@ -387,32 +393,32 @@ def _squared_error_pass(q, k, p, r, segments, chunk, *, differentiate):
         mask = causal
         if ids is not None:
             mask = mask & (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None]
-        inside = jnp.einsum("bpmd,bpsd->bpms", u, w).reshape(batch, heads, group, chunk, chunk)
+        inside = product("bpmd,bpsd->bpms", u, w).reshape(batch, heads, group, chunk, chunk)
         inside = jnp.where(mask[:, None, None], inside, 0).reshape(batch, heads, group * chunk, chunk)
-        earlier = jnp.einsum("bpmd,bpde->bpme", u, gram)
+        earlier = product("bpmd,bpde->bpme", u, gram)
         after, w_open = None, w
         if ids is not None:
             after = ids[:, -1]
             earlier = keep(earlier, (ids == before[:, None]) & (ids != 0))
             w_open = keep(w, (ids == after[:, None]) & (ids != 0))
         loss += jnp.sum(inside * inside) + jnp.sum(u * earlier)
-        gram = advance(gram, jnp.einsum("bpsd,bpse->bpde", w_open, w_open), before, after)
+        gram = advance(gram, product("bpsd,bpse->bpde", w_open, w_open), before, after)
         if not differentiate:
             return (loss, gram, after), None
-        dp = jnp.einsum("bpms,bpsr->bpmr", inside, w[..., dim:]) + earlier[..., dim:]
-        dr = jnp.einsum("bpmr,bpms->bprs", u[..., dim:], inside).transpose(0, 1, 3, 2)
+        dp = product("bpms,bpsr->bpmr", inside, w[..., dim:]) + earlier[..., dim:]
+        dr = product("bpmr,bpms->bprs", u[..., dim:], inside).transpose(0, 1, 3, 2)
         return (loss, gram, after), (-2 * scale * dp, dr)
 
     def backward(carry, inputs):
         state, after = carry
         u, w, dr, ids = inputs
-        later = jnp.einsum("bpsd,bprd->bpsr", w, state)
+        later = product("bpsd,bprd->bpsr", w, state)
         before, u_open = None, u
         if ids is not None:
             before = ids[:, 0]
             later = keep(later, (ids == after[:, None]) & (ids != 0))
             u_open = keep(u, (ids == before[:, None]) & (ids != 0))
-        state = advance(state, jnp.einsum("bpmr,bpmd->bprd", u_open[..., dim:], u_open), after, before)
+        state = advance(state, product("bpmr,bpmd->bprd", u_open[..., dim:], u_open), after, before)
         return (state, before), 2 * (dr + later)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros((batch, heads, width, width), jnp.float32), open_segments)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.attention import masked_softmax
 from butler_jax.base_model import BaseModel, LayerView, by_window, dense_mixer, embed, logits, run_layers
 from butler_jax.cache import DecodeState, KVCache, empty_kv_cache, write_token
 from butler_jax.cached_attention import cached_attention, layer_windows
@@ -137,7 +138,7 @@ def attention_weights(
     keys = chosen_rows(k, view.k, view.index, chosen, cached)
     q = (view.q * jnp.asarray(dim**-0.5, view.q.dtype)).reshape(batch, kv_heads, heads // kv_heads, dim)
     found = jnp.einsum("bkgd,bknd->bkgn", q, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(chosen.valid[:, :, None], found, -1e30), axis=-1)
+    weights = masked_softmax(found, chosen.valid[:, :, None])
     sequence, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     columns = jnp.where(chosen.valid, chosen.indices, capacity)
     spread = jnp.zeros((batch, kv_heads, capacity, heads // kv_heads), jnp.float32)

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.attention import CHUNK, make_bands, merge_queries, split_keys, split_queries, weighted_values
+from butler_jax.attention import (
+    CHUNK,
+    make_bands,
+    masked_softmax,
+    merge_queries,
+    split_keys,
+    split_queries,
+    weighted_values,
+)
 from butler_jax.configs import SelectionConfig
 from butler_jax.policies.evicting import Evicting, Place, evict
 from butler_jax.selection import Rows
@@ -122,7 +130,7 @@ def evict_rows(
             mine = repeat(jax.lax.dynamic_index_in_dim(logits, number, 3, keepdims=False))
             state, weights = evict_row(
                 policy, state, Place(repeat(own), repeat(start)), repeat(low), budget, rule,
-                lambda kept: jax.nn.softmax(jnp.where(kept[:, :, None], mine, -1e30), axis=-1),
+                lambda kept: masked_softmax(mine, kept[:, :, None]),
             )  # fmt: skip
             read = jnp.sum(state.kept, axis=(1, 2), dtype=jnp.int32).astype(jnp.float32) / kv_heads
             inside = None
@@ -161,4 +169,4 @@ def _group_weights(
     """True attention of a chunk's rows, summed over the group."""
     columns = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
     allowed = (columns >= low.T[..., None]) & (columns <= own.T[..., None])
-    return jnp.sum(jax.nn.softmax(jnp.where(allowed[:, None, None], logits, -1e30), axis=-1), axis=2)
+    return jnp.sum(masked_softmax(logits, allowed[:, None, None]), axis=2)

@@ -47,7 +47,8 @@ def prefill(
     run then, whole and without the predictor (evicting_decode.py). chunk: prompts of more tokens run in chunks
     of so many, as many of them as the longest row has: T may be the padding of any shorter prompt and is not paid for.
     score_dtype: "int8" keeps the importance keys in int8 (score_keys.py); None as the predictor makes them.
-    implementation: of attention.causal_attention, for prompts that run at once.
+    implementation: of attention.causal_attention, for prompts that run at once. Lengths that only the device knows are
+    not looked at: one of 0 leaves its row empty, its logits mean nothing, and its next step begins it.
 
     Raises ValueError where T exceeds the capacity or the capacity the model's context, or a length is out of range.
     """

@@ -1,4 +1,4 @@
-"""Arithmetic of one decoder layer: rms_norm, rotary embeddings, swiglu. Pure functions, float32 inside."""
+"""Arithmetic of one decoder layer: norms and rotary embeddings (float32 inside), swiglu. Pure functions."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def rotary_angles(
 def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*B F"], sin: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
     """Rotate the first 2F of D dimensions in half layout (pair f is dimensions f and F+f); the rest passes.
 
-    cos and sin broadcast against x's leading axes: same rank, size 1 where shared.
+    cos and sin broadcast against x's leading axes: same rank, size 1 where shared. Computed in float32, rounded once.
     """
     half = cos.shape[-1]
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    a, b, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1)

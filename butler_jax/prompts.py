@@ -68,8 +68,11 @@ def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
     return found
 
 
+WAITING = 16  # tokens that may hold one incomplete character, of four bytes at most; more are no text at all
+
+
 class Writer:
-    """Turns a row's tokens into text piece by piece; a character that is not complete yet waits."""
+    """Turns a row's tokens into text piece by piece; a character that is not complete yet waits for WAITING tokens."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.tokens, self.start, self.shown = tokenizer, [], 0, 0
@@ -81,7 +84,7 @@ class Writer:
         self.tokens.append(token)
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         now = self.tokenizer.decode(self.tokens[self.start :])
-        if now.endswith("\ufffd") and not last:
+        if now.endswith("\ufffd") and not last and len(self.tokens) - self.shown < WAITING:
             return ""
         self.start, self.shown = self.shown, len(self.tokens)
         return now[len(before) :]

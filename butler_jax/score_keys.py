@@ -2,7 +2,8 @@
 
 A scale comes from the prompt: its largest element, and no less than WIDE times the root mean square, for a short prompt
 has not seen the largest yet. The first tokens do not count: they are attention sinks, their keys can be several times
-as large as all others, and they are read whatever their score. What exceeds the scale later saturates.
+as large as all others, and they are read whatever their score. What exceeds the scale later saturates. A row without a
+prompt has a scale of 0, so that all its keys are equal: the earliest are read.
 """
 
 from __future__ import annotations

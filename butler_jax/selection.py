@@ -157,7 +157,8 @@ def select_mask(
 ) -> Bool[Array, "B K C S"]:
     """The keys that each query attends, per head: min(tokens, |allowed|) of those in `allowed`, or fewer.
 
-    scores: float32, higher is better; -inf and NaN come last. allowed: causal, same document, inside a
+    scores: float32, higher is better; -inf and NaN come last, equal ones in their order along the row, so that equal
+    scores give the earliest tokens beside sinks and window. allowed: causal, same document, inside a
     sliding window, so consecutive columns up to the query's own; the second axis is 1 or K. rows: see Rows. tokens: how
     many keys to attend, at least SelectionConfig.least or everything allowed, as `budget_table(...)[number of allowed
     keys]` gives it. columns: positions of the keys, consecutive, 0 ... S-1 unless given. unit, threshold, neighbours:
@@ -259,8 +260,9 @@ def choose(
 ) -> Chosen:
     """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
 
-    scores: of the cached tokens; the newest one's is not looked at (it is in the window). lengths: tokens of each row,
-    the newest included. tokens: its budget, as budget_table gives it. room: slots(config, the largest of tokens).
+    scores: of the cached tokens, ordered as in `select_mask`; the newest one's is not looked at (it is in the window).
+    lengths: tokens of each row, the newest included; a row of 0 chooses nothing. tokens: its budget, as budget_table
+    gives it. room: slots(config, the largest of tokens).
     threshold: of this layer. first: the first token a row may see (a sliding window), 0 unless given. top_k: a faster
     form of the same choice, with the arguments and the result of pallas_kernels.select_top_k; neighbours do without.
     """

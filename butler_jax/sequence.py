@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from butler_jax.attention import LOWEST
 from butler_jax.configs import require
 from butler_jax.sharding import by_rows_and_heads, token_axis
 from butler_jax.top_k import Chosen, compact
-
-LOWEST = -1e30  # finite, so that rows that see nothing give no NaN
 
 
 class Part(NamedTuple):

@@ -56,8 +56,10 @@ def importance_scores(
     `layer`); lengths int [B]. Returns float32 [B, K, S], -inf for tokens a row does not see.
 
     pooling: "normalised" takes each query head's own log-sum-exp over the tokens seen off before the maximum over the
-    group, so that heads compare (a group of one is left as it is); "maximum" is the plain maximum, cheaper. totals:
-    float [B, K, G], the log-sum-exps where the keys are a part of all (`importance_totals` of every part, merged).
+    group, so that heads compare (a group of one is left as it is); "maximum" is the plain maximum, cheaper. A product
+    that is NaN counts as -inf, in sums too; a head with a product of +inf has nothing taken off: that token is first.
+    totals: float [B, K, G], the log-sum-exps where the keys are a part of all (`importance_totals` of every part,
+    merged).
     scales: for int8 keys only, float [K] or [B, K] (K*G where the keys are), see `quantise_score_keys`. scale: the
     factor on the products, R**-0.5 unless given. first: int [B], first token that a row sees.
     """
@@ -118,6 +120,7 @@ def select_top_k(
     and newest `window` tokens come before every score, the newest first, as far as the count goes. first: int [B],
     nothing before it is chosen. threshold: float [K] or [B, K]; what scores below it is chosen only if it is forced.
 
+    So equal scores give the window, the sinks and the earliest others. A row of length 0 chooses nothing.
     Returns (indices, valid), see `Selection`; n of min(n, count, units that may be chosen) are valid.
     """
     lengths, first, threshold, counts = _arrays(lengths, first, threshold, counts)
@@ -153,7 +156,8 @@ def masked_topk_decode_attention(
     addition, so it need not be in the cache yet. scale: the factor on the logits, D**-0.5 unless given.
 
     Returns [B, H, D] in the dtype of q, and on request the log-sum-exp of the scaled logits, float32 [B, H], with which
-    partial results merge. A row that attends nothing gives 0 and -inf.
+    partial results merge. A row that attends nothing, or logits of -inf alone, gives 0 and -inf; one with a logit of
+    +inf or NaN gives NaN.
     """
     lengths, first = _arrays(lengths, first)
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)

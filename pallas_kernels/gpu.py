@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.reference import wanted
-from pallas_kernels.xla import LOWEST, exact, finish
+from pallas_kernels.xla import LOWEST, exact, finish, taken_off, total_of
 from pallas_kernels.xla_select import BARRED, candidates, token_image, unit_image
 
 PROGRAMS = 528  # to have at work: four for each of 132 multiprocessors
@@ -68,7 +68,7 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret,
     if pooling == "normalised" and group > 1:
         if totals is None:
             totals = importance_totals(q_imp, score_keys, lengths, interpret=interpret, **options)
-        totals = jnp.where(jnp.isfinite(totals), totals, 0.0).reshape(rows, static["group"])
+        totals = taken_off(totals).reshape(rows, static["group"])
         total = jnp.pad(totals.astype(jnp.float32), ((0, 0), (0, padded - static["group"])))
     kernel = functools.partial(_scores_kernel, **static)
     out_shape = jax.ShapeDtypeStruct((rows, size), jnp.float32)
@@ -87,8 +87,7 @@ def importance_totals(q_imp, score_keys, lengths, *, interpret, **options):
     tops, sums = call(kernel, out_shape=[stats, stats], name="importance_totals")(*operands)
     top = jnp.max(tops, axis=1)
     held = jnp.sum(sums * jnp.exp(tops - top[:, None]), axis=1)
-    total = jnp.where(held > 0, top + jnp.log(jnp.where(held > 0, held, 1.0)), -jnp.inf)
-    return total[:, : static["group"]].reshape(q_imp.shape[:3])
+    return total_of(top, held)[:, : static["group"]].reshape(q_imp.shape[:3])
 
 
 def _over_blocks(q_imp, score_keys, lengths, interpret, *, scales, scale, first, layer):
@@ -110,7 +109,7 @@ def _over_blocks(q_imp, score_keys, lengths, interpret, *, scales, scale, first,
 
 
 def _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, *, group, rank, size, heads):
-    """(positions [C], float32 scores [G, C]) of this program's block; -inf for padding and tokens not seen."""
+    """(positions [C], float32 scores [G, C]) of this program's block; -inf for padding, tokens not seen, and NaN."""
     row, block = pl.program_id(0), pl.program_id(1)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
     queries = q_ref[row]
@@ -129,7 +128,8 @@ def _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, *, group, r
     )  # fmt: skip
     seen = ((position >= begin) & (position < end))[None, :]
     seen = jnp.broadcast_to(seen, scores.shape) & (jnp.arange(padded, dtype=jnp.int32) < group)[:, None]
-    return position, jnp.where(seen, scores * factor_ref[row], -jnp.inf)
+    scores = scores * factor_ref[row]
+    return position, jnp.where(seen & (scores == scores), scores, -jnp.inf)
 
 
 def _lse_kernel(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, top_ref, total_ref, **static):

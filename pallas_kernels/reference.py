@@ -30,14 +30,15 @@ def per_head(keys, scales):
 
 
 def head_scores(q_imp, score_keys, lengths, *, scales, scale, first, layer):
-    """float32 [B, K, G, S] of every query head; -inf where a row sees nothing."""
+    """float32 [B, K, G, S] of every query head; -inf where a row sees nothing, and for products that are NaN."""
     batch, heads, group, rank = q_imp.shape
     keys = per_head(take_layer(score_keys, layer), scales)
     if keys.shape[1] == heads:  # shared by the group
         keys = jnp.repeat(keys, group, axis=1)
     keys = keys.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
     scores = jnp.einsum("bkgr,bkgrs->bkgs", q_imp.astype(jnp.float32), keys, precision="highest") * scale
-    return jnp.where(seen(scores.shape[-1], lengths, first)[:, None, None], scores, -jnp.inf)
+    mask = seen(scores.shape[-1], lengths, first)[:, None, None] & ~jnp.isnan(scores)
+    return jnp.where(mask, scores, -jnp.inf)
 
 
 def importance_totals(q_imp, score_keys, lengths, **options):
@@ -50,7 +51,7 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, **options)
     scores = head_scores(q_imp, score_keys, lengths, **options)
     if pooling == "normalised" and q_imp.shape[2] > 1:
         totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
-        scores = jnp.where(jnp.isfinite(scores), scores - totals[..., None], -jnp.inf)
+        scores = scores - jnp.where(jnp.isfinite(totals), totals, 0.0)[..., None]
     return jnp.max(scores, axis=2)
 
 
@@ -138,7 +139,7 @@ def softmax_sum(logits, mask, values, q, return_residual):
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    top = jnp.where(top == -jnp.inf, 0.0, top)
     weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     values = jnp.where(mask[:, :, 0, :, None], values.astype(jnp.float32), 0.0)  # what is not attended may be NaN

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.xla import LOWEST, exact
+from pallas_kernels.xla import LOWEST, exact, taken_off, total_of
 
 LONGEST = 2**22  # bytes of score keys in one block
 SUBLANES = 8
@@ -79,7 +79,7 @@ def _over_blocks(base, bounds, queries, factor, keys, given, heads, *, counts, w
     padding = ((0, 0), (0, -group % SUBLANES), (0, 0))
     queries = jnp.pad(queries, padding)
     padded = queries.shape[1]
-    given = jnp.zeros((rows, group, 1)) if given is None else jnp.where(jnp.isfinite(given), given, 0.0)
+    given = jnp.zeros((rows, group, 1)) if given is None else given
     given = jnp.pad(given.astype(jnp.float32).reshape(rows, group, 1), padding)
     block = _block(size, rank * keys.dtype.itemsize)
     blocks = pl.cdiv(size, block)
@@ -131,7 +131,7 @@ def _kernel(
     factor = factor_ref[0]  # [1, 1]
 
     def scores(at):
-        """float32 [G, chunk], -inf for padding heads and tokens that are not seen."""
+        """float32 [G, chunk], -inf for padding heads, tokens that are not seen, and NaN."""
         keys = keys_ref[0, :, pl.ds(at, chunk)]
         kind = keys.dtype if keys.dtype == queries.dtype else jnp.float32
         if keys.dtype == jnp.int8:
@@ -144,7 +144,8 @@ def _kernel(
         found = found * jnp.broadcast_to(factor, found.shape)
         position = index * block + at + jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 1)
         head = jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 0)
-        return jnp.where((position >= begin) & (position < end) & (head < group), found, -jnp.inf)
+        seen = (position >= begin) & (position < end) & (head < group)
+        return jnp.where(seen & (found == found), found, -jnp.inf)
 
     def each_chunk(body, carry):
         """body(first token of a chunk, carry) over the block."""
@@ -154,8 +155,7 @@ def _kernel(
 
     def totals():
         """float32 [G, 1]: log-sum-exps once everything is counted."""
-        total = total_ref[:, :1]
-        return jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+        return total_of(top_ref[:, :1], total_ref[:, :1])
 
     if counts:
 
@@ -186,11 +186,10 @@ def _kernel(
 
     @pl.when(phase == (1 if counts else 0))
     def _():
-        taken_off = totals() if counts else given_ref[0]
-        taken_off = jnp.where(jnp.isfinite(taken_off), taken_off, 0.0)
+        off = taken_off(totals() if counts else given_ref[0])
 
         def write(at, carry):
-            out_ref[0, :, pl.ds(at, chunk)] = jnp.max(scores(at) - taken_off, axis=0, keepdims=True)
+            out_ref[0, :, pl.ds(at, chunk)] = jnp.max(scores(at) - off, axis=0, keepdims=True)
             return carry
 
         each_chunk(write, 0)

@@ -31,6 +31,7 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, scales, sc
         totals = None
     elif totals is None and size:
         totals = importance_totals(q_imp, score_keys, lengths, scales=scales, scale=scale, first=first, layer=layer)
+    totals = None if totals is None else taken_off(totals)
     factor, keys = _factor_and_keys(q_imp, score_keys, scales, scale, layer)
     scores = pooled(q_imp.astype(jnp.float32) * factor[..., None], keys(0, size), totals)
     return jnp.where(seen(size, lengths, first)[:, None], scores, -jnp.inf)
@@ -81,12 +82,14 @@ def pooled(queries, keys, total):
     group, rank = queries.shape[2:]
     if group * rank > MOST_TERMS:
         scores = products(queries, keys)
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         return jnp.max(scores if total is None else scores - total[..., None], axis=2)
     best = None
     for member in range(group):  # written out, so that keys are read once and nothing but the result is written
         own = keys[:, :, member if keys.shape[2] > 1 else 0]
         terms = [queries[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(rank)]
         score = sum(terms[1:], terms[0])
+        score = jnp.where(jnp.isnan(score), -jnp.inf, score)
         if total is not None:
             score = score - total[:, :, member, None]
         best = score if best is None else jnp.maximum(best, score)
@@ -105,8 +108,8 @@ def log_sum_exp(queries, factor, keys, mask, loops):
         at = jnp.minimum(index * chunk, size - chunk)  # the last chunk overlaps the one before it
         columns = at + jnp.arange(chunk, dtype=jnp.int32)
         own = jax.lax.dynamic_slice_in_dim(mask, at, chunk, axis=1) & (columns >= index * chunk)[None]
-        own = jnp.broadcast_to(own[:, None, None], (batch, heads, group, chunk))
-        scores = jnp.where(own, products(queries, keys(at, chunk)) * factor[..., None], -jnp.inf)
+        scores = products(queries, keys(at, chunk)) * factor[..., None]
+        scores = jnp.where(own[:, None, None] & ~jnp.isnan(scores), scores, -jnp.inf)
         top = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
         return top, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
 
@@ -117,7 +120,18 @@ def log_sum_exp(queries, factor, keys, mask, loops):
         tops, sums = (jnp.stack(parts) for parts in zip(*map(part, range(chunks)), strict=True))
     top = jnp.max(tops, axis=0)
     total = jnp.sum(sums * jnp.exp(tops - top[None]), axis=0)
-    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return total_of(top, total)
+
+
+def total_of(top, total):
+    """The log-sum-exp of a running sum: total of exp(score - top); -inf of nothing, +inf with a score of +inf."""
+    found = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return jnp.where(top < jnp.inf, found, jnp.inf)
+
+
+def taken_off(totals):
+    """What "normalised" takes off: the log-sum-exp, or 0 where it is infinite."""
+    return jnp.where(jnp.isfinite(totals), totals, 0.0)
 
 
 def masked_topk_decode_attention(
@@ -143,9 +157,10 @@ def finish(parts, q, new_k, new_v, scale, return_residual):
         kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
         top, total = higher, total * kept + weight
         out = out * kept[..., None] + weight[..., None] * new_v.reshape(rows, 1, dim).astype(jnp.float32)
-    some = total > 0
-    out = (out / jnp.where(some, total, 1.0)[..., None]).reshape(q.shape).astype(q.dtype)
-    residual = jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    none = total == 0  # a sum that is NaN is handed on
+    total = jnp.where(none, 1.0, total)
+    out = (out / total[..., None]).reshape(q.shape).astype(q.dtype)
+    residual = jnp.where(none, -jnp.inf, top + jnp.log(total))
     return (out, residual.reshape(q.shape[:2])) if return_residual else out
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,17 @@ def test_a_predictor_comes_back_exactly(tmp_path, kind):
     for mine, theirs in zip(jax.tree.leaves(predictor), jax.tree.leaves(loaded), strict=True):
         assert mine.dtype == theirs.dtype
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_many_saves_leave_no_thread_and_no_open_file_behind(tmp_path):
+    held = []
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, {"module": {"w": jnp.ones(3)}}, None, {"loss": 1 / step})
+            checkpoints.wait()
+            files = Path("/proc/self/fd")
+            held.append((threading.active_count(), len(list(files.iterdir())) if files.is_dir() else 0))
+    assert held[-1] == held[1]
 
 
 def test_a_run_does_not_go_on_with_another_base(tmp_path):

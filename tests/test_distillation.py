@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.float64 import distillation_loss
 from butler_jax import distillation
 from butler_jax.attention import causal_attention
 
@@ -33,42 +34,6 @@ def _documents(seed, batch, length):
     return segments
 
 
-def _naive(kind, q, k, p, r, segments=None, window=None, sinks=0, newest=0):
-    """Loss, count, and the gradients of p and r in closed form, float64, from [B, H, T, T] squares."""
-    q, k, p, r = (x.astype(np.float64) for x in (q, k, p, r))
-    batch, length, heads, dim = q.shape
-    rank, key_heads = r.shape[3], r.shape[2]
-    keys, importance = np.repeat(k, heads // k.shape[2], 2), np.repeat(r, heads // key_heads, 2)
-    truth = np.einsum("bihd,bjhd->bhij", q, keys) / dim**0.5
-    guess = np.einsum("bihr,bjhr->bhij", p, importance) / rank**0.5
-    seen = np.tril(np.ones((length, length), bool))
-    if window is not None and kind == "cross entropy":
-        seen &= ~np.tril(seen, -window)
-    seen = np.broadcast_to(seen, (batch, 1, length, length))
-    use = np.ones((batch, 1, length, 1))
-    if segments is not None:
-        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
-        use = (segments != 0)[:, None, :, None].astype(np.float64)
-    if kind == "squared error":
-        residual = np.where(seen, truth - guess, 0) * use
-        loss, slope, count = np.square(residual).sum(), -2 * residual, (seen * use).sum() * heads
-    else:
-        place = np.array([[j - min(i for i in range(length) if row[i] == row[j]) for j in range(length)]
-                          for row in (np.zeros((batch, length)) if segments is None else segments)])  # fmt: skip
-        distance = np.arange(length)[:, None] - np.arange(length)
-        contested = seen & (place >= sinks)[:, None, None] & (distance >= newest)
-        use = use * contested.any(axis=-1, keepdims=True)
-        a, b = (np.exp(x - x.max(axis=-1, keepdims=True)) for x in (truth, guess))
-        a, b = np.where(seen, a, 0), np.where(contested, b, 0)
-        a, b = a / a.sum(axis=-1, keepdims=True), b / np.maximum(b.sum(axis=-1, keepdims=True), 1e-300)
-        a = np.where(contested, a, 0)
-        loss = -(use * a * np.log(np.where(contested, b, 1))).sum()
-        slope, count = use * (b * a.sum(axis=-1, keepdims=True) - a), use.sum() * heads
-    dp = np.einsum("bhij,bjhr->bihr", slope, importance) / rank**0.5
-    dr = np.einsum("bhij,bihr->bjhr", slope, p) / rank**0.5
-    return loss, count, dp, dr.reshape(batch, length, key_heads, -1, rank).sum(axis=3)
-
-
 def _relative(actual, expected):
     error = np.abs(np.asarray(actual, np.float64) - expected).max()
     return error / max(np.abs(expected).max(), 1e-3)
@@ -77,7 +42,7 @@ def _relative(actual, expected):
 def _assert_equals_naive(kind, loss_and_count, inputs, segments=None, window=None, sinks=0, newest=0):
     q, k, _, p, r = inputs
     (loss, count), (dp, dr) = jax.jit(jax.value_and_grad(loss_and_count, (0, 1), has_aux=True))(p, r)
-    expected, terms, expected_dp, expected_dr = _naive(kind, q, k, p, r, segments, window, sinks, newest)
+    expected, terms, expected_dp, expected_dr = distillation_loss(kind, q, k, p, r, segments, window, sinks, newest)
     assert float(count) == terms
     assert loss.dtype == count.dtype == jnp.float32
     assert _relative(loss, expected) < TOLERANCE
@@ -220,7 +185,7 @@ def test_output_is_the_frozen_attention_and_carries_no_gradient(name, key_heads)
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
     assert not any(gradient.any() for gradient in gradients[:3])
     kind = name.removeprefix("attention_and_").replace("_", " ")
-    _, _, dp, dr = _naive(kind, q, k, p, r, segments, 30)
+    _, _, dp, dr = distillation_loss(kind, q, k, p, r, segments, 30)
     assert _relative(gradients[3], dp) < TOLERANCE
     assert _relative(gradients[4], dr) < TOLERANCE
 

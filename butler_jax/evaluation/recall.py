@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.attention import masked_softmax
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
@@ -209,7 +210,7 @@ def measure_chunk(
     own = jnp.take_along_axis(segments, jnp.minimum(chunk.rows.own, last), axis=1)
     real = inside & (own > 0)
     long = real & (count >= LEAST_KEYS)
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], chunk.logits, -1e30), axis=-1)
+    weights = masked_softmax(chunk.logits, allowed[:, None, None])
 
     def mean(per_head):
         return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)

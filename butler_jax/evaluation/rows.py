@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.attention import document_starts
+from butler_jax.attention import document_starts, masked_softmax
 from butler_jax.base_model import BaseModel, LayerView, by_window, check_length, dense_mixer, embed, run_layers
 from butler_jax.configs import require
 from butler_jax.evaluation.chunks import Importance, importance_walk
@@ -139,7 +138,7 @@ def visible(
 
 def softmax(scores: Float[Array, "B K G N S"], keys: Bool[Array, "B N S"]) -> Float[Array, "B K G N S"]:
     """Weights over the given keys of each row, 0 elsewhere."""
-    return jnp.where(keys[:, None, None], jax.nn.softmax(jnp.where(keys[:, None, None], scores, -1e30), axis=-1), 0.0)
+    return masked_softmax(scores, keys[:, None, None])
 
 
 def by_heads(stacked: Array) -> np.ndarray:

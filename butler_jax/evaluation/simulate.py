@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.attention import document_starts, merge_queries, weighted_values
+from butler_jax.attention import document_starts, exponentials, merge_queries, weighted_values
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
 from butler_jax.cached_attention import layer_windows
 from butler_jax.configs import BaseConfig, SelectionConfig, require
@@ -59,7 +59,8 @@ def simulate(
 
     wanted: the rows whose next token is asked for; the others may come out as 0, and the unembedding is not paid for
     where none is. reference: `hidden` of another pass over the batch, to compare predictions with. score_dtype: "int8"
-    rounds the predictor's importance keys as decoding stores them (score_keys.py).
+    rounds the predictor's importance keys as decoding stores them (score_keys.py). Rows of padding come out finite and
+    mean nothing.
 
     Raises ValueError beyond the model's context, where the policy needs a predictor and there is none, for thresholds
     of another model, and for an interval: every position chooses. Compiles once per policy and shape: the budget is
@@ -160,10 +161,9 @@ def sparse_chunk(chunk, values, number, *, policy: Policy, limits: Limits, rule:
     read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
     fraction = read.astype(jnp.float32) / (mask.shape[1] * jnp.maximum(count, 1)).astype(jnp.float32)
     mask = mask.reshape(batch, kv_heads, -1, size, keys)  # 1 or G sets in a group
-    scores = jnp.where(mask, chunk.logits, -1e30)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1, keepdims=True).reshape(batch, kv_heads, group * size, 1)
-    output = weighted_values(weights.reshape(batch, kv_heads, group * size, keys), values) / total
+    weights, total, _ = exponentials(chunk.logits, mask)
+    output = weighted_values(weights.reshape(batch, kv_heads, group * size, keys), values)
+    output = output / total.reshape(batch, kv_heads, group * size, 1)
     return output.astype(values.dtype), fraction
 
 

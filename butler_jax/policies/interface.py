@@ -87,12 +87,13 @@ class Policy:
 def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
     """Scores less each head's own log-sum-exp over the given keys of each row, so that heads of a group compare.
 
-    A group of one has nothing to compare and is left as it is.
+    A group of one has nothing to compare and is left as it is; so is a head whose log-sum-exp is not finite: without
+    given keys, or with scores of +inf or NaN among them.
     """
     if scores.shape[2] == 1:
         return scores
-    masked = jnp.where(keys[:, None, None], scores, -1e30)
-    return scores - jax.nn.logsumexp(masked, axis=-1, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(keys[:, None, None], scores, -jnp.inf), axis=-1, keepdims=True)
+    return scores - jnp.where(jnp.isfinite(total), total, 0.0)
 
 
 def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import jax.numpy as jnp
+
 from butler_jax.configs import require
 from butler_jax.policies.interface import Chunk, Policy, normalise
 
@@ -30,9 +32,9 @@ class TokenButler(Policy):
         return predictor.config.rank * predictor.key_heads / base.kv_heads
 
     def scores(self, chunk: Chunk):
-        """Importance per query head."""
+        """Importance per query head; NaN counts as -inf."""
         require(chunk.importance is not None, "the policy tokenbutler needs a trained predictor")
-        return chunk.importance
+        return jnp.where(jnp.isnan(chunk.importance), -jnp.inf, chunk.importance)
 
     def pool(self, scores, chunk: Chunk):
         """Maximum over the group."""

@@ -113,7 +113,7 @@ def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K F"],
     config = model.config
     segments = jnp.asarray(batch["segments"])
     weight = (segments > 0).astype(jnp.float32)
-    weight = (weight / weight.sum())[:, :, None, None]
+    weight = (weight / jnp.maximum(weight.sum(), 1.0))[:, :, None, None]  # a batch of padding says nothing
     first, second = pair_dimensions(config)
     dense = dense_mixer(config, segments)
 

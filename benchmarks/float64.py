@@ -1,0 +1,179 @@
+"""The frozen decoder, the lookahead predictor, its choice and both losses in float64 numpy, written to be read.
+
+What benchmarks/numerics.py and the tests of the losses compare with: whole T x T squares, loops over layers, and
+nothing of the package but the parameters it holds. A Llama without biases, windows or scaled rotary embeddings only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Layer(NamedTuple):
+    """What one layer computes for a sequence of T tokens.
+
+    q [T, H, D], k, k_pre and v [T, K, D]: after and before rotary. h [T, E]: the stream that the predictor's queries
+    read, normed. p [T, H, R], r [T, K, R]: importance queries and keys; h, p and r are None in layer 0.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    k_pre: np.ndarray
+    v: np.ndarray
+    h: np.ndarray | None = None
+    p: np.ndarray | None = None
+    r: np.ndarray | None = None
+
+
+def wide(array: Any) -> np.ndarray:
+    """A parameter or an array of any float dtype in float64."""
+    return np.asarray(array[...]).astype(np.float64)
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def angles(config, length):
+    """[T, D/2] in radians."""
+    frequencies = config.rope.theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    return np.arange(length)[:, None] * frequencies
+
+
+def rotate(x, angle):
+    """x [T, heads, 2F] by angles that broadcast to [T, heads, F]; pair f is entries f and F + f."""
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+
+
+def softmax(logits, seen):
+    """Weights over the keys in `seen`, 0 elsewhere, 0 everywhere in a row without any."""
+    return np.where(seen, np.exp(np.where(seen, logits - log_sum_exp(logits, seen), 0)), 0)
+
+
+def log_sum_exp(logits, seen):
+    """Of the keys in `seen`, with the keys' axis kept; 0 in a row without any."""
+    top = np.max(np.where(seen, logits, -np.inf), axis=-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
+    total = np.sum(np.where(seen, np.exp(np.where(seen, logits - top, 0)), 0), axis=-1, keepdims=True)
+    return top + np.log(np.where(total > 0, total, 1))
+
+
+def products(q, k):
+    """Scaled products [H, T, T] of q [T, H, N] with k [T, K, N]; query heads of a group share a key head."""
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    return np.einsum("ihn,jhn->hij", q, k) * q.shape[-1] ** -0.5
+
+
+def attention(q, k, v):
+    """Causal attention [T, H, D]."""
+    weights = softmax(products(q, k), np.tri(len(q), dtype=bool))
+    return np.einsum("hij,jhd->ihd", weights, np.repeat(v, q.shape[1] // v.shape[1], axis=1))
+
+
+def run(model, predictor, tokens) -> tuple[list[Layer], np.ndarray]:
+    """Every layer and the logits [T, V] of a dense pass over one sequence, the lookahead predictor walking along."""
+    config, weights = model.config, model.layers
+    assert config.rope.kind == "default" and config.rotary_dim == config.head_dim and not any(config.sliding)
+    assert weights.q_bias is None and weights.q_norm is None and weights.gate_bias is None and weights.o_bias is None
+    angle = angles(config, len(tokens))
+    x, captured, found = wide(model.embedding)[tokens], None, []
+    for index in range(config.layers):
+        own = {name: wide(getattr(weights, name)[index]) for name in ("attention_norm", "mlp_norm", "q", "k", "v", "o",
+                                                                      "gate", "up", "down")}  # fmt: skip
+        h = rms_norm(x, own["attention_norm"], config.norm_eps)
+        q, k_pre, v = (np.einsum("te,ehd->thd", h, own[name]) for name in "qkv")
+        q, k = rotate(q, angle[:, None]), rotate(k_pre, angle[:, None])
+        layer = Layer(q, k, k_pre, v)
+        if index:
+            layer = looked_ahead(predictor, index, layer, rms_norm(captured, own["attention_norm"], config.norm_eps))
+        if index % predictor.stride == 0:
+            captured = x
+        found.append(layer)
+        x = x + np.einsum("thd,hde->te", attention(q, k, v), own["o"])
+        h = rms_norm(x, own["mlp_norm"], config.norm_eps)
+        gate = h @ own["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ own["up"])) @ own["down"]
+    table = model.embedding if model.unembedding is None else model.unembedding
+    return found, rms_norm(x, wide(model.final_norm), config.norm_eps) @ wide(table).T
+
+
+def pair_angles(predictor, index, length):
+    """[T, K, R/2]: the angles of the pairs that the predictor of a layer rotates."""
+    return angles(predictor.base, length)[:, np.asarray(predictor.heads.pairs[...])[index - 1]]
+
+
+def looked_ahead(predictor, index, layer, h) -> Layer:
+    """The layer with its importance queries and keys."""
+    angle = pair_angles(predictor, index, len(h))
+    p = np.einsum("te,ehr->thr", h, wide(predictor.heads.query)[index - 1])
+    r = np.einsum("tkd,kdr->tkr", layer.k_pre, wide(predictor.heads.key)[index - 1])
+    return layer._replace(h=h, p=rotate(p, np.repeat(angle, predictor.base.group, axis=1)), r=rotate(r, angle))
+
+
+def parameter_gradients(predictor, index, layer, dp, dr):
+    """Gradients of a layer's query [E, H, R] and key [K, D, R] parameters from those of p and r."""
+    angle = pair_angles(predictor, index, len(dp))
+    dp, dr = rotate(dp, -np.repeat(angle, predictor.base.group, axis=1)), rotate(dr, -angle)
+    return np.einsum("te,thr->ehr", layer.h, dp), np.einsum("tkd,tkr->kdr", layer.k_pre, dr)
+
+
+def pooled(p, r, sinks, window):
+    """Scores [K, T, T]: each head's own log-sum-exp over the contested keys off, then the maximum over the group."""
+    scores, rows = products(p, r), np.arange(len(p))
+    contested = (rows[None] >= sinks) & (rows[None] <= rows[:, None] - window)
+    if p.shape[1] > r.shape[1]:
+        scores = scores - log_sum_exp(scores, contested)
+    return scores.reshape(r.shape[1], -1, *scores.shape[1:]).max(axis=1)
+
+
+def choice(scores, table, sinks, window):
+    """The tokens [K, T, T] that every row reads: newest and first ones, then by score, ties to the earlier."""
+    rows = np.arange(scores.shape[-1])
+    forced = (rows[None] > rows[:, None] - window) | (rows[None] < sinks)
+    keys = np.where(forced, np.inf, scores)
+    keys = np.where(rows[None] <= rows[:, None], keys, -np.inf)
+    order = np.argsort(-keys, axis=-1, kind="stable")
+    mask = np.zeros(scores.shape, bool)
+    np.put_along_axis(mask, order, np.broadcast_to(rows < np.asarray(table)[rows + 1][:, None], mask.shape), axis=-1)
+    return mask
+
+
+def distillation_loss(kind, q, k, p, r, segments=None, window=None, sinks=0, newest=0):
+    """Loss, count, and the gradients of p and r in closed form, from [B, H, T, T] squares.
+
+    kind: "cross entropy" or "squared error". q and p [B, T, H, ...], k [B, T, K, D], r [B, T, K or H, R]; the other
+    arguments are those of butler_jax.distillation.
+    """
+    q, k, p, r = (x.astype(np.float64) for x in (q, k, p, r))
+    batch, length, heads, dim = q.shape
+    rank, key_heads = r.shape[3], r.shape[2]
+    keys, importance = np.repeat(k, heads // k.shape[2], 2), np.repeat(r, heads // key_heads, 2)
+    truth = np.einsum("bihd,bjhd->bhij", q, keys, optimize=True) / dim**0.5
+    guess = np.einsum("bihr,bjhr->bhij", p, importance, optimize=True) / rank**0.5
+    seen = np.tril(np.ones((length, length), bool))
+    if window is not None and kind == "cross entropy":
+        seen &= ~np.tril(seen, -window)
+    seen = np.broadcast_to(seen, (batch, 1, length, length))
+    use = np.ones((batch, 1, length, 1))
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+        use = (segments != 0)[:, None, :, None].astype(np.float64)
+    if kind == "squared error":
+        residual = np.where(seen, truth - guess, 0) * use
+        loss, slope, count = np.square(residual).sum(), -2 * residual, (seen * use).sum() * heads
+    else:
+        names = np.zeros((batch, length)) if segments is None else segments
+        place = np.array([[j - int(np.argmax(row == row[j])) for j in range(length)] for row in names])
+        distance = np.arange(length)[:, None] - np.arange(length)
+        contested = seen & (place >= sinks)[:, None, None] & (distance >= newest)
+        use = use * contested.any(axis=-1, keepdims=True)
+        a, b = np.where(contested, softmax(truth, seen), 0), softmax(guess, contested)
+        total = log_sum_exp(guess, contested)
+        loss = (use * a * np.where(contested, total - guess, 0)).sum()
+        slope, count = use * (b * a.sum(axis=-1, keepdims=True) - a), use.sum() * heads
+    dp = np.einsum("bhij,bjhr->bihr", slope, importance, optimize=True) / rank**0.5
+    dr = np.einsum("bhij,bihr->bjhr", slope, p, optimize=True) / rank**0.5
+    return loss, count, dp, dr.reshape(batch, length, key_heads, -1, rank).sum(axis=3)

@@ -1,0 +1,139 @@
+"""Long runs stay flat: what training and decoding compile and hold, counted, after their first steps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+
+import butler_jax
+from benchmarks import long_runs
+from benchmarks.watch import Compilations, Watch
+from butler_jax import fitting, generation
+from butler_jax.base_model import BaseModel
+from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig
+from butler_jax.predictors import make_predictor
+from butler_jax.prompts import WAITING, Writer
+
+BASE = BaseConfig(
+    family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=192
+)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return SimpleNamespace(
+        name="random", model=BaseModel(BASE, jax.random.key(1)), tokenizer=None, config=BASE, fingerprint="f"
+    )
+
+
+@pytest.fixture(scope="module")
+def settings():
+    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+    return dict(predictor=predictor, selection=SelectionConfig(budget=0.3, sinks=1, window=3), stop=())
+
+
+def test_compilations_are_counted_where_they_happen():
+    double = jax.jit(lambda x: 2 * x)
+    arguments = [jnp.ones(3), jnp.zeros(3), jnp.ones(4)]
+    with Compilations() as counted:
+        for argument, expected in zip(arguments, (1, 1, 2), strict=True):
+            double(argument).block_until_ready()
+            assert counted.count == expected
+    jax.jit(lambda x: 3 * x)(arguments[0])
+    assert counted.count == 2
+
+
+@pytest.mark.slow
+def test_training_compiles_nothing_after_its_first_checkpoint(tmp_path):
+    place, place_batch, seen = tiny_runs.make_place(tmp_path), fitting.place_batch, []
+
+    def watched(batch, mesh):  # once a step
+        seen.append((counted.count, len(jax.live_arrays())))
+        return place_batch(batch, mesh)
+
+    with Compilations() as counted, mock.patch.object(fitting, "place_batch", watched):
+        butler_jax.distil(
+            butler_jax.load_base(str(place["base"])),
+            tiny_runs.settings(place, tmp_path / "run", steps=24, checkpoint_every=4, eval_every=3),
+        )
+    assert len(seen) == 24
+    # Step 4 saves for the first time and has been validated once before, at step 3.
+    compiled, held = zip(*seen[5:], strict=True)
+    assert len(set(compiled)) == 1, seen
+    assert max(held[-8:]) <= max(held[:8]), seen  # some more while a save is under way, and no more the next time
+
+
+def test_decoding_compiles_nothing_as_the_cache_fills(base, settings):
+    prompts = [[1, 2, 3], [4]]
+    seen = []
+    with Compilations() as counted:
+        for _ in range(2):  # again in the same shapes
+            for piece in butler_jax.generate_stream(base, prompts, max_new_tokens=150, **settings):
+                seen.append((counted.count, len(jax.live_arrays())) if piece.row else None)
+    seen = [s for s in seen if s]
+    assert len(seen) == 300
+    assert len(set(seen[2:149])) == 1  # two programs and a few small ones until the second token
+    assert {count for count, _ in seen[2:]} == {seen[2][0]}
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(interval=3, min_context=40)], ids=["plain", "interval"])
+def test_prompts_of_every_length_share_few_programs(base, settings, fields):
+    """Widths 16, 24, 32, 48, 64, 96 and capacities 64, 96: what is new is bounded by the buckets, not by lengths."""
+    settings = settings | dict(selection=SelectionConfig(budget=0.3, sinks=1, window=3, **fields))
+    before = generation.start._cache_size(), generation.advance._cache_size()
+    for length in range(1, 91, 1 if not fields else 4):
+        butler_jax.generate(base, [list(range(1, length % 50 + 1)) + [1] * (length - length % 50)], max_new_tokens=3,
+                            **settings)  # fmt: skip
+    after = generation.start._cache_size(), generation.advance._cache_size()
+    assert after[0] - before[0] <= 7  # a prompt of 62 tokens needs the second capacity already: one width twice
+    assert after[1] - before[1] <= 2 * (3 if fields else 1)  # dense, mixed and sparse steps under min_context
+
+
+def test_generations_leave_nothing_behind(base, settings):
+    with Watch() as watch:
+        for turn in range(6):
+            butler_jax.generate(base, [[1, 2, 3]], max_new_tokens=8, seed=turn, temperature=1.0, **settings)
+            watch.note(turn)
+    held = [(row["live_arrays"], row["live_mib"], row["compilations"]) for row in watch.rows]
+    assert len(set(held[1:])) == 1
+
+
+def test_a_stream_of_bytes_that_are_no_text_costs_the_same_to_the_end():
+    longest = 0
+
+    def decode(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return bytes(ids).decode(errors="replace")
+
+    writer = Writer(SimpleNamespace(decode=decode))
+    written = "".join(writer.add(0xFF, last=False) for _ in range(500)) + writer.add(ord("a"), last=True)
+    assert longest <= 2 * WAITING + 1
+    assert written == "\ufffd" * 500 + "a"
+    writer = Writer(SimpleNamespace(decode=decode))
+    assert [writer.add(byte, last=False) for byte in "é€a".encode()] == ["", "é", "", "", "€", "a"]
+
+
+@pytest.mark.slow
+def test_a_run_of_training_and_decoding_is_flat(tmp_path):
+    """The benchmark's own runs, shorter: 400 steps with eight checkpoints, then 3,200 tokens."""
+    trained = long_runs.train(tmp_path, steps=400, every=50)
+    base = butler_jax.load_base("tiny")
+    predictor = butler_jax.load_predictor(tmp_path / "run", base)
+    decoded = long_runs.decode(
+        base, predictor, rows=8, new=50, turns=8, every=400, capacity=64, budget=1 / 4
+    )  # fmt: skip
+    assert trained.rows[-1]["done"] == 400 and decoded.rows[-1]["done"] == 3200
+    for watch in (trained, decoded):
+        later = watch.rows[2:]
+        for name in ("live_arrays", "live_mib", "compilations"):
+            assert len({row[name] for row in later}) == 1, (name, watch.rows)
+        grown = later[-1]["resident_mib"] - later[0]["resident_mib"]
+        assert grown < 32, watch.rows  # the allocator's own; one checkpoint kept in memory would be 1 MiB a sample
+    assert np.isfinite(trained.summary()["last_over_first"])
