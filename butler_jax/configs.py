@@ -46,10 +46,20 @@ class RopeConfig:
 
     def __post_init__(self):
         require(self.kind in ROPE_KINDS, f"unknown rope type {shown(self.kind)}; supported: {', '.join(ROPE_KINDS)}")
-        for name in ("theta", "fraction", "factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"):
+        for name in (
+            "theta",
+            "fraction",
+            "factor",
+            "low_frequency_factor",
+            "high_frequency_factor",
+            "beta_fast",
+            "beta_slow",
+        ):
             require(number(getattr(self, name), f"rope {name}") > 0, f"rope {name} must be above 0")
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            require(getattr(self, name) is None or number(getattr(self, name), f"rope {name}") >= 0, f"rope {name} is < 0")
+            require(
+                getattr(self, name) is None or number(getattr(self, name), f"rope {name}") >= 0, f"rope {name} is < 0"
+            )
         for name in ("short_factor", "long_factor"):
             require(all(number(f, f"rope {name}") > 0 for f in getattr(self, name)), f"rope {name} must be above 0")
         require(self.low_frequency_factor != self.high_frequency_factor, "rope: equal low and high frequency factors")
@@ -64,8 +74,8 @@ class RopeConfig:
 
 
 SIZES = {
-    "vocab_size": 1 << 31, "width": 1 << 20, "hidden": 1 << 24, "layers": 1 << 12, "heads": 1 << 14, "kv_heads": 1 << 14,
-    "head_dim": 1 << 14, "context": 1 << 31,
+    "vocab_size": 1 << 31, "width": 1 << 20, "hidden": 1 << 24, "layers": 1 << 12, "heads": 1 << 14,
+    "kv_heads": 1 << 14, "head_dim": 1 << 14, "context": 1 << 31,
 }  # fmt: skip
 """Above every model's size, and low enough that no product of sizes overflows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,19 @@ from butler_jax.typed import shown
 MOST_BYTES = 32 << 20
 """The largest configuration or index that is read: parsed, JSON may take some twenty times its size."""
 
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 LONGEST_LINE = 64 << 20
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """The JSON object in a text, in UTF-8 where it is bytes. where: file and line, for the ValueError otherwise."""
     try:
-        values = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        values = json.loads(text)
+        if HALF.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has half a character, a \\ud... without its other half") from None
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -29,7 +36,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_object(path: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises ValueError naming the file where it holds none, or over `most` bytes."""
+    """The JSON object that a file holds. ValueError naming the file where it holds none or is larger."""
     size = path.stat().st_size
     require(size <= most, f"{path} has {size} bytes; nothing of its kind has more than {most}")
     return parse_object(path.read_bytes(), str(path))
