@@ -20,8 +20,8 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
     """Token ids of every prompt.
 
     What spells a special token in a text becomes that token, as with the model's own tokenizer: give token ids where
-    that must not be. Raises ValueError for an empty prompt, ids out of range, half a character (a lone surrogate), or text
-    without a tokenizer.
+    that must not be. Raises ValueError for an empty prompt, ids out of range, half a character (a lone surrogate), or
+    text without a tokenizer.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
