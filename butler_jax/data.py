@@ -61,7 +61,7 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
     parts = []
     for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
         source, weight = piece.strip(), None
-        if match := re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", source):
+        if match := re.fullmatch(r"(.+):(\d+(?:\.\d*)?|\.\d+)", source):
             source, weight = match[1], float(match[2])
             if not 0 < weight < math.inf:
                 raise ValueError(f"data {spec!r}: the weight of {source} must be above 0 and finite, got {match[2]}.")

@@ -27,7 +27,10 @@ def file_in(directory: Path, name: str) -> Path | None:
     """
     require("/" not in name and "\\" not in name, f"{directory}: {name!r} is not a file of this directory")
     path = directory / name
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return None
+    except OSError:  # a name too long for any file
         return None
     home, target = directory.resolve(), path.resolve()
     roots = [home, *([(home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [])]

@@ -55,6 +55,6 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (None, NoneType):
         return value is None
     if hint in (int, float):
-        kinds = (int, float) if hint is float else int
-        return isinstance(value, kinds) and not isinstance(value, bool)
+        whole = type(value) is int and (hint is int or value.bit_length() < 1024)  # beyond, there is no such float
+        return whole or (hint is float and isinstance(value, float))
     return isinstance(value, (str, Path) if hint is Path else hint)

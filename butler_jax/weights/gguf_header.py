@@ -16,6 +16,9 @@ UINT32, STRING, ARRAY = 4, 8, 9
 MOST_VALUES = 1 << 21
 """Metadata values in all; a vocabulary of 256,000 tokens has 1.3 million. The library takes some 200 bytes for each."""
 
+MOST_BYTES = 1 << 28
+"""Of the header; the largest vocabularies take some 10 MiB."""
+
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32
 
@@ -84,6 +87,7 @@ class _Walk:
     def skip(self, count: int) -> None:
         self.at += count
         require(self.at <= len(self.data), "it ends before its header does")
+        require(self.at <= MOST_BYTES, f"its header has more than {MOST_BYTES} bytes")
 
     def text(self) -> str:
         (length,) = self.numbers("<Q")
