@@ -132,7 +132,7 @@ def json_inputs(target: Target, count: int, seed: int) -> list[bytes]:
 def inputs(target: Target, count: int, seed: int) -> Iterator[bytes]:
     """The inputs of a target: always the same for a seed."""
     is_json = all(b"{" in s[:2] for s in target.seeds)
-    made = json_inputs(target, int(count * JSON_SHARE), seed) if is_json else []
+    made = json_inputs(target, max(1, int(count * JSON_SHARE)), seed) if is_json else []
     yield from made
     source = random.Random(f"{seed} {target.name}")
     for _ in range(count - len(made)):

@@ -50,7 +50,7 @@ def refused(path, match, kind=ValueError):
     """load_base must raise `kind` with a message that matches and that names the path."""
     with pytest.raises(kind, match=match) as caught:
         load_base(path)
-    assert str(path) in str(caught.value) or Path(path).name in str(caught.value)
+    assert str(path) in str(caught.value)
     return caught.value
 
 
@@ -581,6 +581,14 @@ def test_replacements_that_blow_a_text_up_are_refused(directory):
     refused(directory, "its replacements make a text over 4096 times longer")
     change_tokenizer(directory, normalizer={"type": "Sequence", "normalizers": [step] * 3})
     assert load_base(directory).tokenizer.encode("a", bos=False) == [1] * 8
+
+
+def test_a_pattern_that_never_ends_is_ended_by_its_library(directory):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    change_tokenizer(directory, pre_tokenizer=split)
+    tokenizer = Tokenizer.load(directory)
+    with pytest.raises(ValueError, match=r"the tokenizer failed on this text: .*retry-limit"):
+        tokenizer.encode("a" * 200 + "b")
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -74,8 +74,8 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
         directory, name = _directory(text)
         source, tokenizer = huggingface.open_directory(directory), _tokenizer(directory)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, source.config, name)
-    model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=name)
+        check_tokenizer(tokenizer, source.config, text)
+    model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=text)
     return Base(name, model, tokenizer, fingerprint(model))
 
 
