@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import faulthandler
+import inspect
 import json
 import os
 import platform
@@ -214,12 +215,17 @@ def by_coverage(target: Target, runs: int, seed: int, directory: Path) -> None:
         if said is not None:
             raise AssertionError(said)
 
-    atheris.instrument_all()
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] in ("butler_jax", "gguf", "json")]:
+        classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        for function in [f for owner in (module, *classes) for f in vars(owner).values() if inspect.isfunction(f)]:
+            if function.__module__ == module.__name__:
+                atheris.instrument_func(function)
     corpus = directory / "corpus"
     corpus.mkdir()
     for at, data in enumerate(target.seeds):
         (corpus / str(at)).write_bytes(data)
-    atheris.Setup([sys.argv[0], f"-runs={runs}", f"-seed={seed + 1}", f"-timeout={SECONDS:.0f}", str(corpus)], one)
+    options = {"runs": runs, "seed": seed + 1, "timeout": int(SECONDS), "artifact_prefix": f"{tempfile.gettempdir()}/"}
+    atheris.Setup([sys.argv[0], *(f"-{name}={value}" for name, value in options.items()), str(corpus)], one)
     atheris.Fuzz()
 
 
@@ -233,7 +239,8 @@ def main() -> int:
     parser.add_argument("--atheris", metavar="TARGET", help="fuzz one target by coverage")
     parser.add_argument("--runs", type=int, default=20000, help="inputs of --atheris")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGALRM, alarm)
+    if not arguments.atheris:  # libFuzzer has an alarm of its own
+        signal.signal(signal.SIGALRM, alarm)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         directory = Path(name)
         chosen = targets(directory)
