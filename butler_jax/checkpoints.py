@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from butler_jax.weights import Base
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
+
+LARGEST_STATE = 4
+"""Values of a checkpoint for each of its module: AdamW leaves 3, a stranger's may promise any number."""
 
 
 class Checkpoints:
@@ -105,6 +109,12 @@ class Checkpoints:
         wanted = {f"module.{name}": leaf for name, leaf in _named(shapes).items()}
         mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
         _compare(mine, wanted, self._orbax.directory / str(step))
+        sizes = [sum(math.prod(leaf.shape) for leaf in leaves) for leaves in (saved.values(), mine.values())]
+        require(
+            sizes[0] <= LARGEST_STATE * sizes[1] + 1024,
+            f"{self._orbax.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
+            "than any training leaves",
+        )
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device) for n, m in saved.items()}
         loaded = self._orbax.load(step, abstract)
@@ -209,6 +219,10 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
 
 def check_base(facts: dict, base: Base, path: str | Path) -> None:
     """Raise ValueError where a checkpoint's predictor belongs to another base; names both."""
+    require(
+        isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys(),
+        f"the checkpoint in {path} does not say which base and predictor it is of; give a run of train.py",
+    )
     require(
         facts["fingerprint"] == base.fingerprint,
         f"the predictor in {path} was trained for base {facts['base']!r} (fingerprint {facts['fingerprint']}), "

@@ -7,7 +7,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_type_hints
+
+from butler_jax.typed import fits, number, shown, whole
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -60,7 +62,24 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
-        require(self.kind in ROPE_KINDS, f"unknown rope type {self.kind!r}; supported: {', '.join(ROPE_KINDS)}")
+        require(self.kind in ROPE_KINDS, f"unknown rope type {shown(self.kind)}; supported: {', '.join(ROPE_KINDS)}")
+        for name in (
+            "theta",
+            "fraction",
+            "factor",
+            "low_frequency_factor",
+            "high_frequency_factor",
+            "beta_fast",
+            "beta_slow",
+        ):
+            require(number(getattr(self, name), f"rope {name}") > 0, f"rope {name} must be above 0")
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            require(
+                getattr(self, name) is None or number(getattr(self, name), f"rope {name}") >= 0, f"rope {name} is < 0"
+            )
+        for name in ("short_factor", "long_factor"):
+            require(all(number(f, f"rope {name}") > 0 for f in getattr(self, name)), f"rope {name} must be above 0")
+        require(self.low_frequency_factor != self.high_frequency_factor, "rope: equal low and high frequency factors")
         require(self.theta > 1, f"rope theta must be above 1, got {self.theta}")
         require(0 < self.fraction <= 1, f"the rotated fraction must be in (0, 1], got {self.fraction}")
         if self.kind in ("llama3", "yarn", "longrope"):
@@ -68,6 +87,14 @@ class RopeConfig:
                 bool(self.original_context),
                 f"rope type {self.kind!r} needs original_max_position_embeddings in the model's config",
             )
+            whole(self.original_context, "original_max_position_embeddings", least=2)
+
+
+SIZES = {
+    "vocab_size": 1 << 31, "width": 1 << 20, "hidden": 1 << 24, "layers": 1 << 12, "heads": 1 << 14,
+    "kv_heads": 1 << 14, "head_dim": 1 << 14, "context": 1 << 31,
+}  # fmt: skip
+"""Above every model's size, and low enough that no product of sizes overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +125,21 @@ class BaseConfig:
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "hidden", "layers", "heads", "kv_heads", "head_dim", "context"):
+        for name, beyond in SIZES.items():
             value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
+            require(type(value) is int and value > 0, f"{name} must be a positive integer, got {shown(value)}")
+            require(value < beyond, f"{name} must be below {beyond}, got {shown(value)}")
+        require(number(self.norm_eps, "norm_eps") >= 0, f"norm_eps must be 0 or more, got {self.norm_eps}")
         require(
             self.heads % self.kv_heads == 0,
             f"the number of query heads ({self.heads}) must be a multiple of the KV heads ({self.kv_heads})",
         )
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        require(self.window is None or self.window > 0, f"window must be positive or None, got {self.window}")
+        require(self.window is None or whole(self.window, "window") > 0, f"window must be positive, got {self.window}")
+        require(
+            self.rotary_dim >= 2,
+            f"the rotated fraction {self.rope.fraction} of a head of {self.head_dim} is less than two dimensions",
+        )
         require(
             len(self.windowed) in (0, self.layers),
             f"windowed must name every one of the {self.layers} layers, got {len(self.windowed)} entries",
@@ -562,13 +595,25 @@ def to_dict(config) -> dict:
 
 
 def from_dict(cls, values: dict):
-    """Build configuration `cls` from to_dict's output; unknown keys are an error that names them."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    """Build configuration `cls` from to_dict's output.
+
+    Raises ValueError naming keys that `cls` does not have, lacks, or that have a value of another type.
+    """
+    require(isinstance(values, dict), f"{cls.__name__} is made from a JSON object, got {shown(values)}")
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
+    unknown = sorted(shown(key) for key in set(values) - set(fields))
     require(not unknown, f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
-    built = {}
+    absent = dataclasses.MISSING
+    lacking = [n for n, f in fields.items() if n not in values and f.default is absent and f.default_factory is absent]
+    require(not lacking, f"{cls.__name__} needs {', '.join(lacking)}")
+    built: dict[str, Any] = {}
     for name, value in values.items():
         if name == "rope" and isinstance(value, dict):
             value = from_dict(RopeConfig, value)
-        built[name] = tuple(value) if isinstance(value, list) else value
+        require(fits(value, hints[name]), f"{cls.__name__}: {name} cannot be {shown(value)}; it is {fields[name].type}")
+        built[name] = _tuples(value)
     return cls(**built)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

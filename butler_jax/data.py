@@ -8,6 +8,7 @@ many processes share them, and a long document goes on in the same row of the ne
 from __future__ import annotations
 
 import json
+import math
 import re
 import weakref
 from collections.abc import Sequence
@@ -60,10 +61,10 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
     parts = []
     for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
         source, weight = piece.strip(), None
-        if match := re.fullmatch(r"(.+):(\d*\.?\d+)", source):
+        if match := re.fullmatch(r"(.+):(\d+(?:\.\d*)?|\.\d+)", source):
             source, weight = match[1], float(match[2])
-            if weight <= 0:
-                raise ValueError(f"data {spec!r}: the weight of {source} must be above 0, got {match[2]}.")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"data {spec!r}: the weight of {source} must be above 0 and finite, got {match[2]}.")
         known = source in ("python_docs", "coreference", "coreference_short") or re.match(r"(text|tfds):.", source)
         if not known:
             raise ValueError(f"unknown data {source!r}; choose {SPECS}.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from butler_jax.configs import BaseConfig, RopeConfig, require
+from butler_jax.configs import SIZES, BaseConfig, RopeConfig, require
+from butler_jax.typed import number, shown, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +73,12 @@ def base_config(values: dict) -> BaseConfig:
     """Read a Hugging Face config.json (as a dict) into a BaseConfig.
 
     Both spellings of rotary settings are understood: rope_theta with rope_scaling, and rope_parameters. Raises
-    ValueError for an unknown family, rope type or activation and for missing sizes, naming it.
+    ValueError for an unknown family, rope type or activation, and for sizes that are missing or none, naming it.
     """
     name = values.get("model_type")
     require(
-        name in FAMILIES,
-        f"unknown model family {name!r} (config key model_type); supported: {', '.join(FAMILIES)}",
+        isinstance(name, str) and name in FAMILIES,
+        f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}",
     )
     family = FAMILIES[name]
     values = {**family.defaults, **values}
@@ -85,15 +86,16 @@ def base_config(values: dict) -> BaseConfig:
     missing = [key for key in needed if values.get(key) is None]
     require(not missing, f"the model's config lacks {', '.join(missing)}")
     activation = values.get("hidden_act", "silu")
-    require(activation in ("silu", "swish"), f"activation {activation!r} is not supported; it must be 'silu'")
+    require(activation in ("silu", "swish"), f"activation {shown(activation)} is not supported; it must be 'silu'")
 
     def flag(setting: bool | str) -> bool:
         return bool(values.get(setting, False)) if isinstance(setting, str) else setting
 
-    heads = values["num_attention_heads"]
-    layers = values["num_hidden_layers"]
+    heads = whole(values["num_attention_heads"], "num_attention_heads")
+    layers = whole(values["num_hidden_layers"], "num_hidden_layers")
+    require(layers < SIZES["layers"], f"num_hidden_layers must be below {SIZES['layers']}, got {shown(layers)}")
     window, windowed = _windows(family, values, layers)
-    context = values.get("max_position_embeddings") or 2048
+    context = whole(values.get("max_position_embeddings") or 2048, "max_position_embeddings")
     return BaseConfig(
         family=name,
         vocab_size=values["vocab_size"],
@@ -102,7 +104,7 @@ def base_config(values: dict) -> BaseConfig:
         layers=layers,
         heads=heads,
         kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        head_dim=values.get("head_dim") or whole(values["hidden_size"], "hidden_size") // heads,
         context=context,
         norm_eps=values.get("rms_norm_eps", 1e-6),
         tied=bool(values.get("tie_word_embeddings", False)),
@@ -126,9 +128,10 @@ def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tup
         return None, ()
     kinds = values.get("layer_types")
     if kinds:
+        require(isinstance(kinds, list), f"layer_types must be a list of names, got {shown(kinds)}")
         slides = tuple(kind == "sliding_attention" for kind in kinds)
     else:
-        first = values["max_window_layers"]
+        first = whole(values["max_window_layers"], "max_window_layers", least=0)
         slides = tuple(layer >= first for layer in range(layers))
     return (window, slides) if any(slides) else (None, ())
 
@@ -136,6 +139,10 @@ def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tup
 def _rope(values: dict, context: int) -> RopeConfig:
     new = values.get("rope_parameters") or {}
     old = values.get("rope_scaling") or {}
+    require(
+        isinstance(new, dict) and isinstance(old, dict),
+        f"rope_parameters and rope_scaling must be objects, got {shown(new)} and {shown(old)}",
+    )
     settings = {**old, **new}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     nested = [key for key, value in settings.items() if isinstance(value, dict)]
@@ -147,7 +154,7 @@ def _rope(values: dict, context: int) -> RopeConfig:
     original = None
     if kind in ("llama3", "yarn", "longrope"):
         key = "original_max_position_embeddings"
-        original = values.get(key) or settings.get(key) or context
+        original = whole(values.get(key) or settings.get(key) or context, key)
     factor = settings.get("factor")
     if factor is None:
         factor = context / original if original else 1.0
@@ -160,14 +167,20 @@ def _rope(values: dict, context: int) -> RopeConfig:
         "mscale": settings.get("mscale"),
         "mscale_all_dim": settings.get("mscale_all_dim"),
         "truncate": settings.get("truncate"),
-        "short_factor": tuple(settings["short_factor"]) if "short_factor" in settings else None,
-        "long_factor": tuple(settings["long_factor"]) if "long_factor" in settings else None,
+        "short_factor": _factors(settings, "short_factor"),
+        "long_factor": _factors(settings, "long_factor"),
     }
     return RopeConfig(
         kind=kind,
-        theta=float(theta),
-        fraction=float(fraction),
-        factor=float(factor),
+        theta=number(theta, "rope_theta"),
+        fraction=number(fraction, "partial_rotary_factor"),
+        factor=number(factor, "the rope factor"),
         original_context=original,
         **{name: value for name, value in optional.items() if value is not None},
     )
+
+
+def _factors(settings: dict, name: str) -> tuple[float, ...] | None:
+    factors = settings.get(name)
+    require(factors is None or isinstance(factors, list), f"{name} must be a list of numbers, got {shown(factors)}")
+    return None if factors is None else tuple(factors)

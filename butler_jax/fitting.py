@@ -25,8 +25,10 @@ from rich.progress import (
 from butler_jax.checkpoints import Checkpoints
 from butler_jax.configs import FitConfig, require, to_dict
 from butler_jax.files import write_whole
+from butler_jax.json_objects import parse_object, read_lines, read_object
 from butler_jax.sharding import place_batch
 from butler_jax.training import TrainState
+from butler_jax.typed import number
 
 CHANGEABLE = {
     "steps",
@@ -57,9 +59,9 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
         return
     mine = to_dict(config)
     try:
-        theirs = json.loads(path.read_text())
+        theirs = read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to go on with the settings given now") from None
+        raise ValueError(f"{error}; remove it to go on with the settings given now") from None
     different = [k for k in mine if k not in CHANGEABLE and theirs.get(k) != mine[k]]
     require(
         not different,
@@ -91,8 +93,8 @@ class Metrics:
         if not self.main:
             return
         if self.path.exists():  # steps after the checkpoint are done again
-            lines = [line for line in self.path.read_text().splitlines(True) if _step(line) <= start]
-            write_whole(self.path, "".join(lines))
+            lines = [line for _, line in read_lines(self.path) if _step(line) <= start]
+            write_whole(self.path, b"".join(lines))
         self.file = self.path.open("a")
         with contextlib.suppress(ImportError):
             from tensorboardX import SummaryWriter
@@ -144,10 +146,10 @@ class Metrics:
             self.board.close()
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut off by a kill
+        return number(parse_object(line, "").get("step"), "step")
+    except ValueError:  # a line cut off by a kill
         return math.inf
 
 

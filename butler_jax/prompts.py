@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from butler_jax.configs import require
+from butler_jax.typed import shown
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base
@@ -16,7 +17,12 @@ Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 def encode(base: Base, prompts: Prompts) -> list[list[int]]:
-    """Token ids of every prompt. Raises ValueError for an empty one, ids out of range, or text without a tokenizer."""
+    """Token ids of every prompt.
+
+    What spells a special token in a text becomes that token, as with the model's own tokenizer: give token ids where
+    that must not be. Raises ValueError for an empty prompt, ids out of range, half a character (a lone surrogate), or
+    text without a tokenizer.
+    """
     if isinstance(prompts, str):
         prompts = [prompts]
     require(
@@ -36,7 +42,7 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
                 row = [base.tokenizer.bos]
         else:
             whole = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
-            require(whole, f"prompt {number} must be a text or a list of token ids, got {prompt!r}")
+            require(whole, f"prompt {number} must be a text or a list of token ids, got {shown(prompt)}")
             row = [int(token) for token in prompt]
         require(bool(row), f"prompt {number} is empty, and nothing can follow nothing; give at least one token")
         least, most = min(row), max(row)

@@ -42,7 +42,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """'data=4,model=2' -> {'data': 4, 'model': 2}; axes left out are 1. Raises ValueError naming what is wrong."""
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, (p.strip() for p in text.split(","))):
-        match = re.fullmatch(r"(\w+)=(\d+)", part)
+        match = re.fullmatch(r"(\w+)=(\d{1,9})", part)
         require(bool(match), f"mesh {text!r}: {part!r} is not of the form axis=size, as in data=4,model=2")
         axis, size = match.group(1), int(match.group(2))
         require(axis in AXES, f"mesh {text!r}: unknown axis {axis!r}; axes are {', '.join(AXES)}")
@@ -99,9 +99,16 @@ def join_hosts(text: str) -> None:
     if text == "auto":
         jax.distributed.initialize()
         return
-    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", text)
+    jax.distributed.initialize(*parse_hosts(text))
+
+
+def parse_hosts(text: str) -> tuple[str, int, int]:
+    """'HOST:PORT,COUNT,INDEX' -> (address, count, index). Raises ValueError for another form or index."""
+    match = re.fullmatch(r"([^,]+:\d{1,5}),(\d{1,9}),(\d{1,9})", text)
     require(bool(match), f"--distributed {text!r} is neither auto nor of the form HOST:PORT,COUNT,INDEX")
-    jax.distributed.initialize(match.group(1), int(match.group(2)), int(match.group(3)))
+    count, index = int(match.group(2)), int(match.group(3))
+    require(index < count, f"--distributed {text!r}: the index is 0 ... COUNT - 1")
+    return match.group(1), count, index
 
 
 def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:

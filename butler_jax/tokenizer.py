@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from butler_jax.configs import require
+from butler_jax.files import file_in
+from butler_jax.json_objects import read_object
+from butler_jax.typed import shown, whole
+
 END_OF_TEXT = "<|endoftext|>"
+MOST_BYTES = 256 << 20
+"""The largest tokenizer.json that is read."""
+
+LONGEST_GROWTH = 4096
+"""How many times longer all replacements of a tokenizer may make a text together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +48,8 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: the directory or its tokenizer.json does not exist.
-          ValueError: a file cannot be read as what it should be, or names a token that the vocabulary lacks.
+          ValueError: a file cannot be read as what it should be, is a link that leaves the directory, or names a token
+            that the vocabulary lacks.
         """
         directory = Path(directory).expanduser()
         path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
@@ -51,44 +63,52 @@ class Tokenizer:
                 "models that only bring tokenizer.model or vocab.json have to be converted "
                 "once with transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
             )
-        try:
+        file_in(directory, path.name)
+        raw = read_object(path, most=MOST_BYTES)
+        _check_growth(raw, path)
+        with named_errors(f"{path} is not a tokenizer.json that `tokenizers` can read"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises a bare Exception for malformed files
-            raise ValueError(f"{path} is not a tokenizer.json that `tokenizers` can read: {error}") from error
-        named = _read_json(directory / "tokenizer_config.json")
-        numbered = [_read_json(directory / name) for name in ("generation_config.json", "config.json")]
+        # Borders are added by `encode` alone, so they can never be doubled; no file may ask for a padded terabyte.
+        backend.no_truncation()
+        backend.no_padding()
+        named = _read_optional(directory, "tokenizer_config.json")
+        numbered = [_read_optional(directory, name) for name in ("generation_config.json", "config.json")]
 
         bos = _border(backend, named, numbered, "bos", path)
         eos = _border(backend, named, numbered, "eos", path)
         add_bos = named.get("add_bos_token")
         if add_bos is None:
-            probe = backend.encode("a", add_special_tokens=True).ids
+            with named_errors(f"{path} describes a tokenizer that fails"):
+                probe = backend.encode("a", add_special_tokens=True).ids
             add_bos = _mentions_template(raw.get("post_processor")) and bos is not None and probe[:1] == [bos]
+        require(isinstance(add_bos, bool), f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")
         if add_bos and bos is None:
             raise ValueError(f"{directory}: add_bos_token is set, but no bos_token or bos_token_id is given.")
-        # Borders are added by `encode` alone, so they can never be doubled.
-        backend.no_truncation()
-        backend.no_padding()
-        return cls(backend=backend, bos=bos, eos=eos, add_bos=bool(add_bos))
+        return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def highest(self) -> int:
+        """The highest id; ids may leave gaps."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
+
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
         """Token ids of `text`. `bos` forces or forbids the first token; None does what the model's tokenizer
         does.
 
-        Raises ValueError where `bos=True` is asked and the tokenizer has no such token.
+        What spells a special token in `text` becomes that token, as with the model's own tokenizer. Raises ValueError
+        where `bos=True` is asked and the tokenizer has no such token, and for a text that is not Unicode.
         """
-        return [*self._first(bos), *self.backend.encode(text, add_special_tokens=False).ids]
+        return [*self._first(bos), *self._encode(text).ids]
 
     def encode_with_offsets(self, text: str, bos: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and, for each, the half-open range of characters it stands for; (0, 0) for the first
         token."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         first = self._first(bos)
         return [*first, *encoding.ids], [*[(0, 0)] * len(first), *encoding.offsets]
 
@@ -109,6 +129,14 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
         }
         (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text has half a character at {error.start}: decode its bytes as UTF-8") from None
+        with named_errors("the tokenizer failed on this text"):
+            return self.backend.encode(text, add_special_tokens=False)
 
     def _first(self, bos: bool | None) -> list[int]:
         if bos is None:
@@ -149,13 +177,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (E
     return Tokenizer(backend=backend, bos=border, eos=border, add_bos=False)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+@contextmanager
+def named_errors(message: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises becomes ValueError(message: reason)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a bare Exception, or a panic of Rust, which is no Exception
+        raise ValueError(f"{message}: {error}") from error
+
+
+def _read_optional(directory: Path, name: str) -> dict[str, Any]:
+    path = file_in(directory, name)
+    return {} if path is None else read_object(path)
+
+
+def _check_growth(raw: dict, path: Path) -> None:
+    """Raise ValueError where replacements would blow a text up: twenty steps a -> aa make a million of one."""
+    growth, left = 1, [part for key, part in raw.items() if key not in ("model", "added_tokens")]
+    while left:
+        part = left.pop()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+        if isinstance(part, dict) and part.get("type") == "Replace" and isinstance(part.get("content"), str):
+            growth *= max(1, len(part["content"]))
+        require(growth <= LONGEST_GROWTH, f"{path}: its replacements make a text over {LONGEST_GROWTH} times longer")
 
 
 def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) -> int | None:
@@ -164,16 +210,18 @@ def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) 
     if isinstance(token, dict):
         token = token.get("content")
     if token is not None:
-        index = backend.token_to_id(token)
-        if index is None:
-            raise ValueError(f"{path.parent}/tokenizer_config.json: {which}_token {token!r} is not in {path}.")
+        where = f"{path.parent}/tokenizer_config.json: {which}_token {shown(token)}"
+        require(isinstance(token, str), f"{where} must be a text")
+        with named_errors(where):
+            index = backend.token_to_id(token)
+        require(index is not None, f"{where} is not in {path}.")
         return index
     for config in numbered:
         index = config.get(f"{which}_token_id")
         if isinstance(index, list):
             index = index[0] if index else None
         if index is not None:
-            return int(index)
+            return whole(index, f"{path.parent}: {which}_token_id", least=0)
     return None
 
 
@@ -181,5 +229,9 @@ def _mentions_template(post_processor: dict | None) -> bool:
     """Whether the post-processor adds special tokens (a template), on its own or within a sequence."""
     if not post_processor:
         return False
-    parts = post_processor.get("processors", [post_processor])
-    return any(part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing") for part in parts)
+    parts = post_processor.get("processors")
+    parts = parts if isinstance(parts, list) else [post_processor]
+    return any(
+        isinstance(part, dict) and part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+        for part in parts
+    )

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file imports from its own stage and earlier ones only; the first match counts.
 STAGES = {
-    "configs.py": 0, "top_k.py": 0, "files.py": 0,
+    "configs.py": 0, "top_k.py": 0, "files.py": 0, "typed.py": 0, "json_objects.py": 0,
     "layers.py": 1, "attention.py": 1, "cache.py": 1, "selection.py": 1, "distillation.py": 1, "families.py": 1,
     "chosen.py": 1, "score_keys.py": 1, "cached_attention.py": 1, "offload.py": 1,
     "sequence.py": 1,

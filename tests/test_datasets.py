@@ -184,7 +184,7 @@ def test_documents_end_at_the_end_of_text_mark_and_at_json_lines(tmp_path):
         (b" \n\t\n", "a.txt", r"a.txt is empty"),
         (b"fine\nna\xefve", "a.txt", r"a.txt is not UTF-8: byte 0xef at offset 7 \(line 2\)"),
         (b'{"text": "x"}\n{"body": "x"}', "a.jsonl", r'a.jsonl, line 2: expected .* "text", found: body'),
-        (b'{"text": ', "a.jsonl", r"a.jsonl, line 1: not valid JSON"),
+        (b'{"text": ', "a.jsonl", r"a.jsonl, line 1 is not valid JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, name, message):

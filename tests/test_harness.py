@@ -287,10 +287,10 @@ def test_prompts_are_the_harness_own(data):
 @pytest.mark.parametrize(
     ("task", "line", "said"),
     [
-        ("lambada", '{"context": "a"', "line 2: not JSON"),
+        ("lambada", '{"context": "a"', "line 2 is not valid JSON"),
         ("lambada", '{"context": "a"}', "line 2: continuation is missing; a line has context, continuation"),
         ("lambada", '{"context": "a", "continuation": ""}', "line 2: continuation must be a text"),
-        ("lambada", "[1]", "line 2: not an object"),
+        ("lambada", "[1]", "line 2 must hold a JSON object"),
         ("piqa", '{"query": "a", "choices": ["b"], "gold": 0}', "line 2: choices must be a list of at least 2"),
         ("piqa", '{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 2: gold must be 0 ... 1, got 2"),
         ("winogrande", '{"context_options": ["b", "c"], "continuation": "d", "gold": "0"}', "line 2: gold must be"),

@@ -94,7 +94,7 @@ def test_missing_and_broken_files_are_named(tmp_path, bpe):
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json \(found: model.safetensors\)"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{]")
-    with pytest.raises(ValueError, match=r"is not a tokenizer.json"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is not valid JSON"):
         Tokenizer.load(tmp_path)
     write(tmp_path, template=False, bos_token="<other>")
     with pytest.raises(ValueError, match="bos_token '<other>' is not in"):

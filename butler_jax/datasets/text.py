@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from butler_jax.datasets.passages import PASSAGE_CHARACTERS, PassageBuilder, cut, numbered, open_prepared
+from butler_jax.json_objects import parse_object, read_lines
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 END_OF_TEXT = "<|endoftext|>"
@@ -24,6 +24,7 @@ TEST_LEAST = 4_000
 
 _PIECE = 1_000
 _READ = 1 << 20
+_LONGEST = 1 << 30  # bytes of a line
 _LAYOUT = f"passages-{PASSAGE_CHARACTERS}-{TEST_SHARE}-{TEST_LEAST}"
 
 
@@ -107,36 +108,33 @@ def passages(path: Path) -> Iterator[tuple[str, str]]:
 def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
     """Lines, or records of a .jsonl file: (byte where it ends, text, whether a document ends here)."""
     end = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            start, end = end, end + len(raw)
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {start + error.start} "
-                    f"(line {number}). Convert it first, for example with iconv -f latin1 -t utf-8."
-                ) from error
-            if path.suffix.lower() == ".jsonl":
-                if line.strip():
-                    yield end, _record(path, number, line), True
-                continue
-            *documents, rest = line.split(END_OF_TEXT)
-            for document in documents:
-                yield start + 1, document, True
-            for at in range(0, len(rest), _PIECE):
-                piece = rest[at : at + _PIECE]
-                yield start + (end - start) * (at + len(piece)) // max(len(rest), 1), piece, False
+    for number, raw in read_lines(path, longest=_LONGEST):
+        start, end = end, end + len(raw)
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {start + error.start} "
+                f"(line {number}). Convert it first, for example with iconv -f latin1 -t utf-8."
+            ) from error
+        if path.suffix.lower() == ".jsonl":
+            if line.strip():
+                yield end, _record(path, number, line), True
+            continue
+        *documents, rest = line.split(END_OF_TEXT)
+        for document in documents:
+            yield start + 1, document, True
+        for at in range(0, len(rest), _PIECE):
+            piece = rest[at : at + _PIECE]
+            yield start + (end - start) * (at + len(piece)) // max(len(rest), 1), piece, False
 
 
 def _record(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        shown = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f'{path}, line {number}: expected an object with a string "text", found: {shown}.')
+    where = f"{path}, line {number}"
+    record = parse_object(line, where)
+    if not isinstance(record.get("text"), str):
+        found = ", ".join(sorted(record)[:8])[:200]
+        raise ValueError(f'{where}: expected an object with a string "text", found: {found}.')
     return record["text"]
 
 

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from butler_jax.configs import from_dict, require
 from butler_jax.evaluation.statistics import Estimate
+from butler_jax.json_objects import parse_object, read_lines
+from butler_jax.typed import fits
 
 FILE = "cells.jsonl"
 Say = Callable[[str], None]
@@ -47,13 +50,12 @@ class Kept:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+        for number, line in read_lines(self.path) if self.path.is_file() else ():
             try:
-                read = json.loads(line)
-                findings = [Finding(**{**f, "estimate": Estimate(*f["estimate"])}) for f in read["findings"]]
-                self.cells[read["key"]] = Cell(findings, read["arrays"], read["seconds"])
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off while it was written, or of another version: the cell is measured anew
+                key, cell = _cell(parse_object(line, f"{self.path}, line {number}"))
+            except ValueError:
+                continue  # cut off while it was written, damaged or of another version: the cell is measured anew
+            self.cells[key] = cell
 
     def add(self, key: str, about: dict[str, Any], cell: Cell) -> None:
         """Keep a cell; about: for people who read the file."""
@@ -62,6 +64,21 @@ class Kept:
             cut = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("\n" * cut + json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
+
+
+def _cell(read: dict[str, Any]) -> tuple[str, Cell]:
+    """A cell's key and the cell, from its line. Raises ValueError where it is none."""
+    kinds = {"key": str, "findings": list[dict], "arrays": dict[str, list], "seconds": float}
+    wrong = [name for name, kind in kinds.items() if not fits(read.get(name), kind)]
+    require(not wrong and bool(read["findings"]), f"no cell: {', '.join(wrong) or 'no findings'}")
+    findings = []
+    for one in read["findings"]:
+        estimate = one.get("estimate")
+        require(isinstance(estimate, list) and len(estimate) == len(Estimate._fields), "no estimate")
+        value, error, n = estimate
+        require(fits(value, float) and fits(error, float | None) and fits(n, int), "no estimate")
+        findings.append(from_dict(Finding, {**one, "estimate": Estimate(value, error, n)}))
+    return read["key"], Cell(findings, read["arrays"], read["seconds"])
 
 
 def key_of(facts: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shlex
 import sys
 import time
@@ -17,8 +16,10 @@ from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, key_of
 from butler_jax.evaluation.contenders import Contender, contenders
 from butler_jax.evaluation.report import Report, check_directory, versions
 from butler_jax.evaluation.tasks import Task, make_tasks
+from butler_jax.json_objects import read_object
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
+from butler_jax.typed import shown
 
 
 def evaluate(
@@ -92,14 +93,12 @@ def run_config(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{run} is no run directory: it has no config.json; give the directory of a run of train.py"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    config = read_object(path)
     require(
-        isinstance(config, dict) and "base" in config,
+        isinstance(config.get("base"), str),
         f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of train.py",
     )
+    require(isinstance(config.get("data", ""), str), f"{path}: data must be a text, got {shown(config.get('data'))}")
     return config
 
 

@@ -5,12 +5,13 @@ The prompts are the harness's own. By name they are lambada_local, piqa_local, w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from butler_jax.configs import require
+from butler_jax.json_objects import parse_object, read_lines
+from butler_jax.typed import shown
 
 TASKS_DIRECTORY = Path(__file__).parent / "harness_tasks"
 FILES = {
@@ -64,13 +65,10 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
             f"no such file: {path}; the task {task} reads {FILES[task]}, a line a sample with {', '.join(FIELDS[task])}"
         )
     samples = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            sample = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        sample = parse_object(line, f"{path}, line {number}")
         wrong = _fault(sample, FIELDS[task])
         require(wrong is None, f"{path}, line {number}: {wrong}; a line has {', '.join(FIELDS[task])}")
         samples.append({field: sample[field] for field in FIELDS[task]})
@@ -78,10 +76,8 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
     return samples
 
 
-def _fault(sample: Any, fields: Sequence[str]) -> str | None:
+def _fault(sample: dict, fields: Sequence[str]) -> str | None:
     """What is wrong with a sample, None where nothing is."""
-    if not isinstance(sample, dict):
-        return "not an object"
     for field in fields:
         if field not in sample:
             return f"{field} is missing"
@@ -90,9 +86,9 @@ def _fault(sample: Any, fields: Sequence[str]) -> str | None:
             if not isinstance(value, list) or len(value) < 2 or not all(isinstance(v, str) and v for v in value):
                 return f"{field} must be a list of at least 2 texts"
         elif field != "gold" and not (isinstance(value, str) and value):
-            return f"{field} must be a text, got {value!r}"
+            return f"{field} must be a text, got {shown(value)}"
     if "gold" in fields:
         count = len(next(sample[field] for field in OPTIONS if field in fields))
         if type(sample["gold"]) is not int or not 0 <= sample["gold"] < count:
-            return f"gold must be 0 ... {count - 1}, got {sample['gold']!r}"
+            return f"gold must be 0 ... {count - 1}, got {shown(sample['gold'])}"
     return None

@@ -13,6 +13,8 @@ import numpy as np
 
 from butler_jax.configs import require
 from butler_jax.families import FAMILIES, base_config
+from butler_jax.typed import number, shown, whole
+from butler_jax.weights.gguf_header import check_header
 from butler_jax.weights.gguf_tokenizer import read_tokenizer
 from butler_jax.weights.huggingface import Source
 from butler_jax.weights.placing import StoredTensor
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
 FAMILY = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
 INTERLEAVED = ("llama", "mistral")  # architectures whose q and k rows lie as rotary pairs, not as halves
-TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+TYPES = (*PLAIN, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 BLOCK_VALUES = 1 << 20  # dequantised at a time
+MOST_FACTORS = 1 << 14  # of a rotary table, one for each pair of a head's dimensions
 
 TABLES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -66,16 +70,18 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
         raise FileNotFoundError(f"no such file: {path}")
     gguf = library()
     with path.open("rb") as file:
-        require(file.read(4) == b"GGUF", f"{path} is not a GGUF file: it does not begin with GGUF")
+        begin = file.read(8)
+    require(begin[:4] == b"GGUF", f"{path} is not a GGUF file: it does not begin with GGUF")
+    require(begin[4:6] != bytes(2), f"{path} has the byte order of another kind of machine; convert it")
     try:
+        check_header(path, gguf)
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path} is truncated or damaged: {path.stat().st_size} bytes, and its header does not fit ({error}). "
             "Download or copy the file again"
         ) from error
-    require(reader.byte_order == "I", f"{path} has the byte order of another kind of machine; convert it")
     stored = {t.name: _stored(path, t, gguf) for t in reader.tensors}
     try:
         values = config_values(fields, stored)
@@ -109,8 +115,8 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
     """The metadata as a Hugging Face config.json would say it. Raises ValueError naming what is missing."""
     architecture = fields.get("general.architecture")
     require(
-        architecture in FAMILY,
-        f"unknown architecture {architecture!r} (general.architecture); supported: {', '.join(FAMILY)}",
+        isinstance(architecture, str) and architecture in FAMILY,
+        f"unknown architecture {shown(architecture)} (general.architecture); supported: {', '.join(FAMILY)}",
     )
 
     def get(key: str, default: Any = None) -> Any:
@@ -120,32 +126,37 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         require(get(key) is not None, f"the metadata lacks {architecture}.{key}")
         return get(key)
 
-    heads, width = need("attention.head_count"), need("embedding_length")
+    def size(key: str) -> int:
+        return whole(need(key), f"{architecture}.{key}")
+
+    heads, width, context = size("attention.head_count"), size("embedding_length"), size("context_length")
     require("token_embd.weight" in stored, "missing tensor token_embd.weight")
     window = get("attention.sliding_window") or None
     family = FAMILY[architecture]
     if family == "llama" and window:
         family = "mistral"  # stored under the same architecture
-    head_dim = get("attention.key_length") or width // heads
-    rope = rope_values(get, stored, need("context_length"))
+    head_dim = whole(get("attention.key_length") or width // heads, f"{architecture}.attention.key_length")
+    rope = rope_values(get, stored, context)
+    rotated = whole(get("rope.dimension_count", head_dim), f"{architecture}.rope.dimension_count")
+    epsilon = number(need("attention.layer_norm_rms_epsilon"), f"{architecture}.attention.layer_norm_rms_epsilon")
     return {
         "model_type": family,
         "vocab_size": stored["token_embd.weight"].shape[0],
         "hidden_size": width,
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv") or heads,
         "head_dim": head_dim,
-        "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": float(str(np.float32(need("attention.layer_norm_rms_epsilon")))),  # 1e-5, not 9.99..e-6
+        "max_position_embeddings": context,
+        "rms_norm_eps": float(str(np.float32(epsilon))),  # 1e-5, not 9.99..e-6
         "tie_word_embeddings": "output.weight" not in stored,
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_gate.bias" in stored,
         "sliding_window": window,
         "rope_parameters": {
             "rope_theta": get("rope.freq_base", 10000.0),
-            "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
+            "partial_rotary_factor": rotated / head_dim,
             **rope,
         },
         "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
@@ -160,10 +171,15 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
     """
 
     def factors(name: str) -> list[float]:
+        require(name in stored, f"missing tensor {name}")
         tensor = stored[name]
+        require(
+            math.prod(tensor.shape) <= MOST_FACTORS,
+            f"tensor {name} of shape {list(tensor.shape)} is no list of factors",
+        )
         return tensor.read(0, tensor.shape[0]).astype(np.float32).tolist()
 
-    original = get("rope.scaling.original_context_length") or context
+    original = whole(get("rope.scaling.original_context_length") or context, "rope.scaling.original_context_length")
     if "rope_freqs.weight" in stored:
         divisors = factors("rope_freqs.weight")
         return {
@@ -175,6 +191,7 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
             "original_max_position_embeddings": context,
         }
     attention_factor = get("rope.scaling.attn_factor") or get("rope.scaling.yarn_attn_factor")
+    attention_factor = None if attention_factor is None else number(attention_factor, "rope.scaling.attn_factor")
     if "rope_factors_long.weight" in stored:
         values = {
             "rope_type": "longrope",
@@ -185,12 +202,13 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
         }
         return values | ({"attention_factor": attention_factor} if attention_factor else {})
     kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
-    factor = get("rope.scaling.factor") or get("rope.scale_linear") or 1.0
+    factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
+    require(factor > 0, f"rope.scaling.factor must be above 0, got {factor}")
     if kind == "none":
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    require(kind == "yarn", f"unknown rope scaling type {kind!r}; supported: none, linear, yarn, longrope")
+    require(kind == "yarn", f"unknown rope scaling type {shown(kind)}; supported: none, linear, yarn, longrope")
     values = {
         "rope_type": "yarn",
         "factor": factor,
@@ -210,6 +228,10 @@ def _stored(path: Path, tensor: Any, gguf: ModuleType) -> StoredTensor:
         kind.name in TYPES,
         f"{path}: tensor {tensor.name} has type {kind.name}; supported are {', '.join(TYPES)}",
     )
+    require(
+        len(shape) > 1 or kind.name in PLAIN,
+        f"{path}: tensor {tensor.name} is one row of type {kind.name}; it must be {', '.join(PLAIN)}",
+    )
     return StoredTensor(shape, partial(_read_rows, path, int(tensor.data_offset), shape, kind, gguf))
 
 
@@ -224,7 +246,7 @@ def _read_rows(
     def raw(first: int, last: int) -> np.ndarray:
         return np.fromfile(path, np.uint8, (last - first) * row, offset=offset + first * row)
 
-    plain = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind.name)
+    plain = PLAIN.get(kind.name)
     if plain is not None:
         return raw(start, stop).view(plain).reshape(stop - start, *shape[1:])
     rows = np.empty((stop - start, columns), np.float32)

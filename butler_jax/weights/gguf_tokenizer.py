@@ -8,10 +8,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from butler_jax.configs import require
+from butler_jax.typed import fits, shown, whole
 
 if TYPE_CHECKING:
     from butler_jax.tokenizer import Tokenizer
 
+LONGEST_TOKEN = 2048  # characters; every way to cut a token in two is tried
 CONTROL, USER_DEFINED = 3, 4  # token types; the others are plain vocabulary
 WORDS = (  # how Llama 3 and Qwen 2 cut a text into words; they differ in the digits of a number
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
@@ -44,7 +46,7 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
 
     Raises ValueError for a kind of tokenizer or word splitting that is not supported, naming it.
     """
-    from butler_jax.tokenizer import Tokenizer
+    from butler_jax.tokenizer import Tokenizer, named_errors
 
     def get(key: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{key}", default)
@@ -54,28 +56,44 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
         return None
     require(
         kind in ("gpt2", "llama"),
-        f"unknown tokenizer {kind!r} (tokenizer.ggml.model); supported: gpt2 (byte-level BPE) and llama "
+        f"unknown tokenizer {shown(kind)} (tokenizer.ggml.model); supported: gpt2 (byte-level BPE) and llama "
         "(SentencePiece BPE)",
     )
     tokens = get("tokens")
     require(bool(tokens), "the metadata lacks tokenizer.ggml.tokens")
-    types = get("token_type") or [1] * len(tokens)
-    if kind == "gpt2":
-        pre = get("pre", "default")
-        backend = byte_level_bpe(tokens, get("merges") or [], pre)
-        add_bos = pre == "llama-bpe"
-    else:
-        unknown = get("unknown_token_id", 0)
-        scores = get("scores")
-        require(bool(scores), "the metadata lacks tokenizer.ggml.scores")
-        backend = sentencepiece_bpe(tokens, scores, types, unknown, prefix=get("add_space_prefix", True))
-        add_bos = True
-    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [
-            AddedToken(t, special=special, normalized=False) for t, n in zip(tokens, types, strict=True) if n == wanted
-        ]
-        (backend.add_special_tokens if special else backend.add_tokens)(added)
-    bos, eos = get("bos_token_id"), get("eos_token_id")
+    types, merges = get("token_type") or [1] * len(tokens), get("merges") or []
+    pre, scores, unknown = get("pre", "default"), get("scores"), get("unknown_token_id", 0)
+    for name, value, wanted in (
+        ("tokens", tokens, list[str]), ("merges", merges, list[str]), ("token_type", types, list[int]),
+        ("pre", pre, str), ("scores", scores, list[float] | None),
+    ):  # fmt: skip
+        require(fits(value, wanted), f"tokenizer.ggml.{name} cannot be {shown(value)}")
+    longest = max(map(len, tokens))
+    require(longest <= LONGEST_TOKEN, f"a token has {longest} characters; none has more than {LONGEST_TOKEN}")
+    require(len(types) == len(tokens), f"tokenizer.ggml has {len(tokens)} tokens, but {len(types)} types")
+    with named_errors("the metadata describes no tokenizer that `tokenizers` can make"):
+        if kind == "gpt2":
+            backend = byte_level_bpe(tokens, merges, pre)
+            add_bos = pre == "llama-bpe"
+        else:
+            require(bool(scores), "the metadata lacks tokenizer.ggml.scores")
+            require(len(scores) == len(tokens), f"tokenizer.ggml has {len(tokens)} tokens, but {len(scores)} scores")
+            require(
+                whole(unknown, "unknown_token_id", least=0) < len(tokens), f"unknown_token_id {unknown} is no token"
+            )
+            backend = sentencepiece_bpe(tokens, scores, types, unknown, prefix=bool(get("add_space_prefix", True)))
+            add_bos = True
+        for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+            added = [
+                AddedToken(t, special=special, normalized=False)
+                for t, n in zip(tokens, types, strict=True)
+                if n == wanted
+            ]
+            (backend.add_special_tokens if special else backend.add_tokens)(added)
+    bos, eos = (
+        None if get(key) is None else whole(get(key), f"tokenizer.ggml.{key}", least=0)
+        for key in ("bos_token_id", "eos_token_id")
+    )
     add_bos = bos is not None and get("add_bos_token", add_bos)
     return Tokenizer(backend=backend, bos=bos, eos=eos, add_bos=bool(add_bos))
 
@@ -84,7 +102,7 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
     """BPE over bytes written as printable characters; `pre` names how texts are cut into words."""
     require(
         pre in WORD_SPLITTERS,
-        f"unknown word splitting {pre!r} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}",
+        f"unknown word splitting {shown(pre)} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}",
     )
     model = models.BPE(
         vocab={token: index for index, token in enumerate(tokens)},

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from butler_jax.configs import BaseConfig, require
 from butler_jax.families import base_config
+from butler_jax.files import file_in
+from butler_jax.json_objects import read_object
+from butler_jax.typed import shown
 from butler_jax.weights.placing import StoredTensor
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+TYPES = ("F32", "F16", "BF16")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = (
     "config.json",
@@ -43,13 +47,13 @@ def open_directory(directory: Path) -> Source:
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no such directory: {directory}")
-    path = directory / "config.json"
-    if not path.is_file():
+    path = file_in(directory, "config.json")
+    if path is None:
         raise FileNotFoundError(
             f"{directory} has no config.json; a Hugging Face model directory holds config.json, "
             f"{SINGLE} (or {INDEX} and its shards) and tokenizer.json"
         )
-    values = read_json(path)
+    values = read_object(path)
     require(
         "quantization_config" not in values,
         f"{path}: quantised Hugging Face weights are not supported; "
@@ -64,9 +68,10 @@ def open_directory(directory: Path) -> Source:
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory's model.safetensors, or of the shards its index lists."""
-    if (directory / SINGLE).is_file():
-        return open_safetensors(directory / SINGLE)
-    if not (directory / INDEX).is_file():
+    if single := file_in(directory, SINGLE):
+        return open_safetensors(single)
+    index = file_in(directory, INDEX)
+    if index is None:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
         only = (
             f" It holds {pickles[0]}, which is a pickle; only safetensors is read: "
@@ -75,73 +80,63 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             else ""
         )
         raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}.{only}")
-    placed = read_json(directory / INDEX).get("weight_map")
-    require(isinstance(placed, dict) and bool(placed), f"{directory / INDEX} has no weight_map")
-    files = sorted(set(placed.values()))
+    placed = read_object(index).get("weight_map")
+    require(isinstance(placed, dict) and bool(placed), f"{index} has no weight_map")
+    for name in placed.values():
+        require(
+            isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name,
+            f"{index} names {shown(name)}, which is not a .safetensors file beside it",
+        )
     tensors: dict[str, StoredTensor] = {}
-    for name in files:
-        require(Path(name).name == name, f"{directory / INDEX} names {name!r}, which is not a file beside it")
-        path = directory / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; {INDEX} lists it. Download the model again")
-        tensors |= open_safetensors(path)
+    for name in sorted(set(placed.values())):
+        path = file_in(directory, name)
+        if path is None:
+            raise FileNotFoundError(f"{directory / name} is missing; {INDEX} lists it. Download the model again")
+        found = open_safetensors(path)
+        twice = sorted(tensors.keys() & found.keys())
+        require(not twice, f"{path} holds tensor {twice[0] if twice else ''} once more; another shard has it already")
+        tensors |= found
     lost = [name for name in placed if name not in tensors]
-    require(not lost, f"{directory / INDEX} lists tensor {lost[0] if lost else ''}, which is in none of its files")
+    require(not lost, f"{index} lists tensor {lost[0] if lost else ''}, which is in none of its files")
     return tensors
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, read from disk when asked for."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        require(
-            size >= 8 + length,
-            f"{path} is truncated: {size} bytes, but its header alone has {length}. Download or copy the file again",
-        )
-        try:
-            header = json.loads(file.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: its header cannot be read") from error
-    expected = 8 + length + max(ends, default=0)
-    require(size >= expected, f"{path} is truncated: {size} bytes of {expected}. Download or copy the file again")
+    """The tensors of one safetensors file, read from disk when asked for.
+
+    The safetensors library reads the header and checks it: no byte range beyond the file, no overlap, no hole, none
+    that does not suit its shape and type. Raises ValueError naming the file.
+    """
     tensors = {}
-    for name, entry in entries.items():
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        dtype = DTYPES.get(kind)
-        if dtype is None:  # an error only where it is asked for: buffers of other types may be harmless
-            tensors[name] = StoredTensor(shape, partial(_unsupported, path, name, kind))
-            continue
-        require(
-            end - begin == math.prod(shape) * dtype.itemsize,
-            f"{path}: tensor {name} of shape {list(shape)} and type {kind} cannot have {end - begin} bytes",
-        )
-        tensors[name] = StoredTensor(shape, partial(_read_rows, path, 8 + length + begin, shape, dtype))
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 (the library's handle is no dict)
+            stored = file.get_slice(name)
+            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+            # An error only where it is asked for: buffers of other types may be harmless.
+            read = partial(_read_rows, path, name) if kind in TYPES else partial(_unsupported, path, name, kind)
+            tensors[name] = StoredTensor(shape, read)
     return tensors
 
 
-def _read_rows(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-    row = math.prod(shape[1:])
-    raw = np.fromfile(
-        path, np.uint8, (stop - start) * row * dtype.itemsize, offset=offset + start * row * dtype.itemsize
-    )
-    return raw.view(dtype).reshape(stop - start, *shape[1:])
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The library's handle of a file, for as short as possible: pages that it maps count as memory."""
+    try:
+        with safe_open(path, framework="np") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or damaged: {path.stat().st_size} bytes ({error}). Download or copy the file again"
+        ) from error
+
+
+def _read_rows(path: Path, name: str, start: int, stop: int) -> np.ndarray:
+    with _opened(path) as file:
+        return file.get_slice(name)[start:stop]
 
 
 def _unsupported(path: Path, name: str, kind: str, start: int, stop: int) -> np.ndarray:
-    raise ValueError(f"{path}: tensor {name} has type {kind}; supported are {', '.join(DTYPES)}")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError naming the file where it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    require(isinstance(values, dict), f"{path} must hold a JSON object")
-    return values
+    raise ValueError(f"{path}: tensor {name} has type {kind}; supported are {', '.join(TYPES)}")
 
 
 def download(name: str) -> Path:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.base_model import BaseModel
-from butler_jax.configs import BaseConfig, RopeConfig
+from butler_jax.configs import BaseConfig, RopeConfig, require
+from butler_jax.files import file_in
 from butler_jax.weights import huggingface
 from butler_jax.weights.placing import Shardings, build_model, parameter_name
 
@@ -59,7 +60,7 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
     placed. Neither pickle files nor code that a model brings are ever opened.
 
     Raises FileNotFoundError for files that do not exist and ValueError for files that are damaged, unsupported, or not
-    what the model's configuration says.
+    what the model's configuration says; headers, shapes and sizes are checked before memory is taken for weights.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -72,7 +73,9 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
     else:
         directory, name = _directory(text)
         source, tokenizer = huggingface.open_directory(directory), _tokenizer(directory)
-    model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=name)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, source.config, text)
+    model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=text)
     return Base(name, model, tokenizer, fingerprint(model))
 
 
@@ -99,11 +102,21 @@ def _directory(spec: str) -> tuple[Path, str]:
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
-    if not (directory / "tokenizer.json").is_file():
+    if file_in(directory, "tokenizer.json") is None:
         return None
     from butler_jax.tokenizer import Tokenizer
 
     return Tokenizer.load(directory)
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: BaseConfig, name: str) -> None:
+    """Raise ValueError where a tokenizer has ids that the model has no embedding for."""
+    most = max(tokenizer.highest, tokenizer.bos or 0, tokenizer.eos or 0)
+    require(
+        most < config.vocab_size,
+        f"{name}: its tokenizer has the id {most}, but the model has {config.vocab_size} embeddings: they do not "
+        "belong together; get both again, or take tokens that were added out of tokenizer.json",
+    )
 
 
 def fingerprint(model: BaseModel) -> str:

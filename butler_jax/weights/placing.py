@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +104,8 @@ def build_model(
     """A BaseModel whose parameters are the stored tensors, converted to dtype on their devices.
 
     Host memory stays under one layer above what is placed on the host's own devices. Raises ValueError naming every
-    missing, unexpected or misshapen tensor, before anything is read.
+    missing, unexpected or misshapen tensor, and for a model beyond the machine's memory, before anything is read; and
+    naming a tensor with values that are not finite.
     """
     abstract = jax.eval_shape(partial(BaseModel, config, dtype=dtype), jax.random.key(0))
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
@@ -112,6 +114,17 @@ def build_model(
     stacked = {name: shape for name, shape in shapes.items() if name in LAYERS}
     places = {name: locate(config, name, stacked) for name in stacked}
     check_tensors(config, tensors, shapes, places, source)
+    if shardings is None and jax.default_backend() == "cpu":
+        check_memory(sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize, source)
+
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        rows = tensors[name].read(start, stop)
+        require(
+            bool(np.isfinite(rows).all()),
+            f"{source}: tensor {name} has values that are not finite, in rows {start} ... {stop - 1}: the file is "
+            "damaged or its training failed; get the model again",
+        )
+        return rows
 
     arrays = []
     for name, shape in shapes.items():
@@ -119,14 +132,13 @@ def build_model(
         if name in places:
             part = places[name]
             for layer in range(config.layers):
-                rows = tensors[layer_tensor(layer, part.name)].read(part.first, part.first + part.rows)
+                rows = read(layer_tensor(layer, part.name), part.first, part.first + part.rows)
                 rows = rows.T if name in INPUT_AXES else rows
                 slot.write((layer,) + (0,) * (len(shape) - 1), rows.reshape((1, *shape[1:])))
         else:
-            tensor = tensors[TABLES[name]]
             step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
             for first in range(0, shape[0], step):
-                rows = tensor.read(first, min(first + step, shape[0]))
+                rows = read(TABLES[name], first, min(first + step, shape[0]))
                 slot.write((first,) + (0,) * (len(shape) - 1), rows)
         arrays.append(slot.array())
     return jax.tree_util.tree_unflatten(tree, arrays)
@@ -172,6 +184,16 @@ def check_tensors(config, tensors, shapes, places, source) -> None:
         require(
             found == shape,
             f"{source}: tensor {name} has shape {list(found)}, but the configuration says {list(shape)}",
+        )
+
+
+def check_memory(needed: int, source: str) -> None:
+    """Raise ValueError where the machine has less memory than `needed` bytes; where it does not say, pass."""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        require(
+            needed <= there,
+            f"{source} needs {needed / 1e9:.1f} GB for its weights, and this machine has {there / 1e9:.1f} GB",
         )
 
 

@@ -1,0 +1,359 @@
+"""What is fuzzed: every reader of somebody else's files and texts, with valid inputs to start from.
+
+A target is a function that gets the bytes of one input and reads them as a user's command would. It returns where there
+is nothing to complain about, and otherwise raises one of ALLOWED; for a file, the message names its directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import save, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+from butler_jax.configs import (
+    EvalConfig,
+    PredictorConfig,
+    SelectionConfig,
+    TrainConfig,
+    from_dict,
+    parse_budget,
+    to_dict,
+)
+from butler_jax.data import parse_spec
+from butler_jax.datasets.text import passages
+from butler_jax.evaluation.cells import FILE, Cell, Finding, Kept
+from butler_jax.evaluation.evaluate import run_config
+from butler_jax.evaluation.local_tasks import FILES, read_samples
+from butler_jax.evaluation.statistics import Estimate
+from butler_jax.families import base_config
+from butler_jax.json_objects import parse_object, read_object
+from butler_jax.prompts import encode
+from butler_jax.sharding import parse_hosts, parse_mesh
+from butler_jax.tokenizer import Tokenizer
+from butler_jax.weights import Base, load_base
+from butler_jax.weights.gguf import open_file
+from butler_jax.weights.huggingface import INDEX, SINGLE, open_safetensors, open_tensors
+
+ALLOWED = (ValueError, FileNotFoundError)
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 32},
+}  # fmt: skip
+QWEN = {
+    **CONFIG,
+    "model_type": "qwen3",
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "layer_types": ["full_attention"],
+}
+LONGROPE = {
+    **CONFIG, "model_type": "phi3", "sliding_window": 8, "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.5, 2.0]},
+}  # fmt: skip
+TENSORS = {
+    "model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), **{
+        f"model.layers.0.{name}.weight": shape for name, shape in {
+            "input_layernorm": (8,), "post_attention_layernorm": (8,), "self_attn.q_proj": (8, 8),
+            "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8), "self_attn.o_proj": (8, 8),
+            "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12),
+        }.items()
+    },
+}  # fmt: skip
+GGUF_NAMES = {
+    "token_embd": (16, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,), "blk.0.attn_q": (8, 8),
+    "blk.0.attn_k": (4, 8), "blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8), "blk.0.ffn_gate": (12, 8),
+    "blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12),
+}  # fmt: skip
+TOKENS = ["<s>", "a", "b", "c", "Ġ", "ab", "d", "e"]
+TINY = Path(__file__).parent.parent / "butler_jax" / "tiny"
+
+
+def weights(dtype: type = np.float32) -> dict[str, np.ndarray]:
+    """The tensors of the model that CONFIG describes."""
+    return {name: np.full(shape, 0.5, dtype) for name, shape in TENSORS.items()}
+
+
+def tokenizer_file() -> dict:
+    """A tokenizer.json of TOKENS as an object."""
+    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<s>"])
+    return json.loads(backend.to_str())
+
+
+def write_gguf(path: Path, *, architecture: str = "llama", pieces: bool = False, quantised: bool = False) -> Path:
+    """The same model as a GGUF file, with a byte-level tokenizer or one of pieces and scores."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for add, value in (
+        ("block_count", 1), ("context_length", 64), ("embedding_length", 8), ("feed_forward_length", 12),
+        ("head_count", 2), ("head_count_kv", 1), ("layer_norm_rms_eps", 1e-5), ("rope_freq_base", 1e4),
+        ("rope_dimension_count", 4),
+        ("tokenizer_model", "llama" if pieces else "gpt2"), ("token_list", TOKENS), ("token_types", [3] + [1] * 7),
+        ("bos_token_id", 0), *([("token_scores", [0.0] * 8)] if pieces else [("token_merges", ["a b"])]),
+    ):  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    for name, shape in GGUF_NAMES.items():
+        writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
+    if quantised:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor("more.weight", gguf.quantize(np.ones((2, 32), np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_model(directory: Path) -> Path:
+    """The model as a Hugging Face directory with its tokenizer."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_file()))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    save_file(weights(), directory / SINGLE)
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A reader: seeds are valid inputs, `run` reads the bytes of one. named: its errors name the directory."""
+
+    name: str
+    seeds: tuple[bytes, ...]
+    run: Callable[[bytes], object]
+    named: bool = True
+
+
+def targets(directory: Path) -> list[Target]:
+    """All targets; each reads in a directory of its own below `directory`."""
+    return [make(directory) for make in (
+        _safetensors, _index, _gguf, _config, _tokenizer, _tokenizer_config, _samples, _text, _run, _settings, _cells,
+        _strings, _prompts, _model,
+    )]  # fmt: skip
+
+
+def _encoded(*values: object) -> tuple[bytes, ...]:
+    return tuple(json.dumps(value).encode() for value in values)
+
+
+def _read_all(tensors: dict) -> None:
+    for tensor in tensors.values():
+        tensor.read(0, tensor.shape[0] if tensor.shape else 0)
+
+
+def _safetensors(root: Path) -> Target:
+    path = root / "model.safetensors"
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        _read_all(open_safetensors(path))
+
+    small = {"a": np.ones((2, 3), np.float16), "b": np.ones((1, 1, 2), np.float32)}
+    return Target("safetensors", (save(weights()), save(small), save({"x": np.ones(3, np.float32)})), run)
+
+
+def _index(root: Path) -> Target:
+    directory = root / "sharded"
+    directory.mkdir(exist_ok=True)
+    names = sorted(TENSORS)
+    placed = {name: f"model-{1 + at % 2}.safetensors" for at, name in enumerate(names)}
+    for shard in sorted(set(placed.values())):
+        save_file({n: v for n, v in weights().items() if placed[n] == shard}, directory / shard)
+
+    def run(data: bytes) -> None:
+        (directory / INDEX).write_bytes(data)
+        _read_all(open_tensors(directory))
+
+    return Target("index", _encoded({"metadata": {"total_size": 1}, "weight_map": placed}), run)
+
+
+def _gguf(root: Path) -> Target:
+    path = root / "model.gguf"
+    seeds = tuple(
+        write_gguf(path, **options).read_bytes()
+        for options in ({}, {"architecture": "qwen2"}, {"pieces": True}, {"quantised": True})
+    )
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        _read_all(open_file(path)[0].tensors)
+
+    return Target("gguf", seeds, run)
+
+
+def _config(root: Path) -> Target:
+    path = root / "config.json"
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        values = read_object(path)
+        try:
+            base_config(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    return Target("config.json", _encoded(CONFIG, QWEN, LONGROPE), run)
+
+
+def _tokenizer(root: Path) -> Target:
+    directory = write_model(root / "tokenizer")
+
+    def run(data: bytes) -> None:
+        (directory / "tokenizer.json").write_bytes(data)
+        _use(Tokenizer.load(directory))
+
+    plain = tokenizer_file()
+    steps = [
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "_"},
+        {"type": "Prepend", "prepend": "_"},
+    ]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    rich = {**plain, "normalizer": {"type": "Sequence", "normalizers": steps}, "post_processor": template}
+    return Target("tokenizer.json", _encoded(plain, rich), run)
+
+
+def _use(tokenizer: Tokenizer) -> None:
+    with contextlib.suppress(ValueError):  # a vocabulary without these letters
+        tokenizer.decode(tokenizer.encode("a b <s> c\x00é"))
+
+
+def _tokenizer_config(root: Path) -> Target:
+    directory = write_model(root / "borders")
+
+    def run(data: bytes) -> None:
+        (directory / "tokenizer_config.json").write_bytes(data)
+        Tokenizer.load(directory)
+
+    token = {"content": "<s>", "special": True}
+    values = {
+        "bos_token": "<s>",
+        "eos_token": token,
+        "add_bos_token": True,
+        "auto_map": {"AutoTokenizer": ["x.X", None]},
+    }
+    return Target("tokenizer_config.json", _encoded(values), run)
+
+
+def _samples(root: Path) -> Target:
+    lines = {
+        "lambada": {"context": "a b", "continuation": " c"}, "piqa": {"query": "a", "choices": ["b", "c"], "gold": 1},
+        "winogrande": {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+    }  # fmt: skip
+    directory = root / "samples"
+    directory.mkdir(exist_ok=True)
+
+    def run(data: bytes) -> None:
+        task = list(lines)[data[0] % len(lines) if data else 0]
+        (directory / FILES[task]).write_bytes(data[1:])
+        read_samples(directory, task)
+
+    seeds = tuple(bytes([at]) + b"\n".join(_encoded(line, line)) for at, line in enumerate(lines.values()))
+    return Target("samples.jsonl", seeds, run)
+
+
+def _text(root: Path) -> Target:
+    path = root / "text.jsonl"
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        for _ in passages(path):
+            pass
+
+    return Target("text.jsonl", (b"\n".join(_encoded({"text": "a b"}, {"text": "\u00e9 c", "id": 1})),), run)
+
+
+def _run(root: Path) -> Target:
+    directory = root / "run"
+    directory.mkdir(exist_ok=True)
+
+    def run(data: bytes) -> None:
+        (directory / "config.json").write_bytes(data)
+        run_config(directory)
+
+    return Target("run config", _encoded(to_dict(TrainConfig())), run)
+
+
+def _settings(root: Path) -> Target:
+    kinds = {"t": TrainConfig, "e": EvalConfig, "p": PredictorConfig, "s": SelectionConfig}
+
+    def run(data: bytes) -> None:
+        from_dict(kinds.get(data[:1].decode("latin1"), TrainConfig), parse_object(data[1:], "settings"))
+
+    made = (TrainConfig(), EvalConfig(), PredictorConfig(), SelectionConfig(threshold=((0.5,),)))
+    seeds = zip(kinds, _encoded(*map(to_dict, made)), strict=True)
+    return Target("settings", tuple(key.encode() + value for key, value in seeds), run, named=False)
+
+
+def _cells(root: Path) -> Target:
+    directory = root / "cells"
+    directory.mkdir(exist_ok=True)
+
+    def run(data: bytes) -> None:
+        (directory / FILE).write_bytes(data)
+        for cell in Kept(directory).cells.values():
+            format(cell.findings[0].estimate.value, ".4f"), format(cell.seconds, ".0f")
+
+    cell = Cell([Finding("perplexity", Estimate(1.5, None, 3), 0.5, 0.5, {"length": 8})], {"map": [[1.0]]}, 2.0)
+    return Target("cells.jsonl", (json.dumps({"key": "k", **dataclasses.asdict(cell)}).encode() + b"\n",) * 2, run)
+
+
+def _strings(root: Path) -> Target:
+    readers = (
+        parse_mesh, parse_hosts, parse_spec, lambda text: SelectionConfig(budget=parse_budget(text)),
+        lambda text: EvalConfig(budgets=text, depths=text, policies=text),
+    )  # fmt: skip
+
+    def run(data: bytes) -> None:
+        readers[data[0] % len(readers) if data else 0](data[1:].decode("utf-8", "surrogateescape"))
+
+    seeds = (
+        b"\0data=4,model=2,sequence=1", b"\1host:123,4,0", b"\2python_docs:0.7+text:a.txt,b.txt:0.3", b"\x031/4",
+        b"\x040.5,0.25",
+    )  # fmt: skip
+    return Target("strings", seeds, run, named=False)
+
+
+def _prompts(root: Path) -> Target:
+    base = load_base("tiny")
+
+    def run(data: bytes) -> None:
+        encode(base, data.decode("utf-8", "surrogateescape" if len(data) % 2 else "surrogatepass"))
+
+    seeds = ("The file", "a <|endoftext|> b", "\0\0", "é 漢字 🎉")
+    return Target("prompts", tuple(s.encode() for s in seeds), run, named=False)
+
+
+def _model(root: Path) -> Target:
+    """load_base on a directory one of whose files is the input; the first byte says which."""
+    directory = write_model(root / "model")
+    files = ("config.json", SINGLE, "tokenizer.json", "tokenizer_config.json")
+    whole = {name: (directory / name).read_bytes() for name in files}
+
+    def run(data: bytes) -> None:
+        name = files[data[0] % len(files) if data else 0]
+        (directory / name).write_bytes(data[1:])
+        try:
+            base = load_base(directory)
+            assert isinstance(base, Base)
+        finally:
+            (directory / name).write_bytes(whole[name])
+
+    return Target("load_base", tuple(bytes([at]) + whole[name] for at, name in enumerate(files)), run)

@@ -1,0 +1,60 @@
+"""Values of the types they should have: what comes from files is checked before it is reckoned with."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+def whole(value: Any, name: str, *, least: int = 1) -> int:
+    """`value`, where it is an int of at least `least`; else ValueError naming it."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    """`value` as a finite float; else ValueError naming it."""
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an int beyond every float
+        pass
+    raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: shortened where it is long, cut where it is deep."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return f"a {type(value).__name__} of very many digits"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON can stand for an annotated type.
+
+    A list stands for a tuple, a text for a Path, an int for a float; a bool for neither number.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin in (tuple, list):
+        every = arguments[0] if arguments else Any
+        return isinstance(value, (tuple, list)) and all(fits(one, every) for one in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict)
+    if hint in (None, NoneType):
+        return value is None
+    if hint in (int, float):
+        whole = type(value) is int and (hint is int or value.bit_length() < 1024)  # beyond, there is no such float
+        return whole or (hint is float and isinstance(value, float))
+    return isinstance(value, (str, Path) if hint is Path else hint)

@@ -1,0 +1,79 @@
+"""The fuzzer finds what it is for, always with the same inputs; and a few thousand of them find nothing."""
+
+import random
+import signal
+
+import pytest
+
+from benchmarks import fuzz
+from benchmarks.fuzz_targets import Target, targets
+
+
+@pytest.fixture
+def alarm():
+    """The alarm that ends an input which takes too long."""
+    before = signal.signal(signal.SIGALRM, fuzz.alarm)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_seed_decides_every_input():
+    target = Target("t", (b'{"a": [1, 2], "b": "c"}', b'{"a": null}'), len)
+    made = [list(fuzz.inputs(target, 200, seed)) for seed in (3, 3, 4)]
+    assert made[0] == made[1] != made[2]
+    assert len(made[0]) == 200 and len(set(made[0])) > 150
+
+
+def test_changes_reach_every_byte_and_keep_most():
+    seed = bytes(range(256))
+    changed = [fuzz.mutated(random.Random(number), (seed,)) for number in range(3000)]
+    reached = {at for data in changed for at in range(256) if data[at : at + 1] != seed[at : at + 1]}
+    assert len(reached) == 256
+    assert sum(data[:32] == seed[:32] for data in changed) > len(changed) / 3
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda data, directory: {}["k"], "KeyError"),
+        (lambda data, directory: _raise(RecursionError("deep")), "RecursionError: deep"),
+        (lambda data, directory: _raise(type("PanicException", (BaseException,), {})("rust")), "PanicException: rust"),
+        (lambda data, directory: _raise(ValueError("bad")), "the error does not name the file: ValueError: bad"),
+        (lambda data, directory: all(n == 0 for n in iter(int, 1)), "more than 0.2 s"),
+        (lambda data, directory: (directory / str(len(data))).touch(), "files appeared"),
+        (lambda data, directory: len(bytes(64 << 20).replace(b"\0", b"1")), "memory grew by"),
+    ],
+    ids=["bare KeyError", "recursion", "panic", "unnamed", "hang", "file", "memory"],
+)
+def test_planted_faults_are_found(tmp_path, monkeypatch, alarm, fault, said):
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.setattr(fuzz, "GROWTH", 32 << 20)
+    if said == "memory grew by":  # the peak of this process may be higher than what the fault takes
+        peaks = iter(range(0, 1 << 40, 64 << 20))
+        monkeypatch.setattr(fuzz, "peak", lambda: next(peaks))
+        fault = lambda data, directory: None  # noqa: E731
+    seed = b'{"a": 1}'
+    found = fuzz.fuzz(Target("t", (seed,), lambda data: data == seed or fault(data, tmp_path)), 6, 0, tmp_path)
+    assert [f for f in found["findings"] if f["said"].startswith(said)], found
+
+
+def test_errors_that_are_documented_are_no_findings(tmp_path, alarm):
+    seed = b'{"a": 1}'
+    target = Target("t", (seed,), lambda data: data == seed or _raise(FileNotFoundError(f"{tmp_path}/x is missing")))
+    found = fuzz.fuzz(target, 50, 0, tmp_path)
+    assert found["inputs"] == 50 and found["findings"] == []
+
+
+@pytest.mark.slow
+def test_thousands_of_broken_inputs_end_in_documented_errors(tmp_path, alarm):
+    """As `python -m benchmarks.fuzz`, one input in forty, with another seed than its report's."""
+    total = 0
+    for target in targets(tmp_path):
+        found = fuzz.fuzz(target, max(1, fuzz.COUNTS[target.name] // 40), 7, tmp_path)
+        assert found["findings"] == [], (target.name, found)
+        total += found["inputs"]
+    assert total > 3000
