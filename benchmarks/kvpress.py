@@ -38,8 +38,8 @@ from butler_jax import decode_step, load_base, load_predictor, prefill
 from butler_jax.base_model import BaseModel
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.perplexity import read_text, text_windows
-from butler_jax.evaluation.report import versions
 from butler_jax.policies import Policy, make_policy
+from butler_jax.provenance import versions
 from butler_jax.selection import limits_of
 
 SINKS, WINDOW = 4, 8

@@ -20,6 +20,7 @@ from butler_jax.base_model import LOGICAL_AXES, BaseModel, forward, parameter_co
 from butler_jax.configs import BaseConfig, PretrainConfig, to_dict
 from butler_jax.fitting import fit, open_run
 from butler_jax.layers import rope_frequencies
+from butler_jax.run_directory import claim
 from butler_jax.sharding import make_mesh, place, place_batch, row_share
 from butler_jax.tokenizer import Tokenizer, train_bpe
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
@@ -94,13 +95,19 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
     """Train a base model and return the directory that holds it in Hugging Face layout.
 
     Rows are short first and as long as the context for the last `long_steps` steps. Goes on where a run with the same
-    settings stopped. model.safetensors is bfloat16; card.json beside it says what it was made of.
+    settings stopped. model.safetensors is bfloat16; card.json beside it says what it was made of. Raises ValueError
+    where another process trains in that directory, OSError where it cannot be written.
     """
     config = config or PretrainConfig()
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or Path("runs") / "pretrain"
     data.parse_spec(config.data)
-    open_run(run_dir, config)
+    with claim(run_dir):
+        open_run(run_dir, config)
+        return _pretrain(config, mesh, run_dir)
+
+
+def _pretrain(config: PretrainConfig, mesh: jax.sharding.Mesh, run_dir: Path) -> Path:
     tokenizer = _tokenizer(run_dir, config)
     base = dataclasses.replace(config.base_config(), vocab_size=tokenizer.vocab_size)
     rate = config.learning_rate or LEARNING_RATE

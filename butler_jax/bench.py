@@ -26,8 +26,8 @@ from butler_jax import generation
 from butler_jax.cache import empty_chosen
 from butler_jax.command_line import read, run
 from butler_jax.configs import PredictorConfig, SelectionConfig, parse_budget, require
-from butler_jax.evaluation.report import versions
 from butler_jax.policies import Policy, make_policy
+from butler_jax.provenance import versions
 from butler_jax.sampling import Sampling
 from butler_jax.selection import room_for
 from butler_jax.weights import Base, load_base

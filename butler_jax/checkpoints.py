@@ -2,13 +2,21 @@
 
 A run directory holds `config.json`, `metrics.jsonl` and `checkpoints/`; a checkpoint holds the trained module, the
 optimiser, the step, the data iterators' state, and the fingerprint and name of the base it belongs to, never the base.
+
+A checkpoint is sealed before it gets its name: its files are on the disk itself, `digests.json` has a digest of each.
+Training sets damaged checkpoints aside and goes on from the newest that is whole; whoever asks for a damaged one gets
+an error. Processes share the directory, so the first one seals and looks for damage on behalf of all.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +26,25 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
 
+from butler_jax import digests
 from butler_jax.configs import PredictorConfig, from_dict, require, to_dict
+from butler_jax.files import sync
 from butler_jax.predictors import Predictor, make_predictor
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save at INFO and WARNING
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and what it raises with a traceback
+
+METADATA = "_CHECKPOINT_METADATA"
+UNFINISHED = ".orbax-checkpoint-tmp"
+REMOVED = ".removed"
+LOSS = "metrics/metrics"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what was written."""
+
 
 LARGEST_STATE = 4
 """Values of a checkpoint for each of its module: AdamW leaves 3, a stranger's may promise any number."""
@@ -33,19 +53,32 @@ LARGEST_STATE = 4
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best by the metric `loss`.
 
-    keep None only reads, and leaves a save that another process has in flight alone. about: JSON facts stored with
-    every checkpoint (configuration, base). Use as a context manager, or call close().
+    keep None only reads, and leaves a save that another process has in flight alone. Otherwise what a killed save left
+    is removed, and damaged checkpoints are moved to `damaged/` beside the directory, as the lines in `notes` say;
+    raises DamagedCheckpoint, touching nothing, where no other is left. about: JSON facts stored with every checkpoint
+    (configuration, base). Use as a context manager, or call close().
     """
 
     def __init__(self, directory: Path, *, keep: int | None = None, about: dict | None = None):
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1)
+        self.directory = Path(directory).absolute()
         self.about = about or {}
-        self._saving: Any = None
+        self.notes: list[str] = []
+        self._keep, self._saving = keep, None
+        self._result: Any = None
+        self._failed = False
+        self._orbax = None
+        if keep is None:
+            return
+        self._set_damaged_aside()
+        # Orbax calls this when all processes have written, just before the checkpoint gets its name. It copies the
+        # context, a bound method with its object: hence a function.
+        context = ocp.Context()
+        context.asynchronous.post_finalization_callback = lambda: self._seal()
         self._orbax = ocp.training.Checkpointer(
-            Path(directory).absolute(),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=keep is not None,
+            self.directory,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # _remove_old does it, later
+            cleanup_tmp_directories=True,
         )
         # Orbax sweeps up in the background and waits for that at its first save only: a run that ends before it would
         # sweep away what the next one is saving.
@@ -58,36 +91,89 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps of all finished checkpoints, in order."""
-        return sorted(c.step for c in self._orbax.checkpoints)
+        """Steps of all finished checkpoints, in order; waits for the save in flight."""
+        self.wait()
+        return steps(self.directory)
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
-        return self._orbax.latest.step if self._orbax.latest else None
+        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest loss, None where there is none."""
-        return min(self._orbax.checkpoints, key=lambda c: c.metrics["loss"]).step if self._orbax.checkpoints else None
+        """Step of the checkpoint with the lowest loss, None where there is none. Raises as loss() does."""
+        return min(self.steps(), key=self.loss, default=None)
+
+    def loss(self, step: int) -> float:
+        """The loss saved with a checkpoint. Raises DamagedCheckpoint where it cannot be trusted."""
+        if found := damage(self.directory / str(step), only=LOSS):
+            raise self._damaged(step, found)
+        return json.loads((self.directory / str(step) / LOSS).read_text())["loss"]
+
+    def check(self, step: int) -> None:
+        """Raise DamagedCheckpoint, naming the whole ones, where a checkpoint is not what was written."""
+        if found := damage(self.directory / str(step)):
+            raise self._damaged(step, found)
+
+    def _damaged(self, step: int, found: list[str]) -> DamagedCheckpoint:
+        whole = [str(s) for s in steps(self.directory) if s != step and not damage(self.directory / str(s))]
+        remedy = (
+            f"whole: step {', '.join(whole)}; to use the best of them, move {self.directory / str(step)} away"
+            if whole
+            else "no other is whole: train again, in another directory"
+        )
+        return DamagedCheckpoint(f"checkpoint {step} of {self.directory.parent} is damaged ({_few(found)}); {remedy}")
+
+    def _set_damaged_aside(self) -> None:
+        """Move damaged checkpoints to `damaged/` beside the others; the first process does it, and tells the rest."""
+        problem = ""
+        if jax.process_index() == 0:
+            there = steps(self.directory)
+            found = {step: words for step in there if (words := damage(self.directory / str(step)))}
+            if found and len(found) == len(there):
+                problem = f"no checkpoint in {self.directory} is whole ({_listed(found)})"
+            for step, words in found.items() if not problem else ():
+                aside = self.directory.parent / "damaged"
+                aside.mkdir(exist_ok=True)
+                taken = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+                target = aside / (f"{step}.{taken}" if taken else str(step))
+                (self.directory / str(step)).rename(target)
+                self.notes.append(f"checkpoint {step} is damaged ({_few(words)}): it is now {target}")
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.asarray(bool(problem))):
+            problem = problem or f"no checkpoint in {self.directory} is whole; the first process says more"
+        if problem:
+            raise DamagedCheckpoint(
+                f"{problem}; there is nothing to go on from: choose another --run-dir, or remove "
+                f"{self.directory.parent} to start again"
+            )
+
+    def _seal(self) -> None:
+        if jax.process_index() == 0:
+            digests.seal(self.directory / f"{self._saving}{UNFINISHED}", _digest)
 
     def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float]) -> None:
-        """Save in the background; a step already saved is left alone. data_state: this process's, JSON."""
-        if step == self.latest():
+        """Save in the background; a step already saved is left alone. data_state: this process's, JSON.
+
+        Raises OSError where this save cannot begin or the one before it failed: nothing is saved that wait() or the
+        next save() did not return for.
+        """
+        if step in self.steps():
             return
-        self._settle()
         about = {**self.about, "data": _gather(data_state)}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
-        self._saving = self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
+        self._saving = step
+        with self._said():
+            self._result = self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
         """(state, this process's data state) at `step`, in the structure, dtypes and shardings of `state`.
 
         Raises ValueError where the base is another, names or shapes differ, or the run had another number of processes.
         """
-        metadata = self._orbax.metadata(step)
+        metadata = ocp.metadata(self.directory / str(step))
         saved, mine = metadata.custom_metadata, self.about
         require(
             "fingerprint" not in mine or saved.get("fingerprint") == mine["fingerprint"],
-            f"{self._orbax.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
+            f"{self.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
             f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
         )
         states = saved["data"]
@@ -96,8 +182,8 @@ class Checkpoints:
             f"the run was saved by {len(states)} processes and cannot go on with {jax.process_count()}",
         )
         wanted = _named(state)
-        _compare(metadata.metadata, wanted, self._orbax.directory / str(step))
-        loaded = self._orbax.load(step, jax.tree.map(_abstract, wanted))
+        _compare(metadata.metadata, wanted, self.directory / str(step))
+        loaded = ocp.load(self.directory / str(step), jax.tree.map(_abstract, wanted))
         return _unnamed(state, loaded), states[jax.process_index()]
 
     def restore_module(self, step: int, shapes: Any) -> Any:
@@ -105,42 +191,109 @@ class Checkpoints:
 
         Raises ValueError where they differ.
         """
-        saved = self._orbax.metadata(step).metadata
+        saved = ocp.metadata(self.directory / str(step)).metadata
         wanted = {f"module.{name}": leaf for name, leaf in _named(shapes).items()}
         mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
-        _compare(mine, wanted, self._orbax.directory / str(step))
+        _compare(mine, wanted, self.directory / str(step))
         sizes = [sum(math.prod(leaf.shape) for leaf in leaves) for leaves in (saved.values(), mine.values())]
         require(
             sizes[0] <= LARGEST_STATE * sizes[1] + 1024,
-            f"{self._orbax.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
+            f"{self.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
             "than any training leaves",
         )
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device) for n, m in saved.items()}
-        loaded = self._orbax.load(step, abstract)
+        loaded = ocp.load(self.directory / str(step), abstract)
         return _unnamed(shapes, {name.removeprefix("module."): loaded[name] for name in mine})
 
     def facts(self, step: int) -> dict:
         """What `about` held when the step was saved."""
-        return self._orbax.metadata(step).custom_metadata
+        return facts(self.directory / str(step))
 
     def wait(self) -> None:
-        """Block until the save in flight is on disk; raises what went wrong there."""
-        self._settle()
-        self._orbax.wait()
+        """Block until the save in flight is on disk for good. Raises OSError where it could not be written."""
+        if self._orbax is None or self._saving is None:
+            return
+        with self._said():
+            self._result.result()  # until then Orbax keeps a thread and three open files for it
+            self._orbax.wait()
+            if jax.process_index() == 0:  # what came after the seal: the time, and the name
+                there = self.directory / str(self._saving)
+                for path in (there / METADATA, there, self.directory):
+                    sync(path)
+                self._remove_old()
+        self._saving = self._result = None
+
+    def _remove_old(self) -> None:
+        """Remove what is neither the best nor among the newest: now that a newer one is safe, and each at once."""
+        there = steps(self.directory)
+        try:
+            best = min(there, key=self.loss)
+        except DamagedCheckpoint:  # since this start; the next one sets it aside
+            return
+        for step in there[: -self._keep]:
+            if step != best:
+                doomed = self.directory / f"{step}{REMOVED}{UNFINISHED}"
+                (self.directory / str(step)).rename(doomed)
+                shutil.rmtree(doomed)
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """Errors of a save in one line: Orbax raises whatever its parts do."""
+        step = self._saving
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._saving, self._failed = None, True
+            reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [")[0]
+            last = max(steps(self.directory), default=None)
+            kept = "no checkpoint is there yet" if last is None else f"step {last} is safe"
+            raise OSError(
+                f"checkpoint {step} could not be written to {self.directory}: {reason}; {kept}. Free some space or "
+                "mend the directory, and run the same command again to go on"
+            ) from error
 
     def close(self) -> None:
         """Finish what is being written."""
         try:
-            self._settle()
+            self.wait()
         finally:
-            self._orbax.close()
+            if self._orbax is not None:
+                with contextlib.suppress(OSError, ValueError) if self._failed else contextlib.nullcontext():
+                    self._orbax.close()  # which would raise what was told already
 
-    def _settle(self) -> None:
-        """Take the result of the last save: until then Orbax keeps a thread and three open files for it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints in a directory, in order: only they have a number for a name."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def damage(checkpoint: Path, *, only: str | None = None) -> list[str] | None:
+    """What is wrong with a checkpoint, or with one of its files; None where it has no digests: an older version's."""
+    return digests.damage(checkpoint, _digest, only=only)
+
+
+def facts(checkpoint: Path) -> dict:
+    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, the places in the data."""
+    return json.loads((checkpoint / METADATA).read_text())["custom_metadata"]
+
+
+def _digest(path: Path) -> str:
+    """A file's digest; of the metadata, to which Orbax adds the time of the commit, that of everything but times."""
+    if path.name != METADATA:
+        return digests.digest(path)
+    values = json.loads(path.read_text())
+    lasting = {k: v for k, v in values.items() if k not in ("init_timestamp_nsecs", "commit_timestamp_nsecs")}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+
+
+def _few(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{words[0]}, and {len(words) - 1} more"
+
+
+def _listed(found: dict[int, list[str]]) -> str:
+    return ", ".join(f"{step}: {_few(words)}" for step, words in found.items())
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -199,18 +352,20 @@ def about(base: Base, config: PredictorConfig) -> dict:
 def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> Predictor:
     """The predictor of a run directory (its best checkpoint, or `step`), or of save_predictor.
 
-    Raises FileNotFoundError where there is no checkpoint, ValueError where it was trained for another base.
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it was trained for another base, and
+    DamagedCheckpoint (a ValueError) where its files are not what was written: another is never loaded in its stead.
     """
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no checkpoints; give the directory of a run of train.py")
     with Checkpoints(directory) as checkpoints:
-        step = checkpoints.best() if step is None else step
-        if step is None:
+        if not checkpoints.steps():
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
+        step = checkpoints.best() if step is None else step
         if step not in checkpoints.steps():
             there = ", ".join(map(str, checkpoints.steps()))
             raise FileNotFoundError(f"{directory} has no checkpoint of step {step}; steps: {there}")
+        checkpoints.check(step)
         facts = checkpoints.facts(step)
         check_base(facts, base, path)
         config = from_dict(PredictorConfig, facts["predictor"])

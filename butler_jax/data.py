@@ -38,11 +38,13 @@ _BINS = 8  # rows open at a time where documents stay whole
 
 
 class Documents(Protocol):
-    """Random access to documents of text."""
+    """Random access to documents of text; content() is a digest that tells one text from another."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> str: ...
+
+    def content(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
         builder = text.open_builder(paths, data_dir)
     if split not in builder.info.splits:
         raise ValueError(f"data {source!r} is too small: it has no documents for the split {split!r}.")
-    return TextField(builder.as_data_source(split))
+    return TextField(builder, split)
 
 
 class _Coreference:
@@ -118,6 +120,9 @@ class _Coreference:
 
     def __getitem__(self, index: int) -> str:
         return coreference.sample(self._seed, int(index), self._split, short=self._short).text
+
+    def content(self) -> str:
+        return f"made from seed {self._seed}"
 
     def __repr__(self) -> str:
         return f"coreference(seed={self._seed}, split={self._split}, short={self._short})"
@@ -151,8 +156,15 @@ class BatchIterator:
 
         Raises ValueError where the state comes from other data or other settings; the difference is named.
         """
+        was = state.get("content", self._identity["content"])  # of older states it is not known
+        if was != self._identity["content"]:
+            raise ValueError(
+                f"the data are not what the run was trained on: {self._identity['spec']} has the digest "
+                f"{', '.join(self._identity['content'])} and had {', '.join(was)} when the run was saved. Put the "
+                "former text back to go on, or start another run with another --run-dir."
+            )
         for key, value in self._identity.items():
-            if state.get(key) != value:
+            if key != "content" and state.get(key) != value:
                 raise ValueError(
                     f"cannot continue the data: {key} was {state.get(key)!r} when the state was saved "
                     f"and is {value!r} now."
@@ -233,6 +245,7 @@ def batches(
         "seed": seed,
         "whole": whole,
         "documents": [len(source) for source in sources],
+        "content": [source.content() for source in sources],
         "vocabulary": tokenizer.vocab_size,
         "process_index": process_index,
         "process_count": process_count,

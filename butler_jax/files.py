@@ -1,22 +1,62 @@
-"""Files that appear whole or not at all, and files of a directory that somebody else filled."""
+"""Files that appear whole or not at all and stay after a power cut, and files of a directory that others filled."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from butler_jax.configs import require
 
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or choose another directory"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file is in the way: choose another directory"),
+}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the system into one line that names `path`, what is wrong with it and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # said already
+            raise
+        remedy = REMEDIES.get(error.errno, "choose another directory")
+        raise OSError(f"{path} cannot be written ({os.strerror(error.errno)}); {remedy}") from error
+
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file under another name, then give it its own: a reader, or a kill, never finds half of it."""
+    """Write a file under another name, then give it its own: a reader, a kill or a power cut never finds half of it.
+
+    Raises OSError naming the file where there is no room or no permission; what was there before is then still there.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(unfinished, path)
+        with writing(path):
+            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            sync(unfinished)
+            os.replace(unfinished, path)
+            sync(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     return path
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or a directory's list of names, is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def file_in(directory: Path, name: str) -> Path | None:

@@ -24,8 +24,9 @@ from rich.progress import (
 
 from butler_jax.checkpoints import Checkpoints
 from butler_jax.configs import FitConfig, require, to_dict
-from butler_jax.files import write_whole
+from butler_jax.files import sync, write_whole, writing
 from butler_jax.json_objects import parse_object, read_lines, read_object
+from butler_jax.run_directory import recorded
 from butler_jax.sharding import place_batch
 from butler_jax.training import TrainState
 from butler_jax.typed import number
@@ -95,7 +96,8 @@ class Metrics:
         if self.path.exists():  # steps after the checkpoint are done again
             lines = [line for _, line in read_lines(self.path) if _step(line) <= start]
             write_whole(self.path, b"".join(lines))
-        self.file = self.path.open("a")
+        with writing(self.path):
+            self.file = self.path.open("a")
         with contextlib.suppress(ImportError):
             from tensorboardX import SummaryWriter
 
@@ -122,8 +124,9 @@ class Metrics:
         """Record one step."""
         if not self.main:
             return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         if self.board:
             for name, value in row.items():
                 if name != "step":
@@ -136,12 +139,19 @@ class Metrics:
             left = (time.monotonic() - self.began) / max(step - self.start, 1) * (steps - step)
             self.say(f"step {step}/{steps}  {rate}  {left:.0f} s left")
 
+    def sync(self) -> None:
+        """Return when every row is on the disk itself."""
+        if self.main:
+            with writing(self.path):
+                sync(self.path)
+
     def close(self) -> None:
         """Flush and release everything."""
         if self.bar:
             self.bar.stop()
         if self.main:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what did not fit on the disk was told when it was written
+                self.file.close()
         if self.board:
             self.board.close()
 
@@ -194,8 +204,11 @@ def fit(
     gradient_norm, learning_rate, tokens_per_second, seconds, forward_ratio (to forward_seconds, the base's own
     forward pass on such a batch) and, where it was validated, what validate returned.
 
-    Raises NonFiniteLoss naming step and batch; the last checkpoint before it stays. Returns early, saved, after
-    Ctrl-C or SIGTERM.
+    Every start is recorded in run.json. Damaged checkpoints are set aside and an older one is taken. Returns early,
+    saved, after Ctrl-C or SIGTERM; what it says is saved is on disk.
+
+    Raises NonFiniteLoss naming step and batch; the last checkpoint before it stays. Raises OSError where a file or a
+    checkpoint cannot be written, DamagedCheckpoint where no checkpoint is whole.
     """
     tokens = config.batch_size * config.length
     with Checkpoints(run_dir / "checkpoints", keep=config.keep, about=about) as checkpoints:
@@ -204,6 +217,8 @@ def fit(
             state, place = checkpoints.restore(start, state)
             batches.set_state(place)
         metrics = Metrics(run_dir, config, start)
+        for note in checkpoints.notes:
+            metrics.say(note)
         if start >= config.steps:
             metrics.say(f"{run_dir} has all its {config.steps} steps; raise --steps to go on")
         elif start:
@@ -243,29 +258,30 @@ def fit(
                     f"(seed {config.seed}); {kept}; lower --learning-rate or look at that batch"
                 )
 
-        try:
-            with stop_requests() as stopping:
-                for number in range(start + 1, config.steps + 1):
-                    batch = place_batch(next(batches), mesh)
-                    settle()
-                    state, values = step(state, model, batch)
-                    pending = (number, values)
-                    end = number == config.steps or stopping()
-                    extra = {}
-                    save = end or number % config.checkpoint_every == 0
-                    if save or (config.eval_every and number % config.eval_every == 0):
-                        jax.block_until_ready(values)
-                        extra = validated()
-                        settle(extra)
-                        stop_unless_finite("validation loss after it", extra["validation_loss"], number)
-                    if save:
-                        metric = {"loss": extra["validation_loss"]}
-                        checkpoints.save(number, state, batches.get_state(), metric)
-                    if end:
-                        break
-                if stopping():
-                    metrics.say(f"stopped and saved at step {number}; run the same command again to go on")
-        finally:
+        with contextlib.closing(metrics), recorded(run_dir, about, start) as record, stop_requests() as stopping:
+            number = start
+            for number in range(start + 1, config.steps + 1):
+                batch = place_batch(next(batches), mesh)
+                settle()
+                state, values = step(state, model, batch)
+                pending = (number, values)
+                end = number == config.steps or stopping()
+                extra = {}
+                save = end or number % config.checkpoint_every == 0
+                if save or (config.eval_every and number % config.eval_every == 0):
+                    jax.block_until_ready(values)
+                    extra = validated()
+                    settle(extra)
+                    stop_unless_finite("validation loss after it", extra["validation_loss"], number)
+                if save:
+                    metrics.sync()
+                    metric = {"loss": extra["validation_loss"]}
+                    checkpoints.save(number, state, batches.get_state(), metric)
+                if end:
+                    break
             checkpoints.wait()
-            metrics.close()
+            record["to"] = number
+            record["ended"] = "finished" if number >= config.steps else "stopped"
+            if record["ended"] == "stopped":
+                metrics.say(f"stopped and saved at step {number}; run the same command again to go on")
     return state

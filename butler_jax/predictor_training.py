@@ -31,6 +31,7 @@ from butler_jax.fitting import check_run, fit, open_run
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
 from butler_jax.predictors.interface import at
+from butler_jax.run_directory import claim
 from butler_jax.sharding import make_mesh, own_rows, place, place_batch, row_share
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.weights import Base
@@ -198,7 +199,8 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     """Train a predictor for `base` as `config` says and return it; the run's directory holds everything else.
 
     Calling it again with the same settings goes on from the newest checkpoint. predictor: where to start, instead of
-    init_predictor. Raises ValueError for settings that do not fit the base, the data or the devices.
+    init_predictor. Raises ValueError for settings that do not fit the base, the data or the devices, and where another
+    process trains in that directory; OSError where it cannot be written.
     """
     config = config or TrainConfig()
     if config.base == "tiny" != base.name:  # the configuration was not told which base it is for
@@ -208,8 +210,8 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     kind = PREDICTORS[config.predictor]
     run_dir = config.run_dir or default_run_dir(config)
-    check_run(run_dir, config)
-    with jax.set_mesh(mesh):
+    with claim(run_dir), jax.set_mesh(mesh):
+        check_run(run_dir, config)
         model = place(base.model, LOGICAL_AXES, mesh)
         source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
         processes = dict(zip(("process_index", "process_count"), row_share(mesh), strict=True))

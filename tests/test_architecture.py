@@ -13,17 +13,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file imports from its own stage and earlier ones only; the first match counts.
 STAGES = {
-    "configs.py": 0, "top_k.py": 0, "files.py": 0, "typed.py": 0, "json_objects.py": 0,
+    "configs.py": 0, "top_k.py": 0, "files.py": 0, "typed.py": 0, "json_objects.py": 0, "digests.py": 0,
+    "provenance.py": 0,
     "layers.py": 1, "attention.py": 1, "cache.py": 1, "selection.py": 1, "distillation.py": 1, "families.py": 1,
-    "chosen.py": 1, "score_keys.py": 1, "cached_attention.py": 1, "offload.py": 1,
-    "sequence.py": 1,
-    "sharding.py": 1, "tokenizer.py": 1, "datasets/": 1, "data.py": 1,
+    "chosen.py": 1, "score_keys.py": 1, "cached_attention.py": 1, "offload.py": 1, "sequence.py": 1,
+    "sharding.py": 1, "tokenizer.py": 1, "datasets/": 1, "data.py": 1, "run_directory.py": 1,
     "sampling.py": 1, "base_model.py": 2, "weights/": 2, "predictors/": 2, "policies/": 2,
     "checkpoints.py": 3, "scoring.py": 3, "decode.py": 3, "filling.py": 3,
     "eviction.py": 3, "evicting_decode.py": 3,
     "prompts.py": 3, "generation.py": 4, "training.py": 4, "fitting.py": 4, "evaluation/": 4,
     "base_training.py": 5, "predictor_training.py": 5, "command_line.py": 5, "generate.py": 5, "bench.py": 5,
-    "lm_eval.py": 5,
+    "lm_eval.py": 5, "info.py": 5,
     "__init__.py": 6,
 }  # fmt: skip
 PARTS_OF_A_STAGE = {"policies/": {"base_model.py", "predictors/"}, "predictors/": {"base_model.py"},

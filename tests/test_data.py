@@ -153,6 +153,28 @@ def test_state_of_other_settings_is_refused(tokenizer):
         batches("coreference", tokenizer, length=128, batch_size=2, seed=1, start_state=state)
 
 
+def test_text_that_changed_since_the_state_was_saved_is_refused(tokenizer, tmp_path):
+    """As many documents of as many letters, in a file of the same name: only the digest tells them apart."""
+
+    def opened(word):
+        (tmp_path / "book.txt").write_text("<|endoftext|>".join(f"{word} {i} " * 90 for i in range(80)))
+        return batches(f"text:{tmp_path}/book.txt", tokenizer, length=32, batch_size=2, data_dir=tmp_path / "data")
+
+    first = opened("stone")
+    next(first)
+    state, following = first.get_state(), next(first)
+    changed = opened("river")
+    with pytest.raises(ValueError, match=r"the data are not what the run was trained on: .*book\.txt .*--run-dir"):
+        changed.set_state(state)
+    again = opened("stone")
+    again.set_state(state)
+    assert same([next(again)], [following])
+    older = {name: value for name, value in state.items() if name != "content"}
+    again = opened("stone")
+    again.set_state(older)  # saved before there were digests
+    assert same([next(again)], [following])
+
+
 def test_weights_are_shares_of_the_text(tokenizer, book):
     spec = f"{book[0]}:0.75+coreference:0.25"
     stream = batches(spec, tokenizer, length=128, batch_size=2, seed=0, data_dir=book[1])

@@ -193,6 +193,33 @@ def test_bad_files_are_named(tmp_path, content, name, message):
         text.open_builder([tmp_path / name], str(tmp_path / "data"))
 
 
+def test_a_text_cut_inside_a_character_is_told_so(tmp_path):
+    path = tmp_path / "cut.txt"
+    path.write_bytes("one\ntwo é".encode()[:-1])
+    with pytest.raises(ValueError, match=rf"{path} is not UTF-8: byte 0xc3 at offset 8 .*ends inside a character"):
+        text.open_builder([path], tmp_path / "data")
+    path.write_bytes("one é".encode()[:-1] + b"\ntwo")  # not at the end
+    with pytest.raises(ValueError, match=r"at offset 4 .*Convert it first"):
+        text.open_builder([path], tmp_path / "data")
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.5, -100, -1, None])
+def test_a_prepared_file_cut_short_is_named(tmp_path, left):
+    """left: bytes, a share of the file, or bytes less; None removes it."""
+    (tmp_path / "book.txt").write_text("<|endoftext|>".join(f"Story {i}. " * 40 for i in range(3000)))
+    passages.TextField(text.open_builder([tmp_path / "book.txt"], tmp_path / "data"), "train")[0]
+    (path,) = (tmp_path / "data").rglob("*train.array_record*")
+    content = path.read_bytes()
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(content[: int(len(content) * left) if isinstance(left, float) else left])
+    documents = passages.TextField(text.open_builder([tmp_path / "book.txt"], tmp_path / "data"), "train")
+    words = rf"the prepared data in {path.parent} are damaged .*{path.name}.*remove that directory"
+    with pytest.raises(ValueError, match=words):
+        documents[len(documents) // 2]
+
+
 def test_missing_files_and_empty_directories_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such text file or directory: .*nowhere"):
         text.find_files([tmp_path / "nowhere"])

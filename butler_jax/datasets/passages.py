@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import tensorflow_datasets as tfds
-from absl import logging
 from etils import epath
 
 PASSAGE_CHARACTERS = 16_000
 """A passage is cut at the last paragraph border before it grows beyond this."""
+
+
+PROBES = 64
+"""Documents of a set that its digest covers."""
 
 
 class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -46,8 +52,9 @@ def open_prepared(
     `data_dir` is where prepared sets are kept; None means the environment's TFDS_DATA_DIR or TFDS's own
     default. TFDS shows a progress bar while it writes.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # TFDS warns of every configuration made at run time, as ours are
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))  # TFDS warns of every configuration made at run time, as ours are
     try:
         builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
         if not builder.is_prepared():
@@ -58,7 +65,7 @@ def open_prepared(
                 if not builder.is_prepared():  # or else another process was faster
                     raise
     finally:
-        logging.set_verbosity(verbosity)
+        logger.setLevel(level)
     return builder
 
 
@@ -85,17 +92,46 @@ def cut(text: str, limit: int = PASSAGE_CHARACTERS) -> Iterator[str]:
 
 
 class TextField:
-    """One text feature of a TFDS data source, as random access to strings."""
+    """One text feature of a prepared set's split, as random access to strings.
 
-    def __init__(self, source: Sequence[dict], key: str = "text"):
-        self._source, self._key = source, key
+    Reading raises ValueError naming the file that is damaged.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, key: str = "text"):
+        self._source, self._key, self._builder = builder.as_data_source(split), key, builder
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> str:
-        value = self._source[int(index)][self._key]
+        try:
+            value = self._source[int(index)][self._key]
+        except RuntimeError as error:  # array_record names no file
+            place = self._builder.data_dir
+            raise ValueError(
+                f"the prepared data in {place} are damaged ({_broken(Path(place)) or error}); remove that directory "
+                "and prepare the set again: text: and python_docs do so by themselves"
+            ) from error
         return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+    def content(self) -> str:
+        """A short digest of the set's full name, of the number of its documents, and of 64 of them, evenly spaced."""
+        found = hashlib.sha256(f"{self._builder.info.full_name} {len(self)}".encode())
+        for number in range(min(PROBES, len(self))):
+            found.update(self[number * len(self) // min(PROBES, len(self))].encode())
+        return found.hexdigest()[:16]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._source!r}, key={self._key!r})"
+
+
+def _broken(directory: Path) -> str:
+    """The first array_record file that cannot be read, and why."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for path in sorted(directory.glob("*.array_record*")):
+        try:
+            ArrayRecordDataSource([str(path)])[0]
+        except RuntimeError as error:
+            return f"{path.name}: {error}"
+    return ""

@@ -37,7 +37,7 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
     key = _text_key(name, builder.info.features)
     chosen = _split(name, tuple(builder.info.splits), split)
     try:
-        return TextField(builder.as_data_source(chosen), key)
+        return TextField(builder, chosen, key)
     except (NotImplementedError, ValueError) as error:
         kind = builder.info.file_format
         kind = getattr(kind, "value", kind)

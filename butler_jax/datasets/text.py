@@ -113,9 +113,12 @@ def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
+            remedy = "Convert it first, for example with iconv -f latin1 -t utf-8."
+            if end == path.stat().st_size and error.end == len(raw) and error.reason == "unexpected end of data":
+                remedy = "The file ends inside a character: it was cut short; bring it here again."
             raise ValueError(
                 f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {start + error.start} "
-                f"(line {number}). Convert it first, for example with iconv -f latin1 -t utf-8."
+                f"(line {number}). {remedy}"
             ) from error
         if path.suffix.lower() == ".jsonl":
             if line.strip():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import jax
 from butler_jax.configs import EvalConfig, require, to_dict
 from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, key_of
 from butler_jax.evaluation.contenders import Contender, contenders
-from butler_jax.evaluation.report import Report, check_directory, versions
+from butler_jax.evaluation.report import Report, check_directory
 from butler_jax.evaluation.tasks import Task, make_tasks
 from butler_jax.json_objects import read_object
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
+from butler_jax.provenance import command, versions
 from butler_jax.typed import shown
 
 
@@ -79,7 +78,7 @@ def evaluate(
         versions=versions(),
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         config=to_dict(config),
-        command=shlex.join(["python", *sys.argv]),
+        command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 1),
     )

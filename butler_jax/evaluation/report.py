@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from butler_jax.evaluation.tables import tables
 from butler_jax.files import write_whole
 
 FIELDS = ("task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where")
-PACKAGES = ("butler-jax", "jax", "flax", "numpy")
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,3 @@ def check_directory(directory: Path) -> None:
             not path.exists() or path.is_dir(),
             f"{path} is a file, and the report needs a directory; give another with --out, or move the file away",
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

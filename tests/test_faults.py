@@ -1,0 +1,593 @@
+"""What may happen to a training run: kills, full and read-only disks, damaged files, other data, requests to stop.
+
+The oracle is always the run that nothing disturbed: the same numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+import pytest
+import test_fitting
+import tiny_runs
+
+from butler_jax import checkpoints, load_base
+from butler_jax.checkpoints import Checkpoints, DamagedCheckpoint, load_predictor
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """All that is in a checkpoint's arrays: parameters, the optimiser's moments and counts, the step."""
+    return {name: np.asarray(value) for name, value in ocp.load(run_dir / "checkpoints" / str(step)).items()}
+
+
+def assert_same(run_dir: Path, straight: Path, steps: int) -> None:
+    """The end of a run and all it wrote down on its way are those of the undisturbed one."""
+    mine, theirs = arrays(run_dir, steps), arrays(straight, steps)
+    assert set(mine) == set(theirs)
+    for name, value in mine.items():
+        assert value.dtype == theirs[name].dtype and value.tobytes() == theirs[name].tobytes(), name
+    rows, wanted = tiny_runs.rows(run_dir), tiny_runs.rows(straight)
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        assert [row.get(name) for row in rows] == [row.get(name) for row in wanted], name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run of test_fitting's numbers that nothing disturbs: 8 steps, saved at 3, 6 and 8."""
+    run_dir = tmp_path_factory.mktemp("straight")
+    test_fitting.run(run_dir, keep=5)
+    return run_dir
+
+
+def stopped_at(run_dir: Path, number: int) -> None:
+    """The same run, ended by an error before batch `number`."""
+
+    def dies(at):
+        if at == number:
+            raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        test_fitting.run(run_dir, batches=test_fitting.Numbers(dies), keep=5)
+
+
+# Damage
+
+
+def damages(path: Path, every: int) -> Iterator[str]:
+    """The file without every so many-th bit in turn, and its absence; afterwards it is as before."""
+    good = path.read_bytes()
+    for at in range(0, len(good), every):
+        changed = bytearray(good)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(changed)
+        yield f"byte {at}"
+    path.unlink()
+    yield "missing"
+    path.write_bytes(good)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    found = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    assert len(found) > 8  # arrays, manifests, metadata
+    return found
+
+
+def test_damage_to_any_byte_is_seen_or_touches_nothing_that_is_read(straight, tmp_path):
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    checkpoint, wanted = run_dir / "checkpoints" / "8", arrays(run_dir, 8)
+    facts = checkpoints.facts(checkpoint)
+    seen = Counter()
+    for path in files_of(checkpoint):
+        for what in damages(path, every=5):
+            found = checkpoints.damage(checkpoint)
+            seen[path.name, bool(found)] += 1
+            if not found:  # the time, Orbax's note of success, white space
+                assert path.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "digests.json"), (path, what)
+                assert checkpoints.facts(checkpoint) == facts
+                got = arrays(run_dir, 8)
+                assert {n: v.tobytes() for n, v in got.items()} == {n: v.tobytes() for n, v in wanted.items()}
+    assert seen["digests.json", True] > seen["digests.json", False]
+    assert seen["_CHECKPOINT_METADATA", True] > 4 * seen["_CHECKPOINT_METADATA", False]
+
+
+@pytest.mark.slow  # each file twice, with a run each
+def test_a_run_goes_on_from_before_any_damaged_file(straight, tmp_path, capsys):
+    start = tmp_path / "start"
+    stopped_at(start, 7)
+    assert checkpoints.steps(start / "checkpoints") == [3, 6]
+    tried = 0
+    for path in files_of(start / "checkpoints" / "6"):
+        for what in damages(path, every=1 << 20):  # the first byte, and the absence
+            if not checkpoints.damage(start / "checkpoints" / "6"):
+                continue
+            run_dir = shutil.copytree(start, tmp_path / "run")
+            test_fitting.run(run_dir, keep=5)
+            out = capsys.readouterr().out
+            assert "checkpoint 6 is damaged (" in out and f"it is now {run_dir}/damaged/6" in out, (path, what)
+            assert f"going on from step 3 of {run_dir}" in out
+            assert_same(run_dir, straight, 8)
+            assert (run_dir / "damaged" / "6" / path.relative_to(start / "checkpoints" / "6")).exists() == (
+                what != "missing"
+            )
+            shutil.rmtree(run_dir)
+            tried += 1
+    assert tried > 16
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_taken(straight, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    for again in range(2):  # the second time, one of that name lies there already
+        stopped_at(run_dir, 7)
+        flip(run_dir / "checkpoints" / "6" / "state" / "manifest.ocdbt")
+        assert again == 0 or (run_dir / "damaged" / "6").exists()
+    test_fitting.run(run_dir, keep=5)
+    out = capsys.readouterr().out
+    assert f"checkpoint 6 is damaged (state/manifest.ocdbt is not as it was written): it is now {run_dir}" in out
+    assert f"going on from step 3 of {run_dir}" in out
+    assert {path.name for path in (run_dir / "damaged").iterdir()} == {"6", "6.1"}
+    assert_same(run_dir, straight, 8)
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_untouched(tmp_path):
+    stopped_at(tmp_path, 7)
+    for step in (3, 6):
+        flip(tmp_path / "checkpoints" / str(step) / "metrics" / "metrics")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = r"no checkpoint in .* is whole \(3: metrics/metrics is not as it was written, 6: .*choose another --run-dir"
+    with pytest.raises(DamagedCheckpoint, match=words):
+        test_fitting.run(tmp_path, keep=5)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_checkpoint_without_digests_still_counts(tmp_path, straight):
+    """An older version saved it."""
+    stopped_at(tmp_path, 7)
+    for step in (3, 6):
+        (tmp_path / "checkpoints" / str(step) / "digests.json").unlink()
+    test_fitting.run(tmp_path, keep=5)
+    assert_same(tmp_path, straight, 8)
+
+
+def test_a_damaged_predictor_is_refused_naming_the_whole_ones(tmp_path):
+    """The best is asked for: another in its stead would be judged under its name."""
+    import test_checkpoints as saved
+
+    predictors = [saved.random_predictor("producer", seed=seed) for seed in range(3)]
+    with Checkpoints(tmp_path / "checkpoints", keep=5, about=saved.about(predictors[0])) as made:
+        for step, loss in enumerate((3.0, 1.0, 2.0)):
+            made.save(step, {"module": predictors[step]}, None, {"loss": loss})
+    best = tmp_path / "checkpoints" / "1"
+    shutil.copytree(best, tmp_path / "good")
+    words = (
+        rf"checkpoint 1 of {tmp_path} is damaged \(.*\); whole: step 0, 2; to use the best of them, move {best} away"
+    )
+    for name in ("metrics/metrics", "_CHECKPOINT_METADATA", "state/_METADATA"):
+        flip(best / name)
+        with pytest.raises(ValueError, match=words):
+            load_predictor(tmp_path, saved.BASE)
+        other = load_predictor(tmp_path, saved.BASE, step=2)
+        np.testing.assert_array_equal(other.heads.query[...], predictors[2].heads.query[...])
+        shutil.rmtree(best)
+        shutil.copytree(tmp_path / "good", best)
+    shutil.rmtree(best)
+    kept = load_predictor(tmp_path, saved.BASE)
+    np.testing.assert_array_equal(kept.heads.query[...], predictors[2].heads.query[...])
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 400 KB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system takes root; the test with a limit on file sizes does without")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(place: Path, leave: int) -> Path:
+    """Occupy a disk but for some bytes."""
+    space = os.statvfs(place)
+    (place / "ballast").write_bytes(bytes(max(space.f_bavail * space.f_frsize - leave, 0)))
+    return place / "ballast"
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 8192, 16384, 24576])
+def test_a_full_disk_ends_the_run_and_loses_nothing_saved(small_disk, straight, leave):
+    """It fills up after the checkpoint of step 3: the rows of metrics.jsonl, or parts of the next, do not fit."""
+    run_dir = small_disk / "run"
+
+    def fills(at):
+        if at == 4:
+            while not (run_dir / "checkpoints" / "3").exists():
+                time.sleep(0.001)
+            fill(small_disk, leave)
+
+    said = rf"{run_dir}.*No space left on device.*(free some|Free some) space"
+    with pytest.raises(OSError, match=said) as error:
+        test_fitting.run(run_dir, batches=test_fitting.Numbers(fills), keep=5, steps=7)
+    assert "\n" not in str(error.value)
+    assert checkpoints.damage(run_dir / "checkpoints" / "3") == []
+    assert [row["step"] for row in rows_that_are_whole(run_dir)][:3] == [1, 2, 3]
+    time.sleep(0.5)  # threads of the save that failed may still write: in a process of its own they would be gone
+    with pytest.raises(OSError, match="No space left on device"):  # and still so at the next start
+        test_fitting.run(run_dir, keep=5, steps=7)
+    assert [row["step"] for row in rows_that_are_whole(run_dir)][:3] == [1, 2, 3]
+    (small_disk / "ballast").unlink()
+    test_fitting.run(run_dir, keep=5)
+    assert_same(run_dir, straight, 8)
+
+
+def rows_that_are_whole(run_dir: Path) -> list[dict]:
+    found = []
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_or_at_the_end(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    words = rf"checkpoint 3 could not be written to {tmp_path}/.*No space left on device; no checkpoint is there yet"
+    monkeypatch.setattr("butler_jax.digests.seal", full)
+    for steps, sees in ((8, 6), (3, 3)):  # at the save of step 6; at the end
+        with pytest.raises(OSError, match=words):
+            test_fitting.run(tmp_path / str(steps), steps=steps)
+        assert len(tiny_runs.rows(tmp_path / str(steps))) == sees
+        assert checkpoints.steps(tmp_path / str(steps) / "checkpoints") == []
+        ended = json.loads((tmp_path / str(steps) / "run.json").read_text())[-1]["ended"]
+        assert ended.startswith("OSError: checkpoint 3 could not be written")
+
+
+def test_saved_is_said_when_it_is_on_disk(tmp_path, monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr("butler_jax.digests.seal", _slowly(order))
+    request = test_fitting.Numbers(lambda at: signal.raise_signal(signal.SIGTERM) if at == 4 else None)
+    monkeypatch.setattr(
+        "butler_jax.fitting.Metrics.say", lambda self, text: order.append(text.split()[0]) if "saved" in text else None
+    )
+    test_fitting.run(tmp_path, batches=request)
+    assert order == ["sealed", "sealed", "stopped"]
+    assert checkpoints.steps(tmp_path / "checkpoints") == [3, 5]
+
+
+def _slowly(order: list[str]) -> Callable:
+    from butler_jax.digests import seal
+
+    def sealing(*arguments):
+        time.sleep(0.3)
+        seal(*arguments)
+        order.append("sealed")
+
+    return sealing
+
+
+def test_a_read_only_disk_is_told_before_anything_takes_long(small_disk, capfd, monkeypatch):
+    from test_cli import command
+
+    monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert command("train")(["--run-dir", str(small_disk / "run")]) == 1
+    error = capfd.readouterr().err.splitlines()
+    said = "cannot be written (Read-only file system); make it writable, or choose another directory"
+    assert error == [f"error: {small_disk / 'run'} {said}"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["pretrain"]])
+def test_a_run_below_a_file_is_told_before_anything_takes_long(tmp_path, capfd, monkeypatch, arguments):
+    from test_cli import command
+
+    monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("butler_jax.base_training._tokenizer", lambda *_: pytest.fail("a tokenizer was trained"))
+    (tmp_path / "file").write_text("")
+    assert command("train")([*arguments, "--run-dir", str(tmp_path / "file" / "run")]) == 1
+    error = capfd.readouterr().err.splitlines()
+    said = "cannot be written (Not a directory); a file is in the way: choose another directory"
+    assert error == [f"error: {tmp_path / 'file' / 'run'} {said}"]
+
+
+# Requests to stop
+
+
+@pytest.mark.parametrize("moment", ["validation", "save"])
+def test_a_request_to_stop_while_it_validates_or_saves_loses_nothing(tmp_path, straight, monkeypatch, moment):
+    asked = itertools.count()
+
+    def once():
+        if next(asked) == (1 if moment == "validation" else 0):
+            signal.raise_signal(signal.SIGTERM)
+
+    def validate(module):
+        if moment == "validation":
+            once()  # at step 6
+        return {"validation_loss": 1.0}
+
+    def wait(self, real=Checkpoints.wait):
+        if moment == "save" and self._saving == 8:  # the last
+            once()
+        real(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    test_fitting.run(tmp_path, validate=validate, keep=5)
+    ended = json.loads((tmp_path / "run.json").read_text())[-1]
+    assert (ended["ended"], ended["to"]) == (("stopped", 7) if moment == "validation" else ("finished", 8))
+    monkeypatch.undo()
+    test_fitting.run(tmp_path, keep=5)
+    rows = tiny_runs.rows(tmp_path)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in tiny_runs.rows(straight)]
+    mine, theirs = arrays(tmp_path, 8), arrays(straight, 8)
+    assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+# Kills
+
+MOMENTS = {
+    "before the arrays": "after('mkdir', lambda path: path.name == 'state.orbax-checkpoint-tmp')",
+    "before the seal": "before(digests, 'seal')",
+    "in the seal": "at_call(digests, 'sync', 5)",
+    "before the digests": "before(digests, 'write_whole')",
+    "before the name": "after_call(digests, 'seal')",
+    "after the name": "at_call(checkpoints, 'sync', 4)",  # three for step 3
+}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import jax
+jax.config.update("jax_numpy_rank_promotion", "raise")
+import test_fitting
+from butler_jax import checkpoints, digests
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def armed():
+    return (Path(sys.argv[2]) / "checkpoints" / "3").exists()
+
+def wrapped(module, name, before=None, after=None):
+    real = getattr(module, name)
+    def call(*arguments, **settings):
+        if before and armed():
+            before()
+        result = real(*arguments, **settings)
+        if after and armed():
+            after()
+        return result
+    setattr(module, name, call)
+
+def before(module, name):
+    wrapped(module, name, before=die)
+
+def after_call(module, name):
+    wrapped(module, name, after=die)
+
+def at_call(module, name, number):
+    calls = []
+    wrapped(module, name, before=lambda: (calls.append(0), len(calls) == number and die()))
+
+def after(event, wanted):  # of what all of Python opens and makes
+    def hook(name, arguments):
+        if name == "os." + event and wanted(Path(os.fsdecode(arguments[0]))) and armed():
+            die()
+    sys.addaudithook(hook)
+
+eval(sys.argv[3])
+test_fitting.run(Path(sys.argv[2]), keep=5)
+"""
+
+
+@pytest.mark.slow  # some seconds of imports for each
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, straight, moment):
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), MOMENTS[moment]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    named = moment == "after the name"
+    assert left == ({"3", "6"} if named else {"3", "6.orbax-checkpoint-tmp"})
+    before = arrays(tmp_path, 3)
+    assert all(before[name].tobytes() == value.tobytes() for name, value in arrays(straight, 3).items())
+    assert checkpoints.damage(tmp_path / "checkpoints" / ("6" if named else "3")) == []
+    test_fitting.run(tmp_path, keep=5)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "8"}
+    assert_same(tmp_path, straight, 8)
+
+
+STEPS, EVERY = 900, 30
+
+
+def starts(run_dir: Path) -> list[dict]:
+    """The records of run.json."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((run_dir / "run.json").read_text())
+    return []
+
+
+class Training:
+    """`python train.py` on a tiny base, as a process of its own."""
+
+    def __init__(self, place: dict[str, Path], cache: Path, run_dir: Path, data_dir: Path, *more: object):
+        self.run_dir = run_dir
+        arguments = ["--base", place["base"], "--data", f"text:{place['text']}", "--data-dir", data_dir,
+                     "--run-dir", run_dir, "--rank", 4, "--length", 64, "--batch-size", 2, "--calibration", 1,
+                     "--steps", STEPS, "--checkpoint-every", EVERY, "--eval-every", 0, "--mesh", "data=1",
+                     *more]  # fmt: skip
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, REPOSITORY / "train.py", *map(str, arguments)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.began = time.monotonic()
+
+    def rows(self) -> int:
+        """How many steps are written down."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written (or was, when the process died)."""
+        with contextlib.suppress(FileNotFoundError):
+            return any("tmp" in path.name for path in (self.run_dir / "checkpoints").iterdir())
+        return False
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it, while the process lives."""
+        while not condition():
+            assert self.process.poll() is None, f"it ended first: {self.end()}"
+            assert time.monotonic() < self.began + 120, "two minutes have gone by"
+            time.sleep(0.0005)
+
+    def until_it_trains(self, starts_before: int, rows: int, saving: bool = False) -> None:
+        """Wait until this start has taken so many steps, and until it writes a checkpoint, or does not."""
+        self.until(lambda: len(starts(self.run_dir)) > starts_before)
+        target = self.rows() + rows
+        self.until(lambda: self.rows() >= target and self.saving() == saving)
+
+    def catches(self) -> bool:
+        """Whether it has taken SIGTERM into its own hands, as it does before its long imports."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
+
+    def end(self) -> str:
+        """What it said, after it ended."""
+        return self.process.communicate(timeout=120)[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> dict[str, Path]:
+    return tiny_runs.make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place, tmp_path_factory) -> Training:
+    """The run to compare with; it fills the compilation cache that the others read."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    training = Training(place, directory / "cache", directory / "run", directory / "data")
+    assert "judge it with" in training.end() and training.process.returncode == 0
+    return training
+
+
+@pytest.mark.slow  # twenty starts of some seconds each
+def test_twenty_kills_at_random_moments_change_nothing(place, undisturbed, tmp_path):
+    draw = random.Random(0)
+    plan = ["start-up"] * 5 + ["steps"] * 7 + ["save"] * 8
+    draw.shuffle(plan)
+    run_dir, hit = tmp_path / "run", Counter()
+    for wanted in plan:
+        before = len(starts(run_dir))
+        training = Training(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data")
+        if wanted == "start-up":
+            time.sleep(draw.uniform(0.1, 2.5))
+        else:
+            training.until_it_trains(before, draw.randint(1, 3 * EVERY), saving=wanted == "save")
+            time.sleep(draw.choice([0, 0, 0, 0.002, 0.01]) if wanted == "save" else 0)
+        training.process.kill()
+        said = training.end()
+        assert training.process.returncode == -signal.SIGKILL, said
+        began = len(starts(run_dir)) > before
+        hit["save" if began and training.saving() else "steps" if began else "start-up"] += 1
+    print(f"killed in {dict(hit)}, at step {training.rows()} of {STEPS} the last time")
+    assert sum(hit.values()) == 20 and all(hit[phase] >= 3 for phase in ("start-up", "steps", "save")), hit
+    last = Training(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data")
+    said = last.end()
+    assert last.process.returncode == 0, said
+    assert "Traceback" not in said
+    assert_same(run_dir, undisturbed.run_dir, STEPS)
+    ended = [one["ended"] for one in starts(run_dir)]
+    assert ended == [None] * (hit["steps"] + hit["save"]) + ["finished"]
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} <= {str(n) for n in range(STEPS + 1)}
+
+
+@pytest.mark.slow  # five starts
+def test_sigterm_saves_and_exits_with_0_at_any_time(place, undisturbed, tmp_path):
+    run_dir = tmp_path / "run"
+
+    def start() -> Training:
+        """It has more steps than it will take."""
+        return Training(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data", "--steps", 50_000)
+
+    for delay in (0.2, 2.5):  # it imports; it prepares the data or compiles
+        training = start()
+        training.until(training.catches)
+        time.sleep(delay)
+        training.process.terminate()
+        said = training.end()
+        assert training.process.returncode == 0 and "Traceback" not in said, said
+        assert "run the same command again to go on" in said
+    training = start()
+    training.until(lambda: training.rows() > 30)
+    refused = start()  # a second one in the same directory
+    said = refused.end()
+    assert refused.process.returncode == 1 and "Traceback" not in said
+    assert f"error: {run_dir} is in use by another training, process {training.process.pid} on " in said
+    shown = subprocess.run(
+        [sys.executable, "-m", "butler_jax.info", run_dir, "--json"], capture_output=True, text=True, check=True
+    )
+    shown = json.loads(shown.stdout)
+    assert training.process.poll() is None, "it ended while it was looked at"
+    assert shown["state"].startswith(f"training now (process {training.process.pid} on ") and shown["go_on"] is None
+    assert all(one["state"] == "whole" for one in shown["checkpoints"])
+    training.process.terminate()
+    said = training.end()
+    assert training.process.returncode == 0 and "Traceback" not in said, said
+    step = int(said.split("stopped and saved at step ")[1].split(";")[0])
+    assert max(checkpoints.steps(run_dir / "checkpoints")) == step
+    assert checkpoints.damage(run_dir / "checkpoints" / str(step)) == []
+
+
+@pytest.mark.slow  # two starts
+def test_a_file_too_large_for_the_disk_ends_the_command_in_one_line(place, undisturbed, tmp_path):
+    """A limit on the size of files, which needs no mount: a checkpoint's arrays do not fit, all else does."""
+    home, run_dir = undisturbed.run_dir.parent, tmp_path / "run"
+    first = Training(place, home / "cache", run_dir, home / "data", "--steps", 2 * EVERY)
+    assert "judge it with" in first.end() and first.process.returncode == 0
+    training = Training(place, home / "cache", run_dir, home / "data", "--steps", 4 * EVERY)
+    resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
+    said = training.end()
+    assert training.process.returncode == 1 and "Traceback" not in said, said
+    last = said.splitlines()[-1]
+    assert last.startswith(f"error: checkpoint {3 * EVERY} could not be written to {run_dir}/checkpoints: ")
+    assert last.endswith(
+        f"File too large; step {2 * EVERY} is safe. Free some space or mend the directory, and run the same command "
+        "again to go on"
+    )
+    assert checkpoints.damage(run_dir / "checkpoints" / str(2 * EVERY)) == []
+    load_predictor(run_dir, load_base(str(place["base"])), step=2 * EVERY)
+    rows = [row["step"] for row in tiny_runs.rows(run_dir)]
+    assert rows == list(range(1, len(rows) + 1)) and len(rows) >= 3 * EVERY
