@@ -8,7 +8,7 @@ import jax
 
 from butler_jax.command_line import read, run
 from butler_jax.configs import PretrainConfig, TrainConfig
-from butler_jax.sharding import join_hosts
+from butler_jax.hosts import join_hosts
 
 
 def main(arguments: list[str]) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
             config, train = read(PretrainConfig, arguments[1:], "train.py pretrain"), _pretrain
         else:
             config, train = read(TrainConfig, arguments, "train.py"), _distil
-        join_hosts(config.distributed)
+        join_hosts(config)
         return train(config)
 
     return run(command)
@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> int:
 def _pretrain(config: PretrainConfig) -> int:
     from butler_jax.base_training import pretrain
 
-    print(f"the model is in {pretrain(config)}")
+    made = pretrain(config)
+    if jax.process_index() == 0:
+        print(f"the model is in {made}")
     return 0
 
 

@@ -6,18 +6,16 @@ optimiser, the step, the data iterators' state, and the fingerprint and name of 
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 
 from butler_jax.configs import PredictorConfig, from_dict, require, to_dict
+from butler_jax.hosts import gather
 from butler_jax.predictors import Predictor, make_predictor
 
 if TYPE_CHECKING:
@@ -68,14 +66,14 @@ class Checkpoints:
         """Save in the background; a step already saved is left alone. data_state: this process's, JSON."""
         if step == self.latest():
             return
-        about = {**self.about, "data": _gather(data_state)}
+        about = {**self.about, "data": joined(gather(data_state))}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
         self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
-        """(state, this process's data state) at `step`, in the structure, dtypes and shardings of `state`.
+        """(state, the data state of all processes) at `step`, in the structure, dtypes and shardings of `state`.
 
-        Raises ValueError where the base is another, names or shapes differ, or the run had another number of processes.
+        However many processes saved it. Raises ValueError where the base is another, or names or shapes differ.
         """
         metadata = self._orbax.metadata(step)
         saved, mine = metadata.custom_metadata, self.about
@@ -84,15 +82,15 @@ class Checkpoints:
             f"{self._orbax.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
             f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
         )
-        states = saved["data"]
         require(
-            len(states) == jax.process_count(),
-            f"the run was saved by {len(states)} processes and cannot go on with {jax.process_count()}",
+            not isinstance(saved["data"], list),
+            f"{self._orbax.directory} was saved by an older version, whose place in the data cannot be read; finish "
+            "the run with that version, or choose another run directory",
         )
         wanted = _named(state)
         _compare(metadata.metadata, wanted, self._orbax.directory / str(step))
         loaded = self._orbax.load(step, jax.tree.map(_abstract, wanted))
-        return _unnamed(state, loaded), states[jax.process_index()]
+        return _unnamed(state, loaded), saved["data"]
 
     def restore_module(self, step: int, shapes: Any) -> Any:
         """The trained module alone, on the first device; shapes: its eval_shape.
@@ -147,14 +145,24 @@ def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None
         )
 
 
-def _gather(data_state: Any) -> list[Any]:
-    """Every process's data state, in process order."""
-    if jax.process_count() == 1:
-        return [data_state]
-    raw = np.frombuffer(json.dumps(data_state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(raw.size))
-    padded = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
-    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
+def joined(states: list[Any], name: str = "state") -> Any:
+    """One state of the data from those of all processes: dictionaries are united, lists go item by item.
+
+    Raises ValueError where anything else is not the same in all, for then they read different data.
+    """
+    first = states[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for state in states for key in state)
+        return {key: joined([state[key] for state in states if key in state], key) for key in keys}
+    if isinstance(first, list):
+        return [joined(list(items), name) for items in zip(*states, strict=True)]
+    different = sorted({str(state) for state in states})
+    require(
+        len(different) == 1,
+        f"the processes read different data: {name} is {' and '.join(different)}; give all hosts the same files and "
+        "settings",
+    )
+    return first
 
 
 def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:

@@ -22,10 +22,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from butler_jax.checkpoints import Checkpoints
+from butler_jax.checkpoints import Checkpoints, joined
 from butler_jax.configs import FitConfig, require, to_dict
 from butler_jax.files import write_whole
-from butler_jax.sharding import place_batch
+from butler_jax.hosts import check_shared, gather
+from butler_jax.sharding import any_process, place_batch
 from butler_jax.training import TrainState
 
 CHANGEABLE = {
@@ -38,6 +39,8 @@ CHANGEABLE = {
     "data_dir",
     "mesh",
     "distributed",
+    "start_timeout",
+    "host_timeout",
     "attention",
 }
 """Settings that may differ when a run goes on: they leave the losses as they are (steps: the schedule is stretched)."""
@@ -50,8 +53,10 @@ class NonFiniteLoss(FloatingPointError):
 def check_run(run_dir: Path, config: FitConfig) -> None:
     """Check that a run already in the directory has the same settings; an absent one is fine.
 
-    Raises ValueError naming the settings that differ and what to do.
+    Raises ValueError naming the settings that differ and what to do, and where several hosts do not share it.
     """
+    if jax.process_count() > 1:
+        check_shared(run_dir)
     path = run_dir / "config.json"
     if not path.exists():
         return
@@ -193,7 +198,8 @@ def fit(
     forward pass on such a batch) and, where it was validated, what validate returned.
 
     Raises NonFiniteLoss naming step and batch; the last checkpoint before it stays. Returns early, saved, after
-    Ctrl-C or SIGTERM.
+    Ctrl-C or SIGTERM; where several processes train, one of them needs to be asked, and all stop at the same step, the
+    one after.
     """
     tokens = config.batch_size * config.length
     with Checkpoints(run_dir / "checkpoints", keep=config.keep, about=about) as checkpoints:
@@ -201,22 +207,25 @@ def fit(
         if start:
             state, place = checkpoints.restore(start, state)
             batches.set_state(place)
+        joined(gather(batches.get_state()))  # raises where processes read different data
         metrics = Metrics(run_dir, config, start)
         if start >= config.steps:
             metrics.say(f"{run_dir} has all its {config.steps} steps; raise --steps to go on")
         elif start:
             metrics.say(f"going on from step {start} of {run_dir}")
         pending: tuple[int, dict] | None = None
+        several, stop = jax.process_count() > 1, False
         clock = time.monotonic()
 
         def settle(extra: dict[str, float] | None = None) -> None:
             """Wait for the step that is out, check it and write it down."""
-            nonlocal pending, clock
+            nonlocal pending, clock, stop
             if pending is None:
                 return
             number, values = pending
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             pending = None
+            stop = bool(values.pop("stop", False))
             stop_unless_finite("loss", values["loss"], number)
             now = time.monotonic()
             seconds, clock = now - clock, now
@@ -247,8 +256,10 @@ def fit(
                     batch = place_batch(next(batches), mesh)
                     settle()
                     state, values = step(state, model, batch)
+                    if several:  # a request to any process is known to all with the step's metrics, after the next
+                        values["stop"] = any_process(stopping(), mesh, values["loss"])
                     pending = (number, values)
-                    end = number == config.steps or stopping()
+                    end = number == config.steps or (stop if several else stopping())
                     extra = {}
                     save = end or number % config.checkpoint_every == 0
                     if save or (config.eval_every and number % config.eval_every == 0):
@@ -261,7 +272,7 @@ def fit(
                         checkpoints.save(number, state, batches.get_state(), metric)
                     if end:
                         break
-                if stopping():
+                if stop or stopping():
                     metrics.say(f"stopped and saved at step {number}; run the same command again to go on")
         finally:
             checkpoints.wait()

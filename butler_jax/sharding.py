@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
     """The mesh that `text` describes, over the first devices.
 
     '' puts on the data axis as many devices as divide the batch (all of them where several hosts work together).
-    Raises ValueError where the mesh needs more devices than there are, or does not divide the batch.
+    Raises ValueError where the mesh needs more devices than there are, does not divide the batch, or leaves devices of
+    several hosts idle.
     """
     devices = jax.devices()
     count = len(devices)
@@ -59,25 +61,15 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
         f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
     )
+    require(
+        needed == len(devices) or jax.process_count() == 1,
+        f"mesh {text!r} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, and each "
+        f"process has to hold a part; choose sizes whose product is {len(devices)}",
+    )
     mesh = jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
     if batch_size:
         check_batch(batch_size, mesh)
     return mesh
-
-
-def join_hosts(text: str) -> None:
-    """Start jax.distributed: 'auto' asks the cluster, 'HOST:PORT,COUNT,INDEX' says who this process is.
-
-    An empty text does nothing. Raises ValueError for another form.
-    """
-    if not text:
-        return
-    if text == "auto":
-        jax.distributed.initialize()
-        return
-    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", text)
-    require(bool(match), f"--distributed {text!r} is neither auto nor of the form HOST:PORT,COUNT,INDEX")
-    jax.distributed.initialize(match.group(1), int(match.group(2)), int(match.group(3)))
 
 
 def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -123,24 +115,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise ValueError where the mesh does not divide the batch."""
+def check_batch(batch_size: int, mesh: Mesh, *, what: str = "batch size") -> None:
+    """Raise ValueError where the mesh does not divide the batch; what: how the error calls the batch's size."""
     size = mesh.shape[RULES["batch"]]
     require(
         batch_size % size == 0,
-        f"batch size {batch_size} is not divisible by the mesh's data axis ({size}); "
+        f"{what} {batch_size} is not divisible by the mesh's data axis ({size}); "
         f"use a multiple of {size} or another --mesh",
     )
 
 
-def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of a batch that every process has whole, this process's rows."""
-    count, index = jax.process_count(), jax.process_index()
-    return {name: np.split(rows, count)[index] for name, rows in batch.items()}
+def rows_here(batch_size: int, mesh: Mesh) -> list[int]:
+    """Which rows of a batch the devices of this process hold, in order; other processes may hold the same."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in parts for row in range(*rows.indices(batch_size))})
+
+
+def own_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """Of a batch that every process has whole, the rows that place_batch takes from this one."""
+    return {name: rows[rows_here(len(rows), mesh)] for name, rows in batch.items()}
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays over the mesh."""
+    """This process's rows of a batch (see rows_here) as global arrays over the mesh."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
@@ -148,6 +145,22 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> nnx.Module:
     """Move a module's parameters to their shardings."""
     return jax.device_put(module, module_shardings(module, logical_axes, mesh))
+
+
+def any_process(flag: bool, mesh: Mesh, after: jax.Array) -> jax.Array:
+    """Whether any process says so: the same in all of them, and known some time after `after` is, without waiting.
+
+    One byte a device is reduced; after `after`, so that no two reductions over devices are under way at once.
+    """
+    flags = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, PartitionSpec(AXES)), lambda _: np.full(1, flag)
+    )
+    return _any(flags, after)
+
+
+@partial(jax.jit, keep_unused=True)
+def _any(flags: jax.Array, after: jax.Array) -> jax.Array:
+    return flags.any()
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import types
@@ -170,34 +169,3 @@ def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, mesh
     for mesh in meshes:
         tokens, attended = found[mesh]
         assert tokens == found["data=1"][0] and attended == pytest.approx(found["data=1"][1])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(place):
-    # The command of a user with two hosts, on the loopback address.
-    train = [sys.executable, str(TESTS.parent / "train.py"), "--base", str(place / "base")]
-    train += ["--data", f"text:{place / 'book.txt'}", "--data-dir", str(place / "data"), "--steps", "5"]
-    train += ["--length", "32", "--batch-size", "4", "--rank", "4", "--calibration", "1", "--eval-every", "0"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-    def start(run: str, *more: str) -> subprocess.Popen:
-        command = [*train, "--run-dir", str(place / run), *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def end(process: subprocess.Popen) -> None:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-4000:]
-
-    end(start("alone"))
-    address = f"127.0.0.1:{free_port()}"
-    for process in [start("together", "--distributed", f"{address},2,{index}") for index in range(2)]:
-        end(process)
-    alone, together = ([row["loss"] for row in tiny_runs.rows(place / run)] for run in ("alone", "together"))
-    assert len(alone) == len(together) == 5
-    assert together == pytest.approx(alone, abs=1e-5)  # as above

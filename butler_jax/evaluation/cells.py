@@ -50,8 +50,7 @@ class Kept:
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
             try:
                 read = json.loads(line)
-                findings = [Finding(**{**f, "estimate": Estimate(*f["estimate"])}) for f in read["findings"]]
-                self.cells[read["key"]] = Cell(findings, read["arrays"], read["seconds"])
+                self.cells[read["key"]] = cell_of(read)
             except (ValueError, KeyError, TypeError):
                 continue  # cut off while it was written, or of another version: the cell is measured anew
 
@@ -64,6 +63,12 @@ class Kept:
                 file.write("\n" * cut + json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
 
 
+def cell_of(read: dict[str, Any]) -> Cell:
+    """A cell from the JSON of dataclasses.asdict. Raises KeyError or TypeError where it is none."""
+    findings = [Finding(**{**f, "estimate": Estimate(*f["estimate"])}) for f in read["findings"]]
+    return Cell(findings, read["arrays"], read["seconds"])
+
+
 def key_of(facts: dict[str, Any]) -> str:
     """The hash of JSON-ready facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -72,11 +77,12 @@ def key_of(facts: dict[str, Any]) -> str:
 class Progress:
     """Says a line after each cell, with the time that the rest will take if cells of a task cost alike.
 
-    missing: how many cells of each task are to be measured. total: all cells, those that are kept among them.
+    missing: how many cells of each task are to be measured. total: all cells, those that are kept among them. hosts:
+    how many measure at the same time.
     """
 
-    def __init__(self, missing: dict[str, int], total: int, say: Say):
-        self.left, self.total, self.say = dict(missing), total, say
+    def __init__(self, missing: dict[str, int], total: int, say: Say, *, hosts: int = 1):
+        self.left, self.total, self.say, self.hosts = dict(missing), total, say, hosts
         self.spent: dict[str, list[float]] = {task: [] for task in missing}
         self.done = 0
 
@@ -97,7 +103,7 @@ class Progress:
         seen = [s for spent in self.spent.values() for s in spent]
         overall = sum(seen) / max(len(seen), 1)
         means = {task: sum(spent) / len(spent) if spent else overall for task, spent in self.spent.items()}
-        return sum(means[task] * count for task, count in self.left.items())
+        return sum(means[task] * count for task, count in self.left.items()) / self.hosts
 
 
 def duration(seconds: float) -> str:
