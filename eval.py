@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import jax
+
 from butler_jax.command_line import read, run
 from butler_jax.configs import EvalConfig, require
+from butler_jax.hosts import join_hosts
 
 
 def main(arguments: list[str]) -> int:
@@ -15,11 +18,12 @@ def main(arguments: list[str]) -> int:
 
 
 def judge(config: EvalConfig) -> int:
-    """Evaluate, show the tables, write the report. Ctrl-C loses only the cell under way."""
+    """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host speaks."""
     require(
         config.run is not None or config.base is not None,
         "nothing to judge: give --run DIR (a run of train.py), or --base SPEC for a base model alone",
     )
+    join_hosts(config)
     out = config.out or (Path("eval") if config.run is None else config.run / "eval")
     from butler_jax.evaluation import evaluate, run_config
     from butler_jax.evaluation.report import check_directory
@@ -32,6 +36,8 @@ def judge(config: EvalConfig) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
         return 130
+    if jax.process_index() != 0:
+        return 0
     print()
     report.print()
     print(f"{report.about['seconds']:.0f} s in all; the report is in {report.save(out).parent}")

@@ -24,14 +24,14 @@ def main(arguments: list[str]) -> int:
     try:
         from butler_jax.command_line import read, run
         from butler_jax.configs import PretrainConfig, TrainConfig
-        from butler_jax.sharding import join_hosts
+        from butler_jax.hosts import join_hosts
 
         def command() -> int:
             if arguments[:1] == ["pretrain"]:
                 config, train = read(PretrainConfig, arguments[1:], "train.py pretrain"), _pretrain
             else:
                 config, train = read(TrainConfig, arguments, "train.py"), _distil
-            join_hosts(config.distributed)
+            join_hosts(config)
             return train(config)
 
         return run(command)
@@ -43,9 +43,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _pretrain(config) -> int:
+    import jax
+
     from butler_jax.base_training import pretrain
 
-    print(f"the model is in {pretrain(config)}")
+    made = pretrain(config)
+    if jax.process_index() == 0:
+        print(f"the model is in {made}")
     return 0
 
 

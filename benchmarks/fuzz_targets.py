@@ -25,6 +25,7 @@ from butler_jax.configs import (
     TrainConfig,
     from_dict,
     parse_budget,
+    parse_hosts,
     to_dict,
 )
 from butler_jax.data import parse_spec
@@ -36,7 +37,7 @@ from butler_jax.evaluation.statistics import Estimate
 from butler_jax.families import base_config
 from butler_jax.json_objects import parse_object, read_object
 from butler_jax.prompts import encode
-from butler_jax.sharding import parse_hosts, parse_mesh
+from butler_jax.sharding import parse_mesh
 from butler_jax.tokenizer import Tokenizer
 from butler_jax.weights import Base, load_base
 from butler_jax.weights.gguf import open_file

@@ -19,9 +19,10 @@ from butler_jax import data
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, forward, parameter_count
 from butler_jax.configs import BaseConfig, PretrainConfig, to_dict
 from butler_jax.fitting import fit, open_run
+from butler_jax.hosts import gather
 from butler_jax.layers import rope_frequencies
 from butler_jax.run_directory import claim
-from butler_jax.sharding import make_mesh, place, place_batch, row_share
+from butler_jax.sharding import check_batch, make_mesh, on_host, own_rows, place, place_batch, rows_here
 from butler_jax.tokenizer import Tokenizer, train_bpe
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 
@@ -134,7 +135,8 @@ def _pretrain(config: PretrainConfig, mesh: jax.sharding.Mesh, run_dir: Path) ->
         rows = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
         held_out = {
             part.source: [
-                place_batch(b, mesh) for b in data.held_out(part.source, tokenizer, count=VALIDATION_BATCHES, **rows)
+                place_batch(own_rows(b, mesh), mesh)
+                for b in data.held_out(part.source, tokenizer, count=VALIDATION_BATCHES, **rows)
             ]
             for part in data.parse_spec(config.data)
         }
@@ -149,7 +151,7 @@ def _pretrain(config: PretrainConfig, mesh: jax.sharding.Mesh, run_dir: Path) ->
         about = {"base": to_dict(base)}
         state = fit(step, state, None, batches, config, mesh=mesh, run_dir=run_dir, about=about, validate=validate)
         out = config.out or run_dir / "model"
-        save_model(out, state.module, tokenizer)
+        whole = jax.tree.map(on_host, state.module)
         card = {
             "parameters": parameter_count(state.module),
             "recipe": {k: v for k, v in to_dict(config).items() if k not in ("run_dir", "out", "data_dir")},
@@ -157,7 +159,10 @@ def _pretrain(config: PretrainConfig, mesh: jax.sharding.Mesh, run_dir: Path) ->
             "losses": validate(state.module),
             "jax": jax.__version__,
         }
-        (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        if jax.process_index() == 0:
+            save_model(out, whole, tokenizer)
+            (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        gather("saved")  # the model is there when any process returns
     return out
 
 
@@ -165,9 +170,11 @@ class Curriculum:
     """Rows of --length, then rows of the whole context for the last --long-steps, with as many tokens a step."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
-        index, count = row_share(mesh)
         rows = max(1, config.batch_size * config.length // config.context)
-        sizes = ((config.length, config.batch_size), (config.context, rows))
+        sizes = [(config.length, config.batch_size)]
+        if config.long_steps:
+            check_batch(rows, mesh, what=f"--long-steps have rows of {config.context} tokens: their batch size")
+            sizes.append((config.context, rows))
         self._switch = config.steps - config.long_steps
         self._taken = 0
         self._streams = [
@@ -179,8 +186,7 @@ class Curriculum:
                 seed=config.seed + phase,
                 data_dir=config.data_dir,
                 whole=True,
-                process_index=index,
-                process_count=count,
+                rows=rows_here(batch_size, mesh),
             )
             for phase, (length, batch_size) in enumerate(sizes)
         ]
@@ -202,9 +208,9 @@ class Curriculum:
 
 
 def _tokenizer(run_dir: Path, config: PretrainConfig) -> Tokenizer:
-    """The run's BPE, trained on its data the first time."""
+    """The run's BPE, trained on its data the first time, by the first process."""
     path = run_dir / "model"
-    if not (path / "tokenizer.json").exists():
+    if jax.process_index() == 0 and not (path / "tokenizer.json").exists():
         texts = []
         for part in data.parse_spec(config.data):
             documents = data.open_documents(part.source, seed=config.seed, data_dir=config.data_dir)
@@ -212,6 +218,7 @@ def _tokenizer(run_dir: Path, config: PretrainConfig) -> Tokenizer:
             texts += [documents[len(documents) // count * i] for i in range(count)]
         path.mkdir(parents=True, exist_ok=True)
         train_bpe(texts, config.vocab_size).save(path)
+    gather("the tokenizer is there")
     return Tokenizer.load(path)
 
 

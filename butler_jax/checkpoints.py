@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from jax.experimental import multihost_utils
 
 from butler_jax import digests
 from butler_jax.configs import PredictorConfig, from_dict, require, to_dict
 from butler_jax.files import sync
+from butler_jax.hosts import gather
 from butler_jax.predictors import Predictor, make_predictor
 
 if TYPE_CHECKING:
@@ -138,9 +137,7 @@ class Checkpoints:
                 target = aside / (f"{step}.{taken}" if taken else str(step))
                 (self.directory / str(step)).rename(target)
                 self.notes.append(f"checkpoint {step} is damaged ({_few(words)}): it is now {target}")
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.asarray(bool(problem))):
-            problem = problem or f"no checkpoint in {self.directory} is whole; the first process says more"
-        if problem:
+        if problem := gather(problem)[0]:
             raise DamagedCheckpoint(
                 f"{problem}; there is nothing to go on from: choose another --run-dir, or remove "
                 f"{self.directory.parent} to start again"
@@ -158,16 +155,16 @@ class Checkpoints:
         """
         if step in self.steps():
             return
-        about = {**self.about, "data": _gather(data_state)}
+        about = {**self.about, "data": joined(gather(data_state))}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
         self._saving = step
         with self._said():
             self._result = self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
-        """(state, this process's data state) at `step`, in the structure, dtypes and shardings of `state`.
+        """(state, the data state of all processes) at `step`, in the structure, dtypes and shardings of `state`.
 
-        Raises ValueError where the base is another, names or shapes differ, or the run had another number of processes.
+        However many processes saved it. Raises ValueError where the base is another, or names or shapes differ.
         """
         metadata = ocp.metadata(self.directory / str(step))
         saved, mine = metadata.custom_metadata, self.about
@@ -176,15 +173,15 @@ class Checkpoints:
             f"{self.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
             f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
         )
-        states = saved["data"]
         require(
-            len(states) == jax.process_count(),
-            f"the run was saved by {len(states)} processes and cannot go on with {jax.process_count()}",
+            not isinstance(saved["data"], list),
+            f"{self.directory} was saved by an older version, whose place in the data cannot be read; finish "
+            "the run with that version, or choose another run directory",
         )
         wanted = _named(state)
         _compare(metadata.metadata, wanted, self.directory / str(step))
         loaded = ocp.load(self.directory / str(step), jax.tree.map(_abstract, wanted))
-        return _unnamed(state, loaded), states[jax.process_index()]
+        return _unnamed(state, loaded), saved["data"]
 
     def restore_module(self, step: int, shapes: Any) -> Any:
         """The trained module alone, on the first device; shapes: its eval_shape.
@@ -322,14 +319,24 @@ def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None
         )
 
 
-def _gather(data_state: Any) -> list[Any]:
-    """Every process's data state, in process order."""
-    if jax.process_count() == 1:
-        return [data_state]
-    raw = np.frombuffer(json.dumps(data_state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(raw.size))
-    padded = multihost_utils.process_allgather(np.pad(raw, (0, int(sizes.max()) - raw.size)))
-    return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
+def joined(states: list[Any], name: str = "state") -> Any:
+    """One state of the data from those of all processes: dictionaries are united, lists go item by item.
+
+    Raises ValueError where anything else is not the same in all, for then they read different data.
+    """
+    first = states[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for state in states for key in state)
+        return {key: joined([state[key] for state in states if key in state], key) for key in keys}
+    if isinstance(first, list):
+        return [joined(list(items), name) for items in zip(*states, strict=True)]
+    different = sorted({str(state) for state in states})
+    require(
+        len(different) == 1,
+        f"the processes read different data: {name} is {' and '.join(different)}; give all hosts the same files and "
+        "settings",
+    )
+    return first
 
 
 def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import tyro
+from jax.errors import JaxRuntimeError
+
+from butler_jax.hosts import leave, lost
 
 
 def read(kind: type, arguments: list[str], program: str) -> Any:
@@ -23,9 +26,16 @@ def read(kind: type, arguments: list[str], program: str) -> Any:
 
 
 def run(command: Callable[[], int]) -> int:
-    """Exit status of `command`; an error of the user's making becomes one line on stderr and status 1."""
+    """Exit status of `command`; an error of the user's making becomes one line on stderr and status 1.
+
+    So does the loss of another process of the run, which ends this one at once.
+    """
     try:
         return command()
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, JaxRuntimeError) as error:
+        if lost(error):
+            leave(error)
+        if isinstance(error, JaxRuntimeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from butler_jax.typed import fits, number, shown, whole
 
@@ -188,8 +188,53 @@ class PredictorConfig:
         require(self.hidden is None or self.hidden > 0, f"hidden must be positive, got {self.hidden}")
 
 
+class Host(NamedTuple):
+    """Where the first process of a run listens, how many processes there are, and which of them this one is."""
+
+    address: str
+    count: int
+    index: int
+
+
+def parse_hosts(text: str) -> Host | None:
+    """'HOST:PORT,COUNT,INDEX' -> Host; None for 'auto'. Raises ValueError for anything else."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"([^,\s]+:([0-9]{1,5})),([0-9]{1,9}),([0-9]{1,9})", text)
+    require(bool(match), f"--distributed {text!r} is neither auto nor HOST:PORT,COUNT,INDEX, as in 10.0.0.1:1234,4,0")
+    host = Host(match[1], int(match[3]), int(match[4]))
+    require(0 < int(match[2]) < 65536, f"--distributed {text!r}: {match[2]} is no port; ports are 1 ... 65535")
+    require(host.count > 0, f"--distributed {text!r}: the number of processes must be at least 1")
+    require(
+        host.index < host.count,
+        f"--distributed {text!r}: {host.index} is none of the {host.count} processes; they are 0 ... {host.count - 1}",
+    )
+    return host
+
+
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class HostsConfig:
+    """What a command needs to know to run on several hosts."""
+
+    distributed: str = ""
+    """Several hosts through jax.distributed, the same command on each: auto where the cluster says who is who (TPU
+    pods, Slurm), else HOST:PORT,COUNT,INDEX."""
+    start_timeout: int = 300
+    """Seconds that a host waits for the others at the start."""
+    host_timeout: int = 30
+    """Seconds without a sign of life from a host until the others end."""
+
+    def __post_init__(self):
+        if self.distributed:
+            parse_hosts(self.distributed)
+        for name in ("start_timeout", "host_timeout"):
+            require(
+                getattr(self, name) > 0, f"--{name.replace('_', '-')} must be at least 1 s, got {getattr(self, name)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(HostsConfig):
     """What every training run has: its length, its optimiser, its devices and its directory."""
 
     data: str = "python_docs"
@@ -216,9 +261,6 @@ class FitConfig:
     """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
     mesh: str = ""
     """Devices as data=N,model=M. Default: as many devices on the data axis as divide the batch."""
-    distributed: str = ""
-    """Several hosts through jax.distributed, the same command on each: auto where the cluster says who is who (TPU
-    pods, Slurm), else HOST:PORT,COUNT,INDEX."""
     attention: Literal["xla", "cudnn", "splash"] | None = None
     """Attention implementation. Default: splash on TPU, cuDNN on GPU where it can, else xla."""
     seed: int = 0
@@ -235,6 +277,7 @@ class FitConfig:
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
 
     def __post_init__(self):
+        super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
@@ -453,7 +496,7 @@ TASKS = ("perplexity", "attention", "coreference", "needle", "key_value", "varia
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(HostsConfig):
     """Judge a base model under policies and budgets, and the predictor of a training run among them.
 
     Lists are comma-separated on the command line. Budgets are fractions (0.25 or 1/4) or numbers of tokens (256).
@@ -516,6 +559,7 @@ class EvalConfig:
     """Directory of the report. Default: RUN/eval, without a run ./eval."""
 
     def __post_init__(self):
+        super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         for name in ("tasks", "policies", "budgets", "lengths", "depths"):

@@ -1,8 +1,10 @@
 """Documents to batches: tokenise, pack, shuffle, shard and resume, on grain.
 
 Each row of the global batch is a stream of its own: row r reads documents r, r + B, r + 2B, ... of the
-shuffled, endless sequence of documents and packs them without padding. So the batches do not depend on how
-many processes share them, and a long document goes on in the same row of the next batch.
+shuffled, endless sequence of documents and packs them without padding. A process reads only the documents of
+its own rows, and the place of a row is a number of its own: so neither the batches nor the places depend on how
+many processes share them, whatever the source. A long document goes on in the same row of the next batch.
+Every process reads all of `text:` files once at the start, for their digest, and prepares a set that is not there yet.
 """
 
 from __future__ import annotations
@@ -131,8 +133,8 @@ class _Coreference:
 class BatchIterator:
     """An endless iterator of batches whose place can be saved and restored to the exact batch."""
 
-    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any]):
-        self._identity = identity
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], rows: Sequence[int]):
+        self._identity, self._rows = identity, rows
         # The prefetching thread has to end with this object, and before the interpreter is taken down.
         self._held = [iter(dataset)]
         weakref.finalize(self, self._held.clear)
@@ -149,12 +151,15 @@ class BatchIterator:
 
     def get_state(self) -> dict[str, Any]:
         """The place after the batches given so far, as a dictionary that `json` can write."""
-        return json.loads(json.dumps({**self._identity, "place": self._iterator.get_state()}))
+        places = self._iterator.get_state()["parents"]
+        rows = {str(row): place for row, place in zip(self._rows, places, strict=True)}
+        return json.loads(json.dumps({**self._identity, "rows": rows}))
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a place that `get_state` gave, in this or another process.
+        """Goes to a place that `get_state` gave, in this or another process; it may hold more rows than are read here.
 
-        Raises ValueError where the state comes from other data or other settings; the difference is named.
+        Raises ValueError where the state comes from other data or other settings, or lacks rows; the difference is
+        named.
         """
         was = state.get("content", self._identity["content"])  # of older states it is not known
         if was != self._identity["content"]:
@@ -169,7 +174,10 @@ class BatchIterator:
                     f"cannot continue the data: {key} was {state.get(key)!r} when the state was saved "
                     f"and is {value!r} now."
                 )
-        self._iterator.set_state(_with_tuples(state["place"]))
+        missing = [str(row) for row in self._rows if str(row) not in state["rows"]]
+        if missing:
+            raise ValueError(f"cannot continue the data: the state is of other rows and lacks {', '.join(missing)}.")
+        self._iterator.set_state({"parents": [_with_tuples(state["rows"][str(row)]) for row in self._rows]})
 
 
 def batches(
@@ -182,8 +190,7 @@ def batches(
     split: str = "train",
     data_dir: str | None = None,
     whole: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_state: dict[str, Any] | None = None,
 ) -> BatchIterator:
     """Endless batches of packed documents, shuffled anew by `seed` in each epoch.
@@ -194,31 +201,28 @@ def batches(
         has one.
       length: tokens in a row, T. Documents that do not fit are cut; the rest opens a segment of its own in
         the same row of the next batch.
-      batch_size: rows of the global batch, B; a process receives B / process_count of them.
+      batch_size: rows of the global batch, B.
       seed: order of the documents, and the samples of `coreference`.
       split: "train" or "test".
       data_dir: where prepared sets are kept, `gs://` included.
       whole: keep a document that fits into a row in one piece, at the price of some padding.
-      process_index, process_count: which rows of the global batch to give. The global batch does not depend
-        on them.
-      start_state: a place to start from, as given by `get_state`.
+      rows: which rows of the global batch to read and give, where several processes share it; None means all.
+        What is in a row does not depend on them.
+      start_state: a place to start from, as given by `get_state`, of the same rows or more.
 
     Returns:
-      An iterator of dictionaries of int32 arrays [B / process_count, T]: "tokens", "segments" and
-      "positions".
+      An iterator of dictionaries of int32 arrays [number of rows, T]: "tokens", "segments" and "positions".
 
     Raises:
       ValueError, FileNotFoundError: what is wrong with the data or the sizes.
     """
     if length < 2:
         raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size} must be a positive multiple of process_count={process_count}, "
-            "the number of processes."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not below process_count={process_count}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not set(rows) <= set(range(batch_size)):
+        raise ValueError(f"rows={list(rows)} must be one or more of 0 ... {batch_size - 1}, the rows of a batch.")
     parts = parse_spec(spec)
     sources = [open_documents(part.source, split=split, seed=seed, data_dir=data_dir) for part in parts]
     weights = _document_weights(parts, sources)
@@ -228,14 +232,13 @@ def batches(
         if not isinstance(source, _Coreference):  # its samples are independent already
             dataset = dataset.shuffle(seed=(seed * 1_000_003 + number) % (1 << 32))
         ordered.append(dataset.repeat())
-    here = batch_size // process_count
-    rows = []
-    for row in range(process_index * here, (process_index + 1) * here):
+    streams = []
+    for row in rows:
         # Sliced before they are mixed: the pattern of the mixture would otherwise fall in step with the rows.
         own = [dataset[row::batch_size] for dataset in ordered]
         mixed = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
-        rows.append(_packed(mixed, tokenizer, length, whole))
-    dataset = grain.experimental.ZipIterDataset(rows).map(_stack)
+        streams.append(_packed(mixed, tokenizer, length, whole))
+    dataset = grain.experimental.ZipIterDataset(streams).map(_stack)
     dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
     identity = {
         "spec": spec,
@@ -247,10 +250,8 @@ def batches(
         "documents": [len(source) for source in sources],
         "content": [source.content() for source in sources],
         "vocabulary": tokenizer.vocab_size,
-        "process_index": process_index,
-        "process_count": process_count,
     }
-    iterator = BatchIterator(dataset, identity)
+    iterator = BatchIterator(dataset, identity, rows)
     if start_state is not None:
         iterator.set_state(start_state)
     return iterator

@@ -22,12 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from butler_jax.checkpoints import Checkpoints
+from butler_jax.checkpoints import Checkpoints, joined
 from butler_jax.configs import FitConfig, require, to_dict
 from butler_jax.files import sync, write_whole, writing
+from butler_jax.hosts import check_shared, gather
 from butler_jax.json_objects import parse_object, read_lines, read_object
 from butler_jax.run_directory import recorded
-from butler_jax.sharding import place_batch
+from butler_jax.sharding import any_process, place_batch
 from butler_jax.training import TrainState
 from butler_jax.typed import number
 
@@ -41,6 +42,8 @@ CHANGEABLE = {
     "data_dir",
     "mesh",
     "distributed",
+    "start_timeout",
+    "host_timeout",
     "attention",
 }
 """Settings that may differ when a run goes on: they leave the losses as they are (steps: the schedule is stretched)."""
@@ -53,8 +56,10 @@ class NonFiniteLoss(FloatingPointError):
 def check_run(run_dir: Path, config: FitConfig) -> None:
     """Check that a run already in the directory has the same settings; an absent one is fine.
 
-    Raises ValueError naming the settings that differ and what to do.
+    Raises ValueError naming the settings that differ and what to do, and where several hosts do not share it.
     """
+    if jax.process_count() > 1:
+        check_shared(run_dir)
     path = run_dir / "config.json"
     if not path.exists():
         return
@@ -205,7 +210,8 @@ def fit(
     forward pass on such a batch) and, where it was validated, what validate returned.
 
     Every start is recorded in run.json. Damaged checkpoints are set aside and an older one is taken. Returns early,
-    saved, after Ctrl-C or SIGTERM; what it says is saved is on disk.
+    saved, after Ctrl-C or SIGTERM; what it says is saved is on disk. Where several processes train, one of them needs
+    to be asked, and all stop at the same step, the one after.
 
     Raises NonFiniteLoss naming step and batch; the last checkpoint before it stays. Raises OSError where a file or a
     checkpoint cannot be written, DamagedCheckpoint where no checkpoint is whole.
@@ -216,6 +222,7 @@ def fit(
         if start:
             state, place = checkpoints.restore(start, state)
             batches.set_state(place)
+        joined(gather(batches.get_state()))  # raises where processes read different data
         metrics = Metrics(run_dir, config, start)
         for note in checkpoints.notes:
             metrics.say(note)
@@ -224,16 +231,18 @@ def fit(
         elif start:
             metrics.say(f"going on from step {start} of {run_dir}")
         pending: tuple[int, dict] | None = None
+        several, stop = jax.process_count() > 1, False
         clock = time.monotonic()
 
         def settle(extra: dict[str, float] | None = None) -> None:
             """Wait for the step that is out, check it and write it down."""
-            nonlocal pending, clock
+            nonlocal pending, clock, stop
             if pending is None:
                 return
             number, values = pending
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             pending = None
+            stop = bool(values.pop("stop", False))
             stop_unless_finite("loss", values["loss"], number)
             now = time.monotonic()
             seconds, clock = now - clock, now
@@ -264,8 +273,10 @@ def fit(
                 batch = place_batch(next(batches), mesh)
                 settle()
                 state, values = step(state, model, batch)
+                if several:  # a request to any process is known to all with the step's metrics, after the next
+                    values["stop"] = any_process(stopping(), mesh, values["loss"])
                 pending = (number, values)
-                end = number == config.steps or stopping()
+                end = number == config.steps or (stop if several else stopping())
                 extra = {}
                 save = end or number % config.checkpoint_every == 0
                 if save or (config.eval_every and number % config.eval_every == 0):

@@ -28,11 +28,12 @@ from butler_jax.checkpoints import about
 from butler_jax.configs import PredictorConfig, TrainConfig, require
 from butler_jax.evaluation.recall import recall
 from butler_jax.fitting import check_run, fit, open_run
+from butler_jax.hosts import agree
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PREDICTORS, Predictor, make_predictor, walk
 from butler_jax.predictors.interface import at
 from butler_jax.run_directory import claim
-from butler_jax.sharding import make_mesh, own_rows, place, place_batch, row_share
+from butler_jax.sharding import make_mesh, own_rows, place, place_batch, rows_here
 from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.weights import Base
 
@@ -212,16 +213,17 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
     run_dir = config.run_dir or default_run_dir(config)
     with claim(run_dir), jax.set_mesh(mesh):
         check_run(run_dir, config)
+        agree({"base": base.fingerprint})
         model = place(base.model, LOGICAL_AXES, mesh)
         source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
-        processes = dict(zip(("process_index", "process_count"), row_share(mesh), strict=True))
-        batches = data.batches(config.data, base.tokenizer, seed=config.seed, **source, **processes)
+        rows = rows_here(config.batch_size, mesh)
+        batches = data.batches(config.data, base.tokenizer, seed=config.seed, rows=rows, **source)
         held_out = data.held_out(
             config.data, base.tokenizer, count=max(1, VALIDATION_ROWS // config.batch_size), **source
         )
         held_out = [place_batch(own_rows(b, mesh), mesh) for b in held_out]
         if predictor is None:
-            calibration = data.batches(config.data, base.tokenizer, seed=config.seed + 1, **source, **processes)
+            calibration = data.batches(config.data, base.tokenizer, seed=config.seed + 1, rows=rows, **source)
             first = [place_batch(next(calibration), mesh) for _ in range(config.calibration)]
             predictor = init_predictor(
                 Base(base.name, model, base.tokenizer, base.fingerprint),

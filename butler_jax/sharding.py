@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
 
     '' puts on the data axis as many devices as divide the batch (all of them where several hosts work together).
     batch_size: of training, None for decoding. Raises ValueError where the mesh needs more devices than there are, does
-    not divide the batch, or has a sequence axis to train on.
+    not divide the batch, has a sequence axis to train on, or leaves devices of several hosts idle.
     """
     devices = jax.devices()
     count = len(devices)
@@ -73,6 +74,11 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         not batch_size or sizes[SEQUENCE] == 1,
         f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
     )
+    require(
+        needed == len(devices) or jax.process_count() == 1,
+        f"mesh {text!r} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, and each "
+        f"process has to hold a part; choose sizes whose product is {len(devices)}",
+    )
     mesh = arrange(sizes, devices[:needed])
     if batch_size:
         check_batch(batch_size, mesh)
@@ -87,28 +93,6 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
     shape = tuple(sizes[axis] for axis in AXES)
     ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def join_hosts(text: str) -> None:
-    """Start jax.distributed: 'auto' asks the cluster, 'HOST:PORT,COUNT,INDEX' says who this process is.
-
-    An empty text does nothing. Raises ValueError for another form.
-    """
-    if not text:
-        return
-    if text == "auto":
-        jax.distributed.initialize()
-        return
-    jax.distributed.initialize(*parse_hosts(text))
-
-
-def parse_hosts(text: str) -> tuple[str, int, int]:
-    """'HOST:PORT,COUNT,INDEX' -> (address, count, index). Raises ValueError for another form or index."""
-    match = re.fullmatch(r"([^,]+:\d{1,5}),(\d{1,9}),(\d{1,9})", text)
-    require(bool(match), f"--distributed {text!r} is neither auto nor of the form HOST:PORT,COUNT,INDEX")
-    count, index = int(match.group(2)), int(match.group(3))
-    require(index < count, f"--distributed {text!r}: the index is 0 ... COUNT - 1")
-    return match.group(1), count, index
 
 
 def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
@@ -175,51 +159,65 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise ValueError where the mesh does not divide the batch."""
+def check_batch(batch_size: int, mesh: Mesh, *, what: str = "batch size") -> None:
+    """Raise ValueError where the mesh does not divide the batch; what: how the error calls the batch's size."""
     size = mesh.shape[DATA]
     require(
         batch_size % size == 0,
-        f"batch size {batch_size} is not divisible by the mesh's data axis ({size}); "
+        f"{what} {batch_size} is not divisible by the mesh's data axis ({size}); "
         f"use a multiple of {size} or another --mesh",
     )
 
 
-def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """(index, count): which of how many equal shares of a batch's rows a process feeds; default: this process.
-
-    Processes whose devices hold the same rows, because another axis reaches over several hosts, have the same index.
-    Raises ValueError where processes share a part of their rows, or have no device in the mesh.
-    """
-    held: dict[int, set[int]] = {}
-    for place, device in np.ndenumerate(mesh.devices):
-        held.setdefault(device.process_index, set()).add(place[AXES.index(DATA)])
+def rows_here(batch_size: int, mesh: Mesh, process: int | None = None) -> list[int]:
+    """Which rows of a batch the devices of a process hold, in order; default: this one. Several may hold the same."""
     process = jax.process_index() if process is None else process
-    require(process in held, f"process {process} has no device in the mesh {dict(mesh.shape)}; use all of them")
-    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
-    require(
-        sum(map(len, shares)) == mesh.shape[DATA] and len({*map(len, shares)}) == 1,
-        f"on the mesh {dict(mesh.shape)} hosts share some of their rows and not others; "
-        "choose a model axis that is a multiple of a host's devices, or divides them",
-    )
-    return shares.index(tuple(sorted(held[process]))), len(shares)
+    parts = {at[AXES.index(DATA)] for at, device in np.ndenumerate(mesh.devices) if device.process_index == process}
+    here = batch_size // mesh.shape[DATA]
+    return [row for part in sorted(parts) for row in range(part * here, part * here + here)]
 
 
 def own_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
-    """Of a batch that every process has whole, the rows that this process feeds to the mesh."""
-    index, count = row_share(mesh)
-    return {name: np.split(rows, count)[index] for name, rows in batch.items()}
+    """Of a batch that every process has whole, the rows that place_batch takes from this one."""
+    return {name: rows[rows_here(len(rows), mesh)] for name, rows in batch.items()}
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch (row_share) as global arrays over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    """This process's rows of a batch (see rows_here) as global arrays over the mesh."""
+    sharding, parts = batch_sharding(mesh), mesh.shape[DATA]
+
+    def placed(rows):
+        shape = (len(rows) // len(rows_here(parts, mesh)) * parts, *rows.shape[1:])
+        place = {row: at for at, row in enumerate(rows_here(shape[0], mesh))}
+
+        def shard(index):
+            first, end, _ = index[0].indices(shape[0])
+            return rows[place[first] : place[first] + end - first]
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: placed(rows) for name, rows in batch.items()}
 
 
 def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> nnx.Module:
     """Move a module's parameters to their shardings."""
     return jax.device_put(module, module_shardings(module, logical_axes, mesh))
+
+
+def any_process(flag: bool, mesh: Mesh, after: jax.Array) -> jax.Array:
+    """Whether any process says so: the same in all of them, and known some time after `after` is, without waiting.
+
+    One byte a device is reduced; after `after`, so that no two reductions over devices are under way at once.
+    """
+    flags = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, PartitionSpec(AXES)), lambda _: np.full(1, flag)
+    )
+    return _any(flags, after)
+
+
+@partial(jax.jit, keep_unused=True)
+def _any(flags: jax.Array, after: jax.Array) -> jax.Array:
+    return flags.any()
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:

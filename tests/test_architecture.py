@@ -17,7 +17,7 @@ STAGES = {
     "provenance.py": 0,
     "layers.py": 1, "attention.py": 1, "cache.py": 1, "selection.py": 1, "distillation.py": 1, "families.py": 1,
     "chosen.py": 1, "score_keys.py": 1, "cached_attention.py": 1, "offload.py": 1, "sequence.py": 1,
-    "sharding.py": 1, "tokenizer.py": 1, "datasets/": 1, "data.py": 1, "run_directory.py": 1,
+    "hosts.py": 1, "sharding.py": 1, "tokenizer.py": 1, "datasets/": 1, "data.py": 1, "run_directory.py": 1,
     "sampling.py": 1, "base_model.py": 2, "weights/": 2, "predictors/": 2, "policies/": 2,
     "checkpoints.py": 3, "scoring.py": 3, "decode.py": 3, "filling.py": 3,
     "eviction.py": 3, "evicting_decode.py": 3,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from butler_jax.base_model import BaseModel
-from butler_jax.checkpoints import Checkpoints, load_predictor, save_predictor
+from butler_jax.checkpoints import Checkpoints, joined, load_predictor, save_predictor
 from butler_jax.configs import BaseConfig, PredictorConfig
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.weights import Base
@@ -137,6 +137,24 @@ def test_a_step_that_is_not_there_is_named(tmp_path):
     save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7.*steps: 0"):
         load_predictor(tmp_path / "predictor", BASE, step=7)
+
+
+def test_places_of_processes_are_joined_and_have_to_agree():
+    one = {"length": 8, "rows": {"0": {"next": 3, "left": [[1, 2]]}}, "streams": [{"rows": {"0": 1}}]}
+    two = {"length": 8, "rows": {"1": {"next": 5, "left": []}}, "streams": [{"rows": {"1": 2}}]}
+    both = {"length": 8, "rows": {**one["rows"], **two["rows"]}, "streams": [{"rows": {"0": 1, "1": 2}}]}
+    assert joined([one, two]) == both and joined([both, both]) == both and joined([None, None]) is None
+    with pytest.raises(ValueError, match="the processes read different data: length is 8 and 9; give all hosts"):
+        joined([one, {**two, "length": 9}])
+
+
+def test_places_of_an_older_version_are_refused(tmp_path):
+    state = {"module": random_predictor("producer")}
+    with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+        checkpoints.save(1, state, [{"place": {}, "process_index": 0}], {"loss": 0.0})
+        checkpoints.wait()
+        with pytest.raises(ValueError, match="was saved by an older version, whose place in the data cannot be read"):
+            checkpoints.restore(1, state)
 
 
 def test_state_and_place_in_the_data_come_back_exactly(tmp_path):

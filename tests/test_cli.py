@@ -143,6 +143,16 @@ def test_zeros(fails, option):
             "unknown task chess; known: perplexity, attention",
         ),
         (["eval", "--run", "x", "--context", "1"], "--context must be at least 2 tokens, got 1"),
+        (
+            ["train", "--distributed", "10.0.0.1,4,0"],
+            "is neither auto nor HOST:PORT,COUNT,INDEX, as in 10.0.0.1:1234,4,0",
+        ),
+        (["eval", "--run", "x", "--distributed", "10.0.0.1:1,4"], "is neither auto nor HOST:PORT,COUNT,INDEX"),
+        (["train", "pretrain", "--distributed", "a:1,2,-1"], "is neither auto nor HOST:PORT,COUNT,INDEX"),
+        (["train", "--distributed", "a:1,2,2"], "'a:1,2,2': 2 is none of the 2 processes; they are 0 ... 1"),
+        (["train", "--distributed", "a:1,0,0"], "'a:1,0,0': the number of processes must be at least 1"),
+        (["train", "--distributed", "a:99999,2,0"], "99999 is no port; ports are 1 ... 65535"),
+        (["train", "--host-timeout", "0"], "--host-timeout must be at least 1 s, got 0"),
     ],
 )
 def test_settings_that_cannot_be(fails, arguments, message):

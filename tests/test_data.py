@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from butler_jax.checkpoints import joined
 from butler_jax.data import batches, held_out, open_documents, parse_spec
 from butler_jax.datasets import coreference
 from butler_jax.tokenizer import Tokenizer, train_bpe
@@ -93,18 +94,44 @@ def test_an_epoch_holds_each_document_once(tokenizer, book):
     assert epochs[0] != epochs[1]  # shuffled anew
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_batch_of_one(tokenizer, book, processes):
+SHARES = [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]], [[0, 1, 2, 3]]]
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_processes_share_the_batch_of_one(tokenizer, book, shares):
     spec, data_dir = book
     options = {"length": 64, "batch_size": 4, "seed": 1, "data_dir": data_dir}
     alone = take(batches(spec, tokenizer, **options), 5)
-    shares = [
-        take(batches(spec, tokenizer, **options, process_index=i, process_count=processes), 5) for i in range(processes)
-    ]
-    for step, whole in enumerate(alone):
-        for key in whole:
-            joined = np.concatenate([share[step][key] for share in shares])
-            np.testing.assert_array_equal(joined, whole[key])
+    for rows in shares:
+        for mine, whole in zip(take(batches(spec, tokenizer, **options, rows=rows), 5), alone, strict=True):
+            for key in whole:
+                np.testing.assert_array_equal(mine[key], whole[key][rows])
+
+
+@pytest.mark.parametrize("spec", ["coreference", "book", "book:0.7+coreference:0.3"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_other_shares_go_on_where_some_stopped(tokenizer, book, spec, whole):
+    spec = spec.replace("book", book[0])
+    options = {"length": 96, "batch_size": 4, "seed": 4, "data_dir": book[1], "whole": whole}
+    alone = take(batches(spec, tokenizer, **options), 9)
+    states = []
+    for rows in SHARES[0]:
+        share = batches(spec, tokenizer, **options, rows=rows)
+        take(share, 5)
+        states.append(share.get_state())
+    state = json.loads(json.dumps(joined(states)))
+    for rows in (row for shares in SHARES for row in shares):
+        going_on = take(batches(spec, tokenizer, **options, rows=rows, start_state=state), 4)
+        assert all(np.array_equal(a["tokens"], b["tokens"][rows]) for a, b in zip(going_on, alone[5:], strict=True))
+
+
+def test_a_process_reads_the_documents_of_its_rows_alone(tokenizer, monkeypatch):
+    read = []
+    sample = coreference.sample
+    monkeypatch.setattr(coreference, "sample", lambda seed, index, *a, **k: read.append(index) or sample(seed, index))
+    take(batches("coreference", tokenizer, length=64, batch_size=4, rows=[1, 3]), 20)
+    probes = 48  # documents whose length is looked at for the weights of a mixture
+    assert len(read) > probes + 4 and {index % 4 for index in read[probes:]} == {1, 3}
 
 
 @pytest.mark.parametrize("spec", ["coreference", "book", "book:0.7+coreference:0.3"])
@@ -175,6 +202,13 @@ def test_text_that_changed_since_the_state_was_saved_is_refused(tokenizer, tmp_p
     assert same([next(again)], [following])
 
 
+def test_state_of_other_rows_is_refused(tokenizer):
+    options = {"length": 64, "batch_size": 4}
+    state = batches("coreference", tokenizer, **options, rows=[0, 1]).get_state()
+    with pytest.raises(ValueError, match="cannot continue the data: the state is of other rows and lacks 2, 3"):
+        batches("coreference", tokenizer, **options, start_state=state)
+
+
 def test_weights_are_shares_of_the_text(tokenizer, book):
     spec = f"{book[0]}:0.75+coreference:0.25"
     stream = batches(spec, tokenizer, length=128, batch_size=2, seed=0, data_dir=book[1])
@@ -228,12 +262,9 @@ def test_bad_specifications_are_refused(spec):
     ("change", "message"),
     [
         ({"length": 1}, "length=1 is too short"),
-        (
-            {"batch_size": 3, "process_count": 2},
-            "batch_size=3 must be a positive multiple of process_count=2",
-        ),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"process_index": 1}, "process_index=1 is not below"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"rows": [0, 2]}, r"rows=\[0, 2\] must be one or more of 0 ... 1, the rows of a batch"),
+        ({"rows": []}, r"rows=\[\] must be one or more"),
         ({"split": "dev"}, "split='dev' is unknown"),
     ],
 )

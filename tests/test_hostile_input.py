@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save, save_file
 
 from benchmarks.fuzz_targets import CONFIG, tokenizer_file, weights, write_gguf, write_model
-from butler_jax.configs import EvalConfig, PredictorConfig, TrainConfig, from_dict, to_dict
+from butler_jax.configs import EvalConfig, PredictorConfig, TrainConfig, from_dict, parse_hosts, to_dict
 from butler_jax.data import parse_spec
 from butler_jax.datasets.text import passages
 from butler_jax.evaluation.cells import Kept
@@ -30,7 +30,7 @@ from butler_jax.files import file_in
 from butler_jax.fitting import check_run
 from butler_jax.json_objects import parse_object, read_lines, read_object
 from butler_jax.prompts import encode
-from butler_jax.sharding import parse_hosts, parse_mesh
+from butler_jax.sharding import parse_mesh
 from butler_jax.tokenizer import Tokenizer
 from butler_jax.weights import load_base
 from butler_jax.weights.gguf_header import MOST_VALUES

@@ -227,6 +227,9 @@ def test_the_time_left_is_that_of_cells_alike(tmp_path):
     assert progress.seconds_left() == 2 * 10 + 10
     progress.add("b", "oracle", Cell(cell.findings, seconds=100.0), kept=True)  # one more is to be measured
     assert progress.seconds_left() == 2 * 10 + 100
+    shared = Progress({"a": 3, "b": 1}, 5, said.append, hosts=2)
+    shared.add("a", "oracle", cell, kept=False)
+    assert shared.seconds_left() == (2 * 10 + 10) / 2
     assert said[0].startswith("[1/5] a") and said[0].endswith("10 s, about 30 s left")
     assert [duration(s) for s in (40, 720, 11100)] == ["40 s", "12 min", "3 h 5 min"]
     kept = Kept(tmp_path)

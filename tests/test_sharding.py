@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import types
@@ -22,7 +21,7 @@ from butler_jax.base_model import LOGICAL_AXES, BaseModel
 from butler_jax.configs import TrainConfig
 from butler_jax.predictor_training import distil_step
 from butler_jax.predictors import PREDICTORS, make_predictor
-from butler_jax.sharding import check_batch, make_mesh, module_partition, parse_mesh, partition, row_share
+from butler_jax.sharding import check_batch, make_mesh, module_partition, parse_mesh, partition, rows_here
 from butler_jax.training import start_state
 
 TESTS = Path(__file__).parent
@@ -105,18 +104,17 @@ def described_mesh(sizes: tuple[int, int], processes: list[list[int]]) -> types.
 
 
 def test_hosts_that_hold_the_same_rows_feed_the_same_rows():
-    def shares(mesh, count):
-        return [row_share(mesh, process) for process in range(count)]
+    def rows(processes, size=8):
+        mesh = described_mesh((len(processes), len(processes[0])), processes)
+        return [rows_here(size, mesh, process) for process in range(1 + max(map(max, processes)))]
 
+    first, second = [0, 1, 2, 3], [4, 5, 6, 7]
     # a host's devices on the data axis alone; on both axes, its rows not beside each other; a row over two hosts
-    assert shares(described_mesh((4, 1), [[0], [0], [1], [1]]), 2) == [(0, 2), (1, 2)]
-    assert shares(described_mesh((4, 2), [[0, 0], [1, 1], [0, 0], [1, 1]]), 2) == [(0, 2), (1, 2)]
-    assert shares(described_mesh((2, 4), [[0, 0, 1, 1], [2, 2, 3, 3]]), 4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert shares(described_mesh((1, 4), [[0, 0, 1, 1]]), 2) == [(0, 1), (0, 1)]
-    with pytest.raises(ValueError, match="share some of their rows and not others"):
-        row_share(described_mesh((3, 2), [[0, 0], [0, 1], [1, 1]]), 0)
-    with pytest.raises(ValueError, match="process 2 has no device in the mesh"):
-        row_share(described_mesh((2, 1), [[0], [1]]), 2)
+    assert rows([[0], [0], [1], [1]]) == [first, second]
+    assert rows([[0, 0], [1, 1], [0, 0], [1, 1]]) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert rows([[0, 0, 1, 1], [2, 2, 3, 3]]) == [first, first, second, second]
+    assert rows([[0, 0, 1, 1]]) == [first + second, first + second]
+    assert rows([[0, 0], [0, 1], [1, 1]], size=6) == [[0, 1, 2, 3], [2, 3, 4, 5]]  # a row of each, and one of both
 
 
 KEPT = """
@@ -288,34 +286,3 @@ def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, mesh
     for mesh in meshes:
         tokens, attended = found[mesh]
         assert tokens == found["data=1"][0] and attended == pytest.approx(found["data=1"][1])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one(place):
-    # The command of a user with two hosts, on the loopback address.
-    train = [sys.executable, str(TESTS.parent / "train.py"), "--base", str(place / "base")]
-    train += ["--data", f"text:{place / 'book.txt'}", "--data-dir", str(place / "data"), "--steps", "5"]
-    train += ["--length", "32", "--batch-size", "4", "--rank", "4", "--calibration", "1", "--eval-every", "0"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-
-    def start(run: str, *more: str) -> subprocess.Popen:
-        command = [*train, "--run-dir", str(place / run), *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def end(process: subprocess.Popen) -> None:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-4000:]
-
-    end(start("alone"))
-    address = f"127.0.0.1:{free_port()}"
-    for process in [start("together", "--distributed", f"{address},2,{index}") for index in range(2)]:
-        end(process)
-    alone, together = ([row["loss"] for row in tiny_runs.rows(place / run)] for run in ("alone", "together"))
-    assert len(alone) == len(together) == 5
-    assert together == pytest.approx(alone, abs=1e-5)  # as above

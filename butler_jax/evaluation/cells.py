@@ -52,7 +52,7 @@ class Kept:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for number, line in read_lines(self.path) if self.path.is_file() else ():
             try:
-                key, cell = _cell(parse_object(line, f"{self.path}, line {number}"))
+                key, cell = cell_of(parse_object(line, f"{self.path}, line {number}"))
             except ValueError:
                 continue  # cut off while it was written, damaged or of another version: the cell is measured anew
             self.cells[key] = cell
@@ -66,7 +66,7 @@ class Kept:
                 file.write("\n" * cut + json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
 
 
-def _cell(read: dict[str, Any]) -> tuple[str, Cell]:
+def cell_of(read: dict[str, Any]) -> tuple[str, Cell]:
     """A cell's key and the cell, from its line. Raises ValueError where it is none."""
     kinds = {"key": str, "findings": list[dict], "arrays": dict[str, list], "seconds": float}
     wrong = [name for name, kind in kinds.items() if not fits(read.get(name), kind)]
@@ -89,11 +89,12 @@ def key_of(facts: dict[str, Any]) -> str:
 class Progress:
     """Says a line after each cell, with the time that the rest will take if cells of a task cost alike.
 
-    missing: how many cells of each task are to be measured. total: all cells, those that are kept among them.
+    missing: how many cells of each task are to be measured. total: all cells, those that are kept among them. hosts:
+    how many measure at the same time.
     """
 
-    def __init__(self, missing: dict[str, int], total: int, say: Say):
-        self.left, self.total, self.say = dict(missing), total, say
+    def __init__(self, missing: dict[str, int], total: int, say: Say, *, hosts: int = 1):
+        self.left, self.total, self.say, self.hosts = dict(missing), total, say, hosts
         self.spent: dict[str, list[float]] = {task: [] for task in missing}
         self.done = 0
 
@@ -114,7 +115,7 @@ class Progress:
         seen = [s for spent in self.spent.values() for s in spent]
         overall = sum(seen) / max(len(seen), 1)
         means = {task: sum(spent) / len(spent) if spent else overall for task, spent in self.spent.items()}
-        return sum(means[task] * count for task, count in self.left.items())
+        return sum(means[task] * count for task, count in self.left.items()) / self.hosts
 
 
 def duration(seconds: float) -> str:

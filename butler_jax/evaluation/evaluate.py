@@ -1,19 +1,25 @@
-"""Judge a base model and its predictor: every task under every policy and budget, cell by cell."""
+"""Judge a base model and its predictor: every task under every policy and budget, cell by cell.
+
+Several hosts take turns: each measures one of the next cells with the whole base on its first device, and the first one
+keeps what they found. A cell is computed as one host alone would, so the report is the same.
+"""
 
 from __future__ import annotations
 
 import datetime
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from butler_jax.configs import EvalConfig, require, to_dict
-from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, key_of
+from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, cell_of, key_of
 from butler_jax.evaluation.contenders import Contender, contenders
 from butler_jax.evaluation.report import Report, check_directory
 from butler_jax.evaluation.tasks import Task, make_tasks
+from butler_jax.hosts import agree, gather
 from butler_jax.json_objects import read_object
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
@@ -35,19 +41,21 @@ def evaluate(
     predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run that policy is left
     out. data: as config.data. keep: a directory where finished cells are kept as they come (cells.jsonl): the next
     evaluation there does not measure again what is the same; None keeps and writes nothing. say: receives a line of
-    progress after each cell. Raises ValueError for an unknown policy, a context beyond the base's, an empty text, and
-    where `keep` is no directory.
+    progress after each cell. Of several processes, the first one keeps and says; the report is there in all. Raises
+    ValueError for an unknown policy, a context beyond the base's, an empty text, where `keep` is no directory, and
+    where the processes would not measure the same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
-    say = say or (lambda line: None)
+    first = jax.process_index() == 0
+    say = say if say and first else (lambda line: None)
     if keep is not None:
         check_directory(Path(keep))
     started = time.perf_counter()
     data = data or config.data or run_data(config.run)
     judged = contenders(base, predictor, config, data, say)
     tasks = make_tasks(base, config, data, say)
-    kept, report = Kept(None if keep is None else Path(keep)), Report()
+    kept, report = Kept(Path(keep) if keep is not None and first else None), Report()
     plan = [
         (task, one, part) for task in tasks for one in judged if task.takes(one) for part in _parts(task, one, config)
     ]
@@ -59,17 +67,22 @@ def evaluate(
         })
         for task, one, selections in plan
     ]  # fmt: skip
-    missing = [task.name for (task, *_), key in zip(plan, keys, strict=True) if key not in kept.cells]
-    progress = Progress({task.name: missing.count(task.name) for task in tasks}, len(plan), say)
-    for (task, one, selections), key in zip(plan, keys, strict=True):
-        cell, found = kept.cells.get(key), key in kept.cells
-        if cell is None:
-            began = time.perf_counter()
-            cell = task.judge(one, selections)
-            cell = Cell(cell.findings, cell.arrays, round(time.perf_counter() - began, 2))
-            kept.add(key, {"task": task.name, "policy": one.label, "budgets": list(selections)}, cell)
+    if jax.process_count() > 1:
+        agree({f"{t.name} under {one.label}, {[*s]}": key for (t, one, s), key in zip(plan, keys, strict=True)})
+        known = gather({key: asdict(kept.cells[key]) for key in keys if key in kept.cells})[0]
+        kept.cells = {key: cell_of(read) for key, read in known.items()}
+    missing = [number for number, key in enumerate(keys) if key not in kept.cells]
+    counts = {task.name: sum(plan[number][0] is task for number in missing) for task in tasks}
+    progress = Progress(counts, len(plan), say, hosts=jax.process_count())
+    for number, ((task, one, _), key) in enumerate(zip(plan, keys, strict=True)):
+        if key not in kept.cells:
+            turn = [n for n in missing if n >= number][: jax.process_count()]
+            for n, cell in zip(turn, _judge([plan[n] for n in turn]), strict=True):
+                about = {"task": plan[n][0].name, "policy": plan[n][1].label, "budgets": list(plan[n][2])}
+                kept.add(keys[n], about, cell)
+        cell = kept.cells[key]
         _enter(report, task, one, cell, config.seed)
-        progress.add(task.name, one.label, cell, kept=found)
+        progress.add(task.name, one.label, cell, kept=number not in missing)
     report.about.update(
         base=base.name,
         fingerprint=base.fingerprint,
@@ -83,6 +96,19 @@ def evaluate(
         seconds=round(time.perf_counter() - started, 1),
     )
     return report
+
+
+def _judge(turn: list[tuple[Task, Contender, dict]]) -> list[Cell]:
+    """The cells of one turn: every process measures its own, and gets those of the others."""
+    mine = None
+    if jax.process_index() < len(turn):
+        task, one, selections = turn[jax.process_index()]
+        began = time.perf_counter()
+        cell = task.judge(one, selections)
+        mine = Cell(cell.findings, cell.arrays, round(time.perf_counter() - began, 2))
+    if jax.process_count() == 1:
+        return [mine]
+    return [cell_of(read) for read in gather(mine and asdict(mine))[: len(turn)]]
 
 
 def run_config(run: Path) -> dict[str, Any]:
