@@ -39,8 +39,8 @@ def causal_attention(
     return_lse: also the log-sum-exp of the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it
     to the dtype of q.
 
-    A logit of -inf weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with "xla". A logit that is
-    NaN or +inf makes its own row and head NaN, no other (that of values is 0 * NaN for every row behind them).
+    A logit of -inf (-1e30 and below) weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with
+    "xla". A logit that is NaN or +inf makes its own row and head NaN, no other; a value that is, all rows of its head.
 
     implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
     "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
