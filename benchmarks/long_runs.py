@@ -10,8 +10,9 @@ Four runs, through the functions that users call, each in a process of its own (
 - decode_one_cache: stories260K, whose context is raised for the purpose, one row, one cache of 16,384 tokens
 
 A sample is taken at the same place each time. Speed is tokens or steps a second of processor time, which a busy machine
-disturbs less than the clock, of the first and the last tenth of the samples after the first: equal work in all runs but
-the last, where the cache fills.
+disturbs less than the clock, of the first and the last tenth of the samples: equal work in all runs but the last, where
+the cache fills. "Start" is the second sample, when everything has been done once; resident memory is taken after the
+allocator has given back what it holds in reserve, the peak is the process's own.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ import butler_jax
 from benchmarks.watch import Watch
 from butler_jax import fitting
 from butler_jax.configs import PredictorConfig, SelectionConfig, TrainConfig
-from butler_jax.evaluation.report import versions
 from butler_jax.predictor_training import init_predictor
+from butler_jax.provenance import versions
 
 
 def train(place: pathlib.Path, steps: int = 5000, every: int = 250, **changes: Any) -> Watch:
@@ -108,7 +109,8 @@ def line(name: str, s: dict[str, Any]) -> str:
     return (
         f"{name:17}{s['done']:8,d}  a second {s['a_second'][0]:7.1f} -> {s['a_second'][1]:7.1f}  live arrays "
         f"{s['live_arrays'][0]} -> {s['live_arrays'][1]}, {s['live_mib'][0]:.2f} -> {s['live_mib'][1]:.2f} MiB  "
-        f"resident {s['resident_mib'][0]:.0f} -> {s['resident_mib'][1]:.0f} MiB  "
+        f"resident {s['resident_mib'][0]:.0f} -> {s['resident_mib'][1]:.0f} MiB, "
+        f"peak {s['peak_mib'][0]:.0f} -> {s['peak_mib'][1]:.0f}  "
         f"compilations {s['compilations'][0]} -> {s['compilations'][1]}"
     )
 

@@ -37,10 +37,10 @@ from benchmarks import hlo
 from benchmarks.tpu_decode import LLAMA_8B, SELECTION, lower_decode
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, parameter_count
 from butler_jax.configs import BaseConfig, TrainConfig, require
-from butler_jax.evaluation.report import versions
 from butler_jax.files import write_whole
 from butler_jax.predictor_training import distil_step
 from butler_jax.predictors import make_predictor
+from butler_jax.provenance import versions
 from butler_jax.sharding import arrange, batch_sharding, check_batch, module_shardings, parse_mesh
 from butler_jax.training import start_state
 

@@ -39,8 +39,8 @@ def causal_attention(
     return_lse: also the log-sum-exp of the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it
     to the dtype of q.
 
-    A logit of -inf weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with "xla". A logit that is
-    NaN or +inf makes its own row and head NaN, no other (that of values is 0 * NaN for every row behind them).
+    A logit of -inf (-1e30 and below) weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with
+    "xla". A logit that is NaN or +inf makes its own row and head NaN, no other; a value that is, all rows of its head.
 
     implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
     "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
@@ -210,13 +210,14 @@ def chunk_mask(
 
 
 def masked_exponentials(
-    queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"]
+    queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"], scale: float
 ) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
-    """`exponentials` of the products of scaled queries and keys."""
+    """`exponentials` of the products of queries and keys times scale, which is applied in float32."""
     batch, heads, rows, _ = queries.shape
     chunk, size = mask.shape[1:]
     logits = jnp.einsum("bkmd,bksd->bkms", queries, keys, preferred_element_type=jnp.float32)
-    found = exponentials(logits.reshape(batch, heads, rows // chunk, chunk, size), mask[:, None, None])
+    logits = (logits * scale).reshape(batch, heads, rows // chunk, chunk, size)
+    found = exponentials(logits, mask[:, None, None])
     return tuple(a.reshape(batch, heads, rows, a.shape[-1]) for a in found)
 
 
@@ -249,7 +250,7 @@ def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K 
 
 def _xla(q, k, v, segments, key_segments, window, scale):
     length, chunk = q.shape[1], min(CHUNK, q.shape[1])
-    queries = split_queries(q * jnp.asarray(scale, q.dtype), k.shape[2], chunk)
+    queries = split_queries(q, k.shape[2], chunk)
     keys, values = split_keys(k, chunk), split_keys(v, chunk)
     segments, key_segments = split_segments(segments, chunk), split_segments(key_segments, chunk)
 
@@ -257,7 +258,7 @@ def _xla(q, k, v, segments, key_segments, window, scale):
         index, rows = inputs
         first = band.first_key(index, chunk)
         mask = chunk_mask(index, first, band.keys, segments, window, chunk, key_segments)
-        weights, total, lse = masked_exponentials(rows, band.take(keys, first, 2), mask)
+        weights, total, lse = masked_exponentials(rows, band.take(keys, first, 2), mask, scale)
         return (weighted_values(weights, band.take(values, first, 2)) / total).astype(v.dtype), lse
 
     parts = []

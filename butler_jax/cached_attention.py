@@ -58,7 +58,7 @@ def _attend(q, new_k, new_v, k, v, layer, cached, window, part: Part | None):
     begin, here = (0, cached) if part is None else (part.begin, part.count(cached))
     block = BLOCK if jax.default_backend() == "cpu" else max(BLOCK, LOGITS // (batch * heads * count))
     block = min(block, size)
-    rows = (q * jnp.asarray(dim**-0.5, q.dtype)).reshape(batch, count, kv_heads, heads // kv_heads, dim)
+    rows = q.reshape(batch, count, kv_heads, heads // kv_heads, dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, heads // kv_heads * count, dim)
     own = cached[:, None] + jnp.arange(count, dtype=jnp.int32)[None]  # [B, T]
 
@@ -68,7 +68,7 @@ def _attend(q, new_k, new_v, k, v, layer, cached, window, part: Part | None):
         seen = held & (positions[:, None] <= own[..., None])
         if window is not None:
             seen = seen & (positions[:, None] > own[..., None] - window)
-        logits = jnp.einsum("bkmd,bknd->bkmn", rows, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bkmd,bknd->bkmn", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
         split = logits.reshape(batch, kv_heads, -1, count, keys.shape[2])
         logits = jnp.where(seen[:, None, None], split, -jnp.inf).reshape(logits.shape)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))

@@ -201,7 +201,7 @@ def _fused(q, k, v, p, r, segments, window, sinks, newest, *, differentiate):
     kv_heads, key_heads = k.shape[2], r.shape[2]
     chunk = min(attention.CHUNK, length)
     scale = p.shape[-1] ** -0.5
-    queries = attention.split_queries(q * jnp.asarray(dim**-0.5, q.dtype), kv_heads, chunk)
+    queries = attention.split_queries(q, kv_heads, chunk)
     guesses = attention.split_queries(p.astype(jnp.float32) * scale, key_heads, chunk)
     keys, importance = attention.split_keys(k, chunk), attention.split_keys(r.astype(jnp.float32), chunk)
     values = None if v is None else attention.split_keys(v, chunk)
@@ -224,13 +224,13 @@ def _fused(q, k, v, p, r, segments, window, sinks, newest, *, differentiate):
         index, rows, guess, use = inputs
         first = band.first_key(index, chunk)
         mask = attention.chunk_mask(index, first, band.keys, segments, window, chunk)
-        a, a_total, _ = attention.masked_exponentials(rows, band.take(keys, first, 2), mask)
+        a, a_total, _ = attention.masked_exponentials(rows, band.take(keys, first, 2), mask, dim**-0.5)
         out = None
         if values is not None:
             out = (attention.weighted_values(a, band.take(values, first, 2)) / a_total).astype(v.dtype)
         mask = contested(mask, index, first)
         r_here = band.take(importance, first, 2)
-        b, b_total, b_lse = attention.masked_exponentials(guess, r_here, mask)
+        b, b_total, b_lse = attention.masked_exponentials(guess, r_here, mask, 1.0)
         if sinks or newest:
             tiled = jnp.broadcast_to(mask[:, None, None], (mask.shape[0], 1, a.shape[2] // chunk, *mask.shape[1:]))
             a = jnp.where(tiled.reshape(mask.shape[0], 1, *a.shape[2:]), a, 0)

@@ -136,8 +136,8 @@ def attention_weights(
     batch, _, heads, dim = view.q.shape
     kv_heads = view.k.shape[2]
     keys = chosen_rows(k, view.k, view.index, chosen, cached)
-    q = (view.q * jnp.asarray(dim**-0.5, view.q.dtype)).reshape(batch, kv_heads, heads // kv_heads, dim)
-    found = jnp.einsum("bkgd,bknd->bkgn", q, keys, preferred_element_type=jnp.float32)
+    q = view.q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    found = jnp.einsum("bkgd,bknd->bkgn", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
     weights = masked_softmax(found, chosen.valid[:, :, None])
     sequence, head = jnp.arange(batch)[:, None, None], jnp.arange(kv_heads)[None, :, None]
     columns = jnp.where(chosen.valid, chosen.indices, capacity)

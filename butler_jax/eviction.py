@@ -107,7 +107,7 @@ def evict_rows(
     pad = -length % size  # in front: the state after the last row is one that can go on
     chunks = (length + pad) // size
     front = ((0, 0), (pad, 0))
-    queries = split_queries(jnp.pad(q * jnp.asarray(dim**-0.5, q.dtype), (*front, (0, 0), (0, 0))), kv_heads, size)
+    queries = split_queries(jnp.pad(q, (*front, (0, 0), (0, 0))), kv_heads, size)
     keys, values = (split_keys(a, 1) for a in (k, v))
     own, start = jnp.pad(rows.own, front, constant_values=-1), jnp.pad(rows.start, front)
     low = start if window is None else jnp.maximum(start, own - window + 1)
@@ -121,7 +121,7 @@ def evict_rows(
 
     def chunk(keys, values, state, inputs):
         q, places = inputs
-        logits = jnp.einsum("bkmd,bksd->bkms", q, keys, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bkmd,bksd->bkms", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
         logits = logits.reshape(batch, kv_heads, -1, size, keys.shape[2])
         true = _group_weights(logits, places[0], places[2]) if mass else None
 

@@ -131,9 +131,8 @@ def chunk_of(
     size, kv_heads = keys.shape[2], keys.shape[1]
     keys = keys.astype(view.q.dtype).at[jnp.arange(cached.shape[0]), :, cached].set(view.k[:, 0])
     batch, _, heads, dim = view.q.shape
-    q = view.q[:, 0] * jnp.asarray(dim**-0.5, view.q.dtype)
-    q = q.reshape(batch, kv_heads, heads // kv_heads, 1, dim)
-    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32)
+    q = view.q[:, 0].reshape(batch, kv_heads, heads // kv_heads, 1, dim)
+    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
     columns = jnp.arange(size, dtype=jnp.int32)
     allowed = columns[None] <= cached[:, None]
     if first is not None:
@@ -142,6 +141,7 @@ def chunk_of(
         scores = scores.reshape(batch, kv_heads, heads // kv_heads, 1, size)
     rows = Rows(cached[:, None], jnp.zeros_like(cached)[:, None])
     starts = jnp.zeros((batch, size), jnp.int32)
+    q = q * jnp.asarray(dim**-0.5, q.dtype)
     return Chunk(view.index, q, keys, logits, scores, rows, columns, allowed[:, None], starts)
 
 

@@ -156,8 +156,8 @@ def masked_topk_decode_attention(
     addition, so it need not be in the cache yet. scale: the factor on the logits, D**-0.5 unless given.
 
     Returns [B, H, D] in the dtype of q, and on request the log-sum-exp of the scaled logits, float32 [B, H], with which
-    partial results merge. A row that attends nothing, or logits of -inf alone, gives 0 and -inf; one with a logit of
-    +inf or NaN gives NaN.
+    partial results merge. A row that attends nothing, or logits of -inf (-1e30 and below) alone, gives 0 and -inf;
+    one with a logit of +inf or NaN gives NaN.
     """
     lengths, first = _arrays(lengths, first)
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)

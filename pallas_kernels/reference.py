@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+LOWEST = -1e30  # logits are above it, or count as -inf; finite, so that rows that see nothing give no NaN
+
 
 def take_layer(array, layer):
     """One layer of a cache [L, ...], or the array itself where layer is None."""
@@ -139,10 +141,11 @@ def softmax_sum(logits, mask, values, q, return_residual):
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    top = jnp.where(top == -jnp.inf, 0.0, top)
+    top = jnp.maximum(top, LOWEST)
     weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     values = jnp.where(mask[:, :, 0, :, None], values.astype(jnp.float32), 0.0)  # what is not attended may be NaN
     out = jnp.einsum("bkgn,bknd->bkgd", weights, values, precision="highest")
-    out = (out / jnp.where(total > 0, total, 1.0)).reshape(q.shape).astype(q.dtype)
-    return (out, (top + jnp.log(total)).reshape(q.shape[:2])) if return_residual else out
+    out = (out / jnp.where(total == 0, 1.0, total)).reshape(q.shape).astype(q.dtype)
+    residual = jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+    return (out, residual.reshape(q.shape[:2])) if return_residual else out

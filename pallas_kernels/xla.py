@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.reference import seen
+from pallas_kernels.reference import LOWEST, seen
 from pallas_kernels.xla_select import select_top_k
 
 __all__ = ["importance_scores", "importance_totals", "masked_topk_decode_attention", "select_top_k"]
@@ -21,7 +21,6 @@ __all__ = ["importance_scores", "importance_totals", "masked_topk_decode_attenti
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
 MOST_TERMS = 256  # products that are written out in one fused loop
 UNROLLED = 8  # chunks written out where a loop would have its whole operand widened to float32 beforehand
-LOWEST = -1e30  # finite, so that rows that see nothing give no NaN
 
 
 def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, scales, scale, first, layer):

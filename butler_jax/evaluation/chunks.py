@@ -48,23 +48,20 @@ def map_chunks(
     length, size = segments.shape[1], min(CHUNK, segments.shape[1])
     kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
 
-    def scaled(x):
-        return split_queries(x * jnp.asarray(x.shape[-1] ** -0.5, x.dtype), kv_heads, size)
-
-    queries, keys, values = scaled(view.q), split_keys(view.k, size), split_keys(view.v, size)
+    queries, keys, values = split_queries(view.q, kv_heads, size), split_keys(view.k, size), split_keys(view.v, size)
     starts = split_segments(document_starts(segments), size)
     segments = split_segments(segments, size)
     if importance is not None:
-        importance = scaled(importance[0]), split_keys(importance[1], size)
+        importance = split_queries(importance[0], kv_heads, size), split_keys(importance[1], size)
 
     def scores(rows, columns):
-        """Products of M = G C rows with keys per KV head or, where there are H of them, per query head."""
+        """Scaled products of M = G C rows with keys per KV head or, where there are H of them, per query head."""
         batch, _, _, width = rows.shape
         rows = rows.reshape(batch, kv_heads, group, size, width)
-        if columns.shape[1] == kv_heads:
-            return jnp.einsum("bkgcd,bksd->bkgcs", rows, columns, preferred_element_type=jnp.float32)
-        columns = columns.reshape(batch, kv_heads, group, -1, width)
-        return jnp.einsum("bkgcd,bkgsd->bkgcs", rows, columns, preferred_element_type=jnp.float32)
+        form = "bkgcd,bksd->bkgcs"
+        if columns.shape[1] != kv_heads:
+            form, columns = "bkgcd,bkgsd->bkgcs", columns.reshape(batch, kv_heads, group, -1, width)
+        return jnp.einsum(form, rows, columns, preferred_element_type=jnp.float32) * width**-0.5
 
     def one(band, number):
         first = band.first_key(number, size)
@@ -76,7 +73,7 @@ def map_chunks(
         own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
         chunk = Chunk(
             view.index,
-            q.reshape(q.shape[0], kv_heads, group, size, -1),
+            (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)).reshape(q.shape[0], kv_heads, group, size, -1),
             k,
             scores(q, k),
             predicted,

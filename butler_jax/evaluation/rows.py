@@ -105,16 +105,15 @@ def row_chunk(
     kv_heads = view.k.shape[2]
 
     def queries(x):
-        x = jnp.take_along_axis(x, rows[:, :, None, None], axis=1) * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
+        x = jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
         return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]), 1, 3)
 
     def scores(q, k):
-        """[B, K, G, N, S]; k: [B, T, K or H, width]."""
-        k = jnp.moveaxis(k, 1, 2)
-        if k.shape[1] == kv_heads:
-            return jnp.einsum("bkgnd,bksd->bkgns", q, k, preferred_element_type=jnp.float32)
-        k = k.reshape(k.shape[0], kv_heads, -1, *k.shape[2:])
-        return jnp.einsum("bkgnd,bkgsd->bkgns", q, k, preferred_element_type=jnp.float32)
+        """Scaled products [B, K, G, N, S]; k: [B, T, K or H, width]."""
+        form, k = "bkgnd,bksd->bkgns", jnp.moveaxis(k, 1, 2)
+        if k.shape[1] != kv_heads:
+            form, k = "bkgnd,bkgsd->bkgns", k.reshape(k.shape[0], kv_heads, -1, *k.shape[2:])
+        return jnp.einsum(form, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
     q = queries(view.q)
     predicted = None if importance is None else scores(queries(importance[0]), importance[1])
@@ -122,8 +121,8 @@ def row_chunk(
     starts = document_starts(segments)
     start = jnp.take_along_axis(starts, rows, axis=1)
     return Chunk(
-        view.index, q, jnp.moveaxis(view.k, 1, 2), scores(q, view.k), predicted, Rows(rows, start), columns,
-        visible(segments, rows, columns, window), starts,
+        view.index, q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), jnp.moveaxis(view.k, 1, 2), scores(q, view.k),
+        predicted, Rows(rows, start), columns, visible(segments, rows, columns, window), starts,
     )  # fmt: skip
 
 

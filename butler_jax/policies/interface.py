@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Chunk(NamedTuple):
     """C query rows of one layer and the S keys they may see; the G query heads of a group share a KV head.
 
-    layer: its index, from 0. q (times D**-0.5) and k: after rotary. logits: q . k, every key, masked or
-    not. importance: the predictor's scores in the layout of logits, None without a predictor. rows: the
-    queries' columns. columns: positions of the keys along the sequence. allowed: which keys a row may see
+    layer: its index, from 0. q (times D**-0.5) and k: after rotary. logits: q . k, scaled in float32, every key,
+    masked or not. importance: the predictor's scores in the layout of logits, None without a predictor. rows:
+    the queries' columns. columns: positions of the keys along the sequence. allowed: which keys a row may see
     (batch 1 without documents). starts: the column where each key's document begins. sinks, window: of the selection
     that will choose.
     """
