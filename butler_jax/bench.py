@@ -208,7 +208,7 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
 
 def load_peer(config: BenchConfig, base: Base) -> Callable[[np.ndarray], Round] | None:
     """prompt -> rounds of greedy decoding by transformers on torch; None, with a line, where that cannot be."""
-    if not Path(config.base).expanduser().is_dir():
+    if not Path(os.path.expanduser(config.base)).is_dir():
         print("transformers is left out: it needs --base as a Hugging Face directory", flush=True)
         return None
     try:
@@ -221,7 +221,7 @@ def load_peer(config: BenchConfig, base: Base) -> Callable[[np.ndarray], Round] 
     dtype = getattr(torch, str(base.model.embedding[...].dtype))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(Path(config.base).expanduser(), dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(Path(os.path.expanduser(config.base)), dtype=dtype).eval()
 
     def start(prompt: np.ndarray) -> Round:
         cache = transformers.DynamicCache(config=model.config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +53,7 @@ class Tokenizer:
           ValueError: a file cannot be read as what it should be, is a link that leaves the directory, or names a token
             that the vocabulary lacks.
         """
-        directory = Path(directory).expanduser()
+        directory = Path(os.path.expanduser(directory))
         path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
         directory = path.parent
         if not directory.is_dir():
@@ -65,7 +67,7 @@ class Tokenizer:
             )
         file_in(directory, path.name)
         raw = read_object(path, most=MOST_BYTES)
-        _check_growth(raw, path)
+        _check_steps(raw, path)
         with named_errors(f"{path} is not a tokenizer.json that `tokenizers` can read"):
             backend = tokenizers.Tokenizer.from_file(str(path))
         # Borders are added by `encode` alone, so they can never be doubled; no file may ask for a padded terabyte.
@@ -193,14 +195,32 @@ def _read_optional(directory: Path, name: str) -> dict[str, Any]:
     return {} if path is None else read_object(path)
 
 
-def _check_growth(raw: dict, path: Path) -> None:
-    """Raise ValueError where replacements would blow a text up: twenty steps a -> aa make a million of one."""
+def _check_steps(raw: dict, path: Path) -> None:
+    """Raise ValueError for steps on a text that take memory without end.
+
+    Replacements blow a text up: twenty steps a -> aa make a million of one. A table of characters names its own size,
+    which the library takes before it looks.
+    """
     growth, left = 1, [part for key, part in raw.items() if key not in ("model", "added_tokens")]
     while left:
         part = left.pop()
         left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
-        if isinstance(part, dict) and part.get("type") == "Replace" and isinstance(part.get("content"), str):
-            growth *= max(1, len(part["content"]))
+        if not isinstance(part, dict):
+            continue
+        if part.get("type") == "Replace" and isinstance(part.get("content"), str):
+            literal = isinstance(part.get("pattern"), dict) and bool(part["pattern"].get("String"))
+            growth *= max(1, len(part["content"]) + (not literal))  # a pattern may match nothing, between all letters
+        if part.get("type") == "ByteLevel":
+            growth *= 2
+        if part.get("type") == "Precompiled":
+            try:
+                table = base64.b64decode(str(part.get("precompiled_charsmap") or ""))
+            except ValueError:
+                raise ValueError(f"{path}: its precompiled_charsmap is not base64") from None
+            size = int.from_bytes(table[:4], "little")
+            require(
+                size <= max(len(table) - 4, 0), f"{path}: its precompiled_charsmap of {len(table)} bytes claims {size}"
+            )
         require(growth <= LONGEST_GROWTH, f"{path}: its replacements make a text over {LONGEST_GROWTH} times longer")
 
 

@@ -401,7 +401,8 @@ def test_a_batch_of_padding_trains_nothing(model, kind, objective):
     def gradients(module, model, batch, key):
         return distil_pass(model, module, batch, objective=objective, sinks=2, newest=3)
 
-    step = make_train_step(gradients, config, optimiser, learning_schedule(config, 1e-2))
+    rate = learning_schedule(config, 1e-2)
+    step = make_train_step(gradients, config, optimiser, rate, predictor.logical_axes)
     before = [np.asarray(a) for a in jax.tree.leaves(predictor)]
     state, metrics = step(start_state(predictor, optimiser), model, text(0, 0, total=16))
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0

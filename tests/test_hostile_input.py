@@ -1,5 +1,6 @@
 """Files and texts of strangers: whatever is wrong with them is an error that names the file, before memory is taken."""
 
+import base64
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save, save_file
 from benchmarks.fuzz_targets import CONFIG, tokenizer_file, weights, write_gguf, write_model
 from butler_jax.configs import EvalConfig, PredictorConfig, TrainConfig, from_dict, parse_hosts, to_dict
 from butler_jax.data import parse_spec
+from butler_jax.datasets.prepared import open_prepared_set
 from butler_jax.datasets.text import passages
 from butler_jax.evaluation.cells import Kept
 from butler_jax.evaluation.evaluate import run_config
@@ -581,6 +583,29 @@ def test_replacements_that_blow_a_text_up_are_refused(directory):
     refused(directory, "its replacements make a text over 4096 times longer")
     change_tokenizer(directory, normalizer={"type": "Sequence", "normalizers": [step] * 3})
     assert load_base(directory).tokenizer.encode("a", bos=False) == [1] * 8
+
+
+def test_a_table_of_characters_that_claims_gigabytes_is_refused(directory):
+    table = base64.b64encode((2**33 - 8 & 0xFFFFFFFF).to_bytes(4, "little") + b"12345678").decode()
+    change_tokenizer(directory, normalizer={"type": "Precompiled", "precompiled_charsmap": table})
+    refused(directory, "its precompiled_charsmap of 12 bytes claims 4294967288")
+
+
+def test_patterns_that_match_nothing_count_as_growth(directory):
+    step = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}
+    change_tokenizer(directory, normalizer={"type": "Sequence", "normalizers": [step] * 40})
+    refused(directory, "its replacements make a text over 4096 times longer")
+
+
+def test_names_of_prepared_sets_bring_in_no_foreign_code():
+    for name in ("someone:their_set", "huggingface:x/y", "../x", "a/../b", ""):
+        with pytest.raises(ValueError, match="is no name of a TFDS set; write NAME"):
+            open_prepared_set(name, "train")
+
+
+def test_the_home_of_nobody_is_no_traceback():
+    with pytest.raises(FileNotFoundError):
+        load_base("~nobody-of-that-name/model")
 
 
 def test_a_pattern_that_never_ends_is_ended_by_its_library(directory):

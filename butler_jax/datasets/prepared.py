@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import tensorflow_datasets as tfds
 
 from butler_jax.datasets.passages import TextField
@@ -23,6 +25,8 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
       FileNotFoundError: the set is not prepared there.
       ValueError: it has no text feature, no split to read, or its format has no random access.
     """
+    if not re.fullmatch(r"\w+(/\w[\w.+-]*)*(:[\d.*]+)?", name, re.ASCII):  # a namespace would bring in foreign code
+        raise ValueError(f"tfds:{name} is no name of a TFDS set; write NAME, NAME/CONFIG or NAME:VERSION.")
     place = data_dir or tfds.core.constants.DATA_DIR
     advice = f"Prepare it once with: tfds build {name} --file_format=array_record --data_dir={place}"
     try:

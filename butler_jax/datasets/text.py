@@ -70,7 +70,7 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
         raise ValueError("no text files given: write text:PATH or text:PATH,PATH.")
     files: list[Path] = []
     for given in paths:
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:

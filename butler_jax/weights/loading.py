@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
     if text.endswith(".gguf"):
         from butler_jax.weights import gguf
 
-        path = Path(spec).expanduser()
+        path = Path(os.path.expanduser(spec))
         name, (source, tokenizer) = path.name, gguf.open_file(path)
     else:
         directory, name = _directory(text)
@@ -88,7 +89,7 @@ def _directory(spec: str) -> tuple[Path, str]:
                 "Hugging Face directory or a .gguf file"
             )
         return TINY, "tiny"
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return path, path.resolve().name
     if path.exists():
