@@ -136,7 +136,7 @@ def main() -> None:
     print(line(name, summary), flush=True)
     if arguments.json:
         report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"runs": {}}
-        report["runs"][name] = {"summary": summary, "samples": watch.rows}
+        report["runs"][name] = {"summary": summary, "samples": watch.columns()}
         report |= {"versions": versions(), "cores": os.cpu_count()}
         report["device"] = f"{jax.default_backend()} {jax.devices()[0].device_kind}"
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
