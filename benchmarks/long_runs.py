@@ -34,6 +34,7 @@ import butler_jax
 from benchmarks.watch import Watch
 from butler_jax import fitting
 from butler_jax.configs import PredictorConfig, SelectionConfig, TrainConfig
+from butler_jax.evaluation.perplexity import windows
 from butler_jax.evaluation.report import versions
 from butler_jax.predictor_training import init_predictor
 
@@ -79,8 +80,6 @@ def decode(
 def untrained(base: Any) -> Any:
     """A lookahead predictor at step 0, which costs what a trained one does."""
     tokens = butler_jax.generate(base, [[1]], max_new_tokens=128, temperature=1.0, stop=()).tokens[0]
-    from butler_jax.evaluation.perplexity import windows
-
     kind = PredictorConfig(rank=min(16, base.config.head_dim))
     return init_predictor(base, kind, batches=windows(tokens, context=len(tokens)))
 
