@@ -33,6 +33,7 @@ def wide(array: Any) -> np.ndarray:
 
 
 def rms_norm(x, scale, eps):
+    """x over the root mean square of its last axis, times scale."""
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 

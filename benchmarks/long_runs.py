@@ -34,6 +34,7 @@ import butler_jax
 from benchmarks.watch import Watch
 from butler_jax import fitting
 from butler_jax.configs import PredictorConfig, SelectionConfig, TrainConfig
+from butler_jax.evaluation.perplexity import windows
 from butler_jax.predictor_training import init_predictor
 from butler_jax.provenance import versions
 
@@ -79,8 +80,6 @@ def decode(
 def untrained(base: Any) -> Any:
     """A lookahead predictor at step 0, which costs what a trained one does."""
     tokens = butler_jax.generate(base, [[1]], max_new_tokens=128, temperature=1.0, stop=()).tokens[0]
-    from butler_jax.evaluation.perplexity import windows
-
     kind = PredictorConfig(rank=min(16, base.config.head_dim))
     return init_predictor(base, kind, batches=windows(tokens, context=len(tokens)))
 
@@ -136,7 +135,7 @@ def main() -> None:
     print(line(name, summary), flush=True)
     if arguments.json:
         report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"runs": {}}
-        report["runs"][name] = {"summary": summary, "samples": watch.rows}
+        report["runs"][name] = {"summary": summary, "samples": watch.columns()}
         report |= {"versions": versions(), "cores": os.cpu_count()}
         report["device"] = f"{jax.default_backend()} {jax.devices()[0].device_kind}"
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -33,8 +33,9 @@ from benchmarks import float64
 from butler_jax import distillation, load_base, load_predictor
 from butler_jax.attention import causal_attention
 from butler_jax.base_model import forward
-from butler_jax.configs import PredictorConfig, SelectionConfig, require
+from butler_jax.configs import PredictorConfig, RopeConfig, SelectionConfig, require
 from butler_jax.evaluation.rows import row_chunk, see_rows, text_batch
+from butler_jax.layers import rope_frequencies, rotary_angles
 from butler_jax.policies import Chunk, make_policy
 from butler_jax.predictor_training import distil_pass, init_predictor
 from butler_jax.provenance import versions
@@ -241,14 +242,10 @@ def next_token(found: np.ndarray, exact: np.ndarray, tokens: np.ndarray) -> dict
     }
 
 
-def rotary_angles(theta: float, dim: int, positions: int) -> float:
-    """The largest error of the package's float32 cosine and sine up to so many positions."""
-    from butler_jax.configs import RopeConfig
-    from butler_jax.layers import rope_frequencies
-    from butler_jax.layers import rotary_angles as tables
-
+def angle_error(theta: float, dim: int, positions: int) -> float:
+    """The largest error of the package's float32 cosine up to so many positions."""
     frequencies, _ = rope_frequencies(RopeConfig(theta=theta), dim, context=positions, length=positions)
-    cos, _ = tables(jnp.arange(positions), frequencies)
+    cos, _ = rotary_angles(jnp.arange(positions), frequencies)
     exact = np.cos(np.arange(positions)[:, None] * theta ** -(np.arange(0, dim, 2) / dim))
     return float(np.abs(float64.wide(cos) - exact).max())
 
@@ -266,7 +263,7 @@ def measure(spec: str, text: str, tokens: int, run: str | None, label: str) -> d
     exact = float64.run(base.model, predictor, np.asarray(batch["tokens"])[0])
     length = batch["tokens"].shape[1]
     found: dict[str, Any] = {"base": label, "tokens": length, "predictor": "at step 0" if run is None else "trained"}
-    found["rotary_float32_131072"] = rotary_angles(base.config.rope.theta, base.config.head_dim, 2**17)
+    found["rotary_float32_131072"] = angle_error(base.config.rope.theta, base.config.head_dim, 2**17)
     for dtype in ("float32", "bfloat16", "int8"):
         errors: dict[str, dict[str, Errors]] = {}
         choices = {kind: {b: Choices(b, length) for b in BUDGETS} for kind in ("inputs", "whole")}

@@ -78,6 +78,10 @@ class Watch:
             }
         )
 
+    def columns(self) -> dict[str, list[float]]:
+        """The samples as lists, of two decimals."""
+        return {name: [round(row[name], 2) for row in self.rows] for name in self.rows[0]}
+
     def summary(self) -> dict[str, Any]:
         """Memory at the start and the end, and speed, a second of processor time, of the first and the last tenth.
 
