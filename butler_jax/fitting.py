@@ -218,7 +218,7 @@ def fit(
     """
     tokens = config.batch_size * config.length
     with Checkpoints(run_dir / "checkpoints", keep=config.keep, about=about) as checkpoints:
-        start = checkpoints.latest() or 0
+        start = gather(checkpoints.latest() or 0)[0]  # a file system may show it to the others later
         if start:
             state, place = checkpoints.restore(start, state)
             batches.set_state(place)
