@@ -281,6 +281,30 @@ def line_of(report: dict[str, Any]) -> str:
     )
 
 
+def markdown(report: dict[str, Any]) -> list[str]:
+    """The lines of a table of a written report, as docs/scaling.md has them."""
+    lines = [
+        "| | slice, mesh | tokens x rows | GiB: arguments + temporaries | GB sent by a chip | TFLOP "
+        "| ms: arithmetic, memory, links | a step, ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for step in report["steps"]:
+        plan = Plan(**step["plan"])
+        name = f"{plan.model.rpartition('-')[2].upper()} {plan.step}"
+        cells = [name, f"{plan.topology.replace(':', ' ')}, `{plan.mesh}`", f"{plan.length:,} x {plan.batch_size}"]
+        if "error" in step:
+            cells += [f"does not fit: {step['error'].partition('HBM, ')[2] or step['error']}", *[""] * 4]
+        else:
+            cells.append(" + ".join(f"{step[f'{part}_bytes'] / 2**30:.2f}" for part in ("argument", "temporary")))
+            cells.append(", ".join(f"{kind} {v['bytes'] / 1e9:.2g}" for kind, v in step["collectives"].items()))
+            cells.append(f"{step['flops'] / 1e12:.3g}")
+            cells.append(", ".join(f"{1e3 * seconds:,.3g}" for seconds in step["seconds"].values()))
+            bounds = (1e3 * step[f"seconds_{bound}"] for bound in ("at_least", "without_overlap"))
+            cells.append(" to ".join(f"{ms:,.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in bounds))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Compile one plan, or all of TABLE, and print a line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -290,14 +314,23 @@ def main() -> None:
             kind = str if isinstance(field.default, str) else int
             parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
+    parser.add_argument("--table", type=pathlib.Path, help="compile nothing: print the table of figures written before")
     arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(markdown(json.loads(arguments.table.read_text()))))
+        return
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for chips that are not here
     plans = TABLE
     if arguments.model:
         plans = [Plan(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Plan)})]
     report = {"versions": versions(), "chips": {n: c._asdict() for n, c in CHIPS.items()}, "steps": []}
+    known = []
+    if arguments.json and arguments.json.exists():  # go on where an interrupted run of the same versions stopped
+        written = json.loads(arguments.json.read_text())
+        known = written["steps"] if written["versions"] == report["versions"] else []
     for plan in plans:
-        report["steps"].append(compile_plan(plan)[0])
+        done = [step for step in known if step["plan"] == dataclasses.asdict(plan)]
+        report["steps"].append(done[0] if done else compile_plan(plan)[0])
         print(line_of(report["steps"][-1]), flush=True)
         jax.clear_caches()
         if arguments.json:

@@ -335,25 +335,22 @@ def _splash_local(q, k, v, segments, key_segments, *, window, return_lse):
         block_sizes=blocks,
         interpret=sharding.platform() == "cpu",
     )
-    kernel = make()
 
-    def each(kernel, q, k, v, own, other):
+    def each(kernel, q, k, v, own, other):  # a kernel is made where it runs: its table of blocks takes time to build
         return jax.vmap(lambda q, k, v, own, other: kernel(q, k, v, splash.SegmentIds(own, other)))(q, k, v, own, other)
 
     if not return_lse:
-        return each(kernel, q, k, v, segments, key_segments), jnp.zeros(q.shape[:3], jnp.float32)
-
-    kernel_with_lse = make(save_residuals=True)
+        return each(make(), q, k, v, segments, key_segments), jnp.zeros(q.shape[:3], jnp.float32)
 
     @jax.custom_vjp
     def attend_with_lse(q, k, v, own, other):
-        out, (lse,) = each(kernel_with_lse, q, k, v, own, other)
+        out, (lse,) = each(make(save_residuals=True), q, k, v, own, other)
         return out, lse
 
     def forward(q, k, v, own, other):
         # The kernel that returns its log-sum-exp has no derivative, but the other one keeps it for its own: the one
         # [B, H, T] of its residuals. A version that keeps something else runs both.
-        out, pull = jax.vjp(lambda q, k, v: each(kernel, q, k, v, own, other), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: each(make(), q, k, v, own, other), q, k, v)
         kept = [x for x in jax.tree.leaves(pull) if x.shape == q.shape[:3] and x.dtype == jnp.float32]
         return (out, kept[0] if len(kept) == 1 else attend_with_lse(q, k, v, own, other)[1]), pull
 

@@ -65,7 +65,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %large (z.1: f32[4]) -> f32[4] {
   %z.1 = f32[4]{0} parameter(0)
-  ROOT %all-reduce.7 = (f32[4]{0}, bf16[16]{0}) all-reduce(%z.1, %z.1), channel_id=6, replica_groups=mesh['x'=4,'y'=2] {'x','y'}
+  ROOT %all-reduce.7 = (f32[4], bf16[16]) all-reduce(%z.1), channel_id=6, replica_groups=mesh['x'=4,'y'=2] {'x','y'}
 }
 
 ENTRY %main (p: f32[8,16], layers: bf16[6,32,32]) -> f32[4] {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks import pods
 from benchmarks.pods import Plan
 
+REPOSITORY = Path(__file__).parent.parent
 NO_COMPILER = 'libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler'
 
 
@@ -37,6 +40,12 @@ def test_work_is_what_a_transformer_does():
     cache = 2 * 32 * 8 * 8 * 32768 * 128 * 2 / 8  # bytes of keys and values on a chip
     assert read.memory == pytest.approx(100e9 - cache * (1 - (1 + 31 / 16) / 32))
     assert read.flops * 8 == pytest.approx(2 * 8 * 7.5e9, rel=0.3)  # and as much again for scores and attention at 32K
+
+
+def test_the_table_of_the_docs_is_what_was_compiled():
+    written = json.loads((REPOSITORY / "benchmarks/pods.json").read_text())
+    assert [Plan(**step["plan"]) for step in written["steps"]] == pods.TABLE
+    assert "\n".join(pods.markdown(written)) in (REPOSITORY / "docs/scaling.md").read_text()
 
 
 @pytest.mark.slow
