@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import tiny_runs
 import butler_jax
 from benchmarks import long_runs
 from benchmarks.watch import Compilations, Watch
-from butler_jax import fitting, generation
+from butler_jax import generation
 from butler_jax.base_model import BaseModel
 from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig
 from butler_jax.predictors import make_predictor
@@ -47,26 +46,6 @@ def test_compilations_are_counted_where_they_happen():
             assert counted.count == expected
     jax.jit(lambda x: 3 * x)(arguments[0])
     assert counted.count == 2
-
-
-@pytest.mark.slow
-def test_training_compiles_nothing_after_its_first_checkpoint(tmp_path):
-    place, place_batch, seen = tiny_runs.make_place(tmp_path), fitting.place_batch, []
-
-    def watched(batch, mesh):  # once a step
-        seen.append((counted.count, len(jax.live_arrays())))
-        return place_batch(batch, mesh)
-
-    with Compilations() as counted, mock.patch.object(fitting, "place_batch", watched):
-        butler_jax.distil(
-            butler_jax.load_base(str(place["base"])),
-            tiny_runs.settings(place, tmp_path / "run", steps=24, checkpoint_every=4, eval_every=3),
-        )
-    assert len(seen) == 24
-    # Step 4 saves for the first time and has been validated once before, at step 3.
-    compiled, held = zip(*seen[5:], strict=True)
-    assert len(set(compiled)) == 1, seen
-    assert max(held[-8:]) <= max(held[:8]), seen  # some more while a save is under way, and no more the next time
 
 
 def test_decoding_compiles_nothing_as_the_cache_fills(base, settings):
@@ -121,17 +100,18 @@ def test_a_stream_of_bytes_that_are_no_text_costs_the_same_to_the_end():
 
 
 @pytest.mark.slow
-def test_a_run_of_training_and_decoding_is_flat(tmp_path):
-    """The benchmark's own runs, shorter: 400 steps with eight checkpoints, then 3,200 tokens."""
-    trained = long_runs.train(tmp_path, steps=400, every=50)
+def test_training_and_decoding_stay_flat_and_compile_nothing_more(tmp_path):
+    """The benchmark's own runs, shorter: 200 steps with eight checkpoints, then 3,200 tokens."""
+    (tmp_path / "book.txt").write_text(tiny_runs.text())
+    trained = long_runs.train(tmp_path, steps=200, every=25, data=f"text:{tmp_path}/book.txt")
     base = butler_jax.load_base("tiny")
     predictor = butler_jax.load_predictor(tmp_path / "run", base)
     decoded = long_runs.decode(
         base, predictor, rows=8, new=50, turns=8, every=400, capacity=64, budget=1 / 4
     )  # fmt: skip
-    assert trained.rows[-1]["done"] == 400 and decoded.rows[-1]["done"] == 3200
+    assert trained.rows[-1]["done"] == 200 and decoded.rows[-1]["done"] == 3200
     for watch in (trained, decoded):
-        later = watch.rows[2:]
+        later = watch.rows[2:]  # by then there was a checkpoint, a validation, a generation
         for name in ("live_arrays", "live_mib", "compilations"):
             assert len({row[name] for row in later}) == 1, (name, watch.rows)
         grown = later[-1]["resident_mib"] - later[0]["resident_mib"]
