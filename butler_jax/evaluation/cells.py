@@ -52,7 +52,9 @@ class Kept:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for number, line in read_lines(self.path) if self.path.is_file() else ():
             try:
-                key, cell = cell_of(parse_object(line, f"{self.path}, line {number}"))
+                read = parse_object(line, f"{self.path}, line {number}")
+                key, cell = read.get("key"), cell_of(read)
+                require(isinstance(key, str), "no cell: key")
             except ValueError:
                 continue  # cut off while it was written, damaged or of another version: the cell is measured anew
             self.cells[key] = cell
@@ -66,9 +68,9 @@ class Kept:
                 file.write("\n" * cut + json.dumps({"key": key, **about, **asdict(cell)}) + "\n")
 
 
-def cell_of(read: dict[str, Any]) -> tuple[str, Cell]:
-    """A cell's key and the cell, from its line. Raises ValueError where it is none."""
-    kinds = {"key": str, "findings": list[dict], "arrays": dict[str, list], "seconds": float}
+def cell_of(read: dict[str, Any]) -> Cell:
+    """A cell from the JSON of dataclasses.asdict. Raises ValueError where it is none."""
+    kinds = {"findings": list[dict], "arrays": dict[str, list], "seconds": float}
     wrong = [name for name, kind in kinds.items() if not fits(read.get(name), kind)]
     require(not wrong and bool(read["findings"]), f"no cell: {', '.join(wrong) or 'no findings'}")
     findings = []
@@ -78,7 +80,7 @@ def cell_of(read: dict[str, Any]) -> tuple[str, Cell]:
         value, error, n = estimate
         require(fits(value, float) and fits(error, float | None) and fits(n, int), "no estimate")
         findings.append(from_dict(Finding, {**one, "estimate": Estimate(value, error, n)}))
-    return read["key"], Cell(findings, read["arrays"], read["seconds"])
+    return Cell(findings, read["arrays"], read["seconds"])
 
 
 def key_of(facts: dict[str, Any]) -> str:
