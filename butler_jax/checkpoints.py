@@ -3,20 +3,21 @@
 A run directory holds `config.json`, `metrics.jsonl` and `checkpoints/`; a checkpoint holds the trained module, the
 optimiser, the step, the data iterators' state, and the fingerprint and name of the base it belongs to, never the base.
 
-A checkpoint is sealed before it gets its name: its files are on the disk itself, `digests.json` has a digest of each.
-Training sets damaged checkpoints aside and goes on from the newest that is whole; whoever asks for a damaged one gets
-an error. Processes share the directory, so the first one seals and looks for damage on behalf of all.
+Orbax writes a checkpoint under another name; it is sealed before it gets its own: its files are on the disk itself,
+`digests.json` has a digest of each, and none is written again. Training sets damaged checkpoints aside and goes on from
+the newest that is whole; whoever asks for a damaged one gets an error. Processes share the directory, so the first one
+seals and looks for damage on behalf of all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and what it raises with a traceback
 
 METADATA = "_CHECKPOINT_METADATA"
-UNFINISHED = ".orbax-checkpoint-tmp"
-REMOVED = ".removed"
-LOSS = "metrics/metrics"
+UNFINISHED = ".unfinished"
+"""What the names of checkpoints hold that are being written, or removed; where no process does, they are left-overs."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -62,32 +62,17 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.about = about or {}
         self.notes: list[str] = []
-        self._keep, self._saving = keep, None
-        self._result: Any = None
-        self._failed = False
-        self._orbax = None
-        if keep is None:
-            return
-        self._set_damaged_aside()
-        # Orbax calls this when all processes have written, just before the checkpoint gets its name. It copies the
-        # context, a bound method with its object: hence a function.
-        context = ocp.Context()
-        context.asynchronous.post_finalization_callback = lambda: self._seal()
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            context=context,
-            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # _remove_old does it, later
-            cleanup_tmp_directories=True,
-        )
-        # Orbax sweeps up in the background and waits for that at its first save only: a run that ends before it would
-        # sweep away what the next one is saving.
-        self._orbax._manager._maybe_await_cleanup_tmp_directory()
+        self._keep = keep
+        self._saving: int | None = None
+        if keep is not None:
+            self._tidy()
+            self._background = ThreadPoolExecutor(1, "checkpoint")
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        self.close(agree=kind is None)
 
     def steps(self) -> list[int]:
         """Steps of all finished checkpoints, in order; waits for the save in flight."""
@@ -104,9 +89,12 @@ class Checkpoints:
 
     def loss(self, step: int) -> float:
         """The loss saved with a checkpoint. Raises DamagedCheckpoint where it cannot be trusted."""
-        if found := damage(self.directory / str(step), only=LOSS):
+        if found := damage(self.directory / str(step), only=METADATA):
             raise self._damaged(step, found)
-        return json.loads((self.directory / str(step) / LOSS).read_text())["loss"]
+        try:
+            return self.facts(step)["metrics"]["loss"]
+        except (KeyError, TypeError):
+            raise self._damaged(step, ["it has no loss"]) from None
 
     def check(self, step: int) -> None:
         """Raise DamagedCheckpoint, naming the whole ones, where a checkpoint is not what was written."""
@@ -122,8 +110,11 @@ class Checkpoints:
         )
         return DamagedCheckpoint(f"checkpoint {step} of {self.directory.parent} is damaged ({_few(found)}); {remedy}")
 
-    def _set_damaged_aside(self) -> None:
-        """Move damaged checkpoints to `damaged/` beside the others; the first process does it, and tells the rest."""
+    def _tidy(self) -> None:
+        """Move damaged checkpoints to `damaged/` beside the others, remove what is unfinished.
+
+        The first process does it, and tells the rest.
+        """
         problem = ""
         if jax.process_index() == 0:
             there = steps(self.directory)
@@ -137,15 +128,13 @@ class Checkpoints:
                 target = aside / (f"{step}.{taken}" if taken else str(step))
                 (self.directory / str(step)).rename(target)
                 self.notes.append(f"checkpoint {step} is damaged ({_few(words)}): it is now {target}")
+            for left in self.directory.glob(f"*{UNFINISHED}*") if not problem else ():
+                shutil.rmtree(left, ignore_errors=True)
         if problem := gather(problem)[0]:
             raise DamagedCheckpoint(
                 f"{problem}; there is nothing to go on from: choose another --run-dir, or remove "
                 f"{self.directory.parent} to start again"
             )
-
-    def _seal(self) -> None:
-        if jax.process_index() == 0:
-            digests.seal(self.directory / f"{self._saving}{UNFINISHED}", _digest)
 
     def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float]) -> None:
         """Save in the background; a step already saved is left alone. data_state: this process's, JSON.
@@ -155,11 +144,25 @@ class Checkpoints:
         """
         if step in self.steps():
             return
-        about = {**self.about, "data": joined(gather(data_state))}
+        about = {**self.about, "data": joined(gather(data_state)), "metrics": metrics}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
-        self._saving = step
-        with self._said():
-            self._result = self._orbax.save_async(step, copied, metrics=metrics, custom_metadata=about, force=True)
+        with self._said(step):
+            there = self._unfinished(step)
+            self._written = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
+        self._saving, self._named = step, self._background.submit(self._name, step)
+
+    def _unfinished(self, step: int) -> Path:
+        return self.directory / f"{step}{UNFINISHED}"
+
+    def _name(self, step: int) -> None:
+        """In the background: what all processes have written is sealed and gets its name; then older ones may go."""
+        self._written.result()
+        if jax.process_index() == 0:
+            there = self._unfinished(step)
+            digests.seal(there)
+            there.rename(self.directory / str(step))
+            sync(self.directory)
+            self._remove_old()
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
         """(state, the data state of all processes) at `step`, in the structure, dtypes and shardings of `state`.
@@ -207,19 +210,20 @@ class Checkpoints:
         """What `about` held when the step was saved."""
         return facts(self.directory / str(step))
 
-    def wait(self) -> None:
-        """Block until the save in flight is on disk for good. Raises OSError where it could not be written."""
-        if self._orbax is None or self._saving is None:
+    def wait(self, *, agree: bool = True) -> None:
+        """Block until the save in flight is on disk for good. Raises OSError where it could not be written.
+
+        agree False: by what this process knows, for the others may not come to this point.
+        """
+        if self._saving is None:
             return
-        with self._said():
-            self._result.result()  # until then Orbax keeps a thread and three open files for it
-            self._orbax.wait()
-            if jax.process_index() == 0:  # what came after the seal: the time, and the name
-                there = self.directory / str(self._saving)
-                for path in (there / METADATA, there, self.directory):
-                    sync(path)
-                self._remove_old()
-        self._saving = self._result = None
+        step, self._saving = self._saving, None
+        with self._said(step):
+            self._written.result()  # until then Orbax keeps a thread and three open files for it
+            failed = self._named.exception()  # the first process's alone
+            told = "" if failed is None else str(failed) or type(failed).__name__
+            if told := gather(told)[0] if agree else told:
+                raise OSError(told) from failed
 
     def _remove_old(self) -> None:
         """Remove what is neither the best nor among the newest: now that a newer one is safe, and each at once."""
@@ -230,18 +234,16 @@ class Checkpoints:
             return
         for step in there[: -self._keep]:
             if step != best:
-                doomed = self.directory / f"{step}{REMOVED}{UNFINISHED}"
+                doomed = self._unfinished(step)
                 (self.directory / str(step)).rename(doomed)
                 shutil.rmtree(doomed)
 
     @contextlib.contextmanager
-    def _said(self) -> Iterator[None]:
+    def _said(self, step: int) -> Iterator[None]:
         """Errors of a save in one line: Orbax raises whatever its parts do."""
-        step = self._saving
         try:
             yield
         except (OSError, ValueError) as error:
-            self._saving, self._failed = None, True
             reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [")[0]
             last = max(steps(self.directory), default=None)
             kept = "no checkpoint is there yet" if last is None else f"step {last} is safe"
@@ -250,14 +252,13 @@ class Checkpoints:
                 "mend the directory, and run the same command again to go on"
             ) from error
 
-    def close(self) -> None:
-        """Finish what is being written."""
+    def close(self, *, agree: bool = True) -> None:
+        """Finish what is being written; agree: as for wait()."""
         try:
-            self.wait()
+            self.wait(agree=agree)
         finally:
-            if self._orbax is not None:
-                with contextlib.suppress(OSError, ValueError) if self._failed else contextlib.nullcontext():
-                    self._orbax.close()  # which would raise what was told already
+            if self._keep is not None:
+                self._background.shutdown()
 
 
 def steps(directory: Path) -> list[int]:
@@ -268,21 +269,12 @@ def steps(directory: Path) -> list[int]:
 
 def damage(checkpoint: Path, *, only: str | None = None) -> list[str] | None:
     """What is wrong with a checkpoint, or with one of its files; None where it has no digests: an older version's."""
-    return digests.damage(checkpoint, _digest, only=only)
+    return digests.damage(checkpoint, only=only)
 
 
 def facts(checkpoint: Path) -> dict:
-    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, the places in the data."""
+    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, places in the data, metrics."""
     return json.loads((checkpoint / METADATA).read_text())["custom_metadata"]
-
-
-def _digest(path: Path) -> str:
-    """A file's digest; of the metadata, to which Orbax adds the time of the commit, that of everything but times."""
-    if path.name != METADATA:
-        return digests.digest(path)
-    values = json.loads(path.read_text())
-    lasting = {k: v for k, v in values.items() if k not in ("init_timestamp_nsecs", "commit_timestamp_nsecs")}
-    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 def _few(words: list[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from butler_jax.files import sync, write_whole
@@ -18,7 +17,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(directory: Path, digest: Callable[[Path], str] = digest) -> None:
+def seal(directory: Path) -> None:
     """Bring a directory's files to the disk and write the digest of each to digests.json."""
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     for path in (*files, *{p.parent for p in files}):
@@ -27,7 +26,7 @@ def seal(directory: Path, digest: Callable[[Path], str] = digest) -> None:
     write_whole(directory / DIGESTS, json.dumps(found, indent=1) + "\n")
 
 
-def damage(directory: Path, digest: Callable[[Path], str] = digest, *, only: str | None = None) -> list[str] | None:
+def damage(directory: Path, *, only: str | None = None) -> list[str] | None:
     """What differs from the sealed state, a few words for each file; empty where nothing does, None without a seal.
 
     only: look at the file of this name alone.

@@ -104,8 +104,8 @@ def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
         path = directory / str(step)
         damage, size = checkpoints.damage(path), _size(path)
         try:
-            loss = json.loads((path / checkpoints.LOSS).read_text())["loss"]
             facts = checkpoints.facts(path)
+            loss = facts["metrics"]["loss"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             loss, facts = None, {}
             damage = damage or [f"what it says of itself is unreadable ({error})"]

@@ -13,7 +13,7 @@ import pytest
 
 from butler_jax.base_model import BaseModel
 from butler_jax.checkpoints import Checkpoints, joined, load_predictor, save_predictor
-from butler_jax.configs import BaseConfig, PredictorConfig
+from butler_jax.configs import BaseConfig, PredictorConfig, to_dict
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.weights import Base
 
@@ -65,6 +65,23 @@ def test_many_saves_leave_no_thread_and_no_open_file_behind(tmp_path):
             files = Path("/proc/self/fd")
             held.append((threading.active_count(), len(list(files.iterdir())) if files.is_dir() else 0))
     assert held[-1] == held[1]
+
+
+def test_a_checkpoint_that_promises_more_than_a_training_leaves_is_not_read(tmp_path):
+    predictor = random_predictor("producer")
+    about = {"base": "mine", "fingerprint": "aaaa", "predictor": to_dict(predictor.config)}
+    count = sum(leaf.size for leaf in jax.tree.leaves(predictor))
+    with Checkpoints(tmp_path / "checkpoints", keep=1, about=about) as checkpoints:
+        checkpoints.save(1, {"module": predictor, "more": jnp.zeros(4 * count)}, None, {"loss": 0.0})
+    with pytest.raises(ValueError, match=rf"holds {5 * count} values with a predictor of {count}, more than any"):
+        load_predictor(tmp_path, BASE)
+
+
+def test_a_checkpoint_that_names_no_base_or_predictor_is_told(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=1, about={"fingerprint": "aaaa"}) as checkpoints:
+        checkpoints.save(1, {"module": random_predictor("producer")}, None, {"loss": 0.0})
+    with pytest.raises(ValueError, match="does not say which base and predictor it is of"):
+        load_predictor(tmp_path, BASE)
 
 
 def test_a_run_does_not_go_on_with_another_base(tmp_path):

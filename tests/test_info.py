@@ -106,7 +106,7 @@ def test_damage_and_leftovers_are_shown(copy, capsys):
     (copy / "checkpoints" / str(best) / "state" / "_METADATA").unlink()
     (copy / "checkpoints" / str(others[0]) / "_CHECKPOINT_METADATA").write_text("{")
     (copy / "checkpoints" / str(others[1]) / "digests.json").unlink()
-    (copy / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()
+    (copy / "checkpoints" / "8.unfinished").mkdir()
     (copy / "damaged" / "1").mkdir(parents=True)
     (copy / "run.json").write_text("[{")
     (copy / "config.json").write_text("{")
@@ -118,7 +118,7 @@ def test_damage_and_leftovers_are_shown(copy, capsys):
     assert by_step[others[0]]["state"] == "damaged" and by_step[others[1]]["state"] == "unchecked"
     assert [one["step"] for one in found["checkpoints"] if one["best"]] == [others[1]]
     assert found["set_aside"] == [str(copy / "damaged" / "1")]
-    assert found["unfinished"] == [str(copy / "checkpoints" / "8.orbax-checkpoint-tmp")]
+    assert found["unfinished"] == [str(copy / "checkpoints" / "8.unfinished")]
     assert found["metrics"]["step"] == 6 and found["starts"] == [] and found["config"] == {}
     assert [problem.split()[0] for problem in found["problems"]] == ["config.json", "run.json"]
     text = shown(capsys, copy)
