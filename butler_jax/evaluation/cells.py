@@ -15,6 +15,7 @@ from butler_jax.json_objects import parse_object, read_lines
 from butler_jax.typed import fits
 
 FILE = "cells.jsonl"
+LONGEST = 1 << 30  # bytes of a cell with its arrays
 Say = Callable[[str], None]
 
 
@@ -50,7 +51,7 @@ class Kept:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for number, line in read_lines(self.path) if self.path.is_file() else ():
+        for number, line in read_lines(self.path, longest=LONGEST) if self.path.is_file() else ():
             try:
                 read = parse_object(line, f"{self.path}, line {number}")
                 key, cell = read.get("key"), cell_of(read)
