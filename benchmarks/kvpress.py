@@ -124,7 +124,7 @@ class Theirs:
         self.torch, self.cache = torch, transformers.DynamicCache
         # Only eager attention returns the weights that observed attention sums.
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
+            directory, dtype=torch.float32, attn_implementation="eager", use_safetensors=True
         ).eval()
         self.presses = {
             "streaming": lambda budget: kvpress.StreamingLLMPress(1 - budget, n_sink=SINKS),

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from butler_jax import data
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, forward, parameter_count
 from butler_jax.configs import BaseConfig, PretrainConfig, to_dict
+from butler_jax.files import write_whole
 from butler_jax.fitting import fit, open_run
 from butler_jax.hosts import gather
 from butler_jax.layers import rope_frequencies
@@ -245,9 +246,9 @@ def save_model(directory: Path, model: BaseModel, tokenizer: Tokenizer) -> None:
             weight = stacked[index]
             tensors[f"model.layers.{index}.{name}.weight"] = weight if inputs is None else weight.reshape(inputs, -1).T
     host = {n: np.ascontiguousarray(jnp.asarray(t[...], jnp.bfloat16)) for n, t in tensors.items()}
-    save_file(host, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(_hugging_face_config(config, tokenizer), indent=2) + "\n")
+    write_whole(directory / "model.safetensors", lambda path: save_file(host, path, metadata={"format": "pt"}))
     tokenizer.save(directory)
+    write_whole(directory / "config.json", json.dumps(_hugging_face_config(config, tokenizer), indent=2) + "\n")
 
 
 def _hugging_face_config(config: BaseConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -221,7 +221,8 @@ def load_peer(config: BenchConfig, base: Base) -> Callable[[np.ndarray], Round] 
     dtype = getattr(torch, str(base.model.embedding[...].dtype))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(Path(os.path.expanduser(config.base)), dtype=dtype).eval()
+    directory = Path(os.path.expanduser(config.base))
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).eval()
 
     def start(prompt: np.ndarray) -> Round:
         cache = transformers.DynamicCache(config=model.config)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from butler_jax.configs import require
 
@@ -29,15 +30,19 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written ({os.strerror(error.errno)}); {remedy}") from error
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
+def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Path:
     """Write a file under another name, then give it its own: a reader, a kill or a power cut never finds half of it.
 
-    Raises OSError naming the file where there is no room or no permission; what was there before is then still there.
+    content may be a function that writes to the path it is given. Raises OSError naming the file where there is no room
+    or no permission; what was there before is then still there.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with writing(path):
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            if callable(content):
+                content(unfinished)
+            else:
+                unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(unfinished)
             os.replace(unfinished, path)
             sync(path.parent)

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from butler_jax.configs import require
-from butler_jax.files import file_in
+from butler_jax.files import file_in, write_whole
 from butler_jax.json_objects import read_object
 from butler_jax.typed import shown, whole
 
@@ -122,7 +122,7 @@ class Tokenizer:
         """Writes tokenizer.json and tokenizer_config.json into the directory `path`, made if need be."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(path / "tokenizer.json"))
+        write_whole(path / "tokenizer.json", self.backend.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": None if self.bos is None else self.backend.id_to_token(self.bos),
@@ -130,7 +130,7 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
         }
-        (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_whole(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def _encode(self, text: str) -> tokenizers.Encoding:
         try:
