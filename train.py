@@ -69,7 +69,7 @@ def _distil(config) -> int:
     shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
     distil(load_base(config.base, dtype=config.dtype, shardings=shardings), config)
     if jax.process_index() == 0:
-        print(f"the predictor is in {run_dir}; judge it with: python eval.py --run {run_dir}")
+        print(f"the best predictor so far is in {run_dir}; judge it with: python eval.py --run {run_dir}")
     return 0
 
 

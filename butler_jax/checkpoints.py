@@ -176,11 +176,6 @@ class Checkpoints:
             f"{self.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
             f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
         )
-        require(
-            not isinstance(saved["data"], list),
-            f"{self.directory} was saved by an older version, whose place in the data cannot be read; finish "
-            "the run with that version, or choose another run directory",
-        )
         wanted = _named(state)
         _compare(metadata.metadata, wanted, self.directory / str(step))
         loaded = ocp.load(self.directory / str(step), jax.tree.map(_abstract, wanted))
@@ -227,12 +222,12 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """Remove what is neither the best nor among the newest: now that a newer one is safe, and each at once."""
-        there = steps(self.directory)
-        try:
-            best = min(there, key=self.loss)
-        except DamagedCheckpoint:  # since this start; the next one sets it aside
-            return
-        for step in there[: -self._keep]:
+        losses = {}
+        for step in steps(self.directory):
+            with contextlib.suppress(DamagedCheckpoint):  # since this start; the next one sets it aside
+                losses[step] = self.loss(step)
+        best = min(losses, key=losses.get)
+        for step in list(losses)[: -self._keep]:
             if step != best:
                 doomed = self._unfinished(step)
                 (self.directory / str(step)).rename(doomed)
@@ -262,13 +257,13 @@ class Checkpoints:
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the finished checkpoints in a directory, in order: only they have a number for a name."""
+    """Steps of the named checkpoints in a directory, in order: only they have a number for a name."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
-def damage(checkpoint: Path, *, only: str | None = None) -> list[str] | None:
-    """What is wrong with a checkpoint, or with one of its files; None where it has no digests: an older version's."""
+def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
+    """What is wrong with a checkpoint, or with one of its files: a few words each, empty where it is whole."""
     return digests.damage(checkpoint, only=only)
 
 

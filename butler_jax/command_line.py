@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import tyro
 from jax.errors import JaxRuntimeError
 
@@ -28,14 +29,14 @@ def read(kind: type, arguments: list[str], program: str) -> Any:
 def run(command: Callable[[], int]) -> int:
     """Exit status of `command`; an error of the user's making becomes one line on stderr and status 1.
 
-    So does the loss of another process of the run, which ends this one at once.
+    So does the loss of another process of the run. Where there are several, an error ends this one at once.
     """
     try:
         return command()
     except (ValueError, OSError, FloatingPointError, ImportError, JaxRuntimeError) as error:
-        if lost(error):
-            leave(error)
-        if isinstance(error, JaxRuntimeError):
+        if isinstance(error, JaxRuntimeError) and not lost(error):
             raise
+        if jax.distributed.is_initialized():
+            leave(error)
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -155,12 +155,19 @@ def lost(error: BaseException) -> bool:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End at once with a message, for the others are gone: a regular exit would wait for them."""
-    reason = (str(error).splitlines() or [""])[0]
-    say(
-        f"error: process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); see what "
-        "that one said, and start the same command on every host again to go on"
-    )
+    """End at once with the error in one line and status 1, for a regular exit would wait for the others.
+
+    They may be gone, which is what `error` then says, or not know of it: they learn it from this one's end.
+    """
+    words = str(error)
+    if lost(error):
+        reason = (words.splitlines() or [""])[0]
+        words = (
+            f"process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); see what "
+            "that one said, and start the same command on every host again to go on"
+        )
+    say(f"error: {words}")
     if jax.process_index() == 0:
-        time.sleep(3)  # when the first process ends, JAX ends all others at once: they say the same before
+        time.sleep(3)  # when the first process ends, JAX ends all others at once: they say theirs before
+    sys.stdout.flush()
     os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 def read_object(path: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
     """The JSON object that a file holds. ValueError naming the file where it holds none or is larger."""
-    size = path.stat().st_size
+    found = path.stat()
+    require(stat.S_ISREG(found.st_mode), f"{path} is no regular file")
+    size = found.st_size
     require(size <= most, f"{path} has {size} bytes; nothing of its kind has more than {most}")
     return parse_object(path.read_bytes(), str(path))
 

@@ -18,6 +18,7 @@ import jax
 
 from butler_jax import provenance
 from butler_jax.files import write_whole, writing
+from butler_jax.hosts import gather
 
 LOCK = "lock"
 RECORDS = "run.json"
@@ -27,13 +28,24 @@ RECORDS = "run.json"
 def claim(run_dir: Path) -> Iterator[None]:
     """Make a run directory and hold it: a second process that asks is refused, until this one ends or dies.
 
-    What it made is removed again if no run was begun there (config.json). Processes after the first hold nothing, and
-    neither does anybody on file systems without locks. Raises OSError where the directory cannot be written, and
-    ValueError naming the process that holds it.
+    What it made is removed again if no run was begun there (config.json). The first process holds it for all; nobody
+    does on file systems without locks. Raises OSError where the directory cannot be written, and ValueError naming the
+    process that holds it, in all processes alike.
     """
-    if jax.process_index() != 0:
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_hold(run_dir))
+            except (OSError, ValueError) as error:
+                problem = error
+        if told := gather(str(problem or ""))[0]:
+            raise problem or ValueError(told)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _hold(run_dir: Path) -> Iterator[None]:
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     try:
         with writing(run_dir):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,3 +44,17 @@ def smollm2_dir(shared_data, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("smollm2")
     subprocess.run([sys.executable, shared_data / "tools" / "smollm2.py", path], check=True)
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 400 KB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a file system takes root; the test with a limit on file sizes does without")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)

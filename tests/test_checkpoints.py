@@ -165,15 +165,6 @@ def test_places_of_processes_are_joined_and_have_to_agree():
         joined([one, {**two, "length": 9}])
 
 
-def test_places_of_an_older_version_are_refused(tmp_path):
-    state = {"module": random_predictor("producer")}
-    with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
-        checkpoints.save(1, state, [{"place": {}, "process_index": 0}], {"loss": 0.0})
-        checkpoints.wait()
-        with pytest.raises(ValueError, match="was saved by an older version, whose place in the data cannot be read"):
-            checkpoints.restore(1, state)
-
-
 def test_state_and_place_in_the_data_come_back_exactly(tmp_path):
     predictor = random_predictor("lookahead")
     state = {"module": predictor, "moments": (jnp.asarray([1.5, -2.0]), jnp.asarray([3], jnp.int32))}

@@ -235,7 +235,7 @@ def test_training_and_judging_from_the_command_line(place, tmp_path, capfd):
     assert command("train")([str(a) for a in (*common(place, tmp_path), "--batch-size", 2, "--calibration", 1)]) == 0
     run = tmp_path / "run"
     out = capfd.readouterr().out
-    assert f"the predictor is in {run}; judge it with: python eval.py --run {run}" in out
+    assert f"the best predictor so far is in {run}; judge it with: python eval.py --run {run}" in out
     assert [row["step"] for row in tiny_runs.rows(run)] == [1, 2]
     arguments = ["--run", run, "--text", place["text"], "--tasks", "perplexity", "--context", 64, "--tokens", 128,
                  "--policies", "tokenbutler", "--budgets", "1/2"]  # fmt: skip

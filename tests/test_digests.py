@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -51,11 +52,37 @@ def test_what_is_missing_longer_or_shorter_is_named(sealed):
     assert damage(sealed, only="a") == ["a is missing"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"b": 1}', "3", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", "\x00", "[" * 200_000])
 def test_unreadable_digests_are_damage(sealed, content):
     (sealed / DIGESTS).write_text(content)
     assert damage(sealed, only="a") == [f"{DIGESTS} is unreadable"]
 
 
-def test_without_digests_nothing_is_known(tmp_path):
-    assert damage(tmp_path) is None
+def test_a_seal_is_of_all_files(sealed):
+    (sealed / "new").write_bytes(b"")
+    assert damage(sealed) == [f"new is not in {DIGESTS}"]
+    (sealed / DIGESTS).write_text('{"b": 1}')
+    assert damage(sealed, only="a") == [f"a is not in {DIGESTS}"]
+    (sealed / DIGESTS).write_text("{}")
+    assert damage(sealed) == [f"{name} is not in {DIGESTS}" for name in ("a", "deep/b", "empty", "new")]
+
+
+def test_pipes_devices_and_files_elsewhere_are_not_opened(sealed, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "c"
+    outside.write_bytes(b"abc")
+    names = ("/dev/zero", f"../{outside.parent.name}/c", str(outside), "pipe", "link")
+    os.mkfifo(sealed / "pipe")
+    (sealed / "link").symlink_to(outside)
+    sealed_as = json.loads((sealed / DIGESTS).read_text())
+    (sealed / DIGESTS).write_text(json.dumps({**sealed_as, **dict.fromkeys(names, sealed_as["a"])}))
+    assert damage(sealed) == [f"{name} is missing" for name in sorted(names)]
+    (sealed / DIGESTS).unlink()
+    os.mkfifo(sealed / DIGESTS)
+    assert damage(sealed) == [f"{DIGESTS} is unreadable"]
+
+
+def test_without_digests_all_is_damaged(sealed):
+    (sealed / DIGESTS).unlink()
+    assert damage(sealed) == damage(sealed, only="a") == [f"{DIGESTS} is missing"]
+    (sealed / "file").write_text("")
+    assert damage(sealed / "file") == [f"{DIGESTS} is unreadable"] and damage(sealed / "absent")

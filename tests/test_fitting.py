@@ -62,7 +62,7 @@ def run(run_dir: Path, *, batches=None, validate=None, step=step, **settings) ->
 
 
 def kept(run_dir: Path) -> set[int]:
-    return {int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()}
+    return {int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import pytest
 import tiny_runs
 
 from butler_jax import load_base
+from butler_jax.run_directory import claim
 
 pytestmark = pytest.mark.slow
 
@@ -283,6 +284,30 @@ def test_others_that_never_come_are_waited_for_so_long(place):
         last = one.said.splitlines()[-1]
         assert one.status == 1 and f"error: process {index} waited 2 s at {address} for the 2 processes" in last
         assert f"{address} is process 0's and can be reached" in last
+
+
+def test_a_run_in_use_is_told_by_all(place):
+    with claim(place.directory / "used"):
+        for one in place.run(2, place.train("used")):
+            assert one.status == 1 and "is in use by another training" in one.said.splitlines()[-1]
+
+
+def test_an_error_of_one_process_ends_all_in_a_line(place):
+    """The first alone writes metrics."""
+    (place.directory / "blocked" / "metrics.jsonl").mkdir(parents=True)
+    first, second = place.run(2, place.train("blocked"))
+    assert (first.status, second.status) == (1, 1)
+    assert "metrics.jsonl" in first.said.splitlines()[-1] and first.said.splitlines()[-1].startswith("error: ")
+    assert "error: process 1 lost another one, which ended or cannot be reached" in second.said
+
+
+def test_a_full_disk_ends_all_in_a_line(place, small_disk):
+    """Each writes its own part of a checkpoint."""
+    tiny_runs.fill(small_disk, 40960)
+    ended = place.run(2, place.train(small_disk / "run"))
+    for one in ended:
+        assert one.status == 1 and any(line.startswith("error: ") for line in one.said.splitlines()), one.said[-2000:]
+    assert any("No space left on device" in one.said for one in ended)
 
 
 CHECKS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,10 @@ def settings(place: dict[str, Path], run_dir: Path, **changes: Any) -> TrainConf
 def rows(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def fill(place: Path, leave: int) -> Path:
+    """Occupy a disk but for some bytes."""
+    space = os.statvfs(place)
+    (place / "ballast").write_bytes(bytes(max(space.f_bavail * space.f_frsize - leave, 0)))
+    return place / "ballast"

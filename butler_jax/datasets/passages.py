@@ -6,9 +6,11 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
+from google.protobuf import json_format
 
 PASSAGE_CHARACTERS = 16_000
 """A passage is cut at the last paragraph border before it grows beyond this."""
@@ -64,6 +66,9 @@ def open_prepared(
                 builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
                 if not builder.is_prepared():  # or else another process was faster
                     raise
+    except (json_format.Error, AssertionError) as error:
+        place = Path(data_dir or tfds.core.constants.DATA_DIR, builder_class.name, config.name, "1.0.0")
+        raise _damaged(place, f"dataset_info.json: {first_line(error)}") from error
     finally:
         logger.setLevel(level)
     return builder
@@ -98,7 +103,11 @@ class TextField:
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, key: str = "text"):
-        self._source, self._key, self._builder = builder.as_data_source(split), key, builder
+        self._key, self._builder = key, builder
+        try:
+            self._source = builder.as_data_source(split)
+        except KeyError as error:
+            raise _damaged(builder.data_dir, f"dataset_info.json has no split {split}") from error
 
     def __len__(self) -> int:
         return len(self._source)
@@ -107,12 +116,10 @@ class TextField:
         try:
             value = self._source[int(index)][self._key]
         except RuntimeError as error:  # array_record names no file
-            place = self._builder.data_dir
-            raise ValueError(
-                f"the prepared data in {place} are damaged ({_broken(Path(place)) or error}); remove that directory "
-                "and prepare the set again: text: and python_docs do so by themselves"
-            ) from error
-        return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+            raise _damaged(self._builder.data_dir, _broken(self._builder) or error) from error
+        if not isinstance(value, (bytes, str)):  # what array_record gives for records that are not there
+            raise _damaged(self._builder.data_dir, _broken(self._builder) or f"document {index} is missing")
+        return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
 
     def content(self) -> str:
         """A short digest of the set's full name, of the number of its documents, and of 64 of them, evenly spaced."""
@@ -125,13 +132,29 @@ class TextField:
         return f"{type(self).__name__}({self._source!r}, key={self._key!r})"
 
 
-def _broken(directory: Path) -> str:
-    """The first array_record file that cannot be read, and why."""
+def _damaged(place: Any, why: Any) -> ValueError:
+    return ValueError(
+        f"the prepared data in {place} are damaged ({why}); remove that directory and prepare the set again: text: and "
+        "python_docs do so by themselves"
+    )
+
+
+def _broken(builder: tfds.core.DatasetBuilder) -> str:
+    """The first array_record file that cannot be read or has lost records, and why."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    for path in sorted(directory.glob("*.array_record*")):
-        try:
-            ArrayRecordDataSource([str(path)])[0]
-        except RuntimeError as error:
-            return f"{path.name}: {error}"
+    for split in builder.info.splits.values():
+        for path, records in zip(map(Path, split.filepaths), split.shard_lengths, strict=False):
+            try:
+                source = ArrayRecordDataSource([str(path)])
+                if len(source) != records:
+                    return f"{path.name}: it has {len(source)} of {records} records"
+                source[0]
+            except RuntimeError as error:
+                return f"{path.name}: {error}"
     return ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import tensorflow_datasets as tfds
+from google.protobuf import json_format
 
-from butler_jax.datasets.passages import TextField
+from butler_jax.datasets.passages import TextField, first_line
 
 TEST_PERCENT = 2
 """Where a set has only the split "train", its last part of this size is held out."""
@@ -34,8 +35,8 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
         prepared = builder.is_prepared()
     except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
         raise FileNotFoundError(f"no prepared TFDS set {name!r} in {place}. {advice}") from error
-    except (ValueError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"tfds:{name} cannot be opened from {place}: {_first_line(error)}") from error
+    except (ValueError, AssertionError, RuntimeError, json_format.Error) as error:
+        raise ValueError(f"tfds:{name} cannot be opened from {place}: {first_line(error)}") from error
     if not prepared:
         raise FileNotFoundError(f"the TFDS set {name!r} is not prepared in {place}. {advice}")
     key = _text_key(name, builder.info.features)
@@ -70,7 +71,3 @@ def _split(name: str, splits: tuple[str, ...], split: str) -> str:
     if split == "train":
         return "train" if held_out else f"train[:{100 - TEST_PERCENT}%]"
     return held_out or f"train[{100 - TEST_PERCENT}%:]"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
