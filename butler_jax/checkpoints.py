@@ -352,6 +352,16 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
         raise FileNotFoundError(f"{path} has no checkpoints; give the directory of a run of train.py")
+    while True:
+        there = steps(directory)
+        try:
+            return _load_predictor(directory, base, step)
+        except (OSError, ValueError):
+            if steps(directory) == there:  # or else a training removed what was being read
+                raise
+
+
+def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
     with Checkpoints(directory) as checkpoints:
         if not checkpoints.steps():
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
@@ -361,7 +371,7 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
             raise FileNotFoundError(f"{directory} has no checkpoint of step {step}; steps: {there}")
         checkpoints.check(step)
         facts = checkpoints.facts(step)
-        check_base(facts, base, path)
+        check_base(facts, base, directory.parent)
         config = from_dict(PredictorConfig, facts["predictor"])
         return checkpoints.restore_module(step, jax.eval_shape(lambda: make_predictor(base.config, config)))
 

@@ -122,10 +122,11 @@ def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tup
     window = values.get("sliding_window")
     if family.window == "never" or window is None:
         return None, ()
+    if family.window == "switched" and not values.get("use_sliding_window", False):
+        return None, ()
+    window = whole(window, "sliding_window")
     if family.window == "always":
         return window, ()
-    if not values.get("use_sliding_window", False):
-        return None, ()
     kinds = values.get("layer_types")
     if kinds:
         require(isinstance(kinds, list), f"layer_types must be a list of names, got {shown(kinds)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from pathlib import Path
 
@@ -148,6 +149,23 @@ def test_the_best_is_loaded_unless_a_step_is_named(tmp_path):
 
     np.testing.assert_array_equal(query(load_predictor(tmp_path, BASE)), query(predictors[1]))
     np.testing.assert_array_equal(query(load_predictor(tmp_path, BASE, step=3)), query(predictors[2]))
+
+
+@pytest.mark.parametrize("moment", ["loss", "check", "facts", "restore_module"])
+def test_a_training_may_remove_what_is_being_read(tmp_path, monkeypatch, moment):
+    predictors = [random_predictor("producer", seed=seed) for seed in range(2)]
+    with Checkpoints(tmp_path / "checkpoints", keep=5, about=about(predictors[0])) as checkpoints:
+        for step, predictor in enumerate(predictors):
+            checkpoints.save(step, {"module": predictor}, None, {"loss": step})
+
+    real = getattr(Checkpoints, moment)
+
+    def remove_first(self, step, *more):
+        shutil.rmtree(tmp_path / "checkpoints" / "0", ignore_errors=True)
+        return real(self, step, *more)
+
+    monkeypatch.setattr(Checkpoints, moment, remove_first)
+    np.testing.assert_array_equal(load_predictor(tmp_path, BASE).heads.query[...], predictors[1].heads.query[...])
 
 
 def test_a_step_that_is_not_there_is_named(tmp_path):

@@ -71,6 +71,9 @@ def test_windows_follow_each_family():
     assert config("mistral", sliding_window=8).sliding == (True,) * 4
     assert config("mistral", sliding_window=None).window is None
     assert config("phi3", sliding_window=8).window == 8
+    for window in (-5, 0, 2.5, "8"):
+        with pytest.raises(ValueError, match="sliding_window must be a whole number"):
+            config("mistral", sliding_window=window)
     assert config("qwen2", sliding_window=8, max_window_layers=2).window is None
     switched = {"use_sliding_window": True, "sliding_window": 8}
     assert config("qwen2", **switched, max_window_layers=2).sliding == (False, False, True, True)
