@@ -22,6 +22,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share: an
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import math
 import pathlib
@@ -113,8 +114,8 @@ TABLE = [
         ("v5e:16x16", "data=256", 4096), ("v5e:16x16", "data=128,model=2", 4096),
         ("v5e:16x16", "data=32,model=8", 4096), ("v5p:4x4x4", "data=64", 4096), ("v6e:8x8", "data=64", 4096),
         ("v5p:2x2x1", "data=4", 131072), ("v5p:4x4x4", "data=64", 131072), ("v5p:4x4x4", "data=16,model=4", 131072),
-        ("v6e:8x8", "data=64", 131072), ("v5e:16x16", "data=128,model=2", 131072),
-        ("v5e:16x16", "data=32,model=8", 131072),
+        ("v6e:8x8", "data=64", 131072), ("v5e:16x16", "data=256", 131072),
+        ("v5e:16x16", "data=128,model=2", 131072), ("v5e:16x16", "data=32,model=8", 131072),
     ),
     *_plans(
         "llama-3.1-70b", "train",
@@ -132,6 +133,7 @@ TABLE = [
         ("v5e:2x4", "model=8", 32768, 8), ("v5e:16x16", "data=32,model=8", 32768, 256),
         ("v5p:2x2x2", "data=2,model=4", 131072, 8), ("v5p:4x4x4", "data=8,model=8", 131072, 128),
         ("v5p:4x4x4", "data=2,model=8,sequence=4", 131072, 2), ("v6e:8x8", "data=8,model=8", 131072, 64),
+        ("v6e:8x16", "data=16,model=8", 131072, 64),
     ),
 ]  # fmt: skip
 
@@ -281,28 +283,37 @@ def line_of(report: dict[str, Any]) -> str:
     )
 
 
-def markdown(report: dict[str, Any]) -> list[str]:
-    """The lines of a table of a written report, as docs/scaling.md has them."""
+def markdown(report: dict[str, Any], step: str) -> list[str]:
+    """The lines of the table of one kind of step in a written report, as docs/scaling.md has them."""
     lines = [
-        "| | slice, mesh | tokens x rows | GiB: arguments + temporaries | GB sent by a chip | TFLOP "
+        "| | slice, mesh | tokens x rows | GiB: arguments + temporaries | GB sent by a chip | collectives | TFLOP "
         "| ms: arithmetic, memory, links | a step, ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for step in report["steps"]:
-        plan = Plan(**step["plan"])
-        name = f"{plan.model.rpartition('-')[2].upper()} {plan.step}"
-        cells = [name, f"{plan.topology.replace(':', ' ')}, `{plan.mesh}`", f"{plan.length:,} x {plan.batch_size}"]
-        if "error" in step:
-            cells += [f"does not fit: {step['error'].partition('HBM, ')[2] or step['error']}", *[""] * 4]
+    for found in report["steps"]:
+        plan = Plan(**found["plan"])
+        if plan.step != step:
+            continue
+        place = f"{plan.topology.replace(':', ' ')}, `{plan.mesh}`"
+        cells = [plan.model.rpartition("-")[2].upper(), place, f"{plan.length:,} x {plan.batch_size}"]
+        if "error" in found:
+            cells += [f"does not fit: {found['error'].partition('HBM, ')[2] or found['error']}", *[""] * 5]
         else:
-            cells.append(" + ".join(f"{step[f'{part}_bytes'] / 2**30:.2f}" for part in ("argument", "temporary")))
-            cells.append(", ".join(f"{kind} {v['bytes'] / 1e9:.2g}" for kind, v in step["collectives"].items()))
-            cells.append(f"{step['flops'] / 1e12:.3g}")
-            cells.append(", ".join(f"{1e3 * seconds:,.3g}" for seconds in step["seconds"].values()))
-            bounds = (1e3 * step[f"seconds_{bound}"] for bound in ("at_least", "without_overlap"))
-            cells.append(" to ".join(f"{ms:,.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in bounds))
+            sent = {kind: one["bytes"] / 1e9 for kind, one in found["collectives"].items()}
+            cells.append(" + ".join(f"{found[f'{part}_bytes'] / 2**30:.2f}" for part in ("argument", "temporary")))
+            cells.append(", ".join(f"{kind} {_short(size)}" for kind, size in sent.items() if size > 0.001))
+            cells.append(f"{sum(one['count'] for one in found['collectives'].values()):,}")
+            cells.append(_short(found["flops"] / 1e12))
+            cells.append(", ".join(_short(1e3 * seconds) for seconds in found["seconds"].values()))
+            bounds = (found[f"seconds_{bound}"] for bound in ("at_least", "without_overlap"))
+            cells.append(" to ".join(_short(1e3 * seconds) for seconds in bounds))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
@@ -317,13 +328,18 @@ def main() -> None:
     parser.add_argument("--table", type=pathlib.Path, help="compile nothing: print the table of figures written before")
     arguments = parser.parse_args()
     if arguments.table:
-        print("\n".join(markdown(json.loads(arguments.table.read_text()))))
+        for kind in ("train", "decode"):
+            print("\n".join(markdown(json.loads(arguments.table.read_text()), kind)), end="\n\n")
         return
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for chips that are not here
     plans = TABLE
     if arguments.model:
         plans = [Plan(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Plan)})]
-    report = {"versions": versions(), "chips": {n: c._asdict() for n, c in CHIPS.items()}, "steps": []}
+    report = {
+        "versions": {**versions(), "libtpu": importlib.metadata.version("libtpu")},
+        "chips": {n: c._asdict() for n, c in CHIPS.items()},
+        "steps": [],
+    }
     known = []
     if arguments.json and arguments.json.exists():  # go on where an interrupted run of the same versions stopped
         written = json.loads(arguments.json.read_text())
