@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from butler_jax.configs import require
 
@@ -62,6 +63,15 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, or a link to one, open for reading. ValueError naming it for a directory, a pipe or a device.
+
+    A pipe would be waited for and a device read for ever, also one that takes the file's place meanwhile.
+    """
+    require(stat.S_ISREG(path.stat().st_mode), f"{path} is no regular file; move it away")
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
 def file_in(directory: Path, name: str) -> Path | None:

@@ -30,7 +30,7 @@ from butler_jax.json_objects import parse_object, read_lines, read_object
 from butler_jax.run_directory import recorded
 from butler_jax.sharding import any_process, place_batch
 from butler_jax.training import TrainState
-from butler_jax.typed import number
+from butler_jax.typed import number, shown
 
 CHANGEABLE = {
     "steps",
@@ -72,9 +72,13 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
     require(
         not different,
         f"{run_dir} holds a run with other settings ("
-        + ", ".join(f"{k}: {theirs.get(k)!r} there, {mine[k]!r} now" for k in different)
+        + ", ".join(f"{k}: {_brief(theirs.get(k))} there, {mine[k]!r} now" for k in different)
         + "); repeat them to go on, or choose another --run-dir",
     )
+
+
+def _brief(value: Any) -> str:
+    return f"{value!r:.300}" if isinstance(value, str) else shown(value)
 
 
 def open_run(run_dir: Path, config: FitConfig) -> None:
