@@ -17,11 +17,28 @@ from typing import Any, TextIO
 import jax
 
 from butler_jax import provenance
-from butler_jax.files import write_whole, writing
+from butler_jax.configs import require
+from butler_jax.files import open_regular, write_whole, writing
 from butler_jax.hosts import gather
+from butler_jax.json_objects import read_value
+from butler_jax.typed import deeper, fits, shown
 
 LOCK = "lock"
+LONGEST_NAME = 1000
+"""Bytes of a lock that are read, to say who holds it."""
+
 RECORDS = "run.json"
+MOST_BYTES = 8 << 20
+"""The largest run.json that is read: thousands of starts."""
+
+LEVELS = 20
+"""How deep the values of a run's files may lie in each other; what is written here has four levels."""
+
+FIELDS = {
+    "date": str, "host": str, "command": str, "directory": str, "ended": str, "from": int, "to": int,
+    "versions": {}, "environment": {}, "git": {"revision": str}, "devices": {"kinds": {}},
+}  # fmt: skip
+"""The fields of a start that are read again, with their types; {}: an object. Any may be absent or null."""
 
 
 @contextlib.contextmanager
@@ -50,7 +67,9 @@ def _hold(run_dir: Path) -> Iterator[None]:
     try:
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = (run_dir / LOCK).open("a+")
+            lock = run_dir / LOCK
+            require(lock.is_file() or not lock.exists(), f"{lock} is no regular file; move it away")
+            file = lock.open("a+", errors="replace")
         with file:
             _lock(file, run_dir)
             with writing(run_dir):
@@ -71,11 +90,12 @@ def _hold(run_dir: Path) -> Iterator[None]:
 def holder(run_dir: Path) -> str | None:
     """Who holds a run directory, as "PID on HOST"; None where nobody does."""
     try:
-        with (run_dir / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return (run_dir / LOCK).read_text() or "unknown"
-    except OSError:
+        with open_regular(run_dir / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(LONGEST_NAME).decode(errors="replace") or "unknown"
+    except (OSError, ValueError):
         pass
     return None
 
@@ -92,7 +112,7 @@ def _lock(file: TextIO, run_dir: Path) -> None:
                 return  # a file system without locks
             raise
     file.seek(0)
-    pid, _, host = file.read().partition(" on ")
+    pid, _, host = file.read(LONGEST_NAME).partition(" on ")
     raise ValueError(
         f"{run_dir} is in use by another training, process {pid or 'unknown'} on {host or 'unknown'}; wait until it "
         "ends, stop it (on SIGTERM it saves first), or choose another --run-dir"
@@ -127,7 +147,8 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[
         return
     path, earlier = run_dir / RECORDS, records(run_dir)
     if path.exists() and not earlier:
-        os.replace(path, path.with_name(f"{RECORDS}.damaged"))
+        with writing(path):
+            os.replace(path, path.with_name(f"{RECORDS}.damaged"))
 
     def write() -> None:
         record["seconds"] = round(time.monotonic() - began, 1)
@@ -147,6 +168,28 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """The starts of a run, the oldest first; none where run.json is absent or damaged."""
     try:
-        return [dict(record) for record in json.loads((run_dir / RECORDS).read_text())]
-    except (OSError, ValueError, TypeError):
+        return read_records(run_dir)
+    except (OSError, ValueError):
         return []
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """As records(), with an OSError or a ValueError naming run.json where it is absent or damaged."""
+    path = run_dir / RECORDS
+    found = read_value(path, most=MOST_BYTES)
+    require(isinstance(found, list) and found, f"{path} must hold a list of starts, not {shown(found)}")
+    for number, record in enumerate(found, 1):
+        _check(record, FIELDS, f"{path}: start {number}")
+        require(not deeper(record, LEVELS), f"{path}: start {number} is nested too deeply")
+    return found
+
+
+def _check(values: Any, fields: dict[str, Any], where: str) -> None:
+    require(isinstance(values, dict), f"{where} must be an object, not {shown(values)}")
+    for name, kind in fields.items():
+        if values.get(name) is None:
+            continue
+        if isinstance(kind, dict):
+            _check(values[name], kind, f"{where}, {name}")
+        else:
+            require(fits(values[name], kind), f"{where}: {name} cannot be {shown(values[name])}; it is {kind.__name__}")

@@ -35,6 +35,12 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of very many digits"
 
 
+def deeper(value: Any, levels: int) -> bool:
+    """Whether lists and dicts lie in each other by more levels than that: what reads or writes them may not go on."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(deeper(one, levels - 1) for one in inner))
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value read from JSON can stand for an annotated type.
 

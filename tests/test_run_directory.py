@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from butler_jax.run_directory import claim, holder, recorded, records
+from butler_jax.run_directory import claim, holder, read_records, recorded, records
 
 HOLDS = """
 import fcntl, os, sys, time
@@ -101,3 +101,43 @@ def test_a_damaged_record_is_kept_aside(tmp_path):
         record["ended"] = "finished"
     assert (tmp_path / "run.json.damaged").read_text() == '[{"from": 0, "to'
     assert [one["ended"] for one in records(tmp_path)] == ["finished"]
+
+
+HOSTILE = {
+    "brackets": lambda path: path.write_text("[" * 200_000),
+    "nested": lambda path: path.write_text('[{"a": ' + "[" * 900 + "]" * 900 + "}]"),
+    "types": lambda path: path.write_text('[{"git": "x", "devices": "y"}]'),
+    "numbers": lambda path: path.write_text("[1, 2]"),
+    "long": lambda path: (path.touch(), os.truncate(path, 10 << 30)),
+    "pipe": os.mkfifo,
+    "directory": os.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_record_of_a_stranger_is_kept_aside(tmp_path, kind):
+    path = tmp_path / "run.json"
+    HOSTILE[kind](path)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        read_records(tmp_path)
+    was = path.lstat()
+    with recorded(tmp_path, {}, 0) as record:
+        record["ended"] = "finished"
+    assert (tmp_path / "run.json.damaged").lstat().st_ino == was.st_ino
+    assert [one["ended"] for one in records(tmp_path)] == ["finished"]
+
+
+def test_a_lock_of_a_stranger_is_not_waited_for(tmp_path):
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        make(tmp_path / "lock")
+        assert holder(tmp_path) is None
+        with pytest.raises(ValueError, match=rf"{tmp_path}/lock is no regular file; move it away"), claim(tmp_path):
+            pass
+        (tmp_path / "lock").rmdir() if (tmp_path / "lock").is_dir() else (tmp_path / "lock").unlink()
+    (tmp_path / "lock").write_bytes(b"\xff on \xff" * 1000)
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert holder(tmp_path).startswith("\ufffd on ") and len(holder(tmp_path)) == 1000
+        with pytest.raises(ValueError, match="is in use by another training, process \ufffd on"), claim(tmp_path):
+            pass
