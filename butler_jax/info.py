@@ -1,30 +1,51 @@
 """What a run directory holds, how its checkpoints are, and how to go on: `python -m butler_jax.info RUN`.
 
-It reads files only: no base, no accelerator, and a training in that directory is not disturbed.
+It reads files only: no base, no accelerator, and a training in that directory is not disturbed. Whatever the files
+hold, it says what is wrong with them and shows the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from butler_jax import checkpoints
 from butler_jax.command_line import read, run
-from butler_jax.configs import FitConfig, PretrainConfig, TrainConfig
-from butler_jax.run_directory import RECORDS, holder, records
+from butler_jax.configs import FitConfig, PretrainConfig, TrainConfig, require
+from butler_jax.files import open_regular
+from butler_jax.json_objects import parse_object, read_object
+from butler_jax.run_directory import LEVELS, RECORDS, holder, read_records
+from butler_jax.typed import deeper, fits, number, shown, whole
 
 PARTS = ("config.json", RECORDS, "metrics.jsonl", "checkpoints")
+MOST_BYTES = 1 << 20
+"""The largest config.json that is read, and how much of the end of metrics.jsonl."""
+
+LONGEST_ROW = 1 << 16
+"""More bytes than a row of metrics.jsonl has: what is longer was not cut off by a kill."""
+
+ROWS = 1000
+"""How many lines of metrics.jsonl are tried, from the last."""
+
+STARTS = 50
+"""How many starts are printed, the last ones."""
+
+LONGEST_CELL, LONGEST_TEXT = 500, 10_000
+"""Characters printed of one value, in a table and on a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +62,10 @@ def inspect(run_dir: Path) -> dict[str, Any]:
     """All that a run directory says of itself, JSON-ready.
 
     state: in words. config: config.json, {} where it is absent. starts: the records of run.json. checkpoints: for each
-    {step, loss, bytes, state, damage, best, base, fingerprint}, where state is "whole", "damaged" or "unchecked" (no
-    digests: saved by an older version). set_aside, unfinished: directories of damaged checkpoints, of saves that a kill
-    cut off or that are being written. metrics: the last row. bytes: of all files. go_on, evaluate: commands, None where
-    there is nothing to go on with. problems: what is damaged otherwise.
+    {step, loss, bytes, state, damage, best, base, fingerprint}, where state is "whole" or "damaged". set_aside,
+    unfinished: directories of damaged checkpoints, of saves that a kill cut off or that are being written. metrics: the
+    last row. bytes: of all files. go_on, evaluate: commands, None where there is nothing to go on with. problems: what
+    is damaged otherwise.
 
     Raises FileNotFoundError for a directory that holds no run.
     """
@@ -53,10 +74,8 @@ def inspect(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} is no run directory: it has none of {', '.join(PARTS)}; give the directory of a run of train.py"
         )
     problems: list[str] = []
-    config, starts, held = _config(run_dir, problems), records(run_dir), holder(run_dir)
-    if (run_dir / RECORDS).exists() and not starts:
-        problems.append(f"{RECORDS} is damaged; the next start begins a new one")
-    metrics = _last_row(run_dir / "metrics.jsonl")
+    config, starts, held = _config(run_dir, problems), _starts(run_dir, problems), holder(run_dir)
+    metrics = _last_row(run_dir / "metrics.jsonl", problems)
     found = list(_checkpoints(run_dir / "checkpoints"))
     usable = [one for one in found if one["state"] != "damaged"]
     for one in found:
@@ -78,51 +97,105 @@ def inspect(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def _kind(config: dict[str, Any]) -> type[FitConfig] | None:
+    return TrainConfig if "predictor" in config else PretrainConfig if "vocab_size" in config else None
+
+
 def _config(run_dir: Path, problems: list[str]) -> dict[str, Any]:
+    path = run_dir / "config.json"
     try:
-        return dict(json.loads((run_dir / "config.json").read_text()))
+        config = read_object(path, most=MOST_BYTES)
+        kind = _kind(config)
+        require(kind is not None, f"{path} names neither a predictor nor a vocab_size")
+        whole(config.get("steps"), f"{path}: steps")
+        hints = get_type_hints(kind)
+        for name, value in config.items():
+            right = fits(value, hints[name]) if name in hints else not deeper(value, LEVELS)
+            require(right, f"{path}: {shown(name)} cannot be {shown(value)}")
+        return config
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"config.json is damaged ({error}); remove it, and give the settings again to go on")
         return {}
 
 
-def _last_row(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def _starts(run_dir: Path, problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        return read_records(run_dir)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        problems.append(f"{RECORDS} is damaged ({error}); the next start begins a new one")
+        return []
+
+
+def _last_row(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """The last row of metrics.jsonl; a line after it that a kill cut off, or that is being written, is no problem."""
+    try:
+        with open_regular(path) as file:
+            there = file.seek(0, os.SEEK_END)
+            file.seek(max(0, there - MOST_BYTES))
+            lines = (file.read(MOST_BYTES) or b"").splitlines(keepends=True)
+    except FileNotFoundError:
         return None
-    for line in reversed(path.read_text(errors="replace").splitlines()):
-        try:
-            return dict(json.loads(line))
-        except (ValueError, TypeError):  # cut off by a kill, or being written
-            continue
-    return None
+    except (OSError, ValueError) as error:
+        problems.append(f"metrics.jsonl is damaged ({error})")
+        return None
+    found: list[str] = []
+    row = next(filter(None, (_row(line, found) for line in reversed(lines[-ROWS:]))), None)
+    if row is None and there > MOST_BYTES:
+        found.append(f"no row in its last {MOST_BYTES} bytes")
+    if found:
+        problems.append(f"metrics.jsonl is damaged ({found[0]}); the next start drops such lines")
+    return row
+
+
+def _row(line: bytes, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        row = parse_object(line, "a line")
+        for name, value in row.items():
+            require(not isinstance(value, (dict, list)), f"{shown(name)} of a row cannot be {shown(value)}")
+        return row
+    except ValueError as error:
+        if line.endswith(b"\n") or len(line) > LONGEST_ROW:
+            problems.append(str(error))
+        return None
 
 
 def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
     for step in checkpoints.steps(directory):
         path = directory / str(step)
-        damage, size = checkpoints.damage(path), _size(path)
+        size, loss, facts = _size(path), None, {}
         try:
-            facts = checkpoints.facts(path)
-            loss = facts["metrics"]["loss"]
+            damage = checkpoints.damage(path)
+        except (OSError, ValueError, RecursionError) as error:
+            damage = [f"it cannot be checked ({error})"]
+        try:
+            facts = read_object(path / checkpoints.METADATA)["custom_metadata"]
+            loss = number(facts["metrics"]["loss"], "its loss")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            loss, facts = None, {}
-            damage = damage or [f"what it says of itself is unreadable ({error})"]
+            damage = damage or [f"what it says of itself is unreadable ({type(error).__name__}: {error})"]
         if path.exists():  # or the training has removed it meanwhile
-            state = "damaged" if damage else "unchecked" if damage is None else "whole"
-            base = facts.get("base") if isinstance(facts.get("base"), str) else None  # a pretraining has none
-            yield {"step": step, "loss": loss, "bytes": size, "state": state, "damage": damage or [],
-                   "base": base, "fingerprint": facts.get("fingerprint")}  # fmt: skip
+            base, fingerprint = (
+                facts[name] if isinstance(facts, dict) and isinstance(facts.get(name), str) else None
+                for name in ("base", "fingerprint")
+            )
+            yield {"step": step, "loss": loss, "bytes": size, "state": "damaged" if damage else "whole",
+                   "damage": damage, "base": base, "fingerprint": fingerprint}  # fmt: skip
 
 
-def _size(path: Path) -> int:
-    total = 0
-    for file in path.rglob("*"):
-        try:
-            total += file.lstat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
+def _size(directory: Path) -> int:
+    """Bytes of the files below a directory."""
+    total, left = 0, [directory]
+    while left:  # and not rglob, which does not go as deep as directories may lie in each other
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    elif entry.is_file():
+                        total += entry.stat(follow_symlinks=False).st_size
     return total
 
 
@@ -137,7 +210,7 @@ def _state(config: dict, starts: list[dict], held: str | None, done: int) -> str
 
 
 def _go_on(run_dir: Path, config: dict, starts: list[dict], done: int) -> str | None:
-    kind = TrainConfig if "predictor" in config else PretrainConfig if "vocab_size" in config else None
+    kind = _kind(config)
     if kind is None:
         return None
     where, run_dir = _from(run_dir, starts)
@@ -172,10 +245,20 @@ def _evaluate(run_dir: Path, config: dict, starts: list[dict], usable: bool) -> 
 
 def _from(run_dir: Path, starts: list[dict]) -> tuple[str, Path]:
     """Where the run was started from, a `cd` where that is elsewhere on this machine; the run directory from there."""
-    place = Path(starts[-1].get("directory", ".")) if starts else Path()
-    if not (place / "train.py").is_file() or place.resolve() == Path.cwd():
+    place = Path(starts[-1].get("directory") or ".") if starts else Path()
+    try:
+        if not (place / "train.py").is_file() or place.resolve() == Path.cwd():
+            return "", run_dir
+    except (OSError, ValueError):  # no path of this system
         return "", run_dir
     return f"cd {shlex.quote(str(place))} && ", run_dir.resolve()
+
+
+def _printable(value: Any, most: int = LONGEST_TEXT) -> str:
+    """A value as text without what steers a terminal or cannot be written to it, cut where it is long."""
+    text = str(value)
+    cut = "..." if len(text) > most else ""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text[:most]) + cut
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -187,29 +270,32 @@ def show(found: dict[str, Any], console: Console) -> None:
             made.add_column(column, justify="right" if column in ("step", "loss", "MB") else "left", overflow="fold")
         return made
 
+    def add(made: Table, *cells: Any) -> None:
+        made.add_row(*(Text(_printable(cell, LONGEST_CELL)) for cell in cells))
+
     def line(name: str, value: Any) -> None:
         if value not in (None, "", {}, []):
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-            console.print(f"{name:<12} {text}", highlight=False, markup=False, soft_wrap=True)
+            console.print(Text(f"{name:<12} {_printable(text)}"), soft_wrap=True)
 
     line("run", found["run"])
     line("state", found["state"])
     bases = {(one["base"], one["fingerprint"]) for one in found["checkpoints"] if one["base"]}
-    line("base", "; ".join(f"{name} (fingerprint {fingerprint})" for name, fingerprint in sorted(bases)))
+    line("base", "; ".join(f"{name} (fingerprint {fingerprint})" for name, fingerprint in sorted(bases, key=str)))
     line("on disk", f"{found['bytes'] / 1e6:,.1f} MB")
-    line("last step", {k: f"{v:.6g}" for k, v in (found["metrics"] or {}).items() if isinstance(v, (int, float))})
+    line("last step", {k: f"{v:.6g}" for k, v in (found["metrics"] or {}).items() if fits(v, float)})
     settings = {k: v for k, v in found["config"].items() if v is not None and v != ""}
     line("settings", settings)
     if found["starts"]:
-        starts = table("starts", "date", "host", "steps", "ended", "revision", "devices")
-        for one in found["starts"]:
+        several = f" (the last {STARTS} of {len(found['starts'])})" if len(found["starts"]) > STARTS else ""
+        starts = table(f"starts{several}", "date", "host", "steps", "ended", "revision", "devices")
+        for one in found["starts"][-STARTS:]:
             git, devices = one.get("git") or {}, one.get("devices") or {}
-            revision = git.get("revision", "")[:10] + (" and changes" if git.get("dirty") else "")
-            kinds = ", ".join(f"{n} x {kind}" for kind, n in devices.get("kinds", {}).items())
+            revision = (git.get("revision") or "")[:10] + (" and changes" if git.get("dirty") else "")
+            kinds = ", ".join(f"{n} x {kind}" for kind, n in (devices.get("kinds") or {}).items())
             steps = f"{one.get('from')} - {'?' if one.get('to') is None else one['to']}"
-            starts.add_row(
-                one.get("date", ""), one.get("host", ""), steps, one.get("ended") or "not recorded", revision, kinds
-            )
+            date, host, ended = (one.get(name) or "" for name in ("date", "host", "ended"))
+            add(starts, date, host, steps, ended or "not recorded", revision, kinds)
         console.print(starts)
         last = found["starts"][-1]
         for name in ("command", "directory", "versions", "environment"):
@@ -219,7 +305,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         for one in found["checkpoints"]:
             words = one["damage"][:1] + ["best"] * one["best"]
             loss = "" if one["loss"] is None else f"{one['loss']:.4f}"
-            listed.add_row(str(one["step"]), loss, f"{one['bytes'] / 1e6:,.1f}", one["state"], ", ".join(words))
+            add(listed, one["step"], loss, f"{one['bytes'] / 1e6:,.1f}", one["state"], ", ".join(words))
         console.print(listed)
     for path in found["set_aside"]:
         line("set aside", path)

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from butler_jax import distil, info, load_base
 from butler_jax.checkpoints import save_predictor
 from butler_jax.command_line import read
 from butler_jax.configs import PredictorConfig, PretrainConfig, TrainConfig
+from butler_jax.digests import seal
 from butler_jax.fitting import open_run
 from butler_jax.predictors import make_predictor
 from butler_jax.run_directory import claim
@@ -115,15 +117,200 @@ def test_damage_and_leftovers_are_shown(copy, capsys):
     found = info.inspect(copy)
     by_step = {one["step"]: one for one in found["checkpoints"]}
     assert by_step[best]["state"] == "damaged" and by_step[best]["damage"] == ["state/_METADATA is missing"]
-    assert by_step[others[0]]["state"] == "damaged" and by_step[others[1]]["state"] == "unchecked"
-    assert [one["step"] for one in found["checkpoints"] if one["best"]] == [others[1]]
+    assert by_step[others[0]]["state"] == "damaged" and by_step[others[1]]["damage"] == ["digests.json is missing"]
+    assert not any(one["best"] for one in found["checkpoints"])
     assert found["set_aside"] == [str(copy / "damaged" / "1")]
     assert found["unfinished"] == [str(copy / "checkpoints" / "8.unfinished")]
     assert found["metrics"]["step"] == 6 and found["starts"] == [] and found["config"] == {}
     assert [problem.split()[0] for problem in found["problems"]] == ["config.json", "run.json"]
     text = shown(capsys, copy)
-    for words in ("state/_METADATA is missing", "unchecked", "config.json is damaged", "run.json is damaged"):
+    for words in ("state/_METADATA is missing", "digests.json is missing", "config.json is damaged",
+                  "run.json is damaged"):  # fmt: skip
         assert words in text, words
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(10 << 30)
+
+
+HOSTILE = {
+    "brackets": lambda path: path.write_text("[" * 200_000),
+    "nested": lambda path: path.write_text('{"a": ' + "[" * 900 + "]" * 900 + "}"),
+    "a list of nothing": lambda path: path.write_text("[null]"),
+    "not UTF-8": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
+    "half a character": lambda path: path.write_text('{"a": "\\ud800"}'),
+    "long": sparse,
+    "pipe": os.mkfifo,
+    "directory": Path.mkdir,
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "link to a directory": lambda path: path.symlink_to("/"),
+}
+
+
+@pytest.fixture
+def report(copy, capsys):
+    """Inspects the copy and prints it both ways: (what was found, the text)."""
+
+    def made() -> tuple[dict, str]:
+        signal.alarm(60)  # instead of a hang
+        try:
+            text = shown(capsys, copy)
+            return json.loads(shown(capsys, copy, "--json")), text
+        finally:
+            signal.alarm(0)
+
+    return made
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
+def test_a_hostile_file_is_a_problem_and_the_rest_is_shown(copy, report, name, kind):
+    (copy / name).unlink()
+    HOSTILE[kind](copy / name)
+    if name == "metrics.jsonl" and (copy / name).is_file() and kind not in ("long", "brackets"):
+        with (copy / name).open("a") as file:
+            file.write("\n")  # without, it is the line that a kill cut off
+    found, text = report()
+    (problem,) = found["problems"]
+    assert problem.startswith(f"{name} is damaged (") and f"problem      {problem}" in text
+    assert [one["state"] for one in found["checkpoints"]] == ["whole"] * 3
+    key, nothing = {"config.json": ("config", {}), "run.json": ("starts", []), "metrics.jsonl": ("metrics", None)}[name]
+    assert [part for part in ("config", "starts", "metrics") if not found[part]] == [key] and found[key] == nothing
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", ["digests.json", "_CHECKPOINT_METADATA"])
+def test_a_hostile_file_of_a_checkpoint_is_its_damage(copy, report, name, kind):
+    (copy / "checkpoints" / "4" / name).unlink()
+    HOSTILE[kind](copy / "checkpoints" / "4" / name)
+    if kind == "long":
+        os.truncate(copy / "checkpoints" / "4" / name, 1 << 30)  # its digest is taken
+    found, text = report()
+    damaged = found["checkpoints"][1]
+    assert [one["state"] for one in found["checkpoints"]] == ["whole", "damaged", "whole"]
+    assert name in damaged["damage"][0] and name in text and not damaged["best"] and found["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        None, 5, [], "metrics", {}, {"metrics": None}, {"metrics": []}, {"metrics": {"loss": "low"}},
+        {"metrics": {"loss": [1.0]}}, {"metrics": {"loss": 10**400}}, {"metrics": {"loss": True}}, {"metrics": {}},
+        {"metrics": {"loss": float("nan")}, "base": 5, "fingerprint": {}},
+    ],
+)  # fmt: skip
+def test_a_sealed_checkpoint_without_a_loss_is_damaged(copy, report, facts):
+    path = copy / "checkpoints" / "4"
+    for written in ({"custom_metadata": facts}, {"metadata": facts}, [facts]):
+        (path / "_CHECKPOINT_METADATA").write_text(json.dumps(written))
+        (path / "digests.json").unlink()
+        seal(path)  # as a stranger would
+        found, text = report()
+        one = found["checkpoints"][1]
+        assert (one["state"], one["loss"], one["base"], one["best"]) == ("damaged", None, None, False)
+        assert one["damage"][0].startswith("what it says of itself is unreadable (") and "what it says of" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": "abc"}, "steps must be a whole number of at least 1, got 'abc'"), ({"steps": None}, "steps must be"),
+        ({"steps": 0}, "steps must be"), ({"steps": True}, "steps must be"), ({"steps": 1e9}, "steps must be"),
+        ({"predictor": 5}, "'predictor' cannot be 5"), ({"predictor": "x"}, "'predictor' cannot be 'x'"),
+        ({"base": ["a"]}, "'base' cannot be ['a']"), ({"rank": "4"}, "'rank' cannot be"),
+        ({"mesh": {"a": 1}}, "'mesh' cannot be"), ({"data_dir": 5}, "'data_dir' cannot be 5"),
+        ({"more": json.loads("[" * 30 + "]" * 30)}, "'more' cannot be"),
+    ],
+)  # fmt: skip
+def test_settings_of_the_wrong_type_are_a_problem(copy, report, changes, words):
+    whole = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**whole, **changes}))
+    found, _ = report()
+    assert words in found["problems"][0] and found["config"] == {} and found["go_on"] is None
+
+
+@pytest.mark.parametrize("config", [{}, {"predictor": "lookahead"}, {"vocab_size": 5}, {"steps": 5}])
+def test_settings_that_lack_what_a_run_has_are_a_problem(copy, report, config):
+    (copy / "config.json").write_text(json.dumps(config))
+    found, _ = report()
+    assert found["problems"][0].startswith("config.json is damaged (") and found["go_on"] is None
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        5, "a", ["ab"], {"git": "x", "devices": "y"}, {"git": {"revision": 5}}, {"devices": {"kinds": []}},
+        {"devices": []}, {"date": 5}, {"host": ["a"]}, {"ended": 1}, {"directory": 5}, {"command": {}}, {"from": "0"},
+        {"to": 1.5}, {"versions": "1"}, {"environment": [1]}, {"more": json.loads("[" * 30 + "]" * 30)},
+    ],
+)  # fmt: skip
+def test_a_start_of_the_wrong_type_is_a_problem(copy, report, record):
+    (start,) = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps([start, record]))
+    found, _ = report()
+    assert found["problems"][0].startswith(f"run.json is damaged ({copy}/run.json: start 2") and found["starts"] == []
+
+
+def test_starts_with_fields_that_are_absent_or_null_are_shown(copy, report):
+    fields = json.loads((copy / "run.json").read_text())[0]
+    (copy / "run.json").write_text(json.dumps([{}, dict.fromkeys(fields)] + [{"host": f"h{n}"} for n in range(60)]))
+    found, text = report()
+    assert found["problems"] == [] and len(found["starts"]) == 62
+    assert "starts (the last 50 of 62)" in text and "h10" in text and "h9 " not in text
+
+
+def test_what_is_printed_does_not_steer_the_terminal(copy, report):
+    (start,) = json.loads((copy / "run.json").read_text())
+    texts = {"host": "[/red]\x1b[2J", "command": "[bold]\x1b]0;x\x07", "directory": "a" * 300_000 + "\0"}
+    (copy / "run.json").write_text(json.dumps([{**start, **texts}]))
+    (copy / "damaged" / os.fsdecode(b"\xff\x1b")).mkdir(parents=True)
+    _, text = report()
+    assert "[/red]" in text and "[bold]" in text and "\x1b" not in text and len(text) < 50_000
+
+
+@pytest.mark.parametrize(
+    ("end", "problem"),
+    [
+        (b"", False), (b'{"step": 7, "lo', False), (b'{"step": 7}\n', False), (b'{"step": 7, "lo\n', True),
+        (b"[" * 200_000, True), (b"[" * 200_000 + b"\n", True), (b'{"step": {}}\n', True), (b"\0" * 100_000, True),
+        (b"5\n" * 900, True), (b'{"step": 7, "loss": 1' + b"0" * 400 + b"}\n", False),
+    ],
+)  # fmt: skip
+def test_the_last_row_is_found_before_what_is_damaged(copy, report, end, problem):
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(end)
+    found, _ = report()
+    assert found["metrics"]["step"] == 6 + (b"7" in end and end.endswith(b"}\n"))
+    assert [one.split(" (")[0] for one in found["problems"]] == ["metrics.jsonl is damaged"] * problem
+
+
+def test_only_the_end_of_long_metrics_is_read(copy, report):
+    row = (copy / "metrics.jsonl").read_bytes().splitlines()[-1]
+    sparse(copy / "metrics.jsonl")
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n" + row + b"\n")
+    found, _ = report()
+    assert found["metrics"] == json.loads(row) and found["problems"] == []
+
+
+def test_other_things_where_files_are_expected(copy, report):
+    (copy / "lock").unlink()
+    os.mkfifo(copy / "lock")
+    (copy / "checkpoints" / "7").write_text("a file")
+    os.mkfifo(copy / "checkpoints" / "8")
+    (copy / "checkpoints" / "9").symlink_to("/dev/zero")
+    deep = [copy / "damaged" / "/".join("d" * levels) for levels in range(1200)]  # deeper than Python calls itself
+    for place in deep:
+        place.mkdir()
+    try:
+        found, _ = report()
+    finally:
+        for place in reversed(deep):  # pytest cannot
+            place.rmdir()
+    assert [(one["step"], one["state"]) for one in found["checkpoints"]] == [
+        (2, "whole"), (4, "whole"), (6, "whole"), (7, "damaged"), (8, "damaged"), (9, "damaged"),
+    ]  # fmt: skip
 
 
 def test_a_run_in_use_is_not_to_be_gone_on_with(copy):
