@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import signal
 import sys
@@ -40,6 +41,7 @@ COUNTS = {  # inputs of each target
     "safetensors": 15000, "index": 8000, "gguf": 10000, "config.json": 15000, "tokenizer.json": 10000,
     "tokenizer_config.json": 8000, "samples.jsonl": 10000, "text.jsonl": 8000, "run config": 8000, "settings": 8000,
     "cells.jsonl": 8000, "strings": 10000, "prompts": 8000, "load_base": 1000,
+    "run directory": 5000,
 }  # fmt: skip
 JSON_SHARE = 0.25  # of a JSON target's inputs, made by hypothesis
 PIECES = (
@@ -113,7 +115,7 @@ def json_inputs(target: Target, count: int, seed: int) -> list[bytes]:
     made: list[bytes] = []
     parsed: list[tuple[bytes, Any]] = []
     for text in target.seeds:
-        front = text[: text.index(b"{")]
+        front = text[: re.search(rb"[{\[]", text).start()]
         parsed.append((front, json.loads(text[len(front) :].split(b"\n")[0])))
 
     @hypothesis.seed(seed)
@@ -132,7 +134,7 @@ def json_inputs(target: Target, count: int, seed: int) -> list[bytes]:
 
 def inputs(target: Target, count: int, seed: int) -> Iterator[bytes]:
     """The inputs of a target: always the same for a seed."""
-    is_json = all(b"{" in s[:2] for s in target.seeds)
+    is_json = all(re.match(rb".?[{\[]", s, re.DOTALL) for s in target.seeds)
     made = json_inputs(target, max(1, int(count * JSON_SHARE)), seed) if is_json else []
     yield from made
     source = random.Random(f"{seed} {target.name}")

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
+from rich.console import Console
 from safetensors.numpy import save, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
+from butler_jax import checkpoints
+from butler_jax.checkpoints import METADATA
 from butler_jax.configs import (
     EvalConfig,
     PredictorConfig,
@@ -30,13 +34,18 @@ from butler_jax.configs import (
 )
 from butler_jax.data import parse_spec
 from butler_jax.datasets.text import passages
+from butler_jax.digests import DIGESTS
 from butler_jax.evaluation.cells import FILE, Cell, Finding, Kept
 from butler_jax.evaluation.evaluate import run_config
 from butler_jax.evaluation.local_tasks import FILES, read_samples
 from butler_jax.evaluation.statistics import Estimate
 from butler_jax.families import base_config
+from butler_jax.fitting import open_run
+from butler_jax.info import inspect, show
 from butler_jax.json_objects import parse_object, read_object
+from butler_jax.predictors import make_predictor
 from butler_jax.prompts import encode
+from butler_jax.run_directory import RECORDS, recorded
 from butler_jax.sharding import parse_mesh
 from butler_jax.tokenizer import Tokenizer
 from butler_jax.weights import Base, load_base
@@ -141,7 +150,7 @@ def targets(directory: Path) -> list[Target]:
     """All targets; each reads in a directory of its own below `directory`."""
     return [make(directory) for make in (
         _safetensors, _index, _gguf, _config, _tokenizer, _tokenizer_config, _samples, _text, _run, _settings, _cells,
-        _strings, _prompts, _model,
+        _strings, _prompts, _model, _run_directory,
     )]  # fmt: skip
 
 
@@ -358,3 +367,42 @@ def _model(root: Path) -> Target:
             (directory / name).write_bytes(whole[name])
 
     return Target("load_base", tuple(bytes([at]) + whole[name] for at, name in enumerate(files)), run)
+
+
+def _run_directory(root: Path) -> Target:
+    """All that `python -m butler_jax.info` does with a run one of whose files is the input; the first byte says which.
+
+    It has to report whatever it finds: any error is a finding.
+    """
+    directory = root / "mine"
+    base = load_base("tiny")
+    config = TrainConfig(steps=2, predictor="producer", rank=2, hidden=2, run_dir=directory)
+    open_run(directory, config)
+    about = checkpoints.about(base, config.predictor_config())
+    predictor = make_predictor(base.config, config.predictor_config())
+    with (
+        recorded(directory, about, 0) as record,
+        checkpoints.Checkpoints(directory / "checkpoints", keep=2, about=about) as made,
+    ):
+        for step in (1, 2):
+            made.save(step, {"module": predictor}, {"taken": step}, {"loss": 1.0 / step})
+        record.update(to=2, ended="finished")
+    rows = _encoded({"step": 1, "loss": 1.5, "seconds": 0.1}, {"step": 2, "loss": 1.25, "validation_loss": 0.5})
+    (directory / "metrics.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+    files = ("config.json", RECORDS, "metrics.jsonl", f"checkpoints/2/{DIGESTS}", f"checkpoints/2/{METADATA}")
+    whole = {name: (directory / name).read_bytes() for name in files}
+
+    def run(data: bytes) -> None:
+        name = files[data[0] % len(files) if data else 0]
+        (directory / name).write_bytes(data[1:])
+        try:
+            found = inspect(directory)
+            show(found, Console(file=io.StringIO(), width=120))
+            json.dumps(found, indent=1).encode()
+        except ALLOWED as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
+        finally:
+            (directory / name).write_bytes(whole[name])
+
+    lines = {name: text if name.endswith("l") else _encoded(json.loads(text))[0] for name, text in whole.items()}
+    return Target("run directory", tuple(bytes([at]) + lines[name] for at, name in enumerate(files)), run)
