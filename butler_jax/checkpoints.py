@@ -12,7 +12,6 @@ seals and looks for damage on behalf of all.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import shutil
@@ -29,6 +28,7 @@ from butler_jax import digests
 from butler_jax.configs import PredictorConfig, from_dict, require, to_dict
 from butler_jax.files import sync
 from butler_jax.hosts import gather
+from butler_jax.json_objects import read_object
 from butler_jax.predictors import Predictor, make_predictor
 
 if TYPE_CHECKING:
@@ -148,8 +148,11 @@ class Checkpoints:
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
         with self._said(step):
             there = self._unfinished(step)
-            self._written = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
-        self._saving, self._named = step, self._background.submit(self._name, step)
+            writing = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
+        # One thread asks Orbax, which keeps a thread and three open files for it until then.
+        self._written = self._background.submit(writing.result)
+        self._named = self._background.submit(self._name, step)
+        self._saving = step
 
     def _unfinished(self, step: int) -> Path:
         return self.directory / f"{step}{UNFINISHED}"
@@ -214,7 +217,7 @@ class Checkpoints:
             return
         step, self._saving = self._saving, None
         with self._said(step):
-            self._written.result()  # until then Orbax keeps a thread and three open files for it
+            self._written.result()
             failed = self._named.exception()  # the first process's alone
             told = "" if failed is None else str(failed) or type(failed).__name__
             if told := gather(told)[0] if agree else told:
@@ -269,7 +272,7 @@ def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
 
 def facts(checkpoint: Path) -> dict:
     """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, places in the data, metrics."""
-    return json.loads((checkpoint / METADATA).read_text())["custom_metadata"]
+    return read_object(checkpoint / METADATA)["custom_metadata"]
 
 
 def _few(words: list[str]) -> str:
