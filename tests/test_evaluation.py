@@ -336,7 +336,22 @@ def test_recall_of_some_rows_measures_only_those(model):
     batch = make_batch([[256]], 256)
     found = recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
     assert found.mass["streaming"][0.5].n == 128
-    assert spread(8, 128, None) == list(range(8)) and spread(8, 128, 300) == [2, 6] and spread(4, 128, 1) == [2]
+    assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
+
+
+@pytest.mark.parametrize("rows", [None, 128])
+def test_policies_that_evict_and_policies_that_score_are_measured_on_the_same_rows(model, rows):
+    batch = make_batch([[300], [100, 120]], 300)
+    found = recall(model, None, [batch], [make_policy("streaming"), make_policy("h2o")], [0.5, 20], rows=rows)
+    column = np.arange(300)
+    own = np.stack([column + 1, np.where(column < 100, column + 1, column - 99)])  # keys a row may see
+    taken = (batch["segments"] > 0) & ((column // 128 == 1) if rows else True)
+    for budget in (0.5, 20):
+        tokens = np.minimum(budget if budget == 20 else np.maximum(np.ceil(own / 2), 12), own)
+        for policy in ("streaming", "h2o"):
+            assert found.mass[policy][budget].n == taken.sum()
+            # both fill their budget in every row; float32 means
+            assert found.attended[policy][budget].value == pytest.approx((tokens / own)[taken].mean(), rel=1e-5)
 
 
 def test_document_starts_are_first_columns():
