@@ -18,7 +18,7 @@ from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.perplexity import counted_rows, strided, windows
 from butler_jax.evaluation.recall import mean_ranks, rank_correlation
 from butler_jax.evaluation.simulate import jensen_shannon
-from butler_jax.evaluation.statistics import Estimate, ratio
+from butler_jax.evaluation.statistics import Estimate, ratio, share
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.weights import Base
@@ -41,6 +41,17 @@ def test_an_estimate_of_one_sequence_has_no_error_and_of_none_no_value():
     assert Estimate(math.log(2), 0.1, 5).exp() == pytest.approx((2, 0.2, 5))
     with pytest.raises(ValueError, match="nothing to take a mean of"):
         ratio([0.0], [0])
+
+
+@pytest.mark.parametrize("count", [2, 4, 20, 500])
+def test_where_all_samples_agree_the_error_is_the_reach_of_the_wilson_interval(count):
+    # The ends p of the interval of one standard error solve (found - p)^2 = p (1 - p) / n.
+    for found in (0, 1):
+        ends = np.roots([1 + 1 / count, -(2 * found + 1 / count), found**2])
+        error = share(np.full(count, found), np.ones(count)).error
+        assert error == pytest.approx(np.abs(ends - found).max(), abs=1e-9)
+    some = np.arange(count) < 1
+    assert share(some, np.ones(count)) == ratio(some, np.ones(count)) and share([1.0], [1]).error is None
 
 
 def test_divergence_is_jensen_and_shannons():

@@ -143,6 +143,12 @@ def test_values_are_shown_in_their_unit():
     assert metric_of("bytes_read", [{"value": 900.0}]).unit == "B"
 
 
+def test_an_accuracy_of_0_or_100_says_what_its_error_is():
+    notes = [tables([row("needle", "accuracy", "quest", 0.5, v, 0.04)])[0].note for v in (0.0, 1.0, 0.5)]
+    assert ["the reach of the Wilson interval, 1 / (samples + 1)" in note for note in notes] == [True, True, False]
+    assert "Wilson" not in tables([row("perplexity", "top1_agreement", "quest", 0.5, 1.0)])[0].note
+
+
 def test_budgets_are_written_as_they_are_given():
     assert [budget_label(b) for b in (0.5, 1 / 3, 0.0625, 0.3, 0.75, 1024, None)] == [
         "1/2", "1/3", "1/16", "0.3", "0.75", "1,024 tokens", ""]  # fmt: skip

@@ -41,3 +41,15 @@ def ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
         rest = sums - value * counts
         error = float(np.sqrt(len(rest) / (len(rest) - 1) * np.sum(rest**2)) / counts.sum())
     return Estimate(float(value), error, int(counts.sum()))
+
+
+def share(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
+    """`ratio` of a share whose items are all right or wrong, with an error that is not 0 where all of them agree.
+
+    There the standard error knows nothing: the error is 1 / (N + 1), which is how far the Wilson interval of one
+    standard error reaches from 0 and 1 (Wilson 1927, JASA 22, 209-212; n = N sequences, z = 1).
+    """
+    found = ratio(sums, counts)
+    if found.error is None or 0 < found.value < 1:
+        return found
+    return found._replace(error=1 / (np.count_nonzero(counts) + 1))

@@ -73,6 +73,10 @@ METRICS = {
 }
 
 
+ALL_OR_NONE = ("accuracy", "accuracy_norm", "miss_rate", "token_inaccuracy")
+"""Metrics whose error is not the standard error where all samples are right or all are wrong (statistics.share)."""
+
+
 def metric_of(name: str, rows: Iterable[Row] = ()) -> Metric:
     """How to show a metric; for bytes the unit follows from the largest of the rows' values."""
     if name == "bytes_read":
@@ -317,4 +321,6 @@ def _note(metric: Metric, rows: Sequence[Row]) -> str:
     words = [f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"] if counts else []
     words += [f"{metric.better} is better"] if metric.better else []
     words += ["± standard error"] if any(usable(r.get("error")) for r in rows) else []
+    if rows[0]["metric"] in ALL_OR_NONE and any(r["value"] in (0, 1) and r.get("error") for r in rows):
+        words += ["at 0 and 100 %, where that would be 0, the reach of the Wilson interval, 1 / (samples + 1)"]
     return "; ".join(words)
