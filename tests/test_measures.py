@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -14,11 +15,15 @@ from butler_jax.base_model import forward
 from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig
 from butler_jax.evaluation import evaluate, perplexity, simulate
 from butler_jax.evaluation.cells import Cell, Finding, Kept, Progress, duration
+from butler_jax.evaluation.markdown import markdown
+from butler_jax.evaluation.page import page
 from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.perplexity import counted_rows, strided, windows
 from butler_jax.evaluation.recall import mean_ranks, rank_correlation
 from butler_jax.evaluation.simulate import jensen_shannon
 from butler_jax.evaluation.statistics import Estimate, ratio, share
+from butler_jax.evaluation.summary import ERRORS
+from butler_jax.evaluation.tables import tables
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.weights import Base
@@ -37,8 +42,8 @@ def test_a_ratios_error_is_that_of_resampled_sequences():
 
 
 def test_an_estimate_of_one_sequence_has_no_error_and_of_none_no_value():
-    assert ratio([3.0, 0.0], [2, 0]) == Estimate(1.5, None, 2)
-    assert Estimate(math.log(2), 0.1, 5).exp() == pytest.approx((2, 0.2, 5))
+    assert ratio([3.0, 0.0], [2, 0]) == Estimate(1.5, None, 2, 1)
+    assert Estimate(math.log(2), 0.1, 5, 3).exp() == pytest.approx((2, 0.2, 5, 3))
     with pytest.raises(ValueError, match="nothing to take a mean of"):
         ratio([0.0], [0])
 
@@ -209,6 +214,24 @@ def test_finished_cells_are_not_measured_again(place, tmp_path):
     assert ["kept" in line for line in said] == [True, True, True, False, False]  # another predictor, other cells
 
 
+@pytest.mark.parametrize("stride", [None, 60])
+def test_a_report_says_over_how_many_windows_errors_are_and_whether_these_overlap(place, stride):
+    base, predictor, config = place
+    config = dataclasses.replace(config, stride=stride, tasks="perplexity,attention")
+    report = evaluate(base, predictor, config)
+    windows = 3 if stride is None else 5  # of 100 tokens, over 300
+    assert {(r["sequences"], r["unit"]) for r in report.rows} == {
+        (windows, "windows" if stride is None else "overlapping windows")
+    }
+    said = "± standard error over 3 windows"
+    said = (
+        said if stride is None else "± standard error over 5 overlapping windows, which are not independent: too small"
+    )
+    text, whole = markdown(report), page(report)
+    assert text.count(said) == whole.count(said) == len(tables(report.rows))
+    assert ERRORS in whole and ERRORS in text
+
+
 def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     base, predictor, config = place
     report = evaluate(base, predictor, config)
@@ -233,7 +256,7 @@ def test_a_directory_that_is_a_file_is_told(place, tmp_path):
 def test_the_time_left_is_that_of_cells_alike(tmp_path):
     said = []
     progress = Progress({"a": 3, "b": 1}, 5, said.append)
-    cell = Cell([Finding("perplexity", Estimate(2.0, None, 1), 0.5, 0.5)], seconds=10.0)
+    cell = Cell([Finding("perplexity", Estimate(2.0, None, 1, 1), 0.5, 0.5)], seconds=10.0)
     progress.add("a", "oracle", cell, kept=False)
     assert progress.seconds_left() == 2 * 10 + 10
     progress.add("b", "oracle", Cell(cell.findings, seconds=100.0), kept=True)  # one more is to be measured

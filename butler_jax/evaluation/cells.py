@@ -78,9 +78,10 @@ def cell_of(read: dict[str, Any]) -> Cell:
     for one in read["findings"]:
         estimate = one.get("estimate")
         require(isinstance(estimate, list) and len(estimate) == len(Estimate._fields), "no estimate")
-        value, error, n = estimate
-        require(fits(value, float) and fits(error, float | None) and fits(n, int), "no estimate")
-        findings.append(from_dict(Finding, {**one, "estimate": Estimate(value, error, n)}))
+        value, error, *counts = estimate
+        numbers = fits(value, float) and fits(error, float | None)
+        require(numbers and all(fits(n, int) for n in counts), "no estimate")
+        findings.append(from_dict(Finding, {**one, "estimate": Estimate(*estimate)}))
     return Cell(findings, read["arrays"], read["seconds"])
 
 

@@ -141,6 +141,6 @@ def _parts(task: Task, one: Contender, config: EvalConfig) -> list[dict]:
 def _enter(report: Report, task: Task, one: Contender, cell: Cell, seed: int) -> None:
     """A cell's findings as rows of the report, and its arrays."""
     for f in cell.findings:
-        report.add(task.name, f.metric, one.label, f.budget, *f.estimate, seed, f.attended, f.where)
+        report.add(task.name, f.metric, one.label, f.budget, *f.estimate, task.unit, seed, f.attended, f.where)
     for name, values in cell.arrays.items():
         report.arrays.setdefault(name, {})[one.label] = values

@@ -9,7 +9,7 @@ from typing import Any
 from butler_jax.evaluation.figures import Figure
 from butler_jax.evaluation.plotting import NO_PICTURES
 from butler_jax.evaluation.settings import facts, predictor_words, settings
-from butler_jax.evaluation.summary import HEADS, Glance, glance, summary
+from butler_jax.evaluation.summary import ERRORS, HEADS, Glance, glance, summary
 from butler_jax.evaluation.tables import TASKS, Cell, Table, detail_tables, is_butler, tables
 
 
@@ -51,7 +51,7 @@ def _glance(lines: Sequence[Glance]) -> list[str]:
     if not lines:
         return []
     rows = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * len(HEADS[1:])]
-    return [*rows, *("| " + " | ".join(map(plain, (g.what, *g.cells))) + " |" for g in lines), ""]
+    return [*rows, *("| " + " | ".join(map(plain, (g.what, *g.cells))) + " |" for g in lines), "", ERRORS, ""]
 
 
 def _table(table: Table, level: int) -> list[str]:

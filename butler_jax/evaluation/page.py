@@ -9,7 +9,7 @@ from typing import Any
 from butler_jax.evaluation.figures import Figure
 from butler_jax.evaluation.plotting import NO_PICTURES
 from butler_jax.evaluation.settings import facts, predictor_words, settings
-from butler_jax.evaluation.summary import HEADS, Glance, glance, summary
+from butler_jax.evaluation.summary import ERRORS, HEADS, Glance, glance, summary
 from butler_jax.evaluation.tables import TASKS, Cell, Column, Line, Table, detail_tables, is_butler, tables
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -145,6 +145,7 @@ def _summary(sentences: Sequence[str], lines: Sequence[Glance]) -> str:
     table = (
         '<div class="scroll" tabindex="0" role="region" aria-label="Main results"><table>'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="note">{ERRORS}</p>'
     )
     return f'<div class="summary">{said}{table if lines else ""}</div>' if said or lines else ""
 

@@ -18,6 +18,7 @@ from butler_jax.evaluation.tables import (
 )
 
 MAIN = {"perplexity": "over_dense", "coreference": "miss_rate", "attention": "recalled_mass"}  # others: accuracy
+ERRORS = "± is the standard error over the windows or samples of a task; its tables say how many these are."
 HEADS = ("", "tokenbutler", "best other policy", "oracle", "dense")
 
 

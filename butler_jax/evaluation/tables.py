@@ -317,10 +317,27 @@ def _read(rows: Sequence[Row]) -> tuple[float, float] | None:
 
 
 def _note(metric: Metric, rows: Sequence[Row]) -> str:
-    counts = sorted({r["n"] for r in rows if r.get("n") is not None})
-    words = [f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"] if counts else []
+    count = _range(rows, "n")
+    words = [f"n = {count}"] if count else []
     words += [f"{metric.better} is better"] if metric.better else []
-    words += ["± standard error"] if any(usable(r.get("error")) for r in rows) else []
+    words += [_over(rows)] if any(usable(r.get("error")) for r in rows) else []
     if rows[0]["metric"] in ALL_OR_NONE and any(r["value"] in (0, 1) and r.get("error") for r in rows):
         words += ["at 0 and 100 %, where that would be 0, the reach of the Wilson interval, 1 / (samples + 1)"]
     return "; ".join(words)
+
+
+def _over(rows: Sequence[Row]) -> str:
+    """What ± is: the standard error over 16 windows."""
+    count, units = _range(rows, "sequences"), {r.get("unit") for r in rows}
+    words = "± standard error"
+    if count and len(units) == 1:
+        words += f" over {count} {units.pop()}"
+    if any(str(r.get("unit")).startswith("overlapping") for r in rows):
+        words += ", which are not independent: too small"
+    return words
+
+
+def _range(rows: Sequence[Row], field: str) -> str:
+    """'16', or '12 to 16' where rows differ; empty where unknown."""
+    counts = sorted({r[field] for r in rows if r.get(field) is not None})
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""

@@ -26,9 +26,13 @@ Batches = list[dict[str, np.ndarray]]
 
 
 class Task:
-    """Base class. `facts` is what results depend on beside base, contender and selection, JSON-ready."""
+    """Base class. `facts` is what results depend on beside base, contender and selection, JSON-ready.
+
+    unit: what errors are taken over.
+    """
 
     name: ClassVar[str]
+    unit: str = "samples"
     at_once: ClassVar[bool] = False  # one cell holds all budgets of a contender
     facts: dict[str, Any]
 
@@ -48,7 +52,7 @@ class Perplexity(Task):
 
     def __init__(self, base: Any, config: EvalConfig, batches: Batches):
         check_length(base.config, batches[0]["tokens"].shape[1])
-        self.base, self.config, self.batches = base, config, batches
+        self.base, self.config, self.batches, self.unit = base, config, batches, _windows(config)
         self.facts = {"batches": digest(batches), "score_dtype": config.score_dtype}
 
     @cached_property
@@ -96,7 +100,7 @@ class Attention(Task):
     at_once = True
 
     def __init__(self, base: Any, config: EvalConfig, batches: Batches):
-        self.base, self.config, self.batches = base, config, batches
+        self.base, self.config, self.batches, self.unit = base, config, batches, _windows(config)
         self.facts = {"batches": digest(batches), "score_dtype": config.score_dtype, "rows": config.attention_rows}
 
     def takes(self, contender):
@@ -231,6 +235,11 @@ def make_tasks(base: Any, config: EvalConfig, data: str, say: Say) -> list[Task]
         "variables": lambda: Variables(base, config),
     }
     return [make[name]() if name in make else Downstream(base, config, name) for name in config.tasks]
+
+
+def _windows(config: EvalConfig) -> str:
+    """What errors over text are taken over."""
+    return "windows" if config.stride is None else "overlapping windows"
 
 
 def haystack(base: Any, config: EvalConfig, data: str) -> str:
