@@ -428,7 +428,7 @@ def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
     report = evaluate(base, predictor, config, say=lines.append)
     assert any("360 tokens, fewer than the 1,000" in line for line in lines)
     alone = ("perplexity", "effective_sparsity", "bytes_read")
-    compared = ("over_dense", "js_divergence", "top1_agreement", "recalled_mass")
+    compared = ("bytes_of_dense", "over_dense", "js_divergence", "top1_agreement", "recalled_mass")
     wanted = {(metric, "dense", 1) for metric in alone}
     for policy in ("random", "tokenbutler"):
         wanted |= {(metric, policy, b) for metric in (*alone, *compared) for b in (0.5, 32)}

@@ -22,7 +22,7 @@ from butler_jax.evaluation.perplexity import counted_rows, strided, windows
 from butler_jax.evaluation.recall import mean_ranks, rank_correlation
 from butler_jax.evaluation.simulate import jensen_shannon
 from butler_jax.evaluation.statistics import Estimate, ratio, share
-from butler_jax.evaluation.summary import ERRORS
+from butler_jax.evaluation.summary import ERRORS, summary
 from butler_jax.evaluation.tables import tables
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
@@ -244,6 +244,9 @@ def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     looked = 8 * 4 * BASE.kv_heads * (BASE.layers - 1) * mean  # rank 8, float32, layers from 1 on
     found = report.value("perplexity", "tokenbutler", 0.5, "bytes_read")
     assert found == pytest.approx(row * read + looked, rel=1e-5)
+    share = report.value("perplexity", "tokenbutler", 0.5, "bytes_of_dense")
+    assert share == pytest.approx(found / dense, rel=1e-5)
+    assert f"{100 * share:.1f}\u00a0% of the bytes that dense reads in all layers" in " ".join(summary(report.rows))
 
 
 def test_a_directory_that_is_a_file_is_told(place, tmp_path):

@@ -63,6 +63,7 @@ METRICS = {
     "js_divergence": Metric("Jensen-Shannon divergence from dense", "lower", "nats", digits=4),
     "top1_agreement": _percent("top-1 agreement with dense", "higher"),
     "effective_sparsity": _percent("effective sparsity", None),
+    "bytes_of_dense": _percent("bytes read for a token, of dense", None),
     "recalled_mass": _percent("recalled attention mass", "higher"),
     "hit_rate": _percent("hit rate", "higher"),
     "spearman": Metric("Spearman's rank correlation", "higher"),
@@ -170,7 +171,7 @@ class Column:
 
     @property
     def share(self) -> str:
-        """'15.0 % read', or a range where policies differ; empty where unknown."""
+        """'15.0 % read', or a range where policies differ; empty where unknown. Of the layers after the first."""
         if self.read is None:
             return ""
         low, high = (f"{100 * r:.1f}" for r in self.read)
@@ -278,12 +279,13 @@ def _table(
     lines = tuple(
         Line(policy, tuple(_cell(shown, policy, inside) for _, inside in columns)) for policy in policies_of(rows)
     )
+    heads = tuple(Column(c, _read(inside) if shares and c != "dense" else None) for c, inside in columns)
     return Table(
         task=task,
         metric=metric,
         title=title_of(task, shown),
-        note=_note(shown, rows),
-        columns=tuple(Column(c, _read(inside) if shares and c != "dense" else None) for c, inside in columns),
+        note=_note(shown, rows, any(c.share for c in heads)),
+        columns=heads,
         lines=lines,
     )
 
@@ -316,13 +318,14 @@ def _read(rows: Sequence[Row]) -> tuple[float, float] | None:
     return (min(shares), max(shares)) if shares else None
 
 
-def _note(metric: Metric, rows: Sequence[Row]) -> str:
+def _note(metric: Metric, rows: Sequence[Row], shares: bool) -> str:
     count = _range(rows, "n")
     words = [f"n = {count}"] if count else []
     words += [f"{metric.better} is better"] if metric.better else []
     words += [_over(rows)] if any(usable(r.get("error")) for r in rows) else []
     if rows[0]["metric"] in ALL_OR_NONE and any(r["value"] in (0, 1) and r.get("error") for r in rows):
         words += ["at 0 and 100 %, where that would be 0, the reach of the Wilson interval, 1 / (samples + 1)"]
+    words += ["% read: of the keys, in the layers after the first"] if shares else []
     return "; ".join(words)
 
 

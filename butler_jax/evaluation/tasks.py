@@ -81,7 +81,11 @@ class Perplexity(Task):
         found["effective_sparsity"] = attended.through(
             lambda share: 1 - (1 + (layers - 1) * share) / layers, (layers - 1) / layers
         )
-        found["bytes_read"] = ratio(self._bytes(contender, result), result.rows)
+        read = self._bytes(contender, result)
+        found["bytes_read"] = ratio(read, result.rows)
+        if result is not reference:
+            whole = self._bytes(Contender("dense", Dense(), None), reference)
+            found["bytes_of_dense"] = ratio(read, whole)._replace(n=found["bytes_read"].n)
         return Cell([Finding(name, estimate, budget, attended.value) for name, estimate in found.items()])
 
     def _bytes(self, contender: Contender, result: TextResult):
