@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax import provenance
 from butler_jax.base_model import forward
 from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig
 from butler_jax.evaluation import evaluate, perplexity, simulate
@@ -24,7 +27,7 @@ from butler_jax.evaluation.simulate import jensen_shannon
 from butler_jax.evaluation.statistics import Estimate, ratio, share
 from butler_jax.evaluation.summary import ERRORS, summary
 from butler_jax.evaluation.tables import tables
-from butler_jax.policies import make_policy
+from butler_jax.policies import POLICIES, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.weights import Base
 from tests.test_evaluation import BASE, Letters, make_batch, make_model
@@ -230,6 +233,55 @@ def test_a_report_says_over_how_many_windows_errors_are_and_whether_these_overla
     text, whole = markdown(report), page(report)
     assert text.count(said) == whole.count(said) == len(tables(report.rows))
     assert ERRORS in whole and ERRORS in text
+
+
+NEWEST = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from butler_jax.policies import Policy
+
+@dataclass(frozen=True, kw_only=True)
+class Newest(Policy):
+    name = "newest"
+
+    def scores(self, chunk):
+        like = jnp.zeros_like(chunk.logits)
+        return like + SIGN * chunk.columns.astype(jnp.float32)[None, None, None, None]
+"""
+
+
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_a_policy_that_was_edited_is_measured_anew(place, tmp_path, monkeypatch, in_a_file):
+    base, _, config = place
+    config = dataclasses.replace(config, policies=("dense", "newest"), budgets=(0.5,))
+
+    def judged(text):
+        module = types.ModuleType("newest_of_a_test")  # as importing the file does it, or a notebook's cell
+        (tmp_path / "newest.py").write_text(text)
+        if in_a_file:
+            module.__file__ = str(tmp_path / "newest.py")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(text, "newest.py", "exec"), vars(module))
+        monkeypatch.setitem(POLICIES, "newest", module.Newest)
+        said = []
+        report = evaluate(base, None, config, keep=tmp_path / "out", say=said.append)
+        return ["kept" in line for line in said], report.value("perplexity", "newest", 0.5)
+
+    kept, newest = judged(NEWEST.replace("SIGN", "1.0"))
+    assert kept == [False, False]
+    assert judged(NEWEST.replace("SIGN", "1.0")) == ([True, True], newest)
+    kept, oldest = judged(NEWEST.replace("SIGN", "-1.0"))
+    assert kept == [True, False] and oldest != newest
+
+
+def test_another_version_of_the_package_measures_anew(place, tmp_path, monkeypatch):
+    base, predictor, config = place
+    evaluate(base, predictor, config, keep=tmp_path / "out")
+    known = {**provenance.versions(), "butler-jax": "9.9"}
+    monkeypatch.setitem(evaluate.__globals__, "versions", lambda: known)
+    said = []
+    evaluate(base, predictor, config, keep=tmp_path / "out", say=said.append)
+    assert not any("kept" in line for line in said)
 
 
 def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +34,14 @@ class Contender(NamedTuple):
         return {budget: config.selection(budget) for budget in config.budgets}
 
     def facts(self) -> dict[str, Any]:
-        """All that its results depend on, JSON-ready: settings, and digests of what was learnt or found on text."""
+        """What sets its results apart, JSON-ready: settings, digests of its code and of what was learnt or found."""
         arrays = {f: getattr(self.policy, f) for f in self.policy.__dataclass_fields__}
         found = {name: digest(a) for name, a in arrays.items() if isinstance(a, np.ndarray)}
-        learnt = {} if self.predictor is None else {"predictor": to_dict(self.predictor.config),
-                                                    "parameters": digest(self.predictor)}  # fmt: skip
-        return {**describe(self.policy), **found, **learnt}
+        learnt = {} if self.predictor is None else {
+            "predictor": to_dict(self.predictor.config), "parameters": digest(self.predictor),
+            "predictor_code": code(type(self.predictor)),
+        }  # fmt: skip
+        return {**describe(self.policy), **found, **learnt, "code": code(type(self.policy))}
 
 
 def contenders(
@@ -95,6 +99,24 @@ def prepared(
     rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
     rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
     return [policy.prepare(base.model, rows) for policy in policies]
+
+
+def code(kind: type) -> str:
+    """A short hash of the files that define a class and its bases; of compiled functions where there is no file."""
+    found = hashlib.sha256()
+    for part in kind.__mro__[:-1]:
+        try:
+            found.update(Path(inspect.getfile(part)).read_bytes())
+        except (OSError, TypeError):  # defined in a notebook
+            functions = [f.__code__ for f in vars(part).values() if inspect.isfunction(f)]
+            found.update(repr([_compiled(function) for function in functions]).encode())
+    return found.hexdigest()[:16]
+
+
+def _compiled(function: CodeType) -> tuple:
+    """What a function does, without the places of its lines."""
+    inside = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in function.co_consts]
+    return function.co_code, function.co_names, inside
 
 
 def digest(tree: Any) -> str:

@@ -40,10 +40,10 @@ def evaluate(
 
     predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run that policy is left
     out. data: as config.data. keep: a directory where finished cells are kept as they come (cells.jsonl): the next
-    evaluation there does not measure again what is the same; None keeps and writes nothing. say: receives a line of
-    progress after each cell. Of several processes, the first one keeps and says; the report is there in all. Raises
-    ValueError for an unknown policy, a context beyond the base's, an empty text, where `keep` is no directory, and
-    where the processes would not measure the same.
+    evaluation there does not measure again what is the same, down to the policies' code and the package's version; None
+    keeps and writes nothing. say: receives a line of progress after each cell. Of several processes, the first one
+    keeps and says; the report is there in all. Raises ValueError for an unknown policy, a context beyond the base's, an
+    empty text, where `keep` is no directory, and where the processes would not measure the same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
@@ -59,18 +59,19 @@ def evaluate(
     plan = [
         (task, one, part) for task in tasks for one in judged if task.takes(one) for part in _parts(task, one, config)
     ]
-    learnt = {one.label: one.facts() for one in judged}
+    learnt, known = {one.label: one.facts() for one in judged}, versions()
     keys = [
         key_of({
             "task": task.name, **task.facts, "base": base.fingerprint, "dtype": config.dtype, "of": learnt[one.label],
             "selections": {str(b): to_dict(s) for b, s in selections.items()}, "seed": config.seed,
+            "version": known["butler-jax"],
         })
         for task, one, selections in plan
     ]  # fmt: skip
     if jax.process_count() > 1:
         agree({f"{t.name} under {one.label}, {[*s]}": key for (t, one, s), key in zip(plan, keys, strict=True)})
-        known = gather({key: asdict(kept.cells[key]) for key in keys if key in kept.cells})[0]
-        kept.cells = {key: cell_of(read) for key, read in known.items()}
+        there = gather({key: asdict(kept.cells[key]) for key in keys if key in kept.cells})[0]
+        kept.cells = {key: cell_of(read) for key, read in there.items()}
     missing = [number for number, key in enumerate(keys) if key not in kept.cells]
     counts = {task.name: sum(plan[number][0] is task for number in missing) for task in tasks}
     progress = Progress(counts, len(plan), say, hosts=jax.process_count())
@@ -88,7 +89,7 @@ def evaluate(
         fingerprint=base.fingerprint,
         predictors={one.label: to_dict(one.predictor.config) for one in judged if one.predictor is not None},
         policies=[describe(p) for p in dict.fromkeys(one.policy for one in judged)],
-        versions=versions(),
+        versions=known,
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         config=to_dict(config),
         command=command(),
