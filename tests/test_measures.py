@@ -210,6 +210,11 @@ def test_finished_cells_are_not_measured_again(place, tmp_path):
     again = evaluate(base, predictor, config, keep=tmp_path / "out", say=said.append)
     assert again.rows == first.rows
     assert ["kept" in line for line in said] == [True, True, False, True, False]
+    assert (first.about["cells"], again.about["cells"]) == ({"measured": 5, "kept": 0}, {"measured": 2, "kept": 3})
+    took = {json.loads(line)["key"]: json.loads(line)["seconds"] for line in lines[:2] + lines[3:4]}
+    took |= {json.loads(line)["key"]: json.loads(line)["seconds"] for line in file.read_text().splitlines()[-2:]}
+    assert again.about["seconds"] == pytest.approx(sum(took.values()), abs=0.051) and len(took) == 5
+    assert f"{again.about['seconds']:,.0f} s for 5 cells, 3 of them kept from earlier evaluations" in page(again)
     assert "left" in said[0] and "left" not in said[-1]
     other = make_predictor(BASE, PredictorConfig(rank=8, stride=2), seed=5)
     said.clear()

@@ -51,7 +51,6 @@ def evaluate(
     say = say if say and first else (lambda line: None)
     if keep is not None:
         check_directory(Path(keep))
-    started = time.perf_counter()
     data = data or config.data or run_data(config.run)
     judged = contenders(base, predictor, config, data, say)
     tasks = make_tasks(base, config, data, say)
@@ -94,7 +93,8 @@ def evaluate(
         config=to_dict(config),
         command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=round(sum(kept.cells[key].seconds for key in dict.fromkeys(keys)), 1),
+        cells={"measured": len(missing), "kept": len(keys) - len(missing)},
     )
     return report
 

@@ -23,7 +23,8 @@ class Report:
     are: "windows" of text, "samples", or "overlapping windows", which are not independent. attended: the mean fraction
     of the causal keys read in layers 1 .... where: {} for the whole task, or the part of it that the row is about.
     arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}}. about: base, predictors, policies,
-    versions, device, configuration, command, date, seconds.
+    versions, device, configuration, command, date; seconds that all cells took when they were measured, and how many
+    were measured now and how many kept.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)

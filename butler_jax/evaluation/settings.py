@@ -29,13 +29,21 @@ def facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Date, seconds, device, versions, the base and its fingerprint, policies with settings: what of it is known."""
     found = [(name, _words(about[name])) for name in ("base", "fingerprint", "device", "date") if about.get(name)]
     if about.get("seconds") is not None:
-        found.append(("time", f"{about['seconds']:,.0f} s"))
+        found.append(("time", f"{about['seconds']:,.0f} s{_cells(about.get('cells'))}"))
     if about.get("versions"):
         found.append(("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())))
     tuned = [p for p in about.get("policies") or () if isinstance(p, Mapping) and len(p) > 1]
     if tuned:
         found.append(("settings of policies", "; ".join(_policy(p) for p in tuned)))
     return found
+
+
+def _cells(counts: Mapping[str, int] | None) -> str:
+    """' for 12 cells, 10 of them kept from earlier evaluations'."""
+    if not counts:
+        return ""
+    kept = f", {counts['kept']:,} of them kept from earlier evaluations" if counts["kept"] else ""
+    return f" for {sum(counts.values()):,} cells{kept}"
 
 
 def _policy(described: Mapping[str, Any]) -> str:
