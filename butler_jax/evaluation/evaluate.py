@@ -16,12 +16,11 @@ import jax
 
 from butler_jax.configs import EvalConfig, require, to_dict
 from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, cell_of, key_of
-from butler_jax.evaluation.contenders import Contender, contenders
+from butler_jax.evaluation.contenders import Contender, contenders, described
 from butler_jax.evaluation.report import Report, check_directory
 from butler_jax.evaluation.tasks import Task, make_tasks
 from butler_jax.hosts import agree, gather
 from butler_jax.json_objects import read_object
-from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
 from butler_jax.provenance import command, versions
 from butler_jax.typed import shown
@@ -86,8 +85,8 @@ def evaluate(
     report.about.update(
         base=base.name,
         fingerprint=base.fingerprint,
-        predictors={one.label: to_dict(one.predictor.config) for one in judged if one.predictor is not None},
-        policies=[describe(p) for p in dict.fromkeys(one.policy for one in judged)],
+        predictors={one.label: one.about for one in judged if one.predictor is not None},
+        policies=[described(p, data) for p in dict.fromkeys(one.policy for one in judged)],
         versions=known,
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         config=to_dict(config),
