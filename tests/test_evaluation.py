@@ -435,6 +435,8 @@ def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
         wanted |= {(metric, policy, None) for metric in ("hit_rate", "spearman")}
     assert {(r["metric"], r["policy"], r["budget"]) for r in report.rows} == wanted
     assert all(r["n"] > 0 and r["error"] > 0 for r in report.rows if r["policy"] == "random")
+    nothing_chosen = {r["metric"] for r in report.rows if r["attended"] is None}
+    assert nothing_chosen == {"hit_rate", "spearman"}
     saved = json.loads(report.save(tmp_path / "out").read_text())
     assert saved["rows"] == report.rows and saved["predictors"]["tokenbutler"]["kind"] == "lookahead"
     assert np.shape(saved["arrays"]["hit_rate"]["tokenbutler"]) == (BASE.layers - 1, BASE.heads)

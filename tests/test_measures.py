@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import sys
@@ -287,6 +288,18 @@ def test_another_version_of_the_package_measures_anew(place, tmp_path, monkeypat
     said = []
     evaluate(base, predictor, config, keep=tmp_path / "out", say=said.append)
     assert not any("kept" in line for line in said)
+
+
+def test_a_haystack_that_is_repeated_is_told_and_noted(place):
+    base, _, config = place
+    config = dataclasses.replace(
+        config, tasks="needle", policies="dense", lengths=(300, 400, 500), depths=(0.5,), needles=1
+    )
+    said = []
+    report = evaluate(base, None, config, say=said.append)
+    told = f"{config.text} has 360 tokens: needles of 400, 500 tokens lie in it repeated; give a longer text"
+    assert told in said and report.about["notes"] == [told] and told in html.unescape(page(report))
+    assert evaluate(base, None, dataclasses.replace(config, lengths=(300,))).about["notes"] == []
 
 
 def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):

@@ -23,13 +23,13 @@ Say = Callable[[str], None]
 class Finding:
     """One number of a cell: what was measured, at which budget (None: at none), and of which part (`where`).
 
-    attended: the mean fraction of the causal keys read in layers 1 ....
+    attended: the mean fraction of the causal keys read in layers 1 ...; None for those of scores alone (hit_rate).
     """
 
     metric: str
     estimate: Estimate
     budget: float | int | None
-    attended: float
+    attended: float | None
     where: dict[str, Any] = field(default_factory=dict)
 
 

@@ -51,8 +51,14 @@ def evaluate(
     if keep is not None:
         check_directory(Path(keep))
     data = data or config.data or run_data(config.run)
-    judged = contenders(base, predictor, config, data, say)
-    tasks = make_tasks(base, config, data, say)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
+    judged = contenders(base, predictor, config, data, note)
+    tasks = make_tasks(base, config, data, note)
     kept, report = Kept(Path(keep) if keep is not None and first else None), Report()
     plan = [
         (task, one, part) for task in tasks for one in judged if task.takes(one) for part in _parts(task, one, config)
@@ -89,6 +95,7 @@ def evaluate(
         policies=[described(p, data) for p in dict.fromkeys(one.policy for one in judged)],
         versions=known,
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
+        notes=notes,
         config=to_dict(config),
         command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -12,10 +12,12 @@ from butler_jax.evaluation.settings import facts, predictor_words, settings
 from butler_jax.evaluation.summary import ERRORS, HEADS, Glance, glance, summary
 from butler_jax.evaluation.tables import TASKS, Cell, Table, detail_tables, is_butler, tables
 
+TITLE = "# Evaluation of "
+
 
 def markdown(report: Any, pictures: Sequence[Figure] | None = None) -> str:
     """The text of report.md. pictures: figures whose NAME.png lie beside it; None says that matplotlib is missing."""
-    lines = [f"# Evaluation of {plain(report.about.get('base', 'a base model'))}", ""]
+    lines = [f"{TITLE}{plain(report.about.get('base', 'a base model'))}", ""]
     lines += [plain(predictor_words(report.about)), ""]
     lines += [plain(" ".join(summary(report.rows))), ""]
     lines += _glance(glance(report.rows))

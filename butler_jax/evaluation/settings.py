@@ -59,6 +59,7 @@ def facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if about.get("versions"):
         found.append(("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())))
     found += training_words(about)
+    found += [("note", str(line)) for line in about.get("notes") or ()]
     tuned = [p for p in about.get("policies") or () if isinstance(p, Mapping) and len(p) > 1]
     if tuned:
         found.append(("settings of policies", "; ".join(_policy(p) for p in tuned)))

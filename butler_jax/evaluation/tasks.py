@@ -122,8 +122,8 @@ class Attention(Task):
         findings = [Finding("recalled_mass", found.mass[name][b], b, found.attended[name][b].value) for b in selections]
         if name not in found.hit_rate:
             return Cell(findings)
-        findings += [Finding("hit_rate", found.hit_rate[name], None, 0.5)]
-        findings += [Finding("spearman", found.spearman[name], None, 1.0)]
+        findings += [Finding("hit_rate", found.hit_rate[name], None, None)]
+        findings += [Finding("spearman", found.spearman[name], None, None)]
         return Cell(findings, {"hit_rate": np.round(found.by_head[name], 5).tolist()})
 
 
@@ -234,7 +234,7 @@ def make_tasks(base: Any, config: EvalConfig, data: str, say: Say) -> list[Task]
         "perplexity": lambda: Perplexity(base, config, text),
         "attention": lambda: Attention(base, config, text),
         "coreference": lambda: Coreference(base, config),
-        "needle": lambda: Needle(base, config, haystack(base, config, data)),
+        "needle": lambda: Needle(base, config, haystack(base, config, data, say)),
         "key_value": lambda: KeyValue(base, config),
         "variables": lambda: Variables(base, config),
     }
@@ -246,15 +246,25 @@ def _windows(config: EvalConfig) -> str:
     return "windows" if config.stride is None else "overlapping windows"
 
 
-def haystack(base: Any, config: EvalConfig, data: str) -> str:
-    """What needles are hidden in: config.text, or held-out documents of `data` one after the other."""
-    if config.text is not None:
-        return read_text(config.text)
-    from butler_jax.data import held_out
+def haystack(base: Any, config: EvalConfig, data: str, say: Say) -> str:
+    """What needles are hidden in: config.text, or held-out documents of `data` one after the other.
 
-    rows = held_out(data, base.tokenizer, length=max(config.lengths), count=4, data_dir=config.data_dir)
-    texts = (base.tokenizer.decode(b["tokens"][b["segments"] > 0].tolist()) for b in rows)
-    return "\n\n".join(texts)
+    `say` is told where it has fewer tokens than a sample, which then holds it more than once.
+    """
+    longest = max(config.lengths)
+    if config.text is not None:
+        text, source = read_text(config.text), str(config.text)
+    else:
+        from butler_jax.data import held_out
+
+        rows = held_out(data, base.tokenizer, length=longest, count=4, data_dir=config.data_dir)
+        text = "\n\n".join(base.tokenizer.decode(b["tokens"][b["segments"] > 0].tolist()) for b in rows)
+        source = f"the held-out part of {data}"
+    found = len(base.tokenizer.encode(text[: 64 * longest], bos=False))  # no tokenizer has 64 characters a token
+    if over := [length for length in config.lengths if length > found]:
+        lengths = ", ".join(f"{length:,}" for length in over)
+        say(f"{source} has {found:,} tokens: needles of {lengths} tokens lie in it repeated; give a longer text")
+    return text
 
 
 def text_batches(base: Any, config: EvalConfig, data: str, say: Say) -> Batches:
