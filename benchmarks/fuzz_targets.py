@@ -321,7 +321,7 @@ def _cells(root: Path) -> Target:
         for cell in Kept(directory).cells.values():
             format(cell.findings[0].estimate.value, ".4f"), format(cell.seconds, ".0f")
 
-    cell = Cell([Finding("perplexity", Estimate(1.5, None, 3), 0.5, 0.5, {"length": 8})], {"map": [[1.0]]}, 2.0)
+    cell = Cell([Finding("perplexity", Estimate(1.5, None, 3, 1), 0.5, 0.5, {"length": 8})], {"map": [[1.0]]}, 2.0)
     return Target("cells.jsonl", (json.dumps({"key": "k", **dataclasses.asdict(cell)}).encode() + b"\n",) * 2, run)
 
 

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 
 import pytest
+import tiny_runs
 
-from butler_jax import load_base
+from butler_jax import distil, load_base
+from butler_jax.checkpoints import load_predictor, save_predictor
 from butler_jax.configs import DOWNSTREAM, TASKS, EvalConfig
 from butler_jax.evaluation import evaluate
+from butler_jax.evaluation.settings import facts
+
+
+def test_a_report_tells_how_its_predictors_were_trained(tmp_path):
+    place = tiny_runs.make_place(tmp_path)
+    base = load_base(str(place["base"]))
+    settings = tiny_runs.settings(place, tmp_path / "run", steps=4, checkpoint_every=2)
+    distil(base, settings)
+    losses = {r["step"]: r["validation_loss"] for r in tiny_runs.rows(tmp_path / "run") if "validation_loss" in r}
+    command = json.loads((tmp_path / "run" / "run.json").read_text())[-1]["command"]
+    predictor = load_predictor(tmp_path / "run", base)
+    save_predictor(tmp_path / "saved", predictor, base)
+    config = EvalConfig(
+        run=tmp_path / "run", compare=tmp_path / "saved", tasks="perplexity", policies="tokenbutler,lowrank", tokens=64,
+        context=32, budgets="1/2", text=place["text"], data_dir=place["data_dir"],
+    )  # fmt: skip
+    report = evaluate(base, config=config)
+    told = report.about["predictors"]["tokenbutler"]["training"]
+    assert told["step"] == min(losses, key=losses.get) and told["run"] == str(tmp_path / "run")
+    wanted = {"steps": 4, "length": 32, "batch_size": 2, "tokens_a_step": 64, "data": settings.data}
+    assert {name: told[name] for name in wanted} == wanted
+    assert told["command"] == command and told["learning_rate"] == 5e-3  # lookahead's own
+    (other,) = (c["training"] for n, c in report.about["predictors"].items() if n != "tokenbutler")
+    assert set(other) <= {"run", "step"} and other["run"] == str(tmp_path / "saved")
+    lowrank = next(p for p in report.about["policies"] if p["name"] == "lowrank")
+    assert lowrank["found_on"] == f"about 8,192 tokens of the training part of {settings.data}"
+    path = report.save(tmp_path / "out").parent
+    for text in ((path / "report.md").read_text().replace("\\", ""), html.unescape((path / "report.html").read_text())):
+        assert f"step {told['step']} of 4, 64 tokens a step (2 x 32), on {settings.data}, learning rate 0.005" in text
+        assert command in text and lowrank["found_on"] in text
+    given = evaluate(base, predictor, dataclasses.replace(config, run=None, compare=(), policies=("tokenbutler",)))
+    assert given.about["predictors"]["tokenbutler"]["training"] == {}
+    assert ("training of tokenbutler", "not known: the predictor was given without its run") in facts(given.about)
+
 
 LINES = {
     "lambada_openai.jsonl": {"context": "The file is opened, read and", "continuation": "closed"},

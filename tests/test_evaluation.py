@@ -336,7 +336,22 @@ def test_recall_of_some_rows_measures_only_those(model):
     batch = make_batch([[256]], 256)
     found = recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
     assert found.mass["streaming"][0.5].n == 128
-    assert spread(8, 128, None) == list(range(8)) and spread(8, 128, 300) == [2, 6] and spread(4, 128, 1) == [2]
+    assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
+
+
+@pytest.mark.parametrize("rows", [None, 128])
+def test_policies_that_evict_and_policies_that_score_are_measured_on_the_same_rows(model, rows):
+    batch = make_batch([[300], [100, 120]], 300)
+    found = recall(model, None, [batch], [make_policy("streaming"), make_policy("h2o")], [0.5, 20], rows=rows)
+    column = np.arange(300)
+    own = np.stack([column + 1, np.where(column < 100, column + 1, column - 99)])  # keys a row may see
+    taken = (batch["segments"] > 0) & ((column // 128 == 1) if rows else True)
+    for budget in (0.5, 20):
+        tokens = np.minimum(budget if budget == 20 else np.maximum(np.ceil(own / 2), 12), own)
+        for policy in ("streaming", "h2o"):
+            assert found.mass[policy][budget].n == taken.sum()
+            # both fill their budget in every row; float32 means
+            assert found.attended[policy][budget].value == pytest.approx((tokens / own)[taken].mean(), rel=1e-5)
 
 
 def test_document_starts_are_first_columns():
@@ -413,13 +428,15 @@ def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
     report = evaluate(base, predictor, config, say=lines.append)
     assert any("360 tokens, fewer than the 1,000" in line for line in lines)
     alone = ("perplexity", "effective_sparsity", "bytes_read")
-    compared = ("over_dense", "js_divergence", "top1_agreement", "recalled_mass")
+    compared = ("bytes_of_dense", "over_dense", "js_divergence", "top1_agreement", "recalled_mass")
     wanted = {(metric, "dense", 1) for metric in alone}
     for policy in ("random", "tokenbutler"):
         wanted |= {(metric, policy, b) for metric in (*alone, *compared) for b in (0.5, 32)}
         wanted |= {(metric, policy, None) for metric in ("hit_rate", "spearman")}
     assert {(r["metric"], r["policy"], r["budget"]) for r in report.rows} == wanted
     assert all(r["n"] > 0 and r["error"] > 0 for r in report.rows if r["policy"] == "random")
+    nothing_chosen = {r["metric"] for r in report.rows if r["attended"] is None}
+    assert nothing_chosen == {"hit_rate", "spearman"}
     saved = json.loads(report.save(tmp_path / "out").read_text())
     assert saved["rows"] == report.rows and saved["predictors"]["tokenbutler"]["kind"] == "lookahead"
     assert np.shape(saved["arrays"]["hit_rate"]["tokenbutler"]) == (BASE.layers - 1, BASE.heads)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax import provenance
 from butler_jax.base_model import forward
 from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig
 from butler_jax.evaluation import evaluate, perplexity, simulate
 from butler_jax.evaluation.cells import Cell, Finding, Kept, Progress, duration
+from butler_jax.evaluation.markdown import markdown
+from butler_jax.evaluation.page import page
 from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.perplexity import counted_rows, strided, windows
 from butler_jax.evaluation.recall import mean_ranks, rank_correlation
 from butler_jax.evaluation.simulate import jensen_shannon
-from butler_jax.evaluation.statistics import Estimate, ratio
-from butler_jax.policies import make_policy
+from butler_jax.evaluation.statistics import Estimate, ratio, share
+from butler_jax.evaluation.summary import ERRORS, summary
+from butler_jax.evaluation.tables import tables
+from butler_jax.policies import POLICIES, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.weights import Base
 from tests.test_evaluation import BASE, Letters, make_batch, make_model
@@ -37,10 +46,21 @@ def test_a_ratios_error_is_that_of_resampled_sequences():
 
 
 def test_an_estimate_of_one_sequence_has_no_error_and_of_none_no_value():
-    assert ratio([3.0, 0.0], [2, 0]) == Estimate(1.5, None, 2)
-    assert Estimate(math.log(2), 0.1, 5).exp() == pytest.approx((2, 0.2, 5))
+    assert ratio([3.0, 0.0], [2, 0]) == Estimate(1.5, None, 2, 1)
+    assert Estimate(math.log(2), 0.1, 5, 3).exp() == pytest.approx((2, 0.2, 5, 3))
     with pytest.raises(ValueError, match="nothing to take a mean of"):
         ratio([0.0], [0])
+
+
+@pytest.mark.parametrize("count", [2, 4, 20, 500])
+def test_where_all_samples_agree_the_error_is_the_reach_of_the_wilson_interval(count):
+    # The ends p of the interval of one standard error solve (found - p)^2 = p (1 - p) / n.
+    for found in (0, 1):
+        ends = np.roots([1 + 1 / count, -(2 * found + 1 / count), found**2])
+        error = share(np.full(count, found), np.ones(count)).error
+        assert error == pytest.approx(np.abs(ends - found).max(), abs=1e-9)
+    some = np.arange(count) < 1
+    assert share(some, np.ones(count)) == ratio(some, np.ones(count)) and share([1.0], [1]).error is None
 
 
 def test_divergence_is_jensen_and_shannons():
@@ -191,11 +211,95 @@ def test_finished_cells_are_not_measured_again(place, tmp_path):
     again = evaluate(base, predictor, config, keep=tmp_path / "out", say=said.append)
     assert again.rows == first.rows
     assert ["kept" in line for line in said] == [True, True, False, True, False]
+    assert (first.about["cells"], again.about["cells"]) == ({"measured": 5, "kept": 0}, {"measured": 2, "kept": 3})
+    took = {json.loads(line)["key"]: json.loads(line)["seconds"] for line in lines[:2] + lines[3:4]}
+    took |= {json.loads(line)["key"]: json.loads(line)["seconds"] for line in file.read_text().splitlines()[-2:]}
+    assert again.about["seconds"] == pytest.approx(sum(took.values()), abs=0.051) and len(took) == 5
+    assert f"{again.about['seconds']:,.0f} s for 5 cells, 3 of them kept from earlier evaluations" in page(again)
     assert "left" in said[0] and "left" not in said[-1]
     other = make_predictor(BASE, PredictorConfig(rank=8, stride=2), seed=5)
     said.clear()
     evaluate(base, other, config, keep=tmp_path / "out", say=said.append)
     assert ["kept" in line for line in said] == [True, True, True, False, False]  # another predictor, other cells
+
+
+@pytest.mark.parametrize("stride", [None, 60])
+def test_a_report_says_over_how_many_windows_errors_are_and_whether_these_overlap(place, stride):
+    base, predictor, config = place
+    config = dataclasses.replace(config, stride=stride, tasks="perplexity,attention")
+    report = evaluate(base, predictor, config)
+    windows = 3 if stride is None else 5  # of 100 tokens, over 300
+    assert {(r["sequences"], r["unit"]) for r in report.rows} == {
+        (windows, "windows" if stride is None else "overlapping windows")
+    }
+    said = "± standard error over 3 windows"
+    said = (
+        said if stride is None else "± standard error over 5 overlapping windows, which are not independent: too small"
+    )
+    text, whole = markdown(report), page(report)
+    assert text.count(said) == whole.count(said) == len(tables(report.rows))
+    assert ERRORS in whole and ERRORS in text
+
+
+NEWEST = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from butler_jax.policies import Policy
+
+@dataclass(frozen=True, kw_only=True)
+class Newest(Policy):
+    name = "newest"
+
+    def scores(self, chunk):
+        like = jnp.zeros_like(chunk.logits)
+        return like + SIGN * chunk.columns.astype(jnp.float32)[None, None, None, None]
+"""
+
+
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_a_policy_that_was_edited_is_measured_anew(place, tmp_path, monkeypatch, in_a_file):
+    base, _, config = place
+    config = dataclasses.replace(config, policies=("dense", "newest"), budgets=(0.5,))
+
+    def judged(text):
+        module = types.ModuleType("newest_of_a_test")  # as importing the file does it, or a notebook's cell
+        (tmp_path / "newest.py").write_text(text)
+        if in_a_file:
+            module.__file__ = str(tmp_path / "newest.py")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(text, "newest.py", "exec"), vars(module))
+        monkeypatch.setitem(POLICIES, "newest", module.Newest)
+        said = []
+        report = evaluate(base, None, config, keep=tmp_path / "out", say=said.append)
+        return ["kept" in line for line in said], report.value("perplexity", "newest", 0.5)
+
+    kept, newest = judged(NEWEST.replace("SIGN", "1.0"))
+    assert kept == [False, False]
+    assert judged(NEWEST.replace("SIGN", "1.0")) == ([True, True], newest)
+    kept, oldest = judged(NEWEST.replace("SIGN", "-1.0"))
+    assert kept == [True, False] and oldest != newest
+
+
+def test_another_version_of_the_package_measures_anew(place, tmp_path, monkeypatch):
+    base, predictor, config = place
+    evaluate(base, predictor, config, keep=tmp_path / "out")
+    known = {**provenance.versions(), "butler-jax": "9.9"}
+    monkeypatch.setitem(evaluate.__globals__, "versions", lambda: known)
+    said = []
+    evaluate(base, predictor, config, keep=tmp_path / "out", say=said.append)
+    assert not any("kept" in line for line in said)
+
+
+def test_a_haystack_that_is_repeated_is_told_and_noted(place):
+    base, _, config = place
+    config = dataclasses.replace(
+        config, tasks="needle", policies="dense", lengths=(300, 400, 500), depths=(0.5,), needles=1
+    )
+    said = []
+    report = evaluate(base, None, config, say=said.append)
+    told = f"{config.text} has 360 tokens: needles of 400, 500 tokens lie in it repeated; give a longer text"
+    assert told in said and report.about["notes"] == [told] and told in html.unescape(page(report))
+    assert evaluate(base, None, dataclasses.replace(config, lengths=(300,))).about["notes"] == []
 
 
 def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
@@ -210,6 +314,9 @@ def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     looked = 8 * 4 * BASE.kv_heads * (BASE.layers - 1) * mean  # rank 8, float32, layers from 1 on
     found = report.value("perplexity", "tokenbutler", 0.5, "bytes_read")
     assert found == pytest.approx(row * read + looked, rel=1e-5)
+    share = report.value("perplexity", "tokenbutler", 0.5, "bytes_of_dense")
+    assert share == pytest.approx(found / dense, rel=1e-5)
+    assert f"{100 * share:.1f}\u00a0% of the bytes that dense reads in all layers" in " ".join(summary(report.rows))
 
 
 def test_a_directory_that_is_a_file_is_told(place, tmp_path):
@@ -222,7 +329,7 @@ def test_a_directory_that_is_a_file_is_told(place, tmp_path):
 def test_the_time_left_is_that_of_cells_alike(tmp_path):
     said = []
     progress = Progress({"a": 3, "b": 1}, 5, said.append)
-    cell = Cell([Finding("perplexity", Estimate(2.0, None, 1), 0.5, 0.5)], seconds=10.0)
+    cell = Cell([Finding("perplexity", Estimate(2.0, None, 1, 1), 0.5, 0.5)], seconds=10.0)
     progress.add("a", "oracle", cell, kept=False)
     assert progress.seconds_left() == 2 * 10 + 10
     progress.add("b", "oracle", Cell(cell.findings, seconds=100.0), kept=True)  # one more is to be measured

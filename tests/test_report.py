@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import html.parser
 import io
+import itertools
 import math
 import os
 import re
@@ -61,7 +62,7 @@ def rows(policies=POLICIES, budgets=BUDGETS):
                 for length in (256, 512):
                     add("needle", "accuracy", draw.uniform(0, 1), {"depth": depth, "length": length})
     for policy in (p for p in policies if p not in ("dense", "oracle")):
-        found.append(row("attention", "hit_rate", policy, None, float(draw.uniform(0.5, 1)), attended=0.5))
+        found.append(row("attention", "hit_rate", policy, None, float(draw.uniform(0.5, 1))))
     return found
 
 
@@ -143,6 +144,12 @@ def test_values_are_shown_in_their_unit():
     assert metric_of("bytes_read", [{"value": 900.0}]).unit == "B"
 
 
+def test_an_accuracy_of_0_or_100_says_what_its_error_is():
+    notes = [tables([row("needle", "accuracy", "quest", 0.5, v, 0.04)])[0].note for v in (0.0, 1.0, 0.5)]
+    assert ["the reach of the Wilson interval, 1 / (samples + 1)" in note for note in notes] == [True, True, False]
+    assert "Wilson" not in tables([row("perplexity", "top1_agreement", "quest", 0.5, 1.0)])[0].note
+
+
 def test_budgets_are_written_as_they_are_given():
     assert [budget_label(b) for b in (0.5, 1 / 3, 0.0625, 0.3, 0.75, 1024, None)] == [
         "1/2", "1/3", "1/16", "0.3", "0.75", "1,024 tokens", ""]  # fmt: skip
@@ -203,11 +210,30 @@ def test_the_main_result_follows_from_the_rows():
     found += [row("needle", "accuracy", p, 0.125, v, None) for p, v in (("tokenbutler", 0.5), ("random", 0.6))]
     said = " ".join(summary(found)).replace("\u00a0", " ")
     assert "perplexity is 20.000." in said
-    assert "Reading 16.0 % of the cache (budget 1/8), tokenbutler is 2.00 % above it, and quest, the best" in said
-    assert "better value in 1 of the 2 lines" in said
+    layers = "of the cache in the layers after the first"
+    assert f"Reading 16.0 % {layers} (budget 1/8), tokenbutler is 2.00 % above it, and quest, the best" in said
+    assert "better value in 1 of the 2 comparisons" in said
     text, needle = glance(found)
     assert [c.replace("\u00a0", " ") for c in text.cells] == ["+2.00 %", "quest +30.00 %", "+1.00 %", ""]
     assert text.butler_leads and not needle.butler_leads
+
+
+def test_the_main_result_says_how_many_bytes_are_read_for_it():
+    over = {"oracle": 0.01, "tokenbutler": 0.02, "quest": 0.3, "random": 0.9}
+    read = {"oracle": 0.4, "tokenbutler": 0.45, "quest": 0.56, "random": 0.41}
+    found = [row("perplexity", "perplexity", "dense", 1, 20.0, None)]
+    found += [row("perplexity", "over_dense", p, 0.125, v, None) for p, v in over.items()]
+    found += [row("perplexity", "bytes_of_dense", p, 0.125, v, 1e-4) for p, v in read.items()]
+    said = " ".join(summary(found)).replace("\u00a0", " ")
+    assert (
+        "tokenbutler is 2.00 % above it (45.0 % of the bytes that dense reads in all layers, what it chooses by" in said
+    )
+    assert "quest, the best other policy, 30.00 % above (56.0 % of the bytes)." in said
+    assert "better value in 1 of the 1 comparisons" in said
+    cells = [c.replace("\u00a0", " ") for c in glance(found)[1].cells]
+    assert cells == ["45.0 %", "quest 56.0 %", "40.0 %", "100.0 %"]
+    note = tables(found)[1].note
+    assert "% read: of the keys, in the layers after the first" in note
 
 
 def test_names_are_shown_and_never_run():
@@ -246,6 +272,18 @@ def test_any_part_of_an_evaluation_can_be_written(found, tmp_path):
     assert sorted(links) == sorted(p.name for p in written if p.suffix == ".png")
 
 
+def test_pictures_of_a_former_report_go_and_others_stay(tmp_path):
+    publish.write(report(few(rows())), tmp_path)
+    former = {p.name for p in tmp_path.glob("*.png")}
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    publish.write(report([r for r in rows() if r["metric"] == "over_dense"]), tmp_path)
+    left = {p.name for p in tmp_path.glob("*.png")}
+    assert left == {"mine.png", "perplexity_over_dense.png", "hit_rate_heads.png"} and len(former - left) > 1
+    (tmp_path / "report.md").write_text("# Notes\n\n![not ours](mine.png)\n")
+    publish.write(report([]), tmp_path)
+    assert (tmp_path / "mine.png").exists()
+
+
 @pytest.fixture(scope="module")
 def drawn():
     judged = report()
@@ -278,6 +316,20 @@ def test_curves_go_through_the_rows():
         own = sorted((100 * r["attended"], r["value"]) for r in found if r["policy"] == policy)
         np.testing.assert_allclose(lines[policy].get_xydata(), own)
     np.testing.assert_allclose(lines["dense"].get_ydata(), next(r["value"] for r in found if r["policy"] == "dense"))
+
+
+@pytest.mark.parametrize("depths", [(0.0, 0.5, 1.0), tuple(i / 10 for i in range(11))])
+def test_a_heat_map_names_every_depth_without_overlap(depths):
+    lengths = (256, 512)
+    found = [row("needle", "accuracy", p, b, 0.5, where={"depth": d, "length": n})
+             for p in ("quest", "streaming") for b in (0.5, 0.125) for d in depths for n in lengths]  # fmt: skip
+    canvas = figures(found)[0].draw()
+    canvas.draw_without_rendering()
+    (axes,) = (a for a in canvas.axes if a.get_ylabel() == "depth")
+    labels = axes.get_yticklabels()
+    assert [label.get_text() for label in labels] == [f"{depth:g}" for depth in depths]
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
 
 
 def test_a_policy_looks_the_same_everywhere_and_like_no_other():
@@ -391,6 +443,7 @@ def test_the_page_reads_well_in_a_browser(browser, tmp_path, scheme, width):
     assert len(boxes) == len(list(tmp_path.glob("*.png")))
     assert all(250 <= box["width"] <= width and box["height"] > 150 for box in boxes)
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.get_by_text("The table scrolls sideways.").is_visible() == (width < 768)
     assert min(opened.evaluate(CONTRAST)) > 4.5  # WCAG 2.2, 1.4.3, of all text
     dark = opened.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 128")
     assert dark == (scheme == "dark")

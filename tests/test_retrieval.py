@@ -238,6 +238,26 @@ def test_a_grid_has_every_cell_and_one_length_a_batch(tokenizer):
     )
 
 
+def test_no_two_samples_of_a_grid_share_what_is_asked_and_other_cells_change_none(tokenizer):
+    def questions(made):
+        """What is said of each sample in a cell, by cell: its text from the last blank line on."""
+        rows = [row[real > 0] for b in made.batches for row, real in zip(b["tokens"], b["segments"], strict=True)]
+        texts = [tokenizer.decode(row.tolist()) for row in rows if len(row)]
+        return {tuple(label.items()): [texts[m].rsplit("\n\n", 1)[1] for m in members]
+                for label, members in by_label(made.labels)}  # fmt: skip
+
+    def grids(lengths, depths):
+        given = dict(lengths=lengths, samples=4, context=512, seed=3)
+        yield questions(needle_batches(tokenizer, HAYSTACK, depths=depths, kind="word", **given))
+        yield questions(key_value_batches(tokenizer, **given))
+        yield questions(variables_batches(tokenizer, **given))
+
+    for whole, part in zip(grids((200, 300), (0.0, 0.5, 1.0)), grids((300,), (1, 0.5)), strict=True):
+        asked = [question for cell in whole.values() for question in cell]
+        assert len(set(asked)) == len(asked) == 4 * len(whole)
+        assert part and all(whole[cell] == found for cell, found in part.items())
+
+
 def test_answers_are_counted_as_a_search_position_by_position_does(tokenizer):
     base = BaseConfig(
         family="llama", vocab_size=tokenizer.vocab_size, width=32, hidden=48, layers=2, heads=4, kv_heads=2,

@@ -3,7 +3,7 @@
 The test was made known by Greg Kamradt (github.com/gkamradt/LLMTest_NeedleInAHaystack, 2023) and is part of RULER,
 arXiv 2404.06654. The haystack is any text; statements, questions and answers are this project's own. A sample follows
 from the haystack, (seed, index) and its length and depth alone; depth and length change neither its statement nor
-where the haystack begins, so the cells of a grid are comparable.
+where the haystack begins.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def sample(
     length: int,
     depth: float,
     *,
-    seed: int = 0,
+    seed: int | str = 0,
     index: int = 0,
     kind: str | None = None,
 ) -> NeedleSample:

@@ -32,7 +32,7 @@ Asked = Sequence[tuple[str, str]]  # questions up to their answers, and these
 
 
 def key_value(
-    tokenizer: Tokenizer, length: int, *, seed: int = 0, index: int = 0, value: str = "number", queries: int = 1
+    tokenizer: Tokenizer, length: int, *, seed: int | str = 0, index: int = 0, value: str = "number", queries: int = 1
 ) -> AskedSample:
     """A list of keys with a value each; the values of `queries` keys are asked for, one after the other.
 
@@ -64,7 +64,7 @@ def key_value(
 
 
 def variables(
-    tokenizer: Tokenizer, length: int, *, seed: int = 0, index: int = 0, hops: int = 2, question: str = "value"
+    tokenizer: Tokenizer, length: int, *, seed: int | str = 0, index: int = 0, hops: int = 2, question: str = "value"
 ) -> AskedSample:
     """Assignments in chains: a variable holds a number, the next one holds what that one holds, and so on.
 

@@ -23,13 +23,13 @@ Say = Callable[[str], None]
 class Finding:
     """One number of a cell: what was measured, at which budget (None: at none), and of which part (`where`).
 
-    attended: the mean fraction of the causal keys read in layers 1 ....
+    attended: the mean fraction of the causal keys read in layers 1 ...; None for those of scores alone (hit_rate).
     """
 
     metric: str
     estimate: Estimate
     budget: float | int | None
-    attended: float
+    attended: float | None
     where: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,9 +78,10 @@ def cell_of(read: dict[str, Any]) -> Cell:
     for one in read["findings"]:
         estimate = one.get("estimate")
         require(isinstance(estimate, list) and len(estimate) == len(Estimate._fields), "no estimate")
-        value, error, n = estimate
-        require(fits(value, float) and fits(error, float | None) and fits(n, int), "no estimate")
-        findings.append(from_dict(Finding, {**one, "estimate": Estimate(value, error, n)}))
+        value, error, *counts = estimate
+        numbers = fits(value, float) and fits(error, float | None)
+        require(numbers and all(fits(n, int) for n in counts), "no estimate")
+        findings.append(from_dict(Finding, {**one, "estimate": Estimate(*estimate)}))
     return Cell(findings, read["arrays"], read["seconds"])
 
 

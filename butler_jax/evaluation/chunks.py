@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.attention import (
     CHUNK,
@@ -85,7 +86,7 @@ def map_chunks(
         return apply(chunk, band.take(values, first, 2), number)
 
     parts = []
-    chosen = spread(-(-length // size), size, rows)
+    chosen = spread(length, rows)
     for band in make_bands(-(-length // size), size, window):
         numbers = [n for n in range(band.start, band.stop) if n in chosen]
         if numbers:
@@ -93,10 +94,17 @@ def map_chunks(
     return jax.tree.map(lambda *a: jnp.concatenate(a), *parts), size
 
 
-def spread(chunks: int, size: int, rows: int | None) -> list[int]:
-    """Numbers of the chunks that hold about `rows` rows, evenly spread over all of them."""
+def spread(length: int, rows: int | None) -> list[int]:
+    """Numbers of the chunks of a sequence that hold about `rows` rows, evenly spread along it; None: all chunks."""
+    size = min(CHUNK, length)
+    chunks = -(-length // size)
     taken = chunks if rows is None else min(max(rows // size, 1), chunks)
     return [(2 * i + 1) * chunks // (2 * taken) for i in range(taken)]
+
+
+def spread_rows(length: int, rows: int | None) -> Bool[np.ndarray, " T"]:
+    """The rows of a sequence that lie in the chunks of `spread`."""
+    return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows))
 
 
 def importance_walk(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType, MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +21,20 @@ PREPARED_TOKENS = 8192  # of text that a policy is prepared on
 
 
 class Contender(NamedTuple):
-    """A policy under its label, with its predictor (None where it needs none)."""
+    """A policy under its label, with its predictor (None where it needs none).
+
+    training: how that was trained, empty where it is not known.
+    """
 
     label: str
     policy: Policy
     predictor: Predictor | None
+    training: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The predictor's configuration, and how it was trained."""
+        return {**to_dict(self.predictor.config), "training": dict(self.training)}
 
     def selections(self, config: EvalConfig) -> dict[float | int, SelectionConfig]:
         """The budgets it is judged under: dense has one, which is everything."""
@@ -32,12 +43,14 @@ class Contender(NamedTuple):
         return {budget: config.selection(budget) for budget in config.budgets}
 
     def facts(self) -> dict[str, Any]:
-        """All that its results depend on, JSON-ready: settings, and digests of what was learnt or found on text."""
+        """What sets its results apart, JSON-ready: settings, digests of its code and of what was learnt or found."""
         arrays = {f: getattr(self.policy, f) for f in self.policy.__dataclass_fields__}
         found = {name: digest(a) for name, a in arrays.items() if isinstance(a, np.ndarray)}
-        learnt = {} if self.predictor is None else {"predictor": to_dict(self.predictor.config),
-                                                    "parameters": digest(self.predictor)}  # fmt: skip
-        return {**describe(self.policy), **found, **learnt}
+        learnt = {} if self.predictor is None else {
+            "predictor": to_dict(self.predictor.config), "parameters": digest(self.predictor),
+            "predictor_code": code(type(self.predictor)),
+        }  # fmt: skip
+        return {**describe(self.policy), **found, **learnt, "code": code(type(self.policy))}
 
 
 def contenders(
@@ -60,27 +73,34 @@ def contenders(
     found = []
     for policy in prepared(policies, base, data, context=config.context, data_dir=config.data_dir):
         if policy.needs_predictor:
-            found += [Contender(policy.name + suffix, policy, one) for suffix, one in predictors]
+            found += [Contender(policy.name + suffix, policy, one, how) for suffix, one, how in predictors]
         else:
             found.append(Contender(policy.name, policy, None))
     return found
 
 
-def _predictors(base: Any, predictor: Predictor | None, config: EvalConfig) -> Iterator[tuple[str, Predictor]]:
-    """(what follows the policy's name, predictor): nothing for the first, :KIND for those to compare."""
-    from butler_jax.checkpoints import load_predictor
+def _predictors(base: Any, predictor: Predictor | None, config: EvalConfig) -> Iterator[tuple[str, Predictor, dict]]:
+    """(what follows the policy's name, predictor, its training): nothing for the first, :KIND for those to compare."""
+    from butler_jax.evaluation.trained import load_trained
 
-    taken = set()
+    taken, how = set(), {}
     if predictor is None and config.run is not None:
-        predictor = load_predictor(config.run, base)
+        predictor, how = load_trained(config.run, base)
     if predictor is not None:
-        yield "", predictor
+        yield "", predictor, how
     for run in config.compare:
-        other = load_predictor(run, base)
+        other, how = load_trained(run, base)
         kind = other.config.kind
         suffix = f":{kind}" if kind not in taken else f":{kind} {Path(run).name}"
         taken.add(kind)
-        yield suffix, other
+        yield suffix, other, how
+
+
+def described(policy: Policy, data: str) -> dict[str, Any]:
+    """`describe`, and for a policy that finds out something on text, which one: see `prepared`."""
+    if type(policy).prepare is Policy.prepare:
+        return describe(policy)
+    return {**describe(policy), "found_on": f"about {PREPARED_TOKENS:,} tokens of the training part of {data}"}
 
 
 def prepared(
@@ -95,6 +115,24 @@ def prepared(
     rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
     rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
     return [policy.prepare(base.model, rows) for policy in policies]
+
+
+def code(kind: type) -> str:
+    """A short hash of the files that define a class and its bases; of compiled functions where there is no file."""
+    found = hashlib.sha256()
+    for part in kind.__mro__[:-1]:
+        try:
+            found.update(Path(inspect.getfile(part)).read_bytes())
+        except (OSError, TypeError):  # defined in a notebook
+            functions = [f.__code__ for f in vars(part).values() if inspect.isfunction(f)]
+            found.update(repr([_compiled(function) for function in functions]).encode())
+    return found.hexdigest()[:16]
+
+
+def _compiled(function: CodeType) -> tuple:
+    """What a function does, without the places of its lines."""
+    inside = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in function.co_consts]
+    return function.co_code, function.co_names, inside
 
 
 def digest(tree: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.local_tasks import local_tasks
 from butler_jax.evaluation.passes import Passes
-from butler_jax.evaluation.statistics import Estimate, ratio
+from butler_jax.evaluation.statistics import Estimate, ratio, share
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.weights import Base
@@ -79,7 +79,7 @@ def _estimate(samples: list[dict], name: str) -> Estimate:
     values = np.asarray([sample[name] for sample in samples], np.float64)
     if name == "perplexity":  # of a sample: its log-likelihood
         return ratio(-values, np.ones(len(values))).exp()
-    return ratio(values, np.ones(len(values)))
+    return share(values, np.ones(len(values)))
 
 
 @contextmanager

@@ -16,12 +16,11 @@ import jax
 
 from butler_jax.configs import EvalConfig, require, to_dict
 from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, cell_of, key_of
-from butler_jax.evaluation.contenders import Contender, contenders
+from butler_jax.evaluation.contenders import Contender, contenders, described
 from butler_jax.evaluation.report import Report, check_directory
 from butler_jax.evaluation.tasks import Task, make_tasks
 from butler_jax.hosts import agree, gather
 from butler_jax.json_objects import read_object
-from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
 from butler_jax.provenance import command, versions
 from butler_jax.typed import shown
@@ -40,10 +39,10 @@ def evaluate(
 
     predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run that policy is left
     out. data: as config.data. keep: a directory where finished cells are kept as they come (cells.jsonl): the next
-    evaluation there does not measure again what is the same; None keeps and writes nothing. say: receives a line of
-    progress after each cell. Of several processes, the first one keeps and says; the report is there in all. Raises
-    ValueError for an unknown policy, a context beyond the base's, an empty text, where `keep` is no directory, and
-    where the processes would not measure the same.
+    evaluation there does not measure again what is the same, down to the policies' code and the package's version; None
+    keeps and writes nothing. say: receives a line of progress after each cell. Of several processes, the first one
+    keeps and says; the report is there in all. Raises ValueError for an unknown policy, a context beyond the base's, an
+    empty text, where `keep` is no directory, and where the processes would not measure the same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
@@ -51,26 +50,32 @@ def evaluate(
     say = say if say and first else (lambda line: None)
     if keep is not None:
         check_directory(Path(keep))
-    started = time.perf_counter()
     data = data or config.data or run_data(config.run)
-    judged = contenders(base, predictor, config, data, say)
-    tasks = make_tasks(base, config, data, say)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
+    judged = contenders(base, predictor, config, data, note)
+    tasks = make_tasks(base, config, data, note)
     kept, report = Kept(Path(keep) if keep is not None and first else None), Report()
     plan = [
         (task, one, part) for task in tasks for one in judged if task.takes(one) for part in _parts(task, one, config)
     ]
-    learnt = {one.label: one.facts() for one in judged}
+    learnt, known = {one.label: one.facts() for one in judged}, versions()
     keys = [
         key_of({
             "task": task.name, **task.facts, "base": base.fingerprint, "dtype": config.dtype, "of": learnt[one.label],
             "selections": {str(b): to_dict(s) for b, s in selections.items()}, "seed": config.seed,
+            "version": known["butler-jax"],
         })
         for task, one, selections in plan
     ]  # fmt: skip
     if jax.process_count() > 1:
         agree({f"{t.name} under {one.label}, {[*s]}": key for (t, one, s), key in zip(plan, keys, strict=True)})
-        known = gather({key: asdict(kept.cells[key]) for key in keys if key in kept.cells})[0]
-        kept.cells = {key: cell_of(read) for key, read in known.items()}
+        there = gather({key: asdict(kept.cells[key]) for key in keys if key in kept.cells})[0]
+        kept.cells = {key: cell_of(read) for key, read in there.items()}
     missing = [number for number, key in enumerate(keys) if key not in kept.cells]
     counts = {task.name: sum(plan[number][0] is task for number in missing) for task in tasks}
     progress = Progress(counts, len(plan), say, hosts=jax.process_count())
@@ -86,14 +91,16 @@ def evaluate(
     report.about.update(
         base=base.name,
         fingerprint=base.fingerprint,
-        predictors={one.label: to_dict(one.predictor.config) for one in judged if one.predictor is not None},
-        policies=[describe(p) for p in dict.fromkeys(one.policy for one in judged)],
-        versions=versions(),
+        predictors={one.label: one.about for one in judged if one.predictor is not None},
+        policies=[described(p, data) for p in dict.fromkeys(one.policy for one in judged)],
+        versions=known,
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
+        notes=notes,
         config=to_dict(config),
         command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=round(time.perf_counter() - started, 1),
+        seconds=round(sum(kept.cells[key].seconds for key in dict.fromkeys(keys)), 1),
+        cells={"measured": len(missing), "kept": len(keys) - len(missing)},
     )
     return report
 
@@ -141,6 +148,6 @@ def _parts(task: Task, one: Contender, config: EvalConfig) -> list[dict]:
 def _enter(report: Report, task: Task, one: Contender, cell: Cell, seed: int) -> None:
     """A cell's findings as rows of the report, and its arrays."""
     for f in cell.findings:
-        report.add(task.name, f.metric, one.label, f.budget, *f.estimate, seed, f.attended, f.where)
+        report.add(task.name, f.metric, one.label, f.budget, *f.estimate, task.unit, seed, f.attended, f.where)
     for name, values in cell.arrays.items():
         report.arrays.setdefault(name, {})[one.label] = values

@@ -63,10 +63,11 @@ def evicted_sums(
     policy: Evicting,
     tables: Int[Array, "N S"],
     rule: SelectionConfig,
+    counted: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
-    """Recalled mass and attended fraction under N budgets at once, summed over the rows that are not padding.
+    """Recalled mass and attended fraction under N budgets at once, summed over the rows that are counted.
 
-    Of layer 0 zeros: it is dense whatever the budget.
+    All rows are walked, for each depends on those before. Of layer 0 zeros: it is dense whatever the budget.
     """
 
     def sparse():
@@ -74,7 +75,7 @@ def evicted_sums(
 
         def total(a):
             split = a.reshape(tables.shape[0], *segments.shape)
-            return jnp.sum(jnp.where((segments > 0)[None], split, 0.0), axis=2)
+            return jnp.sum(jnp.where(counted[None], split, 0.0), axis=2)
 
         return total(found.mass), total(found.read.reshape(-1, *keys.shape) / keys[None])
 

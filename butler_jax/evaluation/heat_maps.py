@@ -21,7 +21,8 @@ def draw_grid(shown: Metric, down: str, across: str, rows: Sequence[Row], title:
     ys, xs = (sorted({r["where"][k] for r in rows}, key=order) for k in (down, across))
     scaled = [shown.scale * r["value"] for r in rows]
     limits = (0.0, 100.0) if shown.unit == "%" else (min(scaled), max(scaled))
-    canvas = Canvas(figsize=(WIDTH, 1.1 + 0.62 * len(policies)))
+    height = max(0.62, 0.14 * len(ys))  # room for a label at every square of one panel
+    canvas = Canvas(figsize=(WIDTH, 1.1 + height * len(policies)))
     panels = canvas.subplots(len(policies), max(1, len(budgets)), squeeze=False)
     for policy, line in zip(policies, panels, strict=True):
         for panel, budget in zip(line, budgets or [1], strict=True):
@@ -71,7 +72,7 @@ def _right_axis(axes: Any, values: Sequence[Any], name: str) -> None:
         side.set_visible(False)
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.yaxis.tick_right()
-    axes.set_yticks(*_ends(values), fontsize=7)
+    axes.set_yticks(range(len(values)), [show_part(value) for value in values], fontsize=6.5)
     axes.yaxis.set_label_position("right")
     axes.set_ylabel(name, fontsize=8)
 

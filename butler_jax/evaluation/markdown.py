@@ -9,13 +9,15 @@ from typing import Any
 from butler_jax.evaluation.figures import Figure
 from butler_jax.evaluation.plotting import NO_PICTURES
 from butler_jax.evaluation.settings import facts, predictor_words, settings
-from butler_jax.evaluation.summary import HEADS, Glance, glance, summary
+from butler_jax.evaluation.summary import ERRORS, HEADS, Glance, glance, summary
 from butler_jax.evaluation.tables import TASKS, Cell, Table, detail_tables, is_butler, tables
+
+TITLE = "# Evaluation of "
 
 
 def markdown(report: Any, pictures: Sequence[Figure] | None = None) -> str:
     """The text of report.md. pictures: figures whose NAME.png lie beside it; None says that matplotlib is missing."""
-    lines = [f"# Evaluation of {plain(report.about.get('base', 'a base model'))}", ""]
+    lines = [f"{TITLE}{plain(report.about.get('base', 'a base model'))}", ""]
     lines += [plain(predictor_words(report.about)), ""]
     lines += [plain(" ".join(summary(report.rows))), ""]
     lines += _glance(glance(report.rows))
@@ -51,7 +53,7 @@ def _glance(lines: Sequence[Glance]) -> list[str]:
     if not lines:
         return []
     rows = ["| " + " | ".join(HEADS) + " |", "|---|" + "---:|" * len(HEADS[1:])]
-    return [*rows, *("| " + " | ".join(map(plain, (g.what, *g.cells))) + " |" for g in lines), ""]
+    return [*rows, *("| " + " | ".join(map(plain, (g.what, *g.cells))) + " |" for g in lines), "", ERRORS, ""]
 
 
 def _table(table: Table, level: int) -> list[str]:

@@ -9,16 +9,16 @@ from typing import Any
 from butler_jax.evaluation.figures import Figure
 from butler_jax.evaluation.plotting import NO_PICTURES
 from butler_jax.evaluation.settings import facts, predictor_words, settings
-from butler_jax.evaluation.summary import HEADS, Glance, glance, summary
+from butler_jax.evaluation.summary import ERRORS, HEADS, Glance, glance, summary
 from butler_jax.evaluation.tables import TASKS, Cell, Column, Line, Table, detail_tables, is_butler, tables
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2126; --muted: #5d656e; --line: #d9dcdf;
-  --soft: #f2f3f3; --accent: #a84800; }
+  --soft: #f2f3f3; --accent: #a84800; --ground: var(--paper); --shade: #0004; }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181b; --ink: #e4e6e8; --muted: #a0a8b0; --line: #343a40;
-  --soft: #1e2226; --accent: #ff9a4d; } }
+  --soft: #1e2226; --accent: #ff9a4d; --shade: #fff5; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; scroll-padding-top: 1rem; }
 body { margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 76rem; background: var(--paper);
@@ -32,17 +32,22 @@ section { margin-top: 2.75rem; padding-top: 1.5rem; border-top: 1px solid var(--
 .eyebrow { margin: 0; color: var(--accent); font-weight: 600; font-size: .9rem; }
 .about, .lead, .note, figcaption, dt, .share, .spread { color: var(--muted); }
 .about, .lead { margin: 0 0 .4rem; }
+/* A shade at an edge says that a table goes on there; it lies under the ground's colour at the table's end. */
+.summary { --ground: var(--soft); }
 .summary { margin: 1.5rem 0; padding: 1rem 1.25rem; background: var(--soft); border-left: 3px solid var(--accent); }
 .summary p { margin: 0; max-width: 56rem; }
-.summary .scroll { margin-top: 1rem; }
-.summary th:first-child { background: var(--soft); }
+.summary .scroll, .summary .note { margin-top: 1rem; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; font-size: .95rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 2rem 2.5rem;
   margin: 1.5rem 0 2rem; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .5rem; font-size: .9rem; line-height: 1.45; }
-.scroll { margin: 1.75rem 0 0; overflow-x: auto; max-width: 100%; }
+.scroll { margin: 1.75rem 0 0; overflow-x: auto; max-width: 100%; background:
+  linear-gradient(to right, var(--ground) 50%, transparent) left / 2.4rem 100% no-repeat local,
+  linear-gradient(to left, var(--ground) 50%, transparent) right / 2.4rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / .9rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) right / .9rem 100% no-repeat scroll; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; min-width: min(100%, 24rem); font-size: .92rem; line-height: 1.35; }
 caption { padding-bottom: .4rem; text-align: left; font-weight: 600; font-size: 1rem; overflow-wrap: normal; }
@@ -51,10 +56,11 @@ th, td { padding: .32rem .8rem; text-align: right; white-space: nowrap; overflow
 thead th { border-bottom: 1px solid var(--ink); font-weight: 600; vertical-align: bottom; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 tbody tr:hover > * { background: var(--soft); }
-th:first-child { position: sticky; left: 0; padding-left: 0; background: var(--paper); text-align: left; }
+th:first-child { position: sticky; left: 0; padding-left: 0; background: var(--ground); text-align: left; }
 tbody th { font-weight: 400; }
 .butler th, .best { font-weight: 700; }
 .butler th { color: var(--accent); }
+.note.narrow { display: none; }
 .share { display: block; font-weight: 400; font-size: .8rem; }
 .spread { margin-left: .35em; font-weight: 400; font-size: .85em; }
 details { margin-top: 1.75rem; }
@@ -64,6 +70,7 @@ summary { cursor: pointer; font-weight: 600; }
 pre { white-space: pre-wrap; padding: .8rem 1rem; background: var(--soft); font-size: .88rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .2rem 1.25rem; font-size: .92rem; }
 dd { margin: 0; }
+@media (max-width: 48rem) { .note.narrow { display: block; } }
 @media (max-width: 30rem) { th, td { padding: .32rem .5rem; }
   th:first-child { max-width: 7.5rem; white-space: normal; }
   .summary { padding: .8rem .9rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
@@ -143,8 +150,10 @@ def _summary(sentences: Sequence[str], lines: Sequence[Glance]) -> str:
         for g in lines
     )
     table = (
+        '<p class="note narrow">The table scrolls sideways.</p>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Main results"><table>'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="note">{ERRORS}</p>'
     )
     return f'<div class="summary">{said}{table if lines else ""}</div>' if said or lines else ""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from butler_jax.evaluation.figures import figures
-from butler_jax.evaluation.markdown import markdown
+from butler_jax.evaluation.markdown import TITLE, markdown
 from butler_jax.evaluation.page import page
 from butler_jax.evaluation.plotting import plots_available, render
 from butler_jax.files import write_whole
@@ -16,7 +17,8 @@ def write(report: Any, directory: str | Path) -> list[Path]:
     """Write report.md, report.html and NAME.png a figure into a directory, made where missing; returns the paths.
 
     report: has rows, arrays and about. Without matplotlib (plots_available) there are no pictures, and the
-    page says so. Every file appears whole or not at all.
+    page says so. Every file appears whole or not at all. Pictures that a report.md already there shows, and this one
+    does not, are removed.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -26,6 +28,19 @@ def write(report: Any, directory: str | Path) -> list[Path]:
         picture, element = render(figure.draw, figure.name, figure.alt)
         made.append(write_whole(directory / f"{figure.name}.png", picture))
         pictures.append((figure, element))
+    former = _pictures(directory / "report.md")
     made.append(write_whole(directory / "report.md", markdown(report, drawn).encode()))
     made.append(write_whole(directory / "report.html", page(report, pictures).encode()))
+    for stale in former - set(made):
+        stale.unlink(missing_ok=True)
     return made
+
+
+def _pictures(path: Path) -> set[Path]:
+    """The pictures that a report.md of ours shows; none where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return set()
+    names = re.findall(r"^!\[.*\]\((\w+\.png)\)$", text, re.MULTILINE) if text.startswith(TITLE) else []
+    return {path.with_name(name) for name in names}

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.attention import masked_softmax
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.configs import SelectionConfig, require
-from butler_jax.evaluation.chunks import importance_walk, map_chunks
+from butler_jax.evaluation.chunks import importance_walk, map_chunks, spread_rows
 from butler_jax.evaluation.eviction import evicted_sums
 from butler_jax.evaluation.simulate import chosen_mask
 from butler_jax.evaluation.statistics import Estimate, ratio
@@ -77,10 +77,10 @@ def recall(
 ) -> Recall:
     """Measure policies on batches (tokens, segments, positions) of one shape.
 
-    rows: about how many query rows to measure in every sequence, in chunks spread evenly along it (None: all); the
-    smaller, the cheaper; policies that evict always measure all. ranks: whether to compute spearman, which sorts every
-    row (0 otherwise). score_dtype: see `simulate`. Raises ValueError without batches, or where a policy needs a
-    predictor and there is none.
+    rows: about how many query rows to measure in every sequence, in chunks spread evenly along it (None: all), the same
+    ones for all policies; the smaller, the cheaper, though policies that evict walk through all. ranks: whether to
+    compute spearman, which sorts every row (0 otherwise). score_dtype: see `simulate`. Raises ValueError without
+    batches, or where a policy needs a predictor and there is none.
     """
     policies, budgets = tuple(policies), tuple(budgets)
     needing = [p.name for p in policies if p.needs_predictor]
@@ -93,10 +93,10 @@ def recall(
         batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
         length = batch["tokens"].shape[1]
         tables = jnp.asarray(np.stack([budget_table(s, length) for s in selections]))
-        options = dict(sinks=sinks, window=window, implementation=implementation)
+        options = dict(sinks=sinks, window=window, rows=rows, implementation=implementation)
         for group, found in zip(groups, parts, strict=True):
             sums = measure_evicting(model, batch, tables, policy=group[0], **options) if group[0].evicts else measure(
-                model, predictor if needing else None, batch, tables, policies=group, rows=rows, ranks=ranks,
+                model, predictor if needing else None, batch, tables, policies=group, ranks=ranks,
                 score_dtype=score_dtype, **options,
             )  # fmt: skip
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
@@ -159,7 +159,7 @@ def measure(
     return Sums(mass, attended, hits, spearman, found.rows[0], found.long[1])
 
 
-@partial(jax.jit, static_argnames=("policy", "sinks", "window", "implementation"))
+@partial(jax.jit, static_argnames=("policy", "sinks", "window", "rows", "implementation"))
 def measure_evicting(
     model: BaseModel,
     batch: dict[str, Int[Array, "B T"]],
@@ -168,24 +168,26 @@ def measure_evicting(
     policy: Evicting,
     sinks: int,
     window: int,
+    rows: int | None = None,
     implementation: str | None = None,
 ) -> Sums:
-    """The sums of `measure` for a policy that evicts; it has no scores, and so no hit rate. All rows count."""
+    """The sums of `measure`, over the same rows, for a policy that evicts; it has no scores, and so no hit rate."""
     base, segments = model.config, batch["segments"]
     rule = policy.selection(SelectionConfig(sinks=sinks, window=window)).rule
     dense = dense_mixer(base, segments, implementation)
+    counted = (segments > 0) & jnp.asarray(spread_rows(segments.shape[1], rows))[None]
 
     def mixer(state, view):
         def look(limit):
-            return evicted_sums(view, segments, limit, policy, tables, rule)
+            return evicted_sums(view, segments, limit, policy, tables, rule, counted)
 
         return dense(None, view)[0], state, by_window(base, view.index, look)
 
     sums = run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
     mass, attended = (jnp.sum(a[1:], axis=0)[None] for a in sums)
     none = jnp.zeros((1, base.layers - 1, base.heads, segments.shape[0]))
-    rows = jnp.sum(segments > 0, axis=1).astype(jnp.float32)
-    return Sums(mass, attended, none, none, rows, jnp.zeros_like(rows))
+    number = jnp.sum(counted, axis=1).astype(jnp.float32)
+    return Sums(mass, attended, none, none, number, jnp.zeros_like(number))
 
 
 def measure_chunk(

@@ -11,18 +11,22 @@ from butler_jax.configs import require
 from butler_jax.evaluation.tables import tables
 from butler_jax.files import write_whole
 
-FIELDS = ("task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where")
+FIELDS = ("task", "metric", "policy", "budget", "value", "error", "n", "sequences", "unit", "seed", "attended", "where")
 
 
 @dataclass(frozen=True)
 class Report:
     """What an evaluation found.
 
-    rows: dicts {task, metric, policy, budget, value, error, n, seed, attended, where}. error: the standard error, None
-    where one sequence was seen. n: tokens, rows or samples that the value is a mean of. attended: the mean fraction of
-    the causal keys read in layers 1 .... where: {} for the whole task, or the part of it that the row is about.
+    rows: dicts of FIELDS. error: the standard error, None where one sequence was seen. n: tokens, rows or samples that
+    the value is a mean of. sequences: how many sequences they lie in, over which the error is taken. unit: what these
+    are: "windows" of text, "samples", or "overlapping windows", which are not independent. attended: the mean fraction
+    of the causal keys read in layers 1 ...; None for hit_rate and spearman, which are of scores alone. where: {} for
+    the whole task, or the part of it that the row is about.
+
     arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}}. about: base, predictors, policies,
-    versions, device, configuration, command, date, seconds.
+    versions, device, notes (what was said before the first cell), configuration, command, date; seconds that all cells
+    took when they were measured, and how many were measured now and how many kept.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -34,13 +34,15 @@ def needle_batches(
 ) -> Labelled:
     """`samples` needles for every length in tokens and depth in 0 ... 1; see datasets/needle.py.
 
-    The needles of one sample's number are the same in every cell. A batch holds one length. Raises ValueError for a
-    length beyond `context`, the model's, or too short, and where there is nothing to do.
+    Every sample is drawn by its seed, length, depth and number: no two share a needle, so they are independent but for
+    the text they lie in, and a cell is the same whatever other cells there are. A batch holds one length. Raises
+    ValueError for a length beyond `context`, the model's, or too short, and where there is nothing to do.
     """
     require(bool(depths), "a needle needs a depth; give some, such as 0, 0.5 and 1")
 
-    make = partial(needle.sample, tokenizer, haystack, seed=seed, kind=kind)
-    return _batches("needle", make, lengths, samples, batch_size, context, [{"depth": depth} for depth in depths])
+    make = partial(needle.sample, tokenizer, haystack, kind=kind)
+    places = [{"depth": depth} for depth in depths]
+    return _batches("needle", make, seed, lengths, samples, batch_size, context, places)
 
 
 def key_value_batches(
@@ -54,10 +56,13 @@ def key_value_batches(
     seed: int = 0,
     context: int | None = None,
 ) -> Labelled:
-    """`samples` lists of keys and values for every length in tokens; see datasets/retrieval.py. Errors as above."""
+    """`samples` lists of keys and values for every length in tokens, all drawn anew; see datasets/retrieval.py.
 
-    make = partial(retrieval.key_value, tokenizer, seed=seed, value=value, queries=queries)
-    return _batches("key_value", make, lengths, samples, batch_size, context)
+    Errors as above.
+    """
+
+    make = partial(retrieval.key_value, tokenizer, value=value, queries=queries)
+    return _batches("key_value", make, seed, lengths, samples, batch_size, context)
 
 
 def variables_batches(
@@ -71,22 +76,26 @@ def variables_batches(
     seed: int = 0,
     context: int | None = None,
 ) -> Labelled:
-    """`samples` texts of assignments for every length in tokens; see datasets/retrieval.py. Errors as above."""
+    """`samples` texts of assignments for every length in tokens, all drawn anew; see datasets/retrieval.py.
 
-    make = partial(retrieval.variables, tokenizer, seed=seed, hops=hops, question=question)
-    return _batches("variables", make, lengths, samples, batch_size, context)
+    Errors as above.
+    """
+
+    make = partial(retrieval.variables, tokenizer, hops=hops, question=question)
+    return _batches("variables", make, seed, lengths, samples, batch_size, context)
 
 
 def _batches(
     task: str,
     make: Callable[..., AskedSample],
+    seed: int,
     lengths: Sequence[int],
     samples: int,
     batch_size: int,
     context: int | None,
     places: Sequence[dict[str, float]] = ({},),
 ) -> Labelled:
-    """`samples` of make(length=, index=, **place) for every length and place."""
+    """`samples` of make(length=, seed=, index=, **place) for every length and place, each cell under its own seed."""
     require(bool(lengths), f"the task {task} needs a length in tokens; give some, such as 512")
     require(samples >= 1, f"the task {task} needs at least 1 sample, got {samples}")
     over = [length for length in lengths if context is not None and length > context]
@@ -98,8 +107,13 @@ def _batches(
     batches, labels = [], []
     for length in lengths:
         wanted = [{**place, "length": length} for place in places for _ in range(samples)]
-        made = [make(**label, index=number % samples) for number, label in enumerate(wanted)]
+        made = [make(**cell, seed=_seed(seed, cell), index=n % samples) for n, cell in enumerate(wanted)]
         labels += wanted
         rows = [(sample.tokens, sample.asked) for sample in made]
         batches += answer_batches(rows, batch_size=batch_size, context=context)
     return Labelled(batches, labels)
+
+
+def _seed(seed: int, cell: dict[str, float | int]) -> str:
+    """The seed of one cell of a grid."""
+    return " ".join([str(seed), *(f"{name} {float(value)}" for name, value in cell.items())])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from butler_jax.evaluation.tables import (
@@ -18,12 +18,16 @@ from butler_jax.evaluation.tables import (
 )
 
 MAIN = {"perplexity": "over_dense", "coreference": "miss_rate", "attention": "recalled_mass"}  # others: accuracy
+ERRORS = "± is the standard error over the windows or samples of a task; its tables say how many these are."
 HEADS = ("", "tokenbutler", "best other policy", "oracle", "dense")
 
 
 @dataclass(frozen=True)
 class Glance:
-    """A line of the table of main results: what is measured, and values as words ('' where there is none)."""
+    """A line of the table of main results: what is measured, and values as words ('' where there is none).
+
+    contest: whether there is something to win.
+    """
 
     what: str
     butler: str
@@ -31,6 +35,7 @@ class Glance:
     oracle: str
     dense: str
     butler_leads: bool
+    contest: bool = True
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
@@ -39,7 +44,7 @@ class Glance:
 
 
 def glance(rows: Sequence[Row]) -> list[Glance]:
-    """Perplexity over dense at every budget, then every other task's main metric at its smallest budget."""
+    """Perplexity over dense and what is read for it at every budget, then other tasks' main metric at the smallest."""
     whole = [r for r in rows if not r.get("where") and usable(r["value"])]
     found = []
     for task in dict.fromkeys(r["task"] for r in whole):
@@ -49,6 +54,8 @@ def glance(rows: Sequence[Row]) -> list[Glance]:
         budgets = budgets_of(chosen)
         for budget in budgets if task == "perplexity" else budgets[-1:]:
             found.append(_line(task, chosen, budget))
+            read = [r for r in here if r["metric"] == "bytes_of_dense" and r["budget"] == budget]
+            found += [_read_line(chosen, read, budget)] if task == "perplexity" and read else []
     return found
 
 
@@ -62,17 +69,23 @@ def summary(rows: Sequence[Row]) -> list[str]:
     over = [r for r in text if r["metric"] == "over_dense"]
     budgets = budgets_of(over)
     for budget in dict.fromkeys((budgets[:1] + budgets[-1:]) if budgets else ()):
-        sentence = _cost([r for r in over if r["budget"] == budget], budget)
+        read = {r["policy"]: r for r in text if r["metric"] == "bytes_of_dense" and r["budget"] == budget}
+        sentence = _cost([r for r in over if r["budget"] == budget], read, budget)
         found += [sentence] if sentence else []
-    lines = [g for g in glance(rows) if g.butler and g.other]
+    lines = [g for g in glance(rows) if g.butler and g.other and g.contest]
     if lines:
         leads = sum(g.butler_leads for g in lines)
-        found.append(f"tokenbutler has the better value in {leads} of the {len(lines)} lines below, errors aside.")
+        found.append(
+            f"tokenbutler has the better value in {leads} of the {len(lines)} comparisons below, errors aside."
+        )
     return found
 
 
-def _cost(rows: Sequence[Row], budget: float | int | None) -> str:
-    """'Reading 50.9 % of the cache (budget 1/2), tokenbutler is 0.10 % above it, and ...'."""
+def _cost(rows: Sequence[Row], read: Mapping[str, Row], budget: float | int | None) -> str:
+    """'Reading 50.9 % of the cache in the layers after the first (budget 1/2), tokenbutler is 0.10 % above it (...)'.
+
+    read: rows of bytes_of_dense by policy.
+    """
     butler, other = _best(rows, is_butler), _best(rows, _is_other)
     first = butler or other
     if first is None:
@@ -80,10 +93,17 @@ def _cost(rows: Sequence[Row], budget: float | int | None) -> str:
     shares = [r["attended"] for r in (butler, other) if r is not None and usable(r.get("attended"))]
     where = f"At a budget of {budget_label(budget)}"
     if shares:
-        where = f"Reading {100 * sum(shares) / len(shares):.1f}\u00a0% of the cache (budget {budget_label(budget)})"
-    sentence = f"{where}, {first['policy']} is {_above(first)} it"
+        share = f"{100 * sum(shares) / len(shares):.1f}\u00a0%"
+        where = f"Reading {share} of the cache in the layers after the first (budget {budget_label(budget)})"
+
+    def bytes_of(row: Row, words: str) -> str:
+        found = read.get(row["policy"])
+        return f" ({_words(metric_of('bytes_of_dense'), {**found, 'error': None})}{words})" if found else ""
+
+    words = " of the bytes that dense reads in all layers, what it chooses by included"
+    sentence = f"{where}, {first['policy']} is {_above(first)} it{bytes_of(first, words)}"
     if butler is not None and other is not None:
-        sentence += f", and {other['policy']}, the best other policy, {_above(other)}"
+        sentence += f", and {other['policy']}, the best other policy, {_above(other)}{bytes_of(other, ' of the bytes')}"
     return sentence + "."
 
 
@@ -94,9 +114,7 @@ def _above(row: Row) -> str:
 
 def _line(task: str, rows: Sequence[Row], budget: float | int | None) -> Glance:
     metric = metric_of(rows[0]["metric"], rows)
-    here = [r for r in rows if r["budget"] == budget and r["policy"] != "dense"]
-    butler, other = _best(here, is_butler), _best(here, _is_other)
-    oracle = next((r for r in here if r["policy"] == "oracle"), None)
+    butler, other, oracle = _compared(rows, budget)
     dense = next((r for r in rows if r["policy"] == "dense"), None)
     both = [r for r in (butler, other) if r is not None]
     name = metric.title if task in ("perplexity", "attention") else f"{task.replace('_', ' ')}, {metric.title}"
@@ -107,6 +125,29 @@ def _line(task: str, rows: Sequence[Row], budget: float | int | None) -> Glance:
         oracle=_words(metric, oracle),
         dense=_words(metric, dense),
         butler_leads=butler is not None and butler["policy"] in best_of(metric, both),
+    )
+
+
+def _compared(rows: Sequence[Row], budget: float | int | None) -> tuple[Row | None, Row | None, Row | None]:
+    """The best tokenbutler, the best other policy and the oracle at a budget."""
+    here = [r for r in rows if r["budget"] == budget and r["policy"] != "dense"]
+    oracle = next((r for r in here if r["policy"] == "oracle"), None)
+    return _best(here, is_butler), _best(here, _is_other), oracle
+
+
+def _read_line(rows: Sequence[Row], read: Sequence[Row], budget: float | int | None) -> Glance:
+    """The bytes that the policies of a line of perplexity read. rows: of that metric; read: of bytes_of_dense."""
+    by_policy = {r["policy"]: {**r, "error": None} for r in read}  # an error of lengths, below what is shown
+    metric = metric_of("bytes_of_dense")
+    butler, other, oracle = (one and by_policy.get(one["policy"]) for one in _compared(rows, budget))
+    return Glance(
+        what=f"{metric.title}, at {budget_label(budget)}",
+        butler=_named(metric, butler, "tokenbutler"),
+        other=_named(metric, other, ""),
+        oracle=_words(metric, oracle),
+        dense=f"100.0\u00a0{metric.unit}",
+        butler_leads=False,
+        contest=False,
     )
 
 

@@ -63,6 +63,7 @@ METRICS = {
     "js_divergence": Metric("Jensen-Shannon divergence from dense", "lower", "nats", digits=4),
     "top1_agreement": _percent("top-1 agreement with dense", "higher"),
     "effective_sparsity": _percent("effective sparsity", None),
+    "bytes_of_dense": _percent("bytes read for a token, of dense", None),
     "recalled_mass": _percent("recalled attention mass", "higher"),
     "hit_rate": _percent("hit rate", "higher"),
     "spearman": Metric("Spearman's rank correlation", "higher"),
@@ -71,6 +72,10 @@ METRICS = {
     "accuracy": _percent("accuracy", "higher"),
     "accuracy_norm": _percent("accuracy, length-normalised", "higher"),
 }
+
+
+ALL_OR_NONE = ("accuracy", "accuracy_norm", "miss_rate", "token_inaccuracy")
+"""Metrics whose error is not the standard error where all samples are right or all are wrong (statistics.share)."""
 
 
 def metric_of(name: str, rows: Iterable[Row] = ()) -> Metric:
@@ -166,7 +171,7 @@ class Column:
 
     @property
     def share(self) -> str:
-        """'15.0 % read', or a range where policies differ; empty where unknown."""
+        """'15.0 % read', or a range where policies differ; empty where unknown. Of the layers after the first."""
         if self.read is None:
             return ""
         low, high = (f"{100 * r:.1f}" for r in self.read)
@@ -274,12 +279,13 @@ def _table(
     lines = tuple(
         Line(policy, tuple(_cell(shown, policy, inside) for _, inside in columns)) for policy in policies_of(rows)
     )
+    heads = tuple(Column(c, _read(inside) if shares and c != "dense" else None) for c, inside in columns)
     return Table(
         task=task,
         metric=metric,
         title=title_of(task, shown),
-        note=_note(shown, rows),
-        columns=tuple(Column(c, _read(inside) if shares and c != "dense" else None) for c, inside in columns),
+        note=_note(shown, rows, any(c.share for c in heads)),
+        columns=heads,
         lines=lines,
     )
 
@@ -312,9 +318,29 @@ def _read(rows: Sequence[Row]) -> tuple[float, float] | None:
     return (min(shares), max(shares)) if shares else None
 
 
-def _note(metric: Metric, rows: Sequence[Row]) -> str:
-    counts = sorted({r["n"] for r in rows if r.get("n") is not None})
-    words = [f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"] if counts else []
+def _note(metric: Metric, rows: Sequence[Row], shares: bool) -> str:
+    count = _range(rows, "n")
+    words = [f"n = {count}"] if count else []
     words += [f"{metric.better} is better"] if metric.better else []
-    words += ["± standard error"] if any(usable(r.get("error")) for r in rows) else []
+    words += [_over(rows)] if any(usable(r.get("error")) for r in rows) else []
+    if rows[0]["metric"] in ALL_OR_NONE and any(r["value"] in (0, 1) and r.get("error") for r in rows):
+        words += ["at 0 and 100 %, where that would be 0, the reach of the Wilson interval, 1 / (samples + 1)"]
+    words += ["% read: of the keys, in the layers after the first"] if shares else []
     return "; ".join(words)
+
+
+def _over(rows: Sequence[Row]) -> str:
+    """What ± is: the standard error over 16 windows."""
+    count, units = _range(rows, "sequences"), {r.get("unit") for r in rows}
+    words = "± standard error"
+    if count and len(units) == 1:
+        words += f" over {count} {units.pop()}"
+    if any(str(r.get("unit")).startswith("overlapping") for r in rows):
+        words += ", which are not independent: too small"
+    return words
+
+
+def _range(rows: Sequence[Row], field: str) -> str:
+    """'16', or '12 to 16' where rows differ; empty where unknown."""
+    counts = sorted({r[field] for r in rows if r.get(field) is not None})
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""

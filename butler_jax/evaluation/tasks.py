@@ -26,9 +26,13 @@ Batches = list[dict[str, np.ndarray]]
 
 
 class Task:
-    """Base class. `facts` is what results depend on beside base, contender and selection, JSON-ready."""
+    """Base class. `facts` is what results depend on beside base, contender and selection, JSON-ready.
+
+    unit: what errors are taken over.
+    """
 
     name: ClassVar[str]
+    unit: str = "samples"
     at_once: ClassVar[bool] = False  # one cell holds all budgets of a contender
     facts: dict[str, Any]
 
@@ -48,7 +52,7 @@ class Perplexity(Task):
 
     def __init__(self, base: Any, config: EvalConfig, batches: Batches):
         check_length(base.config, batches[0]["tokens"].shape[1])
-        self.base, self.config, self.batches = base, config, batches
+        self.base, self.config, self.batches, self.unit = base, config, batches, _windows(config)
         self.facts = {"batches": digest(batches), "score_dtype": config.score_dtype}
 
     @cached_property
@@ -77,7 +81,11 @@ class Perplexity(Task):
         found["effective_sparsity"] = attended.through(
             lambda share: 1 - (1 + (layers - 1) * share) / layers, (layers - 1) / layers
         )
-        found["bytes_read"] = ratio(self._bytes(contender, result), result.rows)
+        read = self._bytes(contender, result)
+        found["bytes_read"] = ratio(read, result.rows)
+        if result is not reference:
+            whole = self._bytes(Contender("dense", Dense(), None), reference)
+            found["bytes_of_dense"] = ratio(read, whole)._replace(n=found["bytes_read"].n)
         return Cell([Finding(name, estimate, budget, attended.value) for name, estimate in found.items()])
 
     def _bytes(self, contender: Contender, result: TextResult):
@@ -96,7 +104,7 @@ class Attention(Task):
     at_once = True
 
     def __init__(self, base: Any, config: EvalConfig, batches: Batches):
-        self.base, self.config, self.batches = base, config, batches
+        self.base, self.config, self.batches, self.unit = base, config, batches, _windows(config)
         self.facts = {"batches": digest(batches), "score_dtype": config.score_dtype, "rows": config.attention_rows}
 
     def takes(self, contender):
@@ -114,8 +122,8 @@ class Attention(Task):
         findings = [Finding("recalled_mass", found.mass[name][b], b, found.attended[name][b].value) for b in selections]
         if name not in found.hit_rate:
             return Cell(findings)
-        findings += [Finding("hit_rate", found.hit_rate[name], None, 0.5)]
-        findings += [Finding("spearman", found.spearman[name], None, 1.0)]
+        findings += [Finding("hit_rate", found.hit_rate[name], None, None)]
+        findings += [Finding("spearman", found.spearman[name], None, None)]
         return Cell(findings, {"hit_rate": np.round(found.by_head[name], 5).tolist()})
 
 
@@ -226,22 +234,37 @@ def make_tasks(base: Any, config: EvalConfig, data: str, say: Say) -> list[Task]
         "perplexity": lambda: Perplexity(base, config, text),
         "attention": lambda: Attention(base, config, text),
         "coreference": lambda: Coreference(base, config),
-        "needle": lambda: Needle(base, config, haystack(base, config, data)),
+        "needle": lambda: Needle(base, config, haystack(base, config, data, say)),
         "key_value": lambda: KeyValue(base, config),
         "variables": lambda: Variables(base, config),
     }
     return [make[name]() if name in make else Downstream(base, config, name) for name in config.tasks]
 
 
-def haystack(base: Any, config: EvalConfig, data: str) -> str:
-    """What needles are hidden in: config.text, or held-out documents of `data` one after the other."""
-    if config.text is not None:
-        return read_text(config.text)
-    from butler_jax.data import held_out
+def _windows(config: EvalConfig) -> str:
+    """What errors over text are taken over."""
+    return "windows" if config.stride is None else "overlapping windows"
 
-    rows = held_out(data, base.tokenizer, length=max(config.lengths), count=4, data_dir=config.data_dir)
-    texts = (base.tokenizer.decode(b["tokens"][b["segments"] > 0].tolist()) for b in rows)
-    return "\n\n".join(texts)
+
+def haystack(base: Any, config: EvalConfig, data: str, say: Say) -> str:
+    """What needles are hidden in: config.text, or held-out documents of `data` one after the other.
+
+    `say` is told where it has fewer tokens than a sample, which then holds it more than once.
+    """
+    longest = max(config.lengths)
+    if config.text is not None:
+        text, source = read_text(config.text), str(config.text)
+    else:
+        from butler_jax.data import held_out
+
+        rows = held_out(data, base.tokenizer, length=longest, count=4, data_dir=config.data_dir)
+        text = "\n\n".join(base.tokenizer.decode(b["tokens"][b["segments"] > 0].tolist()) for b in rows)
+        source = f"the held-out part of {data}"
+    found = len(base.tokenizer.encode(text[: 64 * longest], bos=False))  # no tokenizer has 64 characters a token
+    if over := [length for length in config.lengths if length > found]:
+        lengths = ", ".join(f"{length:,}" for length in over)
+        say(f"{source} has {found:,} tokens: needles of {lengths} tokens lie in it repeated; give a longer text")
+    return text
 
 
 def text_batches(base: Any, config: EvalConfig, data: str, say: Say) -> Batches:

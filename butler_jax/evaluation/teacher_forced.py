@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.passes import Passes
-from butler_jax.evaluation.statistics import Estimate, ratio
+from butler_jax.evaluation.statistics import Estimate, share
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 
@@ -49,17 +49,17 @@ class Answers:
     @property
     def accuracy(self) -> Estimate:
         """Share of samples without a wrong token."""
-        return ratio(self.whole, np.ones_like(self.asked))
+        return share(self.whole, np.ones_like(self.asked))
 
     @property
     def miss_rate(self) -> Estimate:
         """Share of samples with any token wrong."""
-        return ratio(~self.whole, np.ones_like(self.asked))
+        return share(~self.whole, np.ones_like(self.asked))
 
     @property
     def token_inaccuracy(self) -> Estimate:
         """Share of tokens wrong."""
-        return ratio(self.asked - self.right, self.asked)
+        return share(self.asked - self.right, self.asked)
 
     @property
     def share_read(self) -> float:
