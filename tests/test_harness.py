@@ -226,6 +226,13 @@ def test_results_say_what_reads_how(base, predictor):
     json.dumps([told, plain])
 
 
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "citrus"])
+def test_results_say_that_a_policy_which_evicts_reads_the_prompt_itself(base, name):
+    told = ButlerLM(base, make_policy(name), SelectionConfig(budget=16), progress=False).get_model_info()
+    assert "densely" not in told["generation_mode"]
+    assert "the prompt is read under the policy" in told["generation_mode"]
+
+
 def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
     model = dense(base, add_bos_token=True)
     first = base.tokenizer.bos
