@@ -517,8 +517,9 @@ class EvalConfig(HostsConfig):
     """Text and data sets as train.py takes them (text:..., tfds:...). Default: the run's, else python_docs."""
     downstream: Path | None = None
     """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
-    policies: tuple[str, ...] = ("dense", "oracle", "random", "streaming", "tokenbutler")
-    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler."""
+    policies: tuple[str, ...] | None = None
+    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler. Default: dense,
+    oracle, random, streaming and, where there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Share of the causal keys a query attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4
@@ -563,6 +564,8 @@ class EvalConfig(HostsConfig):
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         for name in ("tasks", "policies", "budgets", "lengths", "depths"):
+            if getattr(self, name) is None:
+                continue
             object.__setattr__(self, name, _split_list(getattr(self, name)))
             require(bool(getattr(self, name)), f"--{name} names nothing; give at least one")
         object.__setattr__(self, "compare", tuple(Path(p) for p in _split_list(self.compare)))

@@ -170,6 +170,11 @@ def test_unknown_data_mesh_and_rank_are_named(fails, place, tmp_path):
     assert "fortune" in line and "streaming" in line
 
 
+def test_a_policy_that_was_asked_for_is_not_left_out(fails, place):
+    line = fails("eval", "--base", place["base"], "--policies", "dense,tokenbutler")
+    assert "the policy tokenbutler needs a trained predictor; give --run RUN" in line and "leave it out" in line
+
+
 def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):
     given, mount = common(place, tmp_path), "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under"
     for option, value in (

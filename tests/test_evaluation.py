@@ -446,8 +446,10 @@ def test_bad_input_is_a_clear_error(model, tmp_path):
         EvalConfig(budgets="half")
     with pytest.raises(ValueError, match="at most 1"):
         EvalConfig(budgets="3/2")
-    with pytest.raises(ValueError, match="no policy is left"):
-        evaluate(base, config=EvalConfig(policies="tokenbutler", context=64))
+    with pytest.raises(ValueError, match="the policy tokenbutler needs a trained predictor; give --run RUN"):
+        evaluate(base, config=EvalConfig(policies="dense,tokenbutler", context=64))
+    with pytest.raises(ValueError, match="--policies names nothing"):
+        EvalConfig(policies="")
     with pytest.raises(ValueError, match="needs a trained predictor"):
         simulate(model, make_batch([[8]], 8), make_policy("tokenbutler"), SelectionConfig(budget=0.5))
     with pytest.raises(KeyError, match="no row"):
@@ -467,6 +469,16 @@ def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_config(tmp_path)
+
+
+def test_without_a_predictor_the_default_policies_do_without_tokenbutler(model, tmp_path):
+    text, said = tmp_path / "text.txt", []
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 2)
+    config = EvalConfig(tasks="perplexity", text=text, tokens=64, context=64, budgets="1/2")
+    report = evaluate(Base("letters", model, Letters(), "f"), config=config, say=said.append)
+    assert said[0] == "tokenbutler is left out: there is no trained predictor (give a run)"
+    names = ["dense", "oracle", "random", "streaming"]
+    assert [*dict.fromkeys(r["policy"] for r in report.rows)] == report.about["config"]["policies"] == names
 
 
 def test_a_base_without_tokenizer_is_told(model):

@@ -450,3 +450,14 @@ def test_the_command_takes_any_policy_and_names_the_known_ones(command):
     assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").selection() is None
     with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):
         GenerateConfig(base="tiny", policy="fortune")
+
+
+def test_the_command_does_not_decode_densely_where_tokenbutler_was_asked_for(command, capsys):
+    assert command(["--base", "tiny", "--policy", "tokenbutler", "--budget", "1/8", "--prompt", "a"]) == 1
+    told = capsys.readouterr()
+    assert not told.out and told.err == (
+        "error: the policy tokenbutler needs a trained predictor; give --run RUN (of train.py), or another --policy\n"
+    )
+    GenerateConfig = command.__globals__["GenerateConfig"]
+    assert GenerateConfig(base="tiny", run=Path("x")).made_policy() == make_policy("tokenbutler")
+    assert GenerateConfig(base="tiny", policy="tokenbutler", dense=True).selection() is None

@@ -15,6 +15,7 @@ from butler_jax.policies import Policy, make_policy
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
 
+DEFAULT = ("dense", "oracle", "random", "streaming", "tokenbutler")
 PREPARED_TOKENS = 8192  # of text that a policy is prepared on
 
 
@@ -45,18 +46,21 @@ def contenders(
 ) -> list[Contender]:
     """The policies of a configuration, prepared; with further runs to compare, one tokenbutler for each predictor.
 
-    predictor: None reads that of config.run; without a run tokenbutler is left out, and `say` told. Raises ValueError
-    for an unknown policy, and where none is left.
+    predictor: None reads that of config.run; without a run, DEFAULT does without tokenbutler, and `say` is told. Raises
+    ValueError for an unknown policy, and for one that was asked for and needs a predictor where there is none.
     """
     settings = {"random": {"seed": config.seed}}
-    policies = [make_policy(name, **settings.get(name, {})) for name in config.policies]
+    policies = [make_policy(name, **settings.get(name, {})) for name in config.policies or DEFAULT]
     needing = [p.name for p in policies if p.needs_predictor]
     predictors = list(_predictors(base, predictor, config)) if needing else []
-    if not predictors:
-        for name in needing:
-            say(f"{name} is left out: there is no trained predictor (give a run)")
+    if needing and not predictors:
+        require(
+            config.policies is None,
+            f"the policy {', '.join(needing)} needs a trained predictor; give --run RUN (a run of train.py; in Python "
+            "also predictor=), or leave it out of --policies",
+        )
+        say(f"{', '.join(needing)} is left out: there is no trained predictor (give a run)")
         policies = [p for p in policies if not p.needs_predictor]
-        require(bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run")
     found = []
     for policy in prepared(policies, base, data, context=config.context, data_dir=config.data_dir):
         if policy.needs_predictor:

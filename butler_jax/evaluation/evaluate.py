@@ -38,12 +38,12 @@ def evaluate(
 ) -> Report:
     """Run the tasks of a configuration on a base from load_base.
 
-    predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run that policy is left
-    out. data: as config.data. keep: a directory where finished cells are kept as they come (cells.jsonl): the next
-    evaluation there does not measure again what is the same; None keeps and writes nothing. say: receives a line of
-    progress after each cell. Of several processes, the first one keeps and says; the report is there in all. Raises
-    ValueError for an unknown policy, a context beyond the base's, an empty text, where `keep` is no directory, and
-    where the processes would not measure the same.
+    predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run the default policies
+    do without tokenbutler. data: as config.data. keep: a directory where finished cells are kept as they come
+    (cells.jsonl): the next evaluation there does not measure again what is the same; None keeps and writes nothing.
+    say: receives a line of progress after each cell. Of several processes, the first one keeps and says; the report is
+    there in all. Raises ValueError for an unknown policy, one that was asked for and lacks its predictor, a context
+    beyond the base's, an empty text, where `keep` is no directory, and where the processes would not measure the same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
@@ -90,7 +90,7 @@ def evaluate(
         policies=[describe(p) for p in dict.fromkeys(one.policy for one in judged)],
         versions=versions(),
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
-        config=to_dict(config),
+        config={**to_dict(config), "policies": [p.name for p in dict.fromkeys(one.policy for one in judged)]},
         command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - started, 1),
