@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,9 @@ class Contender(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """All that its results depend on, JSON-ready: settings, and digests of what was learnt or found on text."""
-        arrays = {f: getattr(self.policy, f) for f in self.policy.__dataclass_fields__}
-        found = {name: digest(a) for name, a in arrays.items() if isinstance(a, np.ndarray)}
+        settings = {field.name: getattr(self.policy, field.name) for field in fields(self.policy)}
+        found = {name: digest(a) for name, a in settings.items() if isinstance(a, np.ndarray)}
+        found |= {"needs_predictor": self.policy.needs_predictor, "evicts": self.policy.evicts}
         learnt = {} if self.predictor is None else {"predictor": to_dict(self.predictor.config),
                                                     "parameters": digest(self.predictor)}  # fmt: skip
         return {**describe(self.policy), **found, **learnt}
