@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -37,7 +38,7 @@ class Contender(NamedTuple):
         """All that its results depend on, JSON-ready: settings, and digests of what was learnt or found on text."""
         settings = {field.name: getattr(self.policy, field.name) for field in fields(self.policy)}
         found = {name: digest(a) for name, a in settings.items() if isinstance(a, np.ndarray)}
-        found |= {"needs_predictor": self.policy.needs_predictor, "evicts": self.policy.evicts}
+        found |= {"needs_predictor": self.policy.needs_predictor, "evicts": self.policy.evicts}  # as kept cells have it
         learnt = {} if self.predictor is None else {"predictor": to_dict(self.predictor.config),
                                                     "parameters": digest(self.predictor)}  # fmt: skip
         return {**describe(self.policy), **found, **learnt}
@@ -52,7 +53,8 @@ def contenders(
     ValueError for an unknown policy, and for one that was asked for and needs a predictor where there is none.
     """
     settings = {"random": {"seed": config.seed}}
-    policies = [make_policy(name, **settings.get(name, {})) for name in config.policies or DEFAULT]
+    given = config.policies or DEFAULT
+    policies = [p if isinstance(p, Policy) else make_policy(p, **settings.get(p, {})) for p in given]
     needing = [p.name for p in policies if p.needs_predictor]
     predictors = list(_predictors(base, predictor, config)) if needing else []
     if needing and not predictors:
@@ -63,13 +65,28 @@ def contenders(
         )
         say(f"{', '.join(needing)} is left out: there is no trained predictor (give a run)")
         policies = [p for p in policies if not p.needs_predictor]
-    found = []
-    for policy in prepared(policies, base, data, context=config.context, data_dir=config.data_dir):
+    found, labels = [], labels_of(policies)
+    policies = prepared(policies, base, data, context=config.context, data_dir=config.data_dir)
+    for label, policy in zip(labels, policies, strict=True):
         if policy.needs_predictor:
-            found += [Contender(policy.name + suffix, policy, one) for suffix, one in predictors]
+            found += [Contender(label + suffix, policy, one) for suffix, one in predictors]
         else:
-            found.append(Contender(policy.name, policy, None))
+            found.append(Contender(label, policy, None))
     return found
+
+
+def labels_of(policies: list[Policy]) -> list[str]:
+    """Names of policies, and behind those that occur more than once their settings: quest:page=8 and quest:page=16.
+
+    Raises ValueError where two are the same.
+    """
+    counts, labels = Counter(p.name for p in policies), []
+    for policy in policies:
+        words = [f"{k}={v}" for k, v in describe(policy).items() if k != "name" and counts[policy.name] > 1]
+        labels.append(":".join([policy.name, *words]))
+    twice = [label for label, times in Counter(labels).items() if times > 1]
+    require(not twice, f"two policies are called {', '.join(twice)}; give them names of their own, or other settings")
+    return labels
 
 
 def _predictors(base: Any, predictor: Predictor | None, config: EvalConfig) -> Iterator[tuple[str, Predictor]]:

@@ -26,6 +26,7 @@ __all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
 
 def make_policy(name: str, **fields) -> Policy:
     """The policy of that name; fields: its hyper-parameters. Raises ValueError naming the known ones."""
+    require(isinstance(name, str), f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
     require(name in POLICIES, f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     known = [field.name for field in dataclasses.fields(POLICIES[name])]
     unknown = sorted(set(fields) - set(known))
