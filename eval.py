@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from butler_jax.command_line import read, run
+from butler_jax.command_line import interrupted, read, run
 from butler_jax.configs import EvalConfig, require
 from butler_jax.hosts import join_hosts
 
@@ -34,8 +34,7 @@ def judge(config: EvalConfig) -> int:
     try:
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from what is finished in {out}", file=sys.stderr)
-        return 130
+        interrupted(f"stopped; the same command goes on from what is finished in {out}")
     if jax.process_index() != 0:
         return 0
     print()

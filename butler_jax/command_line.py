@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import tyro
@@ -40,3 +42,15 @@ def run(command: Callable[[], int]) -> int:
             leave(error)
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def interrupted(said: str) -> NoReturn:
+    """End the program with a line on stderr and status 130, after Ctrl-C.
+
+    It ends at once: after a KeyboardInterrupt, JAX 0.10 crashes where the interpreter would end by itself.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # nobody reads any more, or the interrupt met a write
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f"{said}\n".encode())
+    os._exit(130)

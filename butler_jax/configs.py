@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -517,8 +518,9 @@ class EvalConfig(HostsConfig):
     """Text and data sets as train.py takes them (text:..., tfds:...). Default: the run's, else python_docs."""
     downstream: Path | None = None
     """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
-    policies: tuple[str, ...] = ("dense", "oracle", "random", "streaming", "tokenbutler")
-    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler."""
+    policies: tuple[str, ...] | None = None
+    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler; in Python also
+    policies themselves. Default: dense, oracle, random, streaming and, where there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Share of the causal keys a query attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4
@@ -563,6 +565,8 @@ class EvalConfig(HostsConfig):
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         for name in ("tasks", "policies", "budgets", "lengths", "depths"):
+            if getattr(self, name) is None:
+                continue
             object.__setattr__(self, name, _split_list(getattr(self, name)))
             require(bool(getattr(self, name)), f"--{name} names nothing; give at least one")
         object.__setattr__(self, "compare", tuple(Path(p) for p in _split_list(self.compare)))
@@ -606,7 +610,7 @@ def _numbers(name: str, kind: type, values: tuple) -> tuple:
 
 def _split_list(values) -> tuple:
     """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'); what is not text stays; repeated entries once."""
-    values = (values,) if isinstance(values, (str, int, float, Path)) else values
+    values = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else values
     parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else (v,))]
     parts = [p.strip() if isinstance(p, str) else p for p in parts]
     return tuple(dict.fromkeys(p for p in parts if p != ""))

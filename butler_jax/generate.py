@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from butler_jax.command_line import read, run
+from butler_jax.command_line import interrupted, read, run
 from butler_jax.configs import SelectionConfig, parse_budget, require, require_local
 from butler_jax.policies import Policy, make_policy
 from butler_jax.sampling import Sampling
@@ -37,8 +37,9 @@ class GenerateConfig:
     """Tokens to generate at most."""
     dense: bool = False
     """Read everything, whatever the run."""
-    policy: str = "tokenbutler"
-    """Who chooses: as --policies of eval.py. All but tokenbutler do without a run."""
+    policy: str | None = None
+    """Who chooses: as --policies of eval.py. All but tokenbutler do without a run. Default: tokenbutler with a run,
+    dense without."""
     budget: str = "1/4"
     """Share of the cached tokens that a step attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4
@@ -87,7 +88,11 @@ class GenerateConfig:
             self.prompt is None or self.prompt_file is None,
             "--prompt and --prompt-file exclude each other; give one of them",
         )
-        self.made_policy()
+        policy = self.made_policy()
+        require(
+            self.dense or self.run is not None or not policy.needs_predictor,
+            f"the policy {policy.name} needs a trained predictor; give --run RUN (of train.py), or another --policy",
+        )
         self.selection()
         self.sampling()
 
@@ -100,7 +105,8 @@ class GenerateConfig:
 
     def made_policy(self) -> Policy:
         """The policy. Raises ValueError for an unknown one."""
-        return make_policy(self.policy, **({"pooling": self.pooling} if self.policy == "tokenbutler" else {}))
+        name = self.policy or ("dense" if self.run is None else "tokenbutler")
+        return make_policy(name, **({"pooling": self.pooling} if name == "tokenbutler" else {}))
 
     def selection(self) -> SelectionConfig | None:
         """The selection these settings describe; None where decoding is dense."""
@@ -108,8 +114,7 @@ class GenerateConfig:
             budget=parse_budget(self.budget), sinks=self.sinks, window=self.window, unit=self.unit,
             interval=self.interval, neighbours=self.neighbours, min_context=self.min_context,
         )  # fmt: skip
-        dense = self.dense or self.policy == "dense" or (self.run is None and self.made_policy().needs_predictor)
-        return None if dense else chosen
+        return None if self.dense or self.made_policy().name == "dense" else chosen
 
     def text(self) -> str:
         """The prompt. Raises ValueError for a file that is missing or no text."""
@@ -123,7 +128,10 @@ class GenerateConfig:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status. Errors of the user's making are one line, no traceback."""
-    return run(lambda: continue_prompt(read(GenerateConfig, arguments, "python -m butler_jax.generate")))
+    try:
+        return run(lambda: continue_prompt(read(GenerateConfig, arguments, "python -m butler_jax.generate")))
+    except KeyboardInterrupt:
+        interrupted("\nstopped")
 
 
 def continue_prompt(config: GenerateConfig) -> int:

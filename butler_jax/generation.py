@@ -20,7 +20,7 @@ from butler_jax.configs import SelectionConfig, require
 from butler_jax.decode import decode_step
 from butler_jax.filling import CHUNK, prefill
 from butler_jax.offload import to_host
-from butler_jax.policies import Policy
+from butler_jax.policies import Policy, make_policy
 from butler_jax.policies.tokenbutler import TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.prompts import Prompts, Writer, encode, stop_tokens
@@ -86,7 +86,7 @@ def generate_stream(
     *,
     predictor: Predictor | None = None,
     selection: SelectionConfig | None = None,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -104,10 +104,11 @@ def generate_stream(
     """Continue prompts, yielding every new token.
 
     prompts: a text, texts, token ids, or lists of them. predictor, selection, policy: as in `decode_step`; with a
-    predictor and no selection, SelectionConfig() is taken; with neither, decoding is dense. temperature (0: greedy),
-    top_k, top_p, repetition_penalty: see `Sampling`. stop: token ids, or texts of single tokens, that end a row (None:
-    the tokenizer's end of text). seed: of row 0, the others count on; or one a row. capacity: tokens a row has room
-    for; by default the next of a few sizes, so that lengths up to it share a compilation. chunk: see `prefill`.
+    predictor and no selection, SelectionConfig() is taken; with neither, decoding is dense; a policy that is prepared
+    on no text may be given by its name. temperature (0: greedy), top_k, top_p, repetition_penalty: see `Sampling`.
+    stop: token ids, or texts of single tokens, that end a row (None: the tokenizer's end of text). seed: of row 0, the
+    others count on; or one a row. capacity: tokens a row has room for; by default the next of a few sizes, so that
+    lengths up to it share a compilation. chunk: see `prefill`.
     offload: keys and values are moved to host memory after the prefill, and only what is read comes back (offload.py).
     score_dtype: "int8" keeps the predictor's importance keys in int8. implementation: of the kernels of pallas_kernels.
     result: filled while the pieces come.
@@ -119,7 +120,7 @@ def generate_stream(
     settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     if predictor is not None and selection is None:
         selection = SelectionConfig()
-    policy = policy or TokenButler()
+    policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
     selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
     require(
         selection is None or predictor is not None or not policy.needs_predictor,

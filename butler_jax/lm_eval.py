@@ -7,6 +7,7 @@ name: `--tasks piqa_local --metadata directory=DIR`. Nothing imports this file.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from butler_jax.command_line import run
@@ -29,6 +30,7 @@ def _harness() -> int:
         ) from None
     if "--tasks" in sys.argv and "--include_path" not in sys.argv:
         sys.argv += ["--include_path", str(TASKS_DIRECTORY)]
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork after JAX has started threads
     cli_evaluate()
     return 0
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +173,11 @@ def test_unknown_data_mesh_and_rank_are_named(fails, place, tmp_path):
     assert "fortune" in line and "streaming" in line
 
 
+def test_a_policy_that_was_asked_for_is_not_left_out(fails, place):
+    line = fails("eval", "--base", place["base"], "--policies", "dense,tokenbutler")
+    assert "the policy tokenbutler needs a trained predictor; give --run RUN" in line and "leave it out" in line
+
+
 def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):
     given, mount = common(place, tmp_path), "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under"
     for option, value in (
@@ -229,6 +237,35 @@ def test_help_explains_every_option_with_its_default(arguments, kind, capfd, mon
         assert len(words.split()) >= 3, f"{option} has no explanation: {match[0]}"
         if isinstance(field.default, (int, float, str)) and field.default != "":
             assert str(field.default) in match[1], match[0]
+
+
+@pytest.mark.slow  # two starts
+@pytest.mark.parametrize(
+    ("arguments", "begun", "said"),
+    [
+        (["eval.py", "--base", "tiny", "--tasks", "perplexity", "--out", "out"], "s left\n", "stopped; the same"),
+        (["-m", "butler_jax.generate", "--base", "tiny", "--prompt", "A", "--max-new-tokens", "1900"], "A", "stopped"),
+    ],
+    ids=["eval", "generate"],
+)  # fmt: skip
+def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
+    """JAX 0.10 crashes where an interrupted interpreter ends by itself, and the status is then that of the crash."""
+    script = [str(REPOSITORY / a) if a == "eval.py" else a for a in arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", *script], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    shown = ""
+    while begun not in shown:
+        shown += (letter := process.stdout.read(1))
+        assert letter, process.stderr.read()
+    time.sleep(1)  # into the next pass
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and said in error and "Traceback" not in error, error
+    if arguments[0] == "eval.py":
+        assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) >= 1
 
 
 def test_training_and_judging_from_the_command_line(place, tmp_path, capfd):

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from butler_jax.evaluation.chunks import spread
 from butler_jax.evaluation.evaluate import run_config
 from butler_jax.evaluation.passes import Passes
 from butler_jax.evaluation.perplexity import read_text, windows
-from butler_jax.policies import make_policy
+from butler_jax.policies import Policy, make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.weights import Base
 
@@ -463,8 +468,10 @@ def test_bad_input_is_a_clear_error(model, tmp_path):
         EvalConfig(budgets="half")
     with pytest.raises(ValueError, match="at most 1"):
         EvalConfig(budgets="3/2")
-    with pytest.raises(ValueError, match="no policy is left"):
-        evaluate(base, config=EvalConfig(policies="tokenbutler", context=64))
+    with pytest.raises(ValueError, match="the policy tokenbutler needs a trained predictor; give --run RUN"):
+        evaluate(base, config=EvalConfig(policies="dense,tokenbutler", context=64))
+    with pytest.raises(ValueError, match="--policies names nothing"):
+        EvalConfig(policies="")
     with pytest.raises(ValueError, match="needs a trained predictor"):
         simulate(model, make_batch([[8]], 8), make_policy("tokenbutler"), SelectionConfig(budget=0.5))
     with pytest.raises(KeyError, match="no row"):
@@ -484,6 +491,67 @@ def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_config(tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Policy):
+    """Keys of small (sign = -1) or large (sign = 1) norm are read first."""
+
+    name = "norm"
+    sign: int = 1
+
+    def scores(self, chunk):
+        norms = self.sign * jnp.linalg.norm(chunk.k.astype(jnp.float32), axis=-1)[:, :, None, None]
+        return jnp.broadcast_to(norms, (*norms.shape[:3], chunk.q.shape[3], norms.shape[-1]))
+
+
+def test_policies_of_ones_own_are_judged_beside_those_with_names(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    base, settings = Base("letters", model, Letters(), "f"), dict(text=text, tokens=128, context=128, budgets="1/2")
+    own = [Norm(), Norm(sign=-1)]
+    found = EvalConfig(tasks="perplexity", policies=("dense,oracle", *own), **settings)
+    report = evaluate(base, config=found, keep=tmp_path / "out")
+    labels = ["dense", "oracle", "norm:sign=1", "norm:sign=-1"]
+    assert [*dict.fromkeys(r["policy"] for r in report.rows)] == labels
+    (batch,) = text_windows(base.tokenizer, text.read_text(), context=128, tokens=128, batch_size=1)
+    for policy, label in zip(own, labels[2:], strict=True):
+        wanted = perplexity(model, [batch], policy, SelectionConfig(budget=0.5)).perplexity.value
+        assert report.value("perplexity", label, 0.5) == pytest.approx(wanted, rel=1e-5)
+    about = json.loads(json.dumps(report.about))
+    assert about["config"]["policies"] == ["dense", "oracle", "norm", "norm"]
+    assert about["policies"][2:] == [{"name": "norm", "sign": 1}, {"name": "norm", "sign": -1}]
+    alone = evaluate(base, config=EvalConfig(tasks="attention", policies=Norm(), **settings))
+    assert {r["policy"] for r in alone.rows} == {"norm"}
+    for policies, message in (
+        (("oracle", make_policy("oracle")), "two policies are called oracle; give them names of their own"),
+        ((Norm,), "is neither a policy nor a name of one; make it one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(base, config=EvalConfig(tasks="perplexity", policies=policies, **settings))
+
+
+@pytest.mark.slow  # a start
+def test_the_policy_of_contributing_runs_as_it_stands(tmp_path):
+    repository = Path(__file__).parent.parent
+    (snippet,) = re.findall(r"```python\n(.*?)```", (repository / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"^\s*norm\s+[\d.]+", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.rstrip().splitlines()[-1] and [*tmp_path.iterdir()] == []
+
+
+def test_without_a_predictor_the_default_policies_do_without_tokenbutler(model, tmp_path):
+    text, said = tmp_path / "text.txt", []
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 2)
+    config = EvalConfig(tasks="perplexity", text=text, tokens=64, context=64, budgets="1/2")
+    report = evaluate(Base("letters", model, Letters(), "f"), config=config, say=said.append)
+    assert said[0] == "tokenbutler is left out: there is no trained predictor (give a run)"
+    names = ["dense", "oracle", "random", "streaming"]
+    assert [*dict.fromkeys(r["policy"] for r in report.rows)] == report.about["config"]["policies"] == names
 
 
 def test_a_base_without_tokenizer_is_told(model):

@@ -442,6 +442,15 @@ def test_every_policy_generates_what_it_would_have_read(base, name):
             butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
 
 
+def test_a_policy_may_be_given_by_its_name(base):
+    settings = dict(selection=SelectionConfig(budget=0.4, sinks=2, window=3), max_new_tokens=8, stop=())
+    policies = ("oracle", make_policy("oracle"))
+    by_name, itself = (butler_jax.generate(base, PROMPTS, policy=p, **settings) for p in policies)
+    assert by_name.tokens == itself.tokens
+    with pytest.raises(ValueError, match="unknown policy 'fortune'"):
+        butler_jax.generate(base, PROMPTS, policy="fortune", **settings)
+
+
 def test_the_command_takes_any_policy_and_names_the_known_ones(command):
     GenerateConfig = command.__globals__["GenerateConfig"]
     config = GenerateConfig(base="tiny", policy="streaming", budget="1/8")
@@ -450,3 +459,14 @@ def test_the_command_takes_any_policy_and_names_the_known_ones(command):
     assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").selection() is None
     with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):
         GenerateConfig(base="tiny", policy="fortune")
+
+
+def test_the_command_does_not_decode_densely_where_tokenbutler_was_asked_for(command, capsys):
+    assert command(["--base", "tiny", "--policy", "tokenbutler", "--budget", "1/8", "--prompt", "a"]) == 1
+    told = capsys.readouterr()
+    assert not told.out and told.err == (
+        "error: the policy tokenbutler needs a trained predictor; give --run RUN (of train.py), or another --policy\n"
+    )
+    GenerateConfig = command.__globals__["GenerateConfig"]
+    assert GenerateConfig(base="tiny", run=Path("x")).made_policy() == make_policy("tokenbutler")
+    assert GenerateConfig(base="tiny", policy="tokenbutler", dense=True).selection() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
 
 import numpy as np
@@ -226,6 +227,13 @@ def test_results_say_what_reads_how(base, predictor):
     json.dumps([told, plain])
 
 
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "citrus"])
+def test_results_say_that_a_policy_which_evicts_reads_the_prompt_itself(base, name):
+    told = ButlerLM(base, make_policy(name), SelectionConfig(budget=16), progress=False).get_model_info()
+    assert "densely" not in told["generation_mode"]
+    assert "the prompt is read under the policy" in told["generation_mode"]
+
+
 def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
     model = dense(base, add_bos_token=True)
     first = base.tokenizer.bos
@@ -340,9 +348,10 @@ def test_downstream_gives_means_and_standard_errors_of_its_samples(base, data):
 @pytest.mark.slow
 def test_the_command_runs_the_harness_with_the_model_and_local_tasks(directory, data, tmp_path, monkeypatch, capsys):
     arguments = f"base={directory},policy=oracle,budget=1/2"
+    monkeypatch.setattr(multiprocessing, "Pool", None)  # the standard errors are bootstrapped without a fork
     monkeypatch.setattr(
         sys, "argv",
-        ["lm_eval", "--model", "butler", "--model_args", arguments, "--tasks", "piqa_local,winogrande_local",
+        ["lm_eval", "--model", "butler", "--model_args", arguments, "--tasks", "piqa_local,lambada_local",
          "--metadata", f"directory={data}", "--batch_size", "2", "--output_path", str(tmp_path)],
     )  # fmt: skip
     assert butler_jax.lm_eval.main() == 0
@@ -350,8 +359,9 @@ def test_the_command_runs_the_harness_with_the_model_and_local_tasks(directory, 
     (path,) = tmp_path.rglob("results*.json")
     results = json.loads(path.read_text())
     assert results["config"]["policy"]["name"] == "oracle"
+    assert results["results"]["lambada_local"]["perplexity_stderr,none"] > 0
     assert "every position" in results["config"]["loglikelihood_mode"]
-    assert set(results["results"]) == {"piqa_local", "winogrande_local"}
+    assert set(results["results"]) == {"piqa_local", "lambada_local"}
 
 
 def compare(path, directory, task, limit, max_length):

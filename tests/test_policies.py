@@ -10,6 +10,7 @@ import pytest
 from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
 from butler_jax.configs import BaseConfig, SelectionConfig
 from butler_jax.policies import POLICIES, Chunk, make_policy
+from butler_jax.policies.interface import describe
 from butler_jax.policies.random import mix
 from butler_jax.selection import Rows
 
@@ -180,11 +181,21 @@ def test_every_policy_gives_finite_scores_of_the_shape_selection_takes_or_evicts
         assert np.isfinite(np.asarray(scores)).all(), name
 
 
+def test_what_all_policies_of_a_kind_have_is_no_setting():
+    assert describe(make_policy("dense")) == {"name": "dense"}
+    assert describe(make_policy("quest")) == {"name": "quest", "page": 16}
+    assert describe(make_policy("h2o")) == {"name": "h2o"}
+
+
 def test_errors_name_what_is_known(chunk):
     with pytest.raises(ValueError, match="unknown policy 'best'; known: dense, oracle"):
         make_policy("best")
     with pytest.raises(ValueError, match="streaming has no seed"):
         make_policy("streaming", seed=1)
+    with pytest.raises(ValueError, match="policy dense has no foo; it has no settings"):
+        make_policy("dense", foo=1)
+    with pytest.raises(ValueError, match="policy quest has no evicts; it has page"):
+        make_policy("quest", evicts=True)
     with pytest.raises(ValueError, match="known: normalised, maximum"):
         make_policy("tokenbutler", pooling="mean")
     with pytest.raises(ValueError, match="needs a trained predictor"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import CodeType, MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from butler_jax.policies import Policy, make_policy
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
 
+DEFAULT = ("dense", "oracle", "random", "streaming", "tokenbutler")
 PREPARED_TOKENS = 8192  # of text that a policy is prepared on
 
 
@@ -44,8 +47,8 @@ class Contender(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """What sets its results apart, JSON-ready: settings, digests of its code and of what was learnt or found."""
-        arrays = {f: getattr(self.policy, f) for f in self.policy.__dataclass_fields__}
-        found = {name: digest(a) for name, a in arrays.items() if isinstance(a, np.ndarray)}
+        settings = {field.name: getattr(self.policy, field.name) for field in fields(self.policy)}
+        found = {name: digest(a) for name, a in settings.items() if isinstance(a, np.ndarray)}
         learnt = {} if self.predictor is None else {
             "predictor": to_dict(self.predictor.config), "parameters": digest(self.predictor),
             "predictor_code": code(type(self.predictor)),
@@ -58,25 +61,44 @@ def contenders(
 ) -> list[Contender]:
     """The policies of a configuration, prepared; with further runs to compare, one tokenbutler for each predictor.
 
-    predictor: None reads that of config.run; without a run tokenbutler is left out, and `say` told. Raises ValueError
-    for an unknown policy, and where none is left.
+    predictor: None reads that of config.run; without a run, DEFAULT does without tokenbutler, and `say` is told. Raises
+    ValueError for an unknown policy, and for one that was asked for and needs a predictor where there is none.
     """
     settings = {"random": {"seed": config.seed}}
-    policies = [make_policy(name, **settings.get(name, {})) for name in config.policies]
+    given = config.policies or DEFAULT
+    policies = [p if isinstance(p, Policy) else make_policy(p, **settings.get(p, {})) for p in given]
     needing = [p.name for p in policies if p.needs_predictor]
     predictors = list(_predictors(base, predictor, config)) if needing else []
-    if not predictors:
-        for name in needing:
-            say(f"{name} is left out: there is no trained predictor (give a run)")
+    if needing and not predictors:
+        require(
+            config.policies is None,
+            f"the policy {', '.join(needing)} needs a trained predictor; give --run RUN (a run of train.py; in Python "
+            "also predictor=), or leave it out of --policies",
+        )
+        say(f"{', '.join(needing)} is left out: there is no trained predictor (give a run)")
         policies = [p for p in policies if not p.needs_predictor]
-        require(bool(policies), "no policy is left to judge: tokenbutler needs a trained predictor, give a run")
-    found = []
-    for policy in prepared(policies, base, data, context=config.context, data_dir=config.data_dir):
+    found, labels = [], labels_of(policies)
+    policies = prepared(policies, base, data, context=config.context, data_dir=config.data_dir)
+    for label, policy in zip(labels, policies, strict=True):
         if policy.needs_predictor:
-            found += [Contender(policy.name + suffix, policy, one, how) for suffix, one, how in predictors]
+            found += [Contender(label + suffix, policy, one, how) for suffix, one, how in predictors]
         else:
-            found.append(Contender(policy.name, policy, None))
+            found.append(Contender(label, policy, None))
     return found
+
+
+def labels_of(policies: list[Policy]) -> list[str]:
+    """Names of policies, and behind those that occur more than once their settings: quest:page=8 and quest:page=16.
+
+    Raises ValueError where two are the same.
+    """
+    counts, labels = Counter(p.name for p in policies), []
+    for policy in policies:
+        words = [f"{k}={v}" for k, v in describe(policy).items() if k != "name" and counts[policy.name] > 1]
+        labels.append(":".join([policy.name, *words]))
+    twice = [label for label, times in Counter(labels).items() if times > 1]
+    require(not twice, f"two policies are called {', '.join(twice)}; give them names of their own, or other settings")
+    return labels
 
 
 def _predictors(base: Any, predictor: Predictor | None, config: EvalConfig) -> Iterator[tuple[str, Predictor, dict]]:

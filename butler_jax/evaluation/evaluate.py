@@ -6,6 +6,7 @@ keeps what they found. A cell is computed as one host alone would, so the report
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import time
 from dataclasses import asdict
@@ -35,14 +36,15 @@ def evaluate(
     keep: str | Path | None = None,
     say: Say | None = None,
 ) -> Report:
-    """Run the tasks of a configuration on a base from load_base.
+    """Run the tasks of a configuration on a base from load_base; config.policies are names, or policies themselves.
 
-    predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run that policy is left
-    out. data: as config.data. keep: a directory where finished cells are kept as they come (cells.jsonl): the next
-    evaluation there does not measure again what is the same, down to the policies' code and the package's version; None
-    keeps and writes nothing. say: receives a line of progress after each cell. Of several processes, the first one
-    keeps and says; the report is there in all. Raises ValueError for an unknown policy, a context beyond the base's, an
-    empty text, where `keep` is no directory, and where the processes would not measure the same.
+    predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run the default policies
+    do without tokenbutler. data: as config.data. keep: a directory where finished cells are kept as they come
+    (cells.jsonl): the next evaluation there does not measure again what is the same, down to the policies' code and the
+    package's version; None keeps and writes nothing. say: receives a line of progress after each cell. Of several
+    processes, the first one keeps and says; the report is there in all. Raises ValueError for an unknown policy, one
+    that was asked for and lacks its predictor, a context beyond the base's, an empty text, where `keep` is no
+    directory, and where the processes would not measure the same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
@@ -96,7 +98,10 @@ def evaluate(
         versions=known,
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         notes=notes,
-        config=to_dict(config),
+        config={
+            **to_dict(dataclasses.replace(config, policies=None)),
+            "policies": [p.name for p in dict.fromkeys(one.policy for one in judged)],
+        },
         command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seconds=round(sum(kept.cells[key].seconds for key in dict.fromkeys(keys)), 1),

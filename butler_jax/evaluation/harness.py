@@ -2,7 +2,8 @@
 
 Tokens are split, moved and truncated as the harness's own model `hf` does it. Likelihoods come from one pass in which
 every position, those of the context among them, attends its own choice (simulate.py). Texts are generated after a dense
-prefill, every new token attending its own choice (generation.py). `get_model_info` puts both into the results.
+prefill, every new token attending its own choice (generation.py); a policy that evicts drops tokens of the prompt too,
+while it is read. `get_model_info` puts both into the results.
 """
 
 from __future__ import annotations
@@ -33,11 +34,6 @@ from butler_jax.weights import Base
 LEAST = 32  # rows are padded to the next of 1, 1.5, 2, 3, 4 ... times as many tokens
 NEW_TOKENS = 256  # of a generated text whose task names no limit
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-MODES = {
-    "loglikelihood_mode": "every position attends its own choice, those of the context too (decoding simulated)",
-    "generation_mode": "the prompt is prefilled densely, every new token attends its own choice",
-}
-
 Row = tuple[tuple[int, ...], int]  # tokens, and how many of the last are asked for
 
 
@@ -276,13 +272,25 @@ class ButlerLM(TemplateLM):
             "score_dtype": self.score_dtype,
             "max_length": self.max_length,
             "attended": self.attended,
-            **({name: "dense" for name in MODES} if dense else MODES),
+            **modes(self.policy),
         }
 
     @property
     def attended(self) -> float | None:
         """Mean fraction of the causal keys that was read in layers 1 ... for likelihoods; None before there are any."""
         return self.read / self.rows if self.rows else None
+
+
+def modes(policy: Policy) -> dict[str, str]:
+    """What reads how under a policy, in words: for likelihoods, and for texts that are generated."""
+    if policy.name == "dense":
+        return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
+    choice = "every position attends its own choice, those of the context too (decoding simulated)"
+    if policy.evicts:
+        told = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
+    else:
+        told = "the prompt is prefilled densely, every new token attends its own choice"
+    return {"loglikelihood_mode": choice, "generation_mode": told}
 
 
 def scoring_batch(rows: Sequence[Row], count: int, context: int) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from butler_jax.configs import require
 from butler_jax.policies.citrus import CItruS
 from butler_jax.policies.dense import Dense
@@ -24,8 +26,9 @@ __all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
 
 def make_policy(name: str, **fields) -> Policy:
     """The policy of that name; fields: its hyper-parameters. Raises ValueError naming the known ones."""
+    require(isinstance(name, str), f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
     require(name in POLICIES, f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-    known = POLICIES[name].__dataclass_fields__
+    known = [field.name for field in dataclasses.fields(POLICIES[name])]
     unknown = sorted(set(fields) - set(known))
     require(not unknown, f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
     return POLICIES[name](**fields)

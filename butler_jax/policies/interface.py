@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -104,5 +105,5 @@ def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]
 
 def describe(policy: Policy) -> dict[str, Any]:
     """Name and hyper-parameters, for reports; what was found on text is left out."""
-    fields = {f: getattr(policy, f) for f in policy.__dataclass_fields__}
-    return {"name": policy.name, **{f: value for f, value in fields.items() if not isinstance(value, np.ndarray)}}
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    return {"name": policy.name, **{f: value for f, value in settings.items() if not isinstance(value, np.ndarray)}}
