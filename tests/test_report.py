@@ -22,6 +22,7 @@ from butler_jax.evaluation.figures import figures
 from butler_jax.evaluation.markdown import markdown
 from butler_jax.evaluation.page import page
 from butler_jax.evaluation.plotting import INK, looks, render
+from butler_jax.evaluation.settings import facts
 from butler_jax.evaluation.summary import glance, summary
 from butler_jax.evaluation.tables import budget_label, budgets_of, detail_tables, metric_of, tables, title_of
 
@@ -448,3 +449,9 @@ def test_the_page_reads_well_in_a_browser(browser, tmp_path, scheme, width):
     dark = opened.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 128")
     assert dark == (scheme == "dark")
     context.close()
+
+
+def test_a_report_says_which_policies_are_not_in_their_published_form():
+    found = dict(facts({"policies": [{"name": "h2o"}, {"name": "snapkv", "observed": 32, "pool": 7}]}))
+    assert found["form of policies"] == "snapkv: row after row; published as one cut at the end of a dense prompt"
+    assert "form of policies" not in dict(facts({"policies": [{"name": "dense"}, {"name": "norm"}]}))

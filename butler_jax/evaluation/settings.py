@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from butler_jax.policies import POLICIES
+
 
 def predictor_words(about: Mapping[str, Any]) -> str:
     """One line about the predictors: 'tokenbutler (lookahead, rank 16, stride 4)'."""
@@ -52,7 +54,7 @@ def _count(number: Any) -> str:
 
 
 def facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is known of date, time, device, versions, base and fingerprint, trainings, and policies with settings."""
+    """What is known of date, time, device, versions, base, trainings, and of settings and forms of policies."""
     found = [(name, _words(about[name])) for name in ("base", "fingerprint", "device", "date") if about.get(name)]
     if about.get("seconds") is not None:
         found.append(("time", f"{about['seconds']:,.0f} s{_cells(about.get('cells'))}"))
@@ -63,6 +65,10 @@ def facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     tuned = [p for p in about.get("policies") or () if isinstance(p, Mapping) and len(p) > 1]
     if tuned:
         found.append(("settings of policies", "; ".join(_policy(p) for p in tuned)))
+    names = [p["name"] for p in about.get("policies") or () if isinstance(p, Mapping) and p.get("name") in POLICIES]
+    forms = [f"{name}: {POLICIES[name].form}" for name in dict.fromkeys(names) if POLICIES[name].form]
+    if forms:
+        found.append(("form of policies", "; ".join(forms)))
     return found
 
 

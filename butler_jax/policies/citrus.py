@@ -42,6 +42,9 @@ class CItruS(Evicting):
     """
 
     name = "citrus"
+    form = (
+        "row after row, by the last rows of a chunk; published as cuts at the ends of chunks, by a separate instruction"
+    )
     chunk: int = 256
     observed: int = 32
 
