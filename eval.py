@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from butler_jax.command_line import interrupted, read, run
+from butler_jax.command_line import interrupts_end, read, run
 from butler_jax.configs import EvalConfig, require
 from butler_jax.hosts import join_hosts
 
@@ -31,10 +31,8 @@ def judge(config: EvalConfig) -> int:
 
     check_directory(out)
     base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
-    try:
+    with interrupts_end(f"stopped; the same command goes on from what is finished in {out}"):
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        interrupted(f"stopped; the same command goes on from what is finished in {out}")
     if jax.process_index() != 0:
         return 0
     print()

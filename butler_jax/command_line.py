@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import tyro
@@ -44,13 +45,25 @@ def run(command: Callable[[], int]) -> int:
         return 1
 
 
-def interrupted(said: str) -> NoReturn:
-    """End the program with a line on stderr and status 130, after Ctrl-C.
+@contextlib.contextmanager
+def interrupts_end(said: str) -> Iterator[None]:
+    """Ctrl-C ends the program inside, at once, with a line on stderr and status 130.
 
-    It ends at once: after a KeyboardInterrupt, JAX 0.10 crashes where the interpreter would end by itself.
+    A KeyboardInterrupt is lost where it meets a callback of the garbage collection, and after one JAX 0.10 crashes
+    where the interpreter ends by itself.
     """
-    with contextlib.suppress(OSError, RuntimeError):  # nobody reads any more, or the interrupt met a write
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), f"{said}\n".encode())
-    os._exit(130)
+
+    def end(number, frame):
+        with contextlib.suppress(OSError, RuntimeError):  # nobody reads any more, or it was being written to
+            sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{said}\n".encode())
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # a shell's background job
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 
-from butler_jax.command_line import interrupted, read, run
+from butler_jax.command_line import interrupts_end, read, run
 from butler_jax.configs import SelectionConfig, parse_budget, require, require_local
 from butler_jax.policies import Policy, make_policy
 from butler_jax.sampling import Sampling
@@ -128,10 +128,8 @@ class GenerateConfig:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status. Errors of the user's making are one line, no traceback."""
-    try:
+    with interrupts_end("\nstopped"):
         return run(lambda: continue_prompt(read(GenerateConfig, arguments, "python -m butler_jax.generate")))
-    except KeyboardInterrupt:
-        interrupted("\nstopped")
 
 
 def continue_prompt(config: GenerateConfig) -> int:
