@@ -25,13 +25,13 @@ def judge(config: EvalConfig) -> int:
     )
     join_hosts(config)
     out = config.out or (Path("eval") if config.run is None else config.run / "eval")
-    from butler_jax.evaluation import evaluate, run_config
-    from butler_jax.evaluation.report import check_directory
-    from butler_jax.weights import load_base
-
-    check_directory(out)
-    base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
     with interrupts_end(f"stopped; the same command goes on from what is finished in {out}"):
+        from butler_jax.evaluation import evaluate, run_config
+        from butler_jax.evaluation.report import check_directory
+        from butler_jax.weights import load_base
+
+        check_directory(out)
+        base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
     if jax.process_index() != 0:
         return 0

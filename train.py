@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
 
     before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        from butler_jax.command_line import read, run
+        from butler_jax.command_line import interrupts_end, read, run
         from butler_jax.configs import PretrainConfig, TrainConfig
         from butler_jax.hosts import join_hosts
 
@@ -34,10 +34,12 @@ def main(arguments: list[str]) -> int:
             join_hosts(config)
             return train(config)
 
-        return run(command)
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return 130
+        with interrupts_end(STOPPED):
+            return run(command)
+    except KeyboardInterrupt:  # the second one while it trains
+        sys.stdout.flush()
+        print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(130)  # JAX 0.10 crashes where the interpreter ends by itself after one
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -5,7 +5,7 @@
 It needs kvpress, torch and transformers. kvpress cuts the cache once, at the end of a dense prompt; what is kept stays,
 and later tokens attend it and all that is new. Line by line our definitions are turned into kvpress's. A line gives the
 share of kvpress's set that ours keeps too (mean over prompts, KV heads and layers 1 ...; two random sets share as much
-as the budget), and the perplexity of what follows the prompt.
+as the budget), and the perplexity of what follows the prompt, with standard errors over the windows.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from butler_jax import decode_step, load_base, load_predictor, prefill
 from butler_jax.base_model import BaseModel
 from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.perplexity import read_text, text_windows
+from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Policy, make_policy
 from butler_jax.provenance import versions
 from butler_jax.selection import limits_of
@@ -163,19 +164,24 @@ class Theirs:
         return nll.numpy(), kept
 
 
-def overlap(mine: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean share of theirs that is in mine too, layers 1 ...; both keep the same number of tokens."""
+def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """Mean share of theirs that is in mine too [L, B, K, P], layers 1 ...; both keep the same number of tokens."""
     mine, theirs = np.asarray(mine)[1:], theirs[1:]
     counts = mine.sum(-1), theirs.sum(-1)
     require((counts[0] == counts[1]).all(), f"{counts[0].mean()} tokens are kept, and {counts[1].mean()} by kvpress")
-    return float(((mine & theirs).sum(-1) / counts[1]).mean())
+    return ratio((mine & theirs).sum((0, 2, 3)), theirs.sum((0, 2, 3)))
 
 
 def judge(nll: np.ndarray, theirs: np.ndarray | None = None) -> dict[str, Any]:
-    """Perplexity, the mean of every window, and the largest difference of a token's nll from kvpress's."""
+    """Perplexity, the mean of every window, and the largest difference of a token's nll [B, M] from kvpress's."""
     nll = np.asarray(nll, np.float64)
-    found = {"perplexity": float(np.exp(nll.mean())), "window_nll": nll.mean(axis=1).tolist()}
+    found = with_error("perplexity", ratio(nll.sum(1), np.full(len(nll), nll.shape[1])).exp())
+    found["window_nll"] = nll.mean(axis=1).tolist()
     return found if theirs is None else found | {"largest_difference": float(np.abs(nll - theirs).max())}
+
+
+def with_error(name: str, found: Estimate) -> dict[str, Any]:
+    return {name: found.value, f"{name}_error": found.error}
 
 
 def compare(
@@ -187,11 +193,12 @@ def compare(
 
     def add(policy: str, aligned: str, budget: float, read: float, **found: Any) -> None:
         rows.append(dict(policy=policy, aligned=aligned, budget=budget, read=read) | found)
-        figures = [f"{found[n]:{form}}" if n in found else "" for n, form in
-                   (("overlap", ".4f"), ("perplexity", ".3f"), ("largest_difference", ".1e"))]  # fmt: skip
-        print(f"{policy:12}{aligned:40}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>13}".format(*figures), flush=True)
+        figures = [f"{found[n]:{form}}" if found.get(n) is not None else "" for n, form in
+                   (("overlap", ".4f"), ("perplexity", ".2f"), ("perplexity_error", ".2f"),
+                    ("largest_difference", ".1e"))]  # fmt: skip
+        print(f"{policy:12}{aligned:40}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>7}{:>13}".format(*figures), flush=True)
 
-    print(f"{'':52}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'nll differs':>13}")
+    print(f"{'':52}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'error':>7}{'nll differs':>13}")
     theirs, _ = peer("dense", tokens, 1, length)
     everything = jnp.ones((prompt.k.shape[0], tokens.shape[0], prompt.k.shape[3], length), bool)
     add("dense", "transformers", 1, seen, **judge(theirs))
@@ -203,7 +210,7 @@ def compare(
             add(name, "kvpress", budget, read, **judge(theirs))
             for step in lines:
                 mine = ours(model, tokens, prompt, budget, step)
-                found = {"overlap": overlap(mine, kept)}
+                found = with_error("overlap", overlap(mine, kept))
                 if step.judged:
                     found |= judge(follow(model, prompt, mine, tokens[:, length:]), theirs)
                 add(name, step.aligned, budget, read, **found)

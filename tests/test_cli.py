@@ -239,18 +239,22 @@ def test_help_explains_every_option_with_its_default(arguments, kind, capfd, mon
             assert str(field.default) in match[1], match[0]
 
 
-@pytest.mark.slow  # two starts
+@pytest.mark.slow  # three starts
 @pytest.mark.parametrize(
     ("arguments", "begun", "said"),
     [
         (["eval.py", "--base", "tiny", "--tasks", "perplexity", "--out", "out"], "s left\n", "stopped; the same"),
         (["-m", "butler_jax.generate", "--base", "tiny", "--prompt", "A", "--max-new-tokens", "1900"], "A", "stopped"),
+        (["train.py", "--run-dir", "out", "--batch-size", "1", "--log-every", "1"], "step 2/", "stopped; run the same"),
     ],
-    ids=["eval", "generate"],
+    ids=["eval", "generate", "train"],
 )  # fmt: skip
 def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
-    """JAX 0.10 crashes where an interrupted interpreter ends by itself, and the status is then that of the crash."""
-    script = [str(REPOSITORY / a) if a == "eval.py" else a for a in arguments]
+    """JAX 0.10 crashes where an interrupted interpreter ends by itself, and the status is then that of the crash.
+
+    Training saves first, and a second Ctrl-C ends it at once.
+    """
+    script = [str(REPOSITORY / a) if a.endswith(".py") else a for a in arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
         [sys.executable, "-u", *script], cwd=tmp_path, env=environment, text=True,
@@ -262,6 +266,9 @@ def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
         assert letter, process.stderr.read()
     time.sleep(1)  # into the next pass
     process.send_signal(signal.SIGINT)
+    if arguments[0] == "train.py":
+        time.sleep(0.2)  # the step under way, or validation
+        process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and said in error and "Traceback" not in error, error
     if arguments[0] == "eval.py":

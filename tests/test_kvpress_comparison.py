@@ -100,7 +100,7 @@ def test_a_prompt_kept_whole_is_followed_densely_and_a_token_dropped_is_not_read
 def test_overlap_leaves_out_layer_0_and_refuses_sets_of_different_sizes():
     mine, theirs = np.zeros((2, 2, 1, 1, 8), bool)
     mine[1, ..., :4], theirs[1, ..., 2:6], theirs[0] = True, True, True
-    assert overlap(mine, theirs) == 0.5
+    assert overlap(mine, theirs).value == 0.5
     theirs[1, ..., 7] = True
     with pytest.raises(ValueError, match=r"4.0 tokens are kept, and 5.0 by kvpress"):
         overlap(mine, theirs)
