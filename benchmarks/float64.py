@@ -110,15 +110,17 @@ def looked_ahead(predictor, index, layer, h) -> Layer:
     """The layer with its importance queries and keys."""
     angle = pair_angles(predictor, index, len(h))
     p = np.einsum("te,ehr->thr", h, wide(predictor.heads.query)[index - 1])
-    r = np.einsum("tkd,kdr->tkr", layer.k_pre, wide(predictor.heads.key)[index - 1])
+    key = wide(predictor.heads.key)[index - 1]
+    r = np.einsum("tkd,kdr->tkr", layer.k_pre, key.reshape(*layer.k_pre.shape[1:], -1))
     return layer._replace(h=h, p=rotate(p, np.repeat(angle, predictor.base.group, axis=1)), r=rotate(r, angle))
 
 
 def parameter_gradients(predictor, index, layer, dp, dr):
-    """Gradients of a layer's query [E, H, R] and key [K, D, R] parameters from those of p and r."""
+    """Gradients of a layer's query [E, H, R] and key [KD, R] parameters from those of p and r."""
     angle = pair_angles(predictor, index, len(dp))
     dp, dr = rotate(dp, -np.repeat(angle, predictor.base.group, axis=1)), rotate(dr, -angle)
-    return np.einsum("te,thr->ehr", layer.h, dp), np.einsum("tkd,tkr->kdr", layer.k_pre, dr)
+    dkey = np.einsum("tkd,tkr->kdr", layer.k_pre, dr)
+    return np.einsum("te,thr->ehr", layer.h, dp), dkey.reshape(-1, dkey.shape[-1])
 
 
 def pooled(p, r, sinks, window):

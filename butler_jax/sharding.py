@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "inputs": (DATA,),
     "heads": (MODEL, SEQUENCE),
     "kv_heads": (MODEL, SEQUENCE),
+    "kv_inputs": (MODEL, SEQUENCE, DATA),
     "hidden": (MODEL, SEQUENCE),
     "vocab": (MODEL, SEQUENCE),
     "cached_heads": (MODEL,),

@@ -197,6 +197,7 @@ class NaivePredictor:
         z = (z * w["norm_scale"] + w["norm_bias"]) @ w["inner"]
         f = z / (1 + np.exp(-z))
         query, key = (self.heads[n][place] for n in ("query", "key"))
+        key = key.reshape(*k.shape[1:], -1)
         return np.einsum("ti,ihr->thr", f, query), np.einsum("tkd,kdr->tkr", k, key)
 
     def lookahead(self, producer, place, x, h, k_pre, k):
@@ -205,7 +206,7 @@ class NaivePredictor:
         pairs = self.heads["pairs"][place].astype(int)
         cos, sin = (a[:, pairs] for a in self.angles(self.base.head_dim))
         q = np.einsum("te,ehr->thr", h, self.heads["query"][place])
-        k = np.einsum("tkd,kdr->tkr", k_pre, self.heads["key"][place])
+        k = np.einsum("tkd,kdr->tkr", k_pre, self.heads["key"][place].reshape(*k_pre.shape[1:], -1))
         return turn(q, *(np.repeat(a, self.base.group, axis=1) for a in (cos, sin))), turn(k, cos, sin)
 
     def contextual(self, producer, place, x, h, k_pre, k):

@@ -133,3 +133,11 @@ def xavier(key: Key[Array, ""], shape: tuple[int, ...], inputs: int, outputs: in
     """Xavier-uniform parameter, float32."""
     bound = (6.0 / (inputs + outputs)) ** 0.5
     return nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
+
+
+def project_heads(x: Float[Array, "B T K D"], weights: Float[Array, "KD R"]) -> Float[Array, "B T K R"]:
+    """Every KV head under its own D rows of the weights.
+
+    Heads and inputs are one dimension of the parameter, so that more devices than either has divide it.
+    """
+    return jnp.einsum("btkd,kdr->btkr", x, weights.reshape(*x.shape[2:], -1).astype(x.dtype))

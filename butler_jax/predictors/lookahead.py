@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, few_tokens, run_layers
 from butler_jax.configs import BaseConfig, PredictorConfig, require
 from butler_jax.layers import rms_norm, rotary
-from butler_jax.predictors.interface import Context, Predictor
+from butler_jax.predictors.interface import Context, Predictor, project_heads
 
 
 class LookaheadHeads(nnx.Module):
-    """Stacked over layers 1 ... L-1: query [E, H, R], key [K, D, R], the pairs' numbers [K, R/2].
+    """Stacked over layers 1 ... L-1: query [E, H, R], key [KD, R], the pairs' numbers [K, R/2].
 
     query_bias [H, R] where the base has one.
     """
@@ -30,7 +30,7 @@ class LookaheadHeads(nnx.Module):
         first, second = jax.random.split(key)
         L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim
         self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
-        self.key = nnx.Param(jax.random.normal(second, (L, K, D, rank)) * D**-0.5)
+        self.key = nnx.Param(jax.random.normal(second, (L, K * D, rank)) * D**-0.5)
         self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
         pairs = jnp.arange(D // 2 - rank // 2, D // 2, dtype=jnp.int32)
         self.pairs = nnx.Variable(jnp.broadcast_to(pairs, (L, K, rank // 2)))
@@ -46,7 +46,7 @@ class Lookahead(Predictor):
     learning_rate = 5e-3
     logical_axes = {
         "query": ("layers", "width", "heads", "rank"),
-        "key": ("layers", "kv_heads", "inputs", "rank"),
+        "key": ("layers", "kv_inputs", "rank"),
         "query_bias": ("layers", "heads", "rank"),
         "pairs": ("layers", "kv_heads", "rank"),
     }
@@ -77,8 +77,7 @@ class Lookahead(Predictor):
 
     def keys(self, head: Any, features, view: LayerView, context: Context):
         """Importance keys [B, T, K, R] from the keys before rotary."""
-        k = jnp.einsum("btkd,kdr->btkr", view.k_pre, head.key[...].astype(view.k_pre.dtype))
-        return rotary(k, *self._angles(head, context))
+        return rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
 
     def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
         """Choose the pairs on calibration batches and copy the frozen projections' matching rows.
@@ -147,7 +146,8 @@ def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs,
         gain = jnp.broadcast_to(layers.q_norm[...][:, None], (base.layers, base.heads, base.head_dim))
         query = query * (chosen(gain) / scale)[:, None]
     heads.query = nnx.Param(query)
-    heads.key = nnx.Param(jnp.swapaxes(jax.nn.one_hot(dims, base.head_dim, dtype=jnp.float32), -1, -2))
+    rows = jnp.swapaxes(jax.nn.one_hot(dims, base.head_dim, dtype=jnp.float32), -1, -2)
+    heads.key = nnx.Param(rows.reshape(len(rows), -1, rank))
     if heads.query_bias is not None:
         heads.query_bias = nnx.Param(chosen(layers.q_bias[...]))
     heads.pairs = nnx.Variable(pairs)

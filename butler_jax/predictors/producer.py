@@ -11,7 +11,7 @@ from flax import nnx
 from butler_jax.base_model import LayerView
 from butler_jax.configs import BaseConfig, PredictorConfig
 from butler_jax.layers import layer_norm, rms_norm
-from butler_jax.predictors.interface import Context, Predictor, xavier
+from butler_jax.predictors.interface import Context, Predictor, project_heads, xavier
 
 
 class ProducerTrunk(nnx.Module):
@@ -29,7 +29,7 @@ class ProducerHeads(nnx.Module):
     def __init__(self, slots: int, base: BaseConfig, hidden: int, rank: int, key):
         first, second = jax.random.split(key)
         self.query = xavier(first, (slots, hidden, base.heads, rank), hidden, base.heads * rank)
-        self.key = xavier(second, (slots, base.kv_heads, base.head_dim, rank), base.head_dim, rank)
+        self.key = xavier(second, (slots, base.kv_heads * base.head_dim, rank), base.head_dim, rank)
 
 
 class Producer(Predictor):
@@ -46,7 +46,7 @@ class Producer(Predictor):
         "norm_bias": ("layers", "norm"),
         "inner": ("layers", "width", "hidden"),
         "query": ("layers", "inputs", "heads", "rank"),
-        "key": ("layers", "kv_heads", "inputs", "rank"),
+        "key": ("layers", "kv_inputs", "rank"),
     }
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
@@ -71,4 +71,4 @@ class Producer(Predictor):
 
     def keys(self, head: Any, features, view: LayerView, context: Context):
         """Importance keys [B, T, K, R] from the keys after rotary."""
-        return jnp.einsum("btkd,kdr->btkr", view.k, head.key[...].astype(view.k.dtype))
+        return project_heads(view.k, head.key[...])
