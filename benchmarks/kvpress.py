@@ -196,9 +196,9 @@ def compare(
         figures = [f"{found[n]:{form}}" if found.get(n) is not None else "" for n, form in
                    (("overlap", ".4f"), ("perplexity", ".2f"), ("perplexity_error", ".2f"),
                     ("largest_difference", ".1e"))]  # fmt: skip
-        print(f"{policy:12}{aligned:40}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>7}{:>13}".format(*figures), flush=True)
+        print(f"{policy:12}{aligned:39}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>7}{:>13}".format(*figures), flush=True)
 
-    print(f"{'':52}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'error':>7}{'nll differs':>13}")
+    print(f"{'':51}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'error':>7}{'nll differs':>13}")
     theirs, _ = peer("dense", tokens, 1, length)
     everything = jnp.ones((prompt.k.shape[0], tokens.shape[0], prompt.k.shape[3], length), bool)
     add("dense", "transformers", 1, seen, **judge(theirs))

@@ -1,4 +1,4 @@
-"""The README's tables say what the files behind them say."""
+"""The tables of the READMEs say what the files behind them say."""
 
 from __future__ import annotations
 
@@ -6,27 +6,66 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from butler_jax.policies import POLICIES
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+MEASURED = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+TABLES = [table for text in (README, MEASURED) for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+
+
+def rows_of(name: str) -> list[dict]:
+    return json.loads((REPOSITORY / "benchmarks" / name).read_text())["rows"]
+
+
+def names_policy(table: str, name: str) -> bool:
+    return re.search(rf"^\|[^|]*\b{name}\b", table, re.MULTILINE) is not None
 
 
 def test_policies_that_differ_from_their_papers_are_marked_in_every_table():
     names = [name for name, policy in POLICIES.items() if policy.form]
     assert names == ["snapkv", "citrus"]
-    tables = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
-    marked = [t for t in tables if any(re.search(rf"^\|[^|]*\b{name}\b", t, re.MULTILINE) for name in names)]
-    assert len(marked) == 3
+    marked = [t for t in TABLES if any(names_policy(t, name) for name in names)]
+    assert len(marked) >= 6
     for table in marked:
         assert all(re.search(rf"^\|[^|]*\b{name}`? \u2020", table, re.MULTILINE) for name in names), table
-        assert README.split(table)[1].startswith("\n\u2020 Row-by-row form"), table
+        text = README if table in README else MEASURED
+        assert text.split(table)[1].startswith("\n\u2020 Row-by-row form"), table
+
+
+@pytest.mark.parametrize(
+    ("file", "task", "metric"),
+    [
+        ("quality/smollm2.json", "perplexity", "over_dense"),
+        ("quality/tiny.json", "perplexity", "over_dense"),
+        ("quality/smollm2_downstream.json", "lambada", "accuracy"),
+    ],
+)
+def test_tables_of_policies_are_what_was_measured(file, task, metric):
+    """Every policy has a line of its figures, per cent and standard error, in one of the tables."""
+    figures: dict[str, list[str]] = {}
+    for r in rows_of(file):
+        if (r["task"], r["metric"]) == (task, metric) and r["policy"] != "dense" and not r["where"].get("length"):
+            figures.setdefault(r["policy"], []).append(f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}")
+    lines = [line for table in TABLES for line in table.splitlines()]
+    shown = {p: next((line for line in lines if f"| {' | '.join(f[:2])} |" in line), None) for p, f in figures.items()}
+    if task == "lambada":  # too much is chance there
+        shown.pop("oracle_head")
+    assert None not in shown.values(), shown
+    if metric == "over_dense":  # all budgets, and the best of all but the oracles at each
+        for policy, line in shown.items():
+            assert line.endswith(f" | {' | '.join(figures[policy])} |"), line
+        others = [p for p in figures if p not in ("oracle", "oracle_head", "tokenbutler")]
+        value = {p: [float(x.split()[0]) for x in f] for p, f in figures.items()}
+        assert all(value["tokenbutler"][b] < value[p][b] for p in others for b in range(5))
 
 
 def test_the_table_beside_kvpress_is_what_was_measured():
-    rows = json.loads((REPOSITORY / "benchmarks" / "kvpress.json").read_text())["rows"]
+    rows = rows_of("kvpress.json")
     labels = {"kvpress, SnapKV": "snapkv", "kvpress, H2O": "h2o", "kvpress, StreamingLLM": "streaming"}
     for label, policy in {**labels, "tokenbutler": "tokenbutler"}.items():
         aligned = "kvpress" if label in labels else "decoded, as many read"
         found = {r["budget"]: r["perplexity"] for r in rows if (r["policy"], r["aligned"]) == (policy, aligned)}
-        assert f"| {label} | {found[1 / 2]:.1f} | {found[1 / 4]:.1f} | {found[1 / 8]:.1f} |\n" in README
+        assert f"| {label} | {found[1 / 2]:.1f} | {found[1 / 4]:.1f} | {found[1 / 8]:.1f} |\n" in MEASURED

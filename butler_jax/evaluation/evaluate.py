@@ -18,6 +18,7 @@ import jax
 from butler_jax.configs import EvalConfig, require, to_dict
 from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, cell_of, key_of
 from butler_jax.evaluation.contenders import Contender, contenders, described
+from butler_jax.evaluation.programs import leave_room
 from butler_jax.evaluation.report import Report, check_directory
 from butler_jax.evaluation.tasks import Task, make_tasks
 from butler_jax.hosts import agree, gather
@@ -115,6 +116,7 @@ def _judge(turn: list[tuple[Task, Contender, dict]]) -> list[Cell]:
     mine = None
     if jax.process_index() < len(turn):
         task, one, selections = turn[jax.process_index()]
+        leave_room()
         began = time.perf_counter()
         cell = task.judge(one, selections)
         mine = Cell(cell.findings, cell.arrays, round(time.perf_counter() - began, 2))
