@@ -196,7 +196,8 @@ def compare(
         figures = [f"{found[n]:{form}}" if found.get(n) is not None else "" for n, form in
                    (("overlap", ".4f"), ("perplexity", ".2f"), ("perplexity_error", ".2f"),
                     ("largest_difference", ".1e"))]  # fmt: skip
-        print(f"{policy:12}{aligned:39}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>7}{:>13}".format(*figures), flush=True)
+        line = f"{policy:12}{aligned:39}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>7}{:>13}".format(*figures)
+        print(line, flush=True)
 
     print(f"{'':51}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'error':>7}{'nll differs':>13}")
     theirs, _ = peer("dense", tokens, 1, length)
