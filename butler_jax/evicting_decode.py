@@ -1,8 +1,8 @@
 """Prefill and decode steps under a policy that evicts: what a row has kept is carried from token to token.
 
 The prompt runs under the policy too, row after row, so that decoding goes on where a simulation of the whole text would
-stand. That is slower than a dense prefill: these policies are here to be compared with. Keys and values that were
-dropped stay in the cache unread.
+stand; under a policy that cuts once it keeps everything, and the first step cuts. That is slower than a dense prefill:
+these policies are here to be compared with. Keys and values that were dropped stay in the cache unread.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def fill_evicting(
     config, (batch, length) = model.config, tokens.shape
     selection = policy.selection(selection)
     limits = limits_of(selection, config, capacity)
+    table = jnp.arange(len(limits.table), dtype=jnp.int32) if policy.once else limits.table
     columns = jnp.arange(length, dtype=jnp.int32)[None]
     shift = (length - lengths)[:, None]
     rows = Rows(columns - shift, jnp.zeros((batch, length), jnp.int32))
@@ -53,7 +54,7 @@ def fill_evicting(
     def mixer(carry, view: LayerView):
         def sparse(window):
             found = evict_rows(
-                policy, move(view.q, rows.own), view.k, view.v, rows, limits.table[None], window, selection.rule
+                policy, move(view.q, rows.own), view.k, view.v, rows, table[None], window, selection.rule
             )
             return move(found.output, columns + shift), grown(policy, found.state, capacity)
 

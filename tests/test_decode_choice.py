@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.kvpress_forms import dense_prompt
 from butler_jax import eviction
 from butler_jax.base_model import BaseModel, logits
 from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig
@@ -161,7 +162,7 @@ def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget, kind):
 
 
 LONGER = np.asarray([1, 41, 17])  # the prefill evicts too
-EVICTING = [("h2o", {}), ("snapkv", {"observed": 6, "pool": 3}), ("citrus", {"chunk": 4, "observed": 2})]
+EVICTING = [("h2o", {}), ("snapkv", {"observed": 6, "pool": 3, "once": False}), ("citrus", {"chunk": 4, "observed": 2})]
 
 
 def simulated_kept(model, policy, selection):
@@ -225,6 +226,25 @@ def test_decoding_keeps_what_the_simulation_keeps(name, fields):
 def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, window):
     changes = {} if window is None else dict(window=20, windowed=(True, False, True, False))
     compare_evicting(name, fields, budget, **changes)
+
+
+def test_snapkv_cuts_once_at_the_end_of_a_dense_prompt():
+    """Against the formula: the attention of the prompt's last 6 rows, the maximum over 3, the best of what is free."""
+    model, tokens, length = make_model(), jnp.asarray(rows_of())[:2], 30
+    under = dict(
+        policy=make_policy("snapkv", observed=6, pool=3), selection=SelectionConfig(budget=12, sinks=2, window=3)
+    )
+    state = prefill(model, tokens[:, :length], np.full(2, length), capacity=TOTAL, **under)[1]
+    found = decode_step(model, tokens[:, length], state, details=True, **under)[2]
+    weights = np.asarray(dense_prompt(model, tokens[:, :length]).weights, np.float64)  # [L, B, P, K, P]
+    sums = np.pad(weights[:, :, -6:].sum(2), ((0, 0), (0, 0), (0, 0), (1, 2)), constant_values=-np.inf)
+    worth = np.maximum(np.maximum(sums[..., :-2], sums[..., 1:-1]), sums[..., 2:])  # and a last place for the new token
+    worth[..., :2] = worth[..., length + 1 - 6 :] = np.inf
+    best = np.argsort(worth, axis=-1, kind="stable")[..., -12:]  # of equals the newer
+    wanted = np.zeros(worth.shape, bool)
+    np.put_along_axis(wanted, best, True, axis=-1)
+    np.testing.assert_array_equal(np.asarray(found.chosen)[1:, ..., : length + 1], wanted[1:])
+    assert not np.asarray(found.chosen)[..., length + 1 :].any()
 
 
 def test_a_state_of_another_policy_is_a_clear_error():

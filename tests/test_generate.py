@@ -421,7 +421,7 @@ def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
 )
 def test_every_policy_generates_what_it_would_have_read(base, name):
     """Policies that evict run the prompt as well; the others leave it dense, so theirs is of one token."""
-    policy = make_policy(name, **({"page": 4} if name == "quest" else {}))
+    policy = make_policy(name, **{"quest": {"page": 4}, "snapkv": {"once": False}}.get(name, {}))
     prompts = PROMPTS if policy.evicts else [[7]]
     text = {n: np.zeros((1, 64), np.int32) for n in ("tokens", "segments", "positions")}
     text["tokens"][0] = np.random.default_rng(0).integers(0, 61, 64)

@@ -3,7 +3,7 @@
 Tokens are split, moved and truncated as the harness's own model `hf` does it. Likelihoods come from one pass in which
 every position, those of the context among them, attends its own choice (simulate.py). Texts are generated after a dense
 prefill, every new token attending its own choice (generation.py); a policy that evicts drops tokens of the prompt too,
-while it is read. `get_model_info` puts both into the results.
+while it is read or, if it cuts once, at its end. `get_model_info` puts both into the results.
 """
 
 from __future__ import annotations
@@ -286,7 +286,9 @@ def modes(policy: Policy) -> dict[str, str]:
     if policy.name == "dense":
         return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
     choice = "every position attends its own choice, those of the context too (decoding simulated)"
-    if policy.evicts:
+    if policy.evicts and policy.once:
+        told = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
+    elif policy.evicts:
         told = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
     else:
         told = "the prompt is prefilled densely, every new token attends its own choice"

@@ -32,9 +32,13 @@ class Evicting(Policy):
 
     A subclass says with `begin`, `observe` and `worth` what a token is worth, from the attention of earlier rows of the
     document among the tokens kept then, and with `recent` how many of the newest are never dropped.
+
+    once: decoding reads the prompt densely; the first step after it cuts the cache down to the budget, and later ones
+    hold it. A text that is simulated has no prompt: every row of it drops what is beyond its budget.
     """
 
     evicts: ClassVar[bool] = True
+    once: ClassVar[bool] = False
 
     def scores(self, chunk: Chunk):
         """There are none: what is worth most depends on all rows before."""

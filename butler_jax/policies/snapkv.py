@@ -30,14 +30,16 @@ class Recent(NamedTuple):
 class SnapKV(Evicting):
     """A token is worth the attention of the last `observed` rows, the maximum over `pool` neighbours; those rows stay.
 
-    Published for the end of a prompt, where it chooses once. Here every row is the end of a prompt of its own, and what
-    an earlier one dropped is gone.
+    As published, it chooses once, at the end of a dense prompt (there what is generated comes on top; here the budget
+    holds, and a step drops a token). Simulated, or with once=False, every row is the end of a prompt of its own, and
+    what an earlier one dropped is gone.
     """
 
     name = "snapkv"
     form = "row after row; published as one cut at the end of a dense prompt"
     observed: int = 32
     pool: int = 7
+    once: bool = True
 
     def __post_init__(self):
         require(self.observed >= 1, f"snapkv must observe at least 1 row, got {self.observed}")
