@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from butler_jax.files import sync
 from butler_jax.hosts import gather
 from butler_jax.json_objects import read_object
 from butler_jax.predictors import Predictor, make_predictor
+from butler_jax.typed import shown
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base
@@ -39,6 +41,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save
 METADATA = "_CHECKPOINT_METADATA"
 UNFINISHED = ".unfinished"
 """What the names of checkpoints hold that are being written, or removed; where no process does, they are left-overs."""
+
+
+STEP = re.compile("0|[1-9][0-9]{0,17}")
+"""The names of checkpoints, whole; everything else in their directory is not ours."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -144,7 +150,7 @@ class Checkpoints:
         """
         if step in self.steps():
             return
-        about = {**self.about, "data": joined(gather(data_state)), "metrics": metrics}
+        about = {**self.about, "step": step, "data": joined(gather(data_state)), "metrics": metrics}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
         with self._said(step):
             there = self._unfinished(step)
@@ -260,14 +266,25 @@ class Checkpoints:
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the named checkpoints in a directory, in order: only they have a number for a name."""
+    """Steps of the named checkpoints in a directory, in order: only they have a number for a name, as Python writes it.
+
+    What has another name, 007 or hundreds of digits, is left where it is.
+    """
     found = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in found if path.name.isdecimal())
+    return sorted(int(path.name) for path in found if STEP.fullmatch(path.name))
 
 
 def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
-    """What is wrong with a checkpoint, or with one of its files: a few words each, empty where it is whole."""
-    return digests.damage(checkpoint, only=only)
+    """What is wrong with a checkpoint, or with one of its files: a few words each, empty where it is whole.
+
+    One that was renamed is not whole: it is of another step than it says.
+    """
+    if found := digests.damage(checkpoint, only=only):
+        return found
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # older ones do not say it
+        if (step := facts(checkpoint)["step"]) != int(checkpoint.name):
+            return [f"it was saved as step {shown(step)}"]
+    return []
 
 
 def facts(checkpoint: Path) -> dict:

@@ -149,10 +149,12 @@ class Metrics:
             self.say(f"step {step}/{steps}  {rate}  {left:.0f} s left")
 
     def sync(self) -> None:
-        """Return when every row is on the disk itself."""
+        """Return when every row is on the disk itself. A mounted bucket is sure to have only what was closed."""
         if self.main:
             with writing(self.path):
+                self.file.close()
                 sync(self.path)
+                self.file = self.path.open("a")
 
     def close(self) -> None:
         """Flush and release everything."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -25,7 +26,7 @@ from rich.text import Text
 
 from butler_jax import checkpoints
 from butler_jax.command_line import read, run
-from butler_jax.configs import FitConfig, PretrainConfig, TrainConfig, require
+from butler_jax.configs import FitConfig, PretrainConfig, TrainConfig, parse_hosts, require
 from butler_jax.files import open_regular
 from butler_jax.json_objects import parse_object, read_object
 from butler_jax.run_directory import LEVELS, RECORDS, holder, read_records
@@ -55,17 +56,18 @@ class InfoConfig:
     run: tyro.conf.Positional[Path]
     """Directory of a training run, of save_predictor, or a copy of one."""
     json: bool = False
-    """Print it as JSON."""
+    """Print it as JSON, NaN and infinities as text."""
 
 
 def inspect(run_dir: Path) -> dict[str, Any]:
     """All that a run directory says of itself, JSON-ready.
 
-    state: in words. config: config.json, {} where it is absent. starts: the records of run.json. checkpoints: for each
-    {step, loss, bytes, state, damage, best, base, fingerprint}, where state is "whole" or "damaged". set_aside,
-    unfinished: directories of damaged checkpoints, of saves that a kill cut off or that are being written. metrics: the
-    last row. bytes: of all files. go_on, evaluate: commands, None where there is nothing to go on with. problems: what
-    is damaged otherwise.
+    state: in words, "finished, ..." only where the last step is saved and whole. config: config.json, {} where it is
+    absent. starts: the records of run.json. checkpoints: for each {step, loss, bytes, state, damage, best, base,
+    fingerprint}, where state is "whole" or "damaged". set_aside, unfinished: directories of damaged checkpoints, of
+    saves that a kill cut off or that are being written. metrics: the last row, whose numbers may be NaN or infinite.
+    bytes: of all files. go_on, evaluate: commands, None where there is nothing to go on with. problems: what is damaged
+    otherwise.
 
     Raises FileNotFoundError for a directory that holds no run.
     """
@@ -76,7 +78,10 @@ def inspect(run_dir: Path) -> dict[str, Any]:
     problems: list[str] = []
     config, starts, held = _config(run_dir, problems), _starts(run_dir, problems), holder(run_dir)
     metrics = _last_row(run_dir / "metrics.jsonl", problems)
-    found = list(_checkpoints(run_dir / "checkpoints"))
+    place = run_dir / "checkpoints"
+    if os.path.lexists(place) and not place.is_dir():
+        problems.append("checkpoints is no directory; move it away to go on")
+    found = list(_checkpoints(place))
     usable = [one for one in found if one["state"] != "damaged"]
     for one in found:
         one["best"] = one is min(usable, key=lambda o: o["loss"], default=None)
@@ -177,12 +182,15 @@ def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             damage = damage or [f"what it says of itself is unreadable ({type(error).__name__}: {error})"]
         if path.exists():  # or the training has removed it meanwhile
-            base, fingerprint = (
-                facts[name] if isinstance(facts, dict) and isinstance(facts.get(name), str) else None
-                for name in ("base", "fingerprint")
-            )
+            base, fingerprint = _base(facts)
             yield {"step": step, "loss": loss, "bytes": size, "state": "damaged" if damage else "whole",
                    "damage": damage, "base": base, "fingerprint": fingerprint}  # fmt: skip
+
+
+def _base(facts: Any) -> tuple[str | None, ...]:
+    """The base's name and fingerprint, of what a checkpoint or a start says; None for what is no text."""
+    found = (facts.get(name) if isinstance(facts, dict) else None for name in ("base", "fingerprint"))
+    return tuple(value if isinstance(value, str) else None for value in found)
 
 
 def _size(directory: Path) -> int:
@@ -205,7 +213,9 @@ def _state(config: dict, starts: list[dict], held: str | None, done: int) -> str
         return f"training now (process {held}), {saved}"
     if not starts:
         return saved
-    ended = starts[-1].get("ended")
+    ended, to, steps = starts[-1].get("ended"), starts[-1].get("to") or 0, config.get("steps", 0)
+    if ended == "finished" and done < max(steps, to):
+        ended = f"{'damaged' if done < (to or steps) else 'given more steps'} since it finished"
     return f"{ended or 'killed, or still running on another machine'}, {saved}"
 
 
@@ -213,12 +223,16 @@ def _go_on(run_dir: Path, config: dict, starts: list[dict], done: int) -> str | 
     kind = _kind(config)
     if kind is None:
         return None
-    where, run_dir = _from(run_dir, starts)
-    settings = {**config, "run_dir": str(run_dir)}
+    where, script, run_dir = _from(run_dir, starts)
+    settings, note = {**config, "run_dir": str(run_dir)}, ""
     if done >= config["steps"]:
         settings["steps"] = 2 * config["steps"]
-    words = ["python", "train.py"] + ["pretrain"] * (kind is PretrainConfig) + _options(kind, settings)
-    return where + shlex.join(words)
+    with contextlib.suppress(ValueError):  # of one process
+        if host := parse_hosts(config.get("distributed", "")):
+            settings["distributed"] = f"{host.address},{host.count},INDEX"
+            note = f"  # on every host, INDEX is its own number: 0 ... {host.count - 1}"
+    words = ["python", script] + ["pretrain"] * (kind is PretrainConfig) + _options(kind, settings)
+    return where + shlex.join(words) + note
 
 
 def _options(kind: type[FitConfig], settings: dict[str, Any]) -> list[str]:
@@ -232,26 +246,35 @@ def _options(kind: type[FitConfig], settings: dict[str, Any]) -> list[str]:
 
 
 def _evaluate(run_dir: Path, config: dict, starts: list[dict], usable: bool) -> str | None:
-    where, run_dir = _from(run_dir, starts)
+    where, script, run_dir = _from(run_dir, starts)
+    script = str(Path(script).with_name("eval.py"))
     if "vocab_size" in config:
         model = run_dir / "model"
         ready = (model / "model.safetensors").is_file()
-        return where + shlex.join(["python", "eval.py", "--base", str(model)]) if ready else None
+        return where + shlex.join(["python", script, "--base", str(model)]) if ready else None
     if not usable:
         return None
     base = [] if config else ["--base", "BASE"]  # of save_predictor
-    return where + shlex.join(["python", "eval.py", "--run", str(run_dir), *base])
+    return where + shlex.join(["python", script, "--run", str(run_dir), *base])
 
 
-def _from(run_dir: Path, starts: list[dict]) -> tuple[str, Path]:
-    """Where the run was started from, a `cd` where that is elsewhere on this machine; the run directory from there."""
-    place = Path(starts[-1].get("directory") or ".") if starts else Path()
+def _from(run_dir: Path, starts: list[dict]) -> tuple[str, str, Path]:
+    """Where the run was started from, as a `cd` where that is elsewhere; its train.py and the run directory from there.
+
+    On another machine, or where it was no train.py that started it: here, and train.py.
+    """
+    last = starts[-1] if starts else {}
+    place = Path(last.get("directory") or ".")
     try:
-        if not (place / "train.py").is_file() or place.resolve() == Path.cwd():
-            return "", run_dir
+        words = shlex.split(last.get("command") or "")[1:2]
+        script = next((word for word in words if Path(word).name == "train.py"), "train.py")
+        if not (place.is_dir() and (place / script).is_file()):
+            return "", "train.py", run_dir
+        if place.resolve() == Path.cwd():
+            return "", script, run_dir
     except (OSError, ValueError):  # no path of this system
-        return "", run_dir
-    return f"cd {shlex.quote(str(place))} && ", run_dir.resolve()
+        return "", "train.py", run_dir
+    return f"cd {shlex.quote(str(place))} && ", script, run_dir.resolve()
 
 
 def _printable(value: Any, most: int = LONGEST_TEXT) -> str:
@@ -259,6 +282,15 @@ def _printable(value: Any, most: int = LONGEST_TEXT) -> str:
     text = str(value)
     cut = "..." if len(text) > most else ""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text[:most]) + cut
+
+
+def _valid(value: Any) -> Any:
+    """A JSON value with NaN and the infinities, which are no JSON, as text."""
+    if isinstance(value, dict):
+        return {name: _valid(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_valid(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -280,7 +312,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
     line("run", found["run"])
     line("state", found["state"])
-    bases = {(one["base"], one["fingerprint"]) for one in found["checkpoints"] if one["base"]}
+    bases = {_base(one) for one in (*found["checkpoints"], *found["starts"][-1:]) if _base(one)[0]}
     line("base", "; ".join(f"{name} (fingerprint {fingerprint})" for name, fingerprint in sorted(bases, key=str)))
     line("on disk", f"{found['bytes'] / 1e6:,.1f} MB")
     line("last step", {k: f"{v:.6g}" for k, v in (found["metrics"] or {}).items() if fits(v, float)})
@@ -324,7 +356,7 @@ def main(arguments: list[str]) -> int:
         config = read(InfoConfig, arguments, "python -m butler_jax.info")
         found = inspect(config.run)
         if config.json:
-            print(json.dumps(found, indent=1))
+            print(json.dumps(_valid(found), indent=1, allow_nan=False))
         else:
             show(found, Console(width=None if Console().is_terminal else 120))
         return 0

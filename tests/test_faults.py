@@ -175,6 +175,19 @@ def test_what_was_never_a_checkpoint_is_set_aside(tmp_path, straight):
     assert_same(tmp_path, straight, 8)
 
 
+def test_a_renamed_checkpoint_is_set_aside_and_what_has_another_name_is_left(tmp_path, straight):
+    stopped_at(tmp_path, 7)
+    place = tmp_path / "checkpoints"
+    foreign = ["00003", "\N{ARABIC-INDIC DIGIT THREE}", "9" * 250]
+    for name in foreign:
+        shutil.copytree(place / "3", place / name)
+    (place / "6").rename(place / "7000")
+    test_fitting.run(tmp_path, keep=5)
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"7000"}
+    assert {path.name for path in place.iterdir()} == {*foreign, "3", "6", "8"}
+    assert_same(tmp_path, straight, 8)
+
+
 def test_a_damaged_predictor_is_refused_naming_the_whole_ones(tmp_path):
     """The best is asked for: another in its stead would be judged under its name."""
     import test_checkpoints as saved

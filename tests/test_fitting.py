@@ -85,6 +85,20 @@ def test_metrics_have_one_line_a_step(tmp_path):
         assert ("hit_rate" in row and "recalled_mass" in row and "validation_loss" in row) == validated
 
 
+def test_metrics_are_closed_and_whole_at_every_checkpoint(tmp_path, monkeypatch):
+    """A bucket's file system takes up what is closed."""
+    seen = []
+
+    def look(path):
+        open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").glob("*")]
+        seen.append((str(path) in open_files, len(path.read_text().splitlines())))
+
+    monkeypatch.setattr("butler_jax.fitting.sync", look)
+    run(tmp_path)
+    assert seen == [(False, 3), (False, 6), (False, 8)]
+    assert len(tiny_runs.rows(tmp_path)) == 8
+
+
 @pytest.mark.parametrize("number", [1, 3, 5, 7])
 def test_a_run_that_died_goes_on_bit_for_bit(tmp_path, straight, number):
     def dies(at):

@@ -91,6 +91,104 @@ def test_the_command_to_go_on_has_the_settings_of_the_run(trained, copy):
     assert options(info.inspect(copy)["go_on"], TrainConfig, "train.py").steps == config.steps
 
 
+def started(copy: Path, **changes) -> None:
+    """Changes what run.json says of the last start."""
+    starts = json.loads((copy / "run.json").read_text())
+    starts[-1] |= changes
+    (copy / "run.json").write_text(json.dumps(starts))
+
+
+def test_the_commands_are_those_of_the_place_the_run_was_started_from(copy, tmp_path, monkeypatch):
+    home, program = tmp_path / "home", tmp_path / "the program"
+    for directory in (home, program):
+        directory.mkdir()
+    (program / "train.py").write_text("")
+    for script in (str(program / "train.py"), "../the program/train.py"):
+        started(copy, directory=str(home), command=shlex.join(["python", script, "--steps", "6"]))
+        judge = script.replace("train.py", "eval.py")
+        found = info.inspect(copy)
+        assert found["go_on"].startswith(f"cd {home} && python {shlex.quote(script)} --")
+        assert found["evaluate"] == f"cd {home} && python {shlex.quote(judge)} --run {copy}"
+        monkeypatch.chdir(home)
+        assert info.inspect(copy)["go_on"].startswith(f"python {shlex.quote(script)} --")
+        monkeypatch.undo()
+    (program / "train.py").unlink()  # another machine
+    assert info.inspect(copy)["go_on"].startswith("python train.py --")
+    started(copy, command="python 'unbalanced")
+    assert info.inspect(copy)["go_on"].startswith("python train.py --")
+
+
+def test_each_of_several_processes_is_told_to_give_its_own_index(copy):
+    config = json.loads((copy / "config.json").read_text())
+    for given, shown, note in (
+        ("10.0.0.1:1234,4,0", "10.0.0.1:1234,4,INDEX", "  # on every host, INDEX is its own number: 0 ... 3"),
+        ("auto", "auto", ""),
+        ("no address", "'no address'", ""),
+    ):
+        (copy / "config.json").write_text(json.dumps({**config, "distributed": given}))
+        command = info.inspect(copy)["go_on"]
+        assert f"--distributed {shown}" in command and command.partition("  #")[1:] == note.partition("  #")[1:]
+
+
+def test_finished_is_what_is_saved_to_the_last_step(copy):
+    path = copy / "checkpoints" / "6" / "digests.json"
+    digests = path.read_text()
+    path.unlink()
+    assert info.inspect(copy)["state"] == "damaged since it finished, saved up to step 4 of 6"
+    (copy / "config.json").rename(copy / "kept")
+    assert info.inspect(copy)["state"] == "damaged since it finished, saved at step 4"
+    path.write_text(digests)
+    assert info.inspect(copy)["state"] == "finished, saved at step 6"
+    (copy / "config.json").write_text(json.dumps({**json.loads((copy / "kept").read_text()), "steps": 9}))
+    assert info.inspect(copy)["state"] == "given more steps since it finished, saved up to step 6 of 9"
+    (copy / "kept").rename(copy / "config.json")
+    shutil.rmtree(copy / "checkpoints")
+    assert info.inspect(copy)["state"] == "damaged since it finished, saved up to step 0 of 6"
+
+
+def test_the_base_is_told_without_a_checkpoint(trained, place, copy, report):
+    shutil.rmtree(copy / "checkpoints")
+    line = f"base         base (fingerprint {load_base(str(place['base'])).fingerprint})"
+    assert line in report()[1].splitlines()
+    started(copy, base={"layers": 2})  # a pretraining has no base
+    assert "\nbase " not in report()[1]
+
+
+def test_a_renamed_checkpoint_is_damaged(copy, report):
+    (copy / "checkpoints" / "6").rename(copy / "checkpoints" / "999")
+    for name in ("0008", "\N{ARABIC-INDIC DIGIT EIGHT}", "9" * 250):  # no names of checkpoints
+        (copy / "checkpoints" / name).mkdir()
+    found, text = report()
+    assert [(one["step"], one["damage"]) for one in found["checkpoints"]] == [
+        (2, []), (4, []), (999, ["it was saved as step 6"]),
+    ]  # fmt: skip
+    assert found["state"] == "damaged since it finished, saved up to step 4 of 6" and "it was saved as step 6" in text
+
+
+def test_numbers_that_are_not_finite_leave_the_json_valid(copy, capsys):
+    def refuse(name):
+        raise ValueError(name)
+
+    (copy / "metrics.jsonl").write_text('{"step": NaN, "loss": Infinity, "seconds": -Infinity}\n')
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "learning_rate": float("nan")}))
+    started(copy, more=[float("inf")])
+    found = json.loads(shown(capsys, copy, "--json"), parse_constant=refuse)
+    assert found["metrics"] == {"step": "nan", "loss": "inf", "seconds": "-inf"} and found["problems"] == []
+    assert found["config"]["learning_rate"] == "nan" and found["starts"][-1]["more"] == ["inf"]
+    assert "loss inf" in shown(capsys, copy)
+
+
+def test_checkpoints_that_are_no_directory_are_a_problem(copy, report):
+    shutil.rmtree(copy / "checkpoints")
+    for make in (lambda path: path.write_text(""), lambda path: path.symlink_to("nowhere")):
+        make(copy / "checkpoints")
+        found, text = report()
+        assert found["problems"] == ["checkpoints is no directory; move it away to go on"]
+        assert f"problem      {found['problems'][0]}" in text
+        (copy / "checkpoints").unlink()
+
+
 def test_a_pretraining_is_shown_with_its_own_command(tmp_path):
     config = PretrainConfig(run_dir=tmp_path / "run", steps=70, layers=3, data="coreference")
     open_run(tmp_path / "run", config)

@@ -151,7 +151,7 @@ def _broken(builder: tfds.core.DatasetBuilder) -> str:
                     return f"{path.name}: it has {len(source)} of {records} records"
                 source[0]
             except RuntimeError as error:
-                return f"{path.name}: {error}"
+                return f"{path.name}: {str(error).strip() or 'it was cut short'}"
     return ""
 
 
