@@ -46,7 +46,8 @@ class Tokenizer:
 
         The ids of the first and last token of a text come from tokenizer_config.json, then
         generation_config.json, then config.json. Whether a text starts with the first of them is said by
-        `add_bos_token`, or where that is absent by the post-processor of tokenizer.json.
+        `add_bos_token`, or where that is absent by the post-processor of tokenizer.json. A dropout of merges that
+        tokenizer.json asks for, which is for training tokenizers' models, is turned off: a text has one encoding.
 
         Raises:
           FileNotFoundError: the directory or its tokenizer.json does not exist.
@@ -73,6 +74,8 @@ class Tokenizer:
         # Borders are added by `encode` alone, so they can never be doubled; no file may ask for a padded terabyte.
         backend.no_truncation()
         backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
         named = _read_optional(directory, "tokenizer_config.json")
         numbered = [_read_optional(directory, name) for name in ("generation_config.json", "config.json")]
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import random
 import resource
 import shutil
 import signal
@@ -26,6 +24,9 @@ import pytest
 import test_fitting
 import tiny_runs
 
+from benchmarks import faults
+from benchmarks.faults import EVERY, STEPS
+from benchmarks.training_process import TrainingProcess, starts
 from butler_jax import checkpoints, load_base
 from butler_jax.checkpoints import Checkpoints, DamagedCheckpoint, load_predictor
 
@@ -420,67 +421,12 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, st
     assert_same(tmp_path, straight, 8)
 
 
-STEPS, EVERY = 900, 30
-
-
-def starts(run_dir: Path) -> list[dict]:
-    """The records of run.json."""
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads((run_dir / "run.json").read_text())
-    return []
-
-
-class Training:
+def launch(place: dict[str, Path], cache: Path, run_dir: Path, data_dir: Path, *more: object) -> TrainingProcess:
     """`python train.py` on a tiny base, as a process of its own."""
-
-    def __init__(self, place: dict[str, Path], cache: Path, run_dir: Path, data_dir: Path, *more: object):
-        self.run_dir = run_dir
-        arguments = ["--base", place["base"], "--data", f"text:{place['text']}", "--data-dir", data_dir,
-                     "--run-dir", run_dir, "--rank", 4, "--length", 64, "--batch-size", 2, "--calibration", 1,
-                     "--steps", STEPS, "--checkpoint-every", EVERY, "--eval-every", 0, "--mesh", "data=1",
-                     *more]  # fmt: skip
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, REPOSITORY / "train.py", *map(str, arguments)], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.began = time.monotonic()
-
-    def rows(self) -> int:
-        """How many steps are written down."""
-        with contextlib.suppress(FileNotFoundError):
-            return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-        return 0
-
-    def saving(self) -> bool:
-        """Whether a checkpoint is being written (or was, when the process died)."""
-        with contextlib.suppress(FileNotFoundError):
-            return any("tmp" in path.name for path in (self.run_dir / "checkpoints").iterdir())
-        return False
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for it, while the process lives."""
-        while not condition():
-            assert self.process.poll() is None, f"it ended first: {self.end()}"
-            assert time.monotonic() < self.began + 120, "two minutes have gone by"
-            time.sleep(0.0005)
-
-    def until_it_trains(self, starts_before: int, rows: int, saving: bool = False) -> None:
-        """Wait until this start has taken so many steps, and until it writes a checkpoint, or does not."""
-        self.until(lambda: len(starts(self.run_dir)) > starts_before)
-        target = self.rows() + rows
-        self.until(lambda: self.rows() >= target and self.saving() == saving)
-
-    def catches(self) -> bool:
-        """Whether it has taken SIGTERM into its own hands, as it does before its long imports."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
-
-    def end(self) -> str:
-        """What it said, after it ended."""
-        return self.process.communicate(timeout=120)[0]
+    arguments = ["--base", place["base"], "--data", f"text:{place['text']}", "--data-dir", data_dir, "--rank", 4,
+                 "--length", 64, "--batch-size", 2, "--calibration", 1, "--steps", STEPS, "--checkpoint-every", EVERY,
+                 "--eval-every", 0, "--mesh", "data=1"]  # fmt: skip
+    return TrainingProcess(run_dir, *arguments, *more, cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -489,52 +435,74 @@ def place(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place, tmp_path_factory) -> Training:
+def undisturbed(place, tmp_path_factory) -> TrainingProcess:
     """The run to compare with; it fills the compilation cache that the others read."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    training = Training(place, directory / "cache", directory / "run", directory / "data")
+    training = launch(place, directory / "cache", directory / "run", directory / "data")
     assert "judge it with" in training.end() and training.process.returncode == 0
     return training
 
 
 @pytest.mark.slow  # twenty starts of some seconds each
 def test_twenty_kills_at_random_moments_change_nothing(place, undisturbed, tmp_path):
-    draw = random.Random(0)
-    plan = ["start-up"] * 5 + ["steps"] * 7 + ["save"] * 8
-    draw.shuffle(plan)
-    run_dir, hit = tmp_path / "run", Counter()
-    for wanted in plan:
-        before = len(starts(run_dir))
-        training = Training(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data")
-        if wanted == "start-up":
-            time.sleep(draw.uniform(0.1, 2.5))
-        else:
-            training.until_it_trains(before, draw.randint(1, 3 * EVERY), saving=wanted == "save")
-            time.sleep(draw.choice([0, 0, 0, 0.002, 0.01]) if wanted == "save" else 0)
-        training.process.kill()
-        said = training.end()
-        assert training.process.returncode == -signal.SIGKILL, said
-        began = len(starts(run_dir)) > before
-        hit["save" if began and training.saving() else "steps" if began else "start-up"] += 1
-    print(f"killed in {dict(hit)}, at step {training.rows()} of {STEPS} the last time")
-    assert sum(hit.values()) == 20 and all(hit[phase] >= 3 for phase in ("start-up", "steps", "save")), hit
-    last = Training(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data")
-    said = last.end()
-    assert last.process.returncode == 0, said
-    assert "Traceback" not in said
+    run_dir, cache = tmp_path / "run", undisturbed.run_dir.parent / "cache"
+    found = faults.kill_and_resume(lambda: launch(place, cache, run_dir, tmp_path / "data"))
+    hit = found["during"]
+    assert found["kills"] == sum(hit.values()) == 20 and found["checkpoints_lost"] == 0
+    assert all(hit[phase] >= 3 for phase in ("start", "training", "saving")), hit
     assert_same(run_dir, undisturbed.run_dir, STEPS)
     ended = [one["ended"] for one in starts(run_dir)]
-    assert ended == [None] * (hit["steps"] + hit["save"]) + ["finished"]
+    assert ended == [None] * (hit["training"] + hit["saving"]) + ["finished"]
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} <= {str(n) for n in range(STEPS + 1)}
+
+
+class Pretended:
+    """A start that goes on from its newest checkpoint, or from `start`, and writes the next; killed, or the last."""
+
+    def __init__(self, run_dir: Path, returncode: int, start: int | None = None):
+        self.run_dir, self.process, self.returncode = run_dir, self, returncode
+        newest = max(checkpoints.steps(run_dir / "checkpoints"), default=0)
+        (run_dir / "checkpoints" / str(newest + 1)).mkdir()
+        records = [*starts(run_dir), {"from": newest if start is None else start}]
+        (run_dir / "run.json").write_text(json.dumps(records))
+
+    def kill(self) -> None: ...
+
+    def until_it_trains(self, *_, **__) -> None: ...
+
+    def saving(self) -> bool:
+        return False
+
+    def end(self) -> str:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("earlier", "damaged", "lost"), [(None, [], 0), (9, [], 1), (None, ["4", "7"], 2), (5, ["5"], 1)]
+)
+def test_a_checkpoint_that_a_kill_costs_is_counted(tmp_path, monkeypatch, earlier, damaged, lost):
+    """`earlier`: which of the 21 starts goes on from the checkpoint before its newest."""
+    monkeypatch.setattr(faults.time, "sleep", lambda _: None)
+    monkeypatch.setattr(faults.checkpoints, "damage", lambda path: ["bad"] if path.name in damaged else [])
+    (tmp_path / "checkpoints").mkdir()
+    number = itertools.count()
+
+    def launch():
+        at = next(number)
+        return Pretended(tmp_path, 0 if at == 20 else -signal.SIGKILL, at - 1 if at == earlier else None)
+
+    found = faults.kill_and_resume(launch)
+    assert (found["kills"], found["restarts"], found["checkpoints_lost"]) == (20, 20, lost)
+    assert found["during"] == {"training": 20}
 
 
 @pytest.mark.slow  # five starts
 def test_sigterm_saves_and_exits_with_0_at_any_time(place, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
 
-    def start() -> Training:
+    def start() -> TrainingProcess:
         """It has more steps than it will take."""
-        return Training(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data", "--steps", 50_000)
+        return launch(place, undisturbed.run_dir.parent / "cache", run_dir, tmp_path / "data", "--steps", 50_000)
 
     for delay in (0.2, 2.5):  # it imports; it prepares the data or compiles
         training = start()
@@ -569,9 +537,9 @@ def test_sigterm_saves_and_exits_with_0_at_any_time(place, undisturbed, tmp_path
 def test_a_file_too_large_for_the_disk_ends_the_command_in_one_line(place, undisturbed, tmp_path):
     """A limit on the size of files, which needs no mount: a checkpoint's arrays do not fit, all else does."""
     home, run_dir = undisturbed.run_dir.parent, tmp_path / "run"
-    first = Training(place, home / "cache", run_dir, home / "data", "--steps", 2 * EVERY)
+    first = launch(place, home / "cache", run_dir, home / "data", "--steps", 2 * EVERY)
     assert "judge it with" in first.end() and first.process.returncode == 0
-    training = Training(place, home / "cache", run_dir, home / "data", "--steps", 4 * EVERY)
+    training = launch(place, home / "cache", run_dir, home / "data", "--steps", 4 * EVERY)
     resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
     said = training.end()
     assert training.process.returncode == 1 and "Traceback" not in said, said

@@ -1,7 +1,10 @@
 """The fuzzer finds what it is for, always with the same inputs; and a few thousand of them find nothing."""
 
+import json
 import random
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -59,6 +62,29 @@ def test_planted_faults_are_found(tmp_path, monkeypatch, alarm, fault, said):
     seed = b'{"a": 1}'
     found = fuzz.fuzz(Target("t", (seed,), lambda data: data == seed or fault(data, tmp_path)), 6, 0, tmp_path)
     assert [f for f in found["findings"] if f["said"].startswith(said)], found
+
+
+def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypatch, alarm):
+    """libFuzzer ends its process with 0 where it found nothing, with 77 at an error; any other status tells nothing."""
+    path, before = tmp_path / "f.json", {"runs": {"gguf": 40_000}, "findings": []}
+    path.write_text(json.dumps({"atheris": before}))
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--json", str(path), "--only", "strings", "--scale", "0.001"])
+    assert fuzz.main() == 0
+    report = json.loads(path.read_text())
+    assert report["atheris"] == before and report["targets"]["strings"]["inputs"] == 10
+
+    monkeypatch.setattr(fuzz, "version", lambda name: "3")
+    for target, status, runs in (
+        ("gguf", 77, {"gguf": None}), ("strings", 1, {"gguf": None}), ("gguf", 0, {"gguf": 500}),
+        ("strings", 0, {"gguf": 500, "strings": 500}),
+    ):  # fmt: skip
+        monkeypatch.setattr(fuzz.subprocess, "run", lambda command, status=status: SimpleNamespace(returncode=status))
+        monkeypatch.setattr(sys, "argv", ["fuzz", "--json", str(path), "--atheris", target, "--runs", "500"])
+        assert fuzz.main() == status
+        now = json.loads(path.read_text())
+        assert now["atheris"]["runs"] == runs
+        assert now["atheris"]["findings"] == [name for name, count in runs.items() if count is None]
+        assert {**now, "atheris": None} == {**report, "atheris": None}
 
 
 def test_errors_that_are_documented_are_no_findings(tmp_path, alarm):

@@ -130,11 +130,72 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_stays(directory, name,
     assert len(jax.live_arrays()) == alive
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_weight_beyond_the_type_it_is_cast_to_is_named(directory, name, sign):
+    """3.4e38 is a float32 and rounds to no finite bfloat16; the largest bfloat16 stays what it is."""
+    tensors = weights()
+    tensors[name].flat[-1] = sign * float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    save_file(tensors, directory / SINGLE)
+    model = load_base(directory, dtype=ml_dtypes.bfloat16).model
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(model))
+    tensors[name].flat[-1] = sign * 3.4e38
+    save_file(tensors, directory / SINGLE)
+    load_base(directory, dtype=np.float32)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} has values beyond 3\.39e\+38, the largest of bfloat16"):
+        load_base(directory, dtype=ml_dtypes.bfloat16)
+
+
+class Device:
+    """A device of a platform that says how much memory it has, or that says nothing."""
+
+    def __init__(self, platform, stats=None):
+        self.platform, self.memory_stats = platform, lambda: stats
+
+    def __str__(self):
+        return "TPU_3"
+
+
 def test_a_model_larger_than_memory_is_refused_by_arithmetic(monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
-    check_memory(4_096_000, "m")
+    check_memory({Device("cpu"): 4_096_000}, "m")
     with pytest.raises(ValueError, match=r"m needs 0\.1 GB for its weights, and this machine has 0\.0 GB"):
-        check_memory(100_000_000, "m")
+        check_memory({Device("cpu"): 100_000_000}, "m")
+    with pytest.raises(ValueError, match=r"0\.6 GB for its weights \(0\.3 GB on each of 2 devices\), and this machine"):
+        check_memory({Device("cpu"): 300_000_000, Device("cpu"): 300_000_000}, "m")
+    small, large = (Device("tpu", {"bytes_limit": size}) for size in (16 * 10**9, 95 * 10**9))
+    check_memory({small: 16 * 10**9, large: 95 * 10**9, Device("tpu"): 10**15, Device("gpu", {}): 10**15}, "m")
+    with pytest.raises(ValueError, match=r"m needs 35\.0 GB .* on TPU_3, which has 16\.0 GB: split .* more devices"):
+        check_memory({large: 35 * 10**9, small: 35 * 10**9}, "m")
+
+
+def test_a_model_larger_than_memory_is_refused_on_simulated_devices_before_it_is_placed(directory):
+    """2e9 embeddings of 8 float32: 64 GB that the file only claims, on two devices of a machine of 25 GB."""
+    change_config(directory, vocab_size=2 * 10**9)
+    header, at = {}, 0
+    for name, values in weights().items():
+        shape = (2 * 10**9, 8) if values.shape == weights()[EMBEDDING].shape else values.shape
+        header[name], at = entry(at, at + 4 * int(np.prod(shape)), shape), at + 4 * int(np.prod(shape))
+    raw = container(header)
+    (directory / SINGLE).write_bytes(raw)
+    os.truncate(directory / SINGLE, len(raw) + at)
+    code = f"""
+        import os, jax
+        from butler_jax.sharding import make_mesh, shardings_for
+        from butler_jax.weights import load_base, placing
+        os.sysconf = {{"SC_PHYS_PAGES": 25 * 10**9 // 4096, "SC_PAGE_SIZE": 4096}}.get
+        placing.Slot = None
+        try:
+            load_base({str(directory)!r}, shardings=shardings_for(make_mesh("data=2")))
+        except ValueError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )  # fmt: skip
+    said = f"{directory} needs 64.0 GB for its weights (32.0 GB on each of 2 devices), and this machine has 25.0 GB: "
+    assert done.stdout.startswith(said), done.stderr
 
 
 # --- directories ----------------------------------------------------------------------------------

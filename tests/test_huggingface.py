@@ -305,13 +305,15 @@ def in_subprocess(code, **environment):
     return result.stdout
 
 
-def test_sharded_parameters_equal_unsharded_ones_on_8_devices(directory):
+def test_sharded_parameters_equal_unsharded_ones_on_8_devices_in_the_bytes_reckoned_before(directory):
     out = in_subprocess(
         f"""
         import jax, numpy as np
         from butler_jax.sharding import make_mesh, shardings_for
         from butler_jax.weights import load_base
+        from butler_jax.weights.placing import bytes_needed, parameter_name
         plain = load_base({str(directory)!r})
+        shapes = {{parameter_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(plain.model)}}
         for text in ("data=8,model=1", "data=2,model=4", "data=1,model=2"):
             mesh = make_mesh(text)
             sharded = load_base({str(directory)!r}, shardings=shardings_for(mesh))
@@ -321,6 +323,10 @@ def test_sharded_parameters_equal_unsharded_ones_on_8_devices(directory):
             down = sharded.model.layers.down[...]
             held = down.addressable_shards[0].data.size
             assert held * mesh.size == down.size, (text, held)
+            needed = bytes_needed(shapes, "float32", shardings_for(mesh))
+            for shard in [s for leaf in jax.tree.leaves(sharded.model) for s in leaf.addressable_shards]:
+                needed[shard.device] -= shard.data.nbytes
+            assert len(needed) == mesh.size and set(needed.values()) == {{0}}, (text, needed)
         print("equal")
         """,
         XLA_FLAGS="--xla_force_host_platform_device_count=8",

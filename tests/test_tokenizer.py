@@ -46,6 +46,18 @@ def test_first_token_is_added_once_or_not_at_all(tmp_path, template, flag):
     assert tokenizer.encode("a b", bos=False) == [2, 3]
 
 
+@pytest.mark.parametrize("dropout", [0.5, 1.0, 0.0, None])
+def test_a_text_has_one_encoding_whatever_dropout_the_file_asks_for(tmp_path, bpe, dropout):
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["dropout"] = dropout
+    path.write_text(json.dumps(raw))
+    loaded = Tokenizer.load(tmp_path)
+    text = "the river bird sings under the old hill " * 4
+    assert {tuple(loaded.encode(text)) for _ in range(20)} == {tuple(bpe.encode(text))}
+
+
 def test_border_ids_come_from_generation_config_when_no_name_is_given(tmp_path):
     write(tmp_path, template=False)
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": 3}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -104,8 +105,8 @@ def build_model(
     """A BaseModel whose parameters are the stored tensors, converted to dtype on their devices.
 
     Host memory stays under one layer above what is placed on the host's own devices. Raises ValueError naming every
-    missing, unexpected or misshapen tensor, and for a model beyond the machine's memory, before anything is read; and
-    naming a tensor with values that are not finite.
+    missing, unexpected or misshapen tensor, and for a model beyond the memory of the devices or the machine, before
+    anything is read; and naming a tensor with values that are not finite, or would not be in dtype.
     """
     abstract = jax.eval_shape(partial(BaseModel, config, dtype=dtype), jax.random.key(0))
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
@@ -114,8 +115,8 @@ def build_model(
     stacked = {name: shape for name, shape in shapes.items() if name in LAYERS}
     places = {name: locate(config, name, stacked) for name in stacked}
     check_tensors(config, tensors, shapes, places, source)
-    if shardings is None and jax.default_backend() == "cpu":
-        check_memory(sum(map(math.prod, shapes.values())) * np.dtype(dtype).itemsize, source)
+    check_memory(bytes_needed(shapes, dtype, shardings), source)
+    largest = float(jnp.finfo(dtype).max)
 
     def read(name: str, start: int, stop: int) -> np.ndarray:
         rows = tensors[name].read(start, stop)
@@ -124,6 +125,12 @@ def build_model(
             f"{source}: tensor {name} has values that are not finite, in rows {start} ... {stop - 1}: the file is "
             "damaged or its training failed; get the model again",
         )
+        if float(jnp.finfo(rows.dtype).max) > largest:
+            require(
+                -largest <= float(rows.min()) and float(rows.max()) <= largest,
+                f"{source}: tensor {name} has values beyond {largest:.3g}, the largest of {jnp.dtype(dtype).name}, in "
+                f"rows {start} ... {stop - 1}: load it with dtype float32",
+            )
         return rows
 
     arrays = []
@@ -187,13 +194,40 @@ def check_tensors(config, tensors, shapes, places, source) -> None:
         )
 
 
-def check_memory(needed: int, source: str) -> None:
-    """Raise ValueError where the machine has less memory than `needed` bytes; where it does not say, pass."""
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def bytes_needed(
+    shapes: Mapping[str, tuple[int, ...]], dtype: Any, shardings: Shardings | None
+) -> dict[jax.Device, int]:
+    """Bytes of the parameters of these shapes on each of this process's devices; nothing is allocated for them."""
+    needed: Counter[jax.Device] = Counter()
+    default = jnp.zeros(()).devices()
+    for name, shape in shapes.items():
+        sharding = shardings(LOGICAL_AXES[name], shape) if shardings else None
+        part = sharding.shard_shape(shape) if sharding else shape
+        for device in sharding.addressable_devices if sharding else default:
+            needed[device] += math.prod(part) * jnp.dtype(dtype).itemsize
+    return needed
+
+
+def check_memory(needed: Mapping[jax.Device, int], source: str) -> None:
+    """Raise ValueError where a device has less memory than these bytes, or the machine than all its CPU devices need.
+
+    What does not say how much memory it has passes.
+    """
+    on_cpu = [size for device, size in needed.items() if device.platform == "cpu"]
+    for device, size in needed.items():
+        limit = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
         require(
-            needed <= there,
-            f"{source} needs {needed / 1e9:.1f} GB for its weights, and this machine has {there / 1e9:.1f} GB",
+            limit is None or size <= limit,
+            f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {(limit or 0) / 1e9:.1f} GB: "
+            "split it over more devices (--mesh), or take a smaller model",
+        )
+    if on_cpu and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        each = f" ({max(on_cpu) / 1e9:.1f} GB on each of {len(on_cpu)} devices)" if len(on_cpu) > 1 else ""
+        require(
+            sum(on_cpu) <= there,
+            f"{source} needs {sum(on_cpu) / 1e9:.1f} GB for its weights{each}, and this machine has "
+            f"{there / 1e9:.1f} GB: split it over more machines (--mesh), or take a smaller model",
         )
 
 

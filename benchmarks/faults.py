@@ -1,0 +1,118 @@
+"""Kills survived: a training on the embedded base, killed (SIGKILL) twenty times and started again each time.
+
+    python -m benchmarks.faults --json benchmarks/faults.json
+
+The moments are drawn with a seed: some while the process starts, some while it trains, some while it writes a
+checkpoint. Where a kill truly hit is read from what it left. A checkpoint counts as reported saved once it has its
+name, and as lost where it is not whole or the next start goes on from an earlier one. The end is compared with a run
+that nothing disturbed: the predictor's parameters bit for bit, and the numbers written down at every step. These kills
+end a process; the machine and its disk stay up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.training_process import TrainingProcess, starts
+from butler_jax import checkpoints, load_base, load_predictor
+from butler_jax.json_objects import read_lines
+from butler_jax.provenance import versions
+
+STEPS, EVERY = 900, 30
+PLAN = ("start",) * 5 + ("training",) * 7 + ("saving",) * 8
+
+
+def kill_and_resume(launch: Callable[[], TrainingProcess], seed: int = 0) -> dict[str, Any]:
+    """Kill a run at the moments of PLAN in random order, starting it again each time, and let the last start end it.
+
+    Counts the kills by what they hit and the checkpoints that they cost. Raises RuntimeError where a process ends by
+    itself before its kill, or the last one with an error.
+    """
+    draw, plan, hit, lost, newest = random.Random(seed), list(PLAN), Counter(), set(), []
+    draw.shuffle(plan)
+    before = 0
+    for wanted in plan:
+        training = launch()
+        if wanted == "start":
+            time.sleep(draw.uniform(0.1, 2.5))
+        else:
+            training.until_it_trains(before, draw.randint(1, 3 * EVERY), saving=wanted == "saving")
+            time.sleep(draw.choice([0, 0, 0, 0.002, 0.01]) if wanted == "saving" else 0)
+        training.process.kill()
+        said = training.end()
+        if training.process.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"it ended before it was killed: {said}")
+        began = len(starts(training.run_dir)) > before
+        hit["saving" if began and training.saving() else "training" if began else "start"] += 1
+        before += began
+        place = training.run_dir / "checkpoints"
+        there = checkpoints.steps(place) if place.exists() else []
+        lost |= {step for step in there if checkpoints.damage(place / str(step))}
+        newest.append((before, max(there, default=0)))
+    last = launch()
+    said = last.end()
+    if last.process.returncode or "Traceback" in said:
+        raise RuntimeError(f"the last start failed: {said}")
+    records = starts(last.run_dir)
+    lost |= {step for at, step in newest if records[at]["from"] < step}
+    return {"kills": len(plan), "during": dict(hit), "restarts": len(plan), "checkpoints_lost": len(lost)}
+
+
+def numbers(run_dir: Path) -> list[tuple]:
+    """Step, loss and norm of the gradient of every line of metrics.jsonl."""
+    rows = [json.loads(line) for _, line in read_lines(run_dir / "metrics.jsonl")]
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the counts here")
+    parser.add_argument("--seed", type=int, default=0, help="draws the moments")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+
+        def launch(run: str) -> TrainingProcess:
+            settings = ["--data-dir", place / "data", "--length", 64, "--batch-size", 2, "--calibration", 1, "--steps",
+                        STEPS, "--checkpoint-every", EVERY, "--eval-every", 0, "--mesh", "data=1"]  # fmt: skip
+            return TrainingProcess(place / run, *settings, cache=place / "cache")
+
+        straight = launch("straight")
+        said = straight.end()
+        if straight.process.returncode:
+            raise RuntimeError(f"the undisturbed run failed: {said}")
+        began = time.monotonic()
+        counts = kill_and_resume(lambda: launch("killed"), arguments.seed)
+        counts["seconds"] = round(time.monotonic() - began, 1)
+        base = load_base("tiny")
+        ends = [jax.tree.leaves(load_predictor(place / run, base, step=STEPS)) for run in ("killed", "straight")]
+        same = [np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*ends, strict=True)]
+        counts["parameters_identical"] = all(same)
+        counts["steps_identical"] = numbers(place / "killed") == numbers(place / "straight")
+    print(json.dumps(counts))
+    if arguments.json:
+        about = {
+            "command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]), "seed": arguments.seed, "base": "tiny",
+            "steps": STEPS, "checkpoint_every": EVERY, "date": datetime.date.today().isoformat(),
+            "versions": versions(), "device": f"{jax.default_backend()}, {os.cpu_count()} cores",
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps({**about, **counts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

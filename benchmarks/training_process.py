@@ -1,0 +1,73 @@
+"""`python train.py` as a process of its own, watched through the files it writes, to be killed at chosen moments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def starts(run_dir: Path) -> list[dict]:
+    """The records of run.json."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((run_dir / "run.json").read_text())
+    return []
+
+
+class TrainingProcess:
+    """A training with these arguments, started at once; programs are kept in the directory `cache`."""
+
+    def __init__(self, run_dir: Path, *arguments: object, cache: Path):
+        self.run_dir = run_dir
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, REPOSITORY / "train.py", "--run-dir", run_dir, *map(str, arguments)], env=environment,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.began = time.monotonic()
+
+    def rows(self) -> int:
+        """How many steps are written down."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+        return 0
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written (or was, when the process died)."""
+        with contextlib.suppress(FileNotFoundError):
+            return any("unfinished" in path.name for path in (self.run_dir / "checkpoints").iterdir())
+        return False
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it. Raises RuntimeError where the process ends first, or after two minutes."""
+        while not condition():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"it ended first: {self.end()}")
+            if time.monotonic() > self.began + 120:
+                raise RuntimeError("two minutes have gone by")
+            time.sleep(0.0005)
+
+    def until_it_trains(self, starts_before: int, rows: int, saving: bool = False) -> None:
+        """Wait until this start has taken so many steps, and until it writes a checkpoint, or does not."""
+        self.until(lambda: len(starts(self.run_dir)) > starts_before)
+        target = self.rows() + rows
+        self.until(lambda: self.rows() >= target and self.saving() == saving)
+
+    def catches(self) -> bool:
+        """Whether it has taken SIGTERM into its own hands, as it does before its long imports."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
+
+    def end(self) -> str:
+        """What it said, after it ended."""
+        return self.process.communicate(timeout=120)[0]
