@@ -80,7 +80,9 @@ def test_what_an_axis_does_not_divide_stays_whole():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", PREDICTORS)
-@pytest.mark.parametrize("sizes", [{"data": 256}, {"data": 128, "model": 2}, {"data": 64}, {"data": 16, "model": 4}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"data": 256}, {"data": 128, "model": 2}, {"data": 64}, {"data": 16, "model": 4}], ids=str
+)
 def test_no_large_array_of_a_training_step_is_whole_on_every_chip(name, kind, sizes):
     base = MODELS[name]
     mesh = types.SimpleNamespace(shape={"data": 1, "model": 1, "sequence": 1, **sizes})
