@@ -70,8 +70,16 @@ def test_tables_of_policies_are_what_was_measured(file, task, metric):
 
 def test_the_table_beside_kvpress_is_what_was_measured():
     rows = rows_of("kvpress.json")
-    labels = {"kvpress, SnapKV": "snapkv", "kvpress, H2O": "h2o", "kvpress, StreamingLLM": "streaming"}
-    for label, policy in {**labels, "tokenbutler": "tokenbutler"}.items():
-        aligned = "kvpress" if label in labels else "decoded, as many read"
-        found = {r["budget"]: r["perplexity"] for r in rows if (r["policy"], r["aligned"]) == (policy, aligned)}
-        assert f"| {label} | {found[1 / 2]:.1f} | {found[1 / 4]:.1f} | {found[1 / 8]:.1f} |\n" in MEASURED
+    ours, once = "decoded, as many read", "chosen once, at its end"
+    lines = {
+        "kvpress, SnapKV": ("snapkv", "kvpress"),
+        "our SnapKV, chosen once": ("snapkv", once),
+        "kvpress, H2O": ("h2o", "kvpress"),
+        "our H2O, chosen once": ("h2o", once),
+        "kvpress, StreamingLLM": ("streaming", "kvpress"),
+        "**tokenbutler**": ("tokenbutler", ours),
+    }
+    for label, line in lines.items():
+        found = {r["budget"]: r for r in rows if (r["policy"], r["aligned"]) == line}
+        cells = [f"{found[b]['perplexity']:.1f} ± {found[b]['perplexity_error']:.1f}" for b in (1 / 2, 1 / 4, 1 / 8)]
+        assert f"| {label} | {' | '.join(cells)} |\n" in MEASURED
