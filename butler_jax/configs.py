@@ -520,7 +520,8 @@ class EvalConfig(HostsConfig):
     """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
     policies: tuple[str, ...] | None = None
     """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler; in Python also
-    policies themselves. Default: dense, oracle, random, streaming and, where there is a predictor, tokenbutler."""
+    policies themselves. snapkv and citrus run row by row here. Default: dense, oracle, random, streaming and, where
+    there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Share of the causal keys a query attends, or an integer number of tokens; sinks and window included."""
     sinks: int = 4

@@ -18,6 +18,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 import butler_jax.lm_eval
+from benchmarks.harness_agreement import compare
 from butler_jax.configs import PredictorConfig, SelectionConfig
 from butler_jax.evaluation import harness, passes
 from butler_jax.evaluation.downstream import downstream
@@ -367,27 +368,10 @@ def test_the_command_runs_the_harness_with_the_model_and_local_tasks(directory, 
     assert set(results["results"]) == {"piqa_local", "lambada_local"}
 
 
-def compare(path, directory, task, limit, max_length):
-    """Per sample, likelihoods and accuracies of `butler` and of the harness's own `hf` on the same weights."""
-    pytest.importorskip("accelerate")
-    from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    settings = dict(max_length=max_length, batch_size=8)
-    ours = ButlerLM.create_from_arg_obj(dict(base=str(path), progress=False, **settings))
-    theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32", **settings)
-    values, accuracies = [], []
-    for model in (ours, theirs):
-        found = evaluate(model, local_tasks(directory, [task]), limit=limit, bootstrap_iters=0)
-        samples = found["samples"][f"{task}_local"]
-        values.append(np.asarray([[answer[0][0] for answer in sample["resps"]] for sample in samples]))
-        accuracies.append([sample["acc"] for sample in samples])
-    return values, accuracies
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["lambada", "piqa"])
 def test_dense_agrees_with_the_harness_own_model_on_stories(shared_data, task):
+    pytest.importorskip("accelerate")
     where = shared_data / "data" / "stories260K"
     (ours, theirs), (right, wanted) = compare(where, shared_data / "data" / "evals", task, 200, 511)
     assert len(ours) == 200 and right == wanted
@@ -397,6 +381,8 @@ def test_dense_agrees_with_the_harness_own_model_on_stories(shared_data, task):
 
 @pytest.mark.slow
 def test_dense_agrees_with_the_harness_own_model_on_smollm2(shared_data, smollm2_dir):
+    """On 24 items; benchmarks/harness_agreement.py takes 200 of two tasks."""
+    pytest.importorskip("accelerate")
     (ours, theirs), (right, wanted) = compare(smollm2_dir, shared_data / "data" / "evals", "lambada", 24, 1023)
     assert len(ours) == 24 and right == wanted
     np.testing.assert_allclose(ours, theirs, atol=1e-3)  # likewise, 30 layers

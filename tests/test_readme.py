@@ -56,13 +56,9 @@ def test_tables_of_policies_are_what_was_measured(file, task, metric):
         if (r["task"], r["metric"]) == (task, metric) and r["policy"] != "dense" and not where(r):
             figures.setdefault(r["policy"], []).append(f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}")
     lines = [line for table in TABLES for line in table.splitlines()]
-    shown = {p: next((line for line in lines if f"| {' | '.join(f[:2])} |" in line), None) for p, f in figures.items()}
-    if task == "lambada":  # too much is chance there
-        shown.pop("oracle_head")
-    assert None not in shown.values(), shown
-    if metric == "over_dense":  # all budgets, and the best of all but the oracles at each
-        for policy, line in shown.items():
-            assert line.endswith(f" | {' | '.join(figures[policy])} |"), line
+    for policy, cells in figures.items():
+        assert any(line.endswith(f" | {' | '.join(cells)} |") for line in lines), (policy, cells)
+    if metric == "over_dense":  # the best of all but the oracles at every budget
         others = [p for p in figures if p not in ("oracle", "oracle_head", "tokenbutler")]
         value = {p: [float(x.split()[0]) for x in f] for p, f in figures.items()}
         assert all(value["tokenbutler"][b] < value[p][b] for p in others for b in range(5))

@@ -453,5 +453,8 @@ def test_the_page_reads_well_in_a_browser(browser, tmp_path, scheme, width):
 
 def test_a_report_says_which_policies_are_not_in_their_published_form():
     found = dict(facts({"policies": [{"name": "h2o"}, {"name": "snapkv", "observed": 32, "pool": 7}]}))
-    assert found["form of policies"] == "snapkv: row after row; published as one cut at the end of a dense prompt"
+    assert (
+        found["form of policies"]
+        == "snapkv: simulated row after row; published as one cut at the end of a dense prompt"
+    )
     assert "form of policies" not in dict(facts({"policies": [{"name": "dense"}, {"name": "norm"}]}))

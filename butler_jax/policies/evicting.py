@@ -44,8 +44,8 @@ class Evicting(Policy):
         """There are none: what is worth most depends on all rows before."""
         require(
             False,
-            f"the policy {self.name} evicts for good: it is simulated by eval.py and decoded after a prefill under it, "
-            "and has no scores of a row by itself",
+            f"the policy {self.name} evicts for good: it is simulated by eval.py and decoded from a state that prefill "
+            "made for it, and has no scores of a row by itself",
         )
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:

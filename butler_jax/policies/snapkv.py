@@ -36,7 +36,7 @@ class SnapKV(Evicting):
     """
 
     name = "snapkv"
-    form = "row after row; published as one cut at the end of a dense prompt"
+    form = "simulated row after row; published as one cut at the end of a dense prompt"
     observed: int = 32
     pool: int = 7
     once: bool = True
