@@ -256,10 +256,14 @@ def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
     """
     script = [str(REPOSITORY / a) if a.endswith(".py") else a for a in arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(
-        [sys.executable, "-u", *script], cwd=tmp_path, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and children
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *script], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
     shown = ""
     while begun not in shown:
         shown += (letter := process.stdout.read(1))
