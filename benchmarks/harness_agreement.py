@@ -9,16 +9,13 @@ It needs the extra `harness`, torch, transformers and accelerate. --evals: JSON 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
 
-from butler_jax.provenance import versions
+from benchmarks.about import about
 
 
 def compare(
@@ -65,13 +62,10 @@ def main() -> None:
         found = compare(arguments.base, arguments.evals, task, arguments.limit, arguments.max_length)
         rows.append(row(task, *found))
         print(rows[-1], flush=True)
-    peers = {name: importlib.metadata.version(name) for name in ("lm_eval", "torch", "transformers")}
     report = {
         "rows": rows,
         "base": arguments.base.name,
-        "command": "python -m benchmarks.harness_agreement " + " ".join(pathlib.Path(a).name for a in sys.argv[1:]),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions() | peers,
+        **about("harness_agreement", "lm_eval", "torch", "transformers"),
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

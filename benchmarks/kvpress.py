@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import importlib.metadata
 import json
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.about import about
 from benchmarks.kvpress_forms import (
     H2OLike,
     Prompt,
@@ -40,7 +38,6 @@ from butler_jax.configs import SelectionConfig, require
 from butler_jax.evaluation.perplexity import read_text, text_windows
 from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Policy, make_policy
-from butler_jax.provenance import versions
 from butler_jax.selection import limits_of
 
 SINKS, WINDOW = 4, 8
@@ -241,18 +238,15 @@ def main() -> None:
     found = text_windows(base.require_tokenizer(), text, context=arguments.context, tokens=tokens)
     windows = np.concatenate([batch["tokens"] for batch in found])
     rows = compare(base.model, predictor, peer, windows, arguments.budgets, arguments.prompt)
-    peers = {name: importlib.metadata.version(name) for name in ("kvpress", "torch", "transformers")}
     report = {
         "rows": rows,
-        "command": "python -m benchmarks.kvpress " + " ".join(pathlib.Path(a).name for a in sys.argv[1:]),
         "base": base.name,
         "fingerprint": base.fingerprint,
         "predictions": arguments.windows * (arguments.context - arguments.prompt - 1),
         "device": f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time(),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions() | peers,
+        **about("kvpress", "kvpress", "torch", "transformers"),
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

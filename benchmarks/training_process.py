@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,13 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from butler_jax.run_directory import read_records
+
 REPOSITORY = Path(__file__).parent.parent
 
 
 def starts(run_dir: Path) -> list[dict]:
     """The records of run.json."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads((run_dir / "run.json").read_text())
+        return read_records(run_dir)
     return []
 
 
