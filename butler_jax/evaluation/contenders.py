@@ -67,7 +67,7 @@ def contenders(
     settings = {"random": {"seed": config.seed}}
     given = config.policies or DEFAULT
     policies = [p if isinstance(p, Policy) else make_policy(p, **settings.get(p, {})) for p in given]
-    policies = [replace(p, once=False) if p.evicts and p.once else p for p in policies]  # a text has no prompt
+    policies = [replace(p, once=False) if p.once else p for p in policies]  # a text has no prompt
     needing = [p.name for p in policies if p.needs_predictor]
     predictors = list(_predictors(base, predictor, config)) if needing else []
     if needing and not predictors:

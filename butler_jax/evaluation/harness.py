@@ -286,7 +286,7 @@ def modes(policy: Policy) -> dict[str, str]:
     if policy.name == "dense":
         return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
     choice = "every position attends its own choice, those of the context too (decoding simulated)"
-    if policy.evicts and policy.once:
+    if policy.once:
         told = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
     elif policy.evicts:
         told = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"

@@ -38,7 +38,6 @@ class Evicting(Policy):
     """
 
     evicts: ClassVar[bool] = True
-    once: ClassVar[bool] = False
 
     def scores(self, chunk: Chunk):
         """There are none: what is worth most depends on all rows before."""

@@ -59,6 +59,7 @@ class Policy:
     name: ClassVar[str]
     needs_predictor: ClassVar[bool] = False
     evicts: ClassVar[bool] = False  # see evicting.py
+    once: ClassVar[bool] = False  # likewise
     form: ClassVar[str] = ""  # how it differs from what was published, for reports
 
     def scores(self, chunk: Chunk) -> Float[Array, "B K G C S"]:
