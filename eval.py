@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from butler_jax.command_line import interrupts_end, read, run
-from butler_jax.configs import EvalConfig, require
+from butler_jax.configs import EvalConfig
 from butler_jax.hosts import join_hosts
 
 
@@ -19,10 +19,8 @@ def main(arguments: list[str]) -> int:
 
 def judge(config: EvalConfig) -> int:
     """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host speaks."""
-    require(
-        config.run is not None or config.base is not None,
-        "nothing to judge: give --run DIR (a run of train.py), or --base SPEC for a base model alone",
-    )
+    if config.run is None and config.base is None:
+        raise ValueError("nothing to judge: give --run DIR (a run of train.py), or --base SPEC for a base model alone")
     join_hosts(config)
     out = config.out or (Path("eval") if config.run is None else config.run / "eval")
     with interrupts_end(f"stopped; the same command goes on from what is finished in {out}"):

@@ -34,7 +34,7 @@ from benchmarks.kvpress_forms import (
 )
 from butler_jax import decode_step, load_base, load_predictor, prefill
 from butler_jax.base_model import BaseModel
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.perplexity import read_text, text_windows
 from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Policy, make_policy
@@ -165,7 +165,8 @@ def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
     """Mean share of theirs that is in mine too [L, B, K, P], layers 1 ...; both keep the same number of tokens."""
     mine, theirs = np.asarray(mine)[1:], theirs[1:]
     counts = mine.sum(-1), theirs.sum(-1)
-    require((counts[0] == counts[1]).all(), f"{counts[0].mean()} tokens are kept, and {counts[1].mean()} by kvpress")
+    if not (counts[0] == counts[1]).all():
+        raise ValueError(f"{counts[0].mean()} tokens are kept, and {counts[1].mean()} by kvpress")
     return ratio((mine & theirs).sum((0, 2, 3)), theirs.sum((0, 2, 3)))
 
 

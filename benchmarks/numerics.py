@@ -33,7 +33,7 @@ from benchmarks import float64
 from butler_jax import distillation, load_base, load_predictor
 from butler_jax.attention import causal_attention
 from butler_jax.base_model import forward
-from butler_jax.configs import PredictorConfig, RopeConfig, SelectionConfig, require
+from butler_jax.configs import PredictorConfig, RopeConfig, SelectionConfig
 from butler_jax.evaluation.rows import row_chunk, see_rows, text_batch
 from butler_jax.layers import rope_frequencies, rotary_angles
 from butler_jax.policies import Chunk, make_policy
@@ -78,9 +78,8 @@ class Choices:
         self.table = budget_table(self.config, length)
         rows = np.arange(length)
         self.decided = (self.config.least < self.table[rows + 1]) & (self.table[rows + 1] < rows + 1)
-        require(
-            self.decided.any(), f"{length} tokens are too few for scores to decide at a budget of {budget}; take more"
-        )
+        if not self.decided.any():
+            raise ValueError(f"{length} tokens are too few for scores to decide at a budget of {budget}; take more")
         self.forced = (rows[None] > rows[:, None] - WINDOW) | (rows[None] < SINKS)
         self.equal, self.common, self.lost = [], [], []
 

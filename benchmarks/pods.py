@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 from benchmarks import hlo
 from benchmarks.tpu_decode import LLAMA_8B, SELECTION, lower_decode
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, parameter_count
-from butler_jax.configs import BaseConfig, TrainConfig, require
+from butler_jax.configs import BaseConfig, TrainConfig
 from butler_jax.files import write_whole
 from butler_jax.predictor_training import distil_step
 from butler_jax.predictors import make_predictor
@@ -83,9 +83,12 @@ class Plan:
     layers: int | None = None
 
     def __post_init__(self):
-        require(self.model in MODELS, f"unknown model {self.model!r}; choose {', '.join(MODELS)}")
-        require(self.chip in CHIPS, f"unknown chip {self.chip!r}; choose {', '.join(CHIPS)}, as in v5e:16x16")
-        require(self.step in ("train", "decode"), f"--step is train or decode, got {self.step!r}")
+        if self.model not in MODELS:
+            raise ValueError(f"unknown model {self.model!r}; choose {', '.join(MODELS)}")
+        if self.chip not in CHIPS:
+            raise ValueError(f"unknown chip {self.chip!r}; choose {', '.join(CHIPS)}, as in v5e:16x16")
+        if self.step not in ("train", "decode"):
+            raise ValueError(f"--step is train or decode, got {self.step!r}")
         rows = self.batch_size or parse_mesh(self.mesh)["data"]
         object.__setattr__(self, "batch_size", rows)
 
@@ -143,7 +146,8 @@ def mesh_of(plan: Plan) -> Mesh:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=plan.topology).devices
     sizes = parse_mesh(plan.mesh)
     needed = math.prod(sizes.values())
-    require(needed <= len(devices), f"mesh {plan.mesh} needs {needed} chips, {plan.topology} has {len(devices)}")
+    if not needed <= len(devices):
+        raise ValueError(f"mesh {plan.mesh} needs {needed} chips, {plan.topology} has {len(devices)}")
     return arrange(sizes, devices[:needed])
 
 

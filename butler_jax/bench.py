@@ -25,7 +25,7 @@ import numpy as np
 from butler_jax import generation
 from butler_jax.cache import empty_chosen
 from butler_jax.command_line import read, run
-from butler_jax.configs import PredictorConfig, SelectionConfig, parse_budget, require
+from butler_jax.configs import PredictorConfig, SelectionConfig, parse_budget
 from butler_jax.policies import Policy, make_policy
 from butler_jax.provenance import versions
 from butler_jax.sampling import Sampling
@@ -72,9 +72,11 @@ class BenchConfig:
 
     def __post_init__(self):
         for name in ("batch", "tokens", "rounds"):
-            require(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         self.selections()
-        require(bool(self.lengths()), "--contexts names no context; give for instance 1024,4096")
+        if not self.lengths():
+            raise ValueError("--contexts names no context; give for instance 1024,4096")
 
     def lengths(self) -> list[int]:
         """The contexts as numbers."""
@@ -88,7 +90,8 @@ class BenchConfig:
 
 
 def _whole(text: str, name: str) -> int:
-    require(text.strip().isdigit(), f"{name}: {text!r} is not a whole number")
+    if not text.strip().isdigit():
+        raise ValueError(f"{name}: {text!r} is not a whole number")
     return int(text)
 
 
@@ -132,7 +135,8 @@ def bench(config: BenchConfig) -> int:
 def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context: int) -> list[dict[str, Any]]:
     """All variants at one context, in turns; prints a line of each."""
     length = context - config.tokens * (config.rounds + 1)
-    require(length >= 1, f"a context of {context} tokens has no room for the {context - length} that are measured")
+    if not length >= 1:
+        raise ValueError(f"a context of {context} tokens has no room for the {context - length} that are measured")
     prompt = np.random.default_rng(0).integers(5, base.config.vocab_size, (config.batch, length)).astype(np.int32)
     began = time.perf_counter()
     held = _fill(config, base, predictor, prompt, context)

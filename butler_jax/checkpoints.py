@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from butler_jax import digests
-from butler_jax.configs import PredictorConfig, from_dict, require, to_dict
+from butler_jax.configs import PredictorConfig, from_dict, to_dict
 from butler_jax.files import sync
 from butler_jax.hosts import gather
 from butler_jax.json_objects import read_object
@@ -180,11 +180,12 @@ class Checkpoints:
         """
         metadata = ocp.metadata(self.directory / str(step))
         saved, mine = metadata.custom_metadata, self.about
-        require(
-            "fingerprint" not in mine or saved.get("fingerprint") == mine["fingerprint"],
-            f"{self.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
-            f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run directory",
-        )
+        if "fingerprint" in mine and saved.get("fingerprint") != mine["fingerprint"]:
+            raise ValueError(
+                f"{self.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
+                f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run "
+                "directory"
+            )
         wanted = _named(state)
         _compare(metadata.metadata, wanted, self.directory / str(step))
         loaded = ocp.load(self.directory / str(step), jax.tree.map(_abstract, wanted))
@@ -200,11 +201,11 @@ class Checkpoints:
         mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
         _compare(mine, wanted, self.directory / str(step))
         sizes = [sum(math.prod(leaf.shape) for leaf in leaves) for leaves in (saved.values(), mine.values())]
-        require(
-            sizes[0] <= LARGEST_STATE * sizes[1] + 1024,
-            f"{self.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
-            "than any training leaves",
-        )
+        if not sizes[0] <= LARGEST_STATE * sizes[1] + 1024:
+            raise ValueError(
+                f"{self.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
+                "than any training leaves"
+            )
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device) for n, m in saved.items()}
         loaded = ocp.load(self.directory / str(step), abstract)
@@ -320,10 +321,10 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     for name in sorted(set(saved) | set(wanted)):
         shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
-        require(
-            shapes[0] == shapes[1],
-            f"{where} does not fit: {name} is {shapes[0] or 'missing'} there and {shapes[1] or 'unknown'} here",
-        )
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{where} does not fit: {name} is {shapes[0] or 'missing'} there and {shapes[1] or 'unknown'} here"
+            )
 
 
 def joined(states: list[Any], name: str = "state") -> Any:
@@ -338,11 +339,11 @@ def joined(states: list[Any], name: str = "state") -> Any:
     if isinstance(first, list):
         return [joined(list(items), name) for items in zip(*states, strict=True)]
     different = sorted({str(state) for state in states})
-    require(
-        len(different) == 1,
-        f"the processes read different data: {name} is {' and '.join(different)}; give all hosts the same files and "
-        "settings",
-    )
+    if len(different) != 1:
+        raise ValueError(
+            f"the processes read different data: {name} is {' and '.join(different)}; give all hosts the same files "
+            "and settings"
+        )
     return first
 
 
@@ -398,12 +399,12 @@ def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
 
 def check_base(facts: dict, base: Base, path: str | Path) -> None:
     """Raise ValueError where a checkpoint's predictor belongs to another base; names both."""
-    require(
-        isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys(),
-        f"the checkpoint in {path} does not say which base and predictor it is of; give a run of train.py",
-    )
-    require(
-        facts["fingerprint"] == base.fingerprint,
-        f"the predictor in {path} was trained for base {facts['base']!r} (fingerprint {facts['fingerprint']}), "
-        f"not for {base.name!r} ({base.fingerprint}); load that base, or train a predictor for this one",
-    )
+    if not (isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys()):
+        raise ValueError(
+            f"the checkpoint in {path} does not say which base and predictor it is of; give a run of train.py"
+        )
+    if facts["fingerprint"] != base.fingerprint:
+        raise ValueError(
+            f"the predictor in {path} was trained for base {facts['base']!r} (fingerprint {facts['fingerprint']}), "
+            f"not for {base.name!r} ({base.fingerprint}); load that base, or train a predictor for this one"
+        )

@@ -15,12 +15,6 @@ from butler_jax.typed import fits, number, shown, whole
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def require_local(config) -> None:
     """Raise ValueError for a setting of a configuration that names a place in a bucket; only data_dir may.
 
@@ -30,11 +24,12 @@ def require_local(config) -> None:
         value = getattr(config, entry.name)
         for one in value if isinstance(value, tuple) else (value,):
             found = re.search(r"(?:^|[:,])((gs|s3):/+[^,]*)", str(one)) if isinstance(one, (str, Path)) else None
-            require(
-                found is None or entry.name in ("data_dir", "prompt", "stop"),
-                f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's address; "
-                "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under that directory, see docs/tpu.md",
-            )
+            if found is not None and entry.name not in ("data_dir", "prompt", "stop"):
+                raise ValueError(
+                    f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's "
+                    "address; mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under that directory, see "
+                    "docs/tpu.md"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +58,8 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
     def __post_init__(self):
-        require(self.kind in ROPE_KINDS, f"unknown rope type {shown(self.kind)}; supported: {', '.join(ROPE_KINDS)}")
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(f"unknown rope type {shown(self.kind)}; supported: {', '.join(ROPE_KINDS)}")
         for name in (
             "theta",
             "fraction",
@@ -73,21 +69,25 @@ class RopeConfig:
             "beta_fast",
             "beta_slow",
         ):
-            require(number(getattr(self, name), f"rope {name}") > 0, f"rope {name} must be above 0")
+            if not number(getattr(self, name), f"rope {name}") > 0:
+                raise ValueError(f"rope {name} must be above 0")
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            require(
-                getattr(self, name) is None or number(getattr(self, name), f"rope {name}") >= 0, f"rope {name} is < 0"
-            )
+            if getattr(self, name) is not None and not number(getattr(self, name), f"rope {name}") >= 0:
+                raise ValueError(f"rope {name} is < 0")
         for name in ("short_factor", "long_factor"):
-            require(all(number(f, f"rope {name}") > 0 for f in getattr(self, name)), f"rope {name} must be above 0")
-        require(self.low_frequency_factor != self.high_frequency_factor, "rope: equal low and high frequency factors")
-        require(self.theta > 1, f"rope theta must be above 1, got {self.theta}")
-        require(0 < self.fraction <= 1, f"the rotated fraction must be in (0, 1], got {self.fraction}")
+            if not all(number(f, f"rope {name}") > 0 for f in getattr(self, name)):
+                raise ValueError(f"rope {name} must be above 0")
+        if self.low_frequency_factor == self.high_frequency_factor:
+            raise ValueError("rope: equal low and high frequency factors")
+        if not self.theta > 1:
+            raise ValueError(f"rope theta must be above 1, got {self.theta}")
+        if not (0 < self.fraction <= 1):
+            raise ValueError(f"the rotated fraction must be in (0, 1], got {self.fraction}")
         if self.kind in ("llama3", "yarn", "longrope"):
-            require(
-                bool(self.original_context),
-                f"rope type {self.kind!r} needs original_max_position_embeddings in the model's config",
-            )
+            if not self.original_context:
+                raise ValueError(
+                    f"rope type {self.kind!r} needs original_max_position_embeddings in the model's config"
+                )
             whole(self.original_context, "original_max_position_embeddings", least=2)
 
 
@@ -128,28 +128,32 @@ class BaseConfig:
     def __post_init__(self):
         for name, beyond in SIZES.items():
             value = getattr(self, name)
-            require(type(value) is int and value > 0, f"{name} must be a positive integer, got {shown(value)}")
-            require(value < beyond, f"{name} must be below {beyond}, got {shown(value)}")
-        require(number(self.norm_eps, "norm_eps") >= 0, f"norm_eps must be 0 or more, got {self.norm_eps}")
-        require(
-            self.heads % self.kv_heads == 0,
-            f"the number of query heads ({self.heads}) must be a multiple of the KV heads ({self.kv_heads})",
-        )
-        require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        require(self.window is None or whole(self.window, "window") > 0, f"window must be positive, got {self.window}")
-        require(
-            self.rotary_dim >= 2,
-            f"the rotated fraction {self.rope.fraction} of a head of {self.head_dim} is less than two dimensions",
-        )
-        require(
-            len(self.windowed) in (0, self.layers),
-            f"windowed must name every one of the {self.layers} layers, got {len(self.windowed)} entries",
-        )
+            if not (type(value) is int and value > 0):
+                raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
+            if not value < beyond:
+                raise ValueError(f"{name} must be below {beyond}, got {shown(value)}")
+        if not number(self.norm_eps, "norm_eps") >= 0:
+            raise ValueError(f"norm_eps must be 0 or more, got {self.norm_eps}")
+        if self.heads % self.kv_heads != 0:
+            raise ValueError(
+                f"the number of query heads ({self.heads}) must be a multiple of the KV heads ({self.kv_heads})"
+            )
+        if self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.window is not None and not whole(self.window, "window") > 0:
+            raise ValueError(f"window must be positive, got {self.window}")
+        if not self.rotary_dim >= 2:
+            raise ValueError(
+                f"the rotated fraction {self.rope.fraction} of a head of {self.head_dim} is less than two dimensions"
+            )
+        if len(self.windowed) not in (0, self.layers):
+            raise ValueError(
+                f"windowed must name every one of the {self.layers} layers, got {len(self.windowed)} entries"
+            )
         factors = self.rope.short_factor, self.rope.long_factor
-        if self.rope.kind == "longrope":
-            require(
-                all(len(f) == self.rotary_dim // 2 for f in factors),
-                f"longrope needs {self.rotary_dim // 2} short and long factors, got {[len(f) for f in factors]}",
+        if self.rope.kind == "longrope" and not all(len(f) == self.rotary_dim // 2 for f in factors):
+            raise ValueError(
+                f"longrope needs {self.rotary_dim // 2} short and long factors, got {[len(f) for f in factors]}"
             )
 
     @property
@@ -184,9 +188,12 @@ class PredictorConfig:
     hidden: int | None = None
 
     def __post_init__(self):
-        require(self.rank > 0 and self.rank % 2 == 0, f"rank must be positive and even, got {self.rank}")
-        require(self.stride > 0, f"stride must be at least 1, got {self.stride}")
-        require(self.hidden is None or self.hidden > 0, f"hidden must be positive, got {self.hidden}")
+        if not (self.rank > 0 and self.rank % 2 == 0):
+            raise ValueError(f"rank must be positive and even, got {self.rank}")
+        if not self.stride > 0:
+            raise ValueError(f"stride must be at least 1, got {self.stride}")
+        if self.hidden is not None and not self.hidden > 0:
+            raise ValueError(f"hidden must be positive, got {self.hidden}")
 
 
 class Host(NamedTuple):
@@ -202,14 +209,18 @@ def parse_hosts(text: str) -> Host | None:
     if text == "auto":
         return None
     match = re.fullmatch(r"([^,\s]+:([0-9]{1,5})),([0-9]{1,9}),([0-9]{1,9})", text)
-    require(bool(match), f"--distributed {text!r} is neither auto nor HOST:PORT,COUNT,INDEX, as in 10.0.0.1:1234,4,0")
+    if not match:
+        raise ValueError(f"--distributed {text!r} is neither auto nor HOST:PORT,COUNT,INDEX, as in 10.0.0.1:1234,4,0")
     host = Host(match[1], int(match[3]), int(match[4]))
-    require(0 < int(match[2]) < 65536, f"--distributed {text!r}: {match[2]} is no port; ports are 1 ... 65535")
-    require(host.count > 0, f"--distributed {text!r}: the number of processes must be at least 1")
-    require(
-        host.index < host.count,
-        f"--distributed {text!r}: {host.index} is none of the {host.count} processes; they are 0 ... {host.count - 1}",
-    )
+    if not (0 < int(match[2]) < 65536):
+        raise ValueError(f"--distributed {text!r}: {match[2]} is no port; ports are 1 ... 65535")
+    if not host.count > 0:
+        raise ValueError(f"--distributed {text!r}: the number of processes must be at least 1")
+    if not host.index < host.count:
+        raise ValueError(
+            f"--distributed {text!r}: {host.index} is none of the {host.count} processes; they are 0 ... "
+            f"{host.count - 1}"
+        )
     return host
 
 
@@ -229,9 +240,8 @@ class HostsConfig:
         if self.distributed:
             parse_hosts(self.distributed)
         for name in ("start_timeout", "host_timeout"):
-            require(
-                getattr(self, name) > 0, f"--{name.replace('_', '-')} must be at least 1 s, got {getattr(self, name)}"
-            )
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1 s, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,24 +293,24 @@ class FitConfig(HostsConfig):
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
         for name in positive:
-            require(
-                getattr(self, name) > 0,
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}",
-            )
-        require(self.length > 1, f"--length must be at least 2 tokens, got {self.length}")
-        require(self.eval_every >= 0, f"--eval-every must be 0 or more, got {self.eval_every}")
-        require(0 <= self.warmup < 1, f"--warmup must be in [0, 1), got {self.warmup}")
-        require(
-            self.learning_rate is None or self.learning_rate > 0,
-            f"--learning-rate must be above 0, got {self.learning_rate}",
-        )
-        require(self.learning_rate != math.inf, "--learning-rate must be finite, got inf")
-        require(self.clip > 0, f"--clip must be above 0, got {self.clip}")
-        require(0 <= self.weight_decay < math.inf, f"--weight-decay must be 0 or more, got {self.weight_decay}")
-        require(
-            self.batch_size % self.accumulate == 0,
-            f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}",
-        )
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not self.length > 1:
+            raise ValueError(f"--length must be at least 2 tokens, got {self.length}")
+        if not self.eval_every >= 0:
+            raise ValueError(f"--eval-every must be 0 or more, got {self.eval_every}")
+        if not (0 <= self.warmup < 1):
+            raise ValueError(f"--warmup must be in [0, 1), got {self.warmup}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
+        if self.learning_rate == math.inf:
+            raise ValueError("--learning-rate must be finite, got inf")
+        if not self.clip > 0:
+            raise ValueError(f"--clip must be above 0, got {self.clip}")
+        if not (0 <= self.weight_decay < math.inf):
+            raise ValueError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
+        if self.batch_size % self.accumulate != 0:
+            raise ValueError(f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,14 +339,16 @@ class TrainConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.calibration > 0, f"--calibration must be at least 1, got {self.calibration}")
+        if not self.calibration > 0:
+            raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
         for name in ("sinks", "window"):
-            require(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
-        require(
-            self.sinks + self.window < self.length,
-            f"--sinks {self.sinks} and --window {self.window} leave nothing to choose in --length {self.length}; "
-            "raise the length",
-        )
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.sinks + self.window < self.length:
+            raise ValueError(
+                f"--sinks {self.sinks} and --window {self.window} leave nothing to choose in --length {self.length}; "
+                "raise the length"
+            )
         self.predictor_config()
 
     def predictor_config(self) -> PredictorConfig:
@@ -374,44 +386,42 @@ class SelectionConfig:
                 value = value.item()
                 object.__setattr__(self, name, value)
             kinds = (int, float) if name == "budget" else int
-            require(
-                isinstance(value, kinds) and not isinstance(value, bool),
-                f"{name} must be a {'number' if name == 'budget' else 'whole number'}, got {value!r}",
+            if not (isinstance(value, kinds) and not isinstance(value, bool)):
+                raise ValueError(f"{name} must be a {'number' if name == 'budget' else 'whole number'}, got {value!r}")
+        if not self.sinks >= 0:
+            raise ValueError(f"sinks must be 0 or more, got {self.sinks}")
+        if not self.window >= 1:
+            raise ValueError(f"the window must be at least 1 (the token itself), got {self.window}")
+        if not (self.unit >= 1 and self.unit & (self.unit - 1) == 0):
+            raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit!r}")
+        if not self.interval >= 1:
+            raise ValueError(f"the interval must be at least 1 step, got {self.interval}")
+        if not self.min_context >= 0:
+            raise ValueError(f"min_context must be 0 or more tokens, got {self.min_context}")
+        if not self.budget > 0:
+            raise ValueError(
+                f"the budget must be above 0, got {self.budget}; give a fraction such as 0.25 or a number of tokens"
             )
-        require(self.sinks >= 0, f"sinks must be 0 or more, got {self.sinks}")
-        require(self.window >= 1, f"the window must be at least 1 (the token itself), got {self.window}")
-        require(
-            self.unit >= 1 and self.unit & (self.unit - 1) == 0,
-            f"the unit must be a power of two (1, 2, 4, ...), got {self.unit!r}",
-        )
-        require(self.interval >= 1, f"the interval must be at least 1 step, got {self.interval}")
-        require(self.min_context >= 0, f"min_context must be 0 or more tokens, got {self.min_context}")
-        require(
-            self.budget > 0,
-            f"the budget must be above 0, got {self.budget}; give a fraction such as 0.25 or a number of tokens",
-        )
         if isinstance(self.budget, float):
-            require(
-                self.budget <= 1,
-                f"a fractional budget is at most 1.0, got {self.budget}; give an integer for a number of tokens",
-            )
+            if not self.budget <= 1:
+                raise ValueError(
+                    f"a fractional budget is at most 1.0, got {self.budget}; give an integer for a number of tokens"
+                )
         else:
             pages = "" if self.unit == 1 else f" in pages of {self.unit}"
-            require(
-                self.budget >= self.least,
-                f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.window} window{pages} = "
-                f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)",
-            )
+            if not self.budget >= self.least:
+                raise ValueError(
+                    f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.window} window{pages} = "
+                    f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)"
+                )
         if self.threshold is not None:
             shape = "threshold must hold one number for every layer and KV head, [L][K]"
             try:
                 rows = tuple(tuple(float(value) for value in row) for row in self.threshold)
             except TypeError:
                 raise ValueError(f"{shape}; got {self.threshold!r}") from None
-            require(
-                len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0,
-                f"{shape}; got rows of {sorted({len(row) for row in rows})} numbers",
-            )
+            if not (len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0):
+                raise ValueError(f"{shape}; got rows of {sorted({len(row) for row in rows})} numbers")
             object.__setattr__(self, "threshold", rows)
 
     @property
@@ -466,12 +476,12 @@ class PretrainConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.length <= self.context, f"--length {self.length} is beyond --context {self.context}")
-        require(
-            0 <= self.long_steps <= self.steps,
-            f"--long-steps must be in 0..{self.steps}, got {self.long_steps}",
-        )
-        require(self.vocab_size > 256, f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
+        if not self.length <= self.context:
+            raise ValueError(f"--length {self.length} is beyond --context {self.context}")
+        if not (0 <= self.long_steps <= self.steps):
+            raise ValueError(f"--long-steps must be in 0..{self.steps}, got {self.long_steps}")
+        if not self.vocab_size > 256:
+            raise ValueError(f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
         self.base_config()
 
     def base_config(self) -> BaseConfig:
@@ -569,31 +579,33 @@ class EvalConfig(HostsConfig):
             if getattr(self, name) is None:
                 continue
             object.__setattr__(self, name, _split_list(getattr(self, name)))
-            require(bool(getattr(self, name)), f"--{name} names nothing; give at least one")
+            if not getattr(self, name):
+                raise ValueError(f"--{name} names nothing; give at least one")
         object.__setattr__(self, "compare", tuple(Path(p) for p in _split_list(self.compare)))
         object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
         object.__setattr__(self, "lengths", _numbers("lengths", int, self.lengths))
         object.__setattr__(self, "depths", _numbers("depths", float, self.depths))
         unknown = [t for t in self.tasks if t not in TASKS]
-        require(not unknown, f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
-        require(all(n > 1 for n in self.lengths), f"--lengths are numbers of tokens, got {min(self.lengths)}")
-        require(all(0 <= d <= 1 for d in self.depths), f"--depths are 0 ... 1, got {self.depths}")
+        if unknown:
+            raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+        if not all(n > 1 for n in self.lengths):
+            raise ValueError(f"--lengths are numbers of tokens, got {min(self.lengths)}")
+        if not all(0 <= d <= 1 for d in self.depths):
+            raise ValueError(f"--depths are 0 ... 1, got {self.depths}")
         wanting = [t for t in self.tasks if t in DOWNSTREAM]
-        require(
-            not wanting or self.downstream is not None,
-            f"the task {', '.join(wanting)} reads local files: give their directory with --downstream",
-        )
-        require(
-            self.stride is None or (0 < self.stride < self.context and self.text is not None),
-            f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}",
-        )
-        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
-            require(
-                getattr(self, name) > 0,
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}",
+        if wanting and self.downstream is None:
+            raise ValueError(f"the task {', '.join(wanting)} reads local files: give their directory with --downstream")
+        if not (self.stride is None or (0 < self.stride < self.context and self.text is not None)):
+            raise ValueError(
+                f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}"
             )
-        require(self.context > 1, f"--context must be at least 2 tokens, got {self.context}")
-        require(self.tokens > 1, f"--tokens must be at least 2, got {self.tokens}")
+        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not self.context > 1:
+            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
+        if not self.tokens > 1:
+            raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
         for budget in self.budgets:
             self.selection(budget)
 
@@ -648,18 +660,22 @@ def from_dict(cls, values: dict):
 
     Raises ValueError naming keys that `cls` does not have, lacks, or that have a value of another type.
     """
-    require(isinstance(values, dict), f"{cls.__name__} is made from a JSON object, got {shown(values)}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is made from a JSON object, got {shown(values)}")
     fields, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
     unknown = sorted(shown(key) for key in set(values) - set(fields))
-    require(not unknown, f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
     absent = dataclasses.MISSING
     lacking = [n for n, f in fields.items() if n not in values and f.default is absent and f.default_factory is absent]
-    require(not lacking, f"{cls.__name__} needs {', '.join(lacking)}")
+    if lacking:
+        raise ValueError(f"{cls.__name__} needs {', '.join(lacking)}")
     built: dict[str, Any] = {}
     for name, value in values.items():
         if name == "rope" and isinstance(value, dict):
             value = from_dict(RopeConfig, value)
-        require(fits(value, hints[name]), f"{cls.__name__}: {name} cannot be {shown(value)}; it is {fields[name].type}")
+        if not fits(value, hints[name]):
+            raise ValueError(f"{cls.__name__}: {name} cannot be {shown(value)}; it is {fields[name].type}")
         built[name] = _tuples(value)
     return cls(**built)
 

@@ -19,7 +19,7 @@ from butler_jax.base_model import BaseModel, LayerView, embed, logits, run_layer
 from butler_jax.cache import DecodeState, KVCache, ScoreCache, split_state, write_token
 from butler_jax.cached_attention import cached_attention, layer_windows
 from butler_jax.chosen import attended_tokens, chosen_tokens, kept, recent_from, with_recent
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evicting_decode import evicting_step
 from butler_jax.offload import Fetched, fetch_layer, fetch_units, write_token_on_host
 from butler_jax.policies import Policy
@@ -255,40 +255,37 @@ def check_step(
     """Raise ValueError where a step cannot be done; what is only known on the device is not looked at."""
     if not isinstance(state.lengths, jax.core.Tracer):
         most, capacity = int(np.max(np.asarray(state.lengths))), state.kv.capacity
-        require(
-            most < capacity,
-            f"the cache is full: a row holds {most} of {capacity} tokens; prefill with a larger capacity",
+        if not most < capacity:
+            raise ValueError(
+                f"the cache is full: a row holds {most} of {capacity} tokens; prefill with a larger capacity"
+            )
+    if not (state.evicted is None or (selection is not None and policy.evicts)):
+        raise ValueError(
+            "the state was prefilled under a policy that evicts; decode with the same selection and policy"
         )
-    require(
-        state.evicted is None or (selection is not None and policy.evicts),
-        "the state was prefilled under a policy that evicts; decode with the same selection and policy",
-    )
-    if predictor is not None:
-        require(
-            state.scores is not None,
-            "the state has no importance keys: prefill was done without the predictor; give it there too",
-        )
+    if predictor is not None and state.scores is None:
+        raise ValueError("the state has no importance keys: prefill was done without the predictor; give it there too")
     if selection is None:
         return
-    require(
-        predictor is not None or not policy.needs_predictor,
-        f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely",
-    )
-    require(
-        selection.interval == 1 or state.chosen is not None,
-        f"an interval of {selection.interval} keeps a choice over the steps, and the state has no room for one; give "
-        "the selection to prefill too",
-    )
+    if predictor is None and policy.needs_predictor:
+        raise ValueError(
+            f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
+        )
+    if selection.interval != 1 and state.chosen is None:
+        raise ValueError(
+            f"an interval of {selection.interval} keeps a choice over the steps, and the state has no room for one; "
+            "give the selection to prefill too"
+        )
 
 
 def check_room(state: DecodeState, sets: int, room: int) -> None:
     """Raise ValueError where the room that prefill made for a choice is another selection's."""
     found = state.chosen.indices.shape[2:]
-    require(
-        found == (sets, room),
-        f"the state has room for {found[1]} units of {found[0]} heads, and this selection chooses {room} of "
-        f"{sets}: prefill was done for another one; give both the same",
-    )
+    if found != (sets, room):
+        raise ValueError(
+            f"the state has room for {found[1]} units of {found[0]} heads, and this selection chooses {room} of "
+            f"{sets}: prefill was done for another one; give both the same"
+        )
 
 
 def _trunk_attend(cached, cache, q, k, v):

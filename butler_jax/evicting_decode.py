@@ -15,7 +15,7 @@ from butler_jax.attention import masked_softmax
 from butler_jax.base_model import BaseModel, LayerView, by_window, dense_mixer, embed, logits, run_layers
 from butler_jax.cache import DecodeState, KVCache, empty_kv_cache, write_token
 from butler_jax.cached_attention import cached_attention, layer_windows
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.eviction import Eviction, evict_row, evict_rows, grown, nothing_kept
 from butler_jax.policies.evicting import Evicting, Place
 from butler_jax.predictors.interface import at
@@ -164,18 +164,16 @@ def chosen_rows(
 
 def check_devices(policy: Evicting) -> None:
     """Raise ValueError on a mesh of several devices."""
-    require(
-        current_mesh() is None,
-        f"the policy {policy.name} decodes on one device: leave the mesh, or take a policy that does not evict",
-    )
+    if current_mesh() is not None:
+        raise ValueError(
+            f"the policy {policy.name} decodes on one device: leave the mesh, or take a policy that does not evict"
+        )
 
 
 def check_state(state: DecodeState, policy: Evicting) -> None:
     """Raise ValueError for a state in host memory, or of a prefill that was not under this policy."""
-    require(
-        state.kv.near is None,
-        f"the policy {policy.name} needs its caches on the device: leave out offload",
-    )
+    if state.kv.near is not None:
+        raise ValueError(f"the policy {policy.name} needs its caches on the device: leave out offload")
     fits = state.evicted is not None
     if fits:
         wanted = jax.eval_shape(lambda: policy.begin(state.evicted.kept.shape[1:]))
@@ -183,8 +181,8 @@ def check_state(state: DecodeState, policy: Evicting) -> None:
         fits = jax.tree.structure(wanted) == jax.tree.structure(found) and all(
             a.shape == b.shape[1:] for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
         )
-    require(
-        fits,
-        f"the state was not prefilled under the policy {policy.name}, which has to know what was kept; give prefill "
-        "the same selection and policy",
-    )
+    if not fits:
+        raise ValueError(
+            f"the state was not prefilled under the policy {policy.name}, which has to know what was kept; give "
+            "prefill the same selection and policy"
+        )

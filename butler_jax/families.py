@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from butler_jax.configs import SIZES, BaseConfig, RopeConfig, require
+from butler_jax.configs import SIZES, BaseConfig, RopeConfig
 from butler_jax.typed import number, shown, whole
 
 
@@ -76,24 +76,27 @@ def base_config(values: dict) -> BaseConfig:
     ValueError for an unknown family, rope type or activation, and for sizes that are missing or none, naming it.
     """
     name = values.get("model_type")
-    require(
-        isinstance(name, str) and name in FAMILIES,
-        f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}",
-    )
+    if not (isinstance(name, str) and name in FAMILIES):
+        raise ValueError(
+            f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}"
+        )
     family = FAMILIES[name]
     values = {**family.defaults, **values}
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in needed if values.get(key) is None]
-    require(not missing, f"the model's config lacks {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"the model's config lacks {', '.join(missing)}")
     activation = values.get("hidden_act", "silu")
-    require(activation in ("silu", "swish"), f"activation {shown(activation)} is not supported; it must be 'silu'")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"activation {shown(activation)} is not supported; it must be 'silu'")
 
     def flag(setting: bool | str) -> bool:
         return bool(values.get(setting, False)) if isinstance(setting, str) else setting
 
     heads = whole(values["num_attention_heads"], "num_attention_heads")
     layers = whole(values["num_hidden_layers"], "num_hidden_layers")
-    require(layers < SIZES["layers"], f"num_hidden_layers must be below {SIZES['layers']}, got {shown(layers)}")
+    if not layers < SIZES["layers"]:
+        raise ValueError(f"num_hidden_layers must be below {SIZES['layers']}, got {shown(layers)}")
     window, windowed = _windows(family, values, layers)
     context = whole(values.get("max_position_embeddings") or 2048, "max_position_embeddings")
     return BaseConfig(
@@ -129,7 +132,8 @@ def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tup
         return window, ()
     kinds = values.get("layer_types")
     if kinds:
-        require(isinstance(kinds, list), f"layer_types must be a list of names, got {shown(kinds)}")
+        if not isinstance(kinds, list):
+            raise ValueError(f"layer_types must be a list of names, got {shown(kinds)}")
         slides = tuple(kind == "sliding_attention" for kind in kinds)
     else:
         first = whole(values["max_window_layers"], "max_window_layers", least=0)
@@ -140,14 +144,13 @@ def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tup
 def _rope(values: dict, context: int) -> RopeConfig:
     new = values.get("rope_parameters") or {}
     old = values.get("rope_scaling") or {}
-    require(
-        isinstance(new, dict) and isinstance(old, dict),
-        f"rope_parameters and rope_scaling must be objects, got {shown(new)} and {shown(old)}",
-    )
+    if not (isinstance(new, dict) and isinstance(old, dict)):
+        raise ValueError(f"rope_parameters and rope_scaling must be objects, got {shown(new)} and {shown(old)}")
     settings = {**old, **new}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     nested = [key for key, value in settings.items() if isinstance(value, dict)]
-    require(not nested, f"rotary settings that differ between layers are not supported: {', '.join(nested)}")
+    if nested:
+        raise ValueError(f"rotary settings that differ between layers are not supported: {', '.join(nested)}")
     if kind == "su" or (values["model_type"] == "phi3" and kind == "yarn"):
         kind = "longrope"  # what early Phi-3 configurations called it
     theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
@@ -183,5 +186,6 @@ def _rope(values: dict, context: int) -> RopeConfig:
 
 def _factors(settings: dict, name: str) -> tuple[float, ...] | None:
     factors = settings.get(name)
-    require(factors is None or isinstance(factors, list), f"{name} must be a list of numbers, got {shown(factors)}")
+    if factors is not None and not isinstance(factors, list):
+        raise ValueError(f"{name} must be a list of numbers, got {shown(factors)}")
     return None if factors is None else tuple(factors)

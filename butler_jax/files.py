@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from butler_jax.configs import require
-
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or choose another directory"),
@@ -70,7 +68,8 @@ def open_regular(path: Path) -> BinaryIO:
 
     A pipe would be waited for and a device read for ever, also one that takes the file's place meanwhile.
     """
-    require(stat.S_ISREG(path.stat().st_mode), f"{path} is no regular file; move it away")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no regular file; move it away")
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
@@ -80,7 +79,8 @@ def file_in(directory: Path, name: str) -> Path | None:
     Links are followed within the directory, and from a snapshot in the hub's cache to the blobs beside it. Raises
     ValueError for one that leads elsewhere, and for a name with a path in it.
     """
-    require("/" not in name and "\\" not in name, f"{directory}: {name!r} is not a file of this directory")
+    if not ("/" not in name and "\\" not in name):
+        raise ValueError(f"{directory}: {name!r} is not a file of this directory")
     path = directory / name
     try:
         if not path.is_file():
@@ -89,8 +89,8 @@ def file_in(directory: Path, name: str) -> Path | None:
         return None
     home, target = directory.resolve(), path.resolve()
     roots = [home, *([(home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [])]
-    require(
-        any(target.is_relative_to(root) for root in roots),
-        f"{path} is a link that leaves its directory, to {target}; copy the file, or give the directory it lies in",
-    )
+    if not any(target.is_relative_to(root) for root in roots):
+        raise ValueError(
+            f"{path} is a link that leaves its directory, to {target}; copy the file, or give the directory it lies in"
+        )
     return path

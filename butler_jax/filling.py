@@ -14,7 +14,7 @@ from butler_jax.attention import causal_attention
 from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, logits, run_layers
 from butler_jax.cache import DecodeState, KVCache, ScoreCache, empty_chosen, empty_kv_cache, split_state
 from butler_jax.cached_attention import cached_attention, layer_windows
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evicting_decode import fill_evicting
 from butler_jax.policies import Policy
 from butler_jax.policies.tokenbutler import TokenButler
@@ -53,18 +53,20 @@ def prefill(
     Raises ValueError where T exceeds the capacity or the capacity the model's context, or a length is out of range.
     """
     batch, length = tokens.shape
-    require(length <= capacity, f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
-    require(
-        capacity <= model.config.context,
-        f"a cache of {capacity} tokens is beyond the model's context of {model.config.context}",
-    )
+    if not length <= capacity:
+        raise ValueError(f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
+    if not capacity <= model.config.context:
+        raise ValueError(f"a cache of {capacity} tokens is beyond the model's context of {model.config.context}")
     check_score_dtype(score_dtype)
-    require(chunk >= 1, f"a chunk must have at least 1 token, got {chunk}")
+    if not chunk >= 1:
+        raise ValueError(f"a chunk must have at least 1 token, got {chunk}")
     if not isinstance(lengths, jax.core.Tracer):
         known = np.asarray(lengths)
         least, most = int(known.min()), int(known.max())
-        require(least >= 1, "a prompt has no tokens; give every row at least one")
-        require(most <= length, f"a prompt of {most} tokens does not fit the {length} columns of tokens")
+        if not least >= 1:
+            raise ValueError("a prompt has no tokens; give every row at least one")
+        if not most <= length:
+            raise ValueError(f"a prompt of {most} tokens does not fit the {length} columns of tokens")
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     if selection is not None and policy is not None and policy.evicts:
         last, kv, evicted = fill_evicting(model, tokens, lengths, capacity, selection, policy, implementation)

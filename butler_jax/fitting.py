@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from butler_jax.checkpoints import Checkpoints, joined
-from butler_jax.configs import FitConfig, require, to_dict
+from butler_jax.configs import FitConfig, to_dict
 from butler_jax.files import sync, write_whole, writing
 from butler_jax.hosts import check_shared, gather
 from butler_jax.json_objects import parse_object, read_lines, read_object
@@ -69,12 +69,12 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; remove it to go on with the settings given now") from None
     different = [k for k in mine if k not in CHANGEABLE and theirs.get(k) != mine[k]]
-    require(
-        not different,
-        f"{run_dir} holds a run with other settings ("
-        + ", ".join(f"{k}: {_brief(theirs.get(k))} there, {mine[k]!r} now" for k in different)
-        + "); repeat them to go on, or choose another --run-dir",
-    )
+    if different:
+        raise ValueError(
+            f"{run_dir} holds a run with other settings ("
+            + ", ".join(f"{k}: {_brief(theirs.get(k))} there, {mine[k]!r} now" for k in different)
+            + "); repeat them to go on, or choose another --run-dir"
+        )
 
 
 def _brief(value: Any) -> str:

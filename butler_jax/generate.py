@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from butler_jax.command_line import interrupts_end, read, run
-from butler_jax.configs import SelectionConfig, parse_budget, require, require_local
+from butler_jax.configs import SelectionConfig, parse_budget, require_local
 from butler_jax.policies import Policy, make_policy
 from butler_jax.sampling import Sampling
 
@@ -80,19 +80,17 @@ class GenerateConfig:
 
     def __post_init__(self):
         require_local(self)
-        require(
-            self.run is not None or self.base is not None,
-            "nothing to generate with: give --run DIR (a run of train.py), or --base SPEC for dense decoding",
-        )
-        require(
-            self.prompt is None or self.prompt_file is None,
-            "--prompt and --prompt-file exclude each other; give one of them",
-        )
+        if self.run is None and self.base is None:
+            raise ValueError(
+                "nothing to generate with: give --run DIR (a run of train.py), or --base SPEC for dense decoding"
+            )
+        if self.prompt is not None and self.prompt_file is not None:
+            raise ValueError("--prompt and --prompt-file exclude each other; give one of them")
         policy = self.made_policy()
-        require(
-            self.dense or self.run is not None or not policy.needs_predictor,
-            f"the policy {policy.name} needs a trained predictor; give --run RUN (of train.py), or another --policy",
-        )
+        if not self.dense and self.run is None and policy.needs_predictor:
+            raise ValueError(
+                f"the policy {policy.name} needs a trained predictor; give --run RUN (of train.py), or another --policy"
+            )
         self.selection()
         self.sampling()
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.decode import decode_step
 from butler_jax.filling import CHUNK, prefill
 from butler_jax.offload import to_host
@@ -122,27 +122,23 @@ def generate_stream(
         selection = SelectionConfig()
     policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
     selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
-    require(
-        selection is None or predictor is not None or not policy.needs_predictor,
-        f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely",
-    )
-    require(
-        not (offload and selection is not None and policy.evicts),
-        f"the policy {policy.name} needs its caches on the device: leave out offload",
-    )
-    require(
-        isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1,
-        f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}",
-    )
+    if selection is not None and predictor is None and policy.needs_predictor:
+        raise ValueError(
+            f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
+        )
+    if offload and selection is not None and policy.evicts:
+        raise ValueError(f"the policy {policy.name} needs its caches on the device: leave out offload")
+    if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     check_score_dtype(score_dtype)
     rows = encode(base, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
-    require(
-        not offload or token_axis(capacity) is None,
-        "the mesh splits the tokens of the caches, and caches in host memory stay whole: leave out offload, or the "
-        "sequence axis",
-    )
+    if offload and token_axis(capacity) is not None:
+        raise ValueError(
+            "the mesh splits the tokens of the caches, and caches in host memory stay whole: leave out offload, or the "
+            "sequence axis"
+        )
     table = None if selection is None else budget_table(selection, capacity)
     if selection is not None:
         limits_of(selection, base.config, capacity)
@@ -168,8 +164,10 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     if isinstance(seed, (int, np.integer)):
         seed = [int(seed) + b for b in range(rows)]
     whole = not isinstance(seed, str) and all(isinstance(one, (int, np.integer)) for one in seed)
-    require(whole, f"the seed must be a whole number, or one for every prompt, got {seed!r}")
-    require(len(seed) == rows, f"{len(seed)} seeds do not fit {rows} prompts; give one each, or one number")
+    if not whole:
+        raise ValueError(f"the seed must be a whole number, or one for every prompt, got {seed!r}")
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds do not fit {rows} prompts; give one each, or one number")
     return jax.vmap(jax.random.key)(jnp.asarray([int(one) & 0xFFFFFFFF for one in seed], jnp.uint32))
 
 
@@ -314,18 +312,20 @@ def room_for_all(lengths: np.ndarray, new: int, capacity: int | None, context: i
     """Tokens that every row gets room for. Raises ValueError where prompts and new tokens do not fit."""
     longest = int(lengths.max())
     needed = longest + new - 1  # the last token is not fed back
-    require(
-        needed <= context,
-        f"a prompt of {longest} tokens and {new} new ones are beyond the model's context of {context} tokens; ask for "
-        f"at most {max(context - longest + 1, 0)} new tokens, or shorten the prompt",
-    )
+    if not needed <= context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones are beyond the model's context of {context} tokens; ask "
+            f"for at most {max(context - longest + 1, 0)} new tokens, or shorten the prompt"
+        )
     if capacity is None:
         return min(bucket(needed, 64), context)
-    require(longest <= capacity, f"a prompt of {longest} tokens does not fit a cache of {capacity}; raise the capacity")
-    require(
-        needed <= capacity,
-        f"the cache of {capacity} tokens would be full after {capacity - longest + 1} new tokens of {new}; raise the "
-        "capacity or lower max_new_tokens",
-    )
-    require(capacity <= context, f"a cache of {capacity} tokens is beyond the model's context of {context}")
+    if not longest <= capacity:
+        raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {capacity}; raise the capacity")
+    if not needed <= capacity:
+        raise ValueError(
+            f"the cache of {capacity} tokens would be full after {capacity - longest + 1} new tokens of {new}; raise "
+            "the capacity or lower max_new_tokens"
+        )
+    if not capacity <= context:
+        raise ValueError(f"a cache of {capacity} tokens is beyond the model's context of {context}")
     return capacity

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from butler_jax.configs import HostsConfig, parse_hosts, require, to_dict
+from butler_jax.configs import HostsConfig, parse_hosts, to_dict
 
 LOST = re.compile(r"gloo|nccl|barrier|coordination service", re.IGNORECASE)
 """What is in errors of a computation, or of a checkpoint, whose other processes are gone."""
@@ -69,11 +69,11 @@ def join_hosts(config: HostsConfig) -> None:
     finally:
         timer.cancel()
     devices = Counter(device.process_index for device in jax.devices())
-    require(
-        len(set(devices.values())) == 1,
-        "every process needs as many devices as the others; there are "
-        + ", ".join(f"{n} in process {p}" for p, n in sorted(devices.items())),
-    )
+    if len(set(devices.values())) != 1:
+        raise ValueError(
+            "every process needs as many devices as the others; there are "
+            + ", ".join(f"{n} in process {p}" for p, n in sorted(devices.items()))
+        )
     settings = {name: value for name, value in to_dict(config).items() if name != "distributed"}
     agree({"command": Path(sys.argv[0]).name, "Python": platform.python_version(), "jax": jax.__version__, **settings})
     say(
@@ -104,11 +104,11 @@ def agree(facts: dict[str, Any]) -> None:
         if len(holders) > 1:
             parts = (f"{value} in process {', '.join(indices)}" for value, indices in holders.items())
             different.append(f"{name}: {'; '.join(parts)}")
-    require(
-        not different,
-        f"the processes of this run differ ({' | '.join(different)}); start the same command on every host, with the "
-        "same versions and files",
-    )
+    if different:
+        raise ValueError(
+            f"the processes of this run differ ({' | '.join(different)}); start the same command on every host, with "
+            "the same versions and files"
+        )
 
 
 def check_shared(directory: Path, *, seconds: float = 10.0) -> None:
@@ -137,11 +137,11 @@ def check_shared(directory: Path, *, seconds: float = 10.0) -> None:
         for path in made:  # the innermost first; what is not empty stays
             with contextlib.suppress(OSError):
                 path.rmdir()
-    require(
-        not blind,
-        f"process {', '.join(blind)} does not see in {directory} what process 0 writes there: give a directory that "
-        "all hosts share",
-    )
+    if blind:
+        raise ValueError(
+            f"process {', '.join(blind)} does not see in {directory} what process 0 writes there: give a directory "
+            "that all hosts share"
+        )
 
 
 def say(text: str) -> None:

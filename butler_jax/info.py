@@ -26,7 +26,7 @@ from rich.text import Text
 
 from butler_jax import checkpoints
 from butler_jax.command_line import read, run
-from butler_jax.configs import FitConfig, PretrainConfig, TrainConfig, parse_hosts, require
+from butler_jax.configs import FitConfig, PretrainConfig, TrainConfig, parse_hosts
 from butler_jax.files import open_regular
 from butler_jax.json_objects import parse_object, read_object
 from butler_jax.run_directory import LEVELS, RECORDS, holder, read_records
@@ -111,12 +111,14 @@ def _config(run_dir: Path, problems: list[str]) -> dict[str, Any]:
     try:
         config = read_object(path, most=MOST_BYTES)
         kind = _kind(config)
-        require(kind is not None, f"{path} names neither a predictor nor a vocab_size")
+        if kind is None:
+            raise ValueError(f"{path} names neither a predictor nor a vocab_size")
         whole(config.get("steps"), f"{path}: steps")
         hints = get_type_hints(kind)
         for name, value in config.items():
             right = fits(value, hints[name]) if name in hints else not deeper(value, LEVELS)
-            require(right, f"{path}: {shown(name)} cannot be {shown(value)}")
+            if not right:
+                raise ValueError(f"{path}: {shown(name)} cannot be {shown(value)}")
         return config
     except FileNotFoundError:
         return {}
@@ -160,7 +162,8 @@ def _row(line: bytes, problems: list[str]) -> dict[str, Any] | None:
     try:
         row = parse_object(line, "a line")
         for name, value in row.items():
-            require(not isinstance(value, (dict, list)), f"{shown(name)} of a row cannot be {shown(value)}")
+            if isinstance(value, (dict, list)):
+                raise ValueError(f"{shown(name)} of a row cannot be {shown(value)}")
         return row
     except ValueError as error:
         if line.endswith(b"\n") or len(line) > LONGEST_ROW:

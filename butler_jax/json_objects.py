@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from butler_jax.configs import require
 from butler_jax.files import open_regular
 from butler_jax.typed import shown
 
@@ -39,7 +38,8 @@ def parse_value(text: str | bytes, where: str) -> Any:
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """The JSON object in a text, as parse_value."""
     values = parse_value(text, where)
-    require(isinstance(values, dict), f"{where} must hold a JSON object, not {shown(values)}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold a JSON object, not {shown(values)}")
     return values
 
 
@@ -56,9 +56,11 @@ def read_object(path: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
 def _read(path: Path, most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        require(size <= most, f"{path} has {size} bytes; nothing of its kind has more than {most}")
+        if not size <= most:
+            raise ValueError(f"{path} has {size} bytes; nothing of its kind has more than {most}")
         text = file.read(most + 1) or b""
-    require(len(text) <= most, f"{path} has more than {most} bytes; nothing of its kind has")  # it grows as it is read
+    if not len(text) <= most:
+        raise ValueError(f"{path} has more than {most} bytes; nothing of its kind has")  # it grows as it is read
     return text
 
 
@@ -68,5 +70,6 @@ def read_lines(path: Path, *, longest: int = LONGEST_LINE) -> Iterator[tuple[int
         number = 0
         while raw := file.readline(longest + 1):
             number += 1
-            require(len(raw) <= longest, f"{path}, line {number}: more than {longest} bytes; cut it into lines")
+            if not len(raw) <= longest:
+                raise ValueError(f"{path}, line {number}: more than {longest} bytes; cut it into lines")
             yield number, raw

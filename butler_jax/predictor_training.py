@@ -25,7 +25,7 @@ from butler_jax import data, distillation
 from butler_jax.attention import causal_attention
 from butler_jax.base_model import LOGICAL_AXES, BaseModel, by_window, check_length, embed, forward, run_layers
 from butler_jax.checkpoints import about
-from butler_jax.configs import PredictorConfig, TrainConfig, require
+from butler_jax.configs import PredictorConfig, TrainConfig
 from butler_jax.evaluation.recall import recall
 from butler_jax.fitting import check_run, fit, open_run
 from butler_jax.hosts import agree
@@ -74,7 +74,8 @@ def distil_pass(
     """
     config = model.config
     segments, positions = batch["segments"], batch["positions"]
-    require(objective in OBJECTIVES, f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
     if objective == "cross_entropy":
         attend_with_loss = partial(distillation.attention_and_cross_entropy, sinks=sinks, newest=newest)
     else:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from butler_jax.configs import require
 from butler_jax.typed import shown
 
 if TYPE_CHECKING:
@@ -25,32 +24,34 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
     """
     if isinstance(prompts, str):
         prompts = [prompts]
-    require(
-        isinstance(prompts, (Sequence, np.ndarray)),
-        f"prompts must be a text, or a list of texts or of token ids, got {type(prompts).__name__}",
-    )
+    if not isinstance(prompts, (Sequence, np.ndarray)):
+        raise ValueError(f"prompts must be a text, or a list of texts or of token ids, got {type(prompts).__name__}")
     prompts = list(prompts)
-    require(bool(prompts), "there is no prompt; give a text, or a list of texts or of token ids")
+    if not prompts:
+        raise ValueError("there is no prompt; give a text, or a list of texts or of token ids")
     if all(isinstance(p, (int, np.integer)) for p in prompts):
         prompts = [prompts]
     rows = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            require(base.tokenizer is not None, f"the base {base.name} has no tokenizer; give token ids")
+            if base.tokenizer is None:
+                raise ValueError(f"the base {base.name} has no tokenizer; give token ids")
             row = base.tokenizer.encode(prompt)
             if not row and base.tokenizer.bos is not None:
                 row = [base.tokenizer.bos]
         else:
             whole = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
-            require(whole, f"prompt {number} must be a text or a list of token ids, got {shown(prompt)}")
+            if not whole:
+                raise ValueError(f"prompt {number} must be a text or a list of token ids, got {shown(prompt)}")
             row = [int(token) for token in prompt]
-        require(bool(row), f"prompt {number} is empty, and nothing can follow nothing; give at least one token")
+        if not row:
+            raise ValueError(f"prompt {number} is empty, and nothing can follow nothing; give at least one token")
         least, most = min(row), max(row)
-        require(
-            least >= 0 and most < base.config.vocab_size,
-            f"prompt {number} has the token {least if least < 0 else most}; the vocabulary is 0 ... "
-            f"{base.config.vocab_size - 1}",
-        )
+        if not (least >= 0 and most < base.config.vocab_size):
+            raise ValueError(
+                f"prompt {number} has the token {least if least < 0 else most}; the vocabulary is 0 ... "
+                f"{base.config.vocab_size - 1}"
+            )
         rows.append(row)
     return rows
 
@@ -63,13 +64,12 @@ def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
     found = set()
     for one in [stop] if isinstance(stop, (str, int)) else stop:
         token = base.tokenizer.backend.token_to_id(one) if isinstance(one, str) and base.tokenizer else one
-        require(
-            isinstance(token, (int, np.integer)), f"stop {one!r} is not a single token of {base.name}; give a token id"
-        )
-        require(
-            0 <= token < base.config.vocab_size,
-            f"stop {token} is no token of {base.name}; its vocabulary is 0 ... {base.config.vocab_size - 1}",
-        )
+        if not isinstance(token, (int, np.integer)):
+            raise ValueError(f"stop {one!r} is not a single token of {base.name}; give a token id")
+        if not (0 <= token < base.config.vocab_size):
+            raise ValueError(
+                f"stop {token} is no token of {base.name}; its vocabulary is 0 ... {base.config.vocab_size - 1}"
+            )
         found.add(int(token))
     return found
 

@@ -17,7 +17,6 @@ from typing import Any, TextIO
 import jax
 
 from butler_jax import provenance
-from butler_jax.configs import require
 from butler_jax.files import open_regular, write_whole, writing
 from butler_jax.hosts import gather
 from butler_jax.json_objects import read_value
@@ -68,7 +67,8 @@ def _hold(run_dir: Path) -> Iterator[None]:
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = run_dir / LOCK
-            require(lock.is_file() or not lock.exists(), f"{lock} is no regular file; move it away")
+            if not lock.is_file() and lock.exists():
+                raise ValueError(f"{lock} is no regular file; move it away")
             file = lock.open("a+", errors="replace")
         with file:
             _lock(file, run_dir)
@@ -177,19 +177,23 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """As records(), with an OSError or a ValueError naming run.json where it is absent or damaged."""
     path = run_dir / RECORDS
     found = read_value(path, most=MOST_BYTES)
-    require(isinstance(found, list) and found, f"{path} must hold a list of starts, not {shown(found)}")
+    if not (isinstance(found, list) and found):
+        raise ValueError(f"{path} must hold a list of starts, not {shown(found)}")
     for number, record in enumerate(found, 1):
         _check(record, FIELDS, f"{path}: start {number}")
-        require(not deeper(record, LEVELS), f"{path}: start {number} is nested too deeply")
+        if deeper(record, LEVELS):
+            raise ValueError(f"{path}: start {number} is nested too deeply")
     return found
 
 
 def _check(values: Any, fields: dict[str, Any], where: str) -> None:
-    require(isinstance(values, dict), f"{where} must be an object, not {shown(values)}")
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be an object, not {shown(values)}")
     for name, kind in fields.items():
         if values.get(name) is None:
             continue
         if isinstance(kind, dict):
             _check(values[name], kind, f"{where}, {name}")
         else:
-            require(fits(values[name], kind), f"{where}: {name} cannot be {shown(values[name])}; it is {kind.__name__}")
+            if not fits(values[name], kind):
+                raise ValueError(f"{where}: {name} cannot be {shown(values[name])}; it is {kind.__name__}")

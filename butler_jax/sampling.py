@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from butler_jax.configs import require
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -26,10 +24,14 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        require(self.temperature >= 0, f"the temperature must be 0 (greedy) or more, got {self.temperature}")
-        require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}")
-        require(self.repetition_penalty > 0, f"the repetition penalty must be above 0, got {self.repetition_penalty}")
+        if not self.temperature >= 0:
+            raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and not self.top_k >= 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if not (0 < self.top_p <= 1):
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"the repetition penalty must be above 0, got {self.repetition_penalty}")
 
 
 def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:

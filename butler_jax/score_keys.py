@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.cache import ScoreCache, write_token
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from pallas_kernels import quantise_score_keys
 
 SINKS = SelectionConfig().sinks  # tokens that do not count for a scale
@@ -23,7 +23,8 @@ WIDE = 5.0
 
 def check_score_dtype(score_dtype: str | None) -> None:
     """Raise ValueError for what keys cannot be kept in."""
-    require(score_dtype in (None, "int8"), f"score_dtype must be 'int8' or None, got {score_dtype!r}")
+    if score_dtype not in (None, "int8"):
+        raise ValueError(f"score_dtype must be 'int8' or None, got {score_dtype!r}")
 
 
 def store(scores: ScoreCache, lengths: Int[Array, " B"], score_dtype: str | None) -> ScoreCache:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from butler_jax.configs import BaseConfig, SelectionConfig, require
+from butler_jax.configs import BaseConfig, SelectionConfig
 from butler_jax.top_k import Chosen, compact, ordered_bits, right_of_runs, set_size, top_mask
 
 FORCED = np.uint32(0xFFFFFFFF)  # above the image of every float32: sinks and window
@@ -187,10 +187,8 @@ def select(
     threshold: of this layer, where the configuration has them. allowed must be the same for every head (second axis 1).
     Raises ValueError where it is not.
     """
-    require(
-        allowed.shape[1] == 1,
-        f"select needs one set of allowed keys a row, got {allowed.shape[1]} heads of them",
-    )
+    if allowed.shape[1] != 1:
+        raise ValueError(f"select needs one set of allowed keys a row, got {allowed.shape[1]} heads of them")
     table = jnp.asarray(budget_table(config, scores.shape[-1]))
     count = set_size(allowed)[:, 0]
     tokens = table[count]
@@ -217,11 +215,11 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
     threshold = None
     if config.threshold is not None:
         shape = len(config.threshold), len(config.threshold[0])
-        require(
-            shape in ((base.layers, base.kv_heads), (base.layers, base.heads)),
-            f"thresholds of {shape[0]} layers and {shape[1]} heads do not fit a model of {base.layers} layers and "
-            f"{base.kv_heads} KV heads; calibrate them on this model",
-        )
+        if shape not in ((base.layers, base.kv_heads), (base.layers, base.heads)):
+            raise ValueError(
+                f"thresholds of {shape[0]} layers and {shape[1]} heads do not fit a model of {base.layers} layers and "
+                f"{base.kv_heads} KV heads; calibrate them on this model"
+            )
         threshold = jnp.asarray(config.threshold, jnp.float32)
     return Limits(jnp.asarray(budget_table(config, length)), threshold, config.min_context)
 

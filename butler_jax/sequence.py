@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.attention import LOWEST
-from butler_jax.configs import require
 from butler_jax.sharding import by_rows_and_heads, token_axis
 from butler_jax.top_k import Chosen, compact
 
@@ -86,11 +85,11 @@ def check_units(capacity: int, unit: int) -> None:
     if axis is None:
         return
     parts = jax.sharding.get_abstract_mesh().shape[axis]
-    require(
-        capacity // parts % unit == 0,
-        f"a cache of {capacity} tokens in {parts} parts does not hold whole units of {unit}; choose a capacity that is "
-        f"a multiple of {parts * unit}",
-    )
+    if capacity // parts % unit != 0:
+        raise ValueError(
+            f"a cache of {capacity} tokens in {parts} parts does not hold whole units of {unit}; choose a capacity "
+            f"that is a multiple of {parts * unit}"
+        )
 
 
 def write_parts(

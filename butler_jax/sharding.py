@@ -20,8 +20,6 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from butler_jax.configs import require
-
 AXES = DATA, MODEL, SEQUENCE = ("data", "model", "sequence")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -45,10 +43,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, (p.strip() for p in text.split(","))):
         match = re.fullmatch(r"(\w+)=(\d{1,9})", part)
-        require(bool(match), f"mesh {text!r}: {part!r} is not of the form axis=size, as in data=4,model=2")
+        if not match:
+            raise ValueError(f"mesh {text!r}: {part!r} is not of the form axis=size, as in data=4,model=2")
         axis, size = match.group(1), int(match.group(2))
-        require(axis in AXES, f"mesh {text!r}: unknown axis {axis!r}; axes are {', '.join(AXES)}")
-        require(size > 0, f"mesh {text!r}: {axis} must be at least 1")
+        if axis not in AXES:
+            raise ValueError(f"mesh {text!r}: unknown axis {axis!r}; axes are {', '.join(AXES)}")
+        if not size > 0:
+            raise ValueError(f"mesh {text!r}: {axis} must be at least 1")
         sizes[axis] = size
     return sizes
 
@@ -66,20 +67,20 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         count = next(n for n in range(count, 0, -1) if batch_size % n == 0)
     sizes = parse_mesh(text or f"data={count}")
     needed = math.prod(sizes.values())
-    require(
-        needed <= len(devices),
-        f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
-        f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}",
-    )
-    require(
-        not batch_size or sizes[SEQUENCE] == 1,
-        f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model",
-    )
-    require(
-        needed == len(devices) or jax.process_count() == 1,
-        f"mesh {text!r} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, and each "
-        f"process has to hold a part; choose sizes whose product is {len(devices)}",
-    )
+    if not needed <= len(devices):
+        raise ValueError(
+            f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
+            f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}"
+        )
+    if batch_size and sizes[SEQUENCE] != 1:
+        raise ValueError(
+            f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model"
+        )
+    if needed != len(devices) and jax.process_count() != 1:
+        raise ValueError(
+            f"mesh {text!r} takes {needed} of the {len(devices)} devices of {jax.process_count()} processes, and each "
+            f"process has to hold a part; choose sizes whose product is {len(devices)}"
+        )
     mesh = arrange(sizes, devices[:needed])
     if batch_size:
         check_batch(batch_size, mesh)
@@ -163,11 +164,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check_batch(batch_size: int, mesh: Mesh, *, what: str = "batch size") -> None:
     """Raise ValueError where the mesh does not divide the batch; what: how the error calls the batch's size."""
     size = mesh.shape[DATA]
-    require(
-        batch_size % size == 0,
-        f"{what} {batch_size} is not divisible by the mesh's data axis ({size}); "
-        f"use a multiple of {size} or another --mesh",
-    )
+    if batch_size % size != 0:
+        raise ValueError(
+            f"{what} {batch_size} is not divisible by the mesh's data axis ({size}); "
+            f"use a multiple of {size} or another --mesh"
+        )
 
 
 def rows_here(batch_size: int, mesh: Mesh, process: int | None = None) -> list[int]:

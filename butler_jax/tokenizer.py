@@ -14,7 +14,6 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from butler_jax.configs import require
 from butler_jax.files import file_in, write_whole
 from butler_jax.json_objects import read_object
 from butler_jax.typed import shown, whole
@@ -86,7 +85,8 @@ class Tokenizer:
             with named_errors(f"{path} describes a tokenizer that fails"):
                 probe = backend.encode("a", add_special_tokens=True).ids
             add_bos = _mentions_template(raw.get("post_processor")) and bos is not None and probe[:1] == [bos]
-        require(isinstance(add_bos, bool), f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")
+        if not isinstance(add_bos, bool):
+            raise ValueError(f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")
         if add_bos and bos is None:
             raise ValueError(f"{directory}: add_bos_token is set, but no bos_token or bos_token_id is given.")
         return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos)
@@ -221,10 +221,10 @@ def _check_steps(raw: dict, path: Path) -> None:
             except ValueError:
                 raise ValueError(f"{path}: its precompiled_charsmap is not base64") from None
             size = int.from_bytes(table[:4], "little")
-            require(
-                size <= max(len(table) - 4, 0), f"{path}: its precompiled_charsmap of {len(table)} bytes claims {size}"
-            )
-        require(growth <= LONGEST_GROWTH, f"{path}: its replacements make a text over {LONGEST_GROWTH} times longer")
+            if not size <= max(len(table) - 4, 0):
+                raise ValueError(f"{path}: its precompiled_charsmap of {len(table)} bytes claims {size}")
+        if not growth <= LONGEST_GROWTH:
+            raise ValueError(f"{path}: its replacements make a text over {LONGEST_GROWTH} times longer")
 
 
 def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) -> int | None:
@@ -234,10 +234,12 @@ def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) 
         token = token.get("content")
     if token is not None:
         where = f"{path.parent}/tokenizer_config.json: {which}_token {shown(token)}"
-        require(isinstance(token, str), f"{where} must be a text")
+        if not isinstance(token, str):
+            raise ValueError(f"{where} must be a text")
         with named_errors(where):
             index = backend.token_to_id(token)
-        require(index is not None, f"{where} is not in {path}.")
+        if index is None:
+            raise ValueError(f"{where} is not in {path}.")
         return index
     for config in numbered:
         index = config.get(f"{which}_token_id")

@@ -218,15 +218,16 @@ def sparse_decode_attention(
     """
     lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
     checks.check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer)
-    checks.require(
-        k.ndim >= 3 and k.shape[-2] == score_keys.shape[-1],
-        f"k {k.shape} and score_keys {score_keys.shape} must have room for the same number of tokens S",
-    )
-    checks.require(
-        layer is None or k.shape[0] == score_keys.shape[0],
-        f"k has {k.shape[0]} layers and score_keys {score_keys.shape[0]}; a cache has them for the same layers",
-    )
-    checks.require(q_imp.shape[1] == k.shape[-3], f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
+    if not (k.ndim >= 3 and k.shape[-2] == score_keys.shape[-1]):
+        raise ValueError(
+            f"k {k.shape} and score_keys {score_keys.shape} must have room for the same number of tokens S"
+        )
+    if layer is not None and k.shape[0] != score_keys.shape[0]:
+        raise ValueError(
+            f"k has {k.shape[0]} layers and score_keys {score_keys.shape[0]}; a cache has them for the same layers"
+        )
+    if q_imp.shape[1] != k.shape[-3]:
+        raise ValueError(f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
     shared = dict(lengths=lengths, first=first, implementation=implementation, interpret=interpret)
     tpu_can = unit >= checks.SMALLEST_TPU_UNIT and k.shape[-2] % unit == 0
     shared["implementation"] = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
@@ -261,7 +262,8 @@ def quantise_score_keys(score_keys: jax.Array, scales: jax.Array | None = None) 
     call gave them) those are used and larger keys saturate: so new tokens are appended to a cache. Of a cache that has
     room left, unwritten keys must be finite; zeros do not change the scale.
     """
-    checks.require(score_keys.ndim >= 2, f"score_keys must be [..., R, S], got shape {score_keys.shape}")
+    if not score_keys.ndim >= 2:
+        raise ValueError(f"score_keys must be [..., R, S], got shape {score_keys.shape}")
     heads = score_keys.shape[:-2]
     values = score_keys.astype(jnp.float32)
     if scales is None:

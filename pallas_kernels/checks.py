@@ -13,12 +13,6 @@ POOLINGS = ("normalised", "maximum")
 SMALLEST_TPU_UNIT = 16  # one tile of bfloat16 rows: a copy of fewer drags its neighbours along
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def current_platform() -> str:
     """The platform that a call traced now will run on: of the mesh that is set, of jax_default_device, or the default.
 
@@ -45,15 +39,12 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
         if platform == "tpu":
             return "tpu" if tpu_can else "xla"
         return "gpu" if platform == "gpu" else "xla"
-    require(
-        implementation in IMPLEMENTATIONS,
-        f"unknown implementation {implementation!r}; use None or one of {', '.join(IMPLEMENTATIONS)}",
-    )
-    if implementation in ("tpu", "gpu") and interpret is None:
-        require(
-            platform == implementation,
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation in ("tpu", "gpu") and interpret is None and platform != implementation:
+        raise ValueError(
             f'implementation "{implementation}" needs a {implementation.upper()}, the platform is {platform}; '
-            'use "xla", or interpret=True to try the kernel slowly here',
+            'use "xla", or interpret=True to try the kernel slowly here'
         )
     return implementation
 
@@ -61,21 +52,22 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
 def check_unit(unit: int) -> None:
     """A power of two."""
     good = isinstance(unit, (int, np.integer)) and not isinstance(unit, bool) and unit >= 1 and unit & (unit - 1) == 0
-    require(good, f"unit must be a power of two (1, 2, 4, 8, 16, ...), got {unit!r}")
+    if not good:
+        raise ValueError(f"unit must be a power of two (1, 2, 4, 8, 16, ...), got {unit!r}")
 
 
 def check_tpu_unit(unit: int, size: int) -> None:
     """What the TPU's copies need: whole units of at least 16 tokens."""
-    require(
-        unit >= SMALLEST_TPU_UNIT,
-        f'the "tpu" kernels read units of {SMALLEST_TPU_UNIT} tokens or more, got unit={unit}; choose pages with '
-        f'unit={SMALLEST_TPU_UNIT}, or use implementation="xla"',
-    )
-    require(
-        size % unit == 0,
-        f'the "tpu" kernels need a cache of whole units: {size} tokens are not a multiple of unit={unit}; raise the '
-        f'capacity to {-(-size // unit) * unit}, or use implementation="xla"',
-    )
+    if not unit >= SMALLEST_TPU_UNIT:
+        raise ValueError(
+            f'the "tpu" kernels read units of {SMALLEST_TPU_UNIT} tokens or more, got unit={unit}; choose pages with '
+            f'unit={SMALLEST_TPU_UNIT}, or use implementation="xla"'
+        )
+    if size % unit != 0:
+        raise ValueError(
+            f'the "tpu" kernels need a cache of whole units: {size} tokens are not a multiple of unit={unit}; raise '
+            f'the capacity to {-(-size // unit) * unit}, or use implementation="xla"'
+        )
 
 
 def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kinds: str = "iu") -> None:
@@ -84,11 +76,13 @@ def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kin
         return
     given = jnp.shape(value)
     wanted = " or ".join(map(str, shapes))
-    require(given in shapes, f"{name} must have shape {wanted}, got {given}")
+    if given not in shapes:
+        raise ValueError(f"{name} must have shape {wanted}, got {given}")
     dtype = jnp.result_type(value)
     integer = jnp.issubdtype(dtype, jnp.integer)
     fits = integer if kinds == "iu" else (integer or jnp.issubdtype(dtype, jnp.floating))
-    require(fits, f"{name} must be {'integers' if kinds == 'iu' else 'numbers'}, got {dtype}")
+    if not fits:
+        raise ValueError(f"{name} must be {'integers' if kinds == 'iu' else 'numbers'}, got {dtype}")
 
 
 def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]:
@@ -96,48 +90,53 @@ def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]
     rank = len(dims.split()) + (layer is not None)
     letters = dims if layer is None else f"L {dims}"
     remedy = "drop layer=" if layer is not None else "pass layer= for a cache stacked over layers"
-    require(array.ndim == rank, f"{name} must be [{letters.replace(' ', ', ')}], got shape {array.shape}; {remedy}")
+    if array.ndim != rank:
+        raise ValueError(f"{name} must be [{letters.replace(' ', ', ')}], got shape {array.shape}; {remedy}")
     if layer is not None:
-        require(jnp.ndim(layer) == 0, f"layer must be one index, got shape {jnp.shape(layer)}")
+        if jnp.ndim(layer) != 0:
+            raise ValueError(f"layer must be one index, got shape {jnp.shape(layer)}")
         number = layer if isinstance(layer, (int, np.integer)) else 0
-        require(0 <= number < array.shape[0], f"layer {number} is outside the cache's {array.shape[0]} layers")
+        if not (0 <= number < array.shape[0]):
+            raise ValueError(f"layer {number} is outside the cache's {array.shape[0]} layers")
     return tuple(array.shape[layer is not None :])
 
 
 def check_some(batch: int, heads: int) -> None:
     """At least one row and one head."""
-    require(batch > 0 and heads > 0, f"there must be at least one row and one KV head, got B = {batch}, K = {heads}")
+    if not (batch > 0 and heads > 0):
+        raise ValueError(f"there must be at least one row and one KV head, got B = {batch}, K = {heads}")
 
 
 def check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer) -> None:
     """Raise ValueError unless these fit `importance_scores`."""
-    require(q_imp.ndim == 4, f"q_imp must be [B, K, G, R], got shape {q_imp.shape}")
+    if q_imp.ndim != 4:
+        raise ValueError(f"q_imp must be [B, K, G, R], got shape {q_imp.shape}")
     batch, heads, group, rank = q_imp.shape
     check_some(batch, heads)
     shape = check_layer("score_keys", score_keys, layer, "B K R S")
-    require(
-        shape[0] == batch and shape[2] == rank and shape[1] in (heads, heads * group),
-        f"score_keys {shape} must be [B, K, R, S] or [B, K*G, R, S] for q_imp [B, K, G, R] = {q_imp.shape}",
-    )
-    require(pooling in POOLINGS, f"unknown pooling {pooling!r}; use one of {', '.join(POOLINGS)}")
+    if not (shape[0] == batch and shape[2] == rank and shape[1] in (heads, heads * group)):
+        raise ValueError(
+            f"score_keys {shape} must be [B, K, R, S] or [B, K*G, R, S] for q_imp [B, K, G, R] = {q_imp.shape}"
+        )
+    if pooling not in POOLINGS:
+        raise ValueError(f"unknown pooling {pooling!r}; use one of {', '.join(POOLINGS)}")
     check_vector("lengths", lengths, ((batch,),))
     check_vector("first", first, ((batch,),))
     quantised = score_keys.dtype == jnp.int8
-    require(
-        quantised == (scales is not None),
-        "int8 score keys need their scales, and others take none; quantise_score_keys gives both "
-        f"(score_keys are {score_keys.dtype}, scales {'given' if scales is not None else 'missing'})",
-    )
-    require(
-        quantised or jnp.issubdtype(score_keys.dtype, jnp.floating),
-        f"score_keys must be floating point or int8, got {score_keys.dtype}",
-    )
+    if quantised != scales is not None:
+        raise ValueError(
+            "int8 score keys need their scales, and others take none; quantise_score_keys gives both "
+            f"(score_keys are {score_keys.dtype}, scales {'given' if scales is not None else 'missing'})"
+        )
+    if not quantised and not jnp.issubdtype(score_keys.dtype, jnp.floating):
+        raise ValueError(f"score_keys must be floating point or int8, got {score_keys.dtype}")
     check_vector("scales", scales, ((shape[1],), shape[:2]), "f")
 
 
 def check_selection(scores, lengths, n, counts, sinks, window, unit, first, threshold) -> None:
     """Raise ValueError unless these fit `select_top_k`."""
-    require(scores.ndim == 3, f"scores must be [B, K, S], got shape {scores.shape}")
+    if scores.ndim != 3:
+        raise ValueError(f"scores must be [B, K, S], got shape {scores.shape}")
     batch, heads, size = scores.shape
     check_some(batch, heads)
     check_counts(n, size, unit, sinks, window)
@@ -151,52 +150,62 @@ def check_counts(n, size, unit, sinks, window) -> None:
     """How much may be chosen of a cache of `size` tokens."""
     check_unit(unit)
     units = -(-size // unit)
-    require(
-        isinstance(n, (int, np.integer)) and not isinstance(n, bool),
-        f"n, the width of the list, must be a static integer, got {n!r}; what varies goes into counts",
-    )
+    if not (isinstance(n, (int, np.integer)) and not isinstance(n, bool)):
+        raise ValueError(f"n, the width of the list, must be a static integer, got {n!r}; what varies goes into counts")
     what = "tokens" if unit == 1 else f"units of {unit} tokens"
-    require(n >= 0, f"n must be 0 or more, got {n}")
-    require(n <= units, f"n = {n} is more than the cache's {units} {what}; lower the budget to {units} or less")
+    if not n >= 0:
+        raise ValueError(f"n must be 0 or more, got {n}")
+    if not n <= units:
+        raise ValueError(f"n = {n} is more than the cache's {units} {what}; lower the budget to {units} or less")
     for name, value in (("sinks", sinks), ("window", window)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        require(whole and value >= 0, f"{name} must be a whole number, 0 or more, got {value!r}")
+        if not (whole and value >= 0):
+            raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
 
 
 def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer) -> None:
     """Raise ValueError unless these fit `masked_topk_decode_attention`."""
-    require(q.ndim == 3, f"q must be [B, H, D], got shape {q.shape}")
+    if q.ndim != 3:
+        raise ValueError(f"q must be [B, H, D], got shape {q.shape}")
     batch, heads, dim = q.shape
     shape = check_layer("k", k, layer, "B K S D")
     check_some(*shape[:2])
     for name, array in (("q", q), ("k", k), ("v", v)):
-        require(jnp.issubdtype(array.dtype, jnp.floating), f"{name} must be floating point, got {array.dtype}")
-    require(k.shape == v.shape, f"k {k.shape} and v {v.shape} must have one shape")
-    require(shape[0] == batch, f"k holds {shape[0]} rows and q {batch}; both are [B, ...]")
-    require(shape[3] == dim, f"k has head dimension {shape[3]} and q {dim}; they must be equal")
-    require(heads % shape[1] == 0, f"{heads} query heads cannot share {shape[1]} KV heads; use a multiple")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {array.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
+    if shape[0] != batch:
+        raise ValueError(f"k holds {shape[0]} rows and q {batch}; both are [B, ...]")
+    if shape[3] != dim:
+        raise ValueError(f"k has head dimension {shape[3]} and q {dim}; they must be equal")
+    if heads % shape[1] != 0:
+        raise ValueError(f"{heads} query heads cannot share {shape[1]} KV heads; use a multiple")
     check_unit(unit)
-    require(
-        indices.ndim == 3 and indices.shape[:2] == shape[:2],
-        f"indices must be [B, K, n] with B, K = {shape[:2]}, got shape {indices.shape}",
-    )
-    require(jnp.issubdtype(indices.dtype, jnp.integer), f"indices must be integers, got {indices.dtype}")
+    if not (indices.ndim == 3 and indices.shape[:2] == shape[:2]):
+        raise ValueError(f"indices must be [B, K, n] with B, K = {shape[:2]}, got shape {indices.shape}")
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ValueError(f"indices must be integers, got {indices.dtype}")
     units = -(-shape[2] // unit)
-    require(
-        indices.shape[2] <= units,
-        f"n = {indices.shape[2]} indices are more than the cache's {units} units of {unit} tokens; lower the budget",
-    )
+    if not indices.shape[2] <= units:
+        raise ValueError(
+            f"n = {indices.shape[2]} indices are more than the cache's {units} units of {unit} tokens; lower the budget"
+        )
     if valid is not None:
-        require(valid.shape == indices.shape, f"valid {valid.shape} must have the shape of indices {indices.shape}")
-        require(valid.dtype == jnp.bool_, f"valid must be booleans, got {valid.dtype}")
-    require((new_k is None) == (new_v is None), "new_k and new_v, the current token, come together or not at all")
+        if valid.shape != indices.shape:
+            raise ValueError(f"valid {valid.shape} must have the shape of indices {indices.shape}")
+        if valid.dtype != jnp.bool_:
+            raise ValueError(f"valid must be booleans, got {valid.dtype}")
+    if new_k is None != new_v is None:
+        raise ValueError("new_k and new_v, the current token, come together or not at all")
     for name, new in (("new_k", new_k), ("new_v", new_v)):
         if new is not None:
             wanted = (batch, shape[1], dim)
-            require(new.shape == wanted, f"{name} must be [B, K, D] = {wanted}, got {new.shape}")
-    require(
-        unit == 1 or lengths is not None,
-        f"units of {unit} tokens need lengths, to leave out what lies beyond a row's end; pass lengths=[B]",
-    )
+            if new.shape != wanted:
+                raise ValueError(f"{name} must be [B, K, D] = {wanted}, got {new.shape}")
+    if unit != 1 and lengths is None:
+        raise ValueError(
+            f"units of {unit} tokens need lengths, to leave out what lies beyond a row's end; pass lengths=[B]"
+        )
     check_vector("lengths", lengths, ((batch,),))
     check_vector("first", first, ((batch,),))

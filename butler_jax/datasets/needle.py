@@ -13,7 +13,6 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from random import Random
 
-from butler_jax.configs import require
 from butler_jax.datasets.asked import AskedSample, asked_tokens, largest
 from butler_jax.datasets.coreference import invented_name, invented_word, sentences
 from butler_jax.tokenizer import Tokenizer
@@ -77,10 +76,13 @@ def sample(
     LEAST_HAYSTACK tokens around it, and another depth or kind.
     """
     haystack = haystack.strip()
-    require(bool(haystack), "the haystack is empty: a needle needs text around it; give some prose")
-    require(0 <= depth <= 1, f"the depth of a needle is a share of the haystack from 0 to 1, got {depth}")
+    if not haystack:
+        raise ValueError("the haystack is empty: a needle needs text around it; give some prose")
+    if not (0 <= depth <= 1):
+        raise ValueError(f"the depth of a needle is a share of the haystack from 0 to 1, got {depth}")
     kind = KINDS[index % len(KINDS)] if kind is None else kind
-    require(kind in KINDS, f"unknown kind of needle {kind!r}; known: {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of needle {kind!r}; known: {', '.join(KINDS)}")
     random = Random(f"needle {seed} {index} {kind}")
     start = _sentence_start(haystack, random)
     text, ends = _passage(tokenizer, haystack, start, length)
@@ -95,7 +97,8 @@ def sample(
         return len(tokenizer.encode(f"{put(number)[0]}\n\n{question} {answer}"))
 
     least = size(0) + LEAST_HAYSTACK
-    require(length >= least, f"{length} tokens are too short for this needle and its question; give at least {least}")
+    if not length >= least:
+        raise ValueError(f"{length} tokens are too short for this needle and its question; give at least {least}")
     filled, at = put(largest(size, len(cuts) - 1, length))
     whole = f"{filled}\n\n{question} {answer}"
     tokens, asked = asked_tokens(tokenizer, whole, [(len(whole) - len(answer), len(whole))])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
 
-from butler_jax.configs import require
 from butler_jax.datasets.asked import AskedSample, Span, asked_tokens, largest
 from butler_jax.datasets.coreference import invented_word
 from butler_jax.tokenizer import Tokenizer
@@ -40,8 +39,10 @@ def key_value(
     that tells the asked pair from the others is its key. Raises ValueError for a length without room for the asked
     pairs and one other, and for another value.
     """
-    require(value in VALUES, f"unknown value {value!r}; known: {', '.join(VALUES)}")
-    require(queries >= 1, f"at least 1 key is asked for, got {queries}")
+    if value not in VALUES:
+        raise ValueError(f"unknown value {value!r}; known: {', '.join(VALUES)}")
+    if not queries >= 1:
+        raise ValueError(f"at least 1 key is asked for, got {queries}")
     random, line = Random(f"key_value {seed} {index} {value} {queries}"), "The {value} of {key} is {answer}."
     used: set[str] = set()
 
@@ -73,8 +74,10 @@ def variables(
     last of the other chains may be cut. Raises ValueError for a length without room for the chain and one other line,
     and for another question.
     """
-    require(question in QUESTIONS, f"unknown question {question!r}; known: {', '.join(QUESTIONS)}")
-    require(hops >= 0, f"a chain has 0 hops or more, got {hops}")
+    if question not in QUESTIONS:
+        raise ValueError(f"unknown question {question!r}; known: {', '.join(QUESTIONS)}")
+    if not hops >= 0:
+        raise ValueError(f"a chain has 0 hops or more, got {hops}")
     random = Random(f"variables {seed} {index} {hops}")
     used: set[str] = set()
 
@@ -104,7 +107,8 @@ def _fill(
     least: int,
 ) -> AskedSample:
     """The sample with as many of the other lines as there is room for."""
-    require(length <= MOST, f"{length} tokens are beyond {MOST}, where numbers of six digits run out; give fewer")
+    if not length <= MOST:
+        raise ValueError(f"{length} tokens are beyond {MOST}, where numbers of six digits run out; give fewer")
     others = list(islice(others, max(length // _LEAST_LINE, least)))
 
     def put(number: int) -> tuple[str, list[Span]]:
@@ -120,7 +124,8 @@ def _fill(
         return len(tokenizer.encode(put(number)[0]))
 
     shortest = size(least)
-    require(length >= shortest, f"{length} tokens are too short for this sample; give at least {shortest}")
+    if not length >= shortest:
+        raise ValueError(f"{length} tokens are too short for this sample; give at least {shortest}")
     text, spans = put(max(largest(size, len(others), length), least))
     tokens, mask = asked_tokens(tokenizer, text, spans)
     return AskedSample(text=text, spans=tuple(spans), tokens=tuple(tokens), asked=tuple(mask))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.base_model import BaseModel, check_length
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.recall import LEAST_KEYS, best, top_half
 from butler_jax.evaluation.rows import Batch, as_batch, by_heads, last_rows, see_rows, softmax
 from butler_jax.evaluation.simulate import chosen_mask, with_rule
@@ -105,7 +105,8 @@ def overlap(
     Best are ceil(fraction * n) of the n keys that all steps see, ties to the earlier one: the set at step 0 can only
     hold what was cached then. No token is a sink or in a window here. Raises as step_agreement.
     """
-    require(0 < fraction < 1, f"the fraction must be between 0 and 1, got {fraction}")
+    if not (0 < fraction < 1):
+        raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
     _check_window(model, steps)
     batch, rows = _prepared(model, batch, steps)
     true, predicted = _overlap(model, predictor, batch, rows, _sizes(batch, fraction))
@@ -126,9 +127,12 @@ def hit_rate_and_drift(
     If the predictor only repeated what was important before, its hit rate would fall where attention moved. The best
     tokens are as in `overlap`. Raises as `overlap`, for rows + distance rows.
     """
-    require(predictor is not None, "hit rate against drift needs a trained predictor")
-    require(distance > 0, f"the distance must be at least 1 row, got {distance}")
-    require(0 < fraction < 1, f"the fraction must be between 0 and 1, got {fraction}")
+    if predictor is None:
+        raise ValueError("hit rate against drift needs a trained predictor")
+    if not distance > 0:
+        raise ValueError(f"the distance must be at least 1 row, got {distance}")
+    if not (0 < fraction < 1):
+        raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
     _check_window(model, distance + 1)
     batch, columns = _prepared(model, batch, rows + distance)
     found = _drift(model, predictor, batch, columns, _sizes(batch, fraction), distance=distance)
@@ -163,7 +167,8 @@ def token_access(
 def binned(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
     """Means of y in up to `bins` bins of about equally many values along x; equal x share a bin."""
     x, y = np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)
-    require(x.size == y.size > 0 and bins > 0, f"nothing to bin: {x.size} and {y.size} values, {bins} bins")
+    if not (x.size == y.size > 0 and bins > 0):
+        raise ValueError(f"nothing to bin: {x.size} and {y.size} values, {bins} bins")
     edges = np.unique(np.quantile(x, np.arange(1, bins) / bins))
     number = np.searchsorted(edges, x, side="left")
     parts = [(x[number == n], y[number == n]) for n in np.unique(number)]
@@ -174,8 +179,10 @@ def binned(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
 
 def check_policy(policy: Policy, predictor: Predictor | None) -> None:
     """Raise ValueError for a policy whose rows do not choose for themselves, or that lacks its predictor."""
-    require(not policy.evicts, f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
-    require(predictor is not None or not policy.needs_predictor, f"the policy {policy.name} needs a trained predictor")
+    if policy.evicts:
+        raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
+    if predictor is None and policy.needs_predictor:
+        raise ValueError(f"the policy {policy.name} needs a trained predictor")
 
 
 def _prepared(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array], Array]:
@@ -185,10 +192,10 @@ def _prepared(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Arra
 
 def _check_window(model: BaseModel, rows: int) -> None:
     window = model.config.window
-    require(
-        window is None or window >= rows + LEAST_KEYS,
-        f"the model's sliding window is {window} tokens: {rows} rows have too few keys in common; use fewer",
-    )
+    if window is not None and not window >= rows + LEAST_KEYS:
+        raise ValueError(
+            f"the model's sliding window is {window} tokens: {rows} rows have too few keys in common; use fewer"
+        )
 
 
 def _sizes(batch: dict[str, Array], fraction: float) -> Int[Array, " S"]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.evaluation.simulate import chosen_mask, with_rule
 from butler_jax.policies import Policy
@@ -48,16 +48,14 @@ def calibrate_thresholds(
     """
     policy = policy or TokenButler()
     whole = isinstance(mean, int)
-    require(bool(batches), "thresholds are calibrated on text: give at least one batch")
-    require(mean > 0 and (whole or mean < 1), f"the mean budget must be above 0 and below everything, got {mean}")
-    require(
-        isinstance(selection.budget, int) != whole or mean < selection.budget,
-        f"a mean budget of {mean} must be below the most a row may read, {selection.budget}",
-    )
-    require(
-        predictor is not None or not policy.needs_predictor,
-        f"the policy {policy.name} needs a trained predictor",
-    )
+    if not batches:
+        raise ValueError("thresholds are calibrated on text: give at least one batch")
+    if not (mean > 0 and (whole or mean < 1)):
+        raise ValueError(f"the mean budget must be above 0 and below everything, got {mean}")
+    if isinstance(selection.budget, int) == whole and not mean < selection.budget:
+        raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
+    if predictor is None and policy.needs_predictor:
+        raise ValueError(f"the policy {policy.name} needs a trained predictor")
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])

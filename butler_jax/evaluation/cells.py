@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from butler_jax.configs import from_dict, require
+from butler_jax.configs import from_dict
 from butler_jax.evaluation.statistics import Estimate
 from butler_jax.json_objects import parse_object, read_lines
 from butler_jax.typed import fits
@@ -55,7 +55,8 @@ class Kept:
             try:
                 read = parse_object(line, f"{self.path}, line {number}")
                 key, cell = read.get("key"), cell_of(read)
-                require(isinstance(key, str), "no cell: key")
+                if not isinstance(key, str):
+                    raise ValueError("no cell: key")
             except ValueError:
                 continue  # cut off while it was written, damaged or of another version: the cell is measured anew
             self.cells[key] = cell
@@ -73,14 +74,17 @@ def cell_of(read: dict[str, Any]) -> Cell:
     """A cell from the JSON of dataclasses.asdict. Raises ValueError where it is none."""
     kinds = {"findings": list[dict], "arrays": dict[str, list], "seconds": float}
     wrong = [name for name, kind in kinds.items() if not fits(read.get(name), kind)]
-    require(not wrong and bool(read["findings"]), f"no cell: {', '.join(wrong) or 'no findings'}")
+    if not (not wrong and bool(read["findings"])):
+        raise ValueError(f"no cell: {', '.join(wrong) or 'no findings'}")
     findings = []
     for one in read["findings"]:
         estimate = one.get("estimate")
-        require(isinstance(estimate, list) and len(estimate) == len(Estimate._fields), "no estimate")
+        if not (isinstance(estimate, list) and len(estimate) == len(Estimate._fields)):
+            raise ValueError("no estimate")
         value, error, *counts = estimate
         numbers = fits(value, float) and fits(error, float | None)
-        require(numbers and all(fits(n, int) for n in counts), "no estimate")
+        if not (numbers and all(fits(n, int) for n in counts)):
+            raise ValueError("no estimate")
         findings.append(from_dict(Finding, {**one, "estimate": Estimate(*estimate)}))
     return Cell(findings, read["arrays"], read["seconds"])
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from butler_jax.configs import require
 from butler_jax.prompts import Writer
 from butler_jax.weights import Base
 
@@ -91,8 +90,10 @@ def coloured(
     ValueError where there are not as many numbers as tokens, or numbers below 0.
     """
     tokens, counts = [int(t) for t in np.ravel(tokens)], np.ravel(counts).astype(np.float64)
-    require(len(tokens) == counts.size > 0, f"{len(tokens)} tokens and {counts.size} numbers: give one a token")
-    require(bool(np.all(counts >= 0)), "the numbers must be 0 or more, and one is not")
+    if not (len(tokens) == counts.size > 0):
+        raise ValueError(f"{len(tokens)} tokens and {counts.size} numbers: give one a token")
+    if not np.all(counts >= 0):
+        raise ValueError("the numbers must be 0 or more, and one is not")
     most = float(counts.max() if most is None else most) or 1.0
     pieces = _pieces(base.require_tokenizer(), tokens)
     ends = np.cumsum([size for _, size in pieces])

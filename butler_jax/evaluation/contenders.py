@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from butler_jax.configs import EvalConfig, SelectionConfig, require, to_dict
+from butler_jax.configs import EvalConfig, SelectionConfig, to_dict
 from butler_jax.policies import Policy, make_policy
 from butler_jax.policies.interface import describe
 from butler_jax.predictors import Predictor
@@ -71,11 +71,11 @@ def contenders(
     needing = [p.name for p in policies if p.needs_predictor]
     predictors = list(_predictors(base, predictor, config)) if needing else []
     if needing and not predictors:
-        require(
-            config.policies is None,
-            f"the policy {', '.join(needing)} needs a trained predictor; give --run RUN (a run of train.py; in Python "
-            "also predictor=), or leave it out of --policies",
-        )
+        if config.policies is not None:
+            raise ValueError(
+                f"the policy {', '.join(needing)} needs a trained predictor; give --run RUN (a run of train.py; in "
+                "Python also predictor=), or leave it out of --policies"
+            )
         say(f"{', '.join(needing)} is left out: there is no trained predictor (give a run)")
         policies = [p for p in policies if not p.needs_predictor]
     found, labels = [], labels_of(policies)
@@ -98,7 +98,8 @@ def labels_of(policies: list[Policy]) -> list[str]:
         words = [f"{k}={v}" for k, v in describe(policy).items() if k != "name" and counts[policy.name] > 1]
         labels.append(":".join([policy.name, *words]))
     twice = [label for label, times in Counter(labels).items() if times > 1]
-    require(not twice, f"two policies are called {', '.join(twice)}; give them names of their own, or other settings")
+    if twice:
+        raise ValueError(f"two policies are called {', '.join(twice)}; give them names of their own, or other settings")
     return labels
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from butler_jax.configs import require
 from butler_jax.datasets.coreference import last_mention_mask, mention_distance, sample
 from butler_jax.evaluation.teacher_forced import answer_batches
 
@@ -25,11 +24,11 @@ def coreference_batches(
     """
     rows = [last_mention_mask(tokenizer, sample(seed, index, "test")) for index in range(samples)]
     longest = max(len(tokens) for tokens, _ in rows)
-    require(
-        context is None or longest <= context,
-        f"co-reference samples are up to {longest} tokens long, beyond the model's context of {context}; "
-        "leave the task out with --tasks perplexity",
-    )
+    if context is not None and not longest <= context:
+        raise ValueError(
+            f"co-reference samples are up to {longest} tokens long, beyond the model's context of {context}; "
+            "leave the task out with --tasks perplexity"
+        )
     return answer_batches(rows, batch_size=batch_size, context=context)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from butler_jax.configs import EvalConfig, require, to_dict
+from butler_jax.configs import EvalConfig, to_dict
 from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, cell_of, key_of
 from butler_jax.evaluation.contenders import Contender, contenders, described
 from butler_jax.evaluation.programs import leave_room
@@ -133,11 +133,12 @@ def run_config(run: Path) -> dict[str, Any]:
             f"{run} is no run directory: it has no config.json; give the directory of a run of train.py"
         )
     config = read_object(path)
-    require(
-        isinstance(config.get("base"), str),
-        f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of train.py",
-    )
-    require(isinstance(config.get("data", ""), str), f"{path}: data must be a text, got {shown(config.get('data'))}")
+    if not isinstance(config.get("base"), str):
+        raise ValueError(
+            f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of train.py"
+        )
+    if not isinstance(config.get("data", ""), str):
+        raise ValueError(f"{path}: data must be a text, got {shown(config.get('data'))}")
     return config
 
 

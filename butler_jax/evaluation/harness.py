@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from butler_jax.base_model import parameter_count
-from butler_jax.configs import SelectionConfig, require, to_dict
+from butler_jax.configs import SelectionConfig, to_dict
 from butler_jax.evaluation.harness_arguments import model_arguments
 from butler_jax.evaluation.passes import Passes
 from butler_jax.generation import bucket, generate_stream
@@ -65,19 +65,20 @@ class ButlerLM(TemplateLM):
         passes: Passes | None = None,
     ):
         super().__init__()
-        require(
-            predictor is not None or not policy.needs_predictor,
-            f"the policy {policy.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense",
-        )
+        if predictor is None and policy.needs_predictor:
+            raise ValueError(
+                f"the policy {policy.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense"
+            )
         check_score_dtype(score_dtype)
         most = base.config.context - 1
-        require(
-            max_length is None or (isinstance(max_length, int) and 2 <= max_length <= most),
-            f"max_length must be 2 to {most} tokens (the context of {base.name} less the token that is predicted), got "
-            f"{max_length!r}",
-        )
+        if not (max_length is None or (isinstance(max_length, int) and 2 <= max_length <= most)):
+            raise ValueError(
+                f"max_length must be 2 to {most} tokens (the context of {base.name} less the token that is "
+                f"predicted), got {max_length!r}"
+            )
         number = int(batch_size) if str(batch_size).isdigit() else 0
-        require(number > 0, f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if not number > 0:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.base, self.policy, self.selection = base, policy, selection
         self.predictor = predictor if policy.needs_predictor else None
         self.text = base.require_tokenizer()
@@ -107,7 +108,8 @@ class ButlerLM(TemplateLM):
     def prefix_token_id(self) -> int:
         """The token that stands before a text without context. Raises ValueError where the tokenizer has none."""
         token = self.text.eos if self.text.bos is None else self.text.bos
-        require(token is not None, f"the tokenizer of {self.base.name} has no token that begins or ends a text")
+        if token is None:
+            raise ValueError(f"the tokenizer of {self.base.name} has no token that begins or ends a text")
         return token
 
     @property
@@ -158,12 +160,13 @@ class ButlerLM(TemplateLM):
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
         """Context and continuation, what is too long cut off at its left."""
-        require(len(continuation) > 0, "a continuation has no tokens; the task asks for the likelihood of nothing")
-        require(
-            len(continuation) <= self.max_length,
-            f"a continuation of {len(continuation)} tokens is longer than max_length, {self.max_length}; raise it, or "
-            "leave the task out",
-        )
+        if not len(continuation) > 0:
+            raise ValueError("a continuation has no tokens; the task asks for the likelihood of nothing")
+        if not len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens is longer than max_length, {self.max_length}; raise "
+                "it, or leave the task out"
+            )
         return tuple([*context, *continuation][-(self.max_length + 1) :]), len(continuation)
 
     def _score(self, rows: Sequence[Row], count: int) -> list[tuple[float, bool]]:
@@ -228,12 +231,13 @@ class ButlerLM(TemplateLM):
         until = [one for one in handle_stop_sequences(given.pop("until", None), eos) if one]
         given.pop("do_sample")
         unknown = sorted(set(given) - set(SAMPLING))
-        require(not unknown, f"the model butler does not know {', '.join(unknown)}; it knows {', '.join(SAMPLING)}")
+        if unknown:
+            raise ValueError(f"the model butler does not know {', '.join(unknown)}; it knows {', '.join(SAMPLING)}")
         room = self.max_length - new
-        require(
-            room > 0,
-            f"{new} new tokens leave no room for a prompt in max_length, {self.max_length}; lower max_gen_toks",
-        )
+        if not room > 0:
+            raise ValueError(
+                f"{new} new tokens leave no room for a prompt in max_length, {self.max_length}; lower max_gen_toks"
+            )
         prompts = [(prompt or [self.prefix_token_id])[-room:] for prompt in prompts]
         dense = self.policy.name == "dense"
         pieces = generate_stream(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from butler_jax.configs import SelectionConfig, parse_budget, require
+from butler_jax.configs import SelectionConfig, parse_budget
 from butler_jax.evaluation.contenders import prepared
 from butler_jax.policies import make_policy
 from butler_jax.weights import load_base
@@ -32,26 +32,28 @@ def model_arguments(
     where prepared data sets lie, for a policy that is prepared on text. others: max_length, batch_size, score_dtype,
     add_bos_token, progress, and the policy's own fields. Raises ValueError for what cannot be.
     """
-    require(device is None, f"device={device} is not for the model butler: JAX_PLATFORMS (cpu, cuda, tpu) names it")
-    require(max_batch_size is None, "max_batch_size is not for the model butler; give batch_size a number")
-    require(dtype in (None, "float32", "bfloat16"), f"dtype must be float32 or bfloat16, got {dtype!r}")
-    require(
-        base is not None or run is not None,
-        "nothing to judge: give run=DIR (a run of train.py), or base=SPEC (a directory, a hub id, a .gguf file, tiny)",
-    )
+    if device is not None:
+        raise ValueError(f"device={device} is not for the model butler: JAX_PLATFORMS (cpu, cuda, tpu) names it")
+    if max_batch_size is not None:
+        raise ValueError("max_batch_size is not for the model butler; give batch_size a number")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    if base is None and run is None:
+        raise ValueError(
+            "nothing to judge: give run=DIR (a run of train.py), or base=SPEC (a directory, a hub id, a .gguf file, "
+            "tiny)"
+        )
     passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress")
     settings = {name: others.pop(name) for name in passed if name in others}
     chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
     share = 1.0 if chosen.name == "dense" else parse_budget(budget)
     selection = SelectionConfig(budget=share, sinks=sinks, window=window)
-    require(
-        run is not None or not chosen.needs_predictor,
-        f"the policy {chosen.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense",
-    )
-    require(
-        run is None or (Path(str(run)) / "checkpoints").is_dir(),
-        f"{run} is no run directory: it has no checkpoints; give the directory of a run of train.py",
-    )
+    if run is None and chosen.needs_predictor:
+        raise ValueError(
+            f"the policy {chosen.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense"
+        )
+    if run is not None and not (Path(str(run)) / "checkpoints").is_dir():
+        raise ValueError(f"{run} is no run directory: it has no checkpoints; give the directory of a run of train.py")
     from butler_jax.checkpoints import load_predictor
     from butler_jax.evaluation.evaluate import run_config, run_data
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from butler_jax.configs import require
 from butler_jax.json_objects import parse_object, read_lines
 from butler_jax.typed import shown
 
@@ -38,7 +37,8 @@ def local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     for name in names:
-        require(name in FILES, f"unknown task {name!r}; known: {', '.join(FILES)}")
+        if name not in FILES:
+            raise ValueError(f"unknown task {name!r}; known: {', '.join(FILES)}")
     manager = TaskManager(include_defaults=False, metadata={"directory": str(directory)})
     return manager.load([str(TASKS_DIRECTORY / f"{name}.yaml") for name in names])
 
@@ -50,7 +50,8 @@ def documents(*, task: str, directory: str | Path | None = None, **_: Any) -> di
     """
     from datasets import Dataset
 
-    require(directory is not None, f"{task} is read from a local file: give its directory, --metadata directory=DIR")
+    if directory is None:
+        raise ValueError(f"{task} is read from a local file: give its directory, --metadata directory=DIR")
     return {"test": Dataset.from_list(read_samples(directory, task))}
 
 
@@ -70,9 +71,11 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
             continue
         sample = parse_object(line, f"{path}, line {number}")
         wrong = _fault(sample, FIELDS[task])
-        require(wrong is None, f"{path}, line {number}: {wrong}; a line has {', '.join(FIELDS[task])}")
+        if wrong is not None:
+            raise ValueError(f"{path}, line {number}: {wrong}; a line has {', '.join(FIELDS[task])}")
         samples.append({field: sample[field] for field in FIELDS[task]})
-    require(bool(samples), f"{path} is empty; it needs at least one line with {', '.join(FIELDS[task])}")
+    if not samples:
+        raise ValueError(f"{path} is empty; it needs at least one line with {', '.join(FIELDS[task])}")
     return samples
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from butler_jax.base_model import BaseModel, check_length
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.simulate import keys_read, simulate
 from butler_jax.evaluation.statistics import Estimate, ratio
 from butler_jax.policies import Policy
@@ -45,7 +45,8 @@ def text_windows(
         if len(ids) >= tokens:
             break
     ids = ids[:tokens]
-    require(len(ids) > 1, f"{source} is empty: perplexity needs at least 2 tokens, and it has {len(ids)}")
+    if not len(ids) > 1:
+        raise ValueError(f"{source} is empty: perplexity needs at least 2 tokens, and it has {len(ids)}")
     if stride is None:
         return windows(ids, context=context, batch_size=batch_size)
     return strided(ids, context=context, stride=stride, batch_size=batch_size)
@@ -57,7 +58,8 @@ def strided(ids: Sequence[int], *, context: int, stride: int, batch_size: int = 
     A token is predicted in the first window that holds it, so with at least context - stride tokens before it from the
     second window on. `counted` marks the rows that predict. Raises ValueError for a stride outside 1 ... context - 1.
     """
-    require(0 < stride < context, f"the stride must be 1 ... {context - 1}, below the context, got {stride}")
+    if not (0 < stride < context):
+        raise ValueError(f"the stride must be 1 ... {context - 1}, below the context, got {stride}")
     starts = range(0, max(len(ids) - context + stride, 1), stride)
     pieces = [list(ids[start : start + context]) for start in starts]
     whole = windows([t for p in pieces for t in p], context=min(context, len(ids)), batch_size=batch_size)
@@ -106,7 +108,8 @@ def read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    require(bool(text.strip()), f"{path} is empty; perplexity needs some text")
+    if not text.strip():
+        raise ValueError(f"{path} is empty; perplexity needs some text")
     return text
 
 
@@ -174,7 +177,8 @@ def perplexity(
 
     Raises ValueError where there is nothing to predict or a window is longer than the model's context.
     """
-    require(predicted_tokens(batches) > 0, "there is no token to predict: the text is empty or too short")
+    if not predicted_tokens(batches) > 0:
+        raise ValueError("there is no token to predict: the text is empty or too short")
     check_length(model.config, batches[0]["tokens"].shape[1])
     found: dict[str, list] = {f.name: [] for f in dataclasses.fields(TextResult)}
     for number, batch in enumerate(batches):

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from butler_jax.attention import merge_queries
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, run_layers
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.analysis import check_policy
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.evaluation.rows import Batch, as_batch, row_chunk, softmax
@@ -72,10 +72,14 @@ def attention_and_scores(model: BaseModel, predictor: Predictor, batch: Batch, *
     exist, layer 0 (it has no scores), or without a predictor.
     """
     base, length = model.config, _one_row(model, batch)
-    require(predictor is not None, "attention beside scores needs a trained predictor")
-    require(length <= LONGEST, f"the text has {length} tokens and the picture is T x T; give at most {LONGEST} tokens")
-    require(1 <= layer < base.layers, f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
-    require(0 <= head < base.heads, f"head must be 0 ... {base.heads - 1}, got {head}")
+    if predictor is None:
+        raise ValueError("attention beside scores needs a trained predictor")
+    if not length <= LONGEST:
+        raise ValueError(f"the text has {length} tokens and the picture is T x T; give at most {LONGEST} tokens")
+    if not (1 <= layer < base.layers):
+        raise ValueError(f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
+    if not (0 <= head < base.heads):
+        raise ValueError(f"head must be 0 ... {base.heads - 1}, got {head}")
     found = _attention_and_scores(model, predictor, as_batch(batch), jnp.int32(layer), jnp.int32(head))
     real = np.flatnonzero(batch["segments"][0] > 0)[-1] + 1
     return Scored(*(np.asarray(a)[:real, :real] for a in found))
@@ -98,11 +102,11 @@ def reading(
     length = _one_row(model, batch)
     check_policy(policy, predictor)
     real = np.flatnonzero(batch["segments"][0] > 0)
-    require(
-        -real.size <= position < real.size, f"position {position} is outside of the text, which has {real.size} tokens"
-    )
+    if not (-real.size <= position < real.size):
+        raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
     selection = policy.selection(selection or SelectionConfig())
-    require(selection.interval == 1, f"every position chooses here, the interval is {selection.interval}; use 1")
+    if selection.interval != 1:
+        raise ValueError(f"every position chooses here, the interval is {selection.interval}; use 1")
     limits = limits_of(selection, model.config, length)
     column = int(real[position])
     predictor = predictor if policy.needs_predictor else None
@@ -113,7 +117,8 @@ def reading(
 
 def _one_row(model: BaseModel, batch: Batch) -> int:
     count, length = batch["tokens"].shape
-    require(count == 1, f"one text at a time: the batch has {count} rows; take one, batch[name][:1]")
+    if count != 1:
+        raise ValueError(f"one text at a time: the batch has {count} rows; take one, batch[name][:1]")
     check_length(model.config, length)
     return length
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.attention import masked_softmax
 from butler_jax.base_model import BaseModel, by_window, dense_mixer, embed, run_layers
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.evaluation.chunks import importance_walk, map_chunks, spread_rows
 from butler_jax.evaluation.eviction import evicted_sums
 from butler_jax.evaluation.simulate import chosen_mask
@@ -84,7 +84,8 @@ def recall(
     """
     policies, budgets = tuple(policies), tuple(budgets)
     needing = [p.name for p in policies if p.needs_predictor]
-    require(predictor is not None or not needing, f"the policy {', '.join(needing)} needs a trained predictor")
+    if predictor is None and needing:
+        raise ValueError(f"the policy {', '.join(needing)} needs a trained predictor")
     selections = [SelectionConfig(budget=b, sinks=sinks, window=window) for b in budgets]
     scoring = tuple(p for p in policies if not p.evicts)
     groups = [scoring] * bool(scoring) + [(p,) for p in policies if p.evicts]
@@ -100,7 +101,8 @@ def recall(
                 score_dtype=score_dtype, **options,
             )  # fmt: skip
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
-    require(bool(groups) and bool(parts[0]), "recall needs at least one policy and one batch")
+    if not (bool(groups) and bool(parts[0])):
+        raise ValueError("recall needs at least one policy and one batch")
     result = Recall({}, {}, {}, {}, {})
     layers = model.config.layers - 1
     for found, group in zip(parts, groups, strict=True):

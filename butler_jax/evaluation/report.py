@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from butler_jax.configs import require
 from butler_jax.evaluation.tables import tables
 from butler_jax.files import write_whole
 
@@ -83,7 +82,7 @@ class Report:
 def check_directory(directory: Path) -> None:
     """Raise ValueError where a report cannot be written there, for it or a part of its path is a file."""
     for path in (directory, *directory.parents):
-        require(
-            not path.exists() or path.is_dir(),
-            f"{path} is a file, and the report needs a directory; give another with --out, or move the file away",
-        )
+        if path.exists() and not path.is_dir():
+            raise ValueError(
+                f"{path} is a file, and the report needs a directory; give another with --out, or move the file away"
+            )

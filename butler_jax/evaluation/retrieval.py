@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from butler_jax.configs import require
 from butler_jax.datasets import needle, retrieval
 from butler_jax.datasets.asked import AskedSample
 from butler_jax.evaluation.teacher_forced import Batch, answer_batches
@@ -38,7 +37,8 @@ def needle_batches(
     the text they lie in, and a cell is the same whatever other cells there are. A batch holds one length. Raises
     ValueError for a length beyond `context`, the model's, or too short, and where there is nothing to do.
     """
-    require(bool(depths), "a needle needs a depth; give some, such as 0, 0.5 and 1")
+    if not depths:
+        raise ValueError("a needle needs a depth; give some, such as 0, 0.5 and 1")
 
     make = partial(needle.sample, tokenizer, haystack, kind=kind)
     places = [{"depth": depth} for depth in depths]
@@ -96,14 +96,16 @@ def _batches(
     places: Sequence[dict[str, float]] = ({},),
 ) -> Labelled:
     """`samples` of make(length=, seed=, index=, **place) for every length and place, each cell under its own seed."""
-    require(bool(lengths), f"the task {task} needs a length in tokens; give some, such as 512")
-    require(samples >= 1, f"the task {task} needs at least 1 sample, got {samples}")
+    if not lengths:
+        raise ValueError(f"the task {task} needs a length in tokens; give some, such as 512")
+    if not samples >= 1:
+        raise ValueError(f"the task {task} needs at least 1 sample, got {samples}")
     over = [length for length in lengths if context is not None and length > context]
-    require(
-        not over,
-        f"the task {task} is asked for at {', '.join(map(str, over))} tokens, beyond the model's context of {context}; "
-        "leave these lengths out",
-    )
+    if over:
+        raise ValueError(
+            f"the task {task} is asked for at {', '.join(map(str, over))} tokens, beyond the model's context of "
+            f"{context}; leave these lengths out"
+        )
     batches, labels = [], []
     for length in lengths:
         wanted = [{**place, "length": length} for place in places for _ in range(samples)]

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.attention import document_starts, masked_softmax
 from butler_jax.base_model import BaseModel, LayerView, by_window, check_length, dense_mixer, embed, run_layers
-from butler_jax.configs import require
 from butler_jax.evaluation.chunks import Importance, importance_walk
 from butler_jax.evaluation.perplexity import windows
 from butler_jax.evaluation.recall import LEAST_KEYS
@@ -33,7 +32,8 @@ def text_batch(base: Base, text: str, tokens: int | None = None) -> Batch:
     Raises ValueError for an empty text, one beyond the model's context, or a base without a tokenizer.
     """
     ids = base.require_tokenizer().encode(text)[:tokens]
-    require(len(ids) > 1, f"the text has {len(ids)} tokens; give one of at least 2")
+    if not len(ids) > 1:
+        raise ValueError(f"the text has {len(ids)} tokens; give one of at least 2")
     check_length(base.config, len(ids))
     return windows(ids, context=len(ids))[0]
 
@@ -44,17 +44,18 @@ def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B N"]:
     Raises ValueError where a sequence's last document has fewer than count + 31 tokens: the first of the rows sees at
     least 32 keys.
     """
-    require(count > 0, f"the number of rows must be at least 1, got {count}")
+    if not count > 0:
+        raise ValueError(f"the number of rows must be at least 1, got {count}")
     found = []
     for segments in np.asarray(batch["segments"]):
         real = np.flatnonzero(segments > 0)
         last = real[segments[real] == segments[real[-1]]] if real.size else real
         needed = count + LEAST_KEYS - 1
-        require(
-            last.size >= needed,
-            f"{count} rows need a document of at least {needed} tokens, so that the first of them sees {LEAST_KEYS} "
-            f"keys, and one has {last.size}; give a longer text or fewer rows",
-        )
+        if not last.size >= needed:
+            raise ValueError(
+                f"{count} rows need a document of at least {needed} tokens, so that the first of them sees "
+                f"{LEAST_KEYS} keys, and one has {last.size}; give a longer text or fewer rows"
+            )
         found.append(last[-count:])
     return np.stack(found).astype(np.int32)
 

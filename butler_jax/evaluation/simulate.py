@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.attention import document_starts, exponentials, merge_queries, weighted_values
 from butler_jax.base_model import BaseModel, by_window, check_length, dense_mixer, embed, logits, run_layers
 from butler_jax.cached_attention import layer_windows
-from butler_jax.configs import BaseConfig, SelectionConfig, require
+from butler_jax.configs import BaseConfig, SelectionConfig
 from butler_jax.evaluation.chunks import importance_walk, map_chunks
 from butler_jax.evaluation.eviction import evicting_attention
 from butler_jax.policies import Chunk, Policy
@@ -68,14 +68,12 @@ def simulate(
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
-    require(
-        predictor is not None or not policy.needs_predictor,
-        f"the policy {policy.name} needs a trained predictor",
-    )
-    require(
-        config.interval == 1,
-        f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one",
-    )
+    if predictor is None and policy.needs_predictor:
+        raise ValueError(f"the policy {policy.name} needs a trained predictor")
+    if config.interval != 1:
+        raise ValueError(
+            f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one"
+        )
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
     limits = limits_of(config, model.config, length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from butler_jax.configs import require
 from butler_jax.policies.citrus import CItruS
 from butler_jax.policies.dense import Dense
 from butler_jax.policies.h2o import H2O
@@ -26,9 +25,12 @@ __all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
 
 def make_policy(name: str, **fields) -> Policy:
     """The policy of that name; fields: its hyper-parameters. Raises ValueError naming the known ones."""
-    require(isinstance(name, str), f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
-    require(name in POLICIES, f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     known = [field.name for field in dataclasses.fields(POLICIES[name])]
     unknown = sorted(set(fields) - set(known))
-    require(not unknown, f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
+    if unknown:
+        raise ValueError(f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
     return POLICIES[name](**fields)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.configs import require
 from butler_jax.policies.evicting import Evicting
 
 UNJUDGED = float(jnp.finfo(jnp.float32).max)  # above all attention
@@ -49,8 +48,10 @@ class CItruS(Evicting):
     observed: int = 32
 
     def __post_init__(self):
-        require(self.chunk >= 1, f"a chunk of citrus must have at least 1 token, got {self.chunk}")
-        require(self.observed >= 1, f"citrus must observe at least 1 row, got {self.observed}")
+        if not self.chunk >= 1:
+            raise ValueError(f"a chunk of citrus must have at least 1 token, got {self.chunk}")
+        if not self.observed >= 1:
+            raise ValueError(f"citrus must observe at least 1 row, got {self.observed}")
 
     def begin(self, shape):
         """Nothing judged."""

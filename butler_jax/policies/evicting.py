@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.policies.interface import Chunk, Policy
 from butler_jax.top_k import ordered_bits, top_mask
 
@@ -41,17 +41,18 @@ class Evicting(Policy):
 
     def scores(self, chunk: Chunk):
         """There are none: what is worth most depends on all rows before."""
-        require(
-            False,
+        raise ValueError(
             f"the policy {self.name} evicts for good: it is simulated by eval.py and decoded from a state that prefill "
-            "made for it, and has no scores of a row by itself",
+            "made for it, and has no scores of a row by itself"
         )
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
         """Raises ValueError for what means nothing to a policy that evicts."""
         plain = config.unit == 1 and config.threshold is None and not config.neighbours
-        require(plain, f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
-        require(config.interval == 1, f"the policy {self.name} evicts at every row: leave out the interval")
+        if not plain:
+            raise ValueError(f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
+        if config.interval != 1:
+            raise ValueError(f"the policy {self.name} evicts at every row: leave out the interval")
         return config
 
     def begin(self, shape: tuple[int, int, int]) -> Any:

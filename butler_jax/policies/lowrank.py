@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
-from butler_jax.configs import require
 from butler_jax.policies.interface import Chunk, Policy
 
 
@@ -34,12 +33,14 @@ class LowRank(Policy):
         """The policy with the directions of this text's keys. Raises ValueError for a rank beyond the dimension."""
         dim = model.config.head_dim
         rank = dim // 4 if self.rank is None else self.rank
-        require(1 <= rank <= dim, f"the rank of lowrank must be 1 ... {dim}, the head dimension, got {rank}")
+        if not (1 <= rank <= dim):
+            raise ValueError(f"the rank of lowrank must be 1 ... {dim}, the head dimension, got {rank}")
         sums = None
         for batch in batches:
             part = key_moments(model, {n: jnp.asarray(batch[n]) for n in ("tokens", "segments", "positions")})
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-        require(sums is not None, "lowrank finds its directions on text: give at least one batch")
+        if sums is None:
+            raise ValueError("lowrank finds its directions on text: give at least one batch")
         products, mean, count = (np.asarray(a, np.float64) for a in sums)
         mean = mean / count
         covariance = products / count - mean[..., :, None] * mean[..., None, :]
@@ -52,7 +53,8 @@ class LowRank(Policy):
 
     def scores(self, chunk: Chunk):
         """Products in the few directions, per query head."""
-        require(self.directions is not None, "lowrank has no directions yet; use what prepare(model, batches) gives")
+        if self.directions is None:
+            raise ValueError("lowrank has no directions yet; use what prepare(model, batches) gives")
         basis = jnp.asarray(self.directions)[chunk.layer]
         exact = dict(preferred_element_type=jnp.float32, precision="highest")
         q = jnp.einsum("bkgcd,kdr->bkgcr", chunk.q.astype(jnp.float32), basis, **exact)

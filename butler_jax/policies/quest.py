@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.configs import SelectionConfig, require
+from butler_jax.configs import SelectionConfig
 from butler_jax.policies.interface import Chunk, Policy
 
 Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
@@ -27,7 +27,8 @@ class Quest(Policy):
 
     def __post_init__(self):
         good = self.page >= 1 and self.page & (self.page - 1) == 0
-        require(good, f"a page of quest must be a power of two (1, 2, 4, 8, 16, ...), got {self.page}")
+        if not good:
+            raise ValueError(f"a page of quest must be a power of two (1, 2, 4, 8, 16, ...), got {self.page}")
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
         """Pages are chosen whole."""

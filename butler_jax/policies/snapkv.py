@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.configs import require
 from butler_jax.policies.evicting import Evicting
 
 
@@ -42,8 +41,10 @@ class SnapKV(Evicting):
     once: bool = True
 
     def __post_init__(self):
-        require(self.observed >= 1, f"snapkv must observe at least 1 row, got {self.observed}")
-        require(self.pool >= 1 and self.pool % 2 == 1, f"snapkv pools an odd number of tokens, got {self.pool}")
+        if not self.observed >= 1:
+            raise ValueError(f"snapkv must observe at least 1 row, got {self.observed}")
+        if not (self.pool >= 1 and self.pool % 2 == 1):
+            raise ValueError(f"snapkv pools an odd number of tokens, got {self.pool}")
 
     def begin(self, shape):
         """No rows yet."""

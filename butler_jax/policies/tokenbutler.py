@@ -7,7 +7,6 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from butler_jax.configs import require
 from butler_jax.policies.interface import Chunk, Policy, normalise
 
 
@@ -25,7 +24,8 @@ class TokenButler(Policy):
 
     def __post_init__(self):
         known = ("normalised", "maximum")
-        require(self.pooling in known, f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
+        if self.pooling not in known:
+            raise ValueError(f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
 
     def looked_at(self, base, predictor):
         """Importance keys."""
@@ -33,7 +33,8 @@ class TokenButler(Policy):
 
     def scores(self, chunk: Chunk):
         """Importance per query head; NaN counts as -inf."""
-        require(chunk.importance is not None, "the policy tokenbutler needs a trained predictor")
+        if chunk.importance is None:
+            raise ValueError("the policy tokenbutler needs a trained predictor")
         return jnp.where(jnp.isnan(chunk.importance), -jnp.inf, chunk.importance)
 
     def pool(self, scores, chunk: Chunk):

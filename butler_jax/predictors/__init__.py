@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from butler_jax.configs import BaseConfig, PredictorConfig, require
+from butler_jax.configs import BaseConfig, PredictorConfig
 from butler_jax.predictors.contextual import Contextual
 from butler_jax.predictors.interface import Predictor
 from butler_jax.predictors.lookahead import Lookahead
@@ -15,5 +15,6 @@ PREDICTORS: dict[str, type[Predictor]] = {p.kind: p for p in (Lookahead, Produce
 
 def make_predictor(base: BaseConfig, config: PredictorConfig, seed: int = 0) -> Predictor:
     """A predictor with random parameters; use under jax.eval_shape to count them."""
-    require(config.kind in PREDICTORS, f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")
+    if config.kind not in PREDICTORS:
+        raise ValueError(f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")
     return PREDICTORS[config.kind](base, config, jax.random.key(seed))

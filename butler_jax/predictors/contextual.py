@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from butler_jax.base_model import LayerView
-from butler_jax.configs import BaseConfig, PredictorConfig, require
+from butler_jax.configs import BaseConfig, PredictorConfig
 from butler_jax.layers import layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
 from butler_jax.predictors.interface import Context, Predictor, xavier
 
@@ -77,11 +77,11 @@ class Contextual(Predictor):
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
         super().__init__(base, config)
-        require(
-            base.width % 16 == 0,
-            f"the contextual predictor needs a width that is a multiple of 16, got {base.width}; "
-            "use --predictor lookahead",
-        )
+        if base.width % 16 != 0:
+            raise ValueError(
+                f"the contextual predictor needs a width that is a multiple of 16, got {base.width}; "
+                "use --predictor lookahead"
+            )
         self.stride = base.layers - 1
         hidden = config.hidden or 512
         first, second = jax.random.split(key)

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from butler_jax.base_model import LayerView, rope_angles
-from butler_jax.configs import BaseConfig, PredictorConfig, require
+from butler_jax.configs import BaseConfig, PredictorConfig
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q, k, v each [B,T,H',D']) -> (output, cache): how a trunk with an attention of its own reaches earlier tokens."""
@@ -49,7 +49,8 @@ class Predictor(nnx.Module):
     heads: nnx.Module
 
     def __init__(self, base: BaseConfig, config: PredictorConfig):
-        require(base.layers > 1, f"a predictor needs a base of at least 2 layers, got {base.layers}")
+        if not base.layers > 1:
+            raise ValueError(f"a predictor needs a base of at least 2 layers, got {base.layers}")
         self.base = base
         self.config = config
         self.stride = min(config.stride, base.layers - 1)

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, few_tokens, run_layers
-from butler_jax.configs import BaseConfig, PredictorConfig, require
+from butler_jax.configs import BaseConfig, PredictorConfig
 from butler_jax.layers import rms_norm, rotary
 from butler_jax.predictors.interface import Context, Predictor, project_heads
 
@@ -53,10 +53,10 @@ class Lookahead(Predictor):
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
         super().__init__(base, config)
-        require(
-            config.rank <= base.head_dim,
-            f"rank {config.rank} exceeds the base's head dimension {base.head_dim}; use at most {base.head_dim}",
-        )
+        if not config.rank <= base.head_dim:
+            raise ValueError(
+                f"rank {config.rank} exceeds the base's head dimension {base.head_dim}; use at most {base.head_dim}"
+            )
         self.trunk = None
         self.heads = LookaheadHeads(base, config.rank, key)
 
@@ -84,11 +84,11 @@ class Lookahead(Predictor):
 
         Raises ValueError without batches.
         """
-        require(
-            bool(batches),
-            "the lookahead predictor chooses its rotary pairs on text: give it calibration batches, "
-            "for instance a few of butler_jax.batches('python_docs', base.tokenizer, length=512, batch_size=4)",
-        )
+        if not batches:
+            raise ValueError(
+                "the lookahead predictor chooses its rotary pairs on text: give it calibration batches, "
+                "for instance a few of butler_jax.batches('python_docs', base.tokenizer, length=512, batch_size=4)"
+            )
         energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
         rank = self.config.rank
         pairs = jnp.sort(jax.lax.top_k(energy * spread, rank // 2)[1], axis=-1)[1:]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from butler_jax.configs import require
 from butler_jax.families import FAMILIES, base_config
 from butler_jax.typed import number, shown, whole
 from butler_jax.weights.gguf_header import check_header
@@ -71,8 +70,10 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
     gguf = library()
     with path.open("rb") as file:
         begin = file.read(8)
-    require(begin[:4] == b"GGUF", f"{path} is not a GGUF file: it does not begin with GGUF")
-    require(begin[4:6] != bytes(2), f"{path} has the byte order of another kind of machine; convert it")
+    if begin[:4] != b"GGUF":
+        raise ValueError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    if begin[4:6] == bytes(2):
+        raise ValueError(f"{path} has the byte order of another kind of machine; convert it")
     try:
         check_header(path, gguf)
         reader = gguf.GGUFReader(path)
@@ -114,23 +115,25 @@ def tensor_name(name: str, fused: bool) -> str:
 def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> dict[str, Any]:
     """The metadata as a Hugging Face config.json would say it. Raises ValueError naming what is missing."""
     architecture = fields.get("general.architecture")
-    require(
-        isinstance(architecture, str) and architecture in FAMILY,
-        f"unknown architecture {shown(architecture)} (general.architecture); supported: {', '.join(FAMILY)}",
-    )
+    if not (isinstance(architecture, str) and architecture in FAMILY):
+        raise ValueError(
+            f"unknown architecture {shown(architecture)} (general.architecture); supported: {', '.join(FAMILY)}"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         return fields.get(f"{architecture}.{key}", default)
 
     def need(key: str) -> Any:
-        require(get(key) is not None, f"the metadata lacks {architecture}.{key}")
+        if get(key) is None:
+            raise ValueError(f"the metadata lacks {architecture}.{key}")
         return get(key)
 
     def size(key: str) -> int:
         return whole(need(key), f"{architecture}.{key}")
 
     heads, width, context = size("attention.head_count"), size("embedding_length"), size("context_length")
-    require("token_embd.weight" in stored, "missing tensor token_embd.weight")
+    if "token_embd.weight" not in stored:
+        raise ValueError("missing tensor token_embd.weight")
     window = get("attention.sliding_window") or None
     family = FAMILY[architecture]
     if family == "llama" and window:
@@ -171,12 +174,11 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
     """
 
     def factors(name: str) -> list[float]:
-        require(name in stored, f"missing tensor {name}")
+        if name not in stored:
+            raise ValueError(f"missing tensor {name}")
         tensor = stored[name]
-        require(
-            math.prod(tensor.shape) <= MOST_FACTORS,
-            f"tensor {name} of shape {list(tensor.shape)} is no list of factors",
-        )
+        if not math.prod(tensor.shape) <= MOST_FACTORS:
+            raise ValueError(f"tensor {name} of shape {list(tensor.shape)} is no list of factors")
         return tensor.read(0, tensor.shape[0]).astype(np.float32).tolist()
 
     original = whole(get("rope.scaling.original_context_length") or context, "rope.scaling.original_context_length")
@@ -203,12 +205,14 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
         return values | ({"attention_factor": attention_factor} if attention_factor else {})
     kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
     factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
-    require(factor > 0, f"rope.scaling.factor must be above 0, got {factor}")
+    if not factor > 0:
+        raise ValueError(f"rope.scaling.factor must be above 0, got {factor}")
     if kind == "none":
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    require(kind == "yarn", f"unknown rope scaling type {shown(kind)}; supported: none, linear, yarn, longrope")
+    if kind != "yarn":
+        raise ValueError(f"unknown rope scaling type {shown(kind)}; supported: none, linear, yarn, longrope")
     values = {
         "rope_type": "yarn",
         "factor": factor,
@@ -224,14 +228,10 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
 def _stored(path: Path, tensor: Any, gguf: ModuleType) -> StoredTensor:
     shape = tuple(int(n) for n in reversed(tensor.shape))
     kind = tensor.tensor_type
-    require(
-        kind.name in TYPES,
-        f"{path}: tensor {tensor.name} has type {kind.name}; supported are {', '.join(TYPES)}",
-    )
-    require(
-        len(shape) > 1 or kind.name in PLAIN,
-        f"{path}: tensor {tensor.name} is one row of type {kind.name}; it must be {', '.join(PLAIN)}",
-    )
+    if kind.name not in TYPES:
+        raise ValueError(f"{path}: tensor {tensor.name} has type {kind.name}; supported are {', '.join(TYPES)}")
+    if not len(shape) > 1 and kind.name not in PLAIN:
+        raise ValueError(f"{path}: tensor {tensor.name} is one row of type {kind.name}; it must be {', '.join(PLAIN)}")
     return StoredTensor(shape, partial(_read_rows, path, int(tensor.data_offset), shape, kind, gguf))
 
 

@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 from types import ModuleType
 
-from butler_jax.configs import require
 from butler_jax.typed import shown
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
@@ -31,26 +30,32 @@ def check_header(path: Path, gguf: ModuleType) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data)
         version, tensors, entries = walk.numbers("<4xIQQ")
-        require(version in (2, 3), f"version {version} is not supported")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not supported")
         alignment, keys = ALIGNMENT, set()
         for _ in range(entries):
             key = walk.text()
-            require(key not in keys, f"the key {shown(key)} is there twice")
+            if key in keys:
+                raise ValueError(f"the key {shown(key)} is there twice")
             keys.add(key)
             (kind,) = walk.numbers("<I")
             if key == "general.alignment":
-                require(kind == UINT32, "general.alignment is no uint32")
+                if kind != UINT32:
+                    raise ValueError("general.alignment is no uint32")
                 (alignment,) = walk.numbers("<I")
-                require(alignment > 0 and alignment & (alignment - 1) == 0, f"{alignment} is no alignment")
+                if not (alignment > 0 and alignment & (alignment - 1) == 0):
+                    raise ValueError(f"{alignment} is no alignment")
             else:
                 walk.value(kind, key)
         ranges = _tensor_ranges(walk, tensors, gguf)
         start = -(-walk.at // alignment) * alignment
         end, before = 0, ""
         for first, count, name in sorted(ranges):
-            require(first >= end, f"tensors {shown(before)} and {shown(name)} overlap")
+            if not first >= end:
+                raise ValueError(f"tensors {shown(before)} and {shown(name)} overlap")
             end, before = first + count, name
-        require(start + end <= len(data), f"tensor {shown(before)} ends beyond the file")
+        if not start + end <= len(data):
+            raise ValueError(f"tensor {shown(before)} ends beyond the file")
 
 
 def _tensor_ranges(walk: _Walk, tensors: int, gguf: ModuleType) -> list[tuple[int, int, str]]:
@@ -59,17 +64,17 @@ def _tensor_ranges(walk: _Walk, tensors: int, gguf: ModuleType) -> list[tuple[in
     for _ in range(tensors):
         walk.count(1)
         name = walk.text()
-        require(name not in names, f"the tensor {shown(name)} is there twice")
+        if name in names:
+            raise ValueError(f"the tensor {shown(name)} is there twice")
         names.add(name)
         (dimensions,) = walk.numbers("<I")
-        require(1 <= dimensions <= MOST_DIMENSIONS, f"tensor {shown(name)} has {dimensions} dimensions")
+        if not (1 <= dimensions <= MOST_DIMENSIONS):
+            raise ValueError(f"tensor {shown(name)} has {dimensions} dimensions")
         shape = walk.numbers(f"<{dimensions}Q")
         kind, first = walk.numbers("<IQ")
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        require(
-            min(shape) > 0 and math.prod(shape) < 1 << 62 and shape[0] % block == 0,
-            f"tensor {shown(name)} cannot have the shape {list(reversed(shape))}",
-        )
+        if not (min(shape) > 0 and math.prod(shape) < 1 << 62 and shape[0] % block == 0):
+            raise ValueError(f"tensor {shown(name)} cannot have the shape {list(reversed(shape))}")
         ranges.append((first, math.prod(shape) // block * size, name))
     return ranges
 
@@ -86,8 +91,10 @@ class _Walk:
 
     def skip(self, count: int) -> None:
         self.at += count
-        require(self.at <= len(self.data), "it ends before its header does")
-        require(self.at <= MOST_BYTES, f"its header has more than {MOST_BYTES} bytes")
+        if not self.at <= len(self.data):
+            raise ValueError("it ends before its header does")
+        if not self.at <= MOST_BYTES:
+            raise ValueError(f"its header has more than {MOST_BYTES} bytes")
 
     def text(self) -> str:
         (length,) = self.numbers("<Q")
@@ -96,15 +103,18 @@ class _Walk:
 
     def count(self, more: int) -> None:
         self.values += more
-        require(self.values <= MOST_VALUES, f"its header has more than {MOST_VALUES} values")
+        if not self.values <= MOST_VALUES:
+            raise ValueError(f"its header has more than {MOST_VALUES} values")
 
     def value(self, kind: int, key: str) -> None:
         """Step over a value."""
         length = 1
         if kind == ARRAY:
             kind, length = self.numbers("<IQ")
-            require(kind != ARRAY, f"{shown(key)} is an array of arrays, which no model needs")
-        require(kind in SCALARS or kind == STRING, f"{shown(key)} has the unknown type {kind}")
+            if kind == ARRAY:
+                raise ValueError(f"{shown(key)} is an array of arrays, which no model needs")
+        if kind not in SCALARS and kind != STRING:
+            raise ValueError(f"{shown(key)} has the unknown type {kind}")
         self.count(length)
         if kind in SCALARS:
             self.skip(length * SCALARS[kind])

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from butler_jax.configs import require
 from butler_jax.typed import fits, shown, whole
 
 if TYPE_CHECKING:
@@ -54,33 +53,38 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
     kind = get("model")
     if kind in (None, "none", "no_vocab"):
         return None
-    require(
-        kind in ("gpt2", "llama"),
-        f"unknown tokenizer {shown(kind)} (tokenizer.ggml.model); supported: gpt2 (byte-level BPE) and llama "
-        "(SentencePiece BPE)",
-    )
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(
+            f"unknown tokenizer {shown(kind)} (tokenizer.ggml.model); supported: gpt2 (byte-level BPE) and llama "
+            "(SentencePiece BPE)"
+        )
     tokens = get("tokens")
-    require(bool(tokens), "the metadata lacks tokenizer.ggml.tokens")
+    if not tokens:
+        raise ValueError("the metadata lacks tokenizer.ggml.tokens")
     types, merges = get("token_type") or [1] * len(tokens), get("merges") or []
     pre, scores, unknown = get("pre", "default"), get("scores"), get("unknown_token_id", 0)
     for name, value, wanted in (
         ("tokens", tokens, list[str]), ("merges", merges, list[str]), ("token_type", types, list[int]),
         ("pre", pre, str), ("scores", scores, list[float] | None),
     ):  # fmt: skip
-        require(fits(value, wanted), f"tokenizer.ggml.{name} cannot be {shown(value)}")
+        if not fits(value, wanted):
+            raise ValueError(f"tokenizer.ggml.{name} cannot be {shown(value)}")
     longest = max(map(len, tokens))
-    require(longest <= LONGEST_TOKEN, f"a token has {longest} characters; none has more than {LONGEST_TOKEN}")
-    require(len(types) == len(tokens), f"tokenizer.ggml has {len(tokens)} tokens, but {len(types)} types")
+    if not longest <= LONGEST_TOKEN:
+        raise ValueError(f"a token has {longest} characters; none has more than {LONGEST_TOKEN}")
+    if len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml has {len(tokens)} tokens, but {len(types)} types")
     with named_errors("the metadata describes no tokenizer that `tokenizers` can make"):
         if kind == "gpt2":
             backend = byte_level_bpe(tokens, merges, pre)
             add_bos = pre == "llama-bpe"
         else:
-            require(bool(scores), "the metadata lacks tokenizer.ggml.scores")
-            require(len(scores) == len(tokens), f"tokenizer.ggml has {len(tokens)} tokens, but {len(scores)} scores")
-            require(
-                whole(unknown, "unknown_token_id", least=0) < len(tokens), f"unknown_token_id {unknown} is no token"
-            )
+            if not scores:
+                raise ValueError("the metadata lacks tokenizer.ggml.scores")
+            if len(scores) != len(tokens):
+                raise ValueError(f"tokenizer.ggml has {len(tokens)} tokens, but {len(scores)} scores")
+            if not whole(unknown, "unknown_token_id", least=0) < len(tokens):
+                raise ValueError(f"unknown_token_id {unknown} is no token")
             backend = sentencepiece_bpe(tokens, scores, types, unknown, prefix=bool(get("add_space_prefix", True)))
             add_bos = True
         for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
@@ -100,10 +104,10 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
     """BPE over bytes written as printable characters; `pre` names how texts are cut into words."""
-    require(
-        pre in WORD_SPLITTERS,
-        f"unknown word splitting {shown(pre)} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}",
-    )
+    if pre not in WORD_SPLITTERS:
+        raise ValueError(
+            f"unknown word splitting {shown(pre)} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}"
+        )
     model = models.BPE(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=[tuple(merge.split(" ", 1)) for merge in merges],

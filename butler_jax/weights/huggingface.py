@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from butler_jax.configs import BaseConfig, require
+from butler_jax.configs import BaseConfig
 from butler_jax.families import base_config
 from butler_jax.files import file_in
 from butler_jax.json_objects import read_object
@@ -54,11 +54,11 @@ def open_directory(directory: Path) -> Source:
             f"{SINGLE} (or {INDEX} and its shards) and tokenizer.json"
         )
     values = read_object(path)
-    require(
-        "quantization_config" not in values,
-        f"{path}: quantised Hugging Face weights are not supported; "
-        "use the model's unquantised directory or a .gguf file",
-    )
+    if "quantization_config" in values:
+        raise ValueError(
+            f"{path}: quantised Hugging Face weights are not supported; "
+            "use the model's unquantised directory or a .gguf file"
+        )
     try:
         config = base_config(values)
     except ValueError as error:
@@ -81,12 +81,11 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         )
         raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}.{only}")
     placed = read_object(index).get("weight_map")
-    require(isinstance(placed, dict) and bool(placed), f"{index} has no weight_map")
+    if not (isinstance(placed, dict) and bool(placed)):
+        raise ValueError(f"{index} has no weight_map")
     for name in placed.values():
-        require(
-            isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name,
-            f"{index} names {shown(name)}, which is not a .safetensors file beside it",
-        )
+        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+            raise ValueError(f"{index} names {shown(name)}, which is not a .safetensors file beside it")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(placed.values())):
         path = file_in(directory, name)
@@ -94,10 +93,12 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise FileNotFoundError(f"{directory / name} is missing; {INDEX} lists it. Download the model again")
         found = open_safetensors(path)
         twice = sorted(tensors.keys() & found.keys())
-        require(not twice, f"{path} holds tensor {twice[0] if twice else ''} once more; another shard has it already")
+        if twice:
+            raise ValueError(f"{path} holds tensor {twice[0] if twice else ''} once more; another shard has it already")
         tensors |= found
     lost = [name for name in placed if name not in tensors]
-    require(not lost, f"{index} lists tensor {lost[0] if lost else ''}, which is in none of its files")
+    if lost:
+        raise ValueError(f"{index} lists tensor {lost[0] if lost else ''}, which is in none of its files")
     return tensors
 
 

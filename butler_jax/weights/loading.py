@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.base_model import BaseModel
-from butler_jax.configs import BaseConfig, RopeConfig, require
+from butler_jax.configs import BaseConfig, RopeConfig
 from butler_jax.files import file_in
 from butler_jax.weights import huggingface
 from butler_jax.weights.placing import Shardings, build_model, parameter_name
@@ -113,11 +113,11 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
 def check_tokenizer(tokenizer: Tokenizer, config: BaseConfig, name: str) -> None:
     """Raise ValueError where a tokenizer has ids that the model has no embedding for."""
     most = max(tokenizer.highest, tokenizer.bos or 0, tokenizer.eos or 0)
-    require(
-        most < config.vocab_size,
-        f"{name}: its tokenizer has the id {most}, but the model has {config.vocab_size} embeddings: they do not "
-        "belong together; get both again, or take tokens that were added out of tokenizer.json",
-    )
+    if not most < config.vocab_size:
+        raise ValueError(
+            f"{name}: its tokenizer has the id {most}, but the model has {config.vocab_size} embeddings: they do not "
+            "belong together; get both again, or take tokens that were added out of tokenizer.json"
+        )
 
 
 def fingerprint(model: BaseModel) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.base_model import LOGICAL_AXES, BaseModel
-from butler_jax.configs import BaseConfig, require
+from butler_jax.configs import BaseConfig
 from butler_jax.families import FAMILIES
 
 BLOCK_BYTES = 8 << 20  # tables are read this many bytes at a time
@@ -120,16 +120,16 @@ def build_model(
 
     def read(name: str, start: int, stop: int) -> np.ndarray:
         rows = tensors[name].read(start, stop)
-        require(
-            bool(np.isfinite(rows).all()),
-            f"{source}: tensor {name} has values that are not finite, in rows {start} ... {stop - 1}: the file is "
-            "damaged or its training failed; get the model again",
-        )
-        if float(jnp.finfo(rows.dtype).max) > largest:
-            require(
-                -largest <= float(rows.min()) and float(rows.max()) <= largest,
+        if not np.isfinite(rows).all():
+            raise ValueError(
+                f"{source}: tensor {name} has values that are not finite, in rows {start} ... {stop - 1}: the file is "
+                "damaged or its training failed; get the model again"
+            )
+        narrower = float(jnp.finfo(rows.dtype).max) > largest
+        if narrower and not (-largest <= float(rows.min()) and float(rows.max()) <= largest):
+            raise ValueError(
                 f"{source}: tensor {name} has values beyond {largest:.3g}, the largest of {jnp.dtype(dtype).name}, in "
-                f"rows {start} ... {stop - 1}: load it with dtype float32",
+                f"rows {start} ... {stop - 1}: load it with dtype float32"
             )
         return rows
 
@@ -174,24 +174,24 @@ def check_tensors(config, tensors, shapes, places, source) -> None:
         return ", ".join(found[:5]) + more
 
     missing = [name for name in expected if name not in tensors]
-    require(
-        not missing,
-        f"{source}: missing tensor{'s'[: len(missing) > 1]} {listed(missing)}; the configuration "
-        f"(family {config.family}, {config.layers} layers) needs {'it' if len(missing) == 1 else 'them'}",
-    )
+    if missing:
+        raise ValueError(
+            f"{source}: missing tensor{'s'[: len(missing) > 1]} {listed(missing)}; the configuration "
+            f"(family {config.family}, {config.layers} layers) needs {'it' if len(missing) == 1 else 'them'}"
+        )
     harmless = (*HARMLESS, TABLES["unembedding"]) if config.tied else HARMLESS
     extra = [name for name in tensors if name not in expected and not name.endswith(harmless)]
-    require(
-        not extra,
-        f"{source}: unexpected tensor{'s'[: len(extra) > 1]} {listed(extra)}; a model of family {config.family} with "
-        f"{config.layers} layers has no place for {'it' if len(extra) == 1 else 'them'}",
-    )
+    if extra:
+        raise ValueError(
+            f"{source}: unexpected tensor{'s'[: len(extra) > 1]} {listed(extra)}; a model of family {config.family} "
+            f"with {config.layers} layers has no place for {'it' if len(extra) == 1 else 'them'}"
+        )
     for name, shape in expected.items():
         found = tensors[name].shape
-        require(
-            found == shape,
-            f"{source}: tensor {name} has shape {list(found)}, but the configuration says {list(shape)}",
-        )
+        if found != shape:
+            raise ValueError(
+                f"{source}: tensor {name} has shape {list(found)}, but the configuration says {list(shape)}"
+            )
 
 
 def bytes_needed(
@@ -216,19 +216,19 @@ def check_memory(needed: Mapping[jax.Device, int], source: str) -> None:
     on_cpu = [size for device, size in needed.items() if device.platform == "cpu"]
     for device, size in needed.items():
         limit = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
-        require(
-            limit is None or size <= limit,
-            f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {(limit or 0) / 1e9:.1f} GB: "
-            "split it over more devices (--mesh), or take a smaller model",
-        )
+        if limit is not None and not size <= limit:
+            raise ValueError(
+                f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {(limit or 0) / 1e9:.1f} "
+                "GB: split it over more devices (--mesh), or take a smaller model"
+            )
     if on_cpu and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         each = f" ({max(on_cpu) / 1e9:.1f} GB on each of {len(on_cpu)} devices)" if len(on_cpu) > 1 else ""
-        require(
-            sum(on_cpu) <= there,
-            f"{source} needs {sum(on_cpu) / 1e9:.1f} GB for its weights{each}, and this machine has "
-            f"{there / 1e9:.1f} GB: split it over more machines (--mesh), or take a smaller model",
-        )
+        if not sum(on_cpu) <= there:
+            raise ValueError(
+                f"{source} needs {sum(on_cpu) / 1e9:.1f} GB for its weights{each}, and this machine has "
+                f"{there / 1e9:.1f} GB: split it over more machines (--mesh), or take a smaller model"
+            )
 
 
 @partial(jax.jit, donate_argnums=0)
