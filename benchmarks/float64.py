@@ -123,19 +123,19 @@ def parameter_gradients(predictor, index, layer, dp, dr):
     return np.einsum("te,thr->ehr", layer.h, dp), dkey.reshape(-1, dkey.shape[-1])
 
 
-def pooled(p, r, sinks, window):
+def pooled(p, r, sinks, sliding_window):
     """Scores [K, T, T]: each head's own log-sum-exp over the contested keys off, then the maximum over the group."""
     scores, rows = products(p, r), np.arange(len(p))
-    contested = (rows[None] >= sinks) & (rows[None] <= rows[:, None] - window)
+    contested = (rows[None] >= sinks) & (rows[None] <= rows[:, None] - sliding_window)
     if p.shape[1] > r.shape[1]:
         scores = scores - log_sum_exp(scores, contested)
     return scores.reshape(r.shape[1], -1, *scores.shape[1:]).max(axis=1)
 
 
-def choice(scores, table, sinks, window):
-    """The tokens [K, T, T] that every row reads: newest and first ones, then by score, ties to the earlier."""
+def choice(scores, table, sinks, sliding_window):
+    """The tokens [K, T, T] that every row reads: recent and first ones, then by score, ties to the earlier."""
     rows = np.arange(scores.shape[-1])
-    forced = (rows[None] > rows[:, None] - window) | (rows[None] < sinks)
+    forced = (rows[None] > rows[:, None] - sliding_window) | (rows[None] < sinks)
     keys = np.where(forced, np.inf, scores)
     keys = np.where(rows[None] <= rows[:, None], keys, -np.inf)
     order = np.argsort(-keys, axis=-1, kind="stable")
@@ -144,7 +144,7 @@ def choice(scores, table, sinks, window):
     return mask
 
 
-def distillation_loss(kind, q, k, p, r, segments=None, window=None, sinks=0, newest=0):
+def distillation_loss(kind, q, k, p, r, segments=None, sliding_window=None, sinks=0, recent=0):
     """Loss, count, and the gradients of p and r in closed form, from [B, H, T, T] squares.
 
     kind: "cross entropy" or "squared error". q and p [B, T, H, ...], k [B, T, K, D], r [B, T, K or H, R]; the other
@@ -157,8 +157,8 @@ def distillation_loss(kind, q, k, p, r, segments=None, window=None, sinks=0, new
     truth = np.einsum("bihd,bjhd->bhij", q, keys, optimize=True) / dim**0.5
     guess = np.einsum("bihr,bjhr->bhij", p, importance, optimize=True) / rank**0.5
     seen = np.tril(np.ones((length, length), bool))
-    if window is not None and kind == "cross entropy":
-        seen &= ~np.tril(seen, -window)
+    if sliding_window is not None and kind == "cross entropy":
+        seen &= ~np.tril(seen, -sliding_window)
     seen = np.broadcast_to(seen, (batch, 1, length, length))
     use = np.ones((batch, 1, length, 1))
     if segments is not None:
@@ -171,7 +171,7 @@ def distillation_loss(kind, q, k, p, r, segments=None, window=None, sinks=0, new
         names = np.zeros((batch, length)) if segments is None else segments
         place = np.array([[j - int(np.argmax(row == row[j])) for j in range(length)] for row in names])
         distance = np.arange(length)[:, None] - np.arange(length)
-        contested = seen & (place >= sinks)[:, None, None] & (distance >= newest)
+        contested = seen & (place >= sinks)[:, None, None] & (distance >= recent)
         use = use * contested.any(axis=-1, keepdims=True)
         a, b = np.where(contested, softmax(truth, seen), 0), softmax(guess, contested)
         total = log_sum_exp(guess, contested)

@@ -20,34 +20,29 @@ from safetensors.numpy import save, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from butler_jax import checkpoints
-from butler_jax.checkpoints import METADATA
-from butler_jax.configs import (
-    EvalConfig,
-    PredictorConfig,
-    SelectionConfig,
-    TrainConfig,
-    from_dict,
-    parse_budget,
-    parse_hosts,
-    to_dict,
-)
-from butler_jax.data import parse_spec
-from butler_jax.datasets.text import passages
-from butler_jax.digests import DIGESTS
+from butler_jax.cli.info import inspect, show
+from butler_jax.data.batches import parse_spec
+from butler_jax.data.sources.text import passages
 from butler_jax.evaluation.cells import FILE, Cell, Finding, Kept
-from butler_jax.evaluation.evaluate import run_config
-from butler_jax.evaluation.local_tasks import FILES, read_samples
-from butler_jax.evaluation.statistics import Estimate
-from butler_jax.families import base_config
-from butler_jax.fitting import open_run
-from butler_jax.info import inspect, show
-from butler_jax.json_objects import parse_object, read_object
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.tasks.local_tasks import FILES, read_samples
+from butler_jax.model.families import base_config
+from butler_jax.parallel.config import parse_hosts
+from butler_jax.parallel.mesh import parse_mesh
 from butler_jax.predictors import make_predictor
-from butler_jax.prompts import encode
-from butler_jax.run_directory import RECORDS, recorded
-from butler_jax.sharding import parse_mesh
-from butler_jax.tokenizer import Tokenizer
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.runs import checkpoints
+from butler_jax.runs.checkpoints import METADATA
+from butler_jax.runs.digests import DIGESTS
+from butler_jax.runs.directory import RECORDS, recorded, run_config
+from butler_jax.selection.config import SelectionConfig, parse_budget
+from butler_jax.simulation.statistics import Estimate
+from butler_jax.storage.json_objects import parse_object, read_object
+from butler_jax.storage.settings import from_dict, to_dict
+from butler_jax.text.prompts import encode
+from butler_jax.text.tokenizer import Tokenizer
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.loop import open_run
 from butler_jax.weights import Base, load_base
 from butler_jax.weights.gguf import open_file
 from butler_jax.weights.huggingface import INDEX, SINGLE, open_safetensors, open_tensors

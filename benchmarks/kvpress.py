@@ -33,12 +33,12 @@ from benchmarks.kvpress_forms import (
     kept_row_by_row,
 )
 from butler_jax import decode_step, load_base, load_predictor, prefill
-from butler_jax.base_model import BaseModel
-from butler_jax.configs import SelectionConfig
-from butler_jax.evaluation.perplexity import read_text, text_windows
-from butler_jax.evaluation.statistics import Estimate, ratio
+from butler_jax.evaluation.tasks.perplexity import read_text, text_windows
+from butler_jax.model.decoder import BaseModel
 from butler_jax.policies import Policy, make_policy
-from butler_jax.selection import limits_of
+from butler_jax.selection.budget import limits_of
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.simulation.statistics import Estimate, ratio
 
 SINKS, WINDOW = 4, 8
 
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     """A line of the comparison.
 
     form: "rows" evicts row after row, "dense rows" on a dense prompt, "once" at its end, "decode" is what the row after
-    it reads. always: sinks and window. first: layer 0 is cut too. judged: what follows the prompt is predicted.
+    it reads. always: sinks and recent. first: layer 0 is cut too. judged: what follows the prompt is predicted.
     """
 
     aligned: str
@@ -92,10 +92,10 @@ def steps() -> dict[str, list[Step]]:
 def ours(model: BaseModel, tokens: np.ndarray, prompt: Prompt, budget: float, step: Step) -> Any:
     """What is kept of the prompt [L, B, K, P]."""
     length = prompt.k.shape[2]
-    selection = SelectionConfig(budget=budget, sinks=SINKS, window=WINDOW)
+    selection = SelectionConfig(budget=budget, sinks=SINKS, recent=WINDOW)
     if step.form == "once":
-        sinks, window = step.always
-        kept = kept_once(prompt, int(budget * length), policy=step.policy, sinks=sinks, window=window)
+        sinks, recent = step.always
+        kept = kept_once(prompt, int(budget * length), policy=step.policy, sinks=sinks, recent=recent)
     elif step.form == "decode":
         lengths = np.full(tokens.shape[0], length, np.int32)
         _, state = prefill(model, tokens[:, :length], lengths, capacity=length + 1)

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax import decode_step, prefill
-from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
-from butler_jax.configs import SelectionConfig
-from butler_jax.evaluation.eviction import evicting_attention
-from butler_jax.evaluation.simulate import predictions
+from butler_jax.model.decoder import BaseModel, dense_mixer, embed, run_layers
 from butler_jax.policies.evicting import Evicting, Place, evict
 from butler_jax.policies.h2o import H2O
 from butler_jax.policies.snapkv import SnapKV
-from butler_jax.selection import Limits, Rows, always_chosen
+from butler_jax.selection.budget import Limits
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.selection.masks import Rows, always_chosen
+from butler_jax.simulation.eviction import evicting_attention
+from butler_jax.simulation.simulator import predictions
 
 
 class Counting:
@@ -83,7 +84,7 @@ class H2OLike(Counting, H2O):
 
 
 def once(
-    policy: Evicting, weights: Float[Array, "B T K S"], budget: Int[Array, " B"], sinks: int, window: int
+    policy: Evicting, weights: Float[Array, "B T K S"], budget: Int[Array, " B"], sinks: int, recent: int
 ) -> Bool[Array, "B K S"]:
     """What a policy that evicts keeps where it observes all rows of a dense prompt and then evicts down to the budget.
 
@@ -99,7 +100,7 @@ def once(
     )
     worth, last = policy.worth(memory), jnp.full((batch, 1), length - 1, jnp.int32)
     protected = columns[None] > (last - policy.recent(budget)[:, None])
-    protected |= always_chosen(Rows(last, jnp.zeros_like(last)), columns, sinks, window)[:, 0]
+    protected |= always_chosen(Rows(last, jnp.zeros_like(last)), columns, sinks, recent)[:, 0]
     kept = jnp.ones((batch, kv_heads, length), bool)
     return jax.lax.fori_loop(0, length - jnp.min(budget), lambda _, kept: evict(kept, worth, protected, budget), kept)
 
@@ -126,11 +127,11 @@ def dense_prompt(model: BaseModel, tokens: Int[Array, "B P"]) -> Prompt:
     return run_layers(model, embed(model, tokens), places(tokens), mixer, None)[2]
 
 
-@partial(jax.jit, static_argnames=("policy", "sinks", "window"))
-def kept_once(prompt: Prompt, budget: int, *, policy: Evicting, sinks: int, window: int) -> Bool[Array, "L B K P"]:
+@partial(jax.jit, static_argnames=("policy", "sinks", "recent"))
+def kept_once(prompt: Prompt, budget: int, *, policy: Evicting, sinks: int, recent: int) -> Bool[Array, "L B K P"]:
     """`once` in every layer, layer 0 included; budget: tokens kept of the prompt."""
     budget = jnp.full(prompt.k.shape[1], budget, jnp.int32)
-    return jax.lax.map(lambda weights: once(policy, weights, budget, sinks, window), prompt.weights)
+    return jax.lax.map(lambda weights: once(policy, weights, budget, sinks, recent), prompt.weights)
 
 
 @jax.jit

@@ -32,11 +32,13 @@ import jax
 
 import butler_jax
 from benchmarks.watch import Watch
-from butler_jax import fitting
-from butler_jax.configs import PredictorConfig, SelectionConfig, TrainConfig
-from butler_jax.evaluation.perplexity import windows
-from butler_jax.predictor_training import init_predictor
-from butler_jax.provenance import versions
+from butler_jax.evaluation.tasks.perplexity import windows
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.runs.provenance import versions
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.training import loop
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.distillation import init_predictor
 
 
 def train(place: pathlib.Path, steps: int = 5000, every: int = 250, **changes: Any) -> Watch:
@@ -45,7 +47,7 @@ def train(place: pathlib.Path, steps: int = 5000, every: int = 250, **changes: A
         steps=steps, length=64, batch_size=4, checkpoint_every=every, eval_every=every, log_every=every,
         run_dir=place / "run", data_dir=str(place / "data"), mesh="data=1", **changes,
     )  # fmt: skip
-    place_batch, taken = fitting.place_batch, 0
+    place_batch, taken = loop.place_batch, 0
 
     def watched(batch, mesh):  # called once a step
         nonlocal taken

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax import distillation
+from butler_jax.training import losses
 
 DIM, RANK = 64, 16
 SINKS, NEWEST = 4, 8
@@ -52,11 +52,11 @@ def naive_cross_entropy(q, k, v, p, r):
 
 
 def squared_error(q, k, v, p, r):
-    return distillation.squared_error(q, k, p, r)[0], ()
+    return losses.squared_error(q, k, p, r)[0], ()
 
 
 def cross_entropy(q, k, v, p, r):
-    output, loss, _ = distillation.attention_and_cross_entropy(q, k, v, p, r, sinks=SINKS, newest=NEWEST)
+    output, loss, _ = losses.attention_and_cross_entropy(q, k, v, p, r, sinks=SINKS, newest=NEWEST)
     return loss, output
 
 

@@ -11,7 +11,7 @@ root mean square of the exact quantity; three of them:
 - whole: weights, activations and all in the dtype, from the tokens on
 
 A choice is compared set by set (row, layer from 1 on, KV head; only rows in which scores decide): the share of equal
-sets, of equal tokens outside sinks and window, and how much true attention the differing sets lose, on the mean over
+sets, of equal tokens outside sinks and recent, and how much true attention the differing sets lose, on the mean over
 all sets and at worst (negative: the other set holds more).
 """
 
@@ -30,19 +30,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import float64
-from butler_jax import distillation, load_base, load_predictor
-from butler_jax.attention import causal_attention
-from butler_jax.base_model import forward
-from butler_jax.configs import PredictorConfig, RopeConfig, SelectionConfig
-from butler_jax.evaluation.rows import row_chunk, see_rows, text_batch
-from butler_jax.layers import rope_frequencies, rotary_angles
+from butler_jax import load_base, load_predictor
+from butler_jax.decoding.score_cache import rounded
+from butler_jax.evaluation.analysis.rows import row_chunk, see_rows, text_batch
+from butler_jax.model.attention import causal_attention
+from butler_jax.model.config import RopeConfig
+from butler_jax.model.decoder import forward
+from butler_jax.model.layers import rope_frequencies, rotary_angles
 from butler_jax.policies import Chunk, make_policy
-from butler_jax.predictor_training import distil_pass, init_predictor
-from butler_jax.provenance import versions
-from butler_jax.score_keys import rounded
-from butler_jax.selection import budget_table, select
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.runs.provenance import versions
+from butler_jax.selection.budget import budget_table
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.selection.masks import select
+from butler_jax.training.distillation import distil_pass, init_predictor
 
-SINKS, WINDOW = SelectionConfig().sinks, SelectionConfig().window
+SINKS, WINDOW = SelectionConfig().sinks, SelectionConfig().recent
 BUDGETS = (1 / 4, 1 / 16)
 POLICY = make_policy("tokenbutler")
 LOSSES = {"cross entropy": "cross_entropy", "squared error": "squared_error"}
@@ -115,9 +118,9 @@ def mean_weights(layer: float64.Layer) -> np.ndarray:
     return weights.reshape(layer.k.shape[1], -1, *weights.shape[1:]).mean(axis=1)
 
 
-def looked_at(chunk: Chunk, configs: tuple[SelectionConfig, ...]) -> dict[str, Any]:
+def numbers_read_per_key(chunk: Chunk, configs: tuple[SelectionConfig, ...]) -> dict[str, Any]:
     """What the package makes of a chunk of all rows: scores, pooled scores, and the sets of each configuration."""
-    chunk = chunk._replace(sinks=SINKS, window=WINDOW)
+    chunk = chunk._replace(sinks=SINKS, recent=WINDOW)
     scores = POLICY(chunk)
     sets = [select(scores, chunk.allowed[:, None], chunk.rows, config)[0] for config in configs]
     return {"scores": chunk.importance[0], "pooled": scores[0], "sets": sets}
@@ -131,7 +134,7 @@ def one_layer(q, k, v, p, r, *, configs, int8):
     kept = rounded(r, segments > 0) if int8 else r
     rows = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     view = SimpleNamespace(index=jnp.asarray(1), q=q, k=k)
-    found = looked_at(row_chunk(view, (p, kept), segments, rows, None), configs)
+    found = numbers_read_per_key(row_chunk(view, (p, kept), segments, rows, None), configs)
     if int8:
         return found
     found["attention output"] = causal_attention(q, k, v)[0]
@@ -195,7 +198,9 @@ def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choice
     batch = {name: jnp.asarray(a) for name, a in batch.items()}
     rows = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
     configs = tuple(choice.config for choice in choices.values())
-    seen = jax.jit(lambda m, p: see_rows(m, p, batch, rows, partial(looked_at, configs=configs)))(base.model, predictor)
+    seen = jax.jit(lambda m, p: see_rows(m, p, batch, rows, partial(numbers_read_per_key, configs=configs)))(
+        base.model, predictor
+    )
     length = rows.shape[1]
     for index, layer in enumerate(layers[1:], start=1):
         expected = exact_layer(layer, losses=False)

@@ -36,14 +36,15 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo
 from benchmarks.tpu_decode import LLAMA_8B, SELECTION, lower_decode
-from butler_jax.base_model import LOGICAL_AXES, BaseModel, parameter_count
-from butler_jax.configs import BaseConfig, TrainConfig
-from butler_jax.files import write_whole
-from butler_jax.predictor_training import distil_step
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import LOGICAL_AXES, BaseModel, parameter_count
+from butler_jax.parallel.mesh import arrange, batch_sharding, check_batch, module_shardings, parse_mesh
 from butler_jax.predictors import make_predictor
-from butler_jax.provenance import versions
-from butler_jax.sharding import arrange, batch_sharding, check_batch, module_shardings, parse_mesh
-from butler_jax.training import start_state
+from butler_jax.runs.provenance import versions
+from butler_jax.storage.files import write_whole
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.distillation import distil_step
+from butler_jax.training.step import start_state
 
 MODELS = {
     "llama-3.1-8b": LLAMA_8B,

@@ -20,13 +20,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from butler_jax.base_model import LOGICAL_AXES, BaseModel
-from butler_jax.cache import state_partition
-from butler_jax.configs import BaseConfig, PredictorConfig, RopeConfig, SelectionConfig
-from butler_jax.decode import decode_step
-from butler_jax.filling import prefill
+from butler_jax.decoding.cache import state_partition
+from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.step import decode_step
+from butler_jax.model.config import BaseConfig, RopeConfig
+from butler_jax.model.decoder import LOGICAL_AXES, BaseModel
+from butler_jax.parallel.mesh import arrange, module_shardings, parse_mesh, replicated
 from butler_jax.predictors import make_predictor
-from butler_jax.sharding import arrange, module_shardings, parse_mesh, replicated
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.selection.config import SelectionConfig
 
 # Chips, and as many of them as hold the weights and the caches: 16, 95 and 32 GB a chip.
 CHIPS = {"v5e": ("v5e:2x2", 4), "v5p": ("v5p:2x2x1", 1), "v6e": ("v6e:2x2", 2)}

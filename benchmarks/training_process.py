@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from butler_jax.run_directory import read_records
+from butler_jax.runs.directory import read_records
 
 REPOSITORY = Path(__file__).parent.parent
 

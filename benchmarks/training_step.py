@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.losses import processor
-from butler_jax.base_model import BaseModel, dense_mixer, embed, logits, run_layers
-from butler_jax.configs import BaseConfig, TrainConfig
-from butler_jax.predictor_training import distil_step
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import BaseModel, dense_mixer, embed, logits, run_layers
 from butler_jax.predictors import PREDICTORS, make_predictor
-from butler_jax.provenance import versions
-from butler_jax.training import start_state
+from butler_jax.runs.provenance import versions
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.distillation import distil_step
+from butler_jax.training.step import start_state
 from butler_jax.weights import load_base
 
 SMOLLM2 = BaseConfig(

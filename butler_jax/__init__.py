@@ -10,34 +10,19 @@
 Source: "TokenButler: Token Importance is Predictable", arXiv 2503.07518.
 """
 
-from butler_jax.checkpoints import load_predictor, save_predictor
-from butler_jax.configs import EvalConfig, PredictorConfig, SelectionConfig, TrainConfig
-from butler_jax.data import batches
-from butler_jax.decode import decode_step
-from butler_jax.evaluation import calibrate_thresholds, evaluate
-from butler_jax.filling import prefill
-from butler_jax.generation import Generated, Piece, generate, generate_stream
-from butler_jax.predictor_training import distil, init_predictor
-from butler_jax.weights import Base, load_base
+import lazy_loader
 
-__all__ = [
-    "Base",
-    "EvalConfig",
-    "Generated",
-    "Piece",
-    "PredictorConfig",
-    "SelectionConfig",
-    "TrainConfig",
-    "batches",
-    "calibrate_thresholds",
-    "decode_step",
-    "distil",
-    "evaluate",
-    "generate",
-    "generate_stream",
-    "init_predictor",
-    "load_base",
-    "load_predictor",
-    "prefill",
-    "save_predictor",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "weights": ["Base", "load_base"],
+        "evaluation": ["EvalConfig", "evaluate"],
+        "predictors": ["PredictorConfig"],
+        "selection": ["SelectionConfig"],
+        "training": ["TrainConfig", "distil", "init_predictor"],
+        "data": ["read_batches"],
+        "simulation": ["calibrate_thresholds"],
+        "decoding": ["Generated", "Piece", "decode_step", "generate", "generate_stream", "prefill"],
+        "runs": ["load_predictor", "save_predictor"],
+    },
+)

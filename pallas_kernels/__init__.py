@@ -5,7 +5,7 @@ from pallas_kernels.api import (
     importance_scores,
     importance_totals,
     masked_topk_decode_attention,
-    quantise_score_keys,
+    quantise_k_imp,
     select_top_k,
     sparse_decode_attention,
 )
@@ -15,7 +15,7 @@ __all__ = [
     "importance_scores",
     "importance_totals",
     "masked_topk_decode_attention",
-    "quantise_score_keys",
+    "quantise_k_imp",
     "select_top_k",
     "sparse_decode_attention",
 ]

@@ -38,7 +38,7 @@ class Selection(NamedTuple):
 
 def importance_scores(
     q_imp: jax.Array,
-    score_keys: jax.Array,
+    k_imp: jax.Array,
     lengths: jax.Array,
     *,
     pooling: str = "normalised",
@@ -52,7 +52,7 @@ def importance_scores(
 ) -> jax.Array:
     """Score of every cached token for every KV head: scale * q_imp . score_key, pooled over the group's queries.
 
-    q_imp [B, K, G, R]; score_keys [B, K, R, S] shared by a group, or [B, K*G, R, S] one a query head ([L, ...] with
+    q_imp [B, K, G, R]; k_imp [B, K, R, S] shared by a group, or [B, K*G, R, S] one a query head ([L, ...] with
     `layer`); lengths int [B]. Returns float32 [B, K, S], -inf for tokens a row does not see.
 
     pooling: "normalised" takes each query head's own log-sum-exp over the tokens seen off before the maximum over the
@@ -60,21 +60,21 @@ def importance_scores(
     that is NaN counts as -inf, in sums too; a head with a product of +inf has nothing taken off: that token is first.
     totals: float [B, K, G], the log-sum-exps where the keys are a part of all (`importance_totals` of every part,
     merged).
-    scales: for int8 keys only, float [K] or [B, K] (K*G where the keys are), see `quantise_score_keys`. scale: the
+    scales: for int8 keys only, float [K] or [B, K] (K*G where the keys are), see `quantise_k_imp`. scale: the
     factor on the products, R**-0.5 unless given. first: int [B], first token that a row sees.
     """
     lengths, first, scales, totals = _arrays(lengths, first, scales, totals)
-    checks.check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer)
+    checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
     scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
     options = dict(pooling=pooling, totals=totals, scales=scales, scale=scale, first=first, layer=layer)
-    return _module(name).importance_scores(q_imp, score_keys, lengths, **options, **_interpret(name, interpret))
+    return _module(name).importance_scores(q_imp, k_imp, lengths, **options, **_interpret(name, interpret))
 
 
 def importance_totals(
     q_imp: jax.Array,
-    score_keys: jax.Array,
+    k_imp: jax.Array,
     lengths: jax.Array,
     *,
     scales: jax.Array | None = None,
@@ -89,11 +89,11 @@ def importance_totals(
     Arguments as in `importance_scores`, which takes them as `totals` where keys are split over devices.
     """
     lengths, first, scales = _arrays(lengths, first, scales)
-    checks.check_importance(q_imp, score_keys, lengths, first, "normalised", scales, layer)
+    checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
     name = checks.choose_implementation(implementation, interpret)
     scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
     options = dict(scales=scales, scale=scale, first=first, layer=layer)
-    return _module(name).importance_totals(q_imp, score_keys, lengths, **options, **_interpret(name, interpret))
+    return _module(name).importance_totals(q_imp, k_imp, lengths, **options, **_interpret(name, interpret))
 
 
 def select_top_k(
@@ -103,7 +103,7 @@ def select_top_k(
     *,
     counts: jax.Array | None = None,
     sinks: int = 0,
-    window: int = 0,
+    recent: int = 0,
     unit: int = 1,
     first: jax.Array | None = None,
     threshold: jax.Array | None = None,
@@ -116,17 +116,17 @@ def select_top_k(
     unit is a page of `unit` tokens (a power of two), unit u the tokens u*unit ... u*unit+unit-1; it counts as its best
     token. The last of a row may reach beyond its length: attention leaves those tokens out.
 
-    counts: int [B] or [B, K], units that each row chooses, at most n (the default). sinks, window: the first `sinks`
-    and newest `window` tokens come before every score, the newest first, as far as the count goes. first: int [B],
+    counts: int [B] or [B, K], units that each row chooses, at most n (the default). sinks, recent: the first `sinks`
+    and newest `recent` tokens come before every score, the newest first, as far as the count goes. first: int [B],
     nothing before it is chosen. threshold: float [K] or [B, K]; what scores below it is chosen only if it is forced.
 
-    So equal scores give the window, the sinks and the earliest others. A row of length 0 chooses nothing.
+    So equal scores give the recent, the sinks and the earliest others. A row of length 0 chooses nothing.
     Returns (indices, valid), see `Selection`; n of min(n, count, units that may be chosen) are valid.
     """
     lengths, first, threshold, counts = _arrays(lengths, first, threshold, counts)
-    checks.check_selection(scores, lengths, n, counts, sinks, window, unit, first, threshold)
+    checks.check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold)
     name = checks.choose_implementation(implementation, interpret)
-    options = dict(counts=counts, sinks=sinks, window=window, unit=unit, first=first, threshold=threshold)
+    options = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
     return Selection(*_module(name).select_top_k(scores, lengths, n, **options, **_interpret(name, interpret)))
 
 
@@ -184,13 +184,13 @@ def sparse_decode_attention(
     k: jax.Array,
     v: jax.Array,
     q_imp: jax.Array,
-    score_keys: jax.Array,
+    k_imp: jax.Array,
     lengths: jax.Array,
     n: int,
     *,
     counts: jax.Array | None = None,
     sinks: int = 0,
-    window: int = 0,
+    recent: int = 0,
     unit: int = 1,
     first: jax.Array | None = None,
     threshold: jax.Array | None = None,
@@ -208,8 +208,8 @@ def sparse_decode_attention(
 ) -> Any:
     """Score, choose and attend in one call: the decode attention of one layer.
 
-    The same as `importance_scores` (q_imp, score_keys, pooling, scales; score_scale is its scale), `select_top_k` (n,
-    counts, sinks, window, unit, threshold) and `masked_topk_decode_attention` (q, k, v, new_k, new_v, scale) one after
+    The same as `importance_scores` (q_imp, k_imp, pooling, scales; score_scale is its scale), `select_top_k` (n,
+    counts, sinks, recent, unit, threshold) and `masked_topk_decode_attention` (q, k, v, new_k, new_v, scale) one after
     the other; lengths and first go to all three. The current token, if given as new_k and new_v, is attended besides
     the n units.
 
@@ -217,25 +217,19 @@ def sparse_decode_attention(
     to be attended again at the steps up to the next prediction.
     """
     lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
-    checks.check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer)
-    if not (k.ndim >= 3 and k.shape[-2] == score_keys.shape[-1]):
-        raise ValueError(
-            f"k {k.shape} and score_keys {score_keys.shape} must have room for the same number of tokens S"
-        )
-    if layer is not None and k.shape[0] != score_keys.shape[0]:
-        raise ValueError(
-            f"k has {k.shape[0]} layers and score_keys {score_keys.shape[0]}; a cache has them for the same layers"
-        )
+    checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
+    if not (k.ndim >= 3 and k.shape[-2] == k_imp.shape[-1]):
+        raise ValueError(f"k {k.shape} and k_imp {k_imp.shape} must have room for the same number of tokens S")
+    if layer is not None and k.shape[0] != k_imp.shape[0]:
+        raise ValueError(f"k has {k.shape[0]} layers and k_imp {k_imp.shape[0]}; a cache has them for the same layers")
     if q_imp.shape[1] != k.shape[-3]:
         raise ValueError(f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
     shared = dict(lengths=lengths, first=first, implementation=implementation, interpret=interpret)
     tpu_can = unit >= checks.SMALLEST_TPU_UNIT and k.shape[-2] % unit == 0
     shared["implementation"] = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
-    scores = importance_scores(
-        q_imp, score_keys, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared
-    )
+    scores = importance_scores(q_imp, k_imp, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared)
     chosen = select_top_k(
-        scores, n=n, counts=counts, sinks=sinks, window=window, unit=unit, threshold=threshold, **shared
+        scores, n=n, counts=counts, sinks=sinks, recent=recent, unit=unit, threshold=threshold, **shared
     )
     out = masked_topk_decode_attention(
         q,
@@ -255,17 +249,17 @@ def sparse_decode_attention(
     return (*out, chosen) if return_residual else (out, chosen)
 
 
-def quantise_score_keys(score_keys: jax.Array, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Score keys [..., R, S] in int8 and their scales float32 [...]: key = scale * int8.
 
     One scale a head (and row, and layer): the largest magnitude maps to 127. With `scales` (shape [...], as an earlier
     call gave them) those are used and larger keys saturate: so new tokens are appended to a cache. Of a cache that has
     room left, unwritten keys must be finite; zeros do not change the scale.
     """
-    if not score_keys.ndim >= 2:
-        raise ValueError(f"score_keys must be [..., R, S], got shape {score_keys.shape}")
-    heads = score_keys.shape[:-2]
-    values = score_keys.astype(jnp.float32)
+    if not k_imp.ndim >= 2:
+        raise ValueError(f"k_imp must be [..., R, S], got shape {k_imp.shape}")
+    heads = k_imp.shape[:-2]
+    values = k_imp.astype(jnp.float32)
     if scales is None:
         scales = jnp.max(jnp.abs(values), axis=(-2, -1), initial=0.0) / 127.0
     checks.check_vector("scales", scales, (heads,), "f")

@@ -98,7 +98,7 @@ def check_kernels(implementation: str) -> None:
         own = [a.astype(dtype) for a in (q, k, v)]
         scores = [api.importance_scores(q_imp, keys, lengths, implementation=i) for i in ("reference", implementation)]
         np.testing.assert_allclose(*scores, atol=1e-4)
-        options = dict(n=128 // unit, unit=unit, sinks=4, window=8)
+        options = dict(n=128 // unit, unit=unit, sinks=4, recent=8)
         chosen = [
             api.select_top_k(scores[0], lengths, implementation=i, **options) for i in ("reference", implementation)
         ]

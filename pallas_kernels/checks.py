@@ -107,46 +107,44 @@ def check_some(batch: int, heads: int) -> None:
         raise ValueError(f"there must be at least one row and one KV head, got B = {batch}, K = {heads}")
 
 
-def check_importance(q_imp, score_keys, lengths, first, pooling, scales, layer) -> None:
+def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> None:
     """Raise ValueError unless these fit `importance_scores`."""
     if q_imp.ndim != 4:
         raise ValueError(f"q_imp must be [B, K, G, R], got shape {q_imp.shape}")
     batch, heads, group, rank = q_imp.shape
     check_some(batch, heads)
-    shape = check_layer("score_keys", score_keys, layer, "B K R S")
+    shape = check_layer("k_imp", k_imp, layer, "B K R S")
     if not (shape[0] == batch and shape[2] == rank and shape[1] in (heads, heads * group)):
-        raise ValueError(
-            f"score_keys {shape} must be [B, K, R, S] or [B, K*G, R, S] for q_imp [B, K, G, R] = {q_imp.shape}"
-        )
+        raise ValueError(f"k_imp {shape} must be [B, K, R, S] or [B, K*G, R, S] for q_imp [B, K, G, R] = {q_imp.shape}")
     if pooling not in POOLINGS:
         raise ValueError(f"unknown pooling {pooling!r}; use one of {', '.join(POOLINGS)}")
     check_vector("lengths", lengths, ((batch,),))
     check_vector("first", first, ((batch,),))
-    quantised = score_keys.dtype == jnp.int8
+    quantised = k_imp.dtype == jnp.int8
     if quantised != scales is not None:
         raise ValueError(
-            "int8 score keys need their scales, and others take none; quantise_score_keys gives both "
-            f"(score_keys are {score_keys.dtype}, scales {'given' if scales is not None else 'missing'})"
+            "int8 score keys need their scales, and others take none; quantise_k_imp gives both "
+            f"(k_imp are {k_imp.dtype}, scales {'given' if scales is not None else 'missing'})"
         )
-    if not quantised and not jnp.issubdtype(score_keys.dtype, jnp.floating):
-        raise ValueError(f"score_keys must be floating point or int8, got {score_keys.dtype}")
+    if not quantised and not jnp.issubdtype(k_imp.dtype, jnp.floating):
+        raise ValueError(f"k_imp must be floating point or int8, got {k_imp.dtype}")
     check_vector("scales", scales, ((shape[1],), shape[:2]), "f")
 
 
-def check_selection(scores, lengths, n, counts, sinks, window, unit, first, threshold) -> None:
+def check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold) -> None:
     """Raise ValueError unless these fit `select_top_k`."""
     if scores.ndim != 3:
         raise ValueError(f"scores must be [B, K, S], got shape {scores.shape}")
     batch, heads, size = scores.shape
     check_some(batch, heads)
-    check_counts(n, size, unit, sinks, window)
+    check_counts(n, size, unit, sinks, recent)
     check_vector("lengths", lengths, ((batch,),))
     check_vector("counts", counts, ((batch,), (batch, heads)))
     check_vector("first", first, ((batch,),))
     check_vector("threshold", threshold, ((heads,), (batch, heads)), "f")
 
 
-def check_counts(n, size, unit, sinks, window) -> None:
+def check_counts(n, size, unit, sinks, recent) -> None:
     """How much may be chosen of a cache of `size` tokens."""
     check_unit(unit)
     units = -(-size // unit)
@@ -157,7 +155,7 @@ def check_counts(n, size, unit, sinks, window) -> None:
         raise ValueError(f"n must be 0 or more, got {n}")
     if not n <= units:
         raise ValueError(f"n = {n} is more than the cache's {units} {what}; lower the budget to {units} or less")
-    for name, value in (("sinks", sinks), ("window", window)):
+    for name, value in (("sinks", sinks), ("recent", recent)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not (whole and value >= 0):
             raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")

@@ -56,18 +56,18 @@ def _layer(layer):
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, pooling, totals, interpret, **options):
     """float32 [B, K, S]; arguments as in `api.py`."""
     batch, heads, group, _ = q_imp.shape
-    size, key_heads = score_keys.shape[-1], score_keys.shape[-3]
+    size, key_heads = k_imp.shape[-1], k_imp.shape[-3]
     if size == 0:
         return jnp.zeros((batch, heads, 0), jnp.float32)
-    call, operands, static = _over_blocks(q_imp, score_keys, lengths, interpret, **options)
+    call, operands, static = _over_blocks(q_imp, k_imp, lengths, interpret, **options)
     rows, padded = operands[2].shape[:2]
     total = jnp.zeros((rows, padded), jnp.float32)
     if pooling == "normalised" and group > 1:
         if totals is None:
-            totals = importance_totals(q_imp, score_keys, lengths, interpret=interpret, **options)
+            totals = importance_totals(q_imp, k_imp, lengths, interpret=interpret, **options)
         totals = taken_off(totals).reshape(rows, static["group"])
         total = jnp.pad(totals.astype(jnp.float32), ((0, 0), (0, padded - static["group"])))
     kernel = functools.partial(_scores_kernel, **static)
@@ -76,11 +76,11 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret,
     return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
 
 
-def importance_totals(q_imp, score_keys, lengths, *, interpret, **options):
+def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
     """float32 [B, K, G]; arguments as in `api.py`."""
-    if score_keys.shape[-1] == 0:
+    if k_imp.shape[-1] == 0:
         return jnp.full(q_imp.shape[:3], -jnp.inf)
-    call, operands, static = _over_blocks(q_imp, score_keys, lengths, interpret, **options)
+    call, operands, static = _over_blocks(q_imp, k_imp, lengths, interpret, **options)
     rows, padded = operands[2].shape[:2]
     stats = jax.ShapeDtypeStruct((rows, pl.cdiv(static["size"], SCORES), padded), jnp.float32)
     kernel = functools.partial(_lse_kernel, **static)
@@ -90,10 +90,10 @@ def importance_totals(q_imp, score_keys, lengths, *, interpret, **options):
     return total_of(top, held)[:, : static["group"]].reshape(q_imp.shape[:3])
 
 
-def _over_blocks(q_imp, score_keys, lengths, interpret, *, scales, scale, first, layer):
+def _over_blocks(q_imp, k_imp, lengths, interpret, *, scales, scale, first, layer):
     """What kernels over blocks of score keys share: their call, their operands, and what is static of them."""
     batch, _, _, rank = q_imp.shape
-    size, key_heads = score_keys.shape[-1], score_keys.shape[-3]
+    size, key_heads = k_imp.shape[-1], k_imp.shape[-3]
     factor = jnp.full((batch, key_heads), scale, jnp.float32)
     if scales is not None:
         factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
@@ -101,7 +101,7 @@ def _over_blocks(q_imp, score_keys, lengths, interpret, *, scales, scale, first,
     members = queries.shape[1]
     padding = ((0, 0), (0, _power(members) - members), (0, _power(rank) - rank))
     queries = jnp.pad(queries, padding)
-    keys = score_keys.reshape(-1, rank, size)
+    keys = k_imp.reshape(-1, rank, size)
     rows, blocks = queries.shape[0], pl.cdiv(size, SCORES)
     operands = (_layer(layer) * rows, _bounds(lengths, first), queries, factor.reshape(rows), keys)
     static = dict(group=members, rank=rank, size=size, heads=key_heads)
@@ -150,12 +150,12 @@ def _scores_kernel(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, lse_ref, o
 # --- selection ------------------------------------------------------------------------------------
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold, interpret):
+def select_top_k(scores, lengths, n, *, counts, sinks, recent, unit, first, threshold, interpret):
     """(indices, valid) [B, K, n]; arguments as in `api.py`."""
     batch, heads, size = scores.shape
     if n == 0 or size == 0:
         return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
-    image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
+    image = token_image(scores, lengths, sinks=sinks, recent=recent, first=first, threshold=threshold)
     image = unit_image(image, unit)
     taken = jnp.minimum(candidates(image, size, lengths, unit, first, threshold), wanted(counts, n, (batch, heads)))
     rows, units = batch * heads, image.shape[-1]

@@ -128,12 +128,12 @@ def operands(case: Case, layers: int) -> dict[str, Any]:
         lengths=jnp.full((batch,), case.context, jnp.int32),
         k=[draw(next(keys), cache) for _ in range(layers)],
         v=[draw(next(keys), cache) for _ in range(layers)],
-        score_keys=[draw(next(keys), (batch, shape.kv_heads, shape.rank, case.context)) for _ in range(layers)],
+        k_imp=[draw(next(keys), (batch, shape.kv_heads, shape.rank, case.context)) for _ in range(layers)],
         scales=[None] * layers,
     )
     if case.int8:
-        pairs = [jax.jit(api.quantise_score_keys)(key) for key in found["score_keys"]]
-        found["score_keys"], found["scales"] = ([pair[i] for pair in pairs] for i in (0, 1))
+        pairs = [jax.jit(api.quantise_k_imp)(key) for key in found["k_imp"]]
+        found["k_imp"], found["scales"] = ([pair[i] for pair in pairs] for i in (0, 1))
     return found
 
 
@@ -158,9 +158,9 @@ def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[
     common = dict(unit=case.unit, implementation=case.implementation)
 
     def whole(q, q_imp, layer):
-        k, v, score_keys, scales = layer
+        k, v, k_imp, scales = layer
         return api.sparse_decode_attention(
-            q, k, v, q_imp, score_keys, given["lengths"], case.units, sinks=4, window=8,
+            q, k, v, q_imp, k_imp, given["lengths"], case.units, sinks=4, recent=8,
             pooling=case.pooling, scales=scales, return_selection=True, **common,
         )  # fmt: skip
 
@@ -168,7 +168,7 @@ def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[
         k, v, chosen = layer
         return api.masked_topk_decode_attention(q, k, v, *chosen, lengths=given["lengths"], **common), None
 
-    layers = list(zip(given["k"], given["v"], given["score_keys"], given["scales"], strict=True))
+    layers = list(zip(given["k"], given["v"], given["k_imp"], given["scales"], strict=True))
     predict = _chain(whole), (given["q"], given["q_imp"], layers)
     chosen = jax.block_until_ready(predict[0](*predict[1]))[1]
     reused = [(k, v, selection) for (k, v, *_), selection in zip(layers, chosen, strict=True)]

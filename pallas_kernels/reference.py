@@ -31,10 +31,10 @@ def per_head(keys, scales):
     return keys.astype(jnp.float32) * scales[:, :, None, None]
 
 
-def head_scores(q_imp, score_keys, lengths, *, scales, scale, first, layer):
+def head_scores(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """float32 [B, K, G, S] of every query head; -inf where a row sees nothing, and for products that are NaN."""
     batch, heads, group, rank = q_imp.shape
-    keys = per_head(take_layer(score_keys, layer), scales)
+    keys = per_head(take_layer(k_imp, layer), scales)
     if keys.shape[1] == heads:  # shared by the group
         keys = jnp.repeat(keys, group, axis=1)
     keys = keys.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
@@ -43,33 +43,33 @@ def head_scores(q_imp, score_keys, lengths, *, scales, scale, first, layer):
     return jnp.where(mask, scores, -jnp.inf)
 
 
-def importance_totals(q_imp, score_keys, lengths, **options):
+def importance_totals(q_imp, k_imp, lengths, **options):
     """float32 [B, K, G]: log-sum-exps over the tokens that a row sees."""
-    return jax.nn.logsumexp(head_scores(q_imp, score_keys, lengths, **options), axis=-1)
+    return jax.nn.logsumexp(head_scores(q_imp, k_imp, lengths, **options), axis=-1)
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, **options):
+def importance_scores(q_imp, k_imp, lengths, *, pooling, totals, **options):
     """float32 [B, K, S]; -inf where a row sees nothing."""
-    scores = head_scores(q_imp, score_keys, lengths, **options)
+    scores = head_scores(q_imp, k_imp, lengths, **options)
     if pooling == "normalised" and q_imp.shape[2] > 1:
         totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
         scores = scores - jnp.where(jnp.isfinite(totals), totals, 0.0)[..., None]
     return jnp.max(scores, axis=2)
 
 
-def ranked(scores, lengths, *, sinks, window, unit, first, threshold):
+def ranked(scores, lengths, *, sinks, recent, unit, first, threshold):
     """(forced, best, may) [B, K, units]: the order of the choice, and which units may be chosen at all.
 
-    Above every score lie the newest `window` tokens, newest first, then the first `sinks`, earliest first. A unit
+    Above every score lie the newest `recent` tokens, newest first, then the first `sinks`, earliest first. A unit
     counts as its best token; NaN counts as -inf.
     """
     size = scores.shape[-1]
     positions = jnp.arange(size, dtype=jnp.int32)[None]
     age = lengths[:, None] - 1 - positions
     may = seen(size, lengths, first)
-    recent = may & (age < window)
-    early = may & (positions < sinks) & ~recent
-    forced = jnp.where(recent, window + sinks - age, jnp.where(early, sinks - positions, 0))  # [B, S]
+    newest = may & (age < recent)
+    early = may & (positions < sinks) & ~newest
+    forced = jnp.where(newest, recent + sinks - age, jnp.where(early, sinks - positions, 0))  # [B, S]
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     may = jnp.broadcast_to(may[:, None], scores.shape)
     forced = jnp.broadcast_to(forced[:, None], scores.shape)
@@ -86,9 +86,9 @@ def ranked(scores, lengths, *, sinks, window, unit, first, threshold):
     return reduce(forced, 0), reduce(jnp.where(may, scores, -jnp.inf), -jnp.inf), may_unit
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold):
+def select_top_k(scores, lengths, n, *, counts, sinks, recent, unit, first, threshold):
     """(indices, valid) [B, K, n]: a full sort, forced units first, then by score, ties by position."""
-    forced, best, may = ranked(scores, lengths, sinks=sinks, window=window, unit=unit, first=first, threshold=threshold)
+    forced, best, may = ranked(scores, lengths, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
     units = may.shape[-1]
     position = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32)[None, None], may.shape)
     best = jnp.where(best == 0, 0.0, best)  # -0 is 0

@@ -22,13 +22,13 @@ LANES = 128
 VMEM_BYTES = 48 * 2**20
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, pooling, totals, interpret, **options):
     """float32 [B, K, S]; arguments as in `api.py`."""
     batch, heads, group, _ = q_imp.shape
-    size, key_heads = score_keys.shape[-1], score_keys.shape[-3]
+    size, key_heads = k_imp.shape[-1], k_imp.shape[-3]
     if size == 0:
         return jnp.zeros((batch, heads, 0), jnp.float32)
-    operands = _operands(q_imp, score_keys, lengths, **options)
+    operands = _operands(q_imp, k_imp, lengths, **options)
     normalised = pooling == "normalised" and group > 1
     given = totals if normalised else None
     scores = _over_blocks(
@@ -37,19 +37,19 @@ def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, interpret,
     return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
 
 
-def importance_totals(q_imp, score_keys, lengths, *, interpret, **options):
+def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
     """float32 [B, K, G]; arguments as in `api.py`."""
-    if score_keys.shape[-1] == 0:
+    if k_imp.shape[-1] == 0:
         return jnp.full(q_imp.shape[:3], -jnp.inf)
-    operands = _operands(q_imp, score_keys, lengths, **options)
+    operands = _operands(q_imp, k_imp, lengths, **options)
     members = operands[2].shape[1]
-    totals = _over_blocks(*operands, None, score_keys.shape[-3], counts=True, writes=False, interpret=interpret)
+    totals = _over_blocks(*operands, None, k_imp.shape[-3], counts=True, writes=False, interpret=interpret)
     return totals[:, :members, 0].reshape(q_imp.shape[:3])
 
 
-def _operands(q_imp, score_keys, lengths, *, scales, scale, first, layer):
+def _operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """The rows of a layer in the cache, what they see, and queries, factors and keys a row."""
-    batch, key_heads = q_imp.shape[0], score_keys.shape[-3]
+    batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
     factor = jnp.full((batch, key_heads), scale, jnp.float32)
     if scales is not None:
         factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
@@ -57,7 +57,7 @@ def _operands(q_imp, score_keys, lengths, *, scales, scale, first, layer):
     bounds = jnp.stack([start, lengths.astype(jnp.int32)], axis=1)
     layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
     queries = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
-    keys = score_keys.reshape(-1, *score_keys.shape[-2:])
+    keys = k_imp.reshape(-1, *k_imp.shape[-2:])
     return layer * batch * key_heads, bounds, queries, factor.reshape(-1, 1, 1), keys
 
 

@@ -24,12 +24,12 @@ SLOTS = 256  # slots filled at a time
 VMEM_BYTES = 48 * 2**20
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold, interpret):
+def select_top_k(scores, lengths, n, *, counts, sinks, recent, unit, first, threshold, interpret):
     """(indices, valid) [B, K, n]; arguments as in `api.py`."""
     batch, heads, size = scores.shape
     if n == 0 or size == 0:
         return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
-    image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
+    image = token_image(scores, lengths, sinks=sinks, recent=recent, first=first, threshold=threshold)
     rows = batch * heads
     image = unit_image(image.reshape(rows, size), unit)
     held = candidates(image.reshape(batch, heads, -1), size, lengths, unit, first, threshold)

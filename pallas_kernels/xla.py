@@ -23,41 +23,41 @@ MOST_TERMS = 256  # products that are written out in one fused loop
 UNROLLED = 8  # chunks written out where a loop would have its whole operand widened to float32 beforehand
 
 
-def importance_scores(q_imp, score_keys, lengths, *, pooling, totals, scales, scale, first, layer):
+def importance_scores(q_imp, k_imp, lengths, *, pooling, totals, scales, scale, first, layer):
     """float32 [B, K, S]; -inf where a row sees nothing."""
-    group, size = q_imp.shape[2], score_keys.shape[-1]
+    group, size = q_imp.shape[2], k_imp.shape[-1]
     if pooling != "normalised" or group == 1:
         totals = None
     elif totals is None and size:
-        totals = importance_totals(q_imp, score_keys, lengths, scales=scales, scale=scale, first=first, layer=layer)
+        totals = importance_totals(q_imp, k_imp, lengths, scales=scales, scale=scale, first=first, layer=layer)
     totals = None if totals is None else taken_off(totals)
-    factor, keys = _factor_and_keys(q_imp, score_keys, scales, scale, layer)
+    factor, keys = _factor_and_keys(q_imp, k_imp, scales, scale, layer)
     scores = pooled(q_imp.astype(jnp.float32) * factor[..., None], keys(0, size), totals)
     return jnp.where(seen(size, lengths, first)[:, None], scores, -jnp.inf)
 
 
-def importance_totals(q_imp, score_keys, lengths, *, scales, scale, first, layer):
+def importance_totals(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """float32 [B, K, G]; -inf where a row sees nothing."""
-    if score_keys.shape[-1] == 0:
+    if k_imp.shape[-1] == 0:
         return jnp.full(q_imp.shape[:3], -jnp.inf)
-    factor, keys = _factor_and_keys(q_imp, score_keys, scales, scale, layer)
-    mask = seen(score_keys.shape[-1], lengths, first)
-    return log_sum_exp(q_imp, factor, keys, mask, score_keys.dtype == jnp.float32)
+    factor, keys = _factor_and_keys(q_imp, k_imp, scales, scale, layer)
+    mask = seen(k_imp.shape[-1], lengths, first)
+    return log_sum_exp(q_imp, factor, keys, mask, k_imp.dtype == jnp.float32)
 
 
-def _factor_and_keys(q_imp, score_keys, scales, scale, layer):
+def _factor_and_keys(q_imp, k_imp, scales, scale, layer):
     """What products are multiplied with, float32 [B, K, G], and keys(at, width): [B, K, 1 or G, R, width]."""
     batch, heads, group, rank = q_imp.shape
     factor = jnp.full((batch, heads, group), scale, jnp.float32)
-    shared = score_keys.shape[-3] == heads
+    shared = k_imp.shape[-3] == heads
     if scales is not None:
-        scales = jnp.broadcast_to(scales, (batch, score_keys.shape[-3])).astype(jnp.float32)
+        scales = jnp.broadcast_to(scales, (batch, k_imp.shape[-3])).astype(jnp.float32)
         factor = factor * scales.reshape(batch, heads, -1)
-    stacked = score_keys if layer is not None else score_keys[None]
+    stacked = k_imp if layer is not None else k_imp[None]
     start = (0 if layer is None else layer, 0, 0, 0)
 
     def keys(at, width):
-        found = jax.lax.dynamic_slice(stacked, (*start, at), (1, *score_keys.shape[-4:-1], width))
+        found = jax.lax.dynamic_slice(stacked, (*start, at), (1, *k_imp.shape[-4:-1], width))
         return found.reshape(batch, heads, 1 if shared else group, rank, width)
 
     return factor, keys

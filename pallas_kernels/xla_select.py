@@ -29,8 +29,8 @@ def ordered_image(scores):
     return jnp.where(bits < 0, bits ^ np.int32(2**31 - 1), bits)
 
 
-def token_image(scores, lengths, *, sinks, window, first, threshold):
-    """int32 [B, K, S] that sorts as the choice does: BARRED, then by score, then the sinks, then the window."""
+def token_image(scores, lengths, *, sinks, recent, first, threshold):
+    """int32 [B, K, S] that sorts as the choice does: BARRED, then by score, then the sinks, then the recent."""
     batch, heads, size = scores.shape
     image = ordered_image(scores)
     if threshold is not None:
@@ -38,8 +38,8 @@ def token_image(scores, lengths, *, sinks, window, first, threshold):
         image = jnp.where(image >= ordered_image(limit), image, BARRED)
     positions = jnp.arange(size, dtype=jnp.int32)[None]
     age = lengths.astype(jnp.int32)[:, None] - 1 - positions
-    forced = (age < window) | (positions < sinks)
-    rank = jnp.where(age < window, age, window + positions)
+    forced = (age < recent) | (positions < sinks)
+    rank = jnp.where(age < recent, age, recent + positions)
     image = jnp.where(forced[:, None], (TOP - rank)[:, None], image)
     return jnp.where(seen(size, lengths, first)[:, None], image, BARRED)
 
@@ -57,14 +57,14 @@ def pad_units(image, multiple):
     return jnp.pad(image, ((0, 0), (0, 0), (0, padding)), constant_values=BARRED) if padding else image
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, window, unit, first, threshold):
+def select_top_k(scores, lengths, n, *, counts, sinks, recent, unit, first, threshold):
     """(indices, valid) [B, K, n]; arguments as in `api.py`."""
     batch, heads, size = scores.shape
     if n == 0 or size == 0:
         return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
 
     def make_image():
-        image = token_image(scores, lengths, sinks=sinks, window=window, first=first, threshold=threshold)
+        image = token_image(scores, lengths, sinks=sinks, recent=recent, first=first, threshold=threshold)
         image = unit_image(image, unit)
         return pad_units(image, COLUMNS if image.shape[-1] >= LARGE else WORD)
 

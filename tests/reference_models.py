@@ -39,7 +39,7 @@ MODELS = {  # name -> (family, settings)
     "llama of even blocks": ("llama", {"intermediate_size": 64}),  # rows of whole quantisation blocks
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama with wide heads": ("llama", {"head_dim": 24, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
-    "mistral with a window": ("mistral", {"sliding_window": 5}),
+    "mistral with a sliding_window": ("mistral", {"sliding_window": 5}),
     "mistral without": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen2 of mixed windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),

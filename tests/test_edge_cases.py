@@ -2,10 +2,10 @@
 
 | | result |
 |---|---|
-| equal scores, or all -inf, or all NaN | window, sinks, then the earliest |
+| equal scores, or all -inf, or all NaN | recent, sinks, then the earliest |
 | a score of +inf | first; -inf and NaN last, the earlier of them first |
-| a budget of everything or more, a window or sinks beyond the length | everything, no token twice |
-| a budget of 0, or an integer below sinks + window | refused; a fraction of so few is raised to sinks + window |
+| a budget of everything or more, a recent or sinks beyond the length | everything, no token twice |
+| a budget of 0, or an integer below sinks + recent | refused; a fraction of so few is raised to sinks + recent |
 | a row of length 0 | chooses and attends nothing, 0; its next step attends the new token alone |
 | logits all -inf (-1e30 and below) | 0; +inf or NaN: NaN in that row and head |
 | losses of empty rows | 0, gradients too, and they do not count; of NaN or +inf: not finite |
@@ -20,25 +20,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pallas_kernels import KERNELS, PLAIN, run
 
 import pallas_kernels as pk
 from benchmarks.float64 import distillation_loss
-from butler_jax import distillation
-from butler_jax.attention import causal_attention, masked_softmax
-from butler_jax.base_model import BaseModel, forward
-from butler_jax.cache import DecodeState, ScoreCache, empty_kv_cache
-from butler_jax.cached_attention import cached_attention
-from butler_jax.configs import BaseConfig, PredictorConfig, SelectionConfig, TrainConfig
-from butler_jax.decode import decode_step
-from butler_jax.evaluation import recall, simulate
-from butler_jax.filling import prefill
+from butler_jax.decoding.cache import DecodeState, ScoreCache, empty_kv_cache
+from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.scoring import empty_scores
+from butler_jax.decoding.step import decode_step
+from butler_jax.model.attention import causal_attention, masked_softmax
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.policies import make_policy
-from butler_jax.predictor_training import distil_pass
 from butler_jax.predictors import make_predictor
-from butler_jax.scoring import empty_scores
-from butler_jax.selection import Rows, choose, select, slots
-from butler_jax.training import learning_schedule, make_optimiser, make_train_step, start_state
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.selection.budget import slots
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.selection.masks import Rows, choose, select
+from butler_jax.simulation import measure_recall, simulate
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.distillation import distil_pass
+from butler_jax.training.step import learning_schedule, make_optimiser, make_train_step, start_state
+from tests.pallas_kernels.test_kernels import KERNELS, PLAIN, run
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=64
@@ -73,7 +76,7 @@ def text(*lengths: int, total: int) -> dict[str, jax.Array]:
 # --- choosing -------------------------------------------------------------------------------------
 
 SPECIAL = [3.0, -INF, INF, NAN, 2.0, INF, 1.0, 2.0, -INF, NAN, 0.0, -1.0]
-CHOICES = [  # scores, sinks, window, tokens asked, tokens chosen
+CHOICES = [  # scores, sinks, recent, tokens asked, tokens chosen
     ([0.5] * 12, 2, 3, 8, [0, 1, 2, 3, 4, 9, 10, 11]),
     ([-INF] * 12, 2, 3, 8, [0, 1, 2, 3, 4, 9, 10, 11]),
     ([NAN] * 12, 2, 3, 8, [0, 1, 2, 3, 4, 9, 10, 11]),
@@ -90,9 +93,9 @@ CHOICES = [  # scores, sinks, window, tokens asked, tokens chosen
 @pytest.mark.parametrize("implementation", [None, *PLAIN, *KERNELS])
 def test_special_scores_have_an_order(implementation):
     """Through `choose`, alone (None) and by the kernels; each case is worked out by hand."""
-    for scores, sinks, window, count, wanted in CHOICES:
+    for scores, sinks, recent, count, wanted in CHOICES:
         row = jnp.asarray(scores, jnp.float32)[None, None]
-        lengths, config = jnp.asarray([len(scores)]), SelectionConfig(budget=1.0, sinks=sinks, window=window)
+        lengths, config = jnp.asarray([len(scores)]), SelectionConfig(budget=1.0, sinks=sinks, recent=recent)
         top_k = None
         if implementation is not None:
             interpret = True if implementation in KERNELS else None
@@ -102,10 +105,10 @@ def test_special_scores_have_an_order(implementation):
         assert indices[valid].tolist() == list(wanted), (scores, count)
 
 
-@pytest.mark.parametrize(("scores", "sinks", "window", "count", "wanted"), CHOICES)
-def test_special_scores_have_the_same_order_in_a_whole_pass(scores, sinks, window, count, wanted):
+@pytest.mark.parametrize(("scores", "sinks", "recent", "count", "wanted"), CHOICES)
+def test_special_scores_have_the_same_order_in_a_whole_pass(scores, sinks, recent, count, wanted):
     size = len(scores)
-    config = SelectionConfig(budget=max(count, sinks + window), sinks=sinks, window=window)
+    config = SelectionConfig(budget=max(count, sinks + recent), sinks=sinks, recent=recent)
     own = jnp.full((1, 1), size - 1)
     mask = select(
         jnp.asarray(scores, jnp.float32)[None, None, None], jnp.ones((1, 1, 1, size), bool),
@@ -117,11 +120,11 @@ def test_special_scores_have_the_same_order_in_a_whole_pass(scores, sinks, windo
 @pytest.mark.parametrize("implementation", [*PLAIN, *KERNELS])
 def test_empty_rows_and_budgets_choose_nothing(implementation):
     scores, lengths = normal(0, 3, 2, 20), jnp.asarray([20, 0, 1])
-    pick = partial(run, pk.select_top_k, scores, lengths, implementation=implementation, sinks=4, window=8)
+    pick = partial(run, pk.select_top_k, scores, lengths, implementation=implementation, sinks=4, recent=8)
     assert np.asarray(pick(n=20).valid).sum(axis=-1).tolist() == [[20, 20], [0, 0], [1, 1]]
     assert not np.asarray(pick(n=20, counts=jnp.asarray([0, 5, 0])).valid).any()
     assert pick(n=0).indices.shape == (3, 2, 0)
-    newest = pick(n=1)  # of a budget below sinks and window, the newest
+    newest = pick(n=1)  # of a budget below sinks and recent, the newest
     assert np.asarray(newest.indices)[[0, 2], :, 0].tolist() == [[19, 19], [0, 0]]
 
 
@@ -222,7 +225,7 @@ def test_infinitely_unlikely_keys_weigh_nothing_and_the_gradient_is_finite():
 
 def test_a_window_beyond_the_length_is_no_window_and_one_token_sees_itself():
     q, k, v = normal(0, 2, 7, 4, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 8)
-    np.testing.assert_array_equal(causal_attention(q, k, v, window=1000), causal_attention(q, k, v))
+    np.testing.assert_array_equal(causal_attention(q, k, v, sliding_window=1000), causal_attention(q, k, v))
     one = causal_attention(q[:, :1], k[:, :1], v[:, :1])
     np.testing.assert_array_equal(one, np.repeat(v[:, :1], 2, axis=2))
 
@@ -241,12 +244,12 @@ def test_a_pass_over_one_token_or_none_is_dense(model, predictor, name):
 
 
 def test_an_empty_row_changes_nothing_for_the_others(model, predictor):
-    policy, selection = make_policy("tokenbutler"), SelectionConfig(budget=0.4, sinks=2, window=3)
+    policy, selection = make_policy("tokenbutler"), SelectionConfig(budget=0.4, sinks=2, recent=3)
     both, alone = text(30, 0, total=40), text(30, total=40)
     found, wanted = (simulate(model, b, policy, selection, predictor) for b in (both, alone))
     np.testing.assert_allclose(found.nll[:1], wanted.nll, atol=1e-5)  # float32 sums of another batch size
     assert not np.asarray(found.nll)[1].any() and np.isfinite(found.hidden).all()
-    masses = [recall(model, predictor, [b], [policy], [0.5], sinks=2, window=3).mass["tokenbutler"][0.5]
+    masses = [measure_recall(model, predictor, [b], [policy], [0.5], sinks=2, recent=3).mass["tokenbutler"][0.5]
               for b in (both, alone)]  # fmt: skip
     assert masses[0].value == pytest.approx(masses[1].value, abs=1e-6) and masses[0].n == masses[1].n
 
@@ -255,9 +258,9 @@ def test_a_budget_or_sliding_window_beyond_the_length_is_dense(model, predictor)
     batch, policy = text(20, 7, total=20), make_policy("tokenbutler")
     wanted = np.asarray(simulate(model, batch, make_policy("dense"), SelectionConfig()).nll)
     for budget in (10_000, 1.0):
-        found = simulate(model, batch, policy, SelectionConfig(budget=budget, sinks=40, window=50), predictor)
+        found = simulate(model, batch, policy, SelectionConfig(budget=budget, sinks=40, recent=50), predictor)
         np.testing.assert_allclose(found.nll, wanted, atol=1e-5)  # float32 sums in another order
-    wide = BaseModel(dataclasses.replace(BASE, window=1000), jax.random.key(0))
+    wide = BaseModel(dataclasses.replace(BASE, sliding_window=1000), jax.random.key(0))
     found = simulate(wide, batch, policy, SelectionConfig(budget=1.0), predictor)
     np.testing.assert_allclose(found.nll, wanted, atol=1e-5)
 
@@ -265,7 +268,7 @@ def test_a_budget_or_sliding_window_beyond_the_length_is_dense(model, predictor)
 @pytest.mark.parametrize("implementation", PLAIN)
 def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, implementation):
     broken = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
-    selection = SelectionConfig(budget=10, sinks=2, window=3)
+    selection = SelectionConfig(budget=10, sinks=2, recent=3)
     tokens = text(24, total=24)["tokens"]
     fill = jax.jit(partial(prefill, model, capacity=32, selection=selection))
     step = jax.jit(partial(decode_step, model, selection=selection, details=True, implementation=implementation))
@@ -283,7 +286,7 @@ def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, im
 @pytest.mark.parametrize("fields", [None, dict(), dict(unit=4, interval=2)], ids=["dense", "tokens", "pages"])
 def test_a_row_that_holds_nothing_begins_with_the_token_given(model, predictor, implementation, fields):
     """A cache of one token's room, and beside a longer row: logits of a pass over that token alone."""
-    selection = None if fields is None else SelectionConfig(budget=0.5, sinks=2, window=3, **fields)
+    selection = None if fields is None else SelectionConfig(budget=0.5, sinks=2, recent=3, **fields)
     wanted = np.asarray(forward(model, jnp.asarray([[7], [9]])))[:, 0]
     options = dict(predictor=predictor, selection=selection, implementation=implementation)
     step = jax.jit(lambda tokens, state: decode_step(model, tokens, state, **options))

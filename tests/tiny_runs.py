@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from butler_jax.base_model import BaseModel
-from butler_jax.base_training import save_model
-from butler_jax.configs import BaseConfig, TrainConfig
-from butler_jax.tokenizer import train_bpe
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import BaseModel
+from butler_jax.pretraining.recipe import save_model
+from butler_jax.text.tokenizer import train_bpe
+from butler_jax.training.config import TrainConfig
 
 WORDS = "the a river stone bird sings over under old green hill and then while quiet morning light falls".split()
 

@@ -9,10 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from butler_jax.configs import from_dict
-from butler_jax.evaluation.statistics import Estimate
-from butler_jax.json_objects import parse_object, read_lines
-from butler_jax.typed import fits
+from butler_jax.simulation import Estimate
+from butler_jax.storage import fits, from_dict, parse_object, read_lines
 
 FILE = "cells.jsonl"
 LONGEST = 1 << 30  # bytes of a cell with its arrays

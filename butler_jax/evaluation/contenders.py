@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from butler_jax.configs import EvalConfig, SelectionConfig, to_dict
-from butler_jax.policies import Policy, make_policy
-from butler_jax.policies.interface import describe
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.policies import Policy, describe, make_policy
 from butler_jax.predictors import Predictor
+from butler_jax.selection import SelectionConfig
+from butler_jax.storage import to_dict
 
 DEFAULT = ("dense", "oracle", "random", "streaming", "tokenbutler")
 PREPARED_TOKENS = 8192  # of text that a policy is prepared on
@@ -133,10 +134,10 @@ def prepared(
     """Policies with what they find out on text: a few rows of the training part of `data`, of `context` tokens."""
     if all(type(p).prepare is Policy.prepare for p in policies):
         return policies
-    from butler_jax.data import batches
+    from butler_jax.data import read_batches
 
     length = min(context, base.config.context)
-    rows = batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
+    rows = read_batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
     rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
     return [policy.prepare(base.model, rows) for policy in policies]
 

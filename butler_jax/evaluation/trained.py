@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from butler_jax import checkpoints
-from butler_jax.json_objects import read_object
 from butler_jax.predictors import Predictor
-from butler_jax.run_directory import records
+from butler_jax.runs import checkpoints, records
+from butler_jax.storage import read_object
 from butler_jax.weights import Base
 
 SETTINGS = ("data", "steps", "length", "batch_size", "learning_rate", "objective", "seed", "dtype")

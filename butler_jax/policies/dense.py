@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from butler_jax.policies.interface import Chunk, Policy
+from butler_jax.policies.base import Chunk, Policy
 
 
 @dataclass(frozen=True, kw_only=True)

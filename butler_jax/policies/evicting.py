@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.configs import SelectionConfig
-from butler_jax.policies.interface import Chunk, Policy
-from butler_jax.top_k import ordered_bits, top_mask
+from butler_jax.policies.base import Chunk, Policy
+from butler_jax.selection import SelectionConfig, ordered_bits, top_mask
 
 
 class Place(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.base_model import BaseModel, dense_mixer, embed, run_layers
-from butler_jax.policies.interface import Chunk, Policy
+from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
+from butler_jax.policies.base import Chunk, Policy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +47,7 @@ class LowRank(Policy):
         directions = np.linalg.eigh(covariance)[1][..., ::-1][..., :rank]  # largest first
         return dataclasses.replace(self, rank=rank, directions=directions.astype(np.float32))
 
-    def looked_at(self, base, predictor):
+    def numbers_read_per_key(self, base, predictor):
         """The first coordinates of keys that are kept in their principal directions."""
         return float(base.head_dim // 4 if self.rank is None else self.rank)
 

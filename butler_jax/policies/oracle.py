@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from butler_jax.policies.interface import Chunk, Policy, normalise, per_query_head
+from butler_jax.policies.base import Chunk, Policy, normalise, per_query_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Oracle(Policy):
 
     name = "oracle"
 
-    def looked_at(self, base, predictor):
+    def numbers_read_per_key(self, base, predictor):
         """Whole keys."""
         return float(base.head_dim)
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.configs import SelectionConfig
-from butler_jax.policies.interface import Chunk, Policy
+from butler_jax.policies.base import Chunk, Policy
+from butler_jax.selection import SelectionConfig
 
 Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
 
@@ -34,7 +34,7 @@ class Quest(Policy):
         """Pages are chosen whole."""
         return dataclasses.replace(config, unit=self.page)
 
-    def looked_at(self, base, predictor):
+    def numbers_read_per_key(self, base, predictor):
         """The two ends of a page's range."""
         return 2 * base.head_dim / self.page
 

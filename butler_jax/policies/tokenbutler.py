@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from butler_jax.policies.interface import Chunk, Policy, normalise
+from butler_jax.policies.base import Chunk, Policy, normalise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class TokenButler(Policy):
     """Scores by the predictor's importance q_imp . k_imp / sqrt(R), pooled per KV head.
 
     pooling: "normalised" takes each head's own log-sum-exp over the contested keys (those it was trained on: neither
-    sinks nor window) off before the maximum over the group; "maximum" is the plain maximum, as published, and cheaper.
+    sinks nor recent) off before the maximum over the group; "maximum" is the plain maximum, as published, and cheaper.
     """
 
     name = "tokenbutler"
@@ -27,7 +27,7 @@ class TokenButler(Policy):
         if self.pooling not in known:
             raise ValueError(f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
 
-    def looked_at(self, base, predictor):
+    def numbers_read_per_key(self, base, predictor):
         """Importance keys."""
         return predictor.config.rank * predictor.key_heads / base.kv_heads
 

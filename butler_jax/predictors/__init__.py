@@ -1,20 +1,18 @@
-"""Predictors by name. A fourth is one more file and one more row here."""
+"""What a predictor is, and the three there are. `base` describes the interface, `walk` when each method runs.
 
-from __future__ import annotations
+Another predictor is one more file and one more row of PREDICTORS.
+"""
 
-import jax
+import lazy_loader
 
-from butler_jax.configs import BaseConfig, PredictorConfig
-from butler_jax.predictors.contextual import Contextual
-from butler_jax.predictors.interface import Predictor
-from butler_jax.predictors.lookahead import Lookahead
-from butler_jax.predictors.producer import Producer
-
-PREDICTORS: dict[str, type[Predictor]] = {p.kind: p for p in (Lookahead, Producer, Contextual)}
-
-
-def make_predictor(base: BaseConfig, config: PredictorConfig, seed: int = 0) -> Predictor:
-    """A predictor with random parameters; use under jax.eval_shape to count them."""
-    if config.kind not in PREDICTORS:
-        raise ValueError(f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")
-    return PREDICTORS[config.kind](base, config, jax.random.key(seed))
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "base": ["Attend", "Context", "Predictor", "at"],
+        "config": ["PredictorConfig"],
+        "contextual": ["Contextual"],
+        "lookahead": ["Lookahead"],
+        "producer": ["Producer"],
+        "registry": ["PREDICTORS", "make_predictor"],
+    },
+)

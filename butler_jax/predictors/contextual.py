@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from butler_jax.base_model import LayerView
-from butler_jax.configs import BaseConfig, PredictorConfig
-from butler_jax.layers import layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
-from butler_jax.predictors.interface import Context, Predictor, xavier
+from butler_jax.model import BaseConfig, LayerView, layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
+from butler_jax.predictors.base import Context, Predictor, xavier
+from butler_jax.predictors.config import PredictorConfig
 
 DROPOUT = 0.1
 
@@ -141,12 +140,12 @@ class Contextual(Predictor):
         hidden = tuple(jax.nn.silu(jnp.einsum("bte,ei->bti", x, cast(w))) for w in (trunk.query, trunk.key))
         return hidden, cache
 
-    def queries(self, head: Any, features, view: LayerView, context: Context):
+    def q_imp(self, head: Any, features, view: LayerView, context: Context):
         """Importance queries [B, T, H, R], rotated."""
         y = jnp.einsum("bti,ihr->bthr", features[0], head.query[...].astype(features[0].dtype))
         return self._rotate(y, context)
 
-    def keys(self, head: Any, features, view: LayerView, context: Context):
+    def k_imp(self, head: Any, features, view: LayerView, context: Context):
         """Importance keys [B, T, H, R], rotated."""
         y = jnp.einsum("bti,ihr->bthr", features[1], head.key[...].astype(features[1].dtype))
         return self._rotate(y, context)

@@ -14,10 +14,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from butler_jax.base_model import BaseModel, LayerView, dense_mixer, embed, few_tokens, run_layers
-from butler_jax.configs import BaseConfig, PredictorConfig
-from butler_jax.layers import rms_norm, rotary
-from butler_jax.predictors.interface import Context, Predictor, project_heads
+from butler_jax.model import (
+    BaseConfig,
+    BaseModel,
+    LayerView,
+    dense_mixer,
+    embed,
+    few_tokens,
+    rms_norm,
+    rotary,
+    run_layers,
+)
+from butler_jax.predictors.base import Context, Predictor, project_heads
+from butler_jax.predictors.config import PredictorConfig
 
 
 class LookaheadHeads(nnx.Module):
@@ -66,7 +75,7 @@ class Lookahead(Predictor):
         cos, sin = jnp.pad(context.cos, pad, constant_values=1.0), jnp.pad(context.sin, pad)
         return cos[..., head.pairs[...]], sin[..., head.pairs[...]]
 
-    def queries(self, head: Any, features, view: LayerView, context: Context):
+    def q_imp(self, head: Any, features, view: LayerView, context: Context):
         """Importance queries [B, T, H, R]: the captured stream under this layer's own frozen norm."""
         h = few_tokens(rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps))
         q = jnp.einsum("bte,ehr->bthr", h, head.query[...].astype(h.dtype))
@@ -75,7 +84,7 @@ class Lookahead(Predictor):
         cos, sin = (jnp.repeat(a, self.base.group, axis=2) for a in self._angles(head, context))
         return rotary(q, cos, sin)
 
-    def keys(self, head: Any, features, view: LayerView, context: Context):
+    def k_imp(self, head: Any, features, view: LayerView, context: Context):
         """Importance keys [B, T, K, R] from the keys before rotary."""
         return rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
 

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from butler_jax.base_model import LayerView
-from butler_jax.configs import BaseConfig, PredictorConfig
-from butler_jax.layers import layer_norm, rms_norm
-from butler_jax.predictors.interface import Context, Predictor, project_heads, xavier
+from butler_jax.model import BaseConfig, LayerView, layer_norm, rms_norm
+from butler_jax.predictors.base import Context, Predictor, project_heads, xavier
+from butler_jax.predictors.config import PredictorConfig
 
 
 class ProducerTrunk(nnx.Module):
@@ -65,10 +64,10 @@ class Producer(Predictor):
         x = layer_norm(captured, trunk.norm_scale[...], trunk.norm_bias[...])
         return jax.nn.silu(jnp.einsum("bte,ei->bti", x, trunk.inner[...].astype(x.dtype))), None
 
-    def queries(self, head: Any, features, view: LayerView, context: Context):
+    def q_imp(self, head: Any, features, view: LayerView, context: Context):
         """Importance queries [B, T, H, R]."""
         return jnp.einsum("bti,ihr->bthr", features, head.query[...].astype(features.dtype))
 
-    def keys(self, head: Any, features, view: LayerView, context: Context):
+    def k_imp(self, head: Any, features, view: LayerView, context: Context):
         """Importance keys [B, T, K, R] from the keys after rotary."""
         return project_heads(view.k, head.key[...])

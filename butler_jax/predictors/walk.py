@@ -4,7 +4,7 @@ The one place where the schedule is carried out. Inside a mixer of `base_model.r
 
     state = walk.begin(predictor, x, context)
     step = walk.step(predictor, state, view, context, attend)      for every layer
-    q_imp = predictor.queries(step.head, step.features, view, context)
+    q_imp = predictor.q_imp(step.head, step.features, view, context)
 
 It serves whole sequences (no cache) and one-token decoding (a trunk that attends keeps a cache) alike.
 """
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from butler_jax.base_model import LayerView, few_tokens
-from butler_jax.predictors.interface import Context, Predictor, Schedule, at, schedule
+from butler_jax.model import LayerView, few_tokens
+from butler_jax.predictors.base import Context, Predictor, Schedule, at, schedule
 
 TrunkAttend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
 """(this producer's cache or None, q, k, v each [B,T,H',D']) -> (output, new cache or None)."""

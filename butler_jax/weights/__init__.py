@@ -1,5 +1,11 @@
-"""Loading frozen base models: names in, parameters out."""
+"""Stored models become base models: names in, parameters out.
 
-from butler_jax.weights.loading import Base, fingerprint, load_base
+Hugging Face directories, GGUF files and the embedded model end in the same `Base`.
+"""
 
-__all__ = ["Base", "fingerprint", "load_base"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={"loading": ["Base", "fingerprint", "load_base"]},
+)

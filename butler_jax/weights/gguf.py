@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from butler_jax.families import FAMILIES, base_config
-from butler_jax.typed import number, shown, whole
+from butler_jax.model import FAMILIES, base_config
+from butler_jax.storage import number, shown, whole
 from butler_jax.weights.gguf_header import check_header
 from butler_jax.weights.gguf_tokenizer import read_tokenizer
 from butler_jax.weights.huggingface import Source
 from butler_jax.weights.placing import StoredTensor
 
 if TYPE_CHECKING:
-    from butler_jax.tokenizer import Tokenizer
+    from butler_jax.text import Tokenizer
 
 FAMILY = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
 INTERLEAVED = ("llama", "mistral")  # architectures whose q and k rows lie as rotary pairs, not as halves

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from types import ModuleType
 
-from butler_jax.typed import shown
+from butler_jax.storage import shown
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
 UINT32, STRING, ARRAY = 4, 8, 9

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from butler_jax.typed import fits, shown, whole
+from butler_jax.storage import fits, shown, whole
 
 if TYPE_CHECKING:
-    from butler_jax.tokenizer import Tokenizer
+    from butler_jax.text import Tokenizer
 
 LONGEST_TOKEN = 2048  # characters; every way to cut a token in two is tried
 CONTROL, USER_DEFINED = 3, 4  # token types; the others are plain vocabulary
@@ -45,7 +45,7 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
 
     Raises ValueError for a kind of tokenizer or word splitting that is not supported, naming it.
     """
-    from butler_jax.tokenizer import Tokenizer, named_errors
+    from butler_jax.text import Tokenizer, named_errors
 
     def get(key: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{key}", default)

@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from butler_jax.configs import BaseConfig
-from butler_jax.families import base_config
-from butler_jax.files import file_in
-from butler_jax.json_objects import read_object
-from butler_jax.typed import shown
+from butler_jax.model import BaseConfig, base_config
+from butler_jax.storage import file_in, read_object, shown
 from butler_jax.weights.placing import StoredTensor
 
 TYPES = ("F32", "F16", "BF16")

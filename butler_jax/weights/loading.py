@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.base_model import BaseModel
-from butler_jax.configs import BaseConfig, RopeConfig
-from butler_jax.files import file_in
+from butler_jax.model import BaseConfig, BaseModel, RopeConfig
+from butler_jax.storage import file_in
 from butler_jax.weights import huggingface
 from butler_jax.weights.placing import Shardings, build_model, parameter_name
 
 if TYPE_CHECKING:
-    from butler_jax.tokenizer import Tokenizer
+    from butler_jax.text import Tokenizer
 
 TINY = Path(__file__).parent.parent / "tiny"
+FORMER_NAMES = {"sliding_window": "window", "sliding_layers": "windowed"}  # fingerprints were made of these
 SAMPLES = 256  # values of each parameter that a fingerprint looks at
 
 
@@ -105,7 +105,7 @@ def _directory(spec: str) -> tuple[Path, str]:
 def _tokenizer(directory: Path) -> Tokenizer | None:
     if file_in(directory, "tokenizer.json") is None:
         return None
-    from butler_jax.tokenizer import Tokenizer
+    from butler_jax.text import Tokenizer
 
     return Tokenizer.load(directory)
 
@@ -139,7 +139,7 @@ def _described(config: BaseConfig | RopeConfig) -> dict:
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return {
-        name: _described(value) if isinstance(value, RopeConfig) else value
+        FORMER_NAMES.get(name, name): _described(value) if isinstance(value, RopeConfig) else value
         for name, value in values.items()
         if value != defaults[name]
     }

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.base_model import LOGICAL_AXES, BaseModel
-from butler_jax.configs import BaseConfig
-from butler_jax.families import FAMILIES
+from butler_jax.model import FAMILIES, LOGICAL_AXES, BaseConfig, BaseModel
 
 BLOCK_BYTES = 8 << 20  # tables are read this many bytes at a time
 

@@ -1,0 +1,38 @@
+"""Judge a base model and a trained predictor (`python eval.py --run DIR`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from butler_jax.cli.command_line import interrupts_end, read, run
+from butler_jax.evaluation import EvalConfig
+from butler_jax.parallel import join_hosts
+
+
+def main(arguments: list[str]) -> int:
+    """Run one evaluation; returns the exit status. Errors of the user's making are one line, no traceback."""
+    return run(lambda: judge(read(EvalConfig, arguments, "eval.py")))
+
+
+def judge(config: EvalConfig) -> int:
+    """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host speaks."""
+    if config.run is None and config.base is None:
+        raise ValueError("nothing to judge: give --run DIR (a run of train.py), or --base SPEC for a base model alone")
+    join_hosts(config)
+    out = config.out or (Path("eval") if config.run is None else config.run / "eval")
+    with interrupts_end(f"stopped; the same command goes on from what is finished in {out}"):
+        from butler_jax.evaluation import check_directory, evaluate
+        from butler_jax.runs import run_config
+        from butler_jax.weights import load_base
+
+        check_directory(out)
+        base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
+        report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
+    if jax.process_index() != 0:
+        return 0
+    print()
+    report.print()
+    print(f"{report.about['seconds']:.0f} s in all; the report is in {report.save(out).parent}")
+    return 0

@@ -1,0 +1,15 @@
+"""Documents become batches: tokenised, packed, shuffled, sharded and resumable.
+
+`sources` holds the documents and the tasks that are generated.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "batches": ["read_held_out", "open_documents", "parse_spec", "read_batches"],
+        "sources.asked": ["AskedSample"],
+        "sources.coreference": ["last_mention_mask", "mention_distance", "sample"],
+    },
+)

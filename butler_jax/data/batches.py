@@ -1,0 +1,347 @@
+"""Documents to batches: tokenise, pack, shuffle, shard and resume, on grain.
+
+Each row of the global batch is a stream of its own: row r reads documents r, r + B, r + 2B, ... of the
+shuffled, endless sequence of documents and packs them without padding. A process reads only the documents of
+its own rows, and the place of a row is a number of its own: so neither the batches nor the places depend on how
+many processes share them, whatever the source. A long document goes on in the same row of the next batch.
+Every process reads all of `text:` files once at the start, for their digest, and prepares a set that is not there yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from butler_jax.data.sources import coreference, python_docs, text
+from butler_jax.data.sources.passages import TextField
+from butler_jax.data.sources.prepared import open_prepared_set
+from butler_jax.text import Tokenizer
+
+Batch = dict[str, np.ndarray]
+"""{"tokens", "segments", "positions"}: int32 [B, T]. Segments number the documents of a row from 1, 0 is
+padding; positions restart at 0 in each document."""
+
+SPECS = (
+    "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG], "
+    "or several joined by + (python_docs+coreference)"
+)
+
+_ENDLESS = 1 << 31
+_PROBES = 48
+_BINS = 8  # rows open at a time where documents stay whole
+
+
+class Documents(Protocol):
+    """Random access to documents of text; content() is a digest that tells one text from another."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+    def content(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a data specification and its share of the text, or None for an equal share."""
+
+    source: str
+    weight: float | None = None
+
+
+def parse_spec(spec: str) -> tuple[Part, ...]:
+    """The parts of a data specification such as `python_docs:0.7+coreference:0.3`.
+
+    Raises ValueError for what is none of SPECS.
+    """
+    parts = []
+    for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
+        source, weight = piece.strip(), None
+        if match := re.fullmatch(r"(.+):(\d+(?:\.\d*)?|\.\d+)", source):
+            source, weight = match[1], float(match[2])
+            if not 0 < weight < math.inf:
+                raise ValueError(f"data {spec!r}: the weight of {source} must be above 0 and finite, got {match[2]}.")
+        known = source in ("python_docs", "coreference", "coreference_short") or re.match(r"(text|tfds):.", source)
+        if not known:
+            raise ValueError(f"unknown data {source!r}; choose {SPECS}.")
+        parts.append(Part(source, weight))
+    weighted = [part.weight is not None for part in parts]
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"data {spec!r}: give every part a weight (a:0.7+b:0.3) or none.")
+    return tuple(parts)
+
+
+def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None) -> Documents:
+    """The documents of one source, prepared on first use.
+
+    Args:
+      spec: one of SPECS, without "+".
+      split: "train" or "test". Test documents are never among the training ones.
+      seed: the seed of `coreference`; the other sources do not depend on it.
+      data_dir: where prepared sets are kept, `gs://` included; None means TFDS_DATA_DIR or TFDS's own
+        default.
+
+    Raises ValueError or FileNotFoundError, saying what is wrong with the source.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r} is unknown; choose train or test.")
+    parts = parse_spec(spec)
+    if len(parts) > 1:
+        raise ValueError(f"{spec!r} names {len(parts)} sources; documents are opened one source at a time.")
+    source = parts[0].source
+    if source.startswith("coreference"):
+        return _Coreference(seed, split, short=source == "coreference_short")
+    if source.startswith("tfds:"):
+        return open_prepared_set(source.removeprefix("tfds:"), split, data_dir)
+    if source == "python_docs":
+        builder = python_docs.open_builder(data_dir)
+    else:
+        paths = [path for path in source.removeprefix("text:").split(",") if path]
+        builder = text.open_builder(paths, data_dir)
+    if split not in builder.info.splits:
+        raise ValueError(f"data {source!r} is too small: it has no documents for the split {split!r}.")
+    return TextField(builder, split)
+
+
+class _Coreference:
+    """The endless co-reference task as a source."""
+
+    def __init__(self, seed: int, split: str, short: bool):
+        self._seed, self._split, self._short = seed, split, short
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> str:
+        return coreference.sample(self._seed, int(index), self._split, short=self._short).text
+
+    def content(self) -> str:
+        return f"made from seed {self._seed}"
+
+    def __repr__(self) -> str:
+        return f"coreference(seed={self._seed}, split={self._split}, short={self._short})"
+
+
+class BatchIterator:
+    """An endless iterator of batches whose place can be saved and restored to the exact batch."""
+
+    def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], rows: Sequence[int]):
+        self._identity, self._rows = identity, rows
+        # The prefetching thread has to end with this object, and before the interpreter is taken down.
+        self._held = [iter(dataset)]
+        weakref.finalize(self, self._held.clear)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        return self._held[0]
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the batches given so far, as a dictionary that `json` can write."""
+        places = self._iterator.get_state()["parents"]
+        rows = {str(row): place for row, place in zip(self._rows, places, strict=True)}
+        return json.loads(json.dumps({**self._identity, "rows": rows}))
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place that `get_state` gave, in this or another process; it may hold more rows than are read here.
+
+        Raises ValueError where the state comes from other data or other settings, or lacks rows; the difference is
+        named.
+        """
+        was = state.get("content", self._identity["content"])  # of older states it is not known
+        if was != self._identity["content"]:
+            raise ValueError(
+                f"the data are not what the run was trained on: {self._identity['spec']} has the digest "
+                f"{', '.join(self._identity['content'])} and had {', '.join(was)} when the run was saved. Put the "
+                "former text back to go on, or start another run with another --run-dir."
+            )
+        for key, value in self._identity.items():
+            if key != "content" and state.get(key) != value:
+                raise ValueError(
+                    f"cannot continue the data: {key} was {state.get(key)!r} when the state was saved "
+                    f"and is {value!r} now."
+                )
+        missing = [str(row) for row in self._rows if str(row) not in state["rows"]]
+        if missing:
+            raise ValueError(f"cannot continue the data: the state is of other rows and lacks {', '.join(missing)}.")
+        self._iterator.set_state({"parents": [_with_tuples(state["rows"][str(row)]) for row in self._rows]})
+
+
+def read_batches(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    split: str = "train",
+    data_dir: str | None = None,
+    whole: bool = False,
+    rows: Sequence[int] | None = None,
+    start_state: dict[str, Any] | None = None,
+) -> BatchIterator:
+    """Endless batches of packed documents, shuffled anew by `seed` in each epoch.
+
+    Args:
+      spec: one of SPECS. Weights are shares of the text (characters), not of the documents.
+      tokenizer: documents begin with its `bos` where it adds one to a text, and end with its `eos` where it
+        has one.
+      length: tokens in a row, T. Documents that do not fit are cut; the rest opens a segment of its own in
+        the same row of the next batch.
+      batch_size: rows of the global batch, B.
+      seed: order of the documents, and the samples of `coreference`.
+      split: "train" or "test".
+      data_dir: where prepared sets are kept, `gs://` included.
+      whole: keep a document that fits into a row in one piece, at the price of some padding.
+      rows: which rows of the global batch to read and give, where several processes share it; None means all.
+        What is in a row does not depend on them.
+      start_state: a place to start from, as given by `get_state`, of the same rows or more.
+
+    Returns:
+      An iterator of dictionaries of int32 arrays [number of rows, T]: "tokens", "segments" and "positions".
+
+    Raises:
+      ValueError, FileNotFoundError: what is wrong with the data or the sizes.
+    """
+    if length < 2:
+        raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not set(rows) <= set(range(batch_size)):
+        raise ValueError(f"rows={list(rows)} must be one or more of 0 ... {batch_size - 1}, the rows of a batch.")
+    parts = parse_spec(spec)
+    sources = [open_documents(part.source, split=split, seed=seed, data_dir=data_dir) for part in parts]
+    weights = _document_weights(parts, sources)
+    ordered = []
+    for number, source in enumerate(sources):
+        dataset = grain.MapDataset.source(source)
+        if not isinstance(source, _Coreference):  # its samples are independent already
+            dataset = dataset.shuffle(seed=(seed * 1_000_003 + number) % (1 << 32))
+        ordered.append(dataset.repeat())
+    streams = []
+    for row in rows:
+        # Sliced before they are mixed: the pattern of the mixture would otherwise fall in step with the rows.
+        own = [dataset[row::batch_size] for dataset in ordered]
+        mixed = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
+        streams.append(_packed(mixed, tokenizer, length, whole))
+    dataset = grain.experimental.ZipIterDataset(streams).map(_stack)
+    dataset = grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=2)
+    identity = {
+        "spec": spec,
+        "split": split,
+        "length": length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "whole": whole,
+        "documents": [len(source) for source in sources],
+        "content": [source.content() for source in sources],
+        "vocabulary": tokenizer.vocab_size,
+    }
+    iterator = BatchIterator(dataset, identity, rows)
+    if start_state is not None:
+        iterator.set_state(start_state)
+    return iterator
+
+
+def read_held_out(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    count: int,
+    batch_size: int = 1,
+    seed: int = 0,
+    data_dir: str | None = None,
+) -> list[Batch]:
+    """The same `count` batches [batch_size, length] of the split "test" at every call, for validation.
+
+    Fewer are returned where the held-out text ends sooner; what is missing in the last of them is padding.
+    """
+    if count < 1 or batch_size < 1 or length < 2:
+        raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
+    parts = parse_spec(spec)
+    sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir) for part in parts]
+    ordered = []
+    for source in sources:
+        dataset = grain.MapDataset.source(source)
+        ordered.append(dataset if isinstance(source, _Coreference) else dataset.shuffle(seed=seed))
+    weights = _document_weights(parts, sources)
+    mixed = ordered[0] if len(ordered) == 1 else grain.MapDataset.mix(ordered, weights)
+    rows: list[dict[str, np.ndarray]] = []
+    for row in _packed(mixed, tokenizer, length):
+        rows.append(row)
+        if len(rows) == count * batch_size:
+            break
+    empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
+    rows += [empty] * (-len(rows) % batch_size)
+    return [_stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+class _Pieces(grain.experimental.FlatMapTransform):
+    """A document as pieces of at most `length` tokens."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.max_fan_out = 1 << 20
+
+    def flat_map(self, element: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        tokens = element["tokens"]
+        return [{"tokens": tokens[i : i + self.length]} for i in range(0, len(tokens), self.length)]
+
+
+def _packed(documents: grain.MapDataset, tokenizer: Tokenizer, length: int, whole: bool = False) -> grain.IterDataset:
+    """Tokenises whole documents, read one after the other, and packs them into rows of `length`."""
+    end = [] if tokenizer.eos is None else [tokenizer.eos]
+
+    def tokenise(text: str) -> dict[str, np.ndarray]:
+        return {"tokens": np.asarray([*tokenizer.encode(text), *end], dtype=np.int32)}
+
+    tokens = documents.filter(lambda text: not text.isspace() and text != "").map(tokenise)
+    # Read in place: one thread further on prefetches whole batches.
+    one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    stream, shape = tokens.to_iter_dataset(one_by_one), {"tokens": length}
+    if whole:
+        pieces = grain.experimental.FlatMapIterDataset(stream, _Pieces(length))
+        return grain.experimental.FirstFitPackIterDataset(
+            pieces, length_struct=shape, num_packing_bins=_BINS, shuffle_bins=False
+        )
+    return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=shape)
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    names = {"tokens": "tokens", "segments": "tokens_segment_ids", "positions": "tokens_positions"}
+    return {name: np.stack([row[key] for row in rows]) for name, key in names.items()}
+
+
+def _document_weights(parts: Sequence[Part], sources: Sequence[Documents]) -> list[float]:
+    """How often a document of each part is drawn, so that the text has the shares asked for."""
+    weights = []
+    for part, source in zip(parts, sources, strict=True):
+        step = max(len(source) // _PROBES, 1)
+        probes = [len(source[index]) for index in range(0, min(len(source), step * _PROBES), step)]
+        weights.append((part.weight or 1.0) / max(sum(probes) / len(probes), 1.0))
+    return [weight / sum(weights) for weight in weights]
+
+
+def _with_tuples(state: Any) -> Any:
+    """grain's packer compares its slices as tuples, which JSON turns into lists."""
+    if isinstance(state, dict):
+        restored = {key: _with_tuples(value) for key, value in state.items()}
+        if slices := restored.get("remainder_slices"):
+            restored["remainder_slices"] = {name: tuple(pair) for name, pair in slices.items()}
+        return restored
+    return [_with_tuples(value) for value in state] if isinstance(state, list) else state

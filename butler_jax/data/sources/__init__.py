@@ -1,0 +1,1 @@
+"""Where documents come from: text files, TFDS sets, documentation of Python, and generated tasks."""

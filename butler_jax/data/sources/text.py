@@ -1,0 +1,156 @@
+"""The user's own text files as a TFDS set, and any other TFDS set that holds text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from butler_jax.data.sources.passages import PASSAGE_CHARACTERS, PassageBuilder, cut, numbered, open_prepared
+from butler_jax.storage import parse_object, read_lines
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+END_OF_TEXT = "<|endoftext|>"
+TEST_SHARE = 0.02
+"""The share of each file, at its end, that belongs to the split "test"."""
+
+TEST_LEAST = 4_000
+"""A short file gives up to a tenth of itself, at most so many bytes."""
+
+_PIECE = 1_000
+_READ = 1 << 20
+_LONGEST = 1 << 30  # bytes of a line
+_LAYOUT = f"passages-{PASSAGE_CHARACTERS}-{TEST_SHARE}-{TEST_LEAST}"
+
+
+@dataclasses.dataclass(eq=False)
+class TextConfig(tfds.core.BuilderConfig):
+    """One set of files; `name` is a hash of what they hold."""
+
+    paths: tuple[str, ...] = ()
+
+
+class TextFiles(PassageBuilder):
+    """Passages of about 16,000 characters from text files; the last 2 % of each file are the split test."""
+
+    def _split_generators(self, download_manager):
+        found = {split: self._generate_examples(split) for split in ("train", "test")}
+        # TFDS refuses a split without examples; a file of a single line has no test passage.
+        first = {split: next(examples, None) for split, examples in found.items()}
+        return {split: itertools.chain([first[split]], found[split]) for split in found if first[split]}
+
+    def _generate_examples(self, split: str):
+        paths = (Path(path) for path in self.builder_config.paths)
+        return numbered((path.name, text) for path in paths for part, text in passages(path) if part == split)
+
+
+def open_builder(paths: Sequence[str | os.PathLike[str]], data_dir: str | None = None) -> TextFiles:
+    """The builder for these files, prepared on first use and found again by what the files hold.
+
+    Directories are searched for .txt, .md and .jsonl files (one JSON object with a "text" a line). A file
+    given by its own name is read whatever its suffix. Text is UTF-8; "<|endoftext|>" ends a document.
+
+    Raises:
+      FileNotFoundError: a path does not exist.
+      ValueError: a file is empty, is not UTF-8, or has a line that is not such a JSON object; the file and
+        byte or line are named.
+    """
+    files = find_files(paths)
+    return open_prepared(TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir)
+
+
+def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The files that `paths` stand for, in order: directories are walked in alphabetical order."""
+    if not paths:
+        raise ValueError("no text files given: write text:PATH or text:PATH,PATH.")
+    files: list[Path] = []
+    for given in paths:
+        path = Path(os.path.expanduser(given))
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not found:
+                raise ValueError(f"no text in directory {path}: it holds no {', '.join(SUFFIXES)} file.")
+            files.extend(found)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no such text file or directory: {path}")
+    return [path.resolve() for path in dict.fromkeys(files)]
+
+
+def passages(path: Path) -> Iterator[tuple[str, str]]:
+    """The passages of one file as (split, text), in order. Memory holds one passage or line at a time."""
+    size = path.stat().st_size
+    border = size - max(TEST_SHARE * size, min(0.1 * size, TEST_LEAST))
+    kept: list[str] = []
+    length, kept_split = 0, "train"
+    first = True
+    for end, text, ends_document in _pieces(path):
+        split = "train" if first or end <= border else "test"
+        first = False
+        paragraph = length > PASSAGE_CHARACTERS * 3 // 4 and kept[-1].isspace()
+        if split != kept_split or paragraph or length + len(text) > PASSAGE_CHARACTERS:
+            yield from ((kept_split, passage) for passage in cut("".join(kept)))
+            kept, length, kept_split = [], 0, split
+        kept.append(text)
+        length += len(text)
+        if ends_document:
+            yield from ((kept_split, passage) for passage in cut("".join(kept)))
+            kept, length = [], 0
+    yield from ((kept_split, passage) for passage in cut("".join(kept)))
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Lines, or records of a .jsonl file: (byte where it ends, text, whether a document ends here)."""
+    end = 0
+    for number, raw in read_lines(path, longest=_LONGEST):
+        start, end = end, end + len(raw)
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            remedy = "Convert it first, for example with iconv -f latin1 -t utf-8."
+            if end == path.stat().st_size and error.end == len(raw) and error.reason == "unexpected end of data":
+                remedy = "The file ends inside a character: it was cut short; bring it here again."
+            raise ValueError(
+                f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {start + error.start} "
+                f"(line {number}). {remedy}"
+            ) from error
+        if path.suffix.lower() == ".jsonl":
+            if line.strip():
+                yield end, _record(path, number, line), True
+            continue
+        *documents, rest = line.split(END_OF_TEXT)
+        for document in documents:
+            yield start + 1, document, True
+        for at in range(0, len(rest), _PIECE):
+            piece = rest[at : at + _PIECE]
+            yield start + (end - start) * (at + len(piece)) // max(len(rest), 1), piece, False
+
+
+def _record(path: Path, number: int, line: str) -> str:
+    where = f"{path}, line {number}"
+    record = parse_object(line, where)
+    if not isinstance(record.get("text"), str):
+        found = ", ".join(sorted(record)[:8])[:200]
+        raise ValueError(f'{where}: expected an object with a string "text", found: {found}.')
+    return record["text"]
+
+
+def _content_hash(files: Sequence[Path]) -> str:
+    """A hash of the files' names and bytes; also where a file of white space alone is refused."""
+    digest = hashlib.sha256(_LAYOUT.encode())
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        blank = True
+        with path.open("rb") as file:
+            while chunk := file.read(_READ):
+                blank = blank and not chunk.strip()
+                digest.update(chunk)
+        if blank:
+            raise ValueError(f"{path} is empty: it holds no text to read.")
+    return digest.hexdigest()[:20]

@@ -1,0 +1,21 @@
+"""One token at a time: prefill the caches, then score, choose and attend at every step.
+
+`generate` puts text around it: ragged prompts, sampling and streaming.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "cache": ["empty_chosen"],
+        "cached_attention": ["layer_windows"],
+        "eviction": ["EvictedRows", "evict_rows"],
+        "generation": ["Generated", "Piece", "bucket", "generate", "generate_stream"],
+        "prefilling": ["prefill"],
+        "sampling": ["Sampling"],
+        "score_cache": ["check_score_dtype", "rounded"],
+        "scoring": ["choosing_heads"],
+        "step": ["Found", "decode_step"],
+    },
+)

@@ -1,0 +1,95 @@
+"""Dense attention of new tokens over a cache that they are not in yet: a few queries a row, block by block of keys."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.decoding.parts import Part, part_of
+from butler_jax.model import LOWEST, BaseConfig
+from butler_jax.parallel import by_rows_and_heads, token_axis
+
+BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
+LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
+FAR = 2**30  # the sliding_window of a layer that sees everything
+
+
+def layer_windows(config: BaseConfig) -> tuple[int, ...] | None:
+    """How many tokens each layer sees, FAR where it does not slide; None where none does."""
+    return tuple(config.sliding_window if s else FAR for s in config.sliding) if any(config.sliding) else None
+
+
+def cached_attention(
+    q: Float[Array, "B T H D"],
+    new_k: Float[Array, "B T K D"],
+    new_v: Float[Array, "B T K D"],
+    k: Float[Array, "L B K S D"],
+    v: Float[Array, "L B K S D"],
+    layer: Int[Array, ""] | int,
+    cached: Int[Array, " B"],
+    sliding_window: Int[Array, ""] | int | None = None,
+) -> Float[Array, "B T H D"]:
+    """Attention of tokens at positions cached ... cached + T - 1 over the `cached` ones of `layer` and themselves.
+
+    Causal among the new ones. sliding_window: a token sees itself and the sliding_window - 1 before it; may be traced.
+    As many blocks are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in
+    q's dtype. A row of length 0 sees itself and the new tokens before it; logits that are not finite count as in
+    causal_attention. Where the current mesh splits the cache's tokens, every device attends to its part of them.
+    """
+    size = k.shape[3]
+    axis = token_axis(size)
+    if axis is None:
+        return _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, None)
+
+    def run(q, new_k, new_v, k, v, layer, cached, sliding_window):
+        return _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part_of(k.shape[3], axis))
+
+    operands = ("b-h-", "b-h-", "b-h-", "-bhs-", "-bhs-", "", "b", "")
+    split = by_rows_and_heads(run, operands, "b-h-", rows=q.shape[0], heads=k.shape[2], tokens=size)
+    return split(q, new_k, new_v, k, v, layer, cached, sliding_window)
+
+
+def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | None):
+    """cached_attention over the tokens of one part of a cache, merged with the other parts."""
+    batch, count, heads, dim = q.shape
+    kv_heads, size = k.shape[2:4]
+    begin, here = (0, cached) if part is None else (part.begin, part.count(cached))
+    block = BLOCK if jax.default_backend() == "cpu" else max(BLOCK, LOGITS // (batch * heads * count))
+    block = min(block, size)
+    rows = q.reshape(batch, count, kv_heads, heads // kv_heads, dim)
+    rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, heads // kv_heads * count, dim)
+    own = cached[:, None] + jnp.arange(count, dtype=jnp.int32)[None]  # [B, T]
+
+    def add(state, keys, values, positions, held):
+        """One more set of keys [B, K, N, D] at positions [N] or [B, N]; held [B, 1 or T, N]: which of them exist."""
+        top, total, sums = state
+        seen = held & (positions[:, None] <= own[..., None])
+        if sliding_window is not None:
+            seen = seen & (positions[:, None] > own[..., None] - sliding_window)
+        logits = jnp.einsum("bkmd,bknd->bkmn", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
+        split = logits.reshape(batch, kv_heads, -1, count, keys.shape[2])
+        logits = jnp.where(seen[:, None, None], split, -jnp.inf).reshape(logits.shape)
+        higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(logits - higher), jnp.exp(top - higher)
+        part = jnp.einsum("bkmn,bknd->bkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), sums * shrink + part
+
+    def one(number, state):
+        start = jnp.minimum(number * block, size - block)
+        keys, values = (
+            jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), (1, batch, kv_heads, block, dim))[0] for a in (k, v)
+        )
+        places = (start + jnp.arange(block, dtype=jnp.int32))[None]
+        held = (places >= number * block) & (places < here[:, None])
+        return add(state, keys.astype(q.dtype), values.astype(q.dtype), begin + places, held[:, None])
+
+    shape = (*rows.shape[:-1], 1)
+    state = jnp.full(shape, LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+    state = jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
+    if part is not None:
+        state = part.merged(*state)
+    fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))
+    _, total, sums = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself
+    out = (sums / jnp.where(total == 0, 1.0, total)).reshape(batch, kv_heads, heads // kv_heads, count, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,329 @@
+"""Text after prompts, dense or sparse: ragged batches, streaming, and one compilation for all lengths of a bucket.
+
+A row's tokens depend on its prompt, its seed and the settings alone, not on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from butler_jax.decoding.offload import to_host
+from butler_jax.decoding.prefilling import CHUNK, prefill
+from butler_jax.decoding.sampling import Sampling, draw, penalise
+from butler_jax.decoding.score_cache import check_score_dtype
+from butler_jax.decoding.step import decode_step
+from butler_jax.parallel import token_axis
+from butler_jax.policies import Policy, TokenButler, make_policy
+from butler_jax.predictors import Predictor
+from butler_jax.selection import SelectionConfig, budget_table, limits_of
+from butler_jax.text import Prompts, Writer, encode, stop_tokens
+
+if TYPE_CHECKING:
+    from butler_jax.weights import Base
+
+
+class Piece(NamedTuple):
+    """One new token: its row, its id, and the text it completes ("" in the middle of a character, or no tokenizer)."""
+
+    row: int
+    token: int
+    text: str
+
+
+@dataclass
+class Generated:
+    """What was generated.
+
+    tokens: new ids of each row, a stop token included. texts: what they say, "" without a tokenizer. attended: per row,
+    the mean over steps, heads and layers 1 ... of the fraction of its tokens that was read. prompt_tokens: per row.
+    prefill_seconds: until the first token, compilation included; seconds: from the second token to the last.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    attended: list[float] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The first row's text."""
+        return self.texts[0]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows, beyond the first two, which bear the prefill and compilation, over `seconds`."""
+        return sum(max(len(t) - 2, 0) for t in self.tokens) / self.seconds if self.seconds else 0.0
+
+
+def generate(base: Base, prompts: Prompts, *, stream: Callable[[Piece], Any] | None = None, **settings) -> Generated:
+    """Continue prompts; settings are those of `generate_stream`.
+
+    stream: called with every new `Piece` as it comes, rows interleaved.
+    """
+    result = Generated()
+    for piece in generate_stream(base, prompts, result=result, **settings):
+        if stream is not None:
+            stream(piece)
+    return result
+
+
+def generate_stream(
+    base: Base,
+    prompts: Prompts,
+    *,
+    predictor: Predictor | None = None,
+    selection: SelectionConfig | None = None,
+    policy: Policy | str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[int | str] | None = None,
+    seed: int | Sequence[int] = 0,
+    capacity: int | None = None,
+    chunk: int = CHUNK,
+    offload: bool = False,
+    score_dtype: str | None = None,
+    implementation: str | None = None,
+    result: Generated | None = None,
+) -> Iterator[Piece]:
+    """Continue prompts, yielding every new token.
+
+    prompts: a text, texts, token ids, or lists of them. predictor, selection, policy: as in `decode_step`; with a
+    predictor and no selection, SelectionConfig() is taken; with neither, decoding is dense; a policy that is prepared
+    on no text may be given by its name. temperature (0: greedy), top_k, top_p, repetition_penalty: see `Sampling`.
+    stop: token ids, or texts of single tokens, that end a row (None: the tokenizer's end of text). seed: of row 0, the
+    others count on; or one a row. capacity: tokens a row has room for; by default the next of a few sizes, so that
+    lengths up to it share a compilation. chunk: see `prefill`.
+    offload: keys and values are moved to host memory after the prefill, and only what is read comes back (offload.py).
+    score_dtype: "int8" keeps the predictor's importance keys in int8. implementation: of the kernels of pallas_kernels.
+    result: filled while the pieces come.
+
+    A base with longrope picks its rotary factors by the capacity: give one for rows that are to agree with longer ones.
+
+    Raises ValueError for an empty prompt, ids out of range, and what fits neither the capacity nor the context.
+    """
+    settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    if predictor is not None and selection is None:
+        selection = SelectionConfig()
+    policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+    selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
+    if selection is not None and predictor is None and policy.needs_predictor:
+        raise ValueError(
+            f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
+        )
+    if offload and selection is not None and policy.evicts:
+        raise ValueError(f"the policy {policy.name} needs its caches on the device: leave out offload")
+    if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+    check_score_dtype(score_dtype)
+    rows = encode(base, prompts)
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
+    if offload and token_axis(capacity) is not None:
+        raise ValueError(
+            "the mesh splits the tokens of the caches, and caches in host memory stay whole: leave out offload, or the "
+            "sequence axis"
+        )
+    table = None if selection is None else budget_table(selection, capacity)
+    if selection is not None:
+        limits_of(selection, base.config, capacity)
+    width = min(bucket(int(lengths.max()), 16), capacity)
+    tokens = np.zeros((len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
+    keys = row_keys(seed, len(rows))
+    ends = stop_tokens(base, stop)
+    result = Generated() if result is None else result
+    result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
+    result.prompt_tokens = lengths.tolist()
+    return _pieces(
+        base, predictor, tokens, lengths, keys, ends, result, table,
+        selection=selection, policy=policy, sampling=settings, max_new_tokens=max_new_tokens,
+        capacity=capacity, chunk=chunk, offload=offload, score_dtype=score_dtype,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
+    """A random key for every row. Raises ValueError for seeds that are no whole numbers, or not as many as rows."""
+    if isinstance(seed, (int, np.integer)):
+        seed = [int(seed) + b for b in range(rows)]
+    whole = not isinstance(seed, str) and all(isinstance(one, (int, np.integer)) for one in seed)
+    if not whole:
+        raise ValueError(f"the seed must be a whole number, or one for every prompt, got {seed!r}")
+    if len(seed) != rows:
+        raise ValueError(f"{len(seed)} seeds do not fit {rows} prompts; give one each, or one number")
+    return jax.vmap(jax.random.key)(jnp.asarray([int(one) & 0xFFFFFFFF for one in seed], jnp.uint32))
+
+
+def _pieces(
+    base, predictor, tokens, lengths, keys, ends, result, table, *, selection, policy, sampling, max_new_tokens,
+    capacity, chunk, offload, score_dtype, implementation,
+) -> Iterator[Piece]:  # fmt: skip
+    """The work of generate_stream, whose arguments are checked before the first piece is asked for."""
+    rows = len(lengths)
+    writers = [Writer(base.tokenizer) for _ in range(rows)]
+    done, read = np.zeros(rows, bool), np.zeros(rows)
+
+    fixed = dict(policy=policy, sampling=sampling)
+    began = time.perf_counter()
+    made, held = start(
+        base.model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, selection=selection,
+        capacity=capacity, chunk=chunk, score_dtype=score_dtype, **fixed,
+    )  # fmt: skip
+    if offload:
+        near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
+        made, held = jax.device_put((made, held), near)
+        held = held._replace(state=dataclasses.replace(held.state, kv=to_host(held.state.kv)))
+    for step in range(max_new_tokens):
+        token, fraction = made
+        if step + 1 < max_new_tokens:  # the next step is under way before this one's token is looked at
+            now, most = _plan(selection, table, lengths, step, policy)
+            made, held = advance(
+                base.model,
+                predictor,
+                token,
+                keys,
+                held,
+                selection=now,
+                most=most,
+                implementation=implementation,
+                **fixed,
+            )
+        values = np.asarray(token)
+        if step == 0:
+            result.prefill_seconds = time.perf_counter() - began
+        else:
+            read += np.where(done, 0.0, np.asarray(fraction))
+        if step == 1:
+            began = time.perf_counter()
+        result.seconds = time.perf_counter() - began if step > 1 else 0.0
+        for b in np.flatnonzero(~done):
+            value = int(values[b])
+            result.tokens[b].append(value)
+            text = writers[b].add(value, last=value in ends or step + 1 == max_new_tokens)
+            result.texts[b] += text
+            done[b] = value in ends
+            yield Piece(int(b), value, text)
+        result.attended = [
+            float(total / max(len(row) - 1, 1)) if len(row) > 1 else 1.0
+            for total, row in zip(read, result.tokens, strict=True)
+        ]
+        if done.all():
+            return
+
+
+class _Held(NamedTuple):
+    """What steps hand on and nobody looks at: the decoding state, and the tokens seen [B, V] under a penalty."""
+
+    state: Any
+    seen: jax.Array | None
+
+
+class _Step(NamedTuple):
+    """A step's tokens [B], and the fraction [B] of its tokens that each row read for them."""
+
+    token: jax.Array
+    attended: jax.Array
+
+
+@partial(jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "score_dtype"))
+def start(
+    model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, score_dtype=None
+) -> tuple[_Step, _Held]:
+    """The caches of the prompts, and the first token of every row."""
+    logits, state = prefill(
+        model, tokens, lengths, capacity=capacity, predictor=predictor, selection=selection, policy=policy, chunk=chunk,
+        score_dtype=score_dtype,
+    )  # fmt: skip
+    seen = None
+    if sampling.repetition_penalty != 1:
+        batch, width = tokens.shape
+        inside = jnp.arange(width)[None] < lengths[:, None]
+        place = jnp.where(inside, tokens, logits.shape[-1])
+        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], place].set(True, mode="drop")
+    return _next(logits, state, jnp.ones(lengths.shape), seen, keys, sampling)
+
+
+@partial(
+    jax.jit, static_argnames=("selection", "policy", "sampling", "most", "implementation"), donate_argnames=("held",)
+)
+def advance(
+    model, predictor, token, keys, held: _Held, *, selection, policy, sampling, most, implementation
+) -> tuple[_Step, _Held]:
+    """One token more for every row."""
+    logits, state, found = decode_step(
+        model, token, held.state, predictor=predictor, selection=selection, policy=policy, most=most,
+        implementation=implementation,
+    )  # fmt: skip
+    share = jnp.mean(found.attended[1:].astype(jnp.float32), axis=(0, 2)) / state.lengths.astype(jnp.float32)
+    return _next(logits, state, share, held.seen, keys, sampling)
+
+
+def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
+    if seen is not None:
+        logits = penalise(logits, seen, sampling.repetition_penalty)
+    token = draw(logits, keys, state.steps, sampling)
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    return _Step(token, attended), _Held(state, seen)
+
+
+def _plan(
+    selection: SelectionConfig | None, table: np.ndarray | None, lengths: np.ndarray, step: int, policy: Policy
+) -> tuple[SelectionConfig | None, int | None]:
+    """(selection, most) of a step: dense while no row is beyond min_context; room for what the rows can then need."""
+    if selection is None or selection.min_context == 0 or policy.evicts:  # what is kept is kept from the first token on
+        return selection, None
+    chosen_at = lengths + step + 1 - step % selection.interval
+    if (chosen_at <= selection.min_context).all():
+        return None, None
+    if (chosen_at <= selection.min_context).any():
+        return selection, None
+    return selection, int(table[selection.min_context + 1 :].max())
+
+
+def bucket(length: int, least: int) -> int:
+    """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...)."""
+    size = least
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def room_for_all(lengths: np.ndarray, new: int, capacity: int | None, context: int) -> int:
+    """Tokens that every row gets room for. Raises ValueError where prompts and new tokens do not fit."""
+    longest = int(lengths.max())
+    needed = longest + new - 1  # the last token is not fed back
+    if not needed <= context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new} new ones are beyond the model's context of {context} tokens; ask "
+            f"for at most {max(context - longest + 1, 0)} new tokens, or shorten the prompt"
+        )
+    if capacity is None:
+        return min(bucket(needed, 64), context)
+    if not longest <= capacity:
+        raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {capacity}; raise the capacity")
+    if not needed <= capacity:
+        raise ValueError(
+            f"the cache of {capacity} tokens would be full after {capacity - longest + 1} new tokens of {new}; raise "
+            "the capacity or lower max_new_tokens"
+        )
+    if not capacity <= context:
+        raise ValueError(f"a cache of {capacity} tokens is beyond the model's context of {context}")
+    return capacity

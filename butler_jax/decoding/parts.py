@@ -1,0 +1,129 @@
+"""Caches whose tokens are split over devices: what each part does on its own, and how partial results merge.
+
+Part i of N holds the tokens i * S/N ... (i + 1) * S/N - 1 of every row. Everything here runs inside
+`sharding.by_rows_and_heads`, where the parts have been told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.model import LOWEST
+from butler_jax.parallel import by_rows_and_heads, token_axis
+from butler_jax.selection import Chosen, compact
+
+
+class Part(NamedTuple):
+    """The tokens `begin` ... `begin + size - 1`, this device's; axis: the mesh axis over which the parts lie."""
+
+    axis: str
+    begin: Int[Array, ""]
+    size: int
+
+    def count(self, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+        """How many of the first `lengths` tokens are here."""
+        return jnp.clip(lengths - self.begin, 0, self.size)
+
+    def log_sum(self, totals: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The log-sum-exp over all parts of theirs; -inf where no part has anything."""
+        top = jax.lax.pmax(totals, self.axis)
+        top = jnp.where(jnp.isfinite(top), top, 0.0)
+        return top + jnp.log(jax.lax.psum(jnp.exp(totals - top), self.axis))
+
+    def own(self, chosen: Chosen, unit: int) -> Chosen:
+        """Those of the chosen units that are here, counted from here."""
+        units, first = self.size // unit, self.begin // unit
+        here = chosen.valid & (chosen.indices >= first) & (chosen.indices < first + units)
+        slots, held = compact(here, min(units, here.shape[-1]))
+        indices = jnp.take_along_axis(chosen.indices, slots, axis=-1) - first
+        return Chosen(jnp.where(held, indices, 0), held)
+
+    def merged(
+        self, top: Float[Array, "*B 1"], total: Float[Array, "*B 1"], sums: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"], Float[Array, "*B D"]]:
+        """Attention over all parts, each given as the state of a running softmax.
+
+        top: the largest logit, finite or, where nothing was seen, -inf or hugely negative. total, sums: of weights
+        exp(logit - top), and of values so weighted.
+        """
+        highest = jnp.maximum(jax.lax.pmax(top, self.axis), LOWEST)
+        shrink = jnp.exp(top - highest)
+        return highest, jax.lax.psum(total * shrink, self.axis), jax.lax.psum(sums * shrink, self.axis)
+
+
+def part_of(size: int, axis: str | None) -> Part | None:
+    """This device's part, of `size` tokens; None where no axis splits them."""
+    return None if axis is None else Part(axis, jax.lax.axis_index(axis) * size, size)
+
+
+def with_new(
+    q: Float[Array, "B H D"],
+    new_k: Float[Array, "B K D"],
+    new_v: Float[Array, "B K D"],
+    top: Float[Array, "B H 1"],
+    total: Float[Array, "B H 1"],
+    sums: Float[Array, "B H D"],
+) -> Float[Array, "B H D"]:
+    """Attention of which all but the newest token is a state as `Part.merged` gives it; in the dtype of q."""
+    batch, heads, dim = q.shape
+    queries = q.reshape(batch, new_k.shape[1], -1, dim).astype(jnp.float32)
+    logit = jnp.sum(queries * new_k[:, :, None].astype(jnp.float32), axis=-1).reshape(batch, heads, 1) * dim**-0.5
+    value = jnp.broadcast_to(new_v[:, :, None].astype(jnp.float32), queries.shape).reshape(q.shape)
+    highest = jnp.maximum(top, logit)
+    shrink, weight = jnp.exp(top - highest), jnp.exp(logit - highest)
+    return ((sums * shrink + value * weight) / (total * shrink + weight)).astype(q.dtype)
+
+
+def check_units(capacity: int, unit: int) -> None:
+    """Raise ValueError where the current mesh splits a cache of `capacity` tokens inside a unit."""
+    axis = token_axis(capacity)
+    if axis is None:
+        return
+    parts = jax.sharding.get_abstract_mesh().shape[axis]
+    if capacity // parts % unit != 0:
+        raise ValueError(
+            f"a cache of {capacity} tokens in {parts} parts does not hold whole units of {unit}; choose a capacity "
+            f"that is a multiple of {parts * unit}"
+        )
+
+
+def write_parts(
+    put: Callable[[Array, Array, Array], Array],
+    cache: Array,
+    new: Array,
+    places: Int[Array, "*B"],
+    letters: Sequence[str],
+) -> Array:
+    """put(cache, new, places), where every device writes what lies in its part; what lies beyond a cache is dropped.
+
+    letters: of the three, as in `by_rows_and_heads`.
+    """
+    size, rows, heads = (cache.shape[letters[0].index(letter)] for letter in "sbh")
+    axis = token_axis(size)
+
+    def run(cache, new, places):
+        part = part_of(cache.shape[letters[0].index("s")], axis)
+        if part is None:
+            return put(cache, new, places)
+        here = (places >= part.begin) & (places < part.begin + part.size)
+        return put(cache, new, jnp.where(here, places - part.begin, part.size))
+
+    return by_rows_and_heads(run, letters, letters[0], rows=rows, heads=heads, tokens=size)(cache, new, places)
+
+
+def write_chunk(cache: Array, new: Array, start: Int[Array, ""] | int, letters: str) -> Array:
+    """The cache with the tokens start ... start + T - 1 of all rows; letters: of cache and new."""
+    dimension = letters.index("s")
+    if token_axis(cache.shape[dimension]) is None:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, dimension)
+
+    def put(cache, new, places):
+        return cache.at[(*[slice(None)] * dimension, places)].set(new.astype(cache.dtype))
+
+    places = start + jnp.arange(new.shape[dimension], dtype=jnp.int32)
+    return write_parts(put, cache, new, places, (letters, letters.replace("s", "-"), "-"))

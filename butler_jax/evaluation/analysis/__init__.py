@@ -1,0 +1,1 @@
+"""How attention moves, and what a row reads, as arrays and pictures."""

@@ -1,0 +1,174 @@
+"""What is read: attention beside the predictor's scores, and which tokens a row reads under a policy and a budget."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from butler_jax.evaluation.analysis.agreement import check_policy
+from butler_jax.evaluation.analysis.rows import Batch, as_batch, row_chunk, softmax
+from butler_jax.model import BaseModel, by_window, check_length, dense_mixer, embed, merge_queries, run_layers
+from butler_jax.policies import Policy
+from butler_jax.predictors import Predictor
+from butler_jax.selection import Limits, SelectionConfig, limits_of
+from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, sparse_chunk, with_rule
+
+LONGEST = 2048  # tokens of a T x T picture
+
+
+class Scored(NamedTuple):
+    """One query head of one layer on a text of T tokens, padding left out: rows are queries, columns are keys.
+
+    attention: the true weights. predicted: the softmax of the predictor's scores over the causal keys. logits, scores:
+    what they are the softmax of, NaN where a query may not look.
+    """
+
+    attention: Float[np.ndarray, "T T"]
+    predicted: Float[np.ndarray, "T T"]
+    logits: Float[np.ndarray, "T T"]
+    scores: Float[np.ndarray, "T T"]
+
+
+class Reading(NamedTuple):
+    """What one row reads.
+
+    sets[l, k, j]: whether KV head k of layer l reads token j (H query heads in the place of K for a policy that chooses
+    for each). position: the row's column. policy, selection: what chose.
+    """
+
+    sets: Bool[np.ndarray, "L K T"]
+    position: int
+    policy: str
+    selection: SelectionConfig
+
+    @property
+    def counts(self) -> Int[np.ndarray, " T"]:
+        """How many of the sets of layers 1 ... hold each token; layer 0 reads everything and is left out."""
+        return self.sets[1:].sum(axis=(0, 1))
+
+    @property
+    def by_layer(self) -> Int[np.ndarray, "L T"]:
+        """How many KV heads of each layer read each token."""
+        return self.sets.sum(axis=1)
+
+    @property
+    def most(self) -> int:
+        """The largest count there could be: sets in layers 1 ..."""
+        return self.sets[1:, :, 0].size
+
+
+def attention_and_scores(model: BaseModel, predictor: Predictor, batch: Batch, *, layer: int, head: int) -> Scored:
+    """True attention of a query head beside the predictor's scores, from a dense pass over a batch of one row.
+
+    Raises ValueError for more than 2,048 tokens (the result is T x T), more than one row, a layer or head that does not
+    exist, layer 0 (it has no scores), or without a predictor.
+    """
+    base, length = model.config, _one_row(model, batch)
+    if predictor is None:
+        raise ValueError("attention beside scores needs a trained predictor")
+    if not length <= LONGEST:
+        raise ValueError(f"the text has {length} tokens and the picture is T x T; give at most {LONGEST} tokens")
+    if not (1 <= layer < base.layers):
+        raise ValueError(f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
+    if not (0 <= head < base.heads):
+        raise ValueError(f"head must be 0 ... {base.heads - 1}, got {head}")
+    found = _attention_and_scores(model, predictor, as_batch(batch), jnp.int32(layer), jnp.int32(head))
+    real = np.flatnonzero(batch["segments"][0] > 0)[-1] + 1
+    return Scored(*(np.asarray(a)[:real, :real] for a in found))
+
+
+def reading_of(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batch: Batch,
+    policy: Policy,
+    selection: SelectionConfig | None = None,
+    *,
+    position: int = -1,
+) -> Reading:
+    """The sets that one row of a batch of one row reads, where all rows before it read sparsely too, as in `simulate`.
+
+    position: the row's column; -1 is the last that is not padding, -2 the one before. Raises ValueError for a position
+    outside of the text, a policy that evicts or lacks its predictor, an interval, and more than one row.
+    """
+    length = _one_row(model, batch)
+    check_policy(policy, predictor)
+    real = np.flatnonzero(batch["segments"][0] > 0)
+    if not (-real.size <= position < real.size):
+        raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
+    selection = policy.selection(selection or SelectionConfig())
+    if selection.interval != 1:
+        raise ValueError(f"every position chooses here, the interval is {selection.interval}; use 1")
+    limits = limits_of(selection, model.config, length)
+    column = int(real[position])
+    predictor = predictor if policy.needs_predictor else None
+    rows = jnp.full((1, 1), column, jnp.int32)
+    sets = _reading(model, predictor, as_batch(batch), rows, limits, policy=policy, rule=selection.rule)
+    return Reading(np.asarray(sets)[:, 0, :, 0], column, policy.name, selection)
+
+
+def _one_row(model: BaseModel, batch: Batch) -> int:
+    count, length = batch["tokens"].shape
+    if count != 1:
+        raise ValueError(f"one text at a time: the batch has {count} rows; take one, batch[name][:1]")
+    check_length(model.config, length)
+    return length
+
+
+@jax.jit
+def _attention_and_scores(model, predictor, batch, layer, head):
+    base, segments = model.config, batch["segments"]
+    x = embed(model, batch["tokens"])
+    dense = dense_mixer(base, segments)
+    begun, step = importance_walk(predictor, x, batch)
+    length = segments.shape[1]
+    rows = jnp.arange(length, dtype=jnp.int32)[None]
+
+    def one(a):  # a single head of [B, T, H or K, width]
+        return jax.lax.dynamic_slice_in_dim(a, head // (base.heads // a.shape[2]), 1, axis=2)
+
+    def mixer(state, view):
+        walk, found = state
+        walk, (queries, keys) = step(walk, view)
+
+        def look(sliding_window):
+            chunk = row_chunk(
+                view._replace(q=one(view.q), k=one(view.k)), (one(queries), one(keys)), segments, rows, sliding_window
+            )
+            both = chunk.logits, chunk.importance
+            weights = (softmax(a, chunk.allowed) for a in both)
+            seen = (jnp.where(chunk.allowed[:, None, None], a, jnp.nan) for a in both)
+            return tuple(a[0, 0, 0] for a in (*weights, *seen))
+
+        found = jax.lax.cond(view.index == layer, lambda: by_window(base, view.index, look), lambda: found)
+        return dense(None, view)[0], (walk, found), None
+
+    empty = (jnp.zeros((length, length), jnp.float32),) * 4
+    return run_layers(model, x, batch["positions"], mixer, (begun, empty))[1][1]
+
+
+@partial(jax.jit, static_argnames=("policy", "rule"))
+def _reading(model, predictor, batch, rows, limits: Limits, *, policy: Policy, rule: SelectionConfig):
+    base, segments = model.config, batch["segments"]
+    x = embed(model, batch["tokens"])
+    begun, step = importance_walk(predictor, x, batch)
+
+    def mixer(state, view):
+        state, importance = step(state, view)
+
+        def attend(sliding_window):
+            apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
+            (outputs, *_), size = map_chunks(apply, view, importance, segments, sliding_window)
+            chunk = row_chunk(view, importance, segments, rows, sliding_window)
+            sets, _ = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
+            return merge_queries(outputs, size, segments.shape[1]), sets
+
+        output, sets = by_window(base, view.index, attend)
+        return output, state, sets
+
+    return run_layers(model, x, batch["positions"], mixer, begun)[2]

@@ -1,0 +1,156 @@
+"""What a few query rows see in every layer, from one dense pass: memory N x S a layer, never T x T.
+
+The rows of a text, teacher-forced, are the steps of a dense decoding of that text; the last N of them are what the
+analyses call decode steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.evaluation.tasks.perplexity import windows
+from butler_jax.model import (
+    BaseModel,
+    LayerView,
+    by_window,
+    check_length,
+    dense_mixer,
+    document_starts,
+    embed,
+    masked_softmax,
+    run_layers,
+)
+from butler_jax.policies import Chunk
+from butler_jax.predictors import Predictor
+from butler_jax.selection import Rows
+from butler_jax.simulation import LEAST_KEYS, Importance, importance_walk
+from butler_jax.weights import Base
+
+Batch = dict[str, np.ndarray]
+
+
+def text_batch(base: Base, text: str, tokens: int | None = None) -> Batch:
+    """A batch of one row (tokens, segments, positions) of a text, or of its first `tokens` tokens.
+
+    Raises ValueError for an empty text, one beyond the model's context, or a base without a tokenizer.
+    """
+    ids = base.require_tokenizer().encode(text)[:tokens]
+    if not len(ids) > 1:
+        raise ValueError(f"the text has {len(ids)} tokens; give one of at least 2")
+    check_length(base.config, len(ids))
+    return windows(ids, context=len(ids))[0]
+
+
+def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B N"]:
+    """Columns of the last `count` tokens of each sequence, padding left out, in order.
+
+    Raises ValueError where a sequence's last document has fewer than count + 31 tokens: the first of the rows sees at
+    least 32 keys.
+    """
+    if not count > 0:
+        raise ValueError(f"the number of rows must be at least 1, got {count}")
+    found = []
+    for segments in np.asarray(batch["segments"]):
+        real = np.flatnonzero(segments > 0)
+        last = real[segments[real] == segments[real[-1]]] if real.size else real
+        needed = count + LEAST_KEYS - 1
+        if not last.size >= needed:
+            raise ValueError(
+                f"{count} rows need a document of at least {needed} tokens, so that the first of them sees "
+                f"{LEAST_KEYS} keys, and one has {last.size}; give a longer text or fewer rows"
+            )
+        found.append(last[-count:])
+    return np.stack(found).astype(np.int32)
+
+
+def as_batch(batch: Batch) -> dict[str, Int[Array, "B T"]]:
+    """The three arrays of a batch that a pass takes, as jax arrays."""
+    return {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
+
+
+def see_rows(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batch: dict[str, Int[Array, "B T"]],
+    rows: Int[Array, "B N"],
+    look: Callable[[Chunk], Any],
+    *,
+    implementation: str | None = None,
+) -> Any:
+    """look(chunk) of every layer, stacked [L, ...], in a pass that reads everything. To be called in jitted code.
+
+    The chunk holds the N query rows of the columns `rows` and all S = T keys; its importance is None without a
+    predictor, and means nothing in layer 0.
+    """
+    base, segments = model.config, batch["segments"]
+    x = embed(model, batch["tokens"])
+    dense = dense_mixer(base, segments, implementation)
+    begun, step = importance_walk(predictor, x, batch, implementation=implementation)
+
+    def mixer(state, view):
+        state, importance = step(state, view)
+
+        def at(sliding_window):
+            return look(row_chunk(view, importance, segments, rows, sliding_window))
+
+        return dense(None, view)[0], state, by_window(base, view.index, at)
+
+    return run_layers(model, x, batch["positions"], mixer, begun)[2]
+
+
+def row_chunk(
+    view: LayerView,
+    importance: Importance | None,
+    segments: Int[Array, "B T"],
+    rows: Int[Array, "B N"],
+    sliding_window: int | None,
+) -> Chunk:
+    """The query rows of the given columns with all keys of the sequence, as policies look at them."""
+    kv_heads = view.k.shape[2]
+
+    def queries(x):
+        x = jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]), 1, 3)
+
+    def scores(q, k):
+        """Scaled products [B, K, G, N, S]; k: [B, T, K or H, width]."""
+        form, k = "bkgnd,bksd->bkgns", jnp.moveaxis(k, 1, 2)
+        if k.shape[1] != kv_heads:
+            form, k = "bkgnd,bkgsd->bkgns", k.reshape(k.shape[0], kv_heads, -1, *k.shape[2:])
+        return jnp.einsum(form, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+
+    q = queries(view.q)
+    predicted = None if importance is None else scores(queries(importance[0]), importance[1])
+    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    starts = document_starts(segments)
+    start = jnp.take_along_axis(starts, rows, axis=1)
+    return Chunk(
+        view.index, q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), jnp.moveaxis(view.k, 1, 2), scores(q, view.k),
+        predicted, Rows(rows, start), columns, visible(segments, rows, columns, sliding_window), starts,
+    )  # fmt: skip
+
+
+def visible(
+    segments: Int[Array, "B T"], rows: Int[Array, "B N"], columns: Int[Array, " T"], sliding_window: int | None
+) -> Bool[Array, "B N T"]:
+    """The keys a row may see: of its document, up to itself, and in the sliding window where there is one."""
+    own = jnp.take_along_axis(segments, rows, axis=1)
+    seen = (columns[None, None] <= rows[:, :, None]) & (segments[:, None] == own[:, :, None])
+    return seen if sliding_window is None else seen & (columns[None, None] > (rows - sliding_window)[:, :, None])
+
+
+def softmax(scores: Float[Array, "B K G N S"], keys: Bool[Array, "B N S"]) -> Float[Array, "B K G N S"]:
+    """Weights over the given keys of each row, 0 elsewhere."""
+    return masked_softmax(scores, keys[:, None, None])
+
+
+def by_heads(stacked: Array) -> np.ndarray:
+    """[L, B, K, G, ...] as it comes out of a pass -> numpy [B, L, H, ...]."""
+    found = np.asarray(stacked)
+    layers, batch, kv_heads, group = found.shape[:4]
+    return np.swapaxes(found.reshape(layers, batch, kv_heads * group, *found.shape[4:]), 0, 1)

@@ -1,0 +1,131 @@
+"""Settings of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from butler_jax.parallel import HostsConfig
+from butler_jax.selection import SelectionConfig, parse_budget
+from butler_jax.storage import require_local, split_list
+
+DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
+
+
+TASKS = ("perplexity", "attention", "coreference", "needle", "key_value", "variables", *DOWNSTREAM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(HostsConfig):
+    """Judge a base model under policies and budgets, and the predictor of a training run among them.
+
+    Lists are comma-separated on the command line. Budgets are fractions (0.25 or 1/4) or numbers of tokens (256).
+    """
+
+    run: Path | None = None
+    """Directory of a training run; its predictor is the policy tokenbutler. Default: the base model alone."""
+    base: str | None = None
+    """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
+    compare: tuple[str | Path, ...] = ()
+    """Further runs on the same base: their predictors are judged too, as tokenbutler:KIND."""
+    tasks: tuple[str, ...] = ("perplexity", "attention", "coreference")
+    """perplexity; attention (recalled mass, hit rate, rank correlation); coreference; needle, key_value, variables;
+    lambada, piqa, winogrande, arc_easy (need --downstream and the extra harness)."""
+    text: Path | None = None
+    """Text file for perplexity, attention, and the haystack of needles. Default: the held-out part of --data."""
+    data: str | None = None
+    """Text and data sets as train.py takes them (text:..., tfds:...). Default: the run's, else python_docs."""
+    downstream: Path | None = None
+    """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
+    policies: tuple[str, ...] | None = None
+    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler; in Python also
+    policies themselves. snapkv and citrus run row by row here. Default: dense, oracle, random, streaming and, where
+    there is a predictor, tokenbutler."""
+    budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
+    """Share of the causal keys a query attends, or an integer number of tokens; sinks and recent tokens included."""
+    sinks: int = 4
+    """First tokens that are always attended."""
+    recent: int = 8
+    """Newest tokens that are always attended."""
+    tokens: int = 8192
+    """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
+    context: int = 1024
+    """Tokens in a window of text; windows do not overlap."""
+    stride: int | None = None
+    """Perplexity in overlapping windows, each so many tokens after the one before; a token is predicted once, after at
+    least context - stride others. Needs --text."""
+    attention_rows: int = 256
+    """About how many rows of each window the task attention measures, spread evenly."""
+    samples: int = 64
+    """Co-reference samples, key_value and variables samples of each length."""
+    lengths: tuple[str | int, ...] = (256, 512, 1024)
+    """Tokens of the samples of needle, key_value and variables."""
+    depths: tuple[str | float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where needles lie: 0 is the beginning of the haystack, 1 its end."""
+    needles: int = 4
+    """Needle samples of each length and depth."""
+    limit: int = 200
+    """Items of each downstream task."""
+    batch_size: int = 4
+    """Windows or samples in a pass."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
+    score_dtype: Literal["int8"] | None = None
+    """int8 rounds the predictor's importance keys as decoding stores them after a prompt of the whole text.
+    Default: that of the base model."""
+    data_dir: str | None = None
+    """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
+    seed: int = 0
+    """Seed of the samples and of the policy random."""
+    out: Path | None = None
+    """Directory of the report. Default: RUN/eval, without a run ./eval."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_local(self)
+        object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
+        for name in ("tasks", "policies", "budgets", "lengths", "depths"):
+            if getattr(self, name) is None:
+                continue
+            object.__setattr__(self, name, split_list(getattr(self, name)))
+            if not getattr(self, name):
+                raise ValueError(f"--{name} names nothing; give at least one")
+        object.__setattr__(self, "compare", tuple(Path(p) for p in split_list(self.compare)))
+        object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
+        object.__setattr__(self, "lengths", _numbers("lengths", int, self.lengths))
+        object.__setattr__(self, "depths", _numbers("depths", float, self.depths))
+        unknown = [t for t in self.tasks if t not in TASKS]
+        if unknown:
+            raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+        if not all(n > 1 for n in self.lengths):
+            raise ValueError(f"--lengths are numbers of tokens, got {min(self.lengths)}")
+        if not all(0 <= d <= 1 for d in self.depths):
+            raise ValueError(f"--depths are 0 ... 1, got {self.depths}")
+        wanting = [t for t in self.tasks if t in DOWNSTREAM]
+        if wanting and self.downstream is None:
+            raise ValueError(f"the task {', '.join(wanting)} reads local files: give their directory with --downstream")
+        if not (self.stride is None or (0 < self.stride < self.context and self.text is not None)):
+            raise ValueError(
+                f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}"
+            )
+        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not self.context > 1:
+            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
+        if not self.tokens > 1:
+            raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
+        for budget in self.budgets:
+            self.selection(budget)
+
+    def selection(self, budget: float | int) -> SelectionConfig:
+        """The selection of one of the budgets."""
+        return SelectionConfig(budget=budget, sinks=self.sinks, recent=self.recent)
+
+
+def _numbers(name: str, kind: type, values: tuple) -> tuple:
+    try:
+        return tuple(kind(v) for v in values)
+    except ValueError:
+        raise ValueError(f"--{name} must be numbers separated by commas, got {','.join(map(str, values))}") from None

@@ -1,0 +1,1 @@
+"""What a contender is judged on."""

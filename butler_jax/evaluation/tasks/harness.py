@@ -1,0 +1,314 @@
+"""The model `butler` of lm-evaluation-harness: its tasks under a policy and a budget.
+
+Tokens are split, moved and truncated as the harness's own model `hf` does it. Likelihoods come from one pass in which
+every position, those of the context among them, attends its own choice (simulate.py). Texts are generated after a dense
+prefill, every new token attending its own choice (generation.py); a policy that evicts drops tokens of the prompt too,
+while it is read or, if it cuts once, at its end. `get_model_info` puts both into the results.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from tqdm import tqdm
+
+from butler_jax.decoding import bucket, check_score_dtype, generate_stream
+from butler_jax.evaluation.tasks.harness_arguments import model_arguments
+from butler_jax.evaluation.tasks.passes import Passes
+from butler_jax.model import parameter_count
+from butler_jax.policies import Policy, describe
+from butler_jax.predictors import Predictor
+from butler_jax.selection import SelectionConfig
+from butler_jax.storage import to_dict
+from butler_jax.text import stop_tokens
+from butler_jax.weights import Base
+
+LEAST = 32  # rows are padded to the next of 1, 1.5, 2, 3, 4 ... times as many tokens
+NEW_TOKENS = 256  # of a generated text whose task names no limit
+SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+Row = tuple[tuple[int, ...], int]  # tokens, and how many of the last are asked for
+
+
+@register_model("butler")
+class ButlerLM(TemplateLM):
+    """A base under a policy and a budget, as lm-evaluation-harness asks models.
+
+    predictor: needed by the policy tokenbutler. max_length: tokens that a prediction may look back on; at most and by
+    default the model's context less one, for the token that is predicted. batch_size: rows a pass. score_dtype: as
+    `simulate`. add_bos_token: whether a text begins with the tokenizer's first token; None: as the tokenizer says.
+    progress: whether to show bars. passes: those of the base that other models of it share (passes.py).
+
+    `read` and `rows` sum up, over the input tokens of all passes, the fraction of the causal keys that was read and the
+    tokens. Raises ValueError for what cannot be.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        policy: Policy,
+        selection: SelectionConfig,
+        predictor: Predictor | None = None,
+        *,
+        max_length: int | None = None,
+        batch_size: int | str = 1,
+        score_dtype: str | None = None,
+        add_bos_token: bool | None = None,
+        progress: bool = True,
+        passes: Passes | None = None,
+    ):
+        super().__init__()
+        if predictor is None and policy.needs_predictor:
+            raise ValueError(
+                f"the policy {policy.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense"
+            )
+        check_score_dtype(score_dtype)
+        most = base.config.context - 1
+        if not (max_length is None or (isinstance(max_length, int) and 2 <= max_length <= most)):
+            raise ValueError(
+                f"max_length must be 2 to {most} tokens (the context of {base.name} less the token that is "
+                f"predicted), got {max_length!r}"
+            )
+        number = int(batch_size) if str(batch_size).isdigit() else 0
+        if not number > 0:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        self.base, self.policy, self.selection = base, policy, selection
+        self.predictor = predictor if policy.needs_predictor else None
+        self.text = base.require_tokenizer()
+        self.max_length, self.batch_size = max_length or most, number
+        self.score_dtype, self.add_bos_token, self.progress = score_dtype, add_bos_token, progress
+        self.passes = passes or Passes(base.model, score_dtype=score_dtype)
+        self.read, self.rows = 0.0, 0
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> ButlerLM:
+        """The model of `--model_args`; see `model_arguments`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict | None = None) -> ButlerLM:
+        """The model of named arguments; see `model_arguments`. They come before the command line's own options."""
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        given.pop("device", None)  # the command line says cuda:0 unasked; JAX has its own choice
+        return cls(**model_arguments(**{**given, **arg_dict}))
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The token that ends a text."""
+        return self.text.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text without context. Raises ValueError where the tokenizer has none."""
+        token = self.text.eos if self.text.bos is None else self.text.bos
+        if token is None:
+            raise ValueError(f"the tokenizer of {self.base.name} has no token that begins or ends a text")
+        return token
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task names no limit."""
+        return NEW_TOKENS
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches."""
+        return f"{self.base.name}-{self.base.fingerprint}"
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        """Raises ValueError: tokenizers are read without their templates."""
+        raise ValueError("the model butler has no chat templates; leave --apply_chat_template out")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Token ids; a text that begins with the first token's name is not given that token twice."""
+        bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        if add_special_tokens is None and has_bos_prefix(string, self._name(self.prefix_token_id)):
+            bos = False
+        return self.text.encode(string, bos=bool(bos) and self.text.bos is not None if bos is not None else None)
+
+    def _name(self, token: int) -> str:
+        return self.text.backend.decode([token], skip_special_tokens=False)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether it is the greedy one) of every request's continuation after its context."""
+        return super().loglikelihood(requests, disable_tqdm or not self.progress)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether it is the greedy one) of every (texts, context ids, continuation ids)."""
+        rows: dict[Row, list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            rows.setdefault(self._row(context, continuation), []).append(number)
+        answers: list[Any] = [None] * len(requests)
+        order = sorted(rows, key=lambda row: (-len(row[0]), row))
+        with self._bar(len(requests), "Running loglikelihood requests", disable_tqdm) as bar:
+            for start in range(0, len(order), self.batch_size):
+                part = order[start : start + self.batch_size]
+                for row, answer in zip(part, self._score(part, min(self.batch_size, len(order))), strict=True):
+                    for number in rows[row]:
+                        answers[number] = answer
+                        if requests[number][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+                    bar.update(len(rows[row]))
+        return answers
+
+    def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
+        """Context and continuation, what is too long cut off at its left."""
+        if not len(continuation) > 0:
+            raise ValueError("a continuation has no tokens; the task asks for the likelihood of nothing")
+        if not len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation of {len(continuation)} tokens is longer than max_length, {self.max_length}; raise "
+                "it, or leave the task out"
+            )
+        return tuple([*context, *continuation][-(self.max_length + 1) :]), len(continuation)
+
+    def _score(self, rows: Sequence[Row], count: int) -> list[tuple[float, bool]]:
+        batch = scoring_batch(rows, count, self.base.config.context)
+        asked = batch.pop("asked")
+        found = self.passes(batch, self.policy, self.selection, self.predictor, wanted=asked)
+        following = np.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
+        nll = np.where(asked, found.nll.astype(np.float64), 0).sum(axis=1)
+        greedy = ((found.greedy == following) | ~asked).all(axis=1)
+        inputs = np.pad(batch["segments"][:, 1:], ((0, 0), (0, 1))) > 0
+        self.read += float(found.attended.astype(np.float64)[inputs].sum())
+        self.rows += int(inputs.sum())
+        return [(-float(nll[b]), bool(greedy[b])) for b in range(len(rows))]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts in windows of max_length; every token is predicted once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            found = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows += found
+            owners += [number] * len(found)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """The text after every context, up to the first of its stop strings. Equal greedy requests are made once."""
+        groups: dict[str, tuple[dict, dict]] = {}
+        for number, (context, settings) in enumerate(request.args for request in requests):
+            drawn = settings.get("do_sample", False) or settings.get("temperature", 0) > 0
+            _, members = groups.setdefault(repr(sorted(settings.items())), (settings, {}))
+            members.setdefault((context, number if drawn else 0), []).append(number)
+        texts = [""] * len(requests)
+        with self._bar(len(requests), "Running generate_until requests", disable_tqdm) as bar:
+            for settings, members in groups.values():
+                tokens = {member: self.tok_encode(member[0]) for member in members}
+                order = sorted(members, key=lambda member: (-len(tokens[member]), member))
+                for start in range(0, len(order), self.batch_size):
+                    part = order[start : start + self.batch_size]
+                    spare = min(self.batch_size, len(order)) - len(part)
+                    seeds = [number for _, number in part]
+                    made = self._generate([tokens[member] for member in part], seeds, spare, settings)
+                    for member, text in zip(part, made, strict=True):
+                        for number in members[member]:
+                            texts[number] = text
+                            self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                        bar.update(len(members[member]))
+        return texts
+
+    def _generate(self, prompts: list[list[int]], seeds: list[int], spare: int, settings: dict) -> list[str]:
+        """Texts after prompts; `spare` more rows keep the shape of the batches before."""
+        given = normalize_gen_kwargs(copy.deepcopy(settings), self.max_gen_toks)
+        new = given.pop("max_gen_toks")
+        eos = None if self.text.eos is None else self._name(self.text.eos)
+        until = [one for one in handle_stop_sequences(given.pop("until", None), eos) if one]
+        given.pop("do_sample")
+        unknown = sorted(set(given) - set(SAMPLING))
+        if unknown:
+            raise ValueError(f"the model butler does not know {', '.join(unknown)}; it knows {', '.join(SAMPLING)}")
+        room = self.max_length - new
+        if not room > 0:
+            raise ValueError(
+                f"{new} new tokens leave no room for a prompt in max_length, {self.max_length}; lower max_gen_toks"
+            )
+        prompts = [(prompt or [self.prefix_token_id])[-room:] for prompt in prompts]
+        dense = self.policy.name == "dense"
+        pieces = generate_stream(
+            self.base, prompts + prompts[-1:] * spare, predictor=self.predictor,
+            selection=None if dense else self.selection, policy=None if dense else self.policy, max_new_tokens=new,
+            stop=sorted(stop_tokens(self.base, None)), seed=seeds + seeds[-1:] * spare, score_dtype=self.score_dtype,
+            **given,
+        )  # fmt: skip
+        texts, open_rows = [""] * len(prompts), set(range(len(prompts)))
+        made = [0] * len(prompts)
+        for piece in pieces:
+            if piece.row not in open_rows:
+                continue
+            texts[piece.row] += piece.text
+            made[piece.row] += 1
+            ended = piece.token == self.text.eos or made[piece.row] == new
+            if ended or any(stop in texts[piece.row] for stop in until):
+                open_rows.discard(piece.row)
+            if not open_rows:
+                break
+        return [postprocess_generated_text(text, until, None) for text in texts]
+
+    def _bar(self, total: int, title: str, disable: bool) -> tqdm:
+        return tqdm(total=total, desc=title, disable=disable or not self.progress)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: base, policy, budget, and what reads how."""
+        dense = self.policy.name == "dense"
+        return {
+            "model_num_parameters": parameter_count(self.base.model),
+            "model_dtype": str(self.base.model.embedding[...].dtype),
+            "base": self.base.name,
+            "fingerprint": self.base.fingerprint,
+            "policy": describe(self.policy),
+            "selection": None if dense else to_dict(self.selection),
+            "score_dtype": self.score_dtype,
+            "max_length": self.max_length,
+            "attended": self.attended,
+            **modes(self.policy),
+        }
+
+    @property
+    def attended(self) -> float | None:
+        """Mean fraction of the causal keys that was read in layers 1 ... for likelihoods; None before there are any."""
+        return self.read / self.rows if self.rows else None
+
+
+def modes(policy: Policy) -> dict[str, str]:
+    """What reads how under a policy, in words: for likelihoods, and for texts that are generated."""
+    if policy.name == "dense":
+        return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
+    choice = "every position attends its own choice, those of the context too (decoding simulated)"
+    if policy.once:
+        told = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
+    elif policy.evicts:
+        told = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
+    else:
+        told = "the prompt is prefilled densely, every new token attends its own choice"
+    return {"loglikelihood_mode": choice, "generation_mode": told}
+
+
+def scoring_batch(rows: Sequence[Row], count: int, context: int) -> dict[str, np.ndarray]:
+    """Rows as a batch of `count`: tokens, segments, positions, and `asked`: where the next token is asked for.
+
+    The width is the next of a few sizes, so that few shapes compile; at most `context`.
+    """
+    width = min(bucket(max(len(tokens) for tokens, _ in rows), LEAST), context)
+    batch = {name: np.zeros((count, width), np.int32) for name in ("tokens", "segments", "positions")}
+    batch["positions"][:] = np.arange(width, dtype=np.int32)
+    batch["asked"] = np.zeros((count, width), bool)
+    for b, (tokens, last) in enumerate(rows):
+        batch["tokens"][b, : len(tokens)] = tokens
+        batch["segments"][b, : len(tokens)] = 1
+        batch["asked"][b, len(tokens) - 1 - last : len(tokens) - 1] = True
+    return batch

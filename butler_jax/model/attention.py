@@ -1,0 +1,357 @@
+"""Causal grouped-query attention in memory linear in the sequence, per platform: XLA, cuDNN or Splash."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.parallel import mesh
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+CHUNK = 128  # query rows formed at a time
+BANDS = 4  # static key prefixes; more of them compute less above the diagonal and compile longer
+LANES = 128  # minor dimension of a TPU tile
+LOWEST = -1e30  # logits are above it, or count as -inf; finite, so that no row gives NaN
+
+
+def causal_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K V"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B T"] | None = None,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+    """Softmax attention of every token over itself and the tokens before it, keys shared by H/K query heads.
+
+    segments: the document of each token; tokens attend within their document only. 0 is padding: its rows are finite
+    and mean nothing. key_segments: those of the keys, where they differ from the queries'; rows without a key in their
+    document are finite and mean nothing. sliding_window: a query sees itself and the sliding_window-1 tokens before it;
+    static; beyond T it changes nothing. scale: factor on the logits, D**-0.5 unless given. return_lse: also the
+    log-sum-exp of the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it to the dtype of q.
+
+    A logit of -inf (-1e30 and below) weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with
+    "xla". A logit that is NaN or +inf makes its own row and head NaN, no other; a value that is, all rows of its head.
+
+    implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
+    "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
+    "splash" is the TPU kernel of `jax.experimental.pallas`, interpreted (slowly) on CPU. None takes splash
+    on TPU, cudnn on GPU where it can, and xla otherwise; a named one is used or raises. On a mesh of
+    several devices splash is split as `mesh.by_rows_and_heads` says.
+
+    Raises ValueError for shapes that do not fit, an unknown implementation, or one that cannot do the task.
+    """
+    check_shapes(q, k, v, segments, sliding_window)
+    if key_segments is None:
+        key_segments = segments
+    elif segments is None or key_segments.shape != segments.shape:
+        raise ValueError("key_segments goes with segments, both [B, T]")
+    name = choose_implementation(implementation, q, v.shape[-1], segments)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if name == "xla":
+        out, lse = _xla(q, k, v, segments, key_segments, sliding_window, scale)
+    elif name == "cudnn":
+        out, lse = _cudnn(q, k, v, sliding_window, scale)
+    else:
+        out, lse = _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse)
+    return (out, jax.lax.stop_gradient(lse.astype(jnp.float32))) if return_lse else out
+
+
+def choose_implementation(
+    implementation: str | None, q: Float[Array, "B T H D"], value_dim: int, segments: Int[Array, "B T"] | None
+) -> str:
+    """The implementation to run; raises ValueError if a named one is unknown or cannot take these inputs."""
+    platform = mesh.platform()
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if implementation is None:
+        if platform == "tpu":
+            return "splash"
+        narrow = platform == "gpu" and max(q.shape[-1], value_dim) <= cudnn_head_dim()
+        return "cudnn" if narrow and half and segments is None else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {IMPLEMENTATIONS}")
+    if implementation == "cudnn":
+        if segments is not None:
+            raise ValueError('"cudnn" attention cannot keep documents apart; drop segments or use "xla"')
+        if not half:
+            raise ValueError(f'"cudnn" attention needs bfloat16 or float16, got {q.dtype}; cast or use "xla"')
+        if platform != "gpu":
+            raise ValueError(f'"cudnn" attention needs an NVIDIA GPU, the platform is {platform}; use "xla"')
+    if implementation == "splash" and platform == "gpu":
+        raise ValueError('"splash" attention is a TPU kernel, the platform is gpu; use "cudnn" or "xla"')
+    return implementation
+
+
+def cudnn_head_dim() -> int:
+    """The widest head cuDNN's flash attention takes on this GPU: 256 from Hopper on, 128 before."""
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    return 256 if float(capability) >= 9 else 128
+
+
+def check_shapes(q, k, v, segments, sliding_window) -> None:
+    """Raise ValueError unless q, k, v, segments and sliding_window fit `causal_attention`."""
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k and v must be [B, T, heads, dim]; got {q.shape}, {k.shape}, {v.shape}")
+    if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} differ in batch, length, KV heads or width")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads; use a multiple")
+    if segments is not None and segments.shape != q.shape[:2]:
+        raise ValueError(f"segments must be [B, T] = {q.shape[:2]}, got {segments.shape}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1 (the token itself), got {sliding_window}")
+
+
+# --- XLA: chunks of query rows, keys in bands -----------------------------------------------------
+
+
+class Band(NamedTuple):
+    """Query chunks start..stop-1 read `keys` keys: the first ones, or if sliding those up to the chunk."""
+
+    start: int
+    stop: int
+    keys: int
+    sliding: bool
+
+    def first_key(self, index: Int[Array, ""], chunk: int) -> Int[Array, ""] | int:
+        """Position of the first key that chunk `index` reads."""
+        return jnp.maximum((index + 1) * chunk - self.keys, 0) if self.sliding else 0
+
+    def take(self, x: Array, first: Int[Array, ""] | int, axis: int) -> Array:
+        """The keys read from `first` on, along `axis`."""
+        slice_keys = jax.lax.dynamic_slice_in_dim if self.sliding else jax.lax.slice_in_dim
+        return slice_keys(x, first, self.keys if self.sliding else first + self.keys, axis=axis)
+
+
+def make_bands(chunks: int, chunk: int, sliding_window: int | None) -> list[Band]:
+    """Static key ranges for `chunks` chunks of queries.
+
+    Without a sliding_window, the chunks of a band read the keys up to the band's end. With one, a chunk reads its own
+    keys and the sliding_window before its first row, so its work does not grow with the sequence.
+    """
+    reach = chunks * chunk if sliding_window is None else chunk * (1 + -(-(sliding_window - 1) // chunk))
+    width = -(-chunks // BANDS)
+    found: list[Band] = []
+    for start in range(0, chunks, width):
+        stop = min(start + width, chunks)
+        if reach < stop * chunk:
+            return [*found, Band(start, chunks, reach, True)]
+        found.append(Band(start, stop, stop * chunk, False))
+    return found
+
+
+def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "N B K M D"]:
+    """Chunks of queries, T padded with 0; the M = H/K * chunk rows that share a KV head are one tile."""
+    batch, length, heads, dim = x.shape
+    chunks = -(-length // chunk)
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
+    x = x.reshape(batch, chunks, chunk, kv_heads, heads // kv_heads, dim)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(chunks, batch, kv_heads, heads // kv_heads * chunk, dim)
+
+
+def merge_queries(x: Float[Array, "N B K M D"], chunk: int, length: int) -> Float[Array, "B T H D"]:
+    """The inverse of split_queries."""
+    chunks, batch, kv_heads, rows, dim = x.shape
+    x = x.reshape(chunks, batch, kv_heads, rows // chunk, chunk, dim).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, chunks * chunk, kv_heads * (rows // chunk), dim)[:, :length]
+
+
+def split_keys(x: Float[Array, "B T K D"], chunk: int) -> Float[Array, "B K S D"]:
+    """Keys or values per KV head, T padded with 0 to whole chunks."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
+
+
+def split_segments(segments: Int[Array, "B T"] | None, chunk: int) -> Int[Array, "B S"] | None:
+    """Segments padded with 0 to whole chunks."""
+    return None if segments is None else jnp.pad(segments, ((0, 0), (0, -segments.shape[1] % chunk)))
+
+
+def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The column where each token's document begins; documents are contiguous."""
+    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jax.lax.cummax(jnp.where(segments != before, columns, 0), axis=1)
+
+
+def chunk_mask(
+    index: Int[Array, ""],
+    first: Int[Array, ""] | int,
+    keys: int,
+    segments: Int[Array, "B S"] | None,
+    sliding_window: int | None,
+    chunk: int,
+    key_segments: Int[Array, "B S"] | None = None,
+) -> Bool[Array, "B C keys"]:
+    """Which of the keys first..first+keys-1 the rows of chunk `index` attend to; batch 1 without segments.
+
+    key_segments: documents of the keys, default those of the queries.
+    """
+    rows = (index * chunk + jnp.arange(chunk))[:, None]
+    columns = (first + jnp.arange(keys))[None, :]
+    mask = columns <= rows
+    if sliding_window is not None:
+        mask &= columns > rows - sliding_window
+    mask = mask[None]
+    if segments is not None:
+        own = jax.lax.dynamic_slice_in_dim(segments, index * chunk, chunk, axis=1)
+        other = segments if key_segments is None else key_segments
+        other = jax.lax.dynamic_slice_in_dim(other, first, keys, axis=1)
+        mask = mask & (own[:, :, None] == other[:, None, :])
+    return mask
+
+
+def masked_exponentials(
+    queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"], scale: float
+) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
+    """`exponentials` of the products of queries and keys times scale, which is applied in float32."""
+    batch, heads, rows, _ = queries.shape
+    chunk, size = mask.shape[1:]
+    logits = jnp.einsum("bkmd,bksd->bkms", queries, keys, preferred_element_type=jnp.float32)
+    logits = (logits * scale).reshape(batch, heads, rows // chunk, chunk, size)
+    found = exponentials(logits, mask[:, None, None])
+    return tuple(a.reshape(batch, heads, rows, a.shape[-1]) for a in found)
+
+
+def exponentials(
+    logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]
+) -> tuple[Float[Array, "*B S"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:
+    """exp(logits - maximum) where the mask is set and 0 elsewhere, the row sums and log-sum-exp; all float32.
+
+    A row that sees nothing above -1e30 has weights of 0, and 1 and -1e30 for the others: nothing divides by zero.
+    """
+    logits = jnp.where(mask, logits, -jnp.inf)
+    maximum = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), LOWEST))
+    weights = jnp.exp(logits - maximum)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    total = jnp.where(total == 0, 1.0, total)
+    return weights, total, maximum + jnp.log(total)
+
+
+def masked_softmax(logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]) -> Float[Array, "*B S"]:
+    """Weights over the keys in the mask, 0 elsewhere; 0 everywhere in a row that sees nothing above -1e30."""
+    weights, total, _ = exponentials(logits, mask)
+    return weights / total
+
+
+def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K M D"]:
+    """Weights times values, float32 sums."""
+    weights = weights.astype(values.dtype)
+    return jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
+
+
+def _xla(q, k, v, segments, key_segments, sliding_window, scale):
+    length, chunk = q.shape[1], min(CHUNK, q.shape[1])
+    queries = split_queries(q, k.shape[2], chunk)
+    keys, values = split_keys(k, chunk), split_keys(v, chunk)
+    segments, key_segments = split_segments(segments, chunk), split_segments(key_segments, chunk)
+
+    def attend(band: Band, inputs):
+        index, rows = inputs
+        first = band.first_key(index, chunk)
+        mask = chunk_mask(index, first, band.keys, segments, sliding_window, chunk, key_segments)
+        weights, total, lse = masked_exponentials(rows, band.take(keys, first, 2), mask, scale)
+        return (weighted_values(weights, band.take(values, first, 2)) / total).astype(v.dtype), lse
+
+    parts = []
+    for band in make_bands(queries.shape[0], chunk, sliding_window):
+        inputs = (jnp.arange(band.start, band.stop), queries[band.start : band.stop])
+        parts.append(jax.lax.map(jax.checkpoint(functools.partial(attend, band)), inputs))
+    out, lse = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    return merge_queries(out, chunk, length), merge_queries(lse, chunk, length)[..., 0]
+
+
+# --- kernels of others ----------------------------------------------------------------------------
+
+
+def _pad_last(x: Array, width: int) -> Array:
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
+
+
+def _cudnn(q, k, v, sliding_window, scale):
+    value_dim = v.shape[-1]
+    width = -(-max(q.shape[-1], value_dim) // 8) * 8  # one width for all three, a multiple of 8
+    q, k, v = (_pad_last(x.astype(q.dtype), width) for x in (q, k, v))
+    out, lse = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+        implementation="cudnn",
+        return_residual=True,
+    )
+    return out[..., :value_dim], lse
+
+
+def _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse):
+    batch, length = q.shape[:2]
+    value_dim = v.shape[-1]
+    padding = -length % LANES
+    q = q * jnp.asarray(scale, q.dtype)
+    q, k, v = (_pad_last(x.astype(q.dtype), -(-x.shape[-1] // LANES) * LANES) for x in (q, k, v))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q, k, v))
+    if segments is None:
+        segments = key_segments = jnp.ones((batch, length), jnp.int32)
+    segments, key_segments = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, key_segments))
+
+    run = functools.partial(_splash_local, sliding_window=sliding_window, return_lse=return_lse)
+    operands = ("bh--", "bh--", "bh--", "b-", "b-")
+    run = mesh.by_rows_and_heads(run, operands, ("bh--", "bh-"), rows=batch, heads=k.shape[1])
+    out, lse = run(q, k, v, segments, key_segments)
+    return out.transpose(0, 2, 1, 3)[:, :length, :, :value_dim], lse.transpose(0, 2, 1)[:, :length]
+
+
+def _splash_local(q, k, v, segments, key_segments, *, sliding_window, return_lse):
+    """Splash attention of one device: q [B, H, T, D], k and v [B, K, T, D], T and D multiples of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    heads, length = q.shape[1:3]
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    shape = (length, length)
+    mask = splash.CausalMask(shape) if sliding_window is None else splash.LocalMask(shape, (sliding_window - 1, 0), 0)
+    make = functools.partial(
+        splash.make_splash_mha_single_device,
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        interpret=mesh.platform() == "cpu",
+    )
+
+    def each(kernel, q, k, v, own, other):  # a kernel is made where it runs: its table of blocks takes time to build
+        return jax.vmap(lambda q, k, v, own, other: kernel(q, k, v, splash.SegmentIds(own, other)))(q, k, v, own, other)
+
+    if not return_lse:
+        return each(make(), q, k, v, segments, key_segments), jnp.zeros(q.shape[:3], jnp.float32)
+
+    @jax.custom_vjp
+    def attend_with_lse(q, k, v, own, other):
+        out, (lse,) = each(make(save_residuals=True), q, k, v, own, other)
+        return out, lse
+
+    def forward(q, k, v, own, other):
+        # The kernel that returns its log-sum-exp has no derivative, but the other one keeps it for its own: the one
+        # [B, H, T] of its residuals. A version that keeps something else runs both.
+        out, pull = jax.vjp(lambda q, k, v: each(make(), q, k, v, own, other), q, k, v)
+        kept = [x for x in jax.tree.leaves(pull) if x.shape == q.shape[:3] and x.dtype == jnp.float32]
+        return (out, kept[0] if len(kept) == 1 else attend_with_lse(q, k, v, own, other)[1]), pull
+
+    attend_with_lse.defvjp(forward, lambda pull, cotangents: (*pull(cotangents[0]), None, None))
+    return attend_with_lse(q, k, v, segments, key_segments)

@@ -1,0 +1,261 @@
+"""The frozen decoder: one Flax NNX module tree for every family, and one scan over its layers.
+
+Modules only hold parameters; layers are stacked on a leading axis L. `run_layers` is the single walk through the
+decoder: what attends (dense, distilling, sparse, cached) is passed in as a mixer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from butler_jax.model.attention import causal_attention
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.layers import rms_norm, rope_frequencies, rotary, rotary_angles, swiglu
+from butler_jax.parallel import constrain
+
+# Logical axes of every parameter, by name; sharding.py maps them to the mesh.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocab", "width"),
+    "unembedding": ("vocab", "width"),
+    "final_norm": ("norm",),
+    "attention_norm": ("layers", "norm"),
+    "mlp_norm": ("layers", "norm"),
+    "q": ("layers", "width", "heads", "head_dim"),
+    "k": ("layers", "width", "kv_heads", "head_dim"),
+    "v": ("layers", "width", "kv_heads", "head_dim"),
+    "o": ("layers", "heads", "head_dim", "width"),
+    "q_bias": ("layers", "heads", "head_dim"),
+    "k_bias": ("layers", "kv_heads", "head_dim"),
+    "v_bias": ("layers", "kv_heads", "head_dim"),
+    "o_bias": ("layers", "norm"),
+    "q_norm": ("layers", "head_dim"),
+    "k_norm": ("layers", "head_dim"),
+    "gate": ("layers", "width", "hidden"),
+    "up": ("layers", "width", "hidden"),
+    "down": ("layers", "hidden", "width"),
+    "gate_bias": ("layers", "hidden"),
+    "up_bias": ("layers", "hidden"),
+    "down_bias": ("layers", "norm"),
+}
+
+
+class Layers(nnx.Module):
+    """Parameters of all L decoder layers, each array with a leading layer axis (absent ones are None)."""
+
+    def __init__(self, config: BaseConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
+        c = config
+        L, E, H, K, D, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.hidden
+        keys = iter(jax.random.split(key, 7))
+
+        def dense(*shape: int, inputs: int, gain: float = 1.0) -> nnx.Param:
+            return nnx.Param((jax.random.normal(next(keys), (L, *shape)) * gain * inputs**-0.5).astype(dtype))
+
+        quiet = (2 * L * E) ** -0.5  # what the blocks add starts no louder than the embeddings
+
+        def vector(*shape: int, fill: float, when: bool = True) -> nnx.Param | None:
+            return nnx.Param(jnp.full((L, *shape), fill, dtype)) if when else None
+
+        self.attention_norm = vector(E, fill=1.0)
+        self.q, self.k, self.v = dense(E, H, D, inputs=E), dense(E, K, D, inputs=E), dense(E, K, D, inputs=E)
+        self.o = dense(H, D, E, inputs=H * D, gain=quiet)
+        self.q_bias, self.k_bias, self.v_bias = (vector(n, D, fill=0.0, when=c.qkv_bias) for n in (H, K, K))
+        self.o_bias = vector(E, fill=0.0, when=c.output_bias)
+        self.q_norm, self.k_norm = (vector(D, fill=1.0, when=c.qk_norm) for _ in range(2))
+        self.mlp_norm = vector(E, fill=1.0)
+        self.gate, self.up = dense(E, F, inputs=E), dense(E, F, inputs=E)
+        self.down = dense(F, E, inputs=F, gain=quiet)
+        self.gate_bias, self.up_bias = (vector(F, fill=0.0, when=c.mlp_bias) for _ in range(2))
+        self.down_bias = vector(E, fill=0.0, when=c.mlp_bias)
+
+
+class BaseModel(nnx.Module):
+    """A decoder-only language model: embedding [V, E], stacked layers, final norm, unembedding [V, E] (None: tied)."""
+
+    def __init__(self, config: BaseConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
+        first, second, third = jax.random.split(key, 3)
+        self.config = config
+
+        def table(k: Key[Array, ""]) -> nnx.Param:
+            values = jax.random.normal(k, (config.vocab_size, config.width)) * config.width**-0.5
+            return nnx.Param(values.astype(dtype))
+
+        self.embedding = table(first)
+        self.layers = Layers(config, second, dtype)
+        self.final_norm = nnx.Param(jnp.ones((config.width,), dtype))
+        self.unembedding = None if config.tied else table(third)
+
+
+class LayerView(NamedTuple):
+    """What a layer shows to whatever mixes its tokens.
+
+    index: the layer, from 0. weights: this layer's parameters (no layer axis). x: the residual stream entering it.
+    q, k: after per-head norm and rotary; k_pre: the key before rotary (after its norm).
+    """
+
+    index: Int[Array, ""]
+    weights: Layers
+    x: Float[Array, "B T E"]
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B T K D"]
+    k_pre: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+
+
+Mixer = Callable[[Any, LayerView], tuple[Float[Array, "B T H D"], Any, Any]]
+"""(carry, view) -> (attention output, new carry, a value to stack over layers or None)."""
+
+
+def embed(model: BaseModel, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    """Token embeddings entering layer 0."""
+    return jnp.take(model.embedding[...], tokens, axis=0)
+
+
+def logits(model: BaseModel, x: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
+    """Final norm and unembedding of the residual stream; float32."""
+    table = model.embedding if model.unembedding is None else model.unembedding
+    y = rms_norm(few_tokens(x), model.final_norm[...], model.config.norm_eps)
+    found = jnp.einsum("...e,ve->...v", y, table[...], preferred_element_type=jnp.float32)
+    return constrain(found, ("batch", "vocab")) if found.ndim == 2 else found
+
+
+def few_tokens(x: Float[Array, "B *T E"]) -> Float[Array, "B *T E"]:
+    """One token a row (no T, or 1): split over a mesh as the rows of the weights are that it meets; more: x itself.
+
+    The weights then stay where they are and partial sums of a few numbers travel; of many tokens, the weights would be
+    the smaller thing to move.
+    """
+    if x.ndim == 3 and x.shape[1] > 1:
+        return x
+    return constrain(x, ("whole",) * (x.ndim - 1) + ("width",))
+
+
+def project(layer: Layers, x: Float[Array, "B T E"], eps: float) -> tuple[Array, Array, Array]:
+    """Queries [B,T,H,D], keys and values [B,T,K,D] before rotary, after bias and per-head norm."""
+    h = rms_norm(x, layer.attention_norm[...], eps)
+    q, k, v = (jnp.einsum("bte,ehd->bthd", h, w[...]) for w in (layer.q, layer.k, layer.v))
+    if layer.q_bias is not None:
+        q, k, v = (a + b[...][None, None] for a, b in ((q, layer.q_bias), (k, layer.k_bias), (v, layer.v_bias)))
+    if layer.q_norm is not None:
+        q, k = rms_norm(q, layer.q_norm[...], eps), rms_norm(k, layer.k_norm[...], eps)
+    return q, k, v
+
+
+def mlp(layer: Layers, x: Float[Array, "B T E"], eps: float) -> Float[Array, "B T E"]:
+    """The gated feed-forward block, without its residual connection."""
+    h = rms_norm(x, layer.mlp_norm[...], eps).reshape(
+        -1, x.shape[-1]
+    )  # rows of tokens: XLA's CPU backward is 2x faster
+    gate, up = h @ layer.gate[...], h @ layer.up[...]
+    if layer.gate_bias is not None:
+        gate, up = gate + layer.gate_bias[...][None], up + layer.up_bias[...][None]
+    y = (swiglu(gate, up) @ layer.down[...]).reshape(x.shape)
+    return y if layer.down_bias is None else y + layer.down_bias[...][None, None]
+
+
+def rope_angles(
+    config: BaseConfig, positions: Int[Array, "B T"], length: int
+) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
+    """Cosine and sine [B, T, rotary_dim/2] of a model at these positions; length as in layers.rope_frequencies."""
+    frequencies, factor = rope_frequencies(config.rope, config.rotary_dim, context=config.context, length=length)
+    return rotary_angles(positions, frequencies, factor)
+
+
+def run_layers(
+    model: BaseModel,
+    x: Float[Array, "B T E"],
+    positions: Int[Array, "B T"],
+    mixer: Mixer,
+    carry: Any,
+    *,
+    length: int | None = None,
+) -> tuple[Float[Array, "B T E"], Any, Any]:
+    """Scan x through every layer with `mixer` in the place of attention.
+
+    Returns the last residual stream, the mixer's last carry, and its stacked values [L, ...]. length: tokens the
+    rotary frequencies are planned for (default T); give the cache's capacity when decoding.
+    """
+    config = model.config
+    cos, sin = (a[:, :, None] for a in rope_angles(config, positions, length or x.shape[1]))
+
+    def body(state, scanned):
+        x, carry = state
+        x = few_tokens(x)
+        layer, index = scanned
+        q, k_pre, v = project(layer, x, config.norm_eps)
+        view = LayerView(index, layer, x, rotary(q, cos, sin), rotary(k_pre, cos, sin), k_pre, v)
+        mixed, carry, out = mixer(carry, view)
+        y = jnp.einsum("bthd,hde->bte", mixed.astype(x.dtype), layer.o[...])
+        if layer.o_bias is not None:
+            y = y + layer.o_bias[...][None, None]
+        x = x + y
+        x = x + mlp(layer, x, config.norm_eps)
+        return (x, carry), out
+
+    (x, carry), outs = jax.lax.scan(body, (x, carry), (model.layers, jnp.arange(config.layers)))
+    return x, carry, outs
+
+
+def by_window(config: BaseConfig, index: Int[Array, ""], attend: Callable[[int | None], Any]) -> Any:
+    """attend(sliding_window) with this layer's static sliding window.
+
+    Where layers differ, both forms compile and one runs.
+    """
+    sliding = config.sliding
+    if all(sliding) or not any(sliding):
+        return attend(config.sliding_window if all(sliding) else None)
+    return jax.lax.cond(jnp.asarray(sliding)[index], partial(attend, config.sliding_window), partial(attend, None))
+
+
+def dense_mixer(config: BaseConfig, segments: Int[Array, "B T"] | None, implementation: str | None = None) -> Mixer:
+    """Full causal attention within each document."""
+
+    def mixer(carry, view):
+        def attend(sliding_window):
+            return causal_attention(
+                view.q, view.k, view.v, segments=segments, sliding_window=sliding_window, implementation=implementation
+            )
+
+        return by_window(config, view.index, attend), carry, None
+
+    return mixer
+
+
+def forward(
+    model: BaseModel,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T V"]:
+    """Next-token logits, float32, of a dense causal pass.
+
+    segments: document ids, 0 where padding (None: one document a row). positions: default 0..T-1. implementation: as
+    attention.causal_attention. Raises ValueError when T exceeds the model's context.
+    """
+    check_length(model.config, tokens.shape[1])
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    mixer = dense_mixer(model.config, segments, implementation)
+    x, _, _ = run_layers(model, embed(model, tokens), positions, mixer, None)
+    return logits(model, x)
+
+
+def check_length(config: BaseConfig, length: int) -> None:
+    """Raise ValueError where a length in tokens exceeds the model's context."""
+    if length > config.context:
+        raise ValueError(
+            f"length {length} is beyond the model's context of {config.context} tokens; use at most {config.context}"
+        )
+
+
+def parameter_count(tree: Any) -> int:
+    """How many trained numbers a module (or its eval_shape) holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(tree, nnx.Param)))

@@ -1,0 +1,191 @@
+"""Model families as rows of a table, and Hugging Face style configurations read into BaseConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from butler_jax.model.config import SIZES, BaseConfig, RopeConfig
+from butler_jax.storage import number, shown, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets a family apart from plain Llama.
+
+    qkv_bias: True, False, or the name of the configuration key that says so; likewise the other biases.
+    fused: projections stored as qkv_proj and gate_up_proj. window: how its configuration states a sliding window:
+    "never", "always" (sliding_window on every layer) or "switched" (use_sliding_window, layer_types or
+    max_window_layers). defaults: what the family means where its configuration is silent.
+    """
+
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    fused: bool = False
+    window: str = "never"
+    defaults: Mapping[str, object] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Family(
+        window="always",
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    ),
+    "qwen2": Family(
+        qkv_bias=True,
+        window="switched",
+        defaults={
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "qwen3": Family(
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        window="switched",
+        defaults={
+            "head_dim": 128,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "phi3": Family(
+        fused=True,
+        window="always",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+}
+
+
+def base_config(values: dict) -> BaseConfig:
+    """Read a Hugging Face config.json (as a dict) into a BaseConfig.
+
+    Both spellings of rotary settings are understood: rope_theta with rope_scaling, and rope_parameters. Raises
+    ValueError for an unknown family, rope type or activation, and for sizes that are missing or none, naming it.
+    """
+    name = values.get("model_type")
+    if not (isinstance(name, str) and name in FAMILIES):
+        raise ValueError(
+            f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[name]
+    values = {**family.defaults, **values}
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in needed if values.get(key) is None]
+    if missing:
+        raise ValueError(f"the model's config lacks {', '.join(missing)}")
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"activation {shown(activation)} is not supported; it must be 'silu'")
+
+    def flag(setting: bool | str) -> bool:
+        return bool(values.get(setting, False)) if isinstance(setting, str) else setting
+
+    heads = whole(values["num_attention_heads"], "num_attention_heads")
+    layers = whole(values["num_hidden_layers"], "num_hidden_layers")
+    if not layers < SIZES["layers"]:
+        raise ValueError(f"num_hidden_layers must be below {SIZES['layers']}, got {shown(layers)}")
+    sliding_window, sliding_layers = _windows(family, values, layers)
+    context = whole(values.get("max_position_embeddings") or 2048, "max_position_embeddings")
+    return BaseConfig(
+        family=name,
+        vocab_size=values["vocab_size"],
+        width=values["hidden_size"],
+        hidden=values["intermediate_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or whole(values["hidden_size"], "hidden_size") // heads,
+        context=context,
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=flag(family.qkv_bias),
+        output_bias=flag(family.output_bias),
+        mlp_bias=flag(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        sliding_window=sliding_window,
+        sliding_layers=sliding_layers,
+        rope=_rope(values, context),
+    )
+
+
+def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    window = values.get("sliding_window")
+    if family.window == "never" or window is None:
+        return None, ()
+    if family.window == "switched" and not values.get("use_sliding_window", False):
+        return None, ()
+    window = whole(window, "sliding_window")
+    if family.window == "always":
+        return window, ()
+    kinds = values.get("layer_types")
+    if kinds:
+        if not isinstance(kinds, list):
+            raise ValueError(f"layer_types must be a list of names, got {shown(kinds)}")
+        slides = tuple(kind == "sliding_attention" for kind in kinds)
+    else:
+        first = whole(values["max_window_layers"], "max_window_layers", least=0)
+        slides = tuple(layer >= first for layer in range(layers))
+    return (window, slides) if any(slides) else (None, ())
+
+
+def _rope(values: dict, context: int) -> RopeConfig:
+    new = values.get("rope_parameters") or {}
+    old = values.get("rope_scaling") or {}
+    if not (isinstance(new, dict) and isinstance(old, dict)):
+        raise ValueError(f"rope_parameters and rope_scaling must be objects, got {shown(new)} and {shown(old)}")
+    settings = {**old, **new}
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    nested = [key for key, value in settings.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"rotary settings that differ between layers are not supported: {', '.join(nested)}")
+    if kind == "su" or (values["model_type"] == "phi3" and kind == "yarn"):
+        kind = "longrope"  # what early Phi-3 configurations called it
+    theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
+    fraction = settings.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    original = None
+    if kind in ("llama3", "yarn", "longrope"):
+        key = "original_max_position_embeddings"
+        original = whole(values.get(key) or settings.get(key) or context, key)
+    factor = settings.get("factor")
+    if factor is None:
+        factor = context / original if original else 1.0
+    optional = {
+        "attention_factor": settings.get("attention_factor"),
+        "low_frequency_factor": settings.get("low_freq_factor"),
+        "high_frequency_factor": settings.get("high_freq_factor"),
+        "beta_fast": settings.get("beta_fast"),
+        "beta_slow": settings.get("beta_slow"),
+        "mscale": settings.get("mscale"),
+        "mscale_all_dim": settings.get("mscale_all_dim"),
+        "truncate": settings.get("truncate"),
+        "short_factor": _factors(settings, "short_factor"),
+        "long_factor": _factors(settings, "long_factor"),
+    }
+    return RopeConfig(
+        kind=kind,
+        theta=number(theta, "rope_theta"),
+        fraction=number(fraction, "partial_rotary_factor"),
+        factor=number(factor, "the rope factor"),
+        original_context=original,
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+
+
+def _factors(settings: dict, name: str) -> tuple[float, ...] | None:
+    factors = settings.get(name)
+    if factors is not None and not isinstance(factors, list):
+        raise ValueError(f"{name} must be a list of numbers, got {shown(factors)}")
+    return None if factors is None else tuple(factors)

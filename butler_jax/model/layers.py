@@ -1,0 +1,103 @@
+"""Arithmetic of one decoder layer: norms and rotary embeddings (float32 inside), swiglu. Pure functions."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from butler_jax.model.config import RopeConfig
+
+
+def rms_norm(x: Float[Array, "*B E"], scale: Float[Array, " E"], eps: float) -> Float[Array, "*B E"]:
+    """Divide by the root mean square over the last axis, then multiply by scale; computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * jnp.expand_dims(scale, tuple(range(x.ndim - 1))).astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*B E"], scale: Float[Array, " E"], bias: Float[Array, " E"], eps: float = 1e-5
+) -> Float[Array, "*B E"]:
+    """Layer normalisation over the last axis; computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    scale, bias = (jnp.expand_dims(a, tuple(range(x.ndim - 1))) for a in (scale, bias))
+    return (y * scale + bias).astype(x.dtype)
+
+
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate) * up
+
+
+def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -> tuple[np.ndarray, float]:
+    """Angular frequencies [dim/2] in radians a token, and the factor on cosine and sine.
+
+    dim: number of rotated dimensions. context: the model's maximum length. length: tokens this computation is planned
+    for (longrope has one set of frequencies up to the original context and another beyond; a cache and the pass that
+    filled it must be given the same length).
+
+    Kinds and formulas: Su et al. 2021 (default), linear position interpolation, Llama 3.1's smoothed scaling,
+    YaRN (Peng et al. 2023, sections 3.2 and 3.4), LongRoPE (Ding et al. 2024).
+    """
+    frequencies = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    factor = rope.factor
+    if rope.kind == "linear":
+        return frequencies / factor, 1.0
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        turns = rope.original_context / wavelengths
+        span = rope.high_frequency_factor - rope.low_frequency_factor
+        keep = np.clip((turns - rope.low_frequency_factor) / span, 0.0, 1.0)
+        return ((1 - keep) * frequencies / factor + keep * frequencies).astype(np.float32), 1.0
+    if rope.kind == "yarn":
+        low, high = (
+            dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - low) / (max(high - low, 0) or 0.001), 0.0, 1.0)
+        attention_factor = rope.attention_factor
+        if attention_factor is None:
+            attention_factor = _yarn_mscale(factor, 1.0)
+            if rope.mscale and rope.mscale_all_dim:
+                attention_factor = _yarn_mscale(factor, rope.mscale) / _yarn_mscale(factor, rope.mscale_all_dim)
+        return (frequencies / factor * ramp + frequencies * (1 - ramp)).astype(np.float32), attention_factor
+    if rope.kind == "longrope":
+        stretch = rope.long_factor if length > rope.original_context else rope.short_factor
+        attention_factor = rope.attention_factor
+        if attention_factor is None:
+            grown = math.log(max(factor, 1.0)) / math.log(rope.original_context)
+            attention_factor = math.sqrt(1 + grown)
+        return frequencies / np.asarray(stretch, np.float32), attention_factor
+    return frequencies, 1.0
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rotary_angles(
+    positions: Int[Array, "*B"], frequencies: Float[Array, " F"], factor: float = 1.0
+) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"]]:
+    """Cosine and sine of position * frequency, float32, times the attention factor."""
+    angles = jnp.einsum("...,f->...f", positions.astype(jnp.float32), jnp.asarray(frequencies, jnp.float32))
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*B F"], sin: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
+    """Rotate the first 2F of D dimensions in half layout (pair f is dimensions f and F+f); the rest passes.
+
+    cos and sin broadcast against x's leading axes: same rank, size 1 where shared. Computed in float32, rounded once.
+    """
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1)

@@ -1,0 +1,36 @@
+"""Policies by name. Another is one more file and one more row here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.citrus import CItruS
+from butler_jax.policies.dense import Dense
+from butler_jax.policies.h2o import H2O
+from butler_jax.policies.lowrank import LowRank
+from butler_jax.policies.oracle import Oracle, OracleHead
+from butler_jax.policies.quest import Quest
+from butler_jax.policies.random import Random
+from butler_jax.policies.snapkv import SnapKV
+from butler_jax.policies.streaming import Streaming
+from butler_jax.policies.tokenbutler import TokenButler
+
+POLICIES: dict[str, type[Policy]] = {
+    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, H2O, SnapKV, CItruS, Quest, LowRank, TokenButler)
+}
+
+__all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
+
+
+def make_policy(name: str, **fields) -> Policy:
+    """The policy of that name; fields: its hyper-parameters. Raises ValueError naming the known ones."""
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    known = [field.name for field in dataclasses.fields(POLICIES[name])]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
+    return POLICIES[name](**fields)

@@ -1,0 +1,21 @@
+"""Predictors by name. A fourth is one more file and one more row here."""
+
+from __future__ import annotations
+
+import jax
+
+from butler_jax.model import BaseConfig
+from butler_jax.predictors.base import Predictor
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.predictors.contextual import Contextual
+from butler_jax.predictors.lookahead import Lookahead
+from butler_jax.predictors.producer import Producer
+
+PREDICTORS: dict[str, type[Predictor]] = {p.kind: p for p in (Lookahead, Producer, Contextual)}
+
+
+def make_predictor(base: BaseConfig, config: PredictorConfig, seed: int = 0) -> Predictor:
+    """A predictor with random parameters; use under jax.eval_shape to count them."""
+    if config.kind not in PREDICTORS:
+        raise ValueError(f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")
+    return PREDICTORS[config.kind](base, config, jax.random.key(seed))

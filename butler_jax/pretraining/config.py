@@ -1,0 +1,76 @@
+"""Settings of the recipe of `tiny`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from butler_jax.model import BaseConfig, RopeConfig
+from butler_jax.training import FitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(FitConfig):
+    """Train the embedded base model `tiny` from nothing: its tokenizer, its weights, its card."""
+
+    data: str = "python_docs:0.25+coreference:0.4+coreference_short:0.35"
+    """Training text, as --data of train.py."""
+    steps: int = 1000
+    """Optimiser steps in all."""
+    length: int = 512
+    """Tokens in a row; the last `long_steps` steps use the whole context instead."""
+    long_steps: int = 60
+    """Final steps at rows of the full context, with as many tokens a step."""
+    batch_size: int = 8
+    """Rows a step, over all devices."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay of matrices."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; one more at the end and at Ctrl-C."""
+    vocab_size: int = 2048
+    """Entries of the byte-level BPE."""
+    width: int = 128
+    """Model width E."""
+    inner: int = 384
+    """Width of the feed-forward block."""
+    layers: int = 6
+    """Layers L."""
+    heads: int = 8
+    """Query heads H."""
+    kv_heads: int = 2
+    """KV heads K."""
+    head_dim: int = 32
+    """Head dimension D."""
+    context: int = 2048
+    """Longest context in tokens."""
+    out: Path | None = None
+    """Directory for the finished model in Hugging Face layout. Default: RUN_DIR/model."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.length <= self.context:
+            raise ValueError(f"--length {self.length} is beyond --context {self.context}")
+        if not (0 <= self.long_steps <= self.steps):
+            raise ValueError(f"--long-steps must be in 0..{self.steps}, got {self.long_steps}")
+        if not self.vocab_size > 256:
+            raise ValueError(f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
+        self.base_config()
+
+    def base_config(self) -> BaseConfig:
+        """The Llama-family model these settings describe."""
+        return BaseConfig(
+            family="llama",
+            vocab_size=self.vocab_size,
+            width=self.width,
+            hidden=self.inner,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            context=self.context,
+            norm_eps=1e-5,
+            tied=True,
+            rope=RopeConfig(theta=1e6),
+        )

@@ -1,0 +1,411 @@
+"""Checkpoints through Orbax: the only file that imports it.
+
+A run directory holds `config.json`, `metrics.jsonl` and `checkpoints/`; a checkpoint holds the trained module, the
+optimiser, the step, the data iterators' state, and the fingerprint and name of the base it belongs to, never the base.
+
+Orbax writes a checkpoint under another name; it is sealed before it gets its own: its files are on the disk itself,
+`digests.json` has a digest of each, and none is written again. Training sets damaged checkpoints aside and goes on from
+the newest that is whole; whoever asks for a damaged one gets an error. Processes share the directory, so the first one
+seals and looks for damage on behalf of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint.experimental.v1 as ocp
+
+from butler_jax.runs import digests
+from butler_jax.predictors import PredictorConfig
+from butler_jax.storage import from_dict, to_dict
+from butler_jax.storage import sync
+from butler_jax.parallel import gather
+from butler_jax.storage import read_object
+from butler_jax.predictors import Predictor, make_predictor
+from butler_jax.storage import shown
+
+if TYPE_CHECKING:
+    from butler_jax.weights import Base
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and what it raises with a traceback
+
+METADATA = "_CHECKPOINT_METADATA"
+UNFINISHED = ".unfinished"
+"""What the names of checkpoints hold that are being written, or removed; where no process does, they are left-overs."""
+
+
+STEP = re.compile("0|[1-9][0-9]{0,17}")
+"""The names of checkpoints, whole; everything else in their directory is not ours."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what was written."""
+
+
+LARGEST_STATE = 4
+"""Values of a checkpoint for each of its module: AdamW leaves 3, a stranger's may promise any number."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and the best by the metric `loss`.
+
+    keep None only reads, and leaves a save that another process has in flight alone. Otherwise what a killed save left
+    is removed, and damaged checkpoints are moved to `damaged/` beside the directory, as the lines in `notes` say;
+    raises DamagedCheckpoint, touching nothing, where no other is left. about: JSON facts stored with every checkpoint
+    (configuration, base). Use as a context manager, or call close().
+    """
+
+    def __init__(self, directory: Path, *, keep: int | None = None, about: dict | None = None):
+        self.directory = Path(directory).absolute()
+        self.about = about or {}
+        self.notes: list[str] = []
+        self._keep = keep
+        self._saving: int | None = None
+        if keep is not None:
+            self._tidy()
+            self._background = ThreadPoolExecutor(1, "checkpoint")
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(agree=kind is None)
+
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints, in order; waits for the save in flight."""
+        self.wait()
+        return steps(self.directory)
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, None where there is none."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest loss, None where there is none. Raises as loss() does."""
+        return min(self.steps(), key=self.loss, default=None)
+
+    def loss(self, step: int) -> float:
+        """The loss saved with a checkpoint. Raises DamagedCheckpoint where it cannot be trusted."""
+        if found := damage(self.directory / str(step), only=METADATA):
+            raise self._damaged(step, found)
+        try:
+            return self.facts(step)["metrics"]["loss"]
+        except (KeyError, TypeError):
+            raise self._damaged(step, ["it has no loss"]) from None
+
+    def check(self, step: int) -> None:
+        """Raise DamagedCheckpoint, naming the whole ones, where a checkpoint is not what was written."""
+        if found := damage(self.directory / str(step)):
+            raise self._damaged(step, found)
+
+    def _damaged(self, step: int, found: list[str]) -> DamagedCheckpoint:
+        whole = [str(s) for s in steps(self.directory) if s != step and not damage(self.directory / str(s))]
+        remedy = (
+            f"whole: step {', '.join(whole)}; to use the best of them, move {self.directory / str(step)} away"
+            if whole
+            else "no other is whole: train again, in another directory"
+        )
+        return DamagedCheckpoint(f"checkpoint {step} of {self.directory.parent} is damaged ({_few(found)}); {remedy}")
+
+    def _tidy(self) -> None:
+        """Move damaged checkpoints to `damaged/` beside the others, remove what is unfinished.
+
+        The first process does it, and tells the rest.
+        """
+        problem = ""
+        if jax.process_index() == 0:
+            there = steps(self.directory)
+            found = {step: words for step in there if (words := damage(self.directory / str(step)))}
+            if found and len(found) == len(there):
+                problem = f"no checkpoint in {self.directory} is whole ({_listed(found)})"
+            for step, words in found.items() if not problem else ():
+                aside = self.directory.parent / "damaged"
+                aside.mkdir(exist_ok=True)
+                taken = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+                target = aside / (f"{step}.{taken}" if taken else str(step))
+                (self.directory / str(step)).rename(target)
+                self.notes.append(f"checkpoint {step} is damaged ({_few(words)}): it is now {target}")
+            for left in self.directory.glob(f"*{UNFINISHED}*") if not problem else ():
+                shutil.rmtree(left, ignore_errors=True)
+        if problem := gather(problem)[0]:
+            raise DamagedCheckpoint(
+                f"{problem}; there is nothing to go on from: choose another --run-dir, or remove "
+                f"{self.directory.parent} to start again"
+            )
+
+    def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float]) -> None:
+        """Save in the background; a step already saved is left alone. data_state: this process's, JSON.
+
+        Raises OSError where this save cannot begin or the one before it failed: nothing is saved that wait() or the
+        next save() did not return for.
+        """
+        if step in self.steps():
+            return
+        about = {**self.about, "step": step, "data": joined(gather(data_state)), "metrics": metrics}
+        copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
+        with self._said(step):
+            there = self._unfinished(step)
+            writing = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
+        # One thread asks Orbax, which keeps a thread and three open files for it until then.
+        self._written = self._background.submit(writing.result)
+        self._named = self._background.submit(self._name, step)
+        self._saving = step
+
+    def _unfinished(self, step: int) -> Path:
+        return self.directory / f"{step}{UNFINISHED}"
+
+    def _name(self, step: int) -> None:
+        """In the background: what all processes have written is sealed and gets its name; then older ones may go."""
+        self._written.result()
+        if jax.process_index() == 0:
+            there = self._unfinished(step)
+            digests.seal(there)
+            there.rename(self.directory / str(step))
+            sync(self.directory)
+            self._remove_old()
+
+    def restore(self, step: int, state: Any) -> tuple[Any, Any]:
+        """(state, the data state of all processes) at `step`, in the structure, dtypes and shardings of `state`.
+
+        However many processes saved it. Raises ValueError where the base is another, or names or shapes differ.
+        """
+        metadata = ocp.metadata(self.directory / str(step))
+        saved, mine = metadata.custom_metadata, self.about
+        if "fingerprint" in mine and saved.get("fingerprint") != mine["fingerprint"]:
+            raise ValueError(
+                f"{self.directory} belongs to base {saved.get('base')!r} (fingerprint {saved.get('fingerprint')}), "
+                f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run "
+                "directory"
+            )
+        wanted = _named(state)
+        _compare(metadata.metadata, wanted, self.directory / str(step))
+        loaded = ocp.load(self.directory / str(step), jax.tree.map(_abstract, wanted))
+        return _unnamed(state, loaded), saved["data"]
+
+    def restore_module(self, step: int, shapes: Any) -> Any:
+        """The trained module alone, on the first device; shapes: its eval_shape.
+
+        Raises ValueError where they differ.
+        """
+        saved = ocp.metadata(self.directory / str(step)).metadata
+        wanted = {f"module.{name}": leaf for name, leaf in _named(shapes).items()}
+        mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
+        _compare(mine, wanted, self.directory / str(step))
+        sizes = [sum(math.prod(leaf.shape) for leaf in leaves) for leaves in (saved.values(), mine.values())]
+        if not sizes[0] <= LARGEST_STATE * sizes[1] + 1024:
+            raise ValueError(
+                f"{self.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
+                "than any training leaves"
+            )
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device) for n, m in saved.items()}
+        loaded = ocp.load(self.directory / str(step), abstract)
+        return _unnamed(shapes, {name.removeprefix("module."): loaded[name] for name in mine})
+
+    def facts(self, step: int) -> dict:
+        """What `about` held when the step was saved."""
+        return facts(self.directory / str(step))
+
+    def wait(self, *, agree: bool = True) -> None:
+        """Block until the save in flight is on disk for good. Raises OSError where it could not be written.
+
+        agree False: by what this process knows, for the others may not come to this point.
+        """
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        with self._said(step):
+            self._written.result()
+            failed = self._named.exception()  # the first process's alone
+            told = "" if failed is None else str(failed) or type(failed).__name__
+            if told := gather(told)[0] if agree else told:
+                raise OSError(told) from failed
+
+    def _remove_old(self) -> None:
+        """Remove what is neither the best nor among the newest: now that a newer one is safe, and each at once."""
+        losses = {}
+        for step in steps(self.directory):
+            with contextlib.suppress(DamagedCheckpoint):  # since this start; the next one sets it aside
+                losses[step] = self.loss(step)
+        best = min(losses, key=losses.get)
+        for step in list(losses)[: -self._keep]:
+            if step != best:
+                doomed = self._unfinished(step)
+                (self.directory / str(step)).rename(doomed)
+                shutil.rmtree(doomed)
+
+    @contextlib.contextmanager
+    def _said(self, step: int) -> Iterator[None]:
+        """Errors of a save in one line: Orbax raises whatever its parts do."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].split(" [")[0]
+            last = max(steps(self.directory), default=None)
+            kept = "no checkpoint is there yet" if last is None else f"step {last} is safe"
+            raise OSError(
+                f"checkpoint {step} could not be written to {self.directory}: {reason}; {kept}. Free some space or "
+                "mend the directory, and run the same command again to go on"
+            ) from error
+
+    def close(self, *, agree: bool = True) -> None:
+        """Finish what is being written; agree: as for wait()."""
+        try:
+            self.wait(agree=agree)
+        finally:
+            if self._keep is not None:
+                self._background.shutdown()
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the named checkpoints in a directory, in order: only they have a number for a name, as Python writes it.
+
+    What has another name, 007 or hundreds of digits, is left where it is.
+    """
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in found if STEP.fullmatch(path.name))
+
+
+def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
+    """What is wrong with a checkpoint, or with one of its files: a few words each, empty where it is whole.
+
+    One that was renamed is not whole: it is of another step than it says.
+    """
+    if found := digests.damage(checkpoint, only=only):
+        return found
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # older ones do not say it
+        if (step := facts(checkpoint)["step"]) != int(checkpoint.name):
+            return [f"it was saved as step {shown(step)}"]
+    return []
+
+
+def facts(checkpoint: Path) -> dict:
+    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, places in the data, metrics."""
+    return read_object(checkpoint / METADATA)["custom_metadata"]
+
+
+def _few(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{words[0]}, and {len(words) - 1} more"
+
+
+def _listed(found: dict[int, list[str]]) -> str:
+    return ", ".join(f"{step}: {_few(words)}" for step, words in found.items())
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: tuple) -> str:
+    parts = (str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+    return ".".join(part for part in parts if part != "value")
+
+
+def _unnamed(like: Any, named: dict[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: named[_name(path)], like)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    for name in sorted(set(saved) | set(wanted)):
+        shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{where} does not fit: {name} is {shapes[0] or 'missing'} there and {shapes[1] or 'unknown'} here"
+            )
+
+
+def joined(states: list[Any], name: str = "state") -> Any:
+    """One state of the data from those of all processes: dictionaries are united, lists go item by item.
+
+    Raises ValueError where anything else is not the same in all, for then they read different data.
+    """
+    first = states[0]
+    if isinstance(first, dict):
+        keys = dict.fromkeys(key for state in states for key in state)
+        return {key: joined([state[key] for state in states if key in state], key) for key in keys}
+    if isinstance(first, list):
+        return [joined(list(items), name) for items in zip(*states, strict=True)]
+    different = sorted({str(state) for state in states})
+    if len(different) != 1:
+        raise ValueError(
+            f"the processes read different data: {name} is {' and '.join(different)}; give all hosts the same files "
+            "and settings"
+        )
+    return first
+
+
+def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
+    """Write a predictor alone to directory `path`, with the name and fingerprint of its base.
+
+    Raises FileExistsError where the directory holds one already.
+    """
+    path = Path(path)
+    if (path / "checkpoints").exists():
+        raise FileExistsError(f"{path} already holds checkpoints; choose another directory")
+    with Checkpoints(path / "checkpoints", keep=1, about=about(base, predictor.config)) as checkpoints:
+        checkpoints.save(0, {"module": predictor}, None, {"loss": 0.0})
+
+
+def about(base: Base, config: PredictorConfig) -> dict:
+    """What a checkpoint says of its predictor and the base it belongs to."""
+    return {"base": base.name, "fingerprint": base.fingerprint, "predictor": to_dict(config)}
+
+
+def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> Predictor:
+    """The predictor of a run directory (its best checkpoint, or `step`), or of save_predictor.
+
+    Raises FileNotFoundError where there is no checkpoint, ValueError where it was trained for another base, and
+    DamagedCheckpoint (a ValueError) where its files are not what was written: another is never loaded in its stead.
+    """
+    directory = Path(path) / "checkpoints"
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{path} has no checkpoints; give the directory of a run of train.py")
+    while True:
+        there = steps(directory)
+        try:
+            return _load_predictor(directory, base, step)
+        except (OSError, ValueError):
+            if steps(directory) == there:  # or else a training removed what was being read
+                raise
+
+
+def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
+    with Checkpoints(directory) as checkpoints:
+        if not checkpoints.steps():
+            raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
+        step = checkpoints.best() if step is None else step
+        if step not in checkpoints.steps():
+            there = ", ".join(map(str, checkpoints.steps()))
+            raise FileNotFoundError(f"{directory} has no checkpoint of step {step}; steps: {there}")
+        checkpoints.check(step)
+        facts = checkpoints.facts(step)
+        check_base(facts, base, directory.parent)
+        config = from_dict(PredictorConfig, facts["predictor"])
+        return checkpoints.restore_module(step, jax.eval_shape(lambda: make_predictor(base.config, config)))
+
+
+def check_base(facts: dict, base: Base, path: str | Path) -> None:
+    """Raise ValueError where a checkpoint's predictor belongs to another base; names both."""
+    if not (isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys()):
+        raise ValueError(
+            f"the checkpoint in {path} does not say which base and predictor it is of; give a run of train.py"
+        )
+    if facts["fingerprint"] != base.fingerprint:
+        raise ValueError(
+            f"the predictor in {path} was trained for base {facts['base']!r} (fingerprint {facts['fingerprint']}), "
+            f"not for {base.name!r} ({base.fingerprint}); load that base, or train a predictor for this one"
+        )

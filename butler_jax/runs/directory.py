@@ -1,0 +1,221 @@
+"""A training run's directory: held by one process at a time, and with a record of every start in run.json."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+
+from butler_jax.runs import provenance
+from butler_jax.storage import open_regular, write_whole, writing
+from butler_jax.parallel import gather
+from butler_jax.storage import read_object, read_value
+from butler_jax.storage import deeper, fits, shown
+
+LOCK = "lock"
+LONGEST_NAME = 1000
+"""Bytes of a lock that are read, to say who holds it."""
+
+RECORDS = "run.json"
+MOST_BYTES = 8 << 20
+"""The largest run.json that is read: thousands of starts."""
+
+LEVELS = 20
+"""How deep the values of a run's files may lie in each other; what is written here has four levels."""
+
+FIELDS = {
+    "date": str, "host": str, "command": str, "directory": str, "ended": str, "from": int, "to": int,
+    "versions": {}, "environment": {}, "git": {"revision": str}, "devices": {"kinds": {}},
+}  # fmt: skip
+"""The fields of a start that are read again, with their types; {}: an object. Any may be absent or null."""
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Make a run directory and hold it: a second process that asks is refused, until this one ends or dies.
+
+    What it made is removed again if no run was begun there (config.json). The first process holds it for all; nobody
+    does on file systems without locks. Raises OSError where the directory cannot be written, and ValueError naming the
+    process that holds it, in all processes alike.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(_hold(run_dir))
+            except (OSError, ValueError) as error:
+                problem = error
+        if told := gather(str(problem or ""))[0]:
+            raise problem or ValueError(told)
+        yield
+
+
+@contextlib.contextmanager
+def _hold(run_dir: Path) -> Iterator[None]:
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    try:
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = run_dir / LOCK
+            if not lock.is_file() and lock.exists():
+                raise ValueError(f"{lock} is no regular file; move it away")
+            file = lock.open("a+", errors="replace")
+        with file:
+            _lock(file, run_dir)
+            with writing(run_dir):
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {platform.node()}")
+                file.flush()
+            try:
+                yield
+            finally:
+                if not (run_dir / "config.json").exists():
+                    (run_dir / LOCK).unlink(missing_ok=True)
+    finally:
+        for path in made:  # the innermost first; what is not empty stays
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def holder(run_dir: Path) -> str | None:
+    """Who holds a run directory, as "PID on HOST"; None where nobody does."""
+    try:
+        with open_regular(run_dir / LOCK) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(LONGEST_NAME).decode(errors="replace") or "unknown"
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _lock(file: TextIO, run_dir: Path) -> None:
+    for waits in (0.2, 0.2, 0.0):  # holder() holds the lock for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(waits)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                return  # a file system without locks
+            raise
+    file.seek(0)
+    pid, _, host = file.read(LONGEST_NAME).partition(" on ")
+    raise ValueError(
+        f"{run_dir} is in use by another training, process {pid or 'unknown'} on {host or 'unknown'}; wait until it "
+        "ends, stop it (on SIGTERM it saves first), or choose another --run-dir"
+    )
+
+
+@contextlib.contextmanager
+def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[str, Any]]:
+    """Add this start to run.json: how it was called, on what, from which step; at the end, to which step and why.
+
+    Yields the record: the caller sets "to" and "ended" when it is done; an error sets "ended" by itself, and after a
+    kill it stays None. A damaged run.json is kept as run.json.damaged. The first process writes.
+    """
+    began = time.monotonic()
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": provenance.command(),
+        "directory": str(Path.cwd()),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "versions": provenance.versions(),
+        "git": provenance.revision(),
+        "environment": provenance.environment(),
+        "devices": provenance.devices(),
+        **about,
+        "from": start,
+        "to": None,
+        "ended": None,
+    }
+    if jax.process_index() != 0:
+        yield record
+        return
+    path, earlier = run_dir / RECORDS, records(run_dir)
+    if path.exists() and not earlier:
+        with writing(path):
+            os.replace(path, path.with_name(f"{RECORDS}.damaged"))
+
+    def write() -> None:
+        record["seconds"] = round(time.monotonic() - began, 1)
+        write_whole(path, json.dumps([*earlier, record], indent=1) + "\n")
+
+    write()
+    try:
+        yield record
+    except BaseException as error:
+        record["ended"] = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # the disk may be what is wrong
+            write()
+        raise
+    write()
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The starts of a run, the oldest first; none where run.json is absent or damaged."""
+    try:
+        return read_records(run_dir)
+    except (OSError, ValueError):
+        return []
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """As records(), with an OSError or a ValueError naming run.json where it is absent or damaged."""
+    path = run_dir / RECORDS
+    found = read_value(path, most=MOST_BYTES)
+    if not (isinstance(found, list) and found):
+        raise ValueError(f"{path} must hold a list of starts, not {shown(found)}")
+    for number, record in enumerate(found, 1):
+        _check(record, FIELDS, f"{path}: start {number}")
+        if deeper(record, LEVELS):
+            raise ValueError(f"{path}: start {number} is nested too deeply")
+    return found
+
+
+def _check(values: Any, fields: dict[str, Any], where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be an object, not {shown(values)}")
+    for name, kind in fields.items():
+        if values.get(name) is None:
+            continue
+        if isinstance(kind, dict):
+            _check(values[name], kind, f"{where}, {name}")
+        else:
+            if not fits(values[name], kind):
+                raise ValueError(f"{where}: {name} cannot be {shown(values[name])}; it is {kind.__name__}")
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The configuration of a training run. Raises FileNotFoundError or ValueError where unusable."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run} is no run directory: it has no config.json; give the directory of a run of train.py"
+        )
+    config = read_object(path)
+    if not isinstance(config.get("base"), str):
+        raise ValueError(
+            f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of train.py"
+        )
+    if not isinstance(config.get("data", ""), str):
+        raise ValueError(f"{path}: data must be a text, got {shown(config.get('data'))}")
+    return config
+
+
+def run_data(run: Path | None) -> str:
+    """What a training run read; python_docs without one."""
+    return "python_docs" if run is None else run_config(run).get("data", "python_docs")

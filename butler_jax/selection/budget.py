@@ -1,0 +1,81 @@
+"""A budget in tokens: what a row of any length may read, and room for it."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from butler_jax.model import BaseConfig
+from butler_jax.selection.config import SelectionConfig
+
+
+def budget_tokens(config: SelectionConfig, length: int) -> int:
+    """Tokens attended by a query whose dense attention would read `length` keys (t+1 at position t).
+
+    ceil(budget * length) for a fraction, exact for the decimal or simple ratio that was written (0.1 of 10
+    is 1 and 1/3 of 3 is 1, whatever their binary form), but never less than `config.least` (sinks + recent, in whole
+    pages), and never more than length. Everything up to `config.min_context`.
+    """
+    return int(budget_table(config, length)[length])
+
+
+def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
+    """budget_tokens of lengths 0 ... length, int32 [length + 1]: the budget as jitted code takes it."""
+    lengths = np.arange(length + 1, dtype=np.int64)
+    if isinstance(config.budget, int):
+        wanted = np.full_like(lengths, config.budget)
+    else:
+        fraction = Fraction(repr(float(config.budget))).limit_denominator(1_000_000)
+        wanted = np.maximum(-(-lengths * fraction.numerator // fraction.denominator), config.least)
+    wanted = np.where(lengths <= config.min_context, lengths, wanted)
+    return np.minimum(wanted, lengths).astype(np.int32)
+
+
+class Limits(NamedTuple):
+    """What of a selection is data under jit: budget_table, thresholds or None, min_context."""
+
+    table: Int[Array, " N"]
+    threshold: Float[Array, "L K"] | None
+    min_context: int
+
+
+def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
+    """The limits of a selection for rows of up to `length` tokens.
+
+    Raises ValueError where the thresholds are not those of a model of these sizes.
+    """
+    threshold = None
+    if config.threshold is not None:
+        shape = len(config.threshold), len(config.threshold[0])
+        if shape not in ((base.layers, base.kv_heads), (base.layers, base.heads)):
+            raise ValueError(
+                f"thresholds of {shape[0]} layers and {shape[1]} heads do not fit a model of {base.layers} layers and "
+                f"{base.kv_heads} KV heads; calibrate them on this model"
+            )
+        threshold = jnp.asarray(config.threshold, jnp.float32)
+    return Limits(jnp.asarray(budget_table(config, length)), threshold, config.min_context)
+
+
+def beyond(
+    min_context: Int[Array, ""] | int, lengths: Int[Array, "*B"], threshold: Float[Array, "*B"] | None
+) -> Float[Array, "*B"] | None:
+    """The threshold for rows of more than min_context tokens; none passes over the others. Shapes broadcast."""
+    return None if threshold is None else jnp.where(lengths > min_context, threshold, -jnp.inf)
+
+
+def room_for(config: SelectionConfig, capacity: int, most: int | None = None) -> int:
+    """N: room for the units of any row of a cache; most: the largest budget there is, where that is known.
+
+    A choice that is kept over several steps always gets the same room.
+    """
+    most = int(np.max(budget_table(config, capacity))) if most is None or config.interval > 1 else most
+    return min(slots(config, most), -(-capacity // config.unit))
+
+
+def slots(config: SelectionConfig, most: int) -> int:
+    """N: room for the units of any row whose budget is at most `most` tokens."""
+    return -(-most // config.unit) + (config.unit > 1)

@@ -1,0 +1,110 @@
+"""Thresholds that reach a mean budget: each row then reads what is worth it, rows that need little read little.
+
+Scores of one layer and KV head are comparable between rows where a policy normalises them (the logarithm of a predicted
+attention weight); so one number for each (layer, head) decides, calibrated on text. The budget of the selection stays:
+it is the most that a row may read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt32
+
+from butler_jax.decoding import choosing_heads
+from butler_jax.model import BaseModel, by_window, dense_mixer, embed, run_layers
+from butler_jax.policies import Policy, TokenButler
+from butler_jax.predictors import Predictor
+from butler_jax.selection import Limits, SelectionConfig, from_bits, limits_of
+from butler_jax.simulation.chunks import importance_walk, map_chunks
+from butler_jax.simulation.simulator import chosen_mask, with_rule
+
+PASSES = 16  # bits of a threshold that are found: a precision of 2**-7 of its value
+
+
+def calibrate_thresholds(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batches: Sequence[dict[str, np.ndarray]],
+    selection: SelectionConfig,
+    mean: float | int,
+    *,
+    policy: Policy | None = None,
+) -> SelectionConfig:
+    """The selection with thresholds under which a row reads `mean` on average, in every layer and head.
+
+    batches: (tokens, segments, positions) of one shape, run densely PASSES times. selection: its budget is the most a
+    row reads. mean: a fraction of the keys that a dense query would read, or a number of tokens; where sinks and recent
+    are more already, thresholds are infinite. policy: None is the predictor's. Raises ValueError without batches, for a
+    mean that is not below the budget, and where a predictor is missing.
+    """
+    policy = policy or TokenButler()
+    whole = isinstance(mean, int)
+    if not batches:
+        raise ValueError("thresholds are calibrated on text: give at least one batch")
+    if not (mean > 0 and (whole or mean < 1)):
+        raise ValueError(f"the mean budget must be above 0 and below everything, got {mean}")
+    if isinstance(selection.budget, int) == whole and not mean < selection.budget:
+        raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
+    if predictor is None and policy.needs_predictor:
+        raise ValueError(f"the policy {policy.name} needs a trained predictor")
+    selection = policy.selection(selection)
+    batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
+    limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
+    found = np.zeros((model.config.layers, choosing_heads(policy, model.config)), np.uint32)
+    for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
+        trial, total, rows = found | np.uint32(1 << bit), 0.0, 0.0
+        for batch in batches:
+            part = _read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
+            total, rows = total + np.asarray(part[0], np.float64), rows + float(part[1])
+        found = np.where(total / rows >= mean, trial, found)
+    found = found + np.uint32(1 << (31 - PASSES))  # and the next above it, under which it is not exceeded
+    values = np.asarray(from_bits(jnp.asarray(found)))
+    values = np.where(np.isnan(values), np.inf, values)
+    values[0] = -np.inf
+    return dataclasses.replace(selection, threshold=tuple(map(tuple, values.tolist())))
+
+
+@partial(jax.jit, static_argnames=("policy", "rule", "whole"))
+def _read(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batch: dict[str, Int[Array, "B T"]],
+    limits: Limits,
+    image: UInt32[Array, "L K"],
+    *,
+    policy: Policy,
+    rule: SelectionConfig,
+    whole: bool,
+) -> tuple[Float[Array, "L K"], Float[Array, ""]]:
+    """What every layer and head reads, summed over the rows that are not padding, and how many these are."""
+    base, segments, positions = model.config, batch["segments"], batch["positions"]
+    limits = limits._replace(threshold=from_bits(image))
+    x = embed(model, batch["tokens"])
+    dense = dense_mixer(base, segments)
+    begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
+    real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end look at the last column
+
+    def one(chunk, values, number):
+        mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
+        read = jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+        if not whole:
+            read = read / jnp.maximum(count, 1).astype(jnp.float32)[:, None]
+        inside = jnp.take_along_axis(real, jnp.minimum(chunk.rows.own, segments.shape[1]), axis=1)
+        return jnp.sum(jnp.where(inside[:, None], read, 0.0), axis=(0, 2))
+
+    def mixer(state, view):
+        state, importance = step(state, view)
+
+        def look(limit):
+            return jnp.sum(map_chunks(one, view, importance, segments, limit)[0], axis=0)
+
+        return dense(None, view)[0], state, by_window(base, view.index, look)
+
+    sums = run_layers(model, x, positions, mixer, begun)[2]
+    return sums, jnp.sum(segments > 0).astype(jnp.float32)

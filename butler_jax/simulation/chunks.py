@@ -1,0 +1,138 @@
+"""A layer's queries in chunks of rows, with everything that policies look at; memory linear in length.
+
+The predictor's own queries and keys come from `importance_walk`, layer by layer as the base's pass goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.decoding import rounded
+from butler_jax.model import (
+    CHUNK,
+    LayerView,
+    causal_attention,
+    chunk_mask,
+    document_starts,
+    make_bands,
+    split_keys,
+    split_queries,
+    split_segments,
+)
+from butler_jax.policies import Chunk
+from butler_jax.predictors import Predictor, walk
+from butler_jax.selection import Rows
+
+Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"]]
+Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
+
+
+def map_chunks(
+    apply: Callable[[Chunk, Float[Array, "B K S D"], Int[Array, ""]], Any],
+    view: LayerView,
+    importance: Importance | None,
+    segments: Int[Array, "B T"],
+    sliding_window: int | None,
+    rows: int | None = None,
+) -> tuple[Any, int]:
+    """Results of apply(chunk, values, number) for all chunks of query rows, stacked [N, ...]; a chunk's rows.
+
+    importance: (q_imp, k_imp), k_imp per KV head or per query head. sliding_window: of a sliding layer, static.
+    rows: take about so many query rows, chunks evenly spread along the sequence (None: all).
+    """
+    length, size = segments.shape[1], min(CHUNK, segments.shape[1])
+    kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
+
+    queries, keys, values = split_queries(view.q, kv_heads, size), split_keys(view.k, size), split_keys(view.v, size)
+    starts = split_segments(document_starts(segments), size)
+    segments = split_segments(segments, size)
+    if importance is not None:
+        importance = split_queries(importance[0], kv_heads, size), split_keys(importance[1], size)
+
+    def scores(rows, columns):
+        """Scaled products of M = G C rows with keys per KV head or, where there are H of them, per query head."""
+        batch, _, _, width = rows.shape
+        rows = rows.reshape(batch, kv_heads, group, size, width)
+        form = "bkgcd,bksd->bkgcs"
+        if columns.shape[1] != kv_heads:
+            form, columns = "bkgcd,bkgsd->bkgcs", columns.reshape(batch, kv_heads, group, -1, width)
+        return jnp.einsum(form, rows, columns, preferred_element_type=jnp.float32) * width**-0.5
+
+    def one(band, number):
+        first = band.first_key(number, size)
+        q, k = queries[number], band.take(keys, first, 2)
+        predicted = None
+        if importance is not None:
+            predicted = scores(importance[0][number], band.take(importance[1], first, 2))
+        start = jax.lax.dynamic_slice_in_dim(starts, number * size, size, axis=1)
+        own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
+        chunk = Chunk(
+            view.index,
+            (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)).reshape(q.shape[0], kv_heads, group, size, -1),
+            k,
+            scores(q, k),
+            predicted,
+            Rows(own, start),
+            first + jnp.arange(band.keys, dtype=jnp.int32),
+            chunk_mask(number, first, band.keys, segments, sliding_window, size),
+            band.take(starts, first, 1),
+        )
+        return apply(chunk, band.take(values, first, 2), number)
+
+    parts = []
+    chosen = spread(length, rows)
+    for band in make_bands(-(-length // size), size, sliding_window):
+        numbers = [n for n in range(band.start, band.stop) if n in chosen]
+        if numbers:
+            parts.append(jax.lax.map(lambda number, band=band: one(band, number), jnp.asarray(numbers)))
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts), size
+
+
+def spread(length: int, rows: int | None) -> list[int]:
+    """Numbers of the chunks of a sequence that hold about `rows` rows, evenly spread along it; None: all chunks."""
+    size = min(CHUNK, length)
+    chunks = -(-length // size)
+    taken = chunks if rows is None else min(max(rows // size, 1), chunks)
+    return [(2 * i + 1) * chunks // (2 * taken) for i in range(taken)]
+
+
+def spread_rows(length: int, rows: int | None) -> Bool[np.ndarray, " T"]:
+    """The rows of a sequence that lie in the chunks of `spread`."""
+    return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows))
+
+
+def importance_walk(
+    predictor: Predictor | None,
+    x: Float[Array, "B T E"],
+    batch: dict[str, Int[Array, "B T"]],
+    *,
+    implementation: str | None = None,
+    score_dtype: str | None = None,
+) -> tuple[Any, Step]:
+    """A state to begin with, and the step of a layer: (state, view) -> (state, (q_imp, k_imp)).
+
+    x: the embeddings. score_dtype: "int8" rounds the keys as decoding stores them. Without a predictor there is nothing
+    to carry and the importance is None.
+    """
+    if predictor is None:
+        return None, lambda state, view: (state, None)
+    segments = batch["segments"]
+    context = predictor.context(batch["positions"], segments.shape[1])
+
+    def attend(cache, q, k, v):
+        return causal_attention(q, k, v, segments=segments, implementation=implementation), None
+
+    def step(state, view):
+        at = walk.step(predictor, state, view, context, attend)
+        q_imp, k_imp = (f(at.head, at.features, view, context) for f in (predictor.q_imp, predictor.k_imp))
+        if score_dtype is not None:
+            k_imp = rounded(k_imp, segments > 0)
+        return at.state, (q_imp, k_imp)
+
+    return walk.begin(predictor, x, context), step

@@ -1,0 +1,102 @@
+"""Policies that evict, simulated: a whole sequence at once, its rows in order (butler_jax/eviction.py)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.decoding import EvictedRows, evict_rows
+from butler_jax.model import LayerView, causal_attention, document_starts
+from butler_jax.policies import Evicting
+from butler_jax.selection import Limits, Rows, SelectionConfig
+
+
+class Evicted(NamedTuple):
+    """A layer under a policy that evicts.
+
+    output: attention over what was kept. fraction: of its causal keys that a row read, mean over KV heads. mass: true
+    attention weight inside the set kept, mean over query heads; None where it is not asked. kept: what the last row
+    kept, itself included.
+    """
+
+    output: Float[Array, "B T H D"]
+    fraction: Float[Array, "B T"]
+    mass: Float[Array, "B T"] | None
+    kept: Bool[Array, "B K T"]
+
+
+def evicting_attention(
+    view: LayerView,
+    segments: Int[Array, "B T"],
+    sliding_window: int | None,
+    policy: Evicting,
+    limits: Limits,
+    rule: SelectionConfig,
+    *,
+    mass: bool = False,
+) -> Evicted:
+    """One layer, rows in order; layer 0 and rows up to min_context keep everything.
+
+    sliding_window: of a sliding layer.
+    """
+
+    def sparse():
+        found, keys = rows_of(view, segments, sliding_window, policy, limits.table[None], rule, mass=mass)
+        return found.output, found.read / keys, found.mass, found.state.kept
+
+    def dense():
+        one = jnp.ones(segments.shape, jnp.float32)
+        output = causal_attention(view.q, view.k, view.v, segments=segments, sliding_window=sliding_window)
+        seen = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] >= document_starts(segments)[:, -1:]
+        kept = jnp.broadcast_to(seen[:, None], (seen.shape[0], view.k.shape[2], seen.shape[1]))
+        return output.astype(view.v.dtype), one, one if mass else None, kept
+
+    return Evicted(*jax.lax.cond(view.index > 0, sparse, dense))
+
+
+def evicted_sums(
+    view: LayerView,
+    segments: Int[Array, "B T"],
+    sliding_window: int | None,
+    policy: Evicting,
+    tables: Int[Array, "N S"],
+    rule: SelectionConfig,
+    counted: Bool[Array, "B T"],
+) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
+    """Recalled mass and attended fraction under N budgets at once, summed over the rows that are counted.
+
+    All rows are walked, for each depends on those before. Of layer 0 zeros: it is dense whatever the budget.
+    """
+
+    def sparse():
+        found, keys = rows_of(view, segments, sliding_window, policy, tables, rule, output=False, mass=True)
+
+        def total(a):
+            split = a.reshape(tables.shape[0], *segments.shape)
+            return jnp.sum(jnp.where(counted[None], split, 0.0), axis=2)
+
+        return total(found.mass), total(found.read.reshape(-1, *keys.shape) / keys[None])
+
+    nothing = jnp.zeros((tables.shape[0], segments.shape[0]), jnp.float32)
+    return jax.lax.cond(view.index > 0, sparse, lambda: (nothing, nothing))
+
+
+def rows_of(
+    view: LayerView,
+    segments: Int[Array, "B T"],
+    sliding_window: int | None,
+    policy: Evicting,
+    tables: Int[Array, "N S"],
+    rule: SelectionConfig,
+    **wanted: bool,
+) -> tuple[EvictedRows, Float[Array, "B T"]]:
+    """evict_rows of packed sequences, and how many keys each row may see."""
+    starts = document_starts(segments)
+    own = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
+    found = evict_rows(policy, view.q, view.k, view.v, Rows(own, starts), tables, sliding_window, rule, **wanted)
+    keys = own - starts + 1
+    keys = keys if sliding_window is None else jnp.minimum(keys, sliding_window)
+    return found, keys.astype(jnp.float32)

@@ -1,0 +1,16 @@
+"""What is read from files and written to them: files that appear whole or not at all, JSON that is checked.
+
+Settings become JSON objects here and are read back. Everything else in the package may import this one.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "files": ["file_in", "open_regular", "sync", "write_whole", "writing"],
+        "json_objects": ["parse_object", "read_lines", "read_object", "read_value"],
+        "settings": ["from_dict", "require_local", "split_list", "to_dict"],
+        "values": ["deeper", "fits", "number", "shown", "whole"],
+    },
+)

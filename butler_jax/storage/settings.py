@@ -1,0 +1,78 @@
+"""Configurations as JSON objects, and checks that several of them share."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from butler_jax.storage.values import fits, shown
+
+
+def require_local(config) -> None:
+    """Raise ValueError for a setting of a configuration that names a place in a bucket; only data_dir may.
+
+    A path has lost a slash by then: gs://bucket/runs is gs:/bucket/runs.
+    """
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            found = re.search(r"(?:^|[:,])((gs|s3):/+[^,]*)", str(one)) if isinstance(one, (str, Path)) else None
+            if found is not None and entry.name not in ("data_dir", "prompt", "stop"):
+                raise ValueError(
+                    f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's "
+                    "address; mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under that directory, see "
+                    "docs/tpu.md"
+                )
+
+
+def split_list(values) -> tuple:
+    """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'); what is not text stays; repeated entries once."""
+    values = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else values
+    parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else (v,))]
+    parts = [p.strip() if isinstance(p, str) else p for p in parts]
+    return tuple(dict.fromkeys(p for p in parts if p != ""))
+
+
+def to_dict(config) -> dict:
+    """A configuration as JSON-ready nested dicts (paths become strings)."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls, values: dict):
+    """Build configuration `cls` from to_dict's output.
+
+    Raises ValueError naming keys that `cls` does not have, lacks, or that have a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is made from a JSON object, got {shown(values)}")
+    fields, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)
+    unknown = sorted(shown(key) for key in set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
+    absent = dataclasses.MISSING
+    lacking = [n for n, f in fields.items() if n not in values and f.default is absent and f.default_factory is absent]
+    if lacking:
+        raise ValueError(f"{cls.__name__} needs {', '.join(lacking)}")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
+            value = from_dict(hints[name], value)
+        if not fits(value, hints[name]):
+            raise ValueError(f"{cls.__name__}: {name} cannot be {shown(value)}; it is {fields[name].type}")
+        built[name] = _tuples(value)
+    return cls(**built)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,14 @@
+"""Text to token ids and back.
+
+Prompts become rows of ids; new tokens become text piece by piece.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "prompts": ["Prompts", "Writer", "encode", "stop_tokens"],
+        "tokenizer": ["Tokenizer", "named_errors", "train_bpe"],
+    },
+)

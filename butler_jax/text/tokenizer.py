@@ -1,0 +1,260 @@
+"""Text to token ids and back: a thin dataclass over the `tokenizers` library."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from butler_jax.storage import file_in, read_object, shown, whole, write_whole
+
+END_OF_TEXT = "<|endoftext|>"
+MOST_BYTES = 256 << 20
+"""The largest tokenizer.json that is read."""
+
+LONGEST_GROWTH = 4096
+"""How many times longer all replacements of a tokenizer may make a text together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A tokenizer together with its document borders.
+
+    `bos` and `eos` are token ids or None. `add_bos` tells whether a text starts with `bos` unless the caller
+    says otherwise.
+    """
+
+    backend: tokenizers.Tokenizer
+    bos: int | None = None
+    eos: int | None = None
+    add_bos: bool = False
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Reads a tokenizer from a Hugging Face directory (or from the path of its tokenizer.json).
+
+        The ids of the first and last token of a text come from tokenizer_config.json, then
+        generation_config.json, then config.json. Whether a text starts with the first of them is said by
+        `add_bos_token`, or where that is absent by the post-processor of tokenizer.json. A dropout of merges that
+        tokenizer.json asks for, which is for training tokenizers' models, is turned off: a text has one encoding.
+
+        Raises:
+          FileNotFoundError: the directory or its tokenizer.json does not exist.
+          ValueError: a file cannot be read as what it should be, is a link that leaves the directory, or names a token
+            that the vocabulary lacks.
+        """
+        directory = Path(os.path.expanduser(directory))
+        path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
+        directory = path.parent
+        if not directory.is_dir():
+            raise FileNotFoundError(f"no such directory: {directory} (a tokenizer is read from its tokenizer.json)")
+        if not path.is_file():
+            found = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+            raise FileNotFoundError(
+                f"{directory} has no tokenizer.json (found: {found}). A tokenizer of that format is needed; "
+                "models that only bring tokenizer.model or vocab.json have to be converted "
+                "once with transformers: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)."
+            )
+        file_in(directory, path.name)
+        raw = read_object(path, most=MOST_BYTES)
+        _check_steps(raw, path)
+        with named_errors(f"{path} is not a tokenizer.json that `tokenizers` can read"):
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        # Borders are added by `encode` alone, so they can never be doubled; no file may ask for a padded terabyte.
+        backend.no_truncation()
+        backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
+        named = _read_optional(directory, "tokenizer_config.json")
+        numbered = [_read_optional(directory, name) for name in ("generation_config.json", "config.json")]
+
+        bos = _border(backend, named, numbered, "bos", path)
+        eos = _border(backend, named, numbered, "eos", path)
+        add_bos = named.get("add_bos_token")
+        if add_bos is None:
+            with named_errors(f"{path} describes a tokenizer that fails"):
+                probe = backend.encode("a", add_special_tokens=True).ids
+            add_bos = _mentions_template(raw.get("post_processor")) and bos is not None and probe[:1] == [bos]
+        if not isinstance(add_bos, bool):
+            raise ValueError(f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")
+        if add_bos and bos is None:
+            raise ValueError(f"{directory}: add_bos_token is set, but no bos_token or bos_token_id is given.")
+        return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def highest(self) -> int:
+        """The highest id; ids may leave gaps."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
+
+    def encode(self, text: str, bos: bool | None = None) -> list[int]:
+        """Token ids of `text`. `bos` forces or forbids the first token; None does what the model's tokenizer
+        does.
+
+        What spells a special token in `text` becomes that token, as with the model's own tokenizer. Raises ValueError
+        where `bos=True` is asked and the tokenizer has no such token, and for a text that is not Unicode.
+        """
+        return [*self._first(bos), *self._encode(text).ids]
+
+    def encode_with_offsets(self, text: str, bos: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids and, for each, the half-open range of characters it stands for; (0, 0) for the first
+        token."""
+        encoding = self._encode(text)
+        first = self._first(bos)
+        return [*first, *encoding.ids], [*[(0, 0)] * len(first), *encoding.offsets]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; border tokens and other special tokens are left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into the directory `path`, made if need be."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "tokenizer.json", self.backend.to_str(pretty=True))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None if self.bos is None else self.backend.id_to_token(self.bos),
+            "eos_token": None if self.eos is None else self.backend.id_to_token(self.eos),
+            "add_bos_token": self.add_bos,
+            "clean_up_tokenization_spaces": False,
+        }
+        write_whole(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text has half a character at {error.start}: decode its bytes as UTF-8") from None
+        with named_errors("the tokenizer failed on this text"):
+            return self.backend.encode(text, add_special_tokens=False)
+
+    def _first(self, bos: bool | None) -> list[int]:
+        if bos is None:
+            bos = self.add_bos
+        if not bos:
+            return []
+        if self.bos is None:
+            raise ValueError("bos=True was asked, but this tokenizer has no token that begins a text.")
+        return [self.bos]
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
+    """Trains a byte-level BPE: any text can be encoded, digits stand alone, letter case is kept.
+
+    Args:
+      texts: the texts to count pairs in, read once.
+      vocab_size: number of ids, special tokens and the 256 bytes included.
+      special: special tokens, given the first ids; the first of them begins and ends documents.
+    """
+    least = 256 + len(special)
+    if vocab_size < least:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {len(special)} special tokens need {least}."
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    border = backend.token_to_id(special[0]) if special else None
+    return Tokenizer(backend=backend, bos=border, eos=border, add_bos=False)
+
+
+@contextmanager
+def named_errors(message: str) -> Iterator[None]:
+    """Whatever the tokenizers library raises becomes ValueError(message: reason)."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a bare Exception, or a panic of Rust, which is no Exception
+        raise ValueError(f"{message}: {error}") from error
+
+
+def _read_optional(directory: Path, name: str) -> dict[str, Any]:
+    path = file_in(directory, name)
+    return {} if path is None else read_object(path)
+
+
+def _check_steps(raw: dict, path: Path) -> None:
+    """Raise ValueError for steps on a text that take memory without end.
+
+    Replacements blow a text up: twenty steps a -> aa make a million of one. A table of characters names its own size,
+    which the library takes before it looks.
+    """
+    growth, left = 1, [part for key, part in raw.items() if key not in ("model", "added_tokens")]
+    while left:
+        part = left.pop()
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+        if not isinstance(part, dict):
+            continue
+        if part.get("type") == "Replace" and isinstance(part.get("content"), str):
+            literal = isinstance(part.get("pattern"), dict) and bool(part["pattern"].get("String"))
+            growth *= max(1, len(part["content"]) + (not literal))  # a pattern may match nothing, between all letters
+        if part.get("type") == "ByteLevel":
+            growth *= 2
+        if part.get("type") == "Precompiled":
+            try:
+                table = base64.b64decode(str(part.get("precompiled_charsmap") or ""))
+            except ValueError:
+                raise ValueError(f"{path}: its precompiled_charsmap is not base64") from None
+            size = int.from_bytes(table[:4], "little")
+            if not size <= max(len(table) - 4, 0):
+                raise ValueError(f"{path}: its precompiled_charsmap of {len(table)} bytes claims {size}")
+        if not growth <= LONGEST_GROWTH:
+            raise ValueError(f"{path}: its replacements make a text over {LONGEST_GROWTH} times longer")
+
+
+def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) -> int | None:
+    """The id of the `bos` or `eos` token: by name, then by number (the first, where several are given)."""
+    token = named.get(f"{which}_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is not None:
+        where = f"{path.parent}/tokenizer_config.json: {which}_token {shown(token)}"
+        if not isinstance(token, str):
+            raise ValueError(f"{where} must be a text")
+        with named_errors(where):
+            index = backend.token_to_id(token)
+        if index is None:
+            raise ValueError(f"{where} is not in {path}.")
+        return index
+    for config in numbered:
+        index = config.get(f"{which}_token_id")
+        if isinstance(index, list):
+            index = index[0] if index else None
+        if index is not None:
+            return whole(index, f"{path.parent}: {which}_token_id", least=0)
+    return None
+
+
+def _mentions_template(post_processor: dict | None) -> bool:
+    """Whether the post-processor adds special tokens (a template), on its own or within a sequence."""
+    if not post_processor:
+        return False
+    parts = post_processor.get("processors")
+    parts = parts if isinstance(parts, list) else [post_processor]
+    return any(
+        isinstance(part, dict) and part.get("type") in ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+        for part in parts
+    )

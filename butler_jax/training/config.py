@@ -1,0 +1,124 @@
+"""Settings of training runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from butler_jax.parallel import HostsConfig
+from butler_jax.predictors import PredictorConfig
+from butler_jax.storage import require_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(HostsConfig):
+    """What every training run has: its length, its optimiser, its devices and its directory."""
+
+    data: str = "python_docs"
+    """python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME, or a mixture as A:0.5+B:0.5."""
+    data_dir: str | None = None
+    """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
+    steps: int = 300
+    """Optimiser steps in all."""
+    length: int = 512
+    """Tokens in a row."""
+    batch_size: int = 4
+    """Rows a step, over all devices."""
+    accumulate: int = 1
+    """Split a batch into this many parts and add their gradients up; saves memory."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: what suits the model or predictor being trained."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises; a cosine to a tenth of the peak follows."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay of matrices."""
+    clip: float = 10.0
+    """Largest global gradient norm."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
+    mesh: str = ""
+    """Devices as data=N,model=M. Default: as many devices on the data axis as divide the batch."""
+    attention: Literal["xla", "cudnn", "splash"] | None = None
+    """Attention implementation. Default: splash on TPU, cuDNN on GPU where it can, else xla."""
+    seed: int = 0
+    """Seed of the data order, of random parameters and of dropout."""
+    run_dir: Path | None = None
+    """Directory of checkpoints and metrics. Default: in runs/, named after base, predictor and data, or pretrain."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one more at the end and at Ctrl-C."""
+    keep: int = 2
+    """How many of the newest checkpoints to keep; the best is kept besides."""
+    eval_every: int = 100
+    """Steps between validations, besides those at every checkpoint and at the end; 0: no others."""
+    log_every: int = 10
+    """Steps between lines on a plain screen; metrics.jsonl has every step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_local(self)
+        object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
+        positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not self.length > 1:
+            raise ValueError(f"--length must be at least 2 tokens, got {self.length}")
+        if not self.eval_every >= 0:
+            raise ValueError(f"--eval-every must be 0 or more, got {self.eval_every}")
+        if not (0 <= self.warmup < 1):
+            raise ValueError(f"--warmup must be in [0, 1), got {self.warmup}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
+        if self.learning_rate == math.inf:
+            raise ValueError("--learning-rate must be finite, got inf")
+        if not self.clip > 0:
+            raise ValueError(f"--clip must be above 0, got {self.clip}")
+        if not (0 <= self.weight_decay < math.inf):
+            raise ValueError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
+        if self.batch_size % self.accumulate != 0:
+            raise ValueError(f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(FitConfig):
+    """Distil a token-importance predictor from a frozen base model."""
+
+    base: str = "tiny"
+    """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded)."""
+    predictor: Literal["lookahead", "producer", "contextual"] = "lookahead"
+    """lookahead (ours), producer (the paper's second version) or contextual (its first)."""
+    rank: int = 16
+    """Width R of the importance queries and keys."""
+    stride: int = 4
+    """Layers served by one producer, P."""
+    hidden: int | None = None
+    """Inner width I of the contextual and producer predictors. Default: 512."""
+    objective: Literal["cross_entropy", "squared_error"] | None = None
+    """Distillation loss. Default: squared_error for contextual, cross_entropy for the others."""
+    sinks: int = 4
+    """First tokens of a document that will always be read: the cross entropy is about the other tokens. 0, and a recent
+    of 0, for the loss as published."""
+    recent: int = 8
+    """Newest tokens that will always be read, likewise."""
+    calibration: int = 4
+    """Batches on which the lookahead predictor chooses its rotary pairs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.calibration > 0:
+            raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
+        for name in ("sinks", "recent"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.sinks + self.recent < self.length:
+            raise ValueError(
+                f"--sinks {self.sinks} and --recent {self.recent} leave nothing to choose in --length {self.length}; "
+                "raise the length"
+            )
+        self.predictor_config()
+
+    def predictor_config(self) -> PredictorConfig:
+        """The predictor these settings describe."""
+        return PredictorConfig(kind=self.predictor, rank=self.rank, stride=self.stride, hidden=self.hidden)

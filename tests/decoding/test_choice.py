@@ -1,0 +1,263 @@
+"""What decoding reads: row t of the simulation's mask, step after step, in every row of a ragged batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.kvpress_forms import dense_prompt
+from butler_jax.decoding import eviction
+from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.step import decode_step
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import BaseModel, logits
+from butler_jax.policies import make_policy
+from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.selection.budget import budget_table, limits_of
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.simulation import eviction as judged
+
+simulation = importlib.import_module("butler_jax.simulation.simulator")  # the package names its function so
+
+BASE = BaseConfig(
+    family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=4, kv_heads=2, head_dim=16, context=64
+)
+TOTAL = 60
+PROMPTS = np.asarray([1, 5, 3])  # no longer than sinks + recent: the simulation reads all of them too
+
+
+def make_model(**changes) -> BaseModel:
+    model = BaseModel(dataclasses.replace(BASE, **changes), jax.random.key(0))
+    model.layers.q[...] = model.layers.q[...] * 4  # sharper: it matters which keys are read
+    return model
+
+
+def rows_of() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 61, (len(PROMPTS), TOTAL)).astype(np.int32)
+
+
+def text_of(rows: int) -> dict[str, np.ndarray]:
+    """Some rows as the simulation takes them."""
+    tokens = rows_of()[:rows]
+    positions = np.broadcast_to(np.arange(TOTAL, dtype=np.int32)[None], tokens.shape)
+    return {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
+
+
+def decoded_sets(model, predictor, policy, selection, steps=None, prompts=PROMPTS, **options):
+    """{(row, position): sets [L, heads, S]} and the counts the step reports, of teacher-forced decoding."""
+    tokens = jnp.asarray(rows_of())
+
+    @jax.jit
+    def run(tokens):
+        _, state = prefill(
+            model, tokens[:, : prompts.max()], prompts, capacity=TOTAL, predictor=predictor, selection=selection,
+            policy=policy,
+        )  # fmt: skip
+
+        def step(state, _):
+            at = jnp.minimum(state.lengths, TOTAL - 1)
+            own = jnp.take_along_axis(tokens, at[:, None], axis=1)[:, 0]
+            logits, state, found = decode_step(
+                model, own, state, predictor=predictor, selection=selection, policy=policy, details=True, **options
+            )
+            return state, (at, found.chosen, found.attended, logits)
+
+        return jax.lax.scan(step, state, None, length=steps or TOTAL - prompts.max())[1]
+
+    at, sets, counts, logits = map(np.asarray, run(tokens))
+    found = {}
+    for s, b in np.ndindex(at.shape):
+        found[b, at[s, b]] = sets[s, :, b], counts[s, :, b], logits[s, b]
+    return found
+
+
+def simulated_masks(model, predictor, policy, selection):
+    """Masks [L, B, heads, T, S] of the simulation's own pass."""
+    batch = jax.tree.map(jnp.asarray, text_of(len(PROMPTS)))
+    seen, original = {}, simulation.chosen_mask
+    selection = policy.selection(selection)
+
+    def watched(chunk, *rest):
+        mask, count = original(chunk, *rest)
+        jax.debug.callback(lambda layer, mask: seen.__setitem__(int(layer), np.asarray(mask)), chunk.layer, mask)
+        return mask, count
+
+    run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "chosen_mask", watched)
+        x, _ = jax.jit(run)(model, predictor, batch, limits_of(selection, model.config, TOTAL))
+        x.block_until_ready()
+        jax.effects_barrier()
+    return np.stack([seen[layer] for layer in range(model.config.layers)])
+
+
+QUICK = [
+    ("tokenbutler", {}, dict(budget=0.4, unit=4)),
+    ("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
+    ("oracle", {}, dict(budget=0.3, neighbours=True)),
+    ("quest", {"page": 4}, dict(budget=0.4)),
+]
+GRID = [
+    (name, fields, budget)
+    for name, fields in (
+        ("tokenbutler", {}), ("tokenbutler", {"pooling": "maximum"}), ("oracle", {}), ("oracle_head", {}),
+        ("random", {"seed": 3}), ("streaming", {}), ("lowrank", {"rank": 4}),
+    )
+    for budget in (
+        dict(budget=0.25), dict(budget=12), dict(budget=0.4, unit=4), dict(budget=45, unit=16), dict(budget=1.0),
+        dict(budget=0.5, neighbours=True), dict(budget=0.5, threshold=-3.0), dict(budget=0.2, min_context=30),
+    )
+]  # fmt: skip
+
+
+def compare(name, fields, budget, **changes):
+    policy, model = make_policy(name, **fields), make_model(**changes)
+    budget = dict(budget)
+    if "threshold" in budget:
+        heads = BASE.heads if name == "oracle_head" else BASE.kv_heads
+        budget["threshold"] = ((budget["threshold"],) * heads,) * BASE.layers
+    selection = SelectionConfig(sinks=2, recent=3, **budget)
+    predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if policy.needs_predictor else None
+    policy = policy.prepare(model, [text_of(len(PROMPTS))])
+    masks = simulated_masks(model, predictor, policy, selection)
+    found = decoded_sets(model, predictor, policy, selection)
+    assert len(found) == len(PROMPTS) * (TOTAL - PROMPTS.max())
+    smaller = 0
+    for (b, t), (sets, counts, _) in found.items():
+        np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
+        smaller += int((counts[1:] < t + 1).sum())
+        assert sets[0].sum(-1).tolist() == [t + 1] * len(sets[0])  # layer 0 is dense
+    assert smaller or budget["budget"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "fields", "budget"), QUICK)
+def test_decoding_chooses_the_simulations_rows(name, fields, budget):
+    compare(name, fields, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields", "budget"), GRID)
+def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, budget):
+    compare(name, fields, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "lookahead", "producer"])
+@pytest.mark.parametrize("budget", [dict(budget=0.4), dict(budget=0.6, unit=4)])
+def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget, kind):
+    policy = make_policy("tokenbutler" if kind else "oracle")
+    model = make_model(sliding_window=20, sliding_layers=(True, False, True, False))
+    predictor = make_predictor(model.config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16)) if kind else None
+    selection = SelectionConfig(sinks=2, recent=3, **budget)
+    masks = simulated_masks(model, predictor, policy, selection)
+    for (b, t), (sets, counts, _) in decoded_sets(model, predictor, policy, selection).items():
+        np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
+
+
+LONGER = np.asarray([1, 41, 17])  # the prefill evicts too
+EVICTING = [("h2o", {}), ("snapkv", {"observed": 6, "pool": 3, "once": False}), ("citrus", {"chunk": 4, "observed": 2})]
+
+
+def simulated_kept(model, policy, selection):
+    """What the simulation keeps [L, B, K, T, S], in chunks of 16 rows; of layer 0, which is dense, everything."""
+    batch = jax.tree.map(jnp.asarray, text_of(len(LONGER)))
+    shape = (model.config.layers, len(LONGER), model.config.kv_heads, TOTAL, TOTAL)
+    seen, layer, rows, row = np.zeros(shape, bool), [], judged.rows_of, eviction.evict_row
+
+    def note(layer, own, kept):
+        if own[0] >= 0:
+            seen[layer, :, :, own[0], : kept.shape[-1]] = kept
+
+    def watched_rows(view, *rest, **wanted):
+        layer.append(view.index)
+        return rows(view, *rest, **wanted)
+
+    def watched_row(policy, state, place, *rest):
+        state, weights = row(policy, state, place, *rest)
+        jax.debug.callback(note, layer[-1], place.own, state.kept)
+        return state, weights
+
+    run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judged, "rows_of", watched_rows)
+        patch.setattr(eviction, "evict_row", watched_row)
+        patch.setattr(eviction, "CHUNK", 16)
+        x, _ = jax.jit(run)(model, None, batch, limits_of(selection, model.config, TOTAL))
+        x.block_until_ready()
+        jax.effects_barrier()
+    seen[0] = np.tril(np.ones((TOTAL, TOTAL), bool))
+    return seen, np.asarray(jax.jit(logits)(model, x))
+
+
+def compare_evicting(name, fields, budget, **changes):
+    """Rows of three lengths, prompts under the policy: the same tokens kept and the same logits at every position."""
+    policy, model = make_policy(name, **fields), make_model(**changes)
+    selection = policy.selection(SelectionConfig(sinks=2, recent=3, **budget))
+    kept, wanted = simulated_kept(model, policy, selection)
+    found = decoded_sets(model, None, policy, selection, prompts=LONGER)
+    assert len(found) == len(LONGER) * (TOTAL - LONGER.max())
+    table = budget_table(selection, TOTAL)
+    for (b, t), (sets, counts, values) in found.items():
+        if model.config.sliding_window is None:
+            np.testing.assert_array_equal(sets, kept[:, b, :, t], err_msg=f"row {b}, position {t}")
+            assert (counts[1:] == table[t + 1]).all()
+        else:
+            np.testing.assert_array_equal(sets[1:], kept[1:, b, :, t], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
+        np.testing.assert_allclose(values, wanted[b, t], atol=2e-4)  # float32 logits of size 10, other sums
+
+
+@pytest.mark.parametrize(("name", "fields"), EVICTING)
+def test_decoding_keeps_what_the_simulation_keeps(name, fields):
+    compare_evicting(name, fields, dict(budget=0.3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields"), EVICTING)
+@pytest.mark.parametrize("budget", [dict(budget=12), dict(budget=1.0), dict(budget=10, min_context=30)])
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, sliding_window):
+    changes = {} if sliding_window is None else dict(sliding_window=20, sliding_layers=(True, False, True, False))
+    compare_evicting(name, fields, budget, **changes)
+
+
+def test_snapkv_cuts_once_at_the_end_of_a_dense_prompt():
+    """Against the formula: the attention of the prompt's last 6 rows, the maximum over 3, the best of what is free."""
+    model, tokens, length = make_model(), jnp.asarray(rows_of())[:2], 30
+    under = dict(
+        policy=make_policy("snapkv", observed=6, pool=3), selection=SelectionConfig(budget=12, sinks=2, recent=3)
+    )
+    state = prefill(model, tokens[:, :length], np.full(2, length), capacity=TOTAL, **under)[1]
+    found = decode_step(model, tokens[:, length], state, details=True, **under)[2]
+    weights = np.asarray(dense_prompt(model, tokens[:, :length]).weights, np.float64)  # [L, B, P, K, P]
+    sums = np.pad(weights[:, :, -6:].sum(2), ((0, 0), (0, 0), (0, 0), (1, 2)), constant_values=-np.inf)
+    worth = np.maximum(np.maximum(sums[..., :-2], sums[..., 1:-1]), sums[..., 2:])  # and a last place for the new token
+    worth[..., :2] = worth[..., length + 1 - 6 :] = np.inf
+    best = np.argsort(worth, axis=-1, kind="stable")[..., -12:]  # of equals the newer
+    wanted = np.zeros(worth.shape, bool)
+    np.put_along_axis(wanted, best, True, axis=-1)
+    np.testing.assert_array_equal(np.asarray(found.chosen)[1:, ..., : length + 1], wanted[1:])
+    assert not np.asarray(found.chosen)[..., length + 1 :].any()
+
+
+def test_a_state_of_another_policy_is_a_clear_error():
+    model, selection = make_model(), SelectionConfig(budget=12)
+    tokens = jnp.asarray(rows_of())[:, :5]
+    fill = partial(prefill, model, tokens, PROMPTS, capacity=TOTAL, selection=selection)
+    step = partial(decode_step, model, tokens[:, 0], selection=selection)
+    with pytest.raises(ValueError, match="the state was not prefilled under the policy h2o"):
+        step(fill(policy=make_policy("oracle"))[1], policy=make_policy("h2o"))
+    state = fill(policy=make_policy("h2o"))[1]
+    with pytest.raises(ValueError, match="the state was not prefilled under the policy snapkv"):
+        step(state, policy=make_policy("snapkv"))
+    with pytest.raises(ValueError, match="was prefilled under a policy that evicts"):
+        step(state, policy=make_policy("oracle"))

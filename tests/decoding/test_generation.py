@@ -1,0 +1,476 @@
+"""Generation: the tokens of whole passes, alone or in a ragged batch, dense, sparse, offloaded, streamed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import butler_jax
+from butler_jax import load_base
+from butler_jax.decoding import generation
+from butler_jax.decoding.cache import DecodeState
+from butler_jax.decoding.offload import to_host
+from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.step import decode_step
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import BaseModel, forward
+from butler_jax.policies import make_policy
+from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.runs.checkpoints import save_predictor
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.simulation import simulate
+from butler_jax.storage.settings import to_dict
+from tests import tiny_runs
+
+BASE = BaseConfig(
+    family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=96
+)
+PROMPTS = [[5, 9, 2, 40, 17, 3, 8, 8, 21, 30, 11], [7], [1, 2, 3, 4, 5]]
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    bos, eos = None, 60
+    backend = SimpleNamespace(token_to_id=lambda text: ord(text) - 65 if len(text) == 1 else None)
+
+    def encode(self, text):
+        return [ord(c) - 65 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(65 + i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def base():
+    model = BaseModel(BASE, jax.random.key(1))
+    model.layers.q[...] = model.layers.q[...] * 4
+    return SimpleNamespace(name="letters", model=model, tokenizer=Letters(), config=BASE, fingerprint="f")
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+
+
+@pytest.fixture(scope="module")
+def dense(base):
+    return butler_jax.generate(base, PROMPTS, max_new_tokens=20, stop=())
+
+
+def test_greedy_tokens_are_those_of_whole_passes(base, dense):
+    run = jax.jit(forward)
+    for prompt, tokens in zip(PROMPTS, dense.tokens, strict=True):
+        sequence = np.zeros((1, 40), np.int32)
+        sequence[0, : len(prompt) + len(tokens)] = prompt + tokens
+        best = np.asarray(run(base.model, jnp.asarray(sequence)))[0].argmax(-1)
+        assert tokens == best[len(prompt) - 1 : len(prompt) + len(tokens) - 1].tolist()
+    assert dense.attended == [1.0] * 3 and dense.prompt_tokens == [11, 1, 5]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param(dict(), marks=pytest.mark.slow), dict(unit=4, interval=3, neighbours=True)],
+    ids=lambda f: "-".join(f) or "tokens",
+)
+def test_a_budget_of_everything_gives_dense_tokens(base, predictor, dense, fields):
+    selection = SelectionConfig(budget=1.0, **fields)
+    found = butler_jax.generate(base, PROMPTS, predictor=predictor, selection=selection, max_new_tokens=20, stop=())
+    assert found.tokens == dense.tokens and found.attended == pytest.approx([1.0] * 3)
+
+
+def test_a_batch_gives_each_rows_own_tokens(base, predictor):
+    settings = dict(
+        predictor=predictor, selection=SelectionConfig(budget=0.3, sinks=1, recent=3), max_new_tokens=25, stop=(),
+        temperature=1.0, top_p=0.9, repetition_penalty=1.1, capacity=48,
+    )  # fmt: skip
+    together = butler_jax.generate(base, PROMPTS, seed=[4, 5, 6], **settings)
+    for b, prompt in enumerate(PROMPTS):
+        alone = butler_jax.generate(base, prompt, seed=4 + b, **settings)
+        assert alone.tokens[0] == together.tokens[b]
+        assert alone.attended[0] == pytest.approx(together.attended[b])
+    assert all(0.25 < share < 0.6 for share in (together.attended[0], together.attended[2]))
+
+
+def test_offload_gives_the_resident_tokens(base, predictor):
+    settings = dict(
+        predictor=predictor, selection=SelectionConfig(budget=0.4, sinks=1, recent=3, unit=2, interval=2),
+        max_new_tokens=20, stop=(),
+    )  # fmt: skip
+    resident = butler_jax.generate(base, PROMPTS, **settings)
+    offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
+    assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
+
+
+def test_stop_tokens_end_a_row_and_pieces_are_the_text(base, dense):
+    row = dense.tokens[0]
+    stop = row[4]
+    pieces = []
+    found = butler_jax.generate(base, PROMPTS, max_new_tokens=20, stop=[stop], stream=pieces.append)
+    for own, whole, text in zip(found.tokens, dense.tokens, found.texts, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else len(whole)
+        assert own == whole[:end] and text == Letters().decode(own)
+    for b in range(3):
+        assert [p.token for p in pieces if p.row == b] == found.tokens[b]
+        assert "".join(p.text for p in pieces if p.row == b) == found.texts[b]
+
+
+def test_a_character_in_two_tokens_waits_until_it_is_whole():
+    from butler_jax.text.prompts import Writer
+
+    table = {0: b"a", 1: "é".encode()[:1], 2: "é".encode()[1:], 3: b" b"}
+    tokenizer = SimpleNamespace(decode=lambda ids: b"".join(table[i] for i in ids).decode(errors="replace"))
+    writer = Writer(tokenizer)
+    assert [writer.add(t, last=False) for t in (0, 1, 2, 3)] == ["a", "", "é", " b"]
+    assert Writer(tokenizer).add(1, last=True) == "\ufffd"
+
+
+def test_prompts_of_a_bucket_share_one_compilation(base, dense):
+    before = generation.start._cache_size(), generation.advance._cache_size()
+    shorter = [PROMPTS[0][:9], PROMPTS[1] * 3, PROMPTS[2][:2]]
+    butler_jax.generate(base, shorter, max_new_tokens=12, stop=())
+    assert (generation.start._cache_size(), generation.advance._cache_size()) == before
+
+
+@pytest.mark.parametrize("kind", ["lookahead", pytest.param("contextual", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [None, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_prompt_in_chunks_fills_the_same_caches(kind, window):
+    model = BaseModel(dataclasses.replace(BASE, sliding_window=window), jax.random.key(1))
+    predictor = make_predictor(model.config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
+    lengths = np.asarray([22, 7, 16])
+    tokens = np.random.default_rng(0).integers(1, 61, (3, 26)).astype(np.int32)
+    run = partial(jax.jit(prefill, static_argnames=("capacity", "chunk")), model, jnp.asarray(tokens), lengths)
+    logits, whole = run(capacity=32, predictor=predictor)
+    found, parts = run(capacity=32, predictor=predictor, chunk=8)
+    # float32 sums in another order; logits and keys are about 1
+    np.testing.assert_allclose(found, logits, atol=2e-5)
+    for b, held in enumerate(lengths):
+        for name in ("k", "v"):
+            a, c = (np.asarray(getattr(s.kv, name))[:, b, :, :held] for s in (whole, parts))
+            np.testing.assert_allclose(c, a, atol=2e-5)
+        a, c = (np.asarray(s.scores.k_imp)[1:, b, ..., :held] for s in (whole, parts))
+        np.testing.assert_allclose(c, a, atol=2e-5)
+
+
+def stepper(base, predictor, selection, layers=None):
+    """(a jitted step, its state of 2 rows, tokens)."""
+    config = base.config if layers is None else dataclasses.replace(base.config, layers=layers)
+    make = lambda: BaseModel(config, jax.random.key(0))  # noqa: E731
+    model = base.model if layers is None else jax.eval_shape(make)
+    if layers is not None:
+        predictor = jax.eval_shape(lambda: make_predictor(config, PredictorConfig(rank=8, stride=2)))
+    tokens, lengths = jnp.ones((2, 4), jnp.int32), jnp.asarray([4, 3])
+    fill = partial(prefill, capacity=96, selection=selection)
+    state = jax.eval_shape(lambda m, p: fill(m, tokens, lengths, predictor=p)[1], model, predictor)
+    step = jax.jit(lambda m, p, t, s: decode_step(m, t, s, predictor=p, selection=selection)[:2], donate_argnums=3)
+    return step.lower(model, predictor, jax.ShapeDtypeStruct((2,), jnp.int32), state), state
+
+
+def test_a_deeper_model_is_no_longer_a_program(base, predictor):
+    selection = SelectionConfig(budget=0.25, interval=2)
+    few, many = (len(stepper(base, predictor, selection, n)[0].as_text().splitlines()) for n in (4, 32))
+    assert many < few * 1.05
+
+
+def test_caches_are_written_in_place(base, predictor):
+    lowered, state = stepper(base, predictor, SelectionConfig(budget=0.25))
+    sizes = lowered.compile().memory_analysis()
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.kv))
+    assert sizes.alias_size_in_bytes >= held
+    assert sizes.temp_size_in_bytes < held  # no second cache
+
+
+def test_between_choices_the_chosen_stay_and_the_window_moves(base):
+    interval, recent, sinks = 3, 4, 2
+    selection = SelectionConfig(budget=0.4, sinks=sinks, recent=recent, interval=interval)
+    settings = dict(selection=selection, policy=make_policy("random"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 40)), jnp.int32)
+
+    @jax.jit
+    def run(tokens):
+        state = prefill(base.model, tokens[:, :20], jnp.asarray([20, 14]), capacity=48, **settings)[1]
+
+        def step(state, _):
+            _, state, found = decode_step(base.model, tokens[:, 0], state, details=True, **settings)
+            return state, (found.chosen, found.attended)
+
+        return jax.lax.scan(step, state, None, length=11)[1]
+
+    sets, counts = map(np.asarray, run(tokens))
+    np.testing.assert_array_equal(sets.sum(-1), counts)
+    for s, layer, b, head in np.ndindex(11, 3, 2, 2):
+        if layer == 0:
+            continue
+        own, since = set(np.flatnonzero(sets[s, layer, b, head])), s % interval
+        total = (20, 14)[b] + s + 1
+        chosen = set(np.flatnonzero(sets[s - since, layer, b, head]))
+        stay = {j for j in chosen if j < total - since - recent}
+        assert own == stay | set(range(total - recent, total))
+        assert set(range(sinks)) <= own
+        # the budget of the row when it chose
+        assert len(own) == max(-(-2 * (total - since) // 5), sinks + recent)
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_short_rows_keep_their_sinks_between_choices_whatever_thresholds_pass(base, unit):
+    """Sinks inside the window of a choice are still there when the window has moved on."""
+    selection = SelectionConfig(budget=1.0, sinks=4, recent=8, unit=unit, interval=8, threshold=((1e9,) * 2,) * 3)
+    settings = dict(selection=selection, policy=make_policy("random"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 12)), jnp.int32)
+
+    @jax.jit
+    def run(tokens):
+        state = prefill(base.model, tokens, jnp.asarray([8, 11]), capacity=48, **settings)[1]
+
+        def step(state, _):
+            _, state, found = decode_step(base.model, tokens[:, 0], state, details=True, **settings)
+            return state, found.chosen
+
+        return jax.lax.scan(step, state, None, length=20)[1]
+
+    sets = np.asarray(run(tokens))
+    for s, layer, b, head in np.ndindex(20, 3, 2, 2):
+        total = (8, 11)[b] + s + 1
+        own = set(np.flatnonzero(sets[s, layer, b, head]))
+        assert own >= set(range(4)) | set(range(total - 8, total)), (s, layer, b, head)
+
+
+def test_seeds_are_any_whole_numbers(base):
+    drawn = [butler_jax.generate(base, [[1], [2]], seed=seed, temperature=1.0, max_new_tokens=8, stop=()).tokens
+             for seed in (np.int64(3), [3, 4], -1)]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.slow
+def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predictor, dense):
+    selection = SelectionConfig(budget=0.3, sinks=1, recent=3, interval=2, min_context=24)
+    settings = dict(predictor=predictor, selection=selection, max_new_tokens=20, stop=(), capacity=48)
+    together = butler_jax.generate(base, PROMPTS, **settings)
+    assert together.attended[1] == 1.0 and together.tokens[1] == dense.tokens[1]
+    assert together.attended[0] < 1.0
+    for b in (0, 2):
+        assert butler_jax.generate(base, PROMPTS[b], **settings).tokens[0] == together.tokens[b]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "there is no prompt"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1, 61]], {}, "token 61; the vocabulary is 0 ... 60"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens must be a whole number of at least 1, got 0"),
+        ([[1]], dict(max_new_tokens=2.5), "max_new_tokens must be a whole number of at least 1, got 2.5"),
+        ([[1.5, 2]], {}, r"prompt 0 must be a text or a list of token ids, got \[1.5, 2\]"),
+        (None, {}, "prompts must be a text, or a list of texts or of token ids, got NoneType"),
+        ([[1]], dict(score_dtype="int4"), "score_dtype must be 'int8' or None, got 'int4'"),
+        ([[1]], dict(seed="a"), "the seed must be a whole number, or one for every prompt, got 'a'"),
+        ([[1]], dict(stop=[99999]), "stop 99999 is no token of letters; its vocabulary is 0 ... 60"),
+        ([[1] * 90], dict(max_new_tokens=20), "model's context of 96 tokens; ask for at most 7 new tokens"),
+        ([[1] * 30], dict(capacity=20), "a prompt of 30 tokens does not fit a cache of 20"),
+        ([[1] * 30], dict(capacity=32, max_new_tokens=9), "full after 3 new tokens of 9"),
+        ([[1]], dict(capacity=200), "beyond the model's context of 96"),
+        ([[1]], dict(selection=SelectionConfig()), "needs a trained predictor"),
+        ([[1], [2]], dict(seed=[1]), "1 seeds do not fit 2 prompts"),
+        ([[1]], dict(stop=["two"]), "is not a single token"),
+        ([[1]], dict(top_p=2.0), "top_p"),
+        (
+            [[1]],
+            dict(selection=SelectionConfig(threshold=((0.0,),) * 5), policy=make_policy("random")),
+            "5 layers and 1 heads do not fit a model of 3 layers and 2 KV heads",
+        ),
+    ],
+)
+def test_bad_input_is_a_clear_error(base, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        butler_jax.generate_stream(base, prompts, **settings)  # before the first piece is asked for
+
+
+def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
+    logits, state = prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=4)
+    with pytest.raises(ValueError, match="the cache is full: a row holds 4 of 4 tokens"):
+        decode_step(base.model, jnp.asarray([1]), state)
+    state = dataclasses.replace(state, lengths=jnp.asarray([3]))
+    with pytest.raises(ValueError, match="prefill was done without the predictor"):
+        decode_step(base.model, jnp.asarray([1]), state, predictor=predictor)
+    with pytest.raises(ValueError, match="needs a trained predictor"):
+        decode_step(base.model, jnp.asarray([1]), state, selection=SelectionConfig())
+    with pytest.raises(ValueError, match="give the selection to prefill too"):
+        decode_step(
+            base.model, jnp.asarray([1]), state, selection=SelectionConfig(interval=2), policy=make_policy("random")
+        )
+    other = dict(policy=make_policy("random"))
+    _, kept = prefill(
+        base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=60,
+        selection=SelectionConfig(budget=0.25, interval=2), **other,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="room for 15 units of 2 heads, and this selection chooses 30 of 2: "):
+        decode_step(base.model, jnp.asarray([1]), kept, selection=SelectionConfig(budget=0.5, interval=2), **other)
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([0]), capacity=4)
+    assert isinstance(state, DecodeState) and logits.shape == (1, 61)
+
+
+@pytest.fixture(scope="module")
+def command():
+    """`main` of the command, loaded under another name: the package's attribute of its own name is the function."""
+    spec = importlib.util.spec_from_file_location("generate_command", Path(butler_jax.__file__).parent / "generate.py")
+    module = sys.modules["generate_command"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run directory with an untrained predictor."""
+    directory = tmp_path_factory.mktemp("generate")
+    place = tiny_runs.make_place(directory)
+    base = load_base(str(place["base"]))
+    config = PredictorConfig(kind="lookahead", rank=4, stride=2)
+    save_predictor(directory / "run", make_predictor(base.config, config), base)
+    settings = to_dict(tiny_runs.settings(place, directory / "run"))
+    (directory / "run" / "config.json").write_text(json.dumps(settings))
+    return directory / "run"
+
+
+def test_the_command_continues_a_prompt(command, run_dir, capfd):
+    assert command(["--run", str(run_dir), "--prompt", "the river", "--max-new-tokens", "12"]) == 0
+    out, error = capfd.readouterr()
+    assert out.startswith("the river") and "tokens/s" in error and "% of the cache read" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x"], "give --run DIR"),
+        (["--run", "RUN", "--prompt", "x", "--budget", "0"], "above 0"),
+        (["--run", "RUN", "--prompt", "x", "--budget=-1/4"], "above 0"),
+        (["--run", "RUN", "--prompt", "x", "--budget", "1.5"], "at most 1.0"),
+        (["--run", "RUN", "--prompt", "x", "--budget", "9"], "below 4 sinks"),
+        (["--run", "RUN", "--prompt", "x", "--budget", "half"], "is not a number"),
+        (["--run", "RUN", "--prompt", "x", "--unit", "12"], "power of two"),
+        (["--run", "RUN", "--prompt", "x", "--max-new-tokens", "500"], "context of 128 tokens"),
+        (["--run", "absent", "--prompt", "x"], "absent"),
+        (["--run", "RUN", "--prompt-file", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(command, run_dir, capfd, arguments, message):
+    assert command([str(run_dir) if a == "RUN" else a for a in arguments]) == 1
+    error = capfd.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in error and len(lines) == 1 and message in lines[0], error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(unit=16), dict(interval=4, neighbours=True)], ids=lambda f: "-".join(f)
+)
+def test_everything_is_dense_on_stories(shared_data, fields):
+    check_everything(load_base(shared_data / "data" / "stories260K"), fields)
+
+
+@pytest.mark.slow
+def test_everything_is_dense_on_smollm2(smollm2_dir):
+    check_everything(load_base(smollm2_dir), dict())
+
+
+def check_everything(base, fields):
+    prompt = "Once upon a time, there was a little girl who"
+    predictor = make_predictor(base.config, PredictorConfig(rank=8))
+    settings = dict(max_new_tokens=200, stop=())
+    dense = butler_jax.generate(base, prompt, **settings)
+    found = butler_jax.generate(
+        base, prompt, predictor=predictor, selection=SelectionConfig(budget=1.0, **fields), **settings
+    )
+    assert len(dense.tokens[0]) == 200 and found.tokens == dense.tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["normalised", "maximum"])
+@pytest.mark.parametrize(
+    "fields", [dict(budget=0.4), dict(budget=0.5, unit=4), dict(budget=0.4, interval=3)], ids=lambda f: "-".join(f)
+)
+@pytest.mark.parametrize("kind", ["lookahead", "producer", "contextual"])
+def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
+    # A layer's rows are fetched in the layer before it, where its choice is known; the arithmetic is the same.
+    predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
+    selection = SelectionConfig(sinks=1, recent=3, **fields)
+    settings = dict(predictor=predictor, selection=selection, policy=make_policy("tokenbutler", pooling=pooling))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 24)), jnp.int32)
+    fill = jax.jit(lambda t: prefill(base.model, t, jnp.asarray([24, 15]), capacity=48, **settings)[1])
+    step = jax.jit(lambda t, s: decode_step(base.model, t, s, **settings))
+    resident = jax.device_put(fill(tokens), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    offloaded = dataclasses.replace(resident, kv=to_host(resident.kv))
+    for t in range(7):
+        logits, resident, found = step(tokens[:, t], resident)
+        own_logits, offloaded, own_found = step(tokens[:, t], offloaded)
+        np.testing.assert_array_equal(own_logits, logits)
+        np.testing.assert_array_equal(own_found.attended, found.attended)
+    np.testing.assert_array_equal(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v))
+    assert offloaded.kv.k.sharding.memory_kind == "pinned_host"
+
+
+@pytest.mark.parametrize(
+    "name", ["h2o", *(pytest.param(n, marks=pytest.mark.slow) for n in ("snapkv", "citrus", "quest", "lowrank"))]
+)
+def test_every_policy_generates_what_it_would_have_read(base, name):
+    """Policies that evict run the prompt as well; the others leave it dense, so theirs is of one token."""
+    policy = make_policy(name, **{"quest": {"page": 4}, "snapkv": {"once": False}}.get(name, {}))
+    prompts = PROMPTS if policy.evicts else [[7]]
+    text = {n: np.zeros((1, 64), np.int32) for n in ("tokens", "segments", "positions")}
+    text["tokens"][0] = np.random.default_rng(0).integers(0, 61, 64)
+    text["segments"][:], text["positions"][0] = 1, np.arange(64)
+    policy = policy.prepare(base.model, [text])
+    selection = SelectionConfig(budget=0.4, sinks=2, recent=3)
+    found = butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=24, stop=())
+    for prompt, tokens in zip(prompts, found.tokens, strict=True):
+        whole = [*prompt, *tokens]
+        batch = {n: np.zeros((1, 40), np.int32) for n in text}
+        batch["tokens"][0, : len(whole)], batch["segments"][0, : len(whole)] = whole, 1
+        batch["positions"][0] = np.arange(40)
+        greedy = np.asarray(simulate(base.model, batch, policy, selection).greedy)[0]
+        assert greedy[len(prompt) - 1 : len(whole) - 1].tolist() == tokens
+    assert max(found.attended) < 1
+    if policy.evicts:
+        with pytest.raises(ValueError, match=f"{name}"):
+            butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
+
+
+def test_a_policy_may_be_given_by_its_name(base):
+    settings = dict(selection=SelectionConfig(budget=0.4, sinks=2, recent=3), max_new_tokens=8, stop=())
+    policies = ("oracle", make_policy("oracle"))
+    by_name, itself = (butler_jax.generate(base, PROMPTS, policy=p, **settings) for p in policies)
+    assert by_name.tokens == itself.tokens
+    with pytest.raises(ValueError, match="unknown policy 'fortune'"):
+        butler_jax.generate(base, PROMPTS, policy="fortune", **settings)
+
+
+def test_the_command_takes_any_policy_and_names_the_known_ones(command):
+    GenerateConfig = command.__globals__["GenerateConfig"]
+    config = GenerateConfig(base="tiny", policy="streaming", budget="1/8")
+    assert config.selection().budget == 1 / 8 and config.made_policy() == make_policy("streaming")
+    assert GenerateConfig(base="tiny").selection() is None  # no run: dense
+    assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").selection() is None
+    with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):
+        GenerateConfig(base="tiny", policy="fortune")
+
+
+def test_the_command_does_not_decode_densely_where_tokenbutler_was_asked_for(command, capsys):
+    assert command(["--base", "tiny", "--policy", "tokenbutler", "--budget", "1/8", "--prompt", "a"]) == 1
+    told = capsys.readouterr()
+    assert not told.out and told.err == (
+        "error: the policy tokenbutler needs a trained predictor; give --run RUN (of train.py), or another --policy\n"
+    )
+    GenerateConfig = command.__globals__["GenerateConfig"]
+    assert GenerateConfig(base="tiny", run=Path("x")).made_policy() == make_policy("tokenbutler")
+    assert GenerateConfig(base="tiny", policy="tokenbutler", dense=True).selection() is None

@@ -1,0 +1,388 @@
+"""Several real processes on the loopback address against one: training, stopping, dying, going on, and judging."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from butler_jax import load_base
+from butler_jax.runs.directory import claim
+from tests import tiny_runs
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parent.parent.parent
+STEPS, EVERY = 12, 2
+
+SIGNALLED = """
+import os, runpy, signal, sys, time
+from pathlib import Path
+from butler_jax.training import loop as fitting
+number, step, waits = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+taken, place_batch = 0, fitting.place_batch
+
+def place_and_signal(batch, mesh):
+    global taken
+    taken += 1
+    if taken == step:
+        while not waits.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+    return place_batch(batch, mesh)
+
+fitting.place_batch = place_and_signal
+sys.argv = sys.argv[4:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script whose process gets a signal before a step of the loop, once a path exists."""
+
+
+class Signal(NamedTuple):
+    """A signal that a process sends to itself before its n-th step, when `waits` is there."""
+
+    number: int
+    step: int
+    waits: Path
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit status, what it said, and the time."""
+
+    status: int
+    said: str
+    at: float
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Place:
+    """A base, a text and a directory of runs, and the commands on them."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files = tiny_runs.make_place(directory)
+        # Nearly all of the time is compilation, and only the first of several processes has a cache.
+        self.environment = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "cache")),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.launches = 0
+
+    def train(self, run: str, *more: object) -> list[str]:
+        """The arguments of a training of 8 rows a step into that run directory."""
+        given = {"base": self.files["base"], "data": f"text:{self.files['text']}", "data-dir": self.files["data_dir"],
+                 "run-dir": self.directory / run, "steps": STEPS, "checkpoint-every": EVERY, "keep": 2, "length": 32,
+                 "batch-size": 8, "rank": 4, "calibration": 1, "eval-every": 0}  # fmt: skip
+        return ["train.py", *(str(a) for name, value in given.items() for a in (f"--{name}", value)), *map(str, more)]
+
+    def judge(self, run: str, *more: object) -> list[str]:
+        """The arguments of an evaluation of that run."""
+        given = ["--run", self.directory / run, "--text", self.files["text"], "--context", 64, "--tokens", 256,
+                 "--tasks", "perplexity,attention", "--policies", "dense,oracle,tokenbutler",
+                 "--budgets", "1/2,1/4"]  # fmt: skip
+        return ["eval.py", *map(str, given), *map(str, more)]
+
+    def run(
+        self,
+        count: int,
+        command: list[str],
+        *,
+        signals: dict[int, Signal] | None = None,
+        more: dict[int, list[str]] | None = None,
+        environments: dict[int, dict[str, str]] | None = None,
+        seconds: float = 300,
+    ) -> list[Ended]:
+        """Run a command as so many processes until all have ended. more: further arguments of single processes."""
+        self.launches += 1
+        address, running, ended = f"127.0.0.1:{free_port()}", {}, {}
+        script, *arguments = command
+        logs = [self.directory / f"launch{self.launches}.{index}" for index in range(count)]
+        for index in range(count):
+            line = [sys.executable, str(REPOSITORY / script), *arguments, *(more or {}).get(index, [])]
+            if count > 1:
+                line += ["--distributed", f"{address},{count},{index}", "--host-timeout", "20"]
+            if signals and index in signals:
+                line[1:1] = ["-c", SIGNALLED, *map(str, signals[index])]
+            environment = {**os.environ, **self.environment, **(environments or {}).get(index, {})}
+            with logs[index].open("w") as log:
+                running[index] = subprocess.Popen(
+                    line, env=environment, cwd=self.directory, stdout=log, stderr=subprocess.STDOUT
+                )
+        until = time.monotonic() + seconds
+        try:
+            while running:
+                for index, process in list(running.items()):
+                    if process.poll() is not None:
+                        ended[index] = Ended(process.returncode, logs[index].read_text(), time.monotonic())
+                        del running[index]
+                said = "\n".join(f"== {i}\n{logs[i].read_text()[-2000:]}" for i in running)
+                assert time.monotonic() < until, f"still running after {seconds} s: {said}"
+                time.sleep(0.1)
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+        return [ended[index] for index in range(count)]
+
+    def finish(self, count: int, command: list[str], **options) -> list[Ended]:
+        """`run`, where all have to succeed."""
+        ended = self.run(count, command, **options)
+        for index, one in enumerate(ended):
+            assert one.status == 0, f"process {index} of {count}: {one.said[-4000:]}"
+        return ended
+
+    def losses(self, run: str) -> list[float]:
+        """The losses of a run, step by step from the first."""
+        rows = tiny_runs.rows(self.directory / run)
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        return [row["loss"] for row in rows]
+
+    def kept(self, run: str) -> list[int]:
+        """Steps of the finished checkpoints of a run."""
+        return sorted(int(p.name) for p in (self.directory / run / "checkpoints").iterdir() if p.name.isdigit())
+
+    def copy(self, run: str, to: str, *, step: int | None = None) -> None:
+        """Copy a run; up to a checkpoint, where one is named."""
+        shutil.copytree(self.directory / run, self.directory / to)
+        for other in self.kept(to) if step else ():
+            if other != step:
+                shutil.rmtree(self.directory / to / "checkpoints" / str(other))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    return Place(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(place) -> list[float]:
+    """The losses of one process that nothing disturbs."""
+    place.finish(1, place.train("alone", "--keep", STEPS))
+    losses = place.losses("alone")
+    assert len(losses) == STEPS
+    return losses
+
+
+def same(losses: list[float], alone: list[float]) -> None:
+    """Sums over processes come in another order: float32 rounding, grown by twelve steps of training."""
+    assert losses == pytest.approx(alone[: len(losses)], abs=1e-5)
+
+
+class Death(NamedTuple):
+    """A process died: which one, how all ended, and what was on disk then."""
+
+    index: int
+    ended: list[Ended]
+    losses: list[float]
+    kept: list[int]
+
+
+@pytest.fixture(scope="module")
+def deaths(place) -> list[Death]:
+    """Two starts of a run `four` of four processes, in each of which one kills itself."""
+    # Four at once prepare the data. The third dies when checkpoint 4 is there and 6 is being written; started again,
+    # the first does, at which the others look for each other.
+    command = place.train("four", "--data-dir", place.directory / "another")
+    found = []
+    for index, step, waits in ((2, 7, place.directory / "four" / "checkpoints" / "4"), (0, 3, place.directory)):
+        ended = place.run(4, command, signals={index: Signal(signal.SIGKILL, step, waits)})
+        found.append(Death(index, ended, place.losses("four"), place.kept("four")))
+    return found
+
+
+def test_processes_end_when_one_dies_and_go_on_at_the_next_start(deaths, alone):
+    for index, ended, losses, kept in deaths:
+        same(losses, alone)
+        assert kept
+        assert ended[index].status == -signal.SIGKILL
+        for one in (*ended[:index], *ended[index + 1 :]):
+            assert one.status != 0 and one.at - ended[index].at < 60, one
+            ours = "lost another one" in one.said and "start the same command on every host again" in one.said
+            assert ours or "another task died" in one.said, one.said[-3000:]  # the latter is JAX's
+    first, second = deaths
+    assert len(first.losses) in (5, 6) and first.kept[-1] in (4, 6)  # the last step may not have been written down
+    assert f"going on from step {first.kept[-1]}" in second.ended[0].said
+    assert len(second.losses) > first.kept[-1]
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(1, ""), (2, "model=2")])
+def test_checkpoints_of_four_processes_go_on_in_fewer(place, deaths, alone, count, mesh):
+    run, last = f"four-{count}", deaths[-1].kept[-1]
+    place.copy("four", run)
+    ended = place.finish(count, place.train(run, "--mesh", mesh))
+    assert f"going on from step {last}" in ended[0].said
+    assert not any("step" in one.said for one in ended[1:])  # the first process speaks
+    assert len(place.losses(run)) == STEPS
+    same(place.losses(run), alone)
+
+
+def test_all_processes_stop_at_one_step_and_go_on_in_more(place, alone):
+    place.copy("alone", "stopped", step=4)
+    asked = Signal(signal.SIGTERM, 2, place.directory)  # before step 6, the second process alone
+    ended = place.finish(2, place.train("stopped"), signals={1: asked})
+    assert "going on from step 4" in ended[0].said
+    assert "stopped and saved at step 7; run the same command again to go on" in ended[0].said
+    assert place.kept("stopped")[-1] == 7 and len(place.losses("stopped")) == 7
+    ended = place.finish(4, place.train("stopped"))
+    assert "going on from step 7" in ended[0].said
+    assert len(place.losses("stopped")) == STEPS
+    same(place.losses("stopped"), alone)
+
+
+def test_two_processes_judge_what_four_saved_like_one(place, deaths):
+    outs = [place.directory / "judged" / name for name in ("one", "two")]
+    place.finish(1, place.judge("four", "--out", outs[0]))
+    first, second = place.finish(2, place.judge("four", "--out", outs[1]))
+    one, two = (json.loads((out / "report.json").read_text())["rows"] for out in outs)
+    assert len(one) > 20 and two == one  # a cell is computed by one process, as it would be alone
+    cells = [[json.loads(line)["key"] for line in (out / "cells.jsonl").open()] for out in outs]
+    assert len(cells[0]) == len(set(cells[0])) > 5 and sorted(cells[0]) == sorted(cells[1])
+    assert first.said.count("perplexity   dense") == 1 and "the report is in" in first.said
+    assert "perplexity " not in second.said
+    (again,) = place.finish(1, place.judge("four", "--out", outs[1]))
+    assert again.said.count("kept") == len(cells[0])
+
+
+def test_other_settings_are_named_by_all(place):
+    ended = place.run(2, place.train("settings"), more={1: ["--seed", "3", "--length", "16"]})
+    for one in ended:
+        line = one.said.splitlines()[-1]
+        assert one.status == 1 and line.startswith("error: the processes of this run differ")
+        assert "length: 32 in process 0; 16 in process 1" in line and "seed: 0 in process 0; 3 in process 1" in line
+    assert not (place.directory / "settings").exists()
+
+
+def test_other_numbers_of_devices_are_named_by_all(place):
+    devices = {1: {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
+    for one in place.run(2, place.train("devices"), environments=devices):
+        assert one.status == 1 and "there are 1 in process 0, 2 in process 1" in one.said.splitlines()[-1]
+
+
+def test_others_that_never_come_are_waited_for_so_long(place):
+    for index in (0, 1):
+        address = f"127.0.0.1:{free_port()}"
+        line = place.train("waiting", "--distributed", f"{address},2,{index}", "--start-timeout", "2")
+        (one,) = place.run(1, line)
+        last = one.said.splitlines()[-1]
+        assert one.status == 1 and f"error: process {index} waited 2 s at {address} for the 2 processes" in last
+        assert f"{address} is process 0's and can be reached" in last
+
+
+def test_a_run_in_use_is_told_by_all(place):
+    with claim(place.directory / "used"):
+        for one in place.run(2, place.train("used")):
+            assert one.status == 1 and "is in use by another training" in one.said.splitlines()[-1]
+
+
+def test_an_error_of_one_process_ends_all_in_a_line(place):
+    """The first alone writes metrics."""
+    (place.directory / "blocked" / "metrics.jsonl").mkdir(parents=True)
+    first, second = place.run(2, place.train("blocked"))
+    assert (first.status, second.status) == (1, 1)
+    assert "metrics.jsonl" in first.said.splitlines()[-1] and first.said.splitlines()[-1].startswith("error: ")
+    assert "error: process 1 lost another one, which ended or cannot be reached" in second.said
+
+
+def test_a_full_disk_ends_all_in_a_line(place, small_disk):
+    """Each writes its own part of a checkpoint."""
+    tiny_runs.fill(small_disk, 40960)
+    ended = place.run(2, place.train(small_disk / "run"))
+    for one in ended:
+        assert one.status == 1 and any(line.startswith("error: ") for line in one.said.splitlines()), one.said[-2000:]
+    assert any("No space left on device" in one.said for one in ended)
+
+
+CHECKS = """
+import json, sys
+from pathlib import Path
+import jax
+import numpy as np
+from butler_jax.cli.command_line import read
+from butler_jax.training.config import TrainConfig
+from butler_jax.parallel.hosts import agree, check_shared, gather, join_hosts
+from butler_jax.parallel.mesh import make_mesh, on_host, own_rows, place_batch, rows_here
+
+join_hosts(read(TrainConfig, sys.argv[1:], "checks"))
+index = jax.process_index()
+
+def refusal(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+def rows(mesh):
+    mesh, batch = make_mesh(mesh), {"x": np.arange(8 * 3).reshape(8, 3)}
+    there = on_host(place_batch(own_rows(batch, mesh), mesh)["x"])
+    return rows_here(8, mesh) if (there == batch["x"]).all() else None
+
+Path("file").touch()
+found = {
+    "gathered": gather({"index": index, "text": "x" * 3000 * index}),
+    "agreed": refusal(agree, {"same": [1, None], "other": index}),
+    "shared": refusal(check_shared, Path("together")),
+    "apart": refusal(check_shared, Path(f"apart{index}") / "run", seconds=0.5),
+    "unwritable": refusal(check_shared, Path("file") / "run"),
+    "idle": refusal(make_mesh, "data=2"),
+    "batch": refusal(make_mesh, "", batch_size=6),
+    "rows": {mesh: rows(mesh) for mesh in ("data=4", "data=2,model=2", "model=4")},
+}
+print(json.dumps(found))
+"""
+
+
+def test_processes_agree_on_everything_that_is_wrong(place):
+    (place.directory / "checks.py").write_text(CHECKS)
+    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    ended = place.finish(2, [str(place.directory / "checks.py")], environments={0: two, 1: two})
+    found = [json.loads(one.said.splitlines()[-1]) for one in ended]
+    rows, paths = ([one.pop(name) for one in found] for name in ("rows", "apart"))
+    assert found[0] == found[1]
+    (found, _) = found
+    assert found["gathered"] == [{"index": 0, "text": ""}, {"index": 1, "text": "x" * 3000}]
+    assert "differ (other: 0 in process 0; 1 in process 1); start the same command" in found["agreed"]
+    assert found["shared"] is None and not (place.directory / "together").exists()
+    for index, path in enumerate(paths):
+        assert f"process 1 does not see in apart{index}/run what process 0 writes there" in path
+    assert not list(place.directory.glob("apart*"))
+    assert "file" in found["unwritable"]
+    assert "mesh 'data=2' takes 2 of the 4 devices of 2 processes" in found["idle"]
+    assert "batch size 6 is not divisible by the mesh's data axis (4); use a multiple of 4" in found["batch"]
+    first, second, every = [0, 1, 2, 3], [4, 5, 6, 7], list(range(8))
+    halves = {"data=4": (first, second), "data=2,model=2": (first, second), "model=4": (every, every)}
+    assert rows == [{mesh: parts[index] for mesh, parts in halves.items()} for index in range(2)]
+
+
+def test_two_processes_pretrain_like_one(place):
+    sizes = {"steps": 6, "long-steps": 2, "checkpoint-every": 10, "batch-size": 8, "length": 32, "context": 64,
+             "vocab-size": 280, "width": 32, "inner": 32, "layers": 2, "heads": 2, "kv-heads": 1, "head-dim": 16,
+             "eval-every": 0, "data": f"text:{place.files['text']}", "data-dir": place.files["data_dir"]}  # fmt: skip
+    command = ["train.py", "pretrain", *(str(a) for name, value in sizes.items() for a in (f"--{name}", value))]
+    for count in (1, 2):
+        ended = place.finish(count, [*command, "--run-dir", str(place.directory / f"base{count}")])
+        assert sum("the model is in" in one.said for one in ended) == 1
+    same(place.losses("base2"), place.losses("base1"))
+    cards = [json.loads((place.directory / f"base{count}" / "model" / "card.json").read_text()) for count in (1, 2)]
+    assert cards[1]["losses"] == pytest.approx(cards[0]["losses"], abs=1e-5)  # as above
+    weights = [load_base(str(place.directory / f"base{count}" / "model")).model for count in (1, 2)]
+    one, two = (np.asarray(model.layers.q[...], np.float32) for model in weights)
+    # Kept in bfloat16: two numbers that differ by float32 rounding may be neighbours there.
+    np.testing.assert_allclose(one, two, rtol=2**-7, atol=1e-4)

@@ -1,0 +1,68 @@
+"""Thresholds that are calibrated reach their mean, and the budget stays the most a row reads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.model.config import BaseConfig
+from butler_jax.model.decoder import BaseModel
+from butler_jax.policies import make_policy
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.selection.top_k import from_bits, ordered_bits
+from butler_jax.simulation import calibrate_thresholds, simulate
+
+BASE = BaseConfig(
+    family="llama", vocab_size=61, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16, context=256
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = BaseModel(BASE, jax.random.key(0))
+    model.layers.q[...] = model.layers.q[...] * 4
+    return model
+
+
+def batch_of(rows=2, length=128):
+    tokens = np.random.default_rng(0).integers(1, 61, (rows, length)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[1, 100:] = 0
+    return {"tokens": tokens, "segments": segments, "positions": np.arange(length, dtype=np.int32)[None] + 0 * tokens}
+
+
+@pytest.mark.parametrize(("mean", "unit"), [(0.3, 1), pytest.param(20, 4, marks=pytest.mark.slow)])
+def test_mean_of_what_rows_read_is_reached(model, mean, unit):
+    batch, most = batch_of(), SelectionConfig(budget=0.6 if unit == 1 else 60, sinks=2, recent=3, unit=unit)
+    selection = calibrate_thresholds(model, None, [batch], most, mean, policy=make_policy("oracle"))
+    assert selection.budget == most.budget and np.isneginf(selection.threshold[0]).all()
+    # One sparse layer after the dense one: what it chooses changes nothing of what it chooses by.
+    found = np.asarray(simulate(model, batch, make_policy("oracle"), selection).attended)
+    counts = np.arange(1, 129)[None]
+    real = batch["segments"] > 0
+    read = (found if unit == 1 else found * counts)[real]
+    # The next smaller threshold would read more than the mean; at a precision of 2**-7 few keys lie between the two.
+    assert 0.9 * mean <= read.mean() <= mean * 1.001
+    tokens = (found * counts)[real]
+    assert np.ptp(tokens[-60:]) > 4  # rows of nearly one length read as much as they need
+    limit = np.broadcast_to(np.maximum(np.ceil(0.6 * counts), 5) if unit == 1 else 60, real.shape)
+    assert (tokens <= np.minimum(limit, counts)[real] + 1e-3).all()
+
+
+def test_bits_and_floats_are_one_order():
+    values = jnp.asarray([-np.inf, -2.5, -1e-30, 0.0, 1e-30, 7.0, np.inf], jnp.float32)
+    np.testing.assert_array_equal(from_bits(ordered_bits(values)), values)
+
+
+def test_bad_means_are_clear_errors(model):
+    most = SelectionConfig(budget=0.25)
+    with pytest.raises(ValueError, match="must be below the most a row may read"):
+        calibrate_thresholds(model, None, [batch_of()], most, 0.5, policy=make_policy("oracle"))
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate_thresholds(model, None, [], most, 0.125)
+    with pytest.raises(ValueError, match="above 0"):
+        calibrate_thresholds(model, None, [batch_of()], most, 0)
+    with pytest.raises(ValueError, match="needs a trained predictor"):
+        calibrate_thresholds(model, None, [batch_of()], most, 0.125)
