@@ -34,7 +34,7 @@ from butler_jax.simulation.recall import mean_ranks, rank_correlation
 from butler_jax.simulation.simulator import jensen_shannon
 from butler_jax.simulation.statistics import Estimate, ratio, share
 from butler_jax.weights import Base
-from tests.simulation.test_simulator import BASE, Letters, make_batch, make_model
+from tests.tiny_models import BASE, Letters, make_batch, make_model
 
 
 def test_a_ratios_error_is_that_of_resampled_sequences():

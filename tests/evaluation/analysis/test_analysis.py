@@ -33,7 +33,7 @@ from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import measure_recall, simulate
-from tests.simulation.test_simulator import BASE, SCORES, NaivePredictor, make_batch, make_model, naive, softmax
+from tests.tiny_models import BASE, SCORES, NaivePredictor, make_batch, make_model, naive, softmax
 
 SIZES = (60, 50)  # two rows of one document each
 CLOSE = dict(atol=2e-5)  # float32 weights after three layers, against float64
