@@ -25,14 +25,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from butler_jax.runs import digests
-from butler_jax.predictors import PredictorConfig
-from butler_jax.storage import from_dict, to_dict
-from butler_jax.storage import sync
 from butler_jax.parallel import gather
-from butler_jax.storage import read_object
-from butler_jax.predictors import Predictor, make_predictor
-from butler_jax.storage import shown
+from butler_jax.predictors import Predictor, PredictorConfig, make_predictor
+from butler_jax.runs import digests
+from butler_jax.storage import from_dict, read_object, shown, sync, to_dict
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base

@@ -10,8 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from butler_jax.storage import sync, write_whole
-from butler_jax.storage import read_object
+from butler_jax.storage import read_object, sync, write_whole
 
 DIGESTS = "digests.json"
 

@@ -16,11 +16,9 @@ from typing import Any, TextIO
 
 import jax
 
-from butler_jax.runs import provenance
-from butler_jax.storage import open_regular, write_whole, writing
 from butler_jax.parallel import gather
-from butler_jax.storage import read_object, read_value
-from butler_jax.storage import deeper, fits, shown
+from butler_jax.runs import provenance
+from butler_jax.storage import deeper, fits, open_regular, read_object, read_value, shown, write_whole, writing
 
 LOCK = "lock"
 LONGEST_NAME = 1000
