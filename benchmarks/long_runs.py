@@ -32,6 +32,7 @@ import jax
 
 import butler_jax
 from benchmarks.watch import Watch
+from butler_jax.decoding.config import SamplingConfig
 from butler_jax.evaluation.tasks.perplexity import windows
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.provenance import versions
@@ -70,7 +71,7 @@ def decode(
         for turn in range(turns):
             pieces = butler_jax.generate_stream(
                 base, [[1]] * rows, predictor=predictor, selection=SelectionConfig(budget=budget), max_new_tokens=new,
-                stop=(), temperature=1.0, seed=turn * rows, capacity=capacity,
+                stop=(), sampling=SamplingConfig(temperature=1.0), seed=turn * rows, capacity=capacity,
             )  # fmt: skip
             for _ in pieces:
                 done += 1
@@ -81,7 +82,8 @@ def decode(
 
 def untrained(base: Any) -> Any:
     """A lookahead predictor at step 0, which costs what a trained one does."""
-    tokens = butler_jax.generate(base, [[1]], max_new_tokens=128, temperature=1.0, stop=()).tokens[0]
+    drawn = SamplingConfig(temperature=1.0)
+    tokens = butler_jax.generate(base, [[1]], max_new_tokens=128, sampling=drawn, stop=()).tokens[0]
     kind = PredictorConfig(rank=min(16, base.config.head_dim))
     return init_predictor(base, kind, batches=windows(tokens, context=len(tokens)))
 

@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "training": ["TrainConfig", "distil", "init_predictor"],
         "data": ["read_batches"],
         "simulation": ["calibrate_thresholds"],
-        "decoding": ["Generated", "Piece", "decode_step", "generate", "generate_stream", "prefill"],
+        "decoding": ["Generated", "Piece", "SamplingConfig", "decode_step", "generate", "generate_stream", "prefill"],
         "runs": ["load_predictor", "save_predictor"],
     },
 )

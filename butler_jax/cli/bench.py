@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.cli.command_line import read, run
-from butler_jax.decoding import Sampling, empty_chosen, generation
+from butler_jax.decoding import SamplingConfig, empty_chosen, generation
 from butler_jax.policies import Policy, make_policy
 from butler_jax.predictors import PredictorConfig
 from butler_jax.runs import versions
@@ -176,7 +176,7 @@ def _fill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, c
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
     return generation.start(
         base.model, predictor, jnp.asarray(prompt), jnp.full(config.batch, prompt.shape[1], jnp.int32), keys,
-        selection=None, policy=make_policy("tokenbutler"), sampling=Sampling(), capacity=context,
+        selection=None, policy=make_policy("tokenbutler"), sampling=SamplingConfig(), capacity=context,
         chunk=generation.CHUNK,
     )  # fmt: skip
 
@@ -200,7 +200,7 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
         for _ in range(tokens):
             now[0], now[1] = generation.advance(
                 base.model, predictor, now[0].token, keys, now[1], selection=selection, policy=policy,
-                sampling=Sampling(), most=None, implementation=None,
+                sampling=SamplingConfig(), most=None, implementation=None,
             )  # fmt: skip
         jax.block_until_ready(now[0].token)
         return time.perf_counter() - began

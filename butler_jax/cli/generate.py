@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from butler_jax.cli.command_line import interrupts_end, read, run
-from butler_jax.decoding import Sampling
+from butler_jax.decoding import SamplingConfig
 from butler_jax.policies import Policy, make_policy
 from butler_jax.selection import SelectionConfig, parse_budget
 from butler_jax.storage import require_local
@@ -96,12 +96,14 @@ class GenerateConfig:
         self.selection()
         self.sampling()
 
-    def sampling(self) -> dict[str, Any]:
-        """What generate takes to draw tokens. Raises ValueError for what cannot be."""
-        fields = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        fields["repetition_penalty"] = self.repetition_penalty
-        Sampling(**fields)
-        return fields
+    def sampling(self) -> SamplingConfig:
+        """How tokens are drawn. Raises ValueError for what cannot be."""
+        return SamplingConfig(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
     def made_policy(self) -> Policy:
         """The policy. Raises ValueError for an unknown one."""
@@ -157,7 +159,8 @@ def continue_prompt(config: GenerateConfig) -> int:
         result = generate(
             base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
             policy=policy, max_new_tokens=config.max_new_tokens,
-            seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop, **config.sampling(),
+            seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop,
+            sampling=config.sampling(),
         )  # fmt: skip
     print(flush=True)
     print(

@@ -10,10 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "cache": ["empty_chosen"],
         "cached_attention": ["layer_windows"],
+        "config": ["SamplingConfig"],
         "eviction": ["EvictedRows", "evict_rows"],
         "generation": ["Generated", "Piece", "bucket", "generate", "generate_stream"],
         "prefilling": ["prefill"],
-        "sampling": ["Sampling"],
         "score_cache": ["check_score_dtype", "rounded"],
         "scoring": ["choosing_heads"],
         "step": ["Found", "decode_step"],

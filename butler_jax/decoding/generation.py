@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.offload import to_host
 from butler_jax.decoding.prefilling import CHUNK, prefill
-from butler_jax.decoding.sampling import Sampling, draw, penalise
+from butler_jax.decoding.sampling import draw, penalise
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.step import decode_step
 from butler_jax.parallel import token_axis
@@ -66,13 +67,73 @@ class Generated:
         return sum(max(len(t) - 2, 0) for t in self.tokens) / self.seconds if self.seconds else 0.0
 
 
-def generate(base: Base, prompts: Prompts, *, stream: Callable[[Piece], Any] | None = None, **settings) -> Generated:
-    """Continue prompts; settings are those of `generate_stream`.
+def generate(
+    base: Base,
+    prompts: Prompts,
+    *,
+    predictor: Predictor | None = None,
+    selection: SelectionConfig | None = None,
+    policy: Policy | str | None = None,
+    max_new_tokens: int = 64,
+    sampling: SamplingConfig | None = None,
+    stop: Sequence[int | str] | None = None,
+    seed: int | Sequence[int] = 0,
+    capacity: int | None = None,
+    chunk: int = CHUNK,
+    offload: bool = False,
+    score_dtype: str | None = None,
+    implementation: str | None = None,
+    stream: Callable[[Piece], Any] | None = None,
+) -> Generated:
+    """Continue prompts.
 
-    stream: called with every new `Piece` as it comes, rows interleaved.
+    A base with longrope picks its rotary factors by the capacity: give one for rows that are to agree with longer ones.
+
+    Args:
+      base: the model and tokenizer, as `load_base` returns them.
+      prompts: a text, several texts, token ids, or several lists of token ids.
+      predictor: a trained predictor for this base. With a predictor and no selection, SelectionConfig() is taken.
+      selection: how many cached tokens a step reads. With neither predictor nor selection, decoding is dense.
+      policy: what ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
+        Default: tokenbutler.
+      max_new_tokens: the most tokens added to a row.
+      sampling: how tokens are drawn. Default: greedy.
+      stop: token ids, or texts of single tokens, that end a row. Default: the tokenizer's end of text.
+      seed: the seed of row 0, from which the other rows count on; or one seed a row.
+      capacity: tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
+        compilation.
+      chunk: prompt tokens processed together, see `prefill`.
+      offload: whether keys and values move to host memory after the prefill; only what a step reads comes back.
+      score_dtype: "int8" stores k_imp in int8. Default: the precision of the base.
+      implementation: of the kernels of pallas_kernels. Default: what suits the device.
+      stream: called with every new `Piece` as it comes, rows interleaved.
+
+    Returns:
+      The new tokens and texts of every row, with timings.
+
+    Raises:
+      ValueError: a prompt is empty, an id is out of range, or prompt and new tokens fit neither the capacity nor the
+        context.
     """
     result = Generated()
-    for piece in generate_stream(base, prompts, result=result, **settings):
+    pieces = generate_stream(
+        base,
+        prompts,
+        predictor=predictor,
+        selection=selection,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        seed=seed,
+        capacity=capacity,
+        chunk=chunk,
+        offload=offload,
+        score_dtype=score_dtype,
+        implementation=implementation,
+        result=result,
+    )
+    for piece in pieces:
         if stream is not None:
             stream(piece)
     return result
@@ -86,10 +147,7 @@ def generate_stream(
     selection: SelectionConfig | None = None,
     policy: Policy | str | None = None,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    sampling: SamplingConfig | None = None,
     stop: Sequence[int | str] | None = None,
     seed: int | Sequence[int] = 0,
     capacity: int | None = None,
@@ -99,23 +157,22 @@ def generate_stream(
     implementation: str | None = None,
     result: Generated | None = None,
 ) -> Iterator[Piece]:
-    """Continue prompts, yielding every new token.
+    """Continue prompts, yielding every new token as it comes.
 
-    prompts: a text, texts, token ids, or lists of them. predictor, selection, policy: as in `decode_step`; with a
-    predictor and no selection, SelectionConfig() is taken; with neither, decoding is dense; a policy that is prepared
-    on no text may be given by its name. temperature (0: greedy), top_k, top_p, repetition_penalty: see `Sampling`.
-    stop: token ids, or texts of single tokens, that end a row (None: the tokenizer's end of text). seed: of row 0, the
-    others count on; or one a row. capacity: tokens a row has room for; by default the next of a few sizes, so that
-    lengths up to it share a compilation. chunk: see `prefill`.
-    offload: keys and values are moved to host memory after the prefill, and only what is read comes back (offload.py).
-    score_dtype: "int8" keeps the predictor's importance keys in int8. implementation: of the kernels of pallas_kernels.
-    result: filled while the pieces come.
+    The settings are checked before the first piece is asked for.
 
-    A base with longrope picks its rotary factors by the capacity: give one for rows that are to agree with longer ones.
+    Args:
+      base, prompts, predictor, selection, policy, max_new_tokens, sampling, stop, seed, capacity, chunk, offload,
+        score_dtype, implementation: as for `generate`.
+      result: filled while the pieces come.
 
-    Raises ValueError for an empty prompt, ids out of range, and what fits neither the capacity nor the context.
+    Returns:
+      An iterator over the pieces of all rows, interleaved.
+
+    Raises:
+      ValueError: as `generate`.
     """
-    settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    sampling = sampling or SamplingConfig()
     if predictor is not None and selection is None:
         selection = SelectionConfig()
     policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
@@ -151,7 +208,7 @@ def generate_stream(
     result.prompt_tokens = lengths.tolist()
     return _pieces(
         base, predictor, tokens, lengths, keys, ends, result, table,
-        selection=selection, policy=policy, sampling=settings, max_new_tokens=max_new_tokens,
+        selection=selection, policy=policy, sampling=sampling, max_new_tokens=max_new_tokens,
         capacity=capacity, chunk=chunk, offload=offload, score_dtype=score_dtype,
         implementation=implementation,
     )  # fmt: skip

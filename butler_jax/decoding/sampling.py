@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are drawn.
-
-    temperature: 0 takes the likeliest token. top_k: only the k likeliest (None: all). top_p: only the fewest likeliest
-    tokens whose probabilities reach p, after top_k. repetition_penalty: logits of tokens that the row already holds are
-    divided by it where positive and multiplied where negative (Keskar et al. 2019, CTRL); 1 does nothing.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None and not self.top_k >= 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if not (0 < self.top_p <= 1):
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"the repetition penalty must be above 0, got {self.repetition_penalty}")
+from butler_jax.decoding.config import SamplingConfig
 
 
 def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float) -> Float[Array, "B V"]:
@@ -40,7 +15,7 @@ def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: flo
     return jnp.where(seen, weaker, logits)
 
 
-def allowed_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+def allowed_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Float[Array, "B V"]:
     """Logits over the temperature, -inf for the tokens that top_k and top_p leave out; ties at an edge stay in."""
     logits = logits.astype(jnp.float32) / sampling.temperature
     limited = sampling.top_k is not None and sampling.top_k < logits.shape[-1]
@@ -56,7 +31,7 @@ def allowed_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arr
 
 
 def draw(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], steps: Int[Array, ""], sampling: Sampling
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], steps: Int[Array, ""], sampling: SamplingConfig
 ) -> Int[Array, " B"]:
     """One token a row. keys: of the rows; steps: tokens drawn before, so that every draw of a row is another."""
     if sampling.temperature == 0:

@@ -13,6 +13,7 @@ import butler_jax
 from benchmarks import long_runs
 from benchmarks.watch import Compilations, Watch
 from butler_jax.decoding import generation
+from butler_jax.decoding.config import SamplingConfig
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
 from butler_jax.predictors import make_predictor
@@ -77,9 +78,10 @@ def test_prompts_of_every_length_share_few_programs(base, settings, fields):
 
 
 def test_generations_leave_nothing_behind(base, settings):
+    drawn = SamplingConfig(temperature=1.0)
     with Watch() as watch:
         for turn in range(6):
-            butler_jax.generate(base, [[1, 2, 3]], max_new_tokens=8, seed=turn, temperature=1.0, **settings)
+            butler_jax.generate(base, [[1, 2, 3]], max_new_tokens=8, seed=turn, sampling=drawn, **settings)
             watch.note(turn)
     held = [(row["live_arrays"], row["live_mib"], row["compilations"]) for row in watch.rows]
     assert len(set(held[1:])) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ import butler_jax
 from butler_jax import load_base
 from butler_jax.decoding import generation
 from butler_jax.decoding.cache import DecodeState
+from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.offload import to_host
 from butler_jax.decoding.prefilling import prefill
 from butler_jax.decoding.step import decode_step
@@ -93,7 +95,7 @@ def test_a_budget_of_everything_gives_dense_tokens(base, predictor, dense, field
 def test_a_batch_gives_each_rows_own_tokens(base, predictor):
     settings = dict(
         predictor=predictor, selection=SelectionConfig(budget=0.3, sinks=1, recent=3), max_new_tokens=25, stop=(),
-        temperature=1.0, top_p=0.9, repetition_penalty=1.1, capacity=48,
+        sampling=SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.1), capacity=48,
     )  # fmt: skip
     together = butler_jax.generate(base, PROMPTS, seed=[4, 5, 6], **settings)
     for b, prompt in enumerate(PROMPTS):
@@ -247,8 +249,8 @@ def test_short_rows_keep_their_sinks_between_choices_whatever_thresholds_pass(ba
 
 
 def test_seeds_are_any_whole_numbers(base):
-    drawn = [butler_jax.generate(base, [[1], [2]], seed=seed, temperature=1.0, max_new_tokens=8, stop=()).tokens
-             for seed in (np.int64(3), [3, 4], -1)]  # fmt: skip
+    settings = dict(sampling=SamplingConfig(temperature=1.0), max_new_tokens=8, stop=())
+    drawn = [butler_jax.generate(base, [[1], [2]], seed=seed, **settings).tokens for seed in (np.int64(3), [3, 4], -1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -283,7 +285,6 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         ([[1]], dict(selection=SelectionConfig()), "needs a trained predictor"),
         ([[1], [2]], dict(seed=[1]), "1 seeds do not fit 2 prompts"),
         ([[1]], dict(stop=["two"]), "is not a single token"),
-        ([[1]], dict(top_p=2.0), "top_p"),
         (
             [[1]],
             dict(selection=SelectionConfig(threshold=((0.0,),) * 5), policy=make_policy("random")),
@@ -294,6 +295,15 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
 def test_bad_input_is_a_clear_error(base, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         butler_jax.generate_stream(base, prompts, **settings)  # before the first piece is asked for
+
+
+@pytest.mark.parametrize("function", [butler_jax.generate, butler_jax.generate_stream])
+def test_settings_are_named_in_the_signature_and_a_typo_blames_the_function(base, function):
+    shown = inspect.signature(function).parameters
+    assert {"predictor", "selection", "policy", "sampling", "max_new_tokens", "seed"} <= set(shown)
+    assert not any(one.kind is one.VAR_KEYWORD for one in shown.values())
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(\) got an unexpected keyword argument 'temprature'"):
+        function(base, [[1]], temprature=1.0)
 
 
 def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from butler_jax.decoding import bucket, check_score_dtype, generate_stream
+from butler_jax.decoding import SamplingConfig, bucket, check_score_dtype, generate_stream
 from butler_jax.evaluation.tasks.harness_arguments import model_arguments
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.model import parameter_count
@@ -32,7 +33,7 @@ from butler_jax.weights import Base
 
 LEAST = 32  # rows are padded to the next of 1, 1.5, 2, 3, 4 ... times as many tokens
 NEW_TOKENS = 256  # of a generated text whose task names no limit
-SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
+SAMPLING = tuple(field.name for field in fields(SamplingConfig))
 Row = tuple[tuple[int, ...], int]  # tokens, and how many of the last are asked for
 
 
@@ -243,7 +244,7 @@ class ButlerLM(TemplateLM):
             self.base, prompts + prompts[-1:] * spare, predictor=self.predictor,
             selection=None if dense else self.selection, policy=None if dense else self.policy, max_new_tokens=new,
             stop=sorted(stop_tokens(self.base, None)), seed=seeds + seeds[-1:] * spare, score_dtype=self.score_dtype,
-            **given,
+            sampling=SamplingConfig(**given),
         )  # fmt: skip
         texts, open_rows = [""] * len(prompts), set(range(len(prompts)))
         made = [0] * len(prompts)
