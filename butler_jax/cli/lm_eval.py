@@ -22,8 +22,7 @@ def _harness() -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import butler_jax.evaluation.tasks.harness  # noqa: F401  registers the model
-        from butler_jax.evaluation import TASKS_DIRECTORY
+        from butler_jax.evaluation import TASKS_DIRECTORY, ButlerLM  # noqa: F401  importing ButlerLM registers it
     except ImportError as error:
         raise ImportError(
             f"lm-evaluation-harness cannot be loaded ({error}); pip install butler-jax[harness]"

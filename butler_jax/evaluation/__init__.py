@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluator": ["evaluate"],
         "report.report": ["Report", "check_directory"],
         "tasks.coreference": ["coreference_batches"],
+        "tasks.harness": ["ButlerLM"],
         "tasks.local_tasks": ["TASKS_DIRECTORY"],
         "tasks.perplexity": ["TextResult", "measure_perplexity", "text_windows"],
         "tasks.retrieval": ["key_value_batches", "needle_batches", "variables_batches"],
