@@ -111,7 +111,7 @@ def _plans(model: str, step: str, *rows: tuple) -> list[Plan]:
     return [Plan(model=model, step=step, **dict(zip(names, row, strict=False))) for row in rows]
 
 
-# What docs/scaling.md shows.
+# What docs/guides/scaling.md shows.
 TABLE = [
     *_plans(
         "llama-3.1-8b", "train",
@@ -289,7 +289,7 @@ def line_of(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any], step: str) -> list[str]:
-    """The lines of the table of one kind of step in a written report, as docs/scaling.md has them."""
+    """The lines of the table of one kind of step in a written report, as docs/guides/scaling.md has them."""
     lines = [
         "| | slice, mesh | tokens x rows | GiB: arguments + temporaries | GB sent by a chip | collectives | TFLOP "
         "| ms: arithmetic, memory, links | a step, ms |",

@@ -24,7 +24,7 @@ def require_local(config) -> None:
                 raise ValueError(
                     f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's "
                     "address; mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under that directory, see "
-                    "docs/tpu.md"
+                    "docs/guides/tpu.md"
                 )
 
 

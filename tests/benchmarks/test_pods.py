@@ -46,7 +46,7 @@ def test_the_table_of_the_docs_is_what_was_compiled():
     written = json.loads((REPOSITORY / "benchmarks/pods.json").read_text())
     assert [Plan(**step["plan"]) for step in written["steps"]] == pods.TABLE
     assert not any(step.get("whole_arguments") for step in written["steps"])  # nothing that grows is on every chip
-    page = (REPOSITORY / "docs/scaling.md").read_text()
+    page = (REPOSITORY / "docs/guides/scaling.md").read_text()
     for kind in ("train", "decode"):
         assert "\n".join(pods.markdown(written, kind)) in page
 

@@ -1,4 +1,4 @@
-"""docs/tpu.md: its blocks are shell text, use the values it asks for, and give options that there are."""
+"""docs/guides/tpu.md: its blocks are shell text, use the values it asks for, and give options that there are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from butler_jax.cli.command_line import read
 from butler_jax.training.config import TrainConfig
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "tpu.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "guides" / "tpu.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 FILES = dict(re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", PAGE, re.MULTILINE | re.DOTALL))
 

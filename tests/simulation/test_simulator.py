@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -343,19 +339,6 @@ def test_policies_of_ones_own_are_judged_beside_those_with_names(model, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(base, config=EvalConfig(tasks="perplexity", policies=policies, **settings))
-
-
-@pytest.mark.slow  # a start
-def test_the_policy_of_contributing_runs_as_it_stands(tmp_path):
-    repository = Path(__file__).parent.parent.parent
-    (snippet,) = re.findall(r"```python\n(.*?)```", (repository / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search(r"^\s*norm\s+[\d.]+", done.stdout, re.MULTILINE), done.stdout
-    assert done.stdout.rstrip().splitlines()[-1] and [*tmp_path.iterdir()] == []
 
 
 def test_without_a_predictor_the_default_policies_do_without_tokenbutler(model, tmp_path):
