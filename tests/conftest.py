@@ -1,10 +1,12 @@
 """Settings and data that all tests share."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -58,3 +60,24 @@ def small_disk(tmp_path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; without one its tests are skipped, and fail where CI=true."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        sync_playwright = None
+    if program is None or sync_playwright is None:
+        missing = "a Chromium on PATH" if program is None else 'playwright (pip install -e ".[test]")'
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            f"the page is looked at in a browser: needs {missing}"
+        )
+    switches = "no-sandbox disable-gpu disable-quic no-first-run disable-component-update disable-sync".split()
+    switches = [f"--{switch}" for switch in (*switches, "disable-background-networking")]
+    with sync_playwright() as player:
+        opened = player.chromium.launch(executable_path=program, args=switches)
+        yield opened
+        opened.close()

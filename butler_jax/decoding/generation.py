@@ -159,11 +159,9 @@ def generate_stream(
 ) -> Iterator[Piece]:
     """Continue prompts, yielding every new token as it comes.
 
-    The settings are checked before the first piece is asked for.
+    The settings are checked before the first piece is asked for. They are those of `generate`, without `stream`.
 
     Args:
-      base, prompts, predictor, selection, policy, max_new_tokens, sampling, stop, seed, capacity, chunk, offload,
-        score_dtype, implementation: as for `generate`.
       result: filled while the pieces come.
 
     Returns:

@@ -1,19 +1,17 @@
-"""The tables of the READMEs say what the files behind them say."""
+"""The tables and pictures of the README and of the measured results show what the files behind them hold."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from butler_jax.policies import POLICIES
+from tests.documentation.pages import DOCS, PAGES, REPOSITORY, tables
 
-REPOSITORY = Path(__file__).parent.parent.parent
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-MEASURED = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
-TABLES = [table for text in (README, MEASURED) for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+TABLES = [table for page in PAGES for table in tables(page)]
 
 
 def rows_of(name: str) -> list[dict]:
@@ -32,12 +30,16 @@ def names_policy(table: str, name: str) -> bool:
 def test_policies_that_differ_from_their_papers_are_marked_in_every_table():
     names = [name for name, policy in POLICIES.items() if policy.form]
     assert names == ["snapkv", "citrus"]
-    marked = [t for t in TABLES if any(names_policy(t, name) for name in names)]
-    assert len(marked) >= 6
-    for table in marked:
-        assert all(re.search(rf"^\|[^|]*\b{name}`? \u2020", table, re.MULTILINE) for name in names), table
-        text = README if table in README else MEASURED
-        assert text.split(table)[1].startswith("\n\u2020 Row-by-row form"), table
+    marked = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for table in tables(page):
+            if page.name == "citing.md" or not any(names_policy(table, name) for name in names):
+                continue  # that page lists papers
+            marked += 1
+            assert all(re.search(rf"^\|[^|]*\b{name}`? \u2020", table, re.MULTILINE) for name in names), table
+            assert text.split(table)[1].startswith("\n\u2020 Row-by-row form"), table
+    assert marked >= 7
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,12 @@ def test_tables_of_policies_are_what_was_measured(file, task, metric):
         assert all(value["tokenbutler"][b] < value[p][b] for p in others for b in range(5))
 
 
+def test_the_table_of_the_readme_is_a_part_of_the_measured_one():
+    (shown,) = (t for t in tables(REPOSITORY / "README.md") if t.startswith("| per cent over dense"))
+    (whole,) = (t for t in tables(DOCS / "measured" / "quality.md") if "oracle, a set" in t and "(Loki" in t)
+    assert set(shown.splitlines()) <= set(whole.splitlines()) and shown.count("\n") >= 12
+
+
 def test_the_table_beside_kvpress_is_what_was_measured():
     rows = rows_of("kvpress.json")
     ours, once = "decoded, as many read", "chosen once, at its end"
@@ -75,7 +83,44 @@ def test_the_table_beside_kvpress_is_what_was_measured():
         "kvpress, StreamingLLM": ("streaming", "kvpress"),
         "**tokenbutler**": ("tokenbutler", ours),
     }
+    page = (DOCS / "measured" / "kvpress.md").read_text(encoding="utf-8")
     for label, line in lines.items():
         found = {r["budget"]: r for r in rows if (r["policy"], r["aligned"]) == line}
         cells = [f"{found[b]['perplexity']:.1f} ± {found[b]['perplexity_error']:.1f}" for b in (1 / 2, 1 / 4, 1 / 8)]
-        assert f"| {label} | {' | '.join(cells)} |\n" in MEASURED
+        assert f"| {label} | {' | '.join(cells)} |\n" in page
+
+
+def test_decoding_speeds_are_what_was_measured():
+    rows = rows_of("smollm2_decoding.json")
+    page = (DOCS / "measured" / "decoding.md").read_text(encoding="utf-8")
+    labels = {
+        ("transformers", 1.0, 1): "transformers, dense",
+        ("dense", 1.0, 1): "dense",
+        ("sparse", 0.25, 1): "1/4, every step chooses",
+        ("sparse", 0.25, 8): "1/4, every 8th step",
+        ("sparse", 0.0625, 1): "1/16, every step chooses",
+        ("sparse", 0.0625, 8): "1/16, every 8th step",
+    }
+    for key, label in labels.items():
+        own = sorted((r for r in rows if (r["variant"], r["budget"], r["interval"]) == key), key=lambda r: r["context"])
+        cells = [f"{r['tokens_per_second']:.1f}" for r in own]
+        assert f"| {label} | {' | '.join(cells)} |\n" in page
+
+
+def test_pictures_are_what_their_code_draws():
+    spec = importlib.util.spec_from_file_location("draw", DOCS / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    for name in ("pipeline", "quality"):
+        assert getattr(draw, name)() == (DOCS / f"{name}.svg").read_text(encoding="utf-8"), "run python docs/draw.py"
+
+
+def test_the_readme_has_about_1200_words():
+    words = re.findall(r"\w[\w'./-]*", (REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    assert len(words) < 1500
+
+
+def test_links_of_pages_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page, target)

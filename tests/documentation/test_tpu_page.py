@@ -30,7 +30,9 @@ def test_every_block_is_shell_text(text):
 
 def test_every_value_is_one_that_the_page_asks_for(tmp_path):
     """With the commands replaced, and unset values an error."""
-    commands = "gcloud() { :; }; python() { :; }; source() { :; }; tail() { :; }; cd() { :; }; set -eu\n"
+    commands = (
+        "gcloud() { :; }; python() { :; }; butler-jax() { :; }; source() { :; }; tail() { :; }; cd() { :; }; set -eu\n"
+    )
     shell(commands + "".join(BLOCKS), cwd=tmp_path, env={"PATH": "/bin:/usr/bin"})
     assert {path.name for path in tmp_path.iterdir()} == set(FILES)
 

@@ -7,9 +7,7 @@ import html.parser
 import io
 import itertools
 import math
-import os
 import re
-import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,27 +387,6 @@ def test_matplotlib_is_imported_only_to_draw():
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
             assert not any((n or "").startswith("matplotlib") for n in names), path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium; without one its tests are skipped, and fail where CI=true."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    if program is None or sync_playwright is None:
-        missing = "a Chromium on PATH" if program is None else 'playwright (pip install -e ".[test]")'
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            f"the page is looked at in a browser: needs {missing}"
-        )
-    switches = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-                "--disable-component-update --disable-sync").split()  # fmt: skip
-    with sync_playwright() as player:
-        opened = player.chromium.launch(executable_path=program, args=switches)
-        yield opened
-        opened.close()
 
 
 CONTRAST = """() => {
