@@ -144,39 +144,93 @@ def choice(scores, table, sinks, sliding_window):
     return mask
 
 
-def distillation_loss(kind, q, k, p, r, segments=None, sliding_window=None, sinks=0, recent=0):
-    """Loss, count, and the gradients of p and r in closed form, from [B, H, T, T] squares.
+class Pairs(NamedTuple):
+    """The [B, H, T, T] squares of a distillation loss, float64.
 
-    kind: "cross entropy" or "squared error". q and p [B, T, H, ...], k [B, T, K, D], r [B, T, K or H, R]; the other
-    arguments are those of butler_jax.distillation.
+    true, scores: logits of the frozen layer and scores of the predictor. seen: the pairs that attention takes.
+    contested: those of them that the loss takes. use: 1 for the rows that count. q_imp, k_imp: of all H heads.
     """
-    q, k, p, r = (x.astype(np.float64) for x in (q, k, p, r))
-    batch, length, heads, dim = q.shape
-    rank, key_heads = r.shape[3], r.shape[2]
-    keys, importance = np.repeat(k, heads // k.shape[2], 2), np.repeat(r, heads // key_heads, 2)
-    truth = np.einsum("bihd,bjhd->bhij", q, keys, optimize=True) / dim**0.5
-    guess = np.einsum("bihr,bjhr->bhij", p, importance, optimize=True) / rank**0.5
-    seen = np.tril(np.ones((length, length), bool))
-    if sliding_window is not None and kind == "cross entropy":
-        seen &= ~np.tril(seen, -sliding_window)
-    seen = np.broadcast_to(seen, (batch, 1, length, length))
-    use = np.ones((batch, 1, length, 1))
-    if segments is not None:
-        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
-        use = (segments != 0)[:, None, :, None].astype(np.float64)
+
+    true: np.ndarray
+    scores: np.ndarray
+    seen: np.ndarray
+    contested: np.ndarray
+    use: np.ndarray
+    q_imp: np.ndarray
+    k_imp: np.ndarray
+
+    @classmethod
+    def of(cls, kind, q, k, q_imp, k_imp, segments=None, sliding_window=None, sinks=0, recent=0) -> Pairs:
+        """From the arguments of distillation_loss."""
+        q, k, q_imp, k_imp = (x.astype(np.float64) for x in (q, k, q_imp, k_imp))
+        batch, length, heads, dim = q.shape
+        k, k_imp = (np.repeat(x, heads // x.shape[2], 2) for x in (k, k_imp))
+        true = np.einsum("bihd,bjhd->bhij", q, k, optimize=True) / dim**0.5
+        scores = np.einsum("bihr,bjhr->bhij", q_imp, k_imp, optimize=True) / q_imp.shape[3] ** 0.5
+        seen = np.tril(np.ones((length, length), bool))
+        if sliding_window is not None and kind == "cross entropy":
+            seen &= ~np.tril(seen, -sliding_window)
+        seen = np.broadcast_to(seen, (batch, 1, length, length))
+        use = np.ones((batch, 1, length, 1))
+        if segments is not None:
+            seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+            use = (segments != 0)[:, None, :, None].astype(np.float64)
+        contested = seen
+        if kind == "cross entropy":
+            names = np.zeros((batch, length)) if segments is None else segments
+            place = np.array([[j - int(np.argmax(row == row[j])) for j in range(length)] for row in names])
+            distance = np.arange(length)[:, None] - np.arange(length)
+            contested = seen & (place >= sinks)[:, None, None] & (distance >= recent)
+            use = use * contested.any(axis=-1, keepdims=True)
+        return cls(true, scores, seen, contested, use, q_imp, k_imp)
+
+
+def distillation_loss(kind, *arrays, **options):
+    """Loss, count, and the gradients of q_imp and k_imp in closed form, from [B, H, T, T] squares.
+
+    kind: "cross entropy" or "squared error". arrays: q and q_imp [B, T, H, ...], k [B, T, K, D] and k_imp
+    [B, T, K or H, R]; arrays and options as in butler_jax.training.losses.
+    """
+    pairs = Pairs.of(kind, *arrays, **options)
+    heads, use = pairs.true.shape[1], pairs.use
     if kind == "squared error":
-        residual = np.where(seen, truth - guess, 0) * use
-        loss, slope, count = np.square(residual).sum(), -2 * residual, (seen * use).sum() * heads
+        residual = np.where(pairs.seen, pairs.true - pairs.scores, 0) * use
+        loss, dscores, count = np.square(residual).sum(), -2 * residual, (pairs.seen * use).sum() * heads
     else:
-        names = np.zeros((batch, length)) if segments is None else segments
-        place = np.array([[j - int(np.argmax(row == row[j])) for j in range(length)] for row in names])
-        distance = np.arange(length)[:, None] - np.arange(length)
-        contested = seen & (place >= sinks)[:, None, None] & (distance >= recent)
-        use = use * contested.any(axis=-1, keepdims=True)
-        a, b = np.where(contested, softmax(truth, seen), 0), softmax(guess, contested)
-        total = log_sum_exp(guess, contested)
-        loss = (use * a * np.where(contested, total - guess, 0)).sum()
-        slope, count = use * (b * a.sum(axis=-1, keepdims=True) - a), use.sum() * heads
-    dp = np.einsum("bhij,bjhr->bihr", slope, importance, optimize=True) / rank**0.5
-    dr = np.einsum("bhij,bihr->bjhr", slope, p, optimize=True) / rank**0.5
-    return loss, count, dp, dr.reshape(batch, length, key_heads, -1, rank).sum(axis=3)
+        true, predicted = cross_entropy_weights(pairs)
+        total = log_sum_exp(pairs.scores, pairs.contested)
+        loss = (use * true * np.where(pairs.contested, total - pairs.scores, 0)).sum()
+        dscores = use * (predicted * true.sum(axis=-1, keepdims=True) - true)
+        count = use.sum() * heads
+    return loss, count, *importance_gradients(dscores, pairs.q_imp, pairs.k_imp, arrays[3].shape[2])
+
+
+def distillation_terms(kind, *arrays, **options):
+    """Sums of the absolute values of what is added up: in the loss, and in every entry of the two gradients.
+
+    A float32 sum is off by a small multiple of 2**-24 of this, however much of it cancels.
+    """
+    pairs = Pairs.of(kind, *arrays, **options)
+    if kind == "squared error":
+        sizes = np.where(pairs.seen, np.abs(pairs.true) + np.abs(pairs.scores), 0) * pairs.use
+        loss, dscores = np.square(sizes).sum(), 2 * sizes
+    else:
+        true, predicted = cross_entropy_weights(pairs)
+        total = np.abs(log_sum_exp(pairs.scores, pairs.contested))
+        loss = (pairs.use * true * (total + np.abs(pairs.scores))).sum()
+        dscores = pairs.use * (predicted * true.sum(axis=-1, keepdims=True) + true)
+    return loss, *importance_gradients(dscores, np.abs(pairs.q_imp), np.abs(pairs.k_imp), arrays[3].shape[2])
+
+
+def cross_entropy_weights(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """The attention that goes to contested keys, and the softmax of the scores over them."""
+    true = np.where(pairs.contested, softmax(pairs.true, pairs.seen), 0)
+    return true, softmax(pairs.scores, pairs.contested)
+
+
+def importance_gradients(dscores, q_imp, k_imp, key_heads) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of q_imp and of k_imp with `key_heads` heads, from those of the scores."""
+    batch, length, _, rank = q_imp.shape
+    dq_imp = np.einsum("bhij,bjhr->bihr", dscores, k_imp, optimize=True) / rank**0.5
+    dk_imp = np.einsum("bhij,bihr->bjhr", dscores, q_imp, optimize=True) / rank**0.5
+    return dq_imp, dk_imp.reshape(batch, length, key_heads, -1, rank).sum(axis=3)

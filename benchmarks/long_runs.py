@@ -57,7 +57,7 @@ def train(place: pathlib.Path, steps: int = 5000, every: int = 250, **changes: A
             watch.note(taken)
         return place_batch(batch, mesh)
 
-    with Watch() as watch, mock.patch.object(fitting, "place_batch", watched):
+    with Watch() as watch, mock.patch.object(loop, "place_batch", watched):
         butler_jax.distil(butler_jax.load_base("tiny"), config)
     return watch
 

@@ -43,7 +43,10 @@ from butler_jax.runs.provenance import versions
 from butler_jax.selection.budget import budget_table
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.masks import select
-from butler_jax.training.distillation import distil_pass, init_predictor
+from butler_jax.training.distillation import init_predictor
+from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
+from butler_jax.training.losses.squared_error import attend_with_squared_error
+from butler_jax.training.objective import DistillationObjective
 
 SINKS, WINDOW = SelectionConfig().sinks, SelectionConfig().recent
 BUDGETS = (1 / 4, 1 / 16)
@@ -138,9 +141,13 @@ def one_layer(q, k, v, p, r, *, configs, int8):
     if int8:
         return found
     found["attention output"] = causal_attention(q, k, v)[0]
-    for name, loss in LOSSES.items():
-        always = {"sinks": SINKS, "newest": WINDOW} if name == "cross entropy" else {}
-        run = partial(getattr(distillation, loss), q, k, **always)
+    for name, attend in zip(LOSSES, (attend_with_cross_entropy, attend_with_squared_error), strict=True):
+        always = {"sinks": SINKS, "recent": WINDOW} if name == "cross entropy" else {}
+
+        def run(p, r, attend=attend, always=always):
+            _, value, count = attend(q, k, v, p, r, **always)
+            return value, count
+
         (value, count), (dp, dr) = jax.value_and_grad(run, (0, 1), has_aux=True)(p, r)
         found |= {name: value / count, f"{name}, d p": dp[0], f"{name}, d r": dr[0]}
     return found
@@ -156,7 +163,7 @@ def exact_layer(layer: float64.Layer, losses: bool = True) -> dict[str, Any]:
     found["attention output"] = float64.attention(layer.q, layer.k, layer.v)
     arrays = [a[None] for a in (layer.q, layer.k, layer.p, layer.r)]
     for name in LOSSES:
-        always = {"sinks": SINKS, "newest": WINDOW} if name == "cross entropy" else {}
+        always = {"sinks": SINKS, "recent": WINDOW} if name == "cross entropy" else {}
         loss, count, dp, dr = float64.distillation_loss(name, *arrays, **always)
         found |= {name: np.asarray(loss / count), f"{name}, d p": dp[0], f"{name}, d r": dr[0]}
     return found
@@ -211,9 +218,9 @@ def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choice
             choice.add(np.asarray(mask[index]), choice.exact(layer), mean_weights(layer))
 
     for name, objective in LOSSES.items():
-        always = {"sinks": SINKS, "newest": WINDOW} if name == "cross entropy" else {}
-        run = jax.jit(partial(distil_pass, objective=objective, **always))
-        loss, count, gradients = run(base.model, predictor, batch)
+        always = {"sinks": SINKS, "recent": WINDOW} if name == "cross entropy" else {}
+        run = jax.jit(DistillationObjective(objective, **always).differentiate)
+        loss, count, gradients = run(predictor, base.model, batch)
         total = terms = 0.0
         queries, keys = (float64.wide(a) for a in (gradients["heads"]["query"], gradients["heads"]["key"]))
         for index, layer in enumerate(layers[1:], start=1):

@@ -39,7 +39,9 @@ from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.masks import Rows, choose, select
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.training.config import TrainConfig
-from butler_jax.training.distillation import distil_pass
+from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
+from butler_jax.training.losses.squared_error import sum_squared_errors
+from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import learning_schedule, make_optimiser, make_train_step, start_state
 from tests.pallas_kernels.test_kernels import KERNELS, PLAIN, run
 
@@ -324,8 +326,13 @@ def loss_inputs(length: int, rows: int = 1):
 
 def value_and_gradients(name, q, k, p, r, **options):
     """((loss, count), (dp, dr)) of one of the losses."""
-    loss = getattr(distillation, name)
-    return jax.jit(jax.value_and_grad(lambda p, r: loss(q, k, p, r, **options), (0, 1), has_aux=True))(p, r)
+
+    def loss(p, r):
+        if name == "squared_error":
+            return sum_squared_errors(q, k, p, r, **options)
+        return attend_with_cross_entropy(q, k, k, p, r, **options)[1:]
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(p, r)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +340,7 @@ def value_and_gradients(name, q, k, p, r, **options):
 )
 def test_an_empty_row_weighs_nothing_in_a_loss(options):
     name = "cross_entropy" if options else "squared_error"
-    options = {**options, **({"sinks": 2, "newest": 3} if options else {})}
+    options = {**options, **({"sinks": 2, "recent": 3} if options else {})}
     arrays = loss_inputs(16, 2)
     segments = jnp.asarray([[1] * 11 + [2] * 1 + [0] * 4, [0] * 16], jnp.int32)  # a document of one token too
     (loss, count), (dp, dr) = value_and_gradients(name, *arrays, segments=segments, **options)
@@ -348,20 +355,20 @@ def test_an_empty_row_weighs_nothing_in_a_loss(options):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_sinks_and_newest_beyond_the_length_leave_no_loss(form):
-    for length, sinks, newest in ((1, 0, 1), (1, 4, 8), (9, 4, 8), (9, 0, 9), (9, 9, 0)):
-        found = value_and_gradients("cross_entropy", *loss_inputs(length), sinks=sinks, newest=newest, form=form)
+def test_sinks_and_recent_beyond_the_length_leave_no_loss(form):
+    for length, sinks, recent in ((1, 0, 1), (1, 4, 8), (9, 4, 8), (9, 0, 9), (9, 9, 0)):
+        found = value_and_gradients("cross_entropy", *loss_inputs(length), sinks=sinks, recent=recent, form=form)
         assert found[0] == (0, 0) and not any(np.asarray(g).any() for g in found[1])
     (loss, count), _ = value_and_gradients("cross_entropy", *loss_inputs(1), form=form)
     assert count == 4 and loss == pytest.approx(0, abs=1e-6)  # a distribution over one key has no surprise
 
 
-@pytest.mark.parametrize(("sinks", "newest"), [(0, 0), (2, 3)])
-def test_a_row_without_true_attention_weighs_nothing(sinks, newest):
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])
+def test_a_row_without_true_attention_weighs_nothing(sinks, recent):
     q, k, p, r = loss_inputs(20)
     k = jnp.abs(k) + 0.1
     strange = q.at[0, 9, 1].set(-1e34)  # no logit above -1e30
-    options = {"sinks": sinks, "newest": newest}
+    options = {"sinks": sinks, "recent": recent}
     (loss, _), (dp, dr) = value_and_gradients("cross_entropy", strange, 9 * k, p, r, form="fused", **options)
     # Causal rows: what row 9 adds is the loss up to it less the loss before it; of one query head alone here.
     head = [np.asarray(a)[:, :, 1:2] if a.shape[2] == 4 else np.asarray(a)[:, :, :1] for a in (q, 9 * k, p, r)]
@@ -373,11 +380,11 @@ def test_a_row_without_true_attention_weighs_nothing(sinks, newest):
 
 @pytest.mark.parametrize("value", [NAN, 3e38])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("sinks", "newest"), [(0, 0), (2, 3)])
-def test_a_loss_of_true_logits_that_are_no_numbers_is_not_finite(value, form, sinks, newest):
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])
+def test_a_loss_of_true_logits_that_are_no_numbers_is_not_finite(value, form, sinks, recent):
     q, k, p, r = loss_inputs(20)
     strange = q.at[0, 9, 1].set(value)
-    options = {"sinks": sinks, "newest": newest, "form": form}
+    options = {"sinks": sinks, "recent": recent, "form": form}
     (loss, _), _ = value_and_gradients("cross_entropy", strange, jnp.abs(9 * k) + 0.1, p, r, **options)
     assert not np.isfinite(loss)
     (loss, _), _ = value_and_gradients("squared_error", strange, jnp.abs(9 * k) + 0.1, p, r)
@@ -400,10 +407,7 @@ def test_a_batch_of_padding_trains_nothing(model, kind, objective):
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
     config = TrainConfig(predictor=kind, length=16, batch_size=2, weight_decay=0.0)
     optimiser = make_optimiser(config, 1e-2)
-
-    def gradients(module, model, batch, key):
-        return distil_pass(model, module, batch, objective=objective, sinks=2, newest=3)
-
+    gradients = DistillationObjective(objective, sinks=2, recent=3).differentiate
     rate = learning_schedule(config, 1e-2)
     step = make_train_step(gradients, config, optimiser, rate, predictor.logical_axes)
     before = [np.asarray(a) for a in jax.tree.leaves(predictor)]

@@ -1,6 +1,6 @@
-"""Distillation: losses, the pass that forms gradients, the step and the loop.
+"""Distillation of a predictor: losses, objective, optimiser step and loop.
 
-`distil` trains a predictor for a base.
+`distil` trains a predictor for a base. `fit` is the loop of any training.
 """
 
 import lazy_loader
@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "config": ["FitConfig", "TrainConfig"],
         "distillation": ["default_run_dir", "distil", "init_predictor"],
-        "loop": ["NonFiniteLoss", "check_run", "fit", "open_run"],
+        "loop": ["NonFiniteLoss", "Run", "check_run", "fit", "open_run"],
         "step": ["learning_schedule", "make_optimiser", "make_train_step", "start_state"],
     },
 )

@@ -1,4 +1,8 @@
-"""The training loop: dispatch a step, read the metrics of the one before, validate, save, go on where it stopped."""
+"""The training loop: dispatch a step, read the metrics of the one before, validate, save, go on where it stopped.
+
+One step: `Loop.take_step` calls the jitted function that `make_train_step` returned; that calls the objective's
+`differentiate`. With several processes, what one of them must tell the others travels with the step's metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,17 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from butler_jax.parallel import any_process, check_shared, gather, place_batch
 from butler_jax.runs import Checkpoints, joined, recorded
-from butler_jax.storage import number, parse_object, read_lines, read_object, shown, sync, to_dict, write_whole, writing
+from butler_jax.storage import read_object, shown, to_dict, write_whole
 from butler_jax.training.config import FitConfig
+from butler_jax.training.metrics import Metrics
 from butler_jax.training.step import TrainState
 
 CHANGEABLE = {
@@ -85,216 +82,179 @@ def open_run(run_dir: Path, config: FitConfig) -> None:
         write_whole(run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
-class Metrics:
-    """metrics.jsonl, one object a step, TensorBoard where it is installed, and the screen."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The pieces of a training run, prepared.
 
-    def __init__(self, run_dir: Path, config: FitConfig, start: int):
-        self.main = jax.process_index() == 0
-        self.config = config
-        self.console = Console()
-        self.path = run_dir / "metrics.jsonl"
-        self.board = None
-        self.bar = None
-        self.began, self.start = time.monotonic(), start
-        if not self.main:
-            return
-        if self.path.exists():  # steps after the checkpoint are done again
-            lines = [line for _, line in read_lines(self.path) if _step(line) <= start]
-            write_whole(self.path, b"".join(lines))
-        with writing(self.path):
-            self.file = self.path.open("a")
-        with contextlib.suppress(ImportError):
-            from tensorboardX import SummaryWriter
-
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))
-        if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("training", total=config.steps, completed=start, rate="")
-            self.bar.start()
-
-    def say(self, text: str) -> None:
-        """A line on the screen of the first process."""
-        if self.main:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Record one step."""
-        if not self.main:
-            return
-        with writing(self.path):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-        if self.board:
-            for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, row["step"])
-        step, steps = row["step"], self.config.steps
-        rate = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-        if self.bar:
-            self.bar.update(self.task, completed=step, rate=rate)
-        elif step % self.config.log_every == 0 or step == steps:
-            left = (time.monotonic() - self.began) / max(step - self.start, 1) * (steps - step)
-            self.say(f"step {step}/{steps}  {rate}  {left:.0f} s left")
-
-    def sync(self) -> None:
-        """Return when every row is on the disk itself. A mounted bucket is sure to have only what was closed."""
-        if self.main:
-            with writing(self.path):
-                self.file.close()
-                sync(self.path)
-                self.file = self.path.open("a")
-
-    def close(self) -> None:
-        """Flush and release everything."""
-        if self.bar:
-            self.bar.stop()
-        if self.main:
-            with contextlib.suppress(OSError):  # what did not fit on the disk was told when it was written
-                self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def _step(line: bytes) -> float:
-    try:
-        return number(parse_object(line, "").get("step"), "step")
-    except ValueError:  # a line cut off by a kill
-        return math.inf
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step; a second Ctrl-C stops at once."""
-    asked = False
-
-    def handler(number, frame):
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-
-    old = {}
-    with contextlib.suppress(ValueError):  # not the main thread: a notebook's own handling stays
-        old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
-
-
-def fit(
-    step: Callable[[TrainState, Any, dict], tuple[TrainState, dict]],
-    state: TrainState,
-    model: Any,
-    batches: Any,
-    config: FitConfig,
-    *,
-    mesh: jax.sharding.Mesh,
-    run_dir: Path,
-    about: dict,
-    validate: Callable[[Any], dict[str, float]],
-    forward_seconds: float | None = None,
-) -> TrainState:
-    """Run `step` until config.steps are done, from the newest checkpoint in run_dir if there is one.
-
-    batches: next() gives a batch, get_state() and set_state() its place. validate(module) returns metrics, among
-    them `validation_loss`, which names the best checkpoint. Every step is a line of metrics.jsonl: step, loss,
-    gradient_norm, learning_rate, tokens_per_second, seconds, forward_ratio (to forward_seconds, the base's own
-    forward pass on such a batch) and, where it was validated, what validate returned.
-
-    Every start is recorded in run.json. Damaged checkpoints are set aside and an older one is taken. Returns early,
-    saved, after Ctrl-C or SIGTERM; what it says is saved is on disk. Where several processes train, one of them needs
-    to be asked, and all stop at the same step, the one after.
-
-    Raises NonFiniteLoss naming step and batch; the last checkpoint before it stays. Raises OSError where a file or a
-    checkpoint cannot be written, DamagedCheckpoint where no checkpoint is whole.
+    Attributes:
+      config: its settings.
+      directory: where checkpoints, metrics and records go; this process holds it.
+      mesh: the devices; set while it trains.
+      step: (state, model, batch) -> (state, metrics), as `make_train_step` returns it.
+      model: the frozen base; None where the trained module is the whole model.
+      batches: next() gives this process's rows of a batch; get_state() and set_state() its place.
+      validate: the trained module -> metrics, among them `validation_loss`, which names the best checkpoint.
+      about: facts stored with every checkpoint and start, JSON.
+      forward_seconds: of the base's own forward pass on such a batch; None where it was not measured.
     """
-    tokens = config.batch_size * config.length
-    with Checkpoints(run_dir / "checkpoints", keep=config.keep, about=about) as checkpoints:
+
+    config: FitConfig
+    directory: Path
+    mesh: jax.sharding.Mesh
+    step: Callable[[TrainState, Any, dict], tuple[TrainState, dict]]
+    model: Any
+    batches: Any
+    validate: Callable[[Any], dict[str, float]]
+    about: dict[str, Any]
+    forward_seconds: float | None = None
+
+
+def fit(run: Run, state: TrainState) -> TrainState:
+    """Train until all steps are done, from the newest checkpoint of the run's directory if there is one.
+
+    Every step is a line of metrics.jsonl: step, loss, gradient_norm, learning_rate, tokens_per_second, seconds,
+    forward_ratio (seconds over forward_seconds) and, where it was validated, what `validate` returned. Every start is
+    recorded in run.json. Damaged checkpoints are set aside and an older one is taken.
+
+    After Ctrl-C or SIGTERM it saves and returns early. What it reports as saved is on disk. Where several processes
+    train, one of them needs to be asked, and all stop at the same step, the one after.
+
+    Args:
+      run: the pieces.
+      state: the state before the first step; donated.
+
+    Returns:
+      The state after the last step taken.
+
+    Raises:
+      NonFiniteLoss: naming step and batch; the last checkpoint before it stays.
+      OSError: where a file or a checkpoint cannot be written.
+      DamagedCheckpoint: where there are checkpoints and none is whole.
+    """
+    config, directory = run.config, run.directory
+    with Checkpoints(directory / "checkpoints", keep=config.keep, about=run.about) as checkpoints:
         start = gather(checkpoints.latest() or 0)[0]  # a file system may show it to the others later
         if start:
             state, place = checkpoints.restore(start, state)
-            batches.set_state(place)
-        joined(gather(batches.get_state()))  # raises where processes read different data
-        metrics = Metrics(run_dir, config, start)
+            run.batches.set_state(place)
+        joined(gather(run.batches.get_state()))  # raises where processes read different data
+        metrics = Metrics(directory, config, start)
         for note in checkpoints.notes:
             metrics.say(note)
         if start >= config.steps:
-            metrics.say(f"{run_dir} has all its {config.steps} steps; raise --steps to go on")
+            metrics.say(f"{directory} has all its {config.steps} steps; raise --steps to go on")
         elif start:
-            metrics.say(f"going on from step {start} of {run_dir}")
-        pending: tuple[int, dict] | None = None
-        several, stop = jax.process_count() > 1, False
-        clock = time.monotonic()
-
-        def settle(extra: dict[str, float] | None = None) -> None:
-            """Wait for the step that is out, check it and write it down."""
-            nonlocal pending, clock, stop
-            if pending is None:
-                return
-            number, values = pending
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
-            pending = None
-            stop = bool(values.pop("stop", False))
-            stop_unless_finite("loss", values["loss"], number)
-            now = time.monotonic()
-            seconds, clock = now - clock, now
-            row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
-            if forward_seconds:
-                row["forward_ratio"] = seconds / forward_seconds
-            metrics.write({**row, **(extra or {})})
-
-        def validated() -> dict[str, float]:
-            nonlocal clock
-            before = time.monotonic()
-            values = validate(state.module)
-            clock += time.monotonic() - before
-            return values
-
-        def stop_unless_finite(name: str, value: float, number: int) -> None:
-            if not math.isfinite(value):
-                last = checkpoints.latest()
-                kept = f"the last good checkpoint is at step {last}" if last else "there is no checkpoint yet"
-                raise NonFiniteLoss(
-                    f"the {name} is {value} at step {number}, batch {number - 1} of {config.data} "
-                    f"(seed {config.seed}); {kept}; lower --learning-rate or look at that batch"
-                )
-
-        with contextlib.closing(metrics), recorded(run_dir, about, start) as record, stop_requests() as stopping:
-            number = start
-            for number in range(start + 1, config.steps + 1):
-                batch = place_batch(next(batches), mesh)
-                settle()
-                state, values = step(state, model, batch)
-                if several:  # a request to any process is known to all with the step's metrics, after the next
-                    values["stop"] = any_process(stopping(), mesh, values["loss"])
-                pending = (number, values)
-                end = number == config.steps or (stop if several else stopping())
-                extra = {}
-                save = end or number % config.checkpoint_every == 0
-                if save or (config.eval_every and number % config.eval_every == 0):
-                    jax.block_until_ready(values)
-                    extra = validated()
-                    settle(extra)
-                    stop_unless_finite("validation loss after it", extra["validation_loss"], number)
-                if save:
-                    metrics.sync()
-                    metric = {"loss": extra["validation_loss"]}
-                    checkpoints.save(number, state, batches.get_state(), metric)
-                if end:
-                    break
+            metrics.say(f"going on from step {start} of {directory}")
+        with contextlib.closing(metrics), recorded(directory, run.about, start) as record, stop_requests() as requests:
+            loop = Loop(run, state, checkpoints, metrics, requests)
+            last = loop.train(start)
             checkpoints.wait()
-            record["to"] = number
-            record["ended"] = "finished" if number >= config.steps else "stopped"
+            record["to"] = last
+            record["ended"] = "finished" if last >= config.steps else "stopped"
             if record["ended"] == "stopped":
-                metrics.say(f"stopped and saved at step {number}; run the same command again to go on")
-    return state
+                metrics.say(f"stopped and saved at step {last}; run the same command again to go on")
+    return loop.state
+
+
+class Loop:
+    """The steps of one start. The metrics of a step are read after the next one was dispatched."""
+
+    def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, metrics: Metrics, requests: StopRequests):
+        self.run, self.state = run, state
+        self.checkpoints, self.metrics, self.requests = checkpoints, metrics, requests
+        self.several = jax.process_count() > 1
+        self.pending: tuple[int, dict] | None = None  # a step that is out, and its metrics on the devices
+        self.any_asked = False  # with several processes: whether one of them was asked to stop, as all know it
+        self.clock = time.monotonic()
+
+    def train(self, start: int) -> int:
+        """Take the steps after `start`, to the end or a request to stop; returns the last one, which is saved."""
+        config = self.run.config
+        for number in range(start + 1, config.steps + 1):
+            self.take_step(number)
+            last = number == config.steps or self.stopping()
+            saves = last or number % config.checkpoint_every == 0
+            if saves or (config.eval_every and number % config.eval_every == 0):
+                validation = self.validate(number)
+                if saves:
+                    self.metrics.sync()
+                    place = self.run.batches.get_state()
+                    self.checkpoints.save(number, self.state, place, {"loss": validation["validation_loss"]})
+            if last:
+                return number
+        return start
+
+    def take_step(self, number: int) -> None:
+        """Dispatch a step, after the one before it was written down."""
+        batch = place_batch(next(self.run.batches), self.run.mesh)
+        self.settle({})
+        self.state, values = self.run.step(self.state, self.run.model, batch)
+        if self.several:  # a request to any process is known to all with the step's metrics, after the next
+            values["stop"] = any_process(self.requests.asked, self.run.mesh, values["loss"])
+        self.pending = (number, values)
+
+    def stopping(self) -> bool:
+        """Whether this step is the last because of a request."""
+        return self.any_asked if self.several else self.requests.asked
+
+    def validate(self, number: int) -> dict[str, float]:
+        """Validate after a step and write it down; the time it takes is not counted as the step's."""
+        jax.block_until_ready(self.pending[1])
+        before = time.monotonic()
+        validation = self.run.validate(self.state.module)
+        self.clock += time.monotonic() - before
+        self.settle(validation)
+        self.check_finite("validation loss after it", validation["validation_loss"], number)
+        return validation
+
+    def settle(self, validation: dict[str, float]) -> None:
+        """Wait for the step that is out, check its loss and write it down."""
+        if self.pending is None:
+            return
+        (number, values), self.pending = self.pending, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        self.any_asked = bool(values.pop("stop", False))
+        self.check_finite("loss", values["loss"], number)
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        tokens = self.run.config.batch_size * self.run.config.length
+        row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        if self.run.forward_seconds:
+            row["forward_ratio"] = seconds / self.run.forward_seconds
+        self.metrics.write({**row, **validation})
+
+    def check_finite(self, name: str, value: float, number: int) -> None:
+        """Raise NonFiniteLoss where a loss of a step is not finite."""
+        if math.isfinite(value):
+            return
+        last, config = self.checkpoints.latest(), self.run.config
+        kept = f"the last good checkpoint is at step {last}" if last else "there is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"the {name} is {value} at step {number}, batch {number - 1} of {config.data} "
+            f"(seed {config.seed}); {kept}; lower --learning-rate or look at that batch"
+        )
+
+
+class StopRequests:
+    """Whether this process was asked to stop. A second Ctrl-C stops it at once."""
+
+    asked = False
+
+    def handle(self, number: int, frame: Any) -> None:
+        """The handler of both signals."""
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Take Ctrl-C and SIGTERM as requests to stop after the step."""
+    requests, before = StopRequests(), {}
+    with contextlib.suppress(ValueError):  # not the main thread: a notebook's own handling stays
+        before = {s: signal.signal(s, requests.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

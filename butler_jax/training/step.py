@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from jaxtyping import Array, Int
 from butler_jax.parallel import constrain_module
 from butler_jax.training.config import FitConfig
 
+Differentiate = Callable[..., tuple[Any, Any, Any]]
+"""(module, model, batch, key) -> summed loss, count, and the summed gradient over the module's nnx.Params."""
+
 
 class TrainState(NamedTuple):
     """What a step changes: its number, the trained module (predictor or base) and the optimiser's state."""
@@ -23,8 +27,13 @@ class TrainState(NamedTuple):
     optimiser: Any
 
 
+def start_state(module: Any, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), module, optimiser.init(nnx.state(module, nnx.Param)))
+
+
 def make_optimiser(config: FitConfig, learning_rate: float) -> optax.GradientTransformation:
-    """AdamW with clipping, a linear warm-up and a cosine to a tenth of the peak; matrices alone decay."""
+    """AdamW with clipping and the schedule of `learning_schedule`; only matrices decay."""
     rate = learning_schedule(config, learning_rate)
 
     def matrices(parameters):
@@ -40,7 +49,7 @@ def make_optimiser(config: FitConfig, learning_rate: float) -> optax.GradientTra
 
 
 def learning_schedule(config: FitConfig, learning_rate: float) -> optax.Schedule:
-    """Learning rate by step."""
+    """Learning rate by step: a linear warm-up to `learning_rate`, then a cosine to a tenth of it."""
     warmup = max(1, round(config.warmup * config.steps))
     return optax.warmup_cosine_decay_schedule(
         learning_rate / warmup, learning_rate, warmup, max(config.steps, warmup + 1), learning_rate / 10
@@ -48,38 +57,31 @@ def learning_schedule(config: FitConfig, learning_rate: float) -> optax.Schedule
 
 
 def make_train_step(
-    gradient_pass,
+    differentiate: Differentiate,
     config: FitConfig,
     optimiser: optax.GradientTransformation,
     rate: optax.Schedule,
     logical_axes: dict[str, tuple[str, ...]],
-):
-    """(state, model, batch) -> (state, metrics), jitted, the state donated.
+) -> Callable[[TrainState, Any, dict], tuple[TrainState, dict[str, Any]]]:
+    """The jitted step of a training.
 
-    gradient_pass(module, model, batch, key) returns the summed loss, the count and the summed gradient over the
-    module's nnx.Params; parts of an accumulated batch are added up before the division, so accumulation changes
-    rounding only. metrics: loss, gradient_norm, learning_rate. logical_axes: of the module's parameters; on a mesh the
-    new state, and the gradients before it, are split by it as the old one is.
+    Args:
+      differentiate: the objective's gradient.
+      config: its `accumulate` splits the batch, its `seed` makes the keys.
+      optimiser: what turns gradients into updates.
+      rate: the learning rate that the metrics report.
+      logical_axes: of the module's parameters. On a mesh the gradients and the new state are split by them.
+
+    Returns:
+      (state, model, batch) -> (state, metrics). The state is donated. The metrics are loss, gradient_norm and
+      learning_rate.
     """
-
-    def summed(module, model, batch, key):
-        if config.accumulate == 1:
-            return gradient_pass(module, model, batch, key)
-        parts = jax.tree.map(lambda a: a.reshape(config.accumulate, -1, *a.shape[1:]), batch)
-
-        def one(total, scanned):
-            part, index = scanned
-            fresh = gradient_pass(module, model, part, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, total, fresh), None
-
-        shapes = jax.eval_shape(gradient_pass, module, model, jax.tree.map(lambda a: a[0], parts), key)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return jax.lax.scan(one, zeros, (parts, jnp.arange(config.accumulate)))[0]
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, model, batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        loss, count, gradients = summed(state.module, model, batch, key)
+        take = differentiate if config.accumulate == 1 else partial(accumulate, differentiate, config.accumulate)
+        loss, count, gradients = take(state.module, model, batch, key)
         count = jnp.maximum(count, 1.0)
         gradients = constrain_module(gradients, logical_axes)
         gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
@@ -96,6 +98,18 @@ def make_train_step(
     return step
 
 
-def start_state(module: Any, optimiser: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), module, optimiser.init(nnx.state(module, nnx.Param)))
+def accumulate(differentiate: Differentiate, parts: int, module: Any, model: Any, batch: dict, key: Any) -> Any:
+    """What `differentiate` returns, summed over equal parts of the batch one after the other.
+
+    Loss and gradient are divided by the count only afterwards, so the parts change rounding alone.
+    """
+    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+
+    def add(total, scanned):
+        part, index = scanned
+        fresh = differentiate(module, model, part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, fresh), None
+
+    shapes = jax.eval_shape(differentiate, module, model, jax.tree.map(lambda a: a[0], split), key)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.scan(add, zeros, (split, jnp.arange(parts)))[0]

@@ -12,7 +12,8 @@ import pytest
 from benchmarks import float64, numerics
 from butler_jax import load_base
 from butler_jax.evaluation.analysis.rows import text_batch
-from butler_jax.training import losses
+from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
+from butler_jax.training.losses.squared_error import sum_squared_errors
 
 README = Path(__file__).parent.parent.parent / "README.md"
 
@@ -47,7 +48,7 @@ def test_bfloat16_queries_are_scaled_after_their_products():
     q, k, p, r = (
         jnp.asarray(np.random.default_rng(n).normal(size=(1, 64, 2, 8)), jnp.bfloat16) for n in range(4)
     )  # fmt: skip
-    found, _ = jax.jit(losses.cross_entropy)(q, k, p, r)
+    _, found, _ = jax.jit(attend_with_cross_entropy)(q, k, k, p, r)
     exact = float64.distillation_loss("cross entropy", *(float64.wide(a) for a in (q, k, p, r)))[0]
     assert float(found) == pytest.approx(exact, rel=1e-6)  # float32 sums; with rounded queries it is 1e-4
 
@@ -55,7 +56,7 @@ def test_bfloat16_queries_are_scaled_after_their_products():
 def test_the_squared_error_asks_for_all_of_float32():
     """On accelerators products of float32 are rounded to fewer bits unless the program asks for more."""
     q, k, p, r = (jnp.ones((1, 200, 2, n)) for n in (8, 8, 4, 4))
-    run = jax.jit(jax.value_and_grad(lambda p, r: losses.squared_error(q, k, p, r)[0], (0, 1)))
+    run = jax.jit(jax.value_and_grad(lambda p, r: sum_squared_errors(q, k, p, r)[0], (0, 1)))
     products = [line for line in run.lower(p, r).as_text().splitlines() if "dot_general" in line]
     assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 

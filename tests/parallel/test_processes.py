@@ -28,9 +28,9 @@ STEPS, EVERY = 12, 2
 SIGNALLED = """
 import os, runpy, signal, sys, time
 from pathlib import Path
-from butler_jax.training import loop as fitting
+from butler_jax.training import loop
 number, step, waits = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-taken, place_batch = 0, fitting.place_batch
+taken, place_batch = 0, loop.place_batch
 
 def place_and_signal(batch, mesh):
     global taken
@@ -41,7 +41,7 @@ def place_and_signal(batch, mesh):
         os.kill(os.getpid(), number)
     return place_batch(batch, mesh)
 
-fitting.place_batch = place_and_signal
+loop.place_batch = place_and_signal
 sys.argv = sys.argv[4:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -272,7 +272,7 @@ def test_saved_is_said_when_it_is_on_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("butler_jax.runs.digests.seal", _slowly(order))
     request = test_loop.Numbers(lambda at: signal.raise_signal(signal.SIGTERM) if at == 4 else None)
     monkeypatch.setattr(
-        "butler_jax.training.loop.Metrics.say",
+        "butler_jax.training.metrics.Metrics.say",
         lambda self, text: order.append(text.split()[0]) if "saved" in text else None,
     )
     test_loop.run(tmp_path, batches=request)

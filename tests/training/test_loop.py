@@ -17,7 +17,7 @@ import pytest
 from butler_jax import distil, load_base
 from butler_jax.parallel.mesh import make_mesh
 from butler_jax.training.config import FitConfig, TrainConfig
-from butler_jax.training.loop import NonFiniteLoss, check_run, fit, open_run
+from butler_jax.training.loop import NonFiniteLoss, Run, check_run, fit, open_run
 from butler_jax.training.step import TrainState
 from tests import tiny_runs
 
@@ -55,10 +55,18 @@ def start() -> TrainState:
 def run(run_dir: Path, *, batches=None, validate=None, step=step, **settings) -> TrainState:
     config = FitConfig(**{"steps": 8, "length": 4, "batch_size": 2, "checkpoint_every": 3, "eval_every": 0, **settings})
     open_run(run_dir, config)
-    return fit(
-        step, start(), jnp.asarray(0.5), batches or Numbers(), config, mesh=make_mesh("data=1"), run_dir=run_dir,
-        about={}, validate=validate or (lambda module: {"validation_loss": 1.0}), forward_seconds=0.01,
-    )  # fmt: skip
+    pieces = Run(
+        config=config,
+        directory=run_dir,
+        mesh=make_mesh("data=1"),
+        step=step,
+        model=jnp.asarray(0.5),
+        batches=batches or Numbers(),
+        validate=validate or (lambda module: {"validation_loss": 1.0}),
+        about={},
+        forward_seconds=0.01,
+    )
+    return fit(pieces, start())
 
 
 def kept(run_dir: Path) -> set[int]:
@@ -93,7 +101,7 @@ def test_metrics_are_closed_and_whole_at_every_checkpoint(tmp_path, monkeypatch)
         open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").glob("*")]
         seen.append((str(path) in open_files, len(path.read_text().splitlines())))
 
-    monkeypatch.setattr("butler_jax.training.loop.sync", look)
+    monkeypatch.setattr("butler_jax.training.metrics.sync", look)
     run(tmp_path)
     assert seen == [(False, 3), (False, 6), (False, 8)]
     assert len(tiny_runs.rows(tmp_path)) == 8
@@ -199,10 +207,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, sys.argv[1])
 from tests import tiny_runs
 from butler_jax import distil, load_base
-from butler_jax.training import loop as fitting
+from butler_jax.training import loop
 directory = Path(sys.argv[2])
 place = {"base": directory / "base", "text": directory / "book.txt", "data_dir": directory / "data"}
-taken, place_batch = 0, fitting.place_batch
+taken, place_batch = 0, loop.place_batch
 
 def place_or_die(batch, mesh):
     global taken
@@ -213,7 +221,7 @@ def place_or_die(batch, mesh):
         os.kill(os.getpid(), signal.SIGKILL)
     return place_batch(batch, mesh)
 
-fitting.place_batch = place_or_die
+loop.place_batch = place_or_die
 distil(load_base(str(place["base"])), tiny_runs.settings(place, directory / "killed", checkpoint_every=3))
 """
 

@@ -19,13 +19,11 @@ from butler_jax.model.layers import rotary
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.training.config import TrainConfig
-from butler_jax.training.distillation import distil_pass
+from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import make_optimiser, make_train_step, start_state
 
-BASE = BaseConfig(
-    family="qwen2", vocab_size=61, width=64, hidden=96, layers=6, heads=4, kv_heads=2, head_dim=16, context=4096,
-    qkv_bias=True,
-)  # fmt: skip
+SIZES = dict(vocab_size=61, width=64, hidden=96, layers=6, heads=4, kv_heads=2, head_dim=16, context=4096)
+BASE = BaseConfig(family="qwen2", qkv_bias=True, **SIZES)
 CONFIG = TrainConfig(steps=30, batch_size=4, rank=8, stride=2, hidden=32)
 
 
@@ -57,7 +55,7 @@ def predictors(model) -> dict:
     return found
 
 
-def naive_loss(parameters, rest, model, batch, objective, sinks, newest):
+def naive_loss(parameters, rest, model, batch, objective, sinks, recent):
     """The same sum by a plain loop over layers and T x T matrices, for autodiff over everything at once.
 
     rest: (graph, other variables) of the predictor.
@@ -69,7 +67,7 @@ def naive_loss(parameters, rest, model, batch, objective, sinks, newest):
     mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
     mask = (mask & jnp.tril(jnp.ones(mask.shape[1:], bool))[None])[:, None]
     contested = mask & (positions >= sinks)[:, None, None]
-    contested &= jnp.tril(jnp.ones(mask.shape[2:], bool), -newest)[None, None]
+    contested &= jnp.tril(jnp.ones(mask.shape[2:], bool), -recent)[None, None]
 
     def logits(q, k):
         return jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)) * q.shape[-1] ** -0.5
@@ -110,15 +108,15 @@ def naive_loss(parameters, rest, model, batch, objective, sinks, newest):
 
 
 @pytest.mark.parametrize(
-    ("objective", "sinks", "newest"), [("squared_error", 0, 0), ("cross_entropy", 0, 0), ("cross_entropy", 2, 3)]
+    ("objective", "sinks", "recent"), [("squared_error", 0, 0), ("cross_entropy", 0, 0), ("cross_entropy", 2, 3)]
 )
 @pytest.mark.parametrize("kind", PREDICTORS)
-def test_loss_and_gradient_equal_unrolled_autodiff(model, predictors, kind, objective, sinks, newest):
+def test_loss_and_gradient_equal_unrolled_autodiff(model, predictors, kind, objective, sinks, recent):
     predictor, batch = predictors[kind], random_batch(3)
-    run = jax.jit(partial(distil_pass, objective=objective, sinks=sinks, newest=newest))
-    loss, count, gradients = run(model, predictor, batch)
+    run = jax.jit(DistillationObjective(objective, sinks=sinks, recent=recent).differentiate)
+    loss, count, gradients = run(predictor, model, batch)
     graph, parameters, others = nnx.split(predictor, nnx.Param, ...)
-    naive = jax.jit(jax.value_and_grad(lambda p, o, m, b: naive_loss(p, (graph, o), m, b, objective, sinks, newest)))
+    naive = jax.jit(jax.value_and_grad(lambda p, o, m, b: naive_loss(p, (graph, o), m, b, objective, sinks, recent)))
     expected_loss, expected = naive(parameters, others, model, batch)
     # float32 sums over some thousand terms in another order
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
@@ -130,21 +128,20 @@ def test_loss_and_gradient_equal_unrolled_autodiff(model, predictors, kind, obje
         # relative to the largest entry: entries are sums of terms that cancel
         np.testing.assert_allclose(np.asarray(found) / scale, wanted / scale, atol=1e-5, err_msg=str(path))
     lengths = [n for row in batch["segments"] for s, n in zip(*np.unique(row, return_counts=True), strict=True) if s]
-    lengths = [n - sinks - newest for n in lengths]
+    lengths = [n - sinks - recent for n in lengths]
     terms = sum(lengths) if objective == "cross_entropy" else sum(n * (n + 1) // 2 for n in lengths)
     np.testing.assert_allclose(count, BASE.heads * terms, rtol=1e-6)  # a mean over layers: rounding only
 
 
-def test_unknown_objective_is_named(model, predictors):
+def test_unknown_objective_is_named():
     with pytest.raises(ValueError, match="unknown objective 'hinge'; known: cross_entropy, squared_error"):
-        distil_pass(model, predictors["lookahead"], random_batch(), objective="hinge")
+        DistillationObjective("hinge")
 
 
 def test_bfloat16_base_gives_nearly_the_same_loss(model, predictors):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
-    run = jax.jit(partial(distil_pass, objective="cross_entropy"))
-    batch = random_batch()
-    exact, found = run(model, predictors["lookahead"], batch)[0], run(half, predictors["lookahead"], batch)[0]
+    run, batch = jax.jit(DistillationObjective("cross_entropy").differentiate), random_batch()
+    exact, found = (run(predictors["lookahead"], base, batch)[0] for base in (model, half))
     np.testing.assert_allclose(found, exact, rtol=0.02)  # 8 bits of mantissa through 6 layers
 
 
@@ -152,10 +149,10 @@ def compiled(kind: str, objective: str, *, length: int, layers: int):
     """The compiled pass on abstract values, and the bytes of the predictor's parameters."""
     base = BaseConfig(**{**{f: getattr(BASE, f) for f in BASE.__dataclass_fields__}, "layers": layers})
     config = PredictorConfig(kind=kind, rank=8, stride=2, hidden=32)
-    shapes = jax.eval_shape(lambda: (BaseModel(base, jax.random.key(0)), make_predictor(base, config)))
+    shapes = jax.eval_shape(lambda: (make_predictor(base, config), BaseModel(base, jax.random.key(0))))
     batch = {n: jax.ShapeDtypeStruct((1, length), jnp.int32) for n in ("tokens", "segments", "positions")}
-    run = jax.jit(partial(distil_pass, objective=objective, sinks=4, newest=8)).lower(*shapes, batch).compile()
-    return run, 4 * parameter_count(shapes[1])
+    run = jax.jit(DistillationObjective(objective, sinks=4, recent=8).differentiate).lower(*shapes, batch).compile()
+    return run, 4 * parameter_count(shapes[0])
 
 
 @pytest.mark.parametrize(
@@ -180,9 +177,8 @@ def test_memory_grows_with_length_alone_and_holds_no_square(kind, objective):
         assert shape.split(",").count(str(2 * length)) < 2, f"a T x T array: [{shape}]"
 
 
-def objective_pass(predictor, model, batch, key, *, dropout=True):
-    kind = type(predictor)
-    return distil_pass(model, predictor, batch, objective=kind.objective, dropout=key if dropout else None)
+def differentiate(predictor, model, batch, key):
+    return DistillationObjective(type(predictor).objective).differentiate(predictor, model, batch, key)
 
 
 def copy(tree):
@@ -195,7 +191,7 @@ def test_accumulation_changes_rounding_only(model, predictors, kind):
     optimiser = optax.sgd(0.1)  # linear in the gradient: Adam would magnify the rounding of tiny ones
     for parts in (1, 2):
         config = TrainConfig(steps=4, batch_size=4, accumulate=parts)
-        step = make_train_step(objective_pass, config, optimiser, optax.constant_schedule(0.1), {})
+        step = make_train_step(differentiate, config, optimiser, optax.constant_schedule(0.1), {})
         state, metrics = step(start_state(copy(predictors[kind]), optimiser), model, batch)
         results.append((nnx.state(state.module, nnx.Param), metrics))
     (whole, first), (parts, second) = results
@@ -207,9 +203,9 @@ def test_accumulation_changes_rounding_only(model, predictors, kind):
 @pytest.mark.slow
 def test_dropout_is_for_training_the_contextual_predictor(model, predictors):
     batch, key = random_batch(), jax.random.key(1)
-    run = jax.jit(objective_pass, static_argnames="dropout")
+    run = jax.jit(differentiate)
     for kind in ("producer", "contextual"):
-        plain, dropped = (run(predictors[kind], model, batch, key, dropout=d)[0] for d in (False, True))
+        plain, dropped = (run(predictors[kind], model, batch, given)[0] for given in (None, key))
         assert (float(plain) == float(dropped)) == (kind == "producer")
 
 
@@ -218,7 +214,7 @@ def test_dropout_follows_seed_and_step(model, predictors):
     optimiser = optax.sgd(0.0)
     for seed in (0, 1):
         config = TrainConfig(steps=4, batch_size=2, seed=seed)
-        step = make_train_step(objective_pass, config, optimiser, optax.constant_schedule(0.0), {})
+        step = make_train_step(differentiate, config, optimiser, optax.constant_schedule(0.0), {})
         for name in ("first", "again"):
             state, found = start_state(copy(predictors["contextual"]), optimiser), []
             for _ in range(2):
@@ -233,7 +229,7 @@ def test_dropout_follows_seed_and_step(model, predictors):
 def test_thirty_steps_on_one_batch_lower_the_loss_and_leave_the_base_alone(model, predictors, kind):
     batch, before = random_batch(4), jax.tree.map(np.array, model)
     optimiser = make_optimiser(CONFIG, 1e-2)
-    step = make_train_step(objective_pass, CONFIG, optimiser, optax.constant_schedule(1e-2), {})
+    step = make_train_step(differentiate, CONFIG, optimiser, optax.constant_schedule(1e-2), {})
     state, losses = start_state(copy(predictors[kind]), optimiser), []
     for _ in range(CONFIG.steps):
         state, metrics = step(state, model, batch)

@@ -1,0 +1,14 @@
+"""The two distillation losses, exact over all the pairs they are about, without a T x T matrix.
+
+Both compare the scores of a predictor with the logits of a frozen attention layer, one file each.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "cross_entropy": ["attend_with_cross_entropy"],
+        "squared_error": ["attend_with_squared_error"],
+    },
+)

@@ -1,0 +1,100 @@
+"""The cross entropy between a frozen layer's attention and the softmax of a predictor's scores."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from butler_jax.model import attention
+from butler_jax.training.losses.arrays import check_shapes, scale_gradients
+from butler_jax.training.losses.contested import KeyRange
+from butler_jax.training.losses.fused import run_fused
+from butler_jax.training.losses.two_calls import run_two_calls
+
+FORMS = ("fused", "two_calls")
+
+
+def attend_with_cross_entropy(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    q_imp: Float[Array, "B T H R"],
+    k_imp: Float[Array, "B T Q R"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    sliding_window: int | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    implementation: str | None = None,
+    form: str | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, ""], Float[Array, ""]]:
+    """The layer's attention output and the cross entropy of a predictor's scores.
+
+    Let A = softmax(q.k / sqrt(D)) over the causal keys of a row's document, and B = softmax(q_imp.k_imp / sqrt(R))
+    over the contested ones among them. The loss of the row is -sum_j A_ij log B_ij over the contested keys j. With
+    sinks and recent of 0 every key is contested, and this is the loss of TokenButler (arXiv 2503.07518, second
+    version), which samples rows. Here every row counts that has a contested key and is not padding.
+
+    Only q_imp and k_imp get gradients; the output carries none.
+
+    Rows that do not count add nothing to the loss and its gradients. With "fused" neither do rows whose true logits
+    are all -inf. True logits of NaN or +inf give a loss that is not finite, and so do scores of -inf where the
+    attention is positive.
+
+    Args:
+      q: queries after rotary; k, v: keys after rotary and values. The frozen model's.
+      q_imp, k_imp: the predictor's queries and keys. k_imp has the K KV heads or all H query heads.
+      segments: the document of each token, 0 for padding. None: one document a row.
+      sliding_window: of the layer, in tokens.
+      sinks, recent: how many first tokens of a document and newest tokens of a row are always read, and not contested.
+      implementation: of the attention, as in `attention.causal_attention`.
+      form: "fused" (XLA only) makes one pass over chunks of 128 query rows. "two_calls" calls attention kernels with
+        k_imp among the values. None takes the form that suits the implementation.
+
+    Returns:
+      The output [B, T, H, D]; the loss summed over rows and heads, in nats; and the number of rows times heads.
+
+    Raises:
+      ValueError: for shapes that do not fit, or an implementation that cannot do what was asked.
+    """
+    check_shapes(q, k, v, q_imp, k_imp, segments, sliding_window)
+    if min(sinks, recent) < 0:
+        raise ValueError(f"sinks and recent must be 0 or more, got {sinks} and {recent}")
+    name = attention.choose_implementation(implementation, q, q.shape[-1], segments)
+    form = form or ("fused" if name == "xla" else "two_calls")
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is unknown; use None or one of {FORMS}")
+    if form == "fused" and name != "xla":
+        raise ValueError(f'form "fused" runs on "xla" only, not on {name!r}; use "two_calls" or None')
+    keys = KeyRange(sliding_window, sinks, recent)
+    output, loss, count = _cross_entropy(q, k, v, q_imp, k_imp, segments, keys, form, name)
+    return jax.lax.stop_gradient(output), loss, jax.lax.stop_gradient(count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _cross_entropy(q, k, v, q_imp, k_imp, segments, keys, form, implementation):
+    return _run(q, k, v, q_imp, k_imp, segments, keys, form, implementation, differentiate=False)[0]
+
+
+def _cross_entropy_forward(q, k, v, q_imp, k_imp, segments, keys, form, implementation):
+    arguments = (q, k, v, q_imp, k_imp, segments, keys, form, implementation)
+    results, dq_imp, dk_imp = _run(*arguments, differentiate=True)
+    return results, (dq_imp.astype(q_imp.dtype), dk_imp.astype(k_imp.dtype))
+
+
+def _cross_entropy_backward(keys, form, implementation, gradients, cotangents):
+    return None, None, None, *scale_gradients(gradients, cotangents[1]), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _run(q, k, v, q_imp, k_imp, segments, keys, form, implementation, *, differentiate):
+    """Results and float32 gradients in the form asked for."""
+    if form == "fused":
+        return run_fused(q, k, v, q_imp, k_imp, segments, keys, differentiate=differentiate)
+    return run_two_calls(
+        q, k, v, q_imp, k_imp, segments, keys, implementation=implementation, differentiate=differentiate
+    )

@@ -1,0 +1,90 @@
+"""The cross entropy in one pass over chunks of query rows, in XLA.
+
+A chunk forms its rows of both weight matrices once. They give the attention output, the loss and the gradients of
+q_imp and k_imp, so the backward pass only scales. Letters beside the alphabet: a tile has M rows, the C query rows of
+a chunk times the query heads that share a key head.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from butler_jax.model import attention
+from butler_jax.training.losses.contested import KeyRange, contested_mask, counted_rows
+
+
+def run_fused(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, differentiate: bool):
+    """((output, loss, count), gradient of q_imp, gradient of k_imp) of `attend_with_cross_entropy`.
+
+    The gradients are float32, and None unless `differentiate`.
+    """
+    batch, length, heads, dim = q.shape
+    key_heads = k_imp.shape[2]
+    chunk = min(attention.CHUNK, length)
+    scale = q_imp.shape[-1] ** -0.5
+    queries = attention.split_queries(q, k.shape[2], chunk)
+    scaled_q_imp = attention.split_queries(q_imp.astype(jnp.float32) * scale, key_heads, chunk)
+    all_k, all_k_imp = attention.split_keys(k, chunk), attention.split_keys(k_imp.astype(jnp.float32), chunk)
+    all_v = attention.split_keys(v, chunk)
+    counted = counted_rows((batch, length), segments, keys)
+    rows_counted = jnp.broadcast_to(counted[:, :, None, None], (*q_imp.shape[:3], 1))
+    rows_counted = attention.split_queries(rows_counted, key_heads, chunk)
+    segments = attention.split_segments(segments, chunk)
+    starts = jnp.zeros((1, all_k.shape[2]), jnp.int32) if segments is None else attention.document_starts(segments)
+
+    def step(band, carry, inputs):
+        loss, dk_imp = carry
+        index, rows, rows_imp, use = inputs
+        first = band.first_key(index, chunk)
+        seen = attention.chunk_mask(index, first, band.keys, segments, keys.sliding_window, chunk)
+        true, true_total, _ = attention.masked_exponentials(rows, band.take(all_k, first, 2), seen, dim**-0.5)
+        output = (attention.weighted_values(true, band.take(all_v, first, 2)) / true_total).astype(v.dtype)
+
+        contested = contested_mask(seen, index, first, starts, keys)
+        keys_imp = band.take(all_k_imp, first, 2)
+        predicted, predicted_total, predicted_lse = attention.masked_exponentials(rows_imp, keys_imp, contested, 1.0)
+        if not keys.all_contested:
+            true = jnp.where(_tile(contested, true.shape[2]), true, 0)
+        true = _regroup(true / true_total, key_heads) * use
+        mass = jnp.sum(true, axis=-1, keepdims=True)  # the attention that goes to contested keys
+        mean_k_imp = attention.weighted_values(true, keys_imp)
+        loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
+        if not differentiate:
+            return (loss, dk_imp), (output, None)
+        dscores = predicted * (mass / predicted_total) - true
+        change = jnp.einsum("bqmr,bqms->bqrs", rows_imp, dscores)
+        dk_imp = jax.lax.dynamic_update_slice_in_dim(dk_imp, band.take(dk_imp, first, 3) + change, first, axis=3)
+        return (loss, dk_imp), (output, scale * attention.weighted_values(dscores, keys_imp))
+
+    # The gradient of k_imp is summed as [B, Q, R, S]: the large factor of its product is then read untransposed.
+    dk_imp = jnp.zeros_like(all_k_imp.transpose(0, 1, 3, 2)) if differentiate else None
+    carry = (jnp.zeros((), jnp.float32), dk_imp)
+    outputs, dq_imps = [], []
+    for band in attention.make_bands(queries.shape[0], chunk, keys.sliding_window):
+        part = slice(band.start, band.stop)
+        inputs = (jnp.arange(band.start, band.stop), queries[part], scaled_q_imp[part], rows_counted[part])
+        carry, (output, dq_imp) = jax.lax.scan(functools.partial(step, band), carry, inputs)
+        outputs.append(output)
+        dq_imps.append(dq_imp)
+    loss, dk_imp = carry
+    output = attention.merge_queries(jnp.concatenate(outputs), chunk, length)
+    results = (output, loss, heads * jnp.sum(counted))
+    if not differentiate:
+        return results, None, None
+    dq_imp = attention.merge_queries(jnp.concatenate(dq_imps), chunk, length)
+    return results, dq_imp, dk_imp.transpose(0, 3, 1, 2)[:, :length]
+
+
+def _tile(mask, rows: int):
+    """A mask [B, C, S] repeated for the query heads of a tile: [B, 1, M, S] with M = `rows`."""
+    batch, chunk, size = mask.shape
+    tiled = jnp.broadcast_to(mask[:, None, None], (batch, 1, rows // chunk, chunk, size))
+    return tiled.reshape(batch, 1, rows, size)
+
+
+def _regroup(tiles, key_heads: int):
+    """Tiles [B, K, M, S] of K key heads as tiles of `key_heads` ones; the query heads of a tile follow one another."""
+    return tiles.reshape(tiles.shape[0], key_heads, -1, tiles.shape[3])
