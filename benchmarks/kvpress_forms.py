@@ -23,7 +23,7 @@ from butler_jax.selection.budget import Limits
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.masks import Rows, always_chosen
 from butler_jax.simulation.eviction import evicting_attention
-from butler_jax.simulation.simulator import predictions
+from butler_jax.simulation.predictions import predict_next
 
 
 class Counting:
@@ -149,7 +149,7 @@ def follow(
         return attend(attention_weights(view.q, k, jnp.concatenate(mask, axis=-1)[:, :, None]), v), carry, None
 
     x = run_layers(model, embed(model, tokens), length + places(tokens), mixer, None, length=length + new)[0]
-    return predictions(model, x, tokens, jnp.ones_like(tokens))[0][:, :-1]
+    return predict_next(model, x, tokens, jnp.ones_like(tokens))[0][:, :-1]
 
 
 def attention_weights(

@@ -126,7 +126,7 @@ def numbers_read_per_key(chunk: Chunk, configs: tuple[SelectionConfig, ...]) -> 
     chunk = chunk._replace(sinks=SINKS, recent=WINDOW)
     scores = POLICY(chunk)
     sets = [select(scores, chunk.allowed[:, None], chunk.rows, config)[0] for config in configs]
-    return {"scores": chunk.importance[0], "pooled": scores[0], "sets": sets}
+    return {"scores": chunk.predicted[0], "pooled": scores[0], "sets": sets}
 
 
 @partial(jax.jit, static_argnames=("configs", "int8"))

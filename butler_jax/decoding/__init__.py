@@ -9,13 +9,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "cache": ["empty_chosen"],
-        "cached_attention": ["layer_windows"],
         "config": ["SamplingConfig"],
         "eviction": ["EvictedRows", "evict_rows"],
         "generation": ["Generated", "Piece", "bucket", "generate", "generate_stream"],
         "prefilling": ["prefill"],
         "score_cache": ["check_score_dtype", "rounded"],
-        "scoring": ["choosing_heads"],
         "step": ["Found", "decode_step"],
     },
 )

@@ -7,17 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.parts import Part, part_of
-from butler_jax.model import LOWEST, BaseConfig
+from butler_jax.model import LOWEST
 from butler_jax.parallel import by_rows_and_heads, token_axis
 
 BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
 LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
-FAR = 2**30  # the sliding_window of a layer that sees everything
-
-
-def layer_windows(config: BaseConfig) -> tuple[int, ...] | None:
-    """How many tokens each layer sees, FAR where it does not slide; None where none does."""
-    return tuple(config.sliding_window if s else FAR for s in config.sliding) if any(config.sliding) else None
 
 
 def cached_attention(

@@ -12,9 +12,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.decoding.cache import DecodeState, KVCache, empty_kv_cache, write_token
-from butler_jax.decoding.cached_attention import cached_attention, layer_windows
+from butler_jax.decoding.cached_attention import cached_attention
 from butler_jax.decoding.eviction import Eviction, evict_row, evict_rows, grown, nothing_kept
-from butler_jax.model import BaseModel, LayerView, by_window, dense_mixer, embed, logits, masked_softmax, run_layers
+from butler_jax.model import (
+    BaseModel,
+    LayerView,
+    by_window,
+    dense_mixer,
+    embed,
+    layer_windows,
+    logits,
+    masked_softmax,
+    run_layers,
+)
 from butler_jax.parallel import current_mesh
 from butler_jax.policies import Evicting, Place
 from butler_jax.predictors import at

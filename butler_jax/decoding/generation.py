@@ -23,7 +23,7 @@ from butler_jax.decoding.sampling import draw, penalise
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.step import decode_step
 from butler_jax.parallel import token_axis
-from butler_jax.policies import Policy, TokenButler, make_policy
+from butler_jax.policies import Evicting, Policy, TokenButler, make_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table, limits_of
 from butler_jax.text import Prompts, Writer, encode, stop_tokens
@@ -174,12 +174,12 @@ def generate_stream(
     if predictor is not None and selection is None:
         selection = SelectionConfig()
     policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
-    selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
+    selection = None if selection is None else policy.selection(selection)
     if selection is not None and predictor is None and policy.needs_predictor:
         raise ValueError(
             f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
         )
-    if offload and selection is not None and policy.evicts:
+    if offload and selection is not None and isinstance(policy, Evicting):
         raise ValueError(f"the policy {policy.name} needs its caches on the device: leave out offload")
     if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
@@ -341,7 +341,9 @@ def _plan(
     selection: SelectionConfig | None, table: np.ndarray | None, lengths: np.ndarray, step: int, policy: Policy
 ) -> tuple[SelectionConfig | None, int | None]:
     """(selection, most) of a step: dense while no row is beyond min_context; room for what the rows can then need."""
-    if selection is None or selection.min_context == 0 or policy.evicts:  # what is kept is kept from the first token on
+    if (
+        selection is None or selection.min_context == 0 or isinstance(policy, Evicting)
+    ):  # what is kept is kept from the first token on
         return selection, None
     chosen_at = lengths + step + 1 - step % selection.interval
     if (chosen_at <= selection.min_context).all():

@@ -11,13 +11,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.cache import DecodeState, KVCache, ScoreCache, empty_chosen, empty_kv_cache, split_state
-from butler_jax.decoding.cached_attention import cached_attention, layer_windows
+from butler_jax.decoding.cached_attention import cached_attention
 from butler_jax.decoding.evicting import fill_evicting
 from butler_jax.decoding.parts import write_chunk
 from butler_jax.decoding.score_cache import check_score_dtype, store
-from butler_jax.decoding.scoring import choosing_heads, empty_scores
-from butler_jax.model import BaseModel, LayerView, causal_attention, dense_mixer, embed, logits, run_layers
-from butler_jax.policies import Policy, TokenButler
+from butler_jax.decoding.scoring import empty_scores
+from butler_jax.model import (
+    BaseModel,
+    LayerView,
+    causal_attention,
+    dense_mixer,
+    embed,
+    layer_windows,
+    logits,
+    run_layers,
+)
+from butler_jax.policies import Evicting, Policy, TokenButler
 from butler_jax.predictors import Predictor, walk
 from butler_jax.selection import SelectionConfig, room_for
 
@@ -65,7 +74,7 @@ def prefill(
         if not most <= length:
             raise ValueError(f"a prompt of {most} tokens does not fit the {length} columns of tokens")
     lengths = jnp.asarray(lengths).astype(jnp.int32)
-    if selection is not None and policy is not None and policy.evicts:
+    if selection is not None and isinstance(policy, Evicting):
         last, kv, evicted = fill_evicting(model, tokens, lengths, capacity, selection, policy, implementation)
         return logits(model, last), DecodeState(kv, None, lengths, jnp.zeros((), jnp.int32), evicted=evicted)
     run = _at_once if length <= chunk else partial(_in_chunks, chunk=chunk)
@@ -73,9 +82,10 @@ def prefill(
     if scores is not None:
         scores = store(scores, lengths, score_dtype)
     chosen, policy = None, policy or TokenButler()
+    selection = None if selection is None else policy.selection(selection)
     if selection is not None and selection.interval > 1:
-        heads = choosing_heads(policy, model.config)
-        chosen = empty_chosen(model.config, batch, heads, room_for(policy.selection(selection), capacity))
+        heads = policy.choosing_heads(model.config)
+        chosen = empty_chosen(model.config, batch, heads, room_for(selection, capacity))
     state = DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), chosen)
     return logits(model, last), split_state(state)
 

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.cache import ScoreCache
 from butler_jax.decoding.score_cache import restored
-from butler_jax.model import BaseConfig, BaseModel, LayerView
-from butler_jax.policies import Chunk, Policy
+from butler_jax.model import BaseModel, LayerView
+from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor, at, walk
 from butler_jax.selection import Chosen, Rows
 
@@ -83,18 +83,6 @@ def issue(
     return Ahead(queries, chosen, raw_scores(queries, keys) if raw else None)
 
 
-def choosing_heads(policy: Policy, config: BaseConfig) -> int:
-    """How many sets of tokens a policy chooses for a row: one a KV head, or one a query head."""
-    heads, group, dim = config.kv_heads, config.group, config.head_dim
-    if policy.evicts:
-        return heads
-    one = jnp.zeros((1, heads, group, 1, 1))
-    place = jnp.zeros((1, 1), jnp.int32)
-    queries, keys = jnp.zeros((1, heads, group, 1, dim)), jnp.zeros((1, heads, 1, dim))
-    chunk = Chunk(place[0, 0], queries, keys, one, one, Rows(place, place), place[0], jnp.ones((1, 1, 1), bool), place)
-    return jax.eval_shape(lambda c: policy(c), chunk).shape[1]
-
-
 def raw_scores(queries: Float[Array, "P B H R"], keys: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:
     """query . key / sqrt(R), float32, of every place in the cache, held or not."""
     layers, batch, _, rank = queries.shape
@@ -117,16 +105,19 @@ def with_own(
 def chunk_of(
     view: LayerView,
     keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
     cached: Int[Array, " B"],
     first: Int[Array, " B"] | None,
     scores: Float[Array, "B Q G S"] | None,
 ) -> Chunk:
     """What a policy sees of the newest token of each row: the same as it sees of a row of a whole sequence.
 
-    keys: of this layer, cached. scores: the predictor's, the newest token's own included.
+    keys, values: of this layer, cached. scores: the predictor's, the newest token's own included.
     """
     size, kv_heads = keys.shape[2], keys.shape[1]
-    keys = keys.astype(view.q.dtype).at[jnp.arange(cached.shape[0]), :, cached].set(view.k[:, 0])
+    row = jnp.arange(cached.shape[0])
+    keys = keys.astype(view.q.dtype).at[row, :, cached].set(view.k[:, 0])
+    values = values.astype(view.v.dtype).at[row, :, cached].set(view.v[:, 0])
     batch, _, heads, dim = view.q.shape
     q = view.q[:, 0].reshape(batch, kv_heads, heads // kv_heads, 1, dim)
     logits = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
@@ -139,7 +130,20 @@ def chunk_of(
     rows = Rows(cached[:, None], jnp.zeros_like(cached)[:, None])
     starts = jnp.zeros((batch, size), jnp.int32)
     q = q * jnp.asarray(dim**-0.5, q.dtype)
-    return Chunk(view.index, q, keys, logits, scores, rows, columns, allowed[:, None], starts)
+    return Chunk(
+        layer=view.index,
+        weights=view.weights,
+        x=view.x,
+        q=q,
+        k=keys,
+        v=values,
+        logits=logits,
+        predicted=scores,
+        rows=rows,
+        columns=columns,
+        allowed=allowed[:, None],
+        starts=starts,
+    )
 
 
 def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: int, dtype: Any) -> ScoreCache:

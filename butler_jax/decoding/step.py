@@ -16,14 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.decoding import score_cache
 from butler_jax.decoding.cache import DecodeState, KVCache, ScoreCache, split_state, write_token
-from butler_jax.decoding.cached_attention import cached_attention, layer_windows
+from butler_jax.decoding.cached_attention import cached_attention
 from butler_jax.decoding.evicting import evicting_step
 from butler_jax.decoding.offload import Fetched, fetch_layer, fetch_units, write_token_on_host
 from butler_jax.decoding.parts import check_units, part_of, with_new
-from butler_jax.decoding.scoring import choosing_heads, chunk_of, issue, with_own
-from butler_jax.model import BaseModel, LayerView, embed, logits, run_layers
+from butler_jax.decoding.scoring import chunk_of, issue, with_own
+from butler_jax.model import BaseModel, LayerView, embed, layer_windows, logits, run_layers
 from butler_jax.parallel import by_rows_and_heads, token_axis
-from butler_jax.policies import Policy, TokenButler
+from butler_jax.policies import Evicting, Policy, TokenButler
 from butler_jax.predictors import Predictor, at, walk
 from butler_jax.selection import (
     Chosen,
@@ -79,8 +79,8 @@ def decode_step(
     not make for it.
     """
     policy = policy or TokenButler()
-    selection = None if selection is None or policy.name == "dense" else policy.selection(selection)
-    evicts = selection is not None and policy.evicts
+    selection = None if selection is None else policy.selection(selection)
+    evicts = selection is not None and isinstance(policy, Evicting)
     check_step(state, None if evicts else predictor, selection, policy)
     if evicts:
         out, state, *found = evicting_step(model, tokens, state, selection, policy, most=most, details=details)
@@ -91,14 +91,16 @@ def decode_step(
     x = embed(model, tokens[:, None])
     context = None if predictor is None else predictor.context(cached[:, None], capacity)
     windows = layer_windows(config)
-    ahead_known = selection is not None and isinstance(policy, TokenButler)  # it looks at nothing but the predictor
+    ahead_known = (
+        selection is not None and policy.predictor_pooling is not None
+    )  # it looks at nothing but the predictor
     raw = predictor is not None and (details or (selection is not None and policy.needs_predictor and not ahead_known))
     prefetched = ahead_known and state.kv.near is not None
     if selection is not None:
         limits = limits_of(selection, config, capacity)
         check_units(capacity, selection.unit)
         room = room_for(selection, capacity, most)
-        sets = choosing_heads(policy, config)
+        sets = policy.choosing_heads(config)
         if selection.interval > 1:
             check_room(state, sets, room)
         now = state.steps % selection.interval == 0
@@ -120,10 +122,10 @@ def decode_step(
             options = dict(scales=scales, layer=layer, implementation=implementation)
             if part is not None:
                 contested, first = part.count(contested), part.count(first)
-                if policy.pooling == "normalised":
+                if policy.predictor_pooling == "normalised":
                     totals = part.log_sum(importance_totals(queries, keys, contested, first=first, **options))
                     options["totals"] = totals
-            return importance_scores(queries, keys, contested, first=first, pooling=policy.pooling, **options)
+            return importance_scores(queries, keys, contested, first=first, pooling=policy.predictor_pooling, **options)
 
         operands = ("bh--", "-bh-s", "b", "b", "", "bh")
         split = by_rows_and_heads(run, operands, "bhs", rows=batch, heads=config.kv_heads, tokens=capacity)
@@ -200,8 +202,8 @@ def decode_step(
             if ahead_known:
                 return at(ahead.chosen, place)
             kv, layer = _whole_layer(state.kv, view.index, False)
-            keys = jax.lax.dynamic_index_in_dim(kv.k, layer, keepdims=False)  # unused, and gone, for most policies
-            chunk = chunk_of(view, keys, cached, first, scores)
+            keys, values = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (kv.k, kv.v))
+            chunk = chunk_of(view, keys, values, cached, first, scores)
             values = policy(chunk._replace(sinks=selection.sinks, recent=selection.recent))[:, :, 0]
             return pick(values, total, first, None if limits.threshold is None else limits.threshold[view.index][None])
 
@@ -266,7 +268,7 @@ def check_step(
             raise ValueError(
                 f"the cache is full: a row holds {most} of {capacity} tokens; prefill with a larger capacity"
             )
-    if not (state.evicted is None or (selection is not None and policy.evicts)):
+    if not (state.evicted is None or (selection is not None and isinstance(policy, Evicting))):
         raise ValueError(
             "the state was prefilled under a policy that evicts; decode with the same selection and policy"
         )

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import CodeType, MappingProxyType
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def contenders(
     settings = {"random": {"seed": config.seed}}
     given = config.policies or DEFAULT
     policies = [p if isinstance(p, Policy) else make_policy(p, **settings.get(p, {})) for p in given]
-    policies = [replace(p, once=False) if p.once else p for p in policies]  # a text has no prompt
+    policies = [policy.row_by_row() for policy in policies]  # a text has no prompt
     needing = [p.name for p in policies if p.needs_predictor]
     predictors = list(_predictors(base, predictor, config)) if needing else []
     if needing and not predictors:

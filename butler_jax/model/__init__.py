@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "dense_mixer",
             "embed",
             "few_tokens",
+            "layer_windows",
             "forward",
             "logits",
             "parameter_count",

@@ -108,6 +108,8 @@ class LayerView(NamedTuple):
     v: Float[Array, "B T K D"]
 
 
+FAR = 2**30  # the sliding window of a layer that sees everything
+
 Mixer = Callable[[Any, LayerView], tuple[Float[Array, "B T H D"], Any, Any]]
 """(carry, view) -> (attention output, new carry, a value to stack over layers or None)."""
 
@@ -200,6 +202,11 @@ def run_layers(
 
     (x, carry), outs = jax.lax.scan(body, (x, carry), (model.layers, jnp.arange(config.layers)))
     return x, carry, outs
+
+
+def layer_windows(config: BaseConfig) -> tuple[int, ...] | None:
+    """Returns how many tokens each layer sees, FAR where it does not slide; None where no layer slides."""
+    return tuple(config.sliding_window if s else FAR for s in config.sliding) if any(config.sliding) else None
 
 
 def by_window(config: BaseConfig, index: Int[Array, ""], attend: Callable[[int | None], Any]) -> Any:

@@ -8,7 +8,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["Chunk", "Policy", "describe", "normalise", "per_query_head"],
+        "base": ["Policy", "describe"],
         "citrus": ["CItruS"],
         "dense": ["Dense"],
         "evicting": ["Evicting", "Place", "evict"],
@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "quest": ["Quest"],
         "random": ["Random"],
         "registry": ["POLICIES", "make_policy"],
+        "scoring": ["Chunk", "Scoring", "normalise", "per_query_head"],
         "snapkv": ["SnapKV"],
         "streaming": ["Streaming"],
         "tokenbutler": ["TokenButler"],

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.scoring import Chunk, Scoring
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense(Policy):
-    """Attends to every key; its budget is 1 whatever is asked."""
+class Dense(Scoring):
+    """Attends to every key, whatever the budget."""
 
     name = "dense"
+
+    def selection(self, config):
+        """Everything is read."""
+        return None
 
     def scores(self, chunk: Chunk):
         """No key before another."""

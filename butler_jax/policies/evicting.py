@@ -1,7 +1,8 @@
-"""What policies have in common that evict: a token that is dropped cannot come back, row after row."""
+"""Policies that evict: row after row they drop tokens, and a dropped token cannot come back."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.base import Policy
 from butler_jax.selection import SelectionConfig, ordered_bits, top_mask
 
 
@@ -27,53 +28,58 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Evicting(Policy):
-    """A policy that keeps a set of tokens per KV head and drops the worst of it whenever a row's budget is exceeded.
+    """Base class of policies that evict: a set of tokens per KV head, from which the worst go when the budget is full.
 
-    A subclass says with `begin`, `observe` and `worth` what a token is worth, from the attention of earlier rows of the
-    document among the tokens kept then, and with `recent` how many of the newest are never dropped.
+    A subclass says what a token is worth, from the attention of earlier rows of the document among the tokens kept
+    then (`begin`, `observe`, `worth`), and how many of the newest are never dropped (`recent`).
 
-    once: decoding reads the prompt densely; the first step after it cuts the cache down to the budget, and later ones
-    hold it. A text that is simulated has no prompt: every row of it drops what is beyond its budget.
+    Attributes:
+        once: Decoding reads the prompt densely; the first step after it cuts the cache down to the budget. A simulated
+            text has no prompt: every row of it drops what is beyond its budget (`row_by_row`).
     """
 
-    evicts: ClassVar[bool] = True
-
-    def scores(self, chunk: Chunk):
-        """There are none: what is worth most depends on all rows before."""
-        raise ValueError(
-            f"the policy {self.name} evicts for good: it is simulated by eval.py and decoded from a state that prefill "
-            "made for it, and has no scores of a row by itself"
-        )
+    once: ClassVar[bool] = False
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
-        """Raises ValueError for what means nothing to a policy that evicts."""
-        plain = config.unit == 1 and config.threshold is None and not config.neighbours
-        if not plain:
+        """Returns the selection unchanged.
+
+        Raises:
+            ValueError: For settings that mean nothing to a policy that evicts.
+        """
+        if config.unit != 1 or config.threshold is not None or config.neighbours:
             raise ValueError(f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
         if config.interval != 1:
             raise ValueError(f"the policy {self.name} evicts at every row: leave out the interval")
         return config
 
-    def begin(self, shape: tuple[int, int, int]) -> Any:
-        """What is remembered of attention before the first row; shape: [B, K, S].
+    def row_by_row(self) -> Evicting:
+        """Returns the policy that drops tokens at every row."""
+        return dataclasses.replace(self, once=False) if self.once else self
 
-        Of a larger S it is the same, larger: what was remembered of fewer tokens fits into its beginning.
+    def begin(self, shape: tuple[int, int, int]) -> Any:
+        """Returns the memory of attention before the first row; shape: [B, K, S].
+
+        The memory of a larger S holds that of a smaller one in its beginning.
         """
         raise TypeError(f"{type(self).__name__} must define begin")
 
     def observe(self, memory: Any, weights: Float[Array, "B K S"], place: Place, budget: Int[Array, " B"]) -> Any:
-        """The memory after a row; weights: its attention among the tokens kept, summed over the group.
+        """Returns the memory after a row.
 
-        Sequences are at places of their own. What a memory holds before the first row of a document is forgotten there.
+        Args:
+            memory: What was remembered before it. At the first row of a document it is forgotten.
+            weights: The row's attention among the tokens kept, summed over the group.
+            place: Where the row of each sequence stands.
+            budget: The row's budget in tokens.
         """
         raise TypeError(f"{type(self).__name__} must define observe")
 
     def worth(self, memory: Any) -> Float[Array, "B K S"]:
-        """What every token is worth, finite; of those that may be dropped, the least goes first, ties to the oldest."""
+        """Returns the worth of every token, finite; the least goes first, ties to the oldest."""
         raise TypeError(f"{type(self).__name__} must define worth")
 
     def recent(self, budget: Int[Array, " B"]) -> Int[Array, " B"]:
-        """How many of the newest tokens stay, of a budget in tokens, as far as sinks leave room."""
+        """Returns how many of the newest tokens stay, of a budget in tokens, as far as sinks leave room."""
         raise TypeError(f"{type(self).__name__} must define recent")
 
 

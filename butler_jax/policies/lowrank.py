@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.scoring import Chunk, Scoring
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LowRank(Policy):
+class LowRank(Scoring):
     """Scores by q . k in the first `rank` principal directions of the cached keys (after rotary), found on text.
 
     rank: None is a quarter of the head dimension, as published. directions: [L, K, D, rank], from `prepare`.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from butler_jax.policies.base import Chunk, Policy, normalise, per_query_head
+from butler_jax.policies.scoring import Chunk, Scoring, normalise, per_query_head
 
 
 @dataclass(frozen=True, kw_only=True)
-class Oracle(Policy):
+class Oracle(Scoring):
     """Scores by the true softmax weight, pooled per KV head by the maximum over its query heads.
 
     The logarithm of the weight is used: the same order, without underflow.
@@ -34,6 +34,10 @@ class OracleHead(Oracle):
     """The same with a set for every query head: a bound, for heads of a group then read different keys."""
 
     name = "oracle_head"
+
+    def choosing_heads(self, base):
+        """Every query head."""
+        return base.heads
 
     def pool(self, scores, chunk: Chunk):
         """Nothing shared."""

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.scoring import Chunk, Scoring
 from butler_jax.selection import SelectionConfig
 
 Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quest(Policy):
+class Quest(Scoring):
     """Scores a page by sum_d max(q_d min_d, q_d max_d) over the range of its keys, and keeps pages whole.
 
     Of the page that a row itself stands in, only the keys up to that row count. page: tokens, a power of two.

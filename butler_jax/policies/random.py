@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.scoring import Chunk, Scoring
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Policy):
+class Random(Scoring):
     """Independent uniform scores for every layer, KV head, query and key.
 
     They are a hash of these places (counted from the document's start) and the seed, so that a query has

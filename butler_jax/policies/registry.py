@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.base import Policy
 from butler_jax.policies.citrus import CItruS
 from butler_jax.policies.dense import Dense
 from butler_jax.policies.h2o import H2O
@@ -19,8 +19,6 @@ from butler_jax.policies.tokenbutler import TokenButler
 POLICIES: dict[str, type[Policy]] = {
     p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, H2O, SnapKV, CItruS, Quest, LowRank, TokenButler)
 }
-
-__all__ = ["POLICIES", "Chunk", "Policy", "make_policy"]
 
 
 def make_policy(name: str, **fields) -> Policy:

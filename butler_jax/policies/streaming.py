@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from butler_jax.policies.base import Chunk, Policy
+from butler_jax.policies.scoring import Chunk, Scoring
 
 
 @dataclass(frozen=True, kw_only=True)
-class Streaming(Policy):
+class Streaming(Scoring):
     """Scores by recency; selection keeps the sinks."""
 
     name = "streaming"

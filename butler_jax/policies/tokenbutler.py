@@ -7,11 +7,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from butler_jax.policies.base import Chunk, Policy, normalise
+from butler_jax.policies.scoring import Chunk, Scoring, normalise
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenButler(Policy):
+class TokenButler(Scoring):
     """Scores by the predictor's importance q_imp . k_imp / sqrt(R), pooled per KV head.
 
     pooling: "normalised" takes each head's own log-sum-exp over the contested keys (those it was trained on: neither
@@ -27,15 +27,20 @@ class TokenButler(Policy):
         if self.pooling not in known:
             raise ValueError(f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
 
+    @property
+    def predictor_pooling(self):
+        """The setting `pooling`."""
+        return self.pooling
+
     def numbers_read_per_key(self, base, predictor):
         """Importance keys."""
         return predictor.config.rank * predictor.key_heads / base.kv_heads
 
     def scores(self, chunk: Chunk):
         """Importance per query head; NaN counts as -inf."""
-        if chunk.importance is None:
+        if chunk.predicted is None:
             raise ValueError("the policy tokenbutler needs a trained predictor")
-        return jnp.where(jnp.isnan(chunk.importance), -jnp.inf, chunk.importance)
+        return jnp.where(jnp.isnan(chunk.predicted), -jnp.inf, chunk.predicted)
 
     def pool(self, scores, chunk: Chunk):
         """Maximum over the group."""

@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "calibration": ["calibrate_thresholds"],
         "chunks": ["Importance", "importance_walk", "map_chunks"],
         "recall": ["LEAST_KEYS", "Recall", "best", "measure_recall", "top_half"],
-        "simulator": ["Simulated", "chosen_mask", "keys_read", "simulate", "sparse_chunk", "with_rule"],
+        "choice": ["chosen_mask", "sparse_chunk", "with_rule"],
+        "simulator": ["Simulated", "count_keys", "simulate"],
         "statistics": ["Estimate", "ratio", "share"],
     },
 )

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from butler_jax.decoding import choosing_heads
 from butler_jax.model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.policies import Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, from_bits, limits_of
+from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import importance_walk, map_chunks
-from butler_jax.simulation.simulator import chosen_mask, with_rule
 
 PASSES = 16  # bits of a threshold that are found: a precision of 2**-7 of its value
 
@@ -56,7 +55,7 @@ def calibrate_thresholds(
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
-    found = np.zeros((model.config.layers, choosing_heads(policy, model.config)), np.uint32)
+    found = np.zeros((model.config.layers, policy.choosing_heads(model.config)), np.uint32)
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
         trial, total, rows = found | np.uint32(1 << bit), 0.0, 0.0
         for batch in batches:
@@ -90,7 +89,7 @@ def _read(
     begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end look at the last column
 
-    def one(chunk, values, number):
+    def one(chunk):
         mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
         if not whole:

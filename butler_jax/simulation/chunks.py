@@ -34,14 +34,14 @@ Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
 
 
 def map_chunks(
-    apply: Callable[[Chunk, Float[Array, "B K S D"], Int[Array, ""]], Any],
+    apply: Callable[[Chunk], Any],
     view: LayerView,
     importance: Importance | None,
     segments: Int[Array, "B T"],
     sliding_window: int | None,
     rows: int | None = None,
 ) -> tuple[Any, int]:
-    """Results of apply(chunk, values, number) for all chunks of query rows, stacked [N, ...]; a chunk's rows.
+    """Results of apply(chunk) for all chunks of query rows, stacked [N, ...]; a chunk's rows.
 
     importance: (q_imp, k_imp), k_imp per KV head or per query head. sliding_window: of a sliding layer, static.
     rows: take about so many query rows, chunks evenly spread along the sequence (None: all).
@@ -49,6 +49,7 @@ def map_chunks(
     length, size = segments.shape[1], min(CHUNK, segments.shape[1])
     kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
 
+    x = jnp.pad(view.x, ((0, 0), (0, -length % size), (0, 0)))
     queries, keys, values = split_queries(view.q, kv_heads, size), split_keys(view.k, size), split_keys(view.v, size)
     starts = split_segments(document_starts(segments), size)
     segments = split_segments(segments, size)
@@ -73,17 +74,20 @@ def map_chunks(
         start = jax.lax.dynamic_slice_in_dim(starts, number * size, size, axis=1)
         own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
         chunk = Chunk(
-            view.index,
-            (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)).reshape(q.shape[0], kv_heads, group, size, -1),
-            k,
-            scores(q, k),
-            predicted,
-            Rows(own, start),
-            first + jnp.arange(band.keys, dtype=jnp.int32),
-            chunk_mask(number, first, band.keys, segments, sliding_window, size),
-            band.take(starts, first, 1),
+            layer=view.index,
+            weights=view.weights,
+            x=jax.lax.dynamic_slice_in_dim(x, number * size, size, axis=1),
+            q=(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)).reshape(q.shape[0], kv_heads, group, size, -1),
+            k=k,
+            v=band.take(values, first, 2),
+            logits=scores(q, k),
+            predicted=predicted,
+            rows=Rows(own, start),
+            columns=first + jnp.arange(band.keys, dtype=jnp.int32),
+            allowed=chunk_mask(number, first, band.keys, segments, sliding_window, size),
+            starts=band.take(starts, first, 1),
         )
-        return apply(chunk, band.take(values, first, 2), number)
+        return apply(chunk)
 
     parts = []
     chosen = spread(length, rows)

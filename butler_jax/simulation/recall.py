@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseModel, by_window, dense_mixer, embed, masked_softmax, run_layers
 from butler_jax.parallel import on_host
-from butler_jax.policies import Chunk, Evicting, Policy
+from butler_jax.policies import Chunk, Evicting, Policy, Scoring
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, ordered_bits, top_mask
+from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import importance_walk, map_chunks, spread_rows
 from butler_jax.simulation.eviction import evicted_sums
-from butler_jax.simulation.simulator import chosen_mask
 from butler_jax.simulation.statistics import Estimate, ratio
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
@@ -84,8 +84,8 @@ def measure_recall(
     if predictor is None and needing:
         raise ValueError(f"the policy {', '.join(needing)} needs a trained predictor")
     selections = [SelectionConfig(budget=b, sinks=sinks, recent=recent) for b in budgets]
-    scoring = tuple(p for p in policies if not p.evicts)
-    groups = [scoring] * bool(scoring) + [(p,) for p in policies if p.evicts]
+    scoring = tuple(p for p in policies if isinstance(p, Scoring))
+    groups = [scoring] * bool(scoring) + [(p,) for p in policies if isinstance(p, Evicting)]
     parts: list[list[Sums]] = [[] for _ in groups]
     for batch in batches:
         batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
@@ -93,7 +93,8 @@ def measure_recall(
         tables = jnp.asarray(np.stack([budget_table(s, length) for s in selections]))
         options = dict(sinks=sinks, recent=recent, rows=rows, implementation=implementation)
         for group, found in zip(groups, parts, strict=True):
-            sums = measure_evicting(model, batch, tables, policy=group[0], **options) if group[0].evicts else measure(
+            evicts = group is not scoring
+            sums = measure_evicting(model, batch, tables, policy=group[0], **options) if evicts else measure(
                 model, predictor if needing else None, batch, tables, policies=group, ranks=ranks,
                 score_dtype=score_dtype, **options,
             )  # fmt: skip
@@ -108,7 +109,7 @@ def measure_recall(
             for table, values in ((result.mass, sums.mass), (result.attended, sums.attended)):
                 each = [ratio(v / layers, sums.rows) for v in values[number]]
                 table[policy.name] = dict(zip(budgets, each, strict=True))
-            if policy.evicts or not sums.long.any():
+            if group is not scoring or not sums.long.any():
                 continue
             for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
                 table[policy.name] = ratio(values[number].mean(axis=(0, 1)), sums.long)
@@ -191,8 +192,6 @@ def measure_evicting(
 
 def measure_chunk(
     chunk: Chunk,
-    values: Array,
-    number: Int[Array, ""],
     *,
     segments: Int[Array, "B T"],
     policies: tuple[Policy, ...],

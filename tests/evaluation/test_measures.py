@@ -30,8 +30,8 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs import provenance
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
+from butler_jax.simulation.predictions import jensen_shannon
 from butler_jax.simulation.recall import mean_ranks, rank_correlation
-from butler_jax.simulation.simulator import jensen_shannon
 from butler_jax.simulation.statistics import Estimate, ratio, share
 from butler_jax.weights import Base
 from tests.tiny_models import BASE, Letters, make_batch, make_model
@@ -247,10 +247,10 @@ def test_a_report_says_over_how_many_windows_errors_are_and_whether_these_overla
 NEWEST = """
 from dataclasses import dataclass
 import jax.numpy as jnp
-from butler_jax.policies import Policy
+from butler_jax.policies import Scoring
 
 @dataclass(frozen=True, kw_only=True)
-class Newest(Policy):
+class Newest(Scoring):
     name = "newest"
 
     def scores(self, chunk):

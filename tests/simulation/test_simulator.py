@@ -19,7 +19,7 @@ from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.evaluation.tasks.perplexity import read_text, windows
 from butler_jax.model.attention import document_starts
 from butler_jax.model.decoder import forward
-from butler_jax.policies import Policy, make_policy
+from butler_jax.policies import Scoring, make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.directory import run_config
@@ -304,7 +304,7 @@ def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm(Policy):
+class Norm(Scoring):
     """Keys of small (sign = -1) or large (sign = 1) norm are read first."""
 
     name = "norm"

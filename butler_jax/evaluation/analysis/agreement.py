@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
-from butler_jax.policies import Chunk, Policy
+from butler_jax.policies import Chunk, Evicting, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, limits_of
 from butler_jax.simulation import LEAST_KEYS, best, chosen_mask, top_half, with_rule
@@ -177,7 +177,7 @@ def binned(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
 
 def check_policy(policy: Policy, predictor: Predictor | None) -> None:
     """Raise ValueError for a policy whose rows do not choose for themselves, or that lacks its predictor."""
-    if policy.evicts:
+    if isinstance(policy, Evicting):
         raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
     if predictor is None and policy.needs_predictor:
         raise ValueError(f"the policy {policy.name} needs a trained predictor")
@@ -256,7 +256,7 @@ def _overlap(model, predictor, batch, rows, sizes):
             sets = best(scores, _common(chunk), sizes)
             return share(sets, jnp.broadcast_to(sets[:, :, :, :1], sets.shape))
 
-        return kept(chunk.logits), kept(chunk.importance)
+        return kept(chunk.logits), kept(chunk.predicted)
 
     return see_rows(model, predictor, batch, rows, look)
 
@@ -269,7 +269,7 @@ def _drift(model, predictor, batch, rows, sizes, *, distance):
         moved = 1 - share(best(late, keys, sizes), best(early, keys, sizes))
         divergence = js_divergence(softmax(late, keys), softmax(early, keys))
         seen = chunk.allowed[:, distance:]
-        halves = top_half(chunk.importance[:, :, :, distance:], seen), top_half(late, seen)
+        halves = top_half(chunk.predicted[:, :, :, distance:], seen), top_half(late, seen)
         return share(*halves), moved, divergence
 
     return see_rows(model, predictor, batch, rows, look)

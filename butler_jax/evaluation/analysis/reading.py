@@ -140,7 +140,7 @@ def _attention_and_scores(model, predictor, batch, layer, head):
             chunk = row_chunk(
                 view._replace(q=one(view.q), k=one(view.k)), (one(queries), one(keys)), segments, rows, sliding_window
             )
-            both = chunk.logits, chunk.importance
+            both = chunk.logits, chunk.predicted
             weights = (softmax(a, chunk.allowed) for a in both)
             seen = (jnp.where(chunk.allowed[:, None, None], a, jnp.nan) for a in both)
             return tuple(a[0, 0, 0] for a in (*weights, *seen))

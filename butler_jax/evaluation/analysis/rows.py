@@ -130,9 +130,19 @@ def row_chunk(
     starts = document_starts(segments)
     start = jnp.take_along_axis(starts, rows, axis=1)
     return Chunk(
-        view.index, q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), jnp.moveaxis(view.k, 1, 2), scores(q, view.k),
-        predicted, Rows(rows, start), columns, visible(segments, rows, columns, sliding_window), starts,
-    )  # fmt: skip
+        layer=view.index,
+        weights=view.weights,
+        x=jnp.take_along_axis(view.x, rows[..., None], axis=1),
+        q=q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype),
+        k=jnp.moveaxis(view.k, 1, 2),
+        v=jnp.moveaxis(view.v, 1, 2),
+        logits=scores(q, view.k),
+        predicted=predicted,
+        rows=Rows(rows, start),
+        columns=columns,
+        allowed=visible(segments, rows, columns, sliding_window),
+        starts=starts,
+    )
 
 
 def visible(

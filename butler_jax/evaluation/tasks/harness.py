@@ -24,7 +24,7 @@ from butler_jax.decoding import SamplingConfig, bucket, check_score_dtype, gener
 from butler_jax.evaluation.tasks.harness_arguments import model_arguments
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.model import parameter_count
-from butler_jax.policies import Policy, describe
+from butler_jax.policies import Evicting, Policy, describe
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
@@ -290,9 +290,9 @@ def modes(policy: Policy) -> dict[str, str]:
     if policy.name == "dense":
         return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
     choice = "every position attends its own choice, those of the context too (decoding simulated)"
-    if policy.once:
+    if isinstance(policy, Evicting) and policy.once:
         told = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
-    elif policy.evicts:
+    elif isinstance(policy, Evicting):
         told = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
     else:
         told = "the prompt is prefilled densely, every new token attends its own choice"

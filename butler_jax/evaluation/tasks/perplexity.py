@@ -17,7 +17,7 @@ from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.simulation import Estimate, keys_read, ratio, simulate
+from butler_jax.simulation import Estimate, count_keys, ratio, simulate
 
 Batch = dict[str, np.ndarray]
 
@@ -130,7 +130,7 @@ class TextResult:
     agrees: Float[np.ndarray, " N"] | None = None
 
     @property
-    def measure_perplexity(self) -> Estimate:
+    def perplexity(self) -> Estimate:
         """exp of the mean negative log-likelihood."""
         return ratio(self.nll, self.rows).exp()
 
@@ -187,7 +187,7 @@ def measure_perplexity(
             reference=None if references is None else references[number], score_dtype=score_dtype,
             implementation=implementation,
         )  # fmt: skip
-        held = keys_read(model.config, jnp.asarray(batch["segments"]), jnp.ones((model.config.layers, *counted.shape)),
+        held = count_keys(model.config, jnp.asarray(batch["segments"]), jnp.ones((model.config.layers, *counted.shape)),
                          model.config.kv_heads)  # fmt: skip
         parts = {"rows": counted, "held": held, **{n: getattr(result, n) for n in found if hasattr(result, n)}}
         for name, values in parts.items():

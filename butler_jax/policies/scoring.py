@@ -1,0 +1,103 @@
+"""Policies that score: every key of a row gets a number, and selection reads the best under the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.policies.base import Policy
+from butler_jax.selection import Rows, always_chosen
+
+
+class Chunk(NamedTuple):
+    """C query rows of one layer and the S keys that they may see: all that a policy can rank by.
+
+    The G query heads of a group share one KV head.
+
+    Attributes:
+        layer: Index of the layer, from 0.
+        weights: Parameters of the layer (`model.Layers`), the output projection `o` [H, D, E] among them.
+        x: Residual stream that enters the layer, for the query rows.
+        q: Queries after rotary, times D**-0.5.
+        k: Keys after rotary.
+        v: Values.
+        logits: q . k of every key, masked or not, scaled, float32.
+        predicted: Scores of the trained predictor in the layout of `logits`; None without a predictor.
+        rows: Columns of the query rows and of the first token of their documents.
+        columns: Positions of the keys along the sequence.
+        allowed: Which keys a row may see; the first axis is 1 without documents.
+        starts: Column at which each key's document begins.
+        sinks: Sinks of the selection that will choose.
+        recent: Recent tokens of the selection that will choose.
+    """
+
+    layer: Int[Array, ""]
+    weights: Any
+    x: Float[Array, "B C E"]
+    q: Float[Array, "B K G C D"]
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+    logits: Float[Array, "B K G C S"]
+    predicted: Float[Array, "B K G C S"] | None
+    rows: Rows
+    columns: Int[Array, " S"]
+    allowed: Bool[Array, "_ C S"]
+    starts: Int[Array, "_ S"]
+    sinks: int = 0
+    recent: int = 0
+
+    @property
+    def contested(self) -> Bool[Array, "B C S"]:
+        """The keys that scores decide about: allowed, and neither sinks nor recent."""
+        return self.allowed & ~always_chosen(self.rows, self.columns, self.sinks, self.recent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Policy):
+    """Base class of policies that score.
+
+    `scores` gives a number per query head, `pool` makes of them what selection compares.
+    """
+
+    def scores(self, chunk: Chunk) -> Float[Array, "B K _ C S"]:
+        """Returns scores [B, K, G, C, S], or [B, K, 1, C, S] where a group shares them; higher is read first."""
+        raise TypeError(f"{type(self).__name__} must define scores")
+
+    def pool(self, scores: Float[Array, "B K _ C S"], chunk: Chunk) -> Float[Array, "B _ C S"]:
+        """Returns scores per choosing head, [B, K, C, S] or [B, H, C, S]; by default the maximum over the group."""
+        return jnp.max(scores, axis=2)
+
+    def __call__(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
+        """Returns the pooled scores that selection compares."""
+        return self.pool(self.scores(chunk), chunk)
+
+    @property
+    def predictor_pooling(self) -> str | None:
+        """How the predictor's scores alone are pooled, as `pallas_kernels.importance_scores` names it.
+
+        None, the default, where the policy looks at anything else. With a name, decoding scores a block of layers
+        before these layers run.
+        """
+        return None
+
+
+def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
+    """Subtracts each head's log-sum-exp over the given keys of each row, so that the heads of a group compare.
+
+    A group of one head stays as it is. So does a head whose log-sum-exp is not finite: one without keys, or with
+    scores of +inf or NaN.
+    """
+    if scores.shape[2] == 1:
+        return scores
+    total = jax.nn.logsumexp(jnp.where(keys[:, None, None], scores, -jnp.inf), axis=-1, keepdims=True)
+    return scores - jnp.where(jnp.isfinite(total), total, 0.0)
+
+
+def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:
+    """Returns one row of scores a query head, for a policy whose heads share no choice."""
+    batch, kv_heads, group, *rest = scores.shape
+    return scores.reshape(batch, kv_heads * group, *rest)

@@ -1,0 +1,70 @@
+"""What a pass says of the next tokens: likelihoods, the greedy token, and how both differ from another pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.model import BaseModel, logits
+
+LOGIT_ROWS = 64  # rows of logits formed at a time
+
+
+def predict_next(
+    model: BaseModel,
+    x: Float[Array, "B T E"],
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    wanted: Bool[Array, "B T"] | None = None,
+    reference: Float[Array, "B T E"] | None = None,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """nll, greedy, divergence and agrees of `Simulated`; a few rows of logits at a time, and none without a wanted row.
+
+    What speaks of a next token is 0 where `has_next` is false.
+    """
+    batch, length = tokens.shape
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    chunks = -(-length // LOGIT_ROWS)
+    pad = chunks * LOGIT_ROWS - length
+
+    def split(a):
+        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return jnp.swapaxes(a.reshape(batch, chunks, LOGIT_ROWS, *a.shape[2:]), 0, 1)
+
+    def told(hidden, following, other):
+        values = logits(model, hidden)
+        greedy = jnp.argmax(values, axis=-1).astype(jnp.int32)
+        logs = jax.nn.log_softmax(values)
+        nll = -jnp.take_along_axis(logs, following[..., None], axis=-1)[..., 0]
+        if other is None:
+            return nll, greedy, None, None
+        values = logits(model, other)
+        same = (jnp.argmax(values, axis=-1) == greedy).astype(jnp.float32)
+        return nll, greedy, jensen_shannon(logs, jax.nn.log_softmax(values)), same
+
+    def one(rows):
+        *rows, asked = rows
+        if asked is None:
+            return told(*rows)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(told, *rows))
+        return jax.lax.cond(jnp.any(asked), lambda: told(*rows), lambda: nothing)
+
+    rows = (x, following, reference, wanted)
+    parts = jax.lax.map(one, jax.tree.map(split, rows))
+    nll, greedy, *compared = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(batch, -1)[:, :length], parts)
+    after = has_next(segments)
+    return jnp.where(after, nll, 0.0), greedy, *(a if a is None else jnp.where(after, a, 0.0) for a in compared)
+
+
+def jensen_shannon(p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """Jensen-Shannon divergence in nats (0 ... log 2) of distributions given by their logarithms."""
+    middle = jnp.logaddexp(p, q) - jnp.log(2.0)
+    parts = (jnp.sum(jnp.exp(a) * (a - middle), axis=-1) for a in (p, q))
+    return jnp.maximum(0.5 * sum(parts), 0.0)
+
+
+def has_next(segments: Int[Array, "B T"]) -> Array:
+    """Which tokens are followed by a token of their own document: those whose next token is predicted."""
+    following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    return (segments > 0) & (segments == following)
