@@ -12,9 +12,9 @@ import numpy as np
 
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
-from butler_jax.pretraining.recipe import save_model
 from butler_jax.text.tokenizer import train_bpe
 from butler_jax.training.config import TrainConfig
+from butler_jax.weights.export import save_model
 
 WORDS = "the a river stone bird sings over under old green hill and then while quiet morning light falls".split()
 

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "config": ["FitConfig", "TrainConfig"],
         "distillation": ["default_run_dir", "distil", "init_predictor"],
         "loop": ["NonFiniteLoss", "Run", "check_run", "fit", "open_run"],
-        "step": ["learning_schedule", "make_optimiser", "make_train_step", "start_state"],
+        "step": ["TrainState", "learning_schedule", "make_optimiser", "make_train_step", "start_state"],
     },
 )

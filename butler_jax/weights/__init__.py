@@ -7,5 +7,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"loading": ["Base", "fingerprint", "load_base"]},
+    submod_attrs={"export": ["save_model"], "loading": ["Base", "fingerprint", "load_base"]},
 )

@@ -307,7 +307,8 @@ def test_a_run_below_a_file_is_told_before_anything_takes_long(tmp_path, capfd, 
     from tests.cli.test_commands import command
 
     monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
-    monkeypatch.setattr("butler_jax.pretraining.recipe._tokenizer", lambda *_: pytest.fail("a tokenizer was trained"))
+    tokenizer = "butler_jax.pretraining.recipe.load_or_train_tokenizer"
+    monkeypatch.setattr(tokenizer, lambda *_: pytest.fail("a tokenizer was trained"))
     (tmp_path / "file").write_text("")
     assert command("train")([*arguments, "--run-dir", str(tmp_path / "file" / "run")]) == 1
     error = capfd.readouterr().err.splitlines()
