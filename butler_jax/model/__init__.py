@@ -1,6 +1,6 @@
 """The frozen base model: its configuration, its families, its layers, and one scan over them.
 
-`run_layers` runs every pass: a mixer receives each layer's view and returns the attention output.
+Every pass is a call of `run_layers`: a mixer receives each layer's view and returns the attention output.
 """
 
 import lazy_loader

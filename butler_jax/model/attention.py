@@ -1,4 +1,4 @@
-"""Causal grouped-query attention in memory linear in the sequence, per platform: XLA, cuDNN or Splash."""
+"""Causal grouped-query attention in memory linear in the sequence: in XLA, by cuDNN or by Splash attention."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.parallel import mesh
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-CHUNK = 128  # query rows formed at a time
-BANDS = 4  # static key prefixes; more of them compute less above the diagonal and compile longer
+CHUNK = 128  # query rows of which the attention matrix is formed at a time
+BANDS = 4  # static key ranges; with more, less is computed above the diagonal and compilation takes longer
 LANES = 128  # minor dimension of a TPU tile
-LOWEST = -1e30  # logits are above it, or count as -inf; finite, so that no row gives NaN
+LOWEST = -1e30  # a logit at or below it counts as -inf; finite, so that a row of such logits gives no NaN
 
 
 def causal_attention(
@@ -30,24 +30,34 @@ def causal_attention(
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
-    """Softmax attention of every token over itself and the tokens before it, keys shared by H/K query heads.
+    """Softmax attention of every token over itself and the tokens before it. H/K query heads share a KV head.
 
-    segments: the document of each token; tokens attend within their document only. 0 is padding: its rows are finite
-    and mean nothing. key_segments: those of the keys, where they differ from the queries'; rows without a key in their
-    document are finite and mean nothing. sliding_window: a query sees itself and the sliding_window-1 tokens before it;
-    static; beyond T it changes nothing. scale: factor on the logits, D**-0.5 unless given. return_lse: also the
-    log-sum-exp of the scaled logits, in nats, float32; it carries no gradient, and cuDNN rounds it to the dtype of q.
+    A logit of -inf (or of -1e30 and below) has weight 0. A row that has only such logits gives 0 and a log-sum-exp of
+    -1e30 with "xla". A logit that is NaN or +inf makes its own row and head NaN. A value that is NaN or infinite
+    affects all rows of its head.
 
-    A logit of -inf (-1e30 and below) weighs nothing; a row of nothing else gives 0 and a log-sum-exp of -1e30 with
-    "xla". A logit that is NaN or +inf makes its own row and head NaN, no other; a value that is, all rows of its head.
+    Args:
+      q: queries, after rotary.
+      k: keys, after rotary.
+      v: values.
+      segments: the document of each token; a token attends within its document only. 0 is padding, whose rows are
+        finite and arbitrary.
+      key_segments: the document of each key, where it differs from that of the query at the same position. A row
+        without a key in its document is finite and arbitrary.
+      sliding_window: a query sees itself and the sliding_window-1 tokens before it; static.
+      scale: factor on the logits; default D**-0.5.
+      implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated. "cudnn" is
+        `jax.nn.dot_product_attention` on NVIDIA GPUs for bfloat16 and float16, without segments. "splash" is the TPU
+        kernel of `jax.experimental.pallas`, which is interpreted (slowly) on CPU; a mesh splits it by rows and KV
+        heads. None chooses splash on TPU, cudnn on GPU where it applies, and xla otherwise.
+      return_lse: also return the log-sum-exp of the scaled logits.
 
-    implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated.
-    "cudnn" is `jax.nn.dot_product_attention` on NVIDIA GPUs, bfloat16 or float16, without segments.
-    "splash" is the TPU kernel of `jax.experimental.pallas`, interpreted (slowly) on CPU. None takes splash
-    on TPU, cudnn on GPU where it can, and xla otherwise; a named one is used or raises. On a mesh of
-    several devices splash is split as `mesh.by_rows_and_heads` says.
+    Returns:
+      The output, and with return_lse the log-sum-exp in nats, float32. It carries no gradient. cuDNN rounds it to the
+      dtype of q.
 
-    Raises ValueError for shapes that do not fit, an unknown implementation, or one that cannot do the task.
+    Raises:
+      ValueError: the shapes do not fit, or the named implementation is unknown or cannot take these inputs.
     """
     check_shapes(q, k, v, segments, sliding_window)
     if key_segments is None:
@@ -68,7 +78,7 @@ def causal_attention(
 def choose_implementation(
     implementation: str | None, q: Float[Array, "B T H D"], value_dim: int, segments: Int[Array, "B T"] | None
 ) -> str:
-    """The implementation to run; raises ValueError if a named one is unknown or cannot take these inputs."""
+    """The implementation to run. Raises ValueError where the named one is unknown or cannot take these inputs."""
     platform = mesh.platform()
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if implementation is None:
@@ -91,7 +101,7 @@ def choose_implementation(
 
 
 def cudnn_head_dim() -> int:
-    """The widest head cuDNN's flash attention takes on this GPU: 256 from Hopper on, 128 before."""
+    """The largest head dimension of cuDNN's flash attention on this GPU: 256 from Hopper on, 128 before."""
     capability = getattr(jax.devices()[0], "compute_capability", "0")
     return 256 if float(capability) >= 9 else 128
 
@@ -114,7 +124,7 @@ def check_shapes(q, k, v, segments, sliding_window) -> None:
 
 
 class Band(NamedTuple):
-    """Query chunks start..stop-1 read `keys` keys: the first ones, or if sliding those up to the chunk."""
+    """The chunks start ... stop-1 read `keys` keys each: the first ones, or (sliding) the last ones up to the chunk."""
 
     start: int
     stop: int
@@ -132,10 +142,10 @@ class Band(NamedTuple):
 
 
 def make_bands(chunks: int, chunk: int, sliding_window: int | None) -> list[Band]:
-    """Static key ranges for `chunks` chunks of queries.
+    """Static key ranges for `chunks` chunks of `chunk` query rows.
 
-    Without a sliding_window, the chunks of a band read the keys up to the band's end. With one, a chunk reads its own
-    keys and the sliding_window before its first row, so its work does not grow with the sequence.
+    Without a sliding window, the chunks of a band read the keys up to the band's end. With one, a chunk reads its own
+    keys and those of the sliding window before its first row, so its work does not grow with the sequence.
     """
     reach = chunks * chunk if sliding_window is None else chunk * (1 + -(-(sliding_window - 1) // chunk))
     width = -(-chunks // BANDS)
@@ -149,7 +159,7 @@ def make_bands(chunks: int, chunk: int, sliding_window: int | None) -> list[Band
 
 
 def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "N B K M D"]:
-    """Chunks of queries, T padded with 0; the M = H/K * chunk rows that share a KV head are one tile."""
+    """Chunks of queries, T padded with 0. The M = G * chunk rows of a chunk that share a KV head form one tile."""
     batch, length, heads, dim = x.shape
     chunks = -(-length // chunk)
     x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
@@ -190,9 +200,19 @@ def chunk_mask(
     chunk: int,
     key_segments: Int[Array, "B S"] | None = None,
 ) -> Bool[Array, "B C keys"]:
-    """Which of the keys first..first+keys-1 the rows of chunk `index` attend to; batch 1 without segments.
+    """Which of the keys first ... first+keys-1 the rows of chunk `index` attend to.
 
-    key_segments: documents of the keys, default those of the queries.
+    Args:
+      index: number of the chunk.
+      first: position of the first key.
+      keys: number of keys.
+      segments: documents of the queries, padded to whole chunks; None where all tokens are of one document.
+      sliding_window: of the model, or None.
+      chunk: rows of a chunk.
+      key_segments: documents of the keys; default those of the queries.
+
+    Returns:
+      The mask; B is 1 without segments.
     """
     rows = (index * chunk + jnp.arange(chunk))[:, None]
     columns = (first + jnp.arange(keys))[None, :]
@@ -211,7 +231,7 @@ def chunk_mask(
 def masked_exponentials(
     queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"], scale: float
 ) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
-    """`exponentials` of the products of queries and keys times scale, which is applied in float32."""
+    """`exponentials` of the logits of queries and keys; the scale is applied in float32."""
     batch, heads, rows, _ = queries.shape
     chunk, size = mask.shape[1:]
     logits = jnp.einsum("bkmd,bksd->bkms", queries, keys, preferred_element_type=jnp.float32)
@@ -223,9 +243,10 @@ def masked_exponentials(
 def exponentials(
     logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]
 ) -> tuple[Float[Array, "*B S"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:
-    """exp(logits - maximum) where the mask is set and 0 elsewhere, the row sums and log-sum-exp; all float32.
+    """Unnormalised softmax weights with their row sums and log-sum-exp, all float32.
 
-    A row that sees nothing above -1e30 has weights of 0, and 1 and -1e30 for the others: nothing divides by zero.
+    The weights are exp(logits - row maximum) where the mask is set and 0 elsewhere. A row without a logit above -1e30
+    has weights of 0, a sum of 1 and a log-sum-exp of -1e30, so that nothing divides by zero.
     """
     logits = jnp.where(mask, logits, -jnp.inf)
     maximum = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), LOWEST))
@@ -236,13 +257,13 @@ def exponentials(
 
 
 def masked_softmax(logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]) -> Float[Array, "*B S"]:
-    """Weights over the keys in the mask, 0 elsewhere; 0 everywhere in a row that sees nothing above -1e30."""
+    """Softmax over the keys in the mask and 0 elsewhere. A row without a logit above -1e30 is 0 everywhere."""
     weights, total, _ = exponentials(logits, mask)
     return weights / total
 
 
 def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K M D"]:
-    """Weights times values, float32 sums."""
+    """The sums of the values by their weights, accumulated in float32."""
     weights = weights.astype(values.dtype)
     return jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
 
@@ -268,7 +289,7 @@ def _xla(q, k, v, segments, key_segments, sliding_window, scale):
     return merge_queries(out, chunk, length), merge_queries(lse, chunk, length)[..., 0]
 
 
-# --- kernels of others ----------------------------------------------------------------------------
+# --- library kernels: cuDNN and Splash ------------------------------------------------------------
 
 
 def _pad_last(x: Array, width: int) -> Array:
@@ -277,7 +298,7 @@ def _pad_last(x: Array, width: int) -> Array:
 
 def _cudnn(q, k, v, sliding_window, scale):
     value_dim = v.shape[-1]
-    width = -(-max(q.shape[-1], value_dim) // 8) * 8  # one width for all three, a multiple of 8
+    width = -(-max(q.shape[-1], value_dim) // 8) * 8  # cuDNN takes one width for all three, a multiple of 8
     q, k, v = (_pad_last(x.astype(q.dtype), width) for x in (q, k, v))
     out, lse = jax.nn.dot_product_attention(
         q,
@@ -335,7 +356,7 @@ def _splash_local(q, k, v, segments, key_segments, *, sliding_window, return_lse
         interpret=mesh.platform() == "cpu",
     )
 
-    def each(kernel, q, k, v, own, other):  # a kernel is made where it runs: its table of blocks takes time to build
+    def each(kernel, q, k, v, own, other):
         return jax.vmap(lambda q, k, v, own, other: kernel(q, k, v, splash.SegmentIds(own, other)))(q, k, v, own, other)
 
     if not return_lse:
@@ -347,8 +368,8 @@ def _splash_local(q, k, v, segments, key_segments, *, sliding_window, return_lse
         return out, lse
 
     def forward(q, k, v, own, other):
-        # The kernel that returns its log-sum-exp has no derivative, but the other one keeps it for its own: the one
-        # [B, H, T] of its residuals. A version that keeps something else runs both.
+        # The kernel that returns its log-sum-exp has no derivative. The one with a derivative keeps the log-sum-exp
+        # among its residuals, as the only float32 [B, H, T]. Where a version keeps others too, both kernels run.
         out, pull = jax.vjp(lambda q, k, v: each(make(), q, k, v, own, other), q, k, v)
         kept = [x for x in jax.tree.leaves(pull) if x.shape == q.shape[:3] and x.dtype == jnp.float32]
         return (out, kept[0] if len(kept) == 1 else attend_with_lse(q, k, v, own, other)[1]), pull

@@ -1,4 +1,4 @@
-"""What describes a base model: its sizes, its rotary embedding, its family."""
+"""Configuration of a base model: its family, its sizes and its rotary embedding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 class RopeConfig:
     """Rotary position embedding of a model.
 
-    kind: one of ROPE_KINDS. theta: base of the wavelengths. fraction: share of the head dimension that is rotated.
-    factor: context extension of linear, llama3, yarn and longrope. original_context: context in tokens before the
-    extension. attention_factor: multiplies cosine and sine; None is the kind's own default.
+    Attributes:
+      kind: one of ROPE_KINDS.
+      theta: base of the wavelengths.
+      fraction: share of the head dimension that is rotated.
+      factor: context extension of linear, llama3, yarn and longrope.
+      original_context: context in tokens before the extension.
+      attention_factor: multiplies cosine and sine; None is the kind's own default.
+      low_frequency_factor, high_frequency_factor: llama3's range of smoothing, in turns of the original context.
+      beta_fast, beta_slow: YaRN's range of interpolation, in turns of the original context.
+      mscale, mscale_all_dim: YaRN's two scales, whose ratio gives its attention factor.
+      truncate: whether YaRN rounds its range to whole dimensions.
+      short_factor, long_factor: longrope's divisors of the frequencies, up to and beyond the original context.
     """
 
     kind: str = "default"
@@ -46,19 +55,21 @@ class RopeConfig:
             "beta_fast",
             "beta_slow",
         ):
-            if not number(getattr(self, name), f"rope {name}") > 0:
+            if number(getattr(self, name), f"rope {name}") <= 0:
                 raise ValueError(f"rope {name} must be above 0")
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, name) is not None and not number(getattr(self, name), f"rope {name}") >= 0:
-                raise ValueError(f"rope {name} is < 0")
+            if getattr(self, name) is not None and number(getattr(self, name), f"rope {name}") < 0:
+                raise ValueError(f"rope {name} must be 0 or more, got {getattr(self, name)}")
         for name in ("short_factor", "long_factor"):
-            if not all(number(f, f"rope {name}") > 0 for f in getattr(self, name)):
+            if any(number(f, f"rope {name}") <= 0 for f in getattr(self, name)):
                 raise ValueError(f"rope {name} must be above 0")
         if self.low_frequency_factor == self.high_frequency_factor:
-            raise ValueError("rope: equal low and high frequency factors")
-        if not self.theta > 1:
+            raise ValueError(
+                f"rope low_frequency_factor and high_frequency_factor must differ, both are {self.low_frequency_factor}"
+            )
+        if self.theta <= 1:
             raise ValueError(f"rope theta must be above 1, got {self.theta}")
-        if not (0 < self.fraction <= 1):
+        if self.fraction > 1:
             raise ValueError(f"the rotated fraction must be in (0, 1], got {self.fraction}")
         if self.kind in ("llama3", "yarn", "longrope"):
             if not self.original_context:
@@ -69,18 +80,34 @@ class RopeConfig:
 
 
 SIZES = {
-    "vocab_size": 1 << 31, "width": 1 << 20, "hidden": 1 << 24, "layers": 1 << 12, "heads": 1 << 14,
-    "kv_heads": 1 << 14, "head_dim": 1 << 14, "context": 1 << 31,
-}  # fmt: skip
-"""Above every model's size, and low enough that no product of sizes overflows."""
+    "vocab_size": 1 << 31,
+    "width": 1 << 20,
+    "hidden": 1 << 24,
+    "layers": 1 << 12,
+    "heads": 1 << 14,
+    "kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "context": 1 << 31,
+}
+"""Upper bounds: above the size of any model, and low enough that no product of sizes overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """A decoder of any supported family, fully described (sizes in elements, context in tokens).
+    """A decoder of any supported family.
 
-    sliding_window: tokens a sliding-window layer sees, itself included; sliding_layers: which layers slide
-    (empty: all of them when sliding_window is set).
+    Attributes:
+      family: a name in FAMILIES.
+      vocab_size, width, hidden: V, E and the inner width of the feed-forward block.
+      layers, heads, kv_heads, head_dim: L, H, K and D.
+      context: the longest sequence in tokens.
+      norm_eps: added to the mean square in every RMS norm.
+      tied: the unembedding is the embedding.
+      qkv_bias, output_bias, mlp_bias: which projections have biases.
+      qk_norm: queries and keys have an RMS norm per head.
+      sliding_window: tokens that a query of a sliding layer sees, itself included; None where no layer slides.
+      sliding_layers: which layers slide; empty for all of them.
+      rope: the rotary embedding.
     """
 
     family: str
@@ -105,11 +132,11 @@ class BaseConfig:
     def __post_init__(self):
         for name, beyond in SIZES.items():
             value = getattr(self, name)
-            if not (type(value) is int and value > 0):
+            if type(value) is not int or value <= 0:
                 raise ValueError(f"{name} must be a positive integer, got {shown(value)}")
-            if not value < beyond:
+            if value >= beyond:
                 raise ValueError(f"{name} must be below {beyond}, got {shown(value)}")
-        if not number(self.norm_eps, "norm_eps") >= 0:
+        if number(self.norm_eps, "norm_eps") < 0:
             raise ValueError(f"norm_eps must be 0 or more, got {self.norm_eps}")
         if self.heads % self.kv_heads != 0:
             raise ValueError(
@@ -117,9 +144,9 @@ class BaseConfig:
             )
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
-        if self.sliding_window is not None and not whole(self.sliding_window, "sliding_window") > 0:
-            raise ValueError(f"sliding_window must be positive, got {self.sliding_window}")
-        if not self.rotary_dim >= 2:
+        if self.sliding_window is not None:
+            whole(self.sliding_window, "sliding_window")
+        if self.rotary_dim < 2:
             raise ValueError(
                 f"the rotated fraction {self.rope.fraction} of a head of {self.head_dim} is less than two dimensions"
             )

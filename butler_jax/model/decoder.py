@@ -1,7 +1,7 @@
 """The frozen decoder: one Flax NNX module tree for every family, and one scan over its layers.
 
-Modules only hold parameters; layers are stacked on a leading axis L. `run_layers` is the single walk through the
-decoder: what attends (dense, distilling, sparse, cached) is passed in as a mixer.
+Modules only hold parameters, which are stacked over the layers. Every pass through the decoder is a call of
+`run_layers`. The caller passes the attention (dense, distilling, sparse or cached) as a mixer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from butler_jax.model.config import BaseConfig
 from butler_jax.model.layers import rms_norm, rope_frequencies, rotary, rotary_angles, swiglu
 from butler_jax.parallel import constrain
 
-# Logical axes of every parameter, by name; sharding.py maps them to the mesh.
+# Logical axes of every parameter by name; parallel.mesh maps them to mesh axes.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocab", "width"),
     "unembedding": ("vocab", "width"),
@@ -47,7 +47,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 
 
 class Layers(nnx.Module):
-    """Parameters of all L decoder layers, each array with a leading layer axis (absent ones are None)."""
+    """Parameters of all decoder layers, each array with a leading axis L. Those that the family lacks are None."""
 
     def __init__(self, config: BaseConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
         c = config
@@ -57,7 +57,7 @@ class Layers(nnx.Module):
         def dense(*shape: int, inputs: int, gain: float = 1.0) -> nnx.Param:
             return nnx.Param((jax.random.normal(next(keys), (L, *shape)) * gain * inputs**-0.5).astype(dtype))
 
-        quiet = (2 * L * E) ** -0.5  # what the blocks add starts no louder than the embeddings
+        quiet = (2 * L * E) ** -0.5  # the sum of all blocks starts at the scale of the embeddings
 
         def vector(*shape: int, fill: float, when: bool = True) -> nnx.Param | None:
             return nnx.Param(jnp.full((L, *shape), fill, dtype)) if when else None
@@ -93,10 +93,15 @@ class BaseModel(nnx.Module):
 
 
 class LayerView(NamedTuple):
-    """What a layer shows to whatever mixes its tokens.
+    """A layer as its mixer sees it.
 
-    index: the layer, from 0. weights: this layer's parameters (no layer axis). x: the residual stream entering it.
-    q, k: after per-head norm and rotary; k_pre: the key before rotary (after its norm).
+    Attributes:
+      index: the layer, from 0.
+      weights: the layer's parameters, without the layer axis.
+      x: the residual stream that enters the layer.
+      q, k: queries and keys after per-head norm and rotary.
+      k_pre: keys after per-head norm and before rotary.
+      v: values.
     """
 
     index: Int[Array, ""]
@@ -111,11 +116,11 @@ class LayerView(NamedTuple):
 FAR = 2**30  # the sliding window of a layer that sees everything
 
 Mixer = Callable[[Any, LayerView], tuple[Float[Array, "B T H D"], Any, Any]]
-"""(carry, view) -> (attention output, new carry, a value to stack over layers or None)."""
+"""(carry, view) -> (attention output, new carry, a pytree to stack over the layers or None)."""
 
 
 def embed(model: BaseModel, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-    """Token embeddings entering layer 0."""
+    """Token embeddings, which enter layer 0."""
     return jnp.take(model.embedding[...], tokens, axis=0)
 
 
@@ -128,10 +133,10 @@ def logits(model: BaseModel, x: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
 
 
 def few_tokens(x: Float[Array, "B *T E"]) -> Float[Array, "B *T E"]:
-    """One token a row (no T, or 1): split over a mesh as the rows of the weights are that it meets; more: x itself.
+    """Split the width of x over the mesh where it holds one token a row; return x itself for more tokens.
 
-    The weights then stay where they are and partial sums of a few numbers travel; of many tokens, the weights would be
-    the smaller thing to move.
+    x is then split as the weights' rows are: the weights stay where they are, and only small partial sums are
+    communicated. With many tokens a row it is cheaper to communicate the weights.
     """
     if x.ndim == 3 and x.shape[1] > 1:
         return x
@@ -139,7 +144,7 @@ def few_tokens(x: Float[Array, "B *T E"]) -> Float[Array, "B *T E"]:
 
 
 def project(layer: Layers, x: Float[Array, "B T E"], eps: float) -> tuple[Array, Array, Array]:
-    """Queries [B,T,H,D], keys and values [B,T,K,D] before rotary, after bias and per-head norm."""
+    """Queries [B, T, H, D], keys and values [B, T, K, D], after bias and per-head norm and before rotary."""
     h = rms_norm(x, layer.attention_norm[...], eps)
     q, k, v = (jnp.einsum("bte,ehd->bthd", h, w[...]) for w in (layer.q, layer.k, layer.v))
     if layer.q_bias is not None:
@@ -151,9 +156,8 @@ def project(layer: Layers, x: Float[Array, "B T E"], eps: float) -> tuple[Array,
 
 def mlp(layer: Layers, x: Float[Array, "B T E"], eps: float) -> Float[Array, "B T E"]:
     """The gated feed-forward block, without its residual connection."""
-    h = rms_norm(x, layer.mlp_norm[...], eps).reshape(
-        -1, x.shape[-1]
-    )  # rows of tokens: XLA's CPU backward is 2x faster
+    h = rms_norm(x, layer.mlp_norm[...], eps)
+    h = h.reshape(-1, x.shape[-1])  # in two dimensions XLA's CPU backward is twice as fast
     gate, up = h @ layer.gate[...], h @ layer.up[...]
     if layer.gate_bias is not None:
         gate, up = gate + layer.gate_bias[...][None], up + layer.up_bias[...][None]
@@ -164,7 +168,7 @@ def mlp(layer: Layers, x: Float[Array, "B T E"], eps: float) -> Float[Array, "B 
 def rope_angles(
     config: BaseConfig, positions: Int[Array, "B T"], length: int
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """Cosine and sine [B, T, rotary_dim/2] of a model at these positions; length as in layers.rope_frequencies."""
+    """Rotary cosine and sine of a model at these positions (F = rotary_dim/2); `length` as in rope_frequencies."""
     frequencies, factor = rope_frequencies(config.rope, config.rotary_dim, context=config.context, length=length)
     return rotary_angles(positions, frequencies, factor)
 
@@ -178,10 +182,18 @@ def run_layers(
     *,
     length: int | None = None,
 ) -> tuple[Float[Array, "B T E"], Any, Any]:
-    """Scan x through every layer with `mixer` in the place of attention.
+    """Scan x through all layers; `mixer` computes the attention of each.
 
-    Returns the last residual stream, the mixer's last carry, and its stacked values [L, ...]. length: tokens the
-    rotary frequencies are planned for (default T); give the cache's capacity when decoding.
+    Args:
+      model: the base model.
+      x: the embeddings.
+      positions: of the tokens in their documents.
+      mixer: (carry, view) -> (attention output, carry, value).
+      carry: the mixer's first carry.
+      length: tokens that the rotary frequencies are planned for; default T. In decoding, give the cache's capacity.
+
+    Returns:
+      The residual stream after the last layer, the mixer's last carry, and its values stacked over the layers.
     """
     config = model.config
     cos, sin = (a[:, :, None] for a in rope_angles(config, positions, length or x.shape[1]))
@@ -210,9 +222,9 @@ def layer_windows(config: BaseConfig) -> tuple[int, ...] | None:
 
 
 def by_window(config: BaseConfig, index: Int[Array, ""], attend: Callable[[int | None], Any]) -> Any:
-    """attend(sliding_window) with this layer's static sliding window.
+    """Call `attend` with the static sliding window of layer `index` (None where the layer does not slide).
 
-    Where layers differ, both forms compile and one runs.
+    Where layers differ, `attend` compiles for both and one of the two runs.
     """
     sliding = config.sliding
     if all(sliding) or not any(sliding):
@@ -221,7 +233,7 @@ def by_window(config: BaseConfig, index: Int[Array, ""], attend: Callable[[int |
 
 
 def dense_mixer(config: BaseConfig, segments: Int[Array, "B T"] | None, implementation: str | None = None) -> Mixer:
-    """Full causal attention within each document."""
+    """The mixer of full causal attention within each document."""
 
     def mixer(carry, view):
         def attend(sliding_window):
@@ -242,10 +254,20 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T V"]:
-    """Next-token logits, float32, of a dense causal pass.
+    """Next-token logits of a dense causal pass.
 
-    segments: document ids, 0 where padding (None: one document a row). positions: default 0..T-1. implementation: as
-    attention.causal_attention. Raises ValueError when T exceeds the model's context.
+    Args:
+      model: the base model.
+      tokens: token ids.
+      positions: of the tokens in their documents; default 0 ... T-1.
+      segments: the document of each token, 0 for padding; None where each row is one document.
+      implementation: as in causal_attention.
+
+    Returns:
+      The logits, float32.
+
+    Raises:
+      ValueError: T exceeds the model's context.
     """
     check_length(model.config, tokens.shape[1])
     if positions is None:
@@ -264,5 +286,5 @@ def check_length(config: BaseConfig, length: int) -> None:
 
 
 def parameter_count(tree: Any) -> int:
-    """How many trained numbers a module (or its eval_shape) holds."""
+    """The number of trained parameters of a module or of its shapes from jax.eval_shape."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(tree, nnx.Param)))

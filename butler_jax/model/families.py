@@ -1,4 +1,4 @@
-"""Model families as rows of a table, and Hugging Face style configurations read into BaseConfig."""
+"""The table of model families, and how a Hugging Face configuration becomes a BaseConfig."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from butler_jax.storage import number, shown, whole
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What sets a family apart from plain Llama.
+    """How a family differs from plain Llama.
 
-    qkv_bias: True, False, or the name of the configuration key that says so; likewise the other biases.
-    fused: projections stored as qkv_proj and gate_up_proj. window: how its configuration states a sliding window:
-    "never", "always" (sliding_window on every layer) or "switched" (use_sliding_window, layer_types or
-    max_window_layers). defaults: what the family means where its configuration is silent.
+    Attributes:
+      qkv_bias, output_bias, mlp_bias: True, False, or the configuration key that holds the answer.
+      qk_norm: queries and keys have an RMS norm per head.
+      fused: the projections are stored as qkv_proj and gate_up_proj.
+      sliding: which layers slide: "never", "always" (all, where sliding_window is set) or "switched" (as
+        use_sliding_window, layer_types and max_window_layers say).
+      defaults: values of keys that a configuration of the family leaves out.
     """
 
     qkv_bias: bool | str = False
@@ -24,19 +27,19 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool = False
     fused: bool = False
-    window: str = "never"
+    sliding: str = "never"
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(
-        window="always",
+        sliding="always",
         defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     ),
     "qwen2": Family(
         qkv_bias=True,
-        window="switched",
+        sliding="switched",
         defaults={
             "num_key_value_heads": 32,
             "sliding_window": 4096,
@@ -48,7 +51,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         qk_norm=True,
-        window="switched",
+        sliding="switched",
         defaults={
             "head_dim": 128,
             "num_key_value_heads": 32,
@@ -59,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         fused=True,
-        window="always",
+        sliding="always",
         defaults={
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
@@ -70,13 +73,17 @@ FAMILIES: dict[str, Family] = {
 
 
 def base_config(values: dict) -> BaseConfig:
-    """Read a Hugging Face config.json (as a dict) into a BaseConfig.
+    """Read a Hugging Face configuration.
 
-    Both spellings of rotary settings are understood: rope_theta with rope_scaling, and rope_parameters. Raises
-    ValueError for an unknown family, rope type or activation, and for sizes that are missing or none, naming it.
+    Args:
+      values: the content of config.json. Rotary settings may be given as rope_theta with rope_scaling, or as
+        rope_parameters.
+
+    Raises:
+      ValueError: the family, rope type or activation is unknown, or a value is missing or invalid; the key is named.
     """
     name = values.get("model_type")
-    if not (isinstance(name, str) and name in FAMILIES):
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}"
         )
@@ -95,9 +102,9 @@ def base_config(values: dict) -> BaseConfig:
 
     heads = whole(values["num_attention_heads"], "num_attention_heads")
     layers = whole(values["num_hidden_layers"], "num_hidden_layers")
-    if not layers < SIZES["layers"]:
+    if layers >= SIZES["layers"]:
         raise ValueError(f"num_hidden_layers must be below {SIZES['layers']}, got {shown(layers)}")
-    sliding_window, sliding_layers = _windows(family, values, layers)
+    sliding_window, sliding_layers = _sliding(family, values, layers)
     context = whole(values.get("max_position_embeddings") or 2048, "max_position_embeddings")
     return BaseConfig(
         family=name,
@@ -121,15 +128,16 @@ def base_config(values: dict) -> BaseConfig:
     )
 
 
-def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    window = values.get("sliding_window")
-    if family.window == "never" or window is None:
+def _sliding(family: Family, values: dict, layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """BaseConfig's sliding_window and sliding_layers."""
+    sliding_window = values.get("sliding_window")
+    if family.sliding == "never" or sliding_window is None:
         return None, ()
-    if family.window == "switched" and not values.get("use_sliding_window", False):
+    if family.sliding == "switched" and not values.get("use_sliding_window", False):
         return None, ()
-    window = whole(window, "sliding_window")
-    if family.window == "always":
-        return window, ()
+    sliding_window = whole(sliding_window, "sliding_window")
+    if family.sliding == "always":
+        return sliding_window, ()
     kinds = values.get("layer_types")
     if kinds:
         if not isinstance(kinds, list):
@@ -138,7 +146,7 @@ def _windows(family: Family, values: dict, layers: int) -> tuple[int | None, tup
     else:
         first = whole(values["max_window_layers"], "max_window_layers", least=0)
         slides = tuple(layer >= first for layer in range(layers))
-    return (window, slides) if any(slides) else (None, ())
+    return (sliding_window, slides) if any(slides) else (None, ())
 
 
 def _rope(values: dict, context: int) -> RopeConfig:
@@ -152,7 +160,7 @@ def _rope(values: dict, context: int) -> RopeConfig:
     if nested:
         raise ValueError(f"rotary settings that differ between layers are not supported: {', '.join(nested)}")
     if kind == "su" or (values["model_type"] == "phi3" and kind == "yarn"):
-        kind = "longrope"  # what early Phi-3 configurations called it
+        kind = "longrope"  # early Phi-3 configurations call it by these names
     theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
     fraction = settings.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     original = None

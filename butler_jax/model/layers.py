@@ -1,4 +1,4 @@
-"""Arithmetic of one decoder layer: norms and rotary embeddings (float32 inside), swiglu. Pure functions."""
+"""Arithmetic of one decoder layer as pure functions: norms, swiglu and rotary embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from butler_jax.model.config import RopeConfig
 
 
 def rms_norm(x: Float[Array, "*B E"], scale: Float[Array, " E"], eps: float) -> Float[Array, "*B E"]:
-    """Divide by the root mean square over the last axis, then multiply by scale; computed in float32."""
+    """Divide by the root mean square over the last axis (in float32), then multiply by scale in the dtype of x."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * jnp.expand_dims(scale, tuple(range(x.ndim - 1))).astype(x.dtype)
@@ -36,14 +36,20 @@ def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array,
 
 
 def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -> tuple[np.ndarray, float]:
-    """Angular frequencies [dim/2] in radians a token, and the factor on cosine and sine.
+    """Angular frequencies of the rotary embedding.
 
-    dim: number of rotated dimensions. context: the model's maximum length. length: tokens this computation is planned
-    for (longrope has one set of frequencies up to the original context and another beyond; a cache and the pass that
-    filled it must be given the same length).
+    Sources: Su et al. 2021 (default), linear position interpolation, Llama 3.1's smoothed scaling, YaRN (Peng et al.
+    2023, sections 3.2 and 3.4), LongRoPE (Ding et al. 2024).
 
-    Kinds and formulas: Su et al. 2021 (default), linear position interpolation, Llama 3.1's smoothed scaling,
-    YaRN (Peng et al. 2023, sections 3.2 and 3.4), LongRoPE (Ding et al. 2024).
+    Args:
+      rope: the kind of rotary embedding and its settings.
+      dim: number of rotated dimensions.
+      context: the model's context in tokens.
+      length: tokens that the computation is planned for. longrope has one set of frequencies up to the original context
+        and another beyond, so a cache and the pass that fills it need the same length.
+
+    Returns:
+      The frequencies [dim/2] in radians a token, and the factor on cosine and sine.
     """
     frequencies = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     factor = rope.factor
@@ -87,15 +93,19 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 def rotary_angles(
     positions: Int[Array, "*B"], frequencies: Float[Array, " F"], factor: float = 1.0
 ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"]]:
-    """Cosine and sine of position * frequency, float32, times the attention factor."""
+    """Cosine and sine of position * frequency, each times the attention factor; float32."""
     angles = jnp.einsum("...,f->...f", positions.astype(jnp.float32), jnp.asarray(frequencies, jnp.float32))
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*B F"], sin: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
-    """Rotate the first 2F of D dimensions in half layout (pair f is dimensions f and F+f); the rest passes.
+    """Rotate the first 2F of D dimensions in half layout: pair f is the dimensions f and F+f. The rest is unchanged.
 
-    cos and sin broadcast against x's leading axes: same rank, size 1 where shared. Computed in float32, rounded once.
+    The rotation is computed in float32 and rounded once to the dtype of x.
+
+    Args:
+      x: queries or keys.
+      cos, sin: of the rank of x; an axis of size 1 is broadcast.
     """
     half = cos.shape[-1]
     a, b, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]

@@ -16,7 +16,17 @@ class Host(NamedTuple):
 
 
 def parse_hosts(text: str) -> Host | None:
-    """'HOST:PORT,COUNT,INDEX' -> Host; None for 'auto'. Raises ValueError for anything else."""
+    """Read the value of --distributed.
+
+    Args:
+      text: "auto" or "HOST:PORT,COUNT,INDEX".
+
+    Returns:
+      The host, or None for "auto".
+
+    Raises:
+      ValueError: the text is neither, the port is out of range, or INDEX is not below COUNT.
+    """
     if text == "auto":
         return None
     match = re.fullmatch(r"([^,\s]+:([0-9]{1,5})),([0-9]{1,9}),([0-9]{1,9})", text)
@@ -25,9 +35,9 @@ def parse_hosts(text: str) -> Host | None:
     host = Host(match[1], int(match[3]), int(match[4]))
     if not (0 < int(match[2]) < 65536):
         raise ValueError(f"--distributed {text!r}: {match[2]} is no port; ports are 1 ... 65535")
-    if not host.count > 0:
+    if host.count == 0:
         raise ValueError(f"--distributed {text!r}: the number of processes must be at least 1")
-    if not host.index < host.count:
+    if host.index >= host.count:
         raise ValueError(
             f"--distributed {text!r}: {host.index} is none of the {host.count} processes; they are 0 ... "
             f"{host.count - 1}"
@@ -37,19 +47,19 @@ def parse_hosts(text: str) -> Host | None:
 
 @dataclass(frozen=True, kw_only=True)
 class HostsConfig:
-    """What a command needs to know to run on several hosts."""
+    """How a command joins a run on several hosts."""
 
     distributed: str = ""
-    """Several hosts through jax.distributed, the same command on each: auto where the cluster says who is who (TPU
-    pods, Slurm), else HOST:PORT,COUNT,INDEX."""
+    """Run on several hosts through jax.distributed; start the same command on each. auto: the cluster tells the
+    processes apart (TPU pods, Slurm). Otherwise HOST:PORT,COUNT,INDEX."""
     start_timeout: int = 300
     """Seconds that a host waits for the others at the start."""
     host_timeout: int = 30
-    """Seconds without a sign of life from a host until the others end."""
+    """Seconds without a heartbeat from a host after which the others end."""
 
     def __post_init__(self):
         if self.distributed:
             parse_hosts(self.distributed)
         for name in ("start_timeout", "host_timeout"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1 s, got {getattr(self, name)}")

@@ -1,4 +1,4 @@
-"""Several hosts as one run, on jax.distributed: they find each other, agree on what they do, and end together."""
+"""Several hosts as one run on jax.distributed: they connect, compare their settings and end together."""
 
 from __future__ import annotations
 
@@ -23,33 +23,40 @@ from butler_jax.parallel.config import HostsConfig, parse_hosts
 from butler_jax.storage import to_dict
 
 LOST = re.compile(r"gloo|nccl|barrier|coordination service", re.IGNORECASE)
-"""What is in errors of a computation, or of a checkpoint, whose other processes are gone."""
+"""Matches the errors that a computation or a checkpoint raises when another process is gone."""
 
 
 def join_hosts(config: HostsConfig) -> None:
-    """Become one process of the run that `config` describes; nothing where config.distributed is empty.
+    """Join the run that `config` describes; do nothing where config.distributed is empty.
 
-    Returns when all processes are there and were found to have the same settings and versions. From then on they end
-    together: JAX's service ends those that are left `host_timeout` seconds after the last sign of life from one.
+    Returns once all processes are connected and have the same settings and versions. From then on they end together:
+    `host_timeout` seconds after the last heartbeat of one process, JAX's coordination service ends the others. If a
+    process is missing after `start_timeout` seconds, this one ends with a message and status 1.
 
-    Raises ValueError in every process where settings, versions or numbers of devices differ, or where no cluster is
-    found. Where not all come in `start_timeout` seconds the process ends with a message and status 1.
+    Args:
+      config: the address and the two timeouts in seconds.
+
+    Raises:
+      ValueError: no cluster is found, or settings, versions or numbers of devices differ. Every process raises it.
     """
     if not config.distributed:
         return
     given = parse_hosts(config.distributed)
     if given:
         who, where = f"process {given.index}", f" at {given.address} for the {given.count} processes of this run"
-        remedy = f", each with its own INDEX, and see that {given.address} is process 0's and can be reached"
+        remedy = f", each with its own INDEX, and check that {given.address} is process 0's and can be reached"
     else:
         who, where, remedy = "this process", " for the others of the cluster", " of the cluster"
+    message = (
+        f"error: {who} waited {config.start_timeout} s{where}, and not all came; start the same command on every "
+        f"host{remedy}"
+    )
 
-    def give_up() -> None:  # JAX would abort, naming no address
-        say(f"error: {who} waited {config.start_timeout} s{where}, and not all came; start the same command on every "
-            f"host{remedy}")  # fmt: skip
+    def give_up() -> None:  # JAX would abort without naming the address
+        say(message)
         os._exit(1)
 
-    # The service takes SIGTERM for itself; fitting.py listens for it and agrees on the step.
+    # JAX's preemption service would handle SIGTERM itself. The training loop does, and agrees on the last step.
     jax.config.update("jax_enable_preemption_service", False)
     timer = threading.Timer(config.start_timeout, give_up)
     timer.daemon = True
@@ -63,9 +70,7 @@ def join_hosts(config: HostsConfig) -> None:
         )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        advice = (
-            "see that its port is free" if given else "where no cluster says who is who, it is HOST:PORT,COUNT,INDEX"
-        )
+        advice = "check that its port is free" if given else "outside of a cluster, give HOST:PORT,COUNT,INDEX"
         raise ValueError(f"--distributed {config.distributed} does not work here ({reason}); {advice}") from None
     finally:
         timer.cancel()
@@ -78,24 +83,38 @@ def join_hosts(config: HostsConfig) -> None:
     settings = {name: value for name, value in to_dict(config).items() if name != "distributed"}
     agree({"command": Path(sys.argv[0]).name, "Python": platform.python_version(), "jax": jax.__version__, **settings})
     say(
-        f"process {jax.process_index()} of {jax.process_count()}; should one die, the others end within about "
-        f"{config.host_timeout} s: start the same command on every host again then"
+        f"process {jax.process_index()} of {jax.process_count()}; if one dies, the others end within about "
+        f"{config.host_timeout} s, and the same command on every host continues the run"
     )
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process passes, in process order; JSON. All processes have to call it, and wait for each other."""
+    """Collect one value from every process. All processes have to call it; they wait for each other.
+
+    Args:
+      value: anything that JSON can hold.
+
+    Returns:
+      The values in process order, the same list in every process.
+    """
     if jax.process_count() == 1:
         return [value]
     raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(raw.size))
-    width = 1 << int(sizes.max()).bit_length()  # a few widths, for each is compiled
+    width = 1 << int(sizes.max()).bit_length()  # every width compiles once, so there are few
     padded = multihost_utils.process_allgather(np.pad(raw, (0, width - raw.size)))
     return [json.loads(bytes(row[:size])) for row, size in zip(padded, sizes, strict=True)]
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Raise ValueError, in every process, naming the facts that are not the same in all; JSON."""
+    """Check that all processes pass the same facts. All have to call it.
+
+    Args:
+      facts: values that JSON can hold, by name.
+
+    Raises:
+      ValueError: names the facts that differ, with their values. Every process raises it.
+    """
     found = gather(facts)
     different = []
     for name in dict.fromkeys(name for one in found for name in one):
@@ -113,10 +132,17 @@ def agree(facts: dict[str, Any]) -> None:
 
 
 def check_shared(directory: Path, *, seconds: float = 10.0) -> None:
-    """Raise ValueError in every process where a directory, there or still to be made, is not the same one for all.
+    """Check that a directory is the same one for all processes. All have to call it; nothing is left behind.
 
-    The first process leaves a mark in it, which the others have to see within some seconds, for a file system may be
-    slow to show it; nothing is left behind. Raises OSError, in every process too, where the first cannot write there.
+    Process 0 creates the directory if need be and a file in it. The others wait until they see that file.
+
+    Args:
+      directory: may exist or not.
+      seconds: how long the others wait, since a shared file system may show a new file late.
+
+    Raises:
+      ValueError: names the processes that do not see the file. Every process raises it.
+      OSError: process 0 cannot write there. Every process raises it.
     """
     mark = directory / f".shared-{gather(uuid.uuid4().hex)[0]}"
     made, problem = [], ""
@@ -135,7 +161,7 @@ def check_shared(directory: Path, *, seconds: float = 10.0) -> None:
     blind = [str(index) for index, one in enumerate(gather(seen)) if not one]
     if jax.process_index() == 0:
         mark.unlink()
-        for path in made:  # the innermost first; what is not empty stays
+        for path in made:  # the innermost first; a directory that is not empty stays
             with contextlib.suppress(OSError):
                 path.rmdir()
     if blind:
@@ -146,7 +172,7 @@ def check_shared(directory: Path, *, seconds: float = 10.0) -> None:
 
 
 def say(text: str) -> None:
-    """A line on this process's stderr."""
+    """Write a line to this process's stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -156,19 +182,21 @@ def lost(error: BaseException) -> bool:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End at once with the error in one line and status 1, for a regular exit would wait for the others.
+    """Print the error as one line and end at once with status 1. A regular exit would wait for the other processes.
 
-    They may be gone, which is what `error` then says, or not know of it: they learn it from this one's end.
+    Args:
+      error: where it says that another process is gone, the line says so too. Otherwise the others end because this
+        one does.
     """
     words = str(error)
     if lost(error):
         reason = (words.splitlines() or [""])[0]
         words = (
-            f"process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); see what "
-            "that one said, and start the same command on every host again to go on"
+            f"process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); read the "
+            "messages of that one, and start the same command on every host again to continue"
         )
     say(f"error: {words}")
     if jax.process_index() == 0:
-        time.sleep(3)  # when the first process ends, JAX ends all others at once: they say theirs before
+        time.sleep(3)  # when process 0 ends, JAX ends the others at once: they print their errors before
     sys.stdout.flush()
     os._exit(1)

@@ -1,9 +1,13 @@
 """Meshes and sharding rules: the only file that names mesh axes.
 
-Three axes: `data` splits the batch and, FSDP-like, the width of every weight and norm and what a predictor's
-projections sum over (inputs); `model` splits heads, hidden units and the vocabulary (tensor parallel); `sequence`
-splits the tokens of decoding's caches, and weights as `model` does. A dimension that an axis does not divide stays
-whole.
+There are three axes:
+
+- `data` splits the batch. It also splits the width of weights and norms and the inputs of a predictor's projections
+  (as in FSDP).
+- `model` splits heads, hidden units and the vocabulary (tensor parallel).
+- `sequence` splits the tokens of decoding's caches. It splits weights as `model` does.
+
+A dimension stays whole where the axis size does not divide it.
 """
 
 from __future__ import annotations
@@ -35,11 +39,21 @@ RULES: dict[str, tuple[str, ...]] = {
     "cached_heads": (MODEL,),
     "tokens": (SEQUENCE,),
 }
-"""The axes that split a dimension, as many of them as divide it one after the other."""
+"""Logical axis -> the mesh axes that may split it, tried in this order."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """'data=4,model=2' -> {'data': 4, 'model': 2}; axes left out are 1. Raises ValueError naming what is wrong."""
+    """Read a mesh such as "data=4,model=2".
+
+    Args:
+      text: axis=size, separated by commas.
+
+    Returns:
+      The size of every axis; 1 for an axis that the text leaves out.
+
+    Raises:
+      ValueError: a part has another form, an unknown axis or a size below 1.
+    """
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, (p.strip() for p in text.split(","))):
         match = re.fullmatch(r"(\w+)=(\d{1,9})", part)
@@ -48,18 +62,23 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, size = match.group(1), int(match.group(2))
         if axis not in AXES:
             raise ValueError(f"mesh {text!r}: unknown axis {axis!r}; axes are {', '.join(AXES)}")
-        if not size > 0:
+        if size == 0:
             raise ValueError(f"mesh {text!r}: {axis} must be at least 1")
         sizes[axis] = size
     return sizes
 
 
 def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
-    """The mesh that `text` describes, over the first devices.
+    """Make the mesh that `text` describes over the first devices.
 
-    '' puts on the data axis as many devices as divide the batch (all of them where several hosts work together).
-    batch_size: of training, None for decoding. Raises ValueError where the mesh needs more devices than there are, does
-    not divide the batch, has a sequence axis to train on, or leaves devices of several hosts idle.
+    Args:
+      text: as `parse_mesh` reads it. "" gives the data axis as many devices as divide the batch, and all devices where
+        several hosts run together.
+      batch_size: rows of a training batch; None for decoding.
+
+    Raises:
+      ValueError: the mesh needs more devices than there are, does not divide the batch, has a sequence axis in
+        training, or leaves devices of a multi-host run idle.
     """
     devices = jax.devices()
     count = len(devices)
@@ -67,7 +86,7 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         count = next(n for n in range(count, 0, -1) if batch_size % n == 0)
     sizes = parse_mesh(text or f"data={count}")
     needed = math.prod(sizes.values())
-    if not needed <= len(devices):
+    if needed > len(devices):
         raise ValueError(
             f"mesh {text!r} needs {needed} devices, but this machine has {len(devices)} "
             f"({devices[0].platform}); choose sizes whose product is at most {len(devices)}"
@@ -88,9 +107,9 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
 
 
 def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
-    """The mesh of these axis sizes over devices, neighbours on the chips' torus near each other on an axis.
+    """Arrange devices in a mesh of these axis sizes, so that neighbours on an axis are close on the chips' torus.
 
-    An axis may take a part of a side of the torus, so that every factorisation of a slice is a mesh.
+    An axis may cover part of one side of the torus. Every factorisation of a TPU slice is therefore a valid mesh.
     """
     shape = tuple(sizes[axis] for axis in AXES)
     ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -98,9 +117,14 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
 
 
 def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Mesh axes of an array with these logical axes.
+    """Choose the mesh axes of an array.
 
-    An axis splits the first dimension that asks for it and that it divides; everything else is left whole.
+    A mesh axis splits the first dimension that RULES gives it and whose size it divides. Other dimensions stay whole.
+
+    Args:
+      logical: a logical axis for each dimension; names that RULES lacks are never split.
+      shape: the array's shape.
+      mesh: a Mesh or an AbstractMesh.
     """
     free, chosen = set(mesh.shape), []
     for name, size in zip(logical, shape, strict=True):
@@ -111,7 +135,7 @@ def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> Pa
 
 
 def _splitting(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:
-    """Those of the axes that split a dimension together: each divides what the ones before it have left."""
+    """The axes that split a dimension of this size together: each divides the part that the ones before it leave."""
     found: list[str] = []
     for axis in axes:
         parts = mesh.shape.get(axis, 1)
@@ -121,25 +145,27 @@ def _splitting(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...]:
 
 
 def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    """Axes as a PartitionSpec has them."""
+    """Axes as one entry of a PartitionSpec."""
     return axes if len(axes) > 1 else (axes or (None,))[0]
 
 
 def shardings_for(mesh: Mesh):
-    """(logical axes, shape) -> NamedSharding on this mesh; what load_base's `shardings` takes."""
+    """The function (logical axes, shape) -> NamedSharding on this mesh that `load_base` takes as `shardings`."""
     return lambda logical, shape: NamedSharding(mesh, partition(logical, shape, mesh))
 
 
 def module_shardings(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any:
-    """A pytree of NamedShardings in the shape of `module`; see module_partition."""
+    """A pytree of NamedShardings with the structure of `module`; see module_partition."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), module_partition(module, logical_axes, mesh))
 
 
 def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Any) -> Any:
-    """A pytree of PartitionSpecs in the shape of `module`.
+    """A pytree of PartitionSpecs with the structure of `module`.
 
-    An axes table is keyed by parameter name, or by its dotted path where two of one name differ. What holds copies of
-    the parameters under their names (an optimiser's state) is split as they are; numbers without axes are whole.
+    Args:
+      module: a module, or any tree that keeps arrays under the parameters' names (an optimiser's state).
+      logical_axes: a parameter's logical axes by its name, or by its dotted path where two parameters share a name.
+      mesh: a Mesh or an AbstractMesh.
     """
 
     def one(path, leaf):
@@ -162,7 +188,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(batch_size: int, mesh: Mesh, *, what: str = "batch size") -> None:
-    """Raise ValueError where the mesh does not divide the batch; what: how the error calls the batch's size."""
+    """Raise ValueError where the data axis does not divide the batch. The error calls the batch size `what`."""
     size = mesh.shape[DATA]
     if batch_size % size != 0:
         raise ValueError(
@@ -172,7 +198,13 @@ def check_batch(batch_size: int, mesh: Mesh, *, what: str = "batch size") -> Non
 
 
 def rows_here(batch_size: int, mesh: Mesh, process: int | None = None) -> list[int]:
-    """Which rows of a batch the devices of a process hold, in order; default: this one. Several may hold the same."""
+    """The rows of a batch that a process holds on its devices, in order.
+
+    Args:
+      batch_size: rows of the global batch.
+      mesh: the mesh that splits the batch. Several processes hold the same rows where it replicates them.
+      process: index of the process; None is this one.
+    """
     process = jax.process_index() if process is None else process
     parts = {at[AXES.index(DATA)] for at, device in np.ndenumerate(mesh.devices) if device.process_index == process}
     here = batch_size // mesh.shape[DATA]
@@ -180,12 +212,12 @@ def rows_here(batch_size: int, mesh: Mesh, process: int | None = None) -> list[i
 
 
 def own_rows(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
-    """Of a batch that every process has whole, the rows that place_batch takes from this one."""
+    """This process's rows of a batch [B, T] that every process holds whole; place_batch takes them."""
     return {name: rows[rows_here(len(rows), mesh)] for name, rows in batch.items()}
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch (see rows_here) as global arrays over the mesh."""
+    """Assemble a global batch [B, T] over the mesh from each process's rows (see rows_here)."""
     sharding, parts = batch_sharding(mesh), mesh.shape[DATA]
 
     def placed(rows):
@@ -202,14 +234,19 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> nnx.Module:
-    """Move a module's parameters to their shardings."""
+    """Move a module's parameters to the shardings of their logical axes."""
     return jax.device_put(module, module_shardings(module, logical_axes, mesh))
 
 
 def any_process(flag: bool, mesh: Mesh, after: jax.Array) -> jax.Array:
-    """Whether any process says so: the same in all of them, and known some time after `after` is, without waiting.
+    """Whether `flag` is set in any process, as a scalar bool that is the same in all processes.
 
-    One byte a device is reduced; after `after`, so that no two reductions over devices are under way at once.
+    The call does not wait. It reduces one byte for each device.
+
+    Args:
+      flag: of this process.
+      mesh: the mesh of all processes.
+      after: the reduction starts once this array is computed, so that two reductions never run at the same time.
     """
     flags = jax.make_array_from_callback(
         (mesh.size,), NamedSharding(mesh, PartitionSpec(AXES)), lambda _: np.full(1, flag)
@@ -223,22 +260,21 @@ def _any(flags: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh set by jax.set_mesh, None where there is none or it has one device."""
+    """The mesh set by jax.set_mesh; None where there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def token_axis(tokens: int) -> str | None:
-    """The axis of the current mesh that splits a cache of so many tokens a row; None where none does."""
+    """The axis of the current mesh that splits a cache of `tokens` tokens per row; None where none does."""
     mesh = current_mesh()
     return _entry(_splitting(RULES["tokens"], tokens, mesh)) if mesh is not None else None
 
 
 def platform() -> str:
-    """Where a call traced now will run: on the devices of the mesh that is set, else on the default ones.
+    """The platform that a call traced now runs on: that of the mesh set by jax.set_mesh, otherwise the default one.
 
-    Devices that are only described (jax.experimental.topologies) count, so that a program compiles for chips that are
-    not here.
+    The mesh may consist of described devices (jax.experimental.topologies): a program then compiles for absent chips.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
@@ -248,13 +284,19 @@ def platform() -> str:
 def by_rows_and_heads(
     function: Callable[..., Any], operands: Sequence[str], result: Any, *, rows: int, heads: int, tokens: int = 1
 ) -> Callable[..., Any]:
-    """`function`, run by every device of the current mesh on its own rows and KV heads, without communication.
+    """Wrap `function` so that each device of the current mesh runs it on its own rows and KV heads.
 
-    operands: for each, a letter a dimension: "b" for rows or a multiple of them, "h" for KV heads or a multiple, "s"
-    for cached tokens, whose parts the function merges itself (sequence.py), "w" for KV heads split over the devices of
-    the tokens' axis too, "-" for all others. result: the same, or a tuple of it. rows, heads, tokens: how many there
-    are; an axis of the mesh that does not divide them does not split them. Outside of a mesh this is the function
-    itself.
+    Nothing is communicated. Outside of a mesh the function is returned as it is.
+
+    Args:
+      function: takes the operands and returns an array or a tuple of arrays.
+      operands: for each operand one letter per dimension: "b" for rows or a multiple of them, "h" for KV heads or a
+        multiple of them, "w" for KV heads that the sequence axis splits too, "s" for cached tokens (the function has to
+        merge the parts), "-" for a dimension that stays whole.
+      result: the letters of the result, or a tuple of them.
+      rows: number of rows. A mesh axis that does not divide it does not split it; likewise below.
+      heads: number of KV heads.
+      tokens: number of cached tokens.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -270,7 +312,7 @@ def by_rows_and_heads(
 
 
 def constrain(array: jax.Array, logical: tuple[str, ...]) -> jax.Array:
-    """An array split over the current mesh as these logical axes say, under jit; outside of a mesh the array itself."""
+    """Split an array over the current mesh by its logical axes (under jit). Without a mesh, return it as it is."""
     mesh = current_mesh()
     if mesh is None:
         return array
@@ -278,7 +320,7 @@ def constrain(array: jax.Array, logical: tuple[str, ...]) -> jax.Array:
 
 
 def constrain_module(module: Any, logical_axes: dict[str, tuple[str, ...]]) -> Any:
-    """The same of a tree of parameters, by the table of its axes."""
+    """Split a tree of parameters over the current mesh; logical_axes as in module_partition."""
     mesh = current_mesh()
     if mesh is None:
         return module
@@ -286,7 +328,7 @@ def constrain_module(module: Any, logical_axes: dict[str, tuple[str, ...]]) -> A
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """All of an array, also where other processes hold parts of it; then every process has to ask."""
+    """Copy a whole array to the host. Where other processes hold parts of it, every process has to call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""What a predictor is, and the three there are. `base` describes the interface, `walk` when each method runs.
+"""The interface of a predictor (`base`), the order in which its methods run (`walk`), and the three predictors.
 
 Another predictor is one more file and one more row of PREDICTORS.
 """

@@ -1,16 +1,17 @@
-"""What every predictor is: producers that look ahead, and per-layer heads that turn their features into scores.
+"""The interface of a predictor: producers look ahead, and per-layer heads turn their features into scores.
 
-A predictor has N producers. Producer n sits at layer n*P and serves the layers n*P+1 ... (n+1)*P, so the scores of
-those layers can be had before they run. Per token:
+A predictor divides the layers 1 ... L-1 into blocks of P layers. Each block has one producer, which sits at the layer
+before it: producer n at layer n*P serves the layers n*P+1 ... (n+1)*P. The queries' side of those layers' scores is
+therefore known before they run. For every token:
 
-    captured = predictor.capture(view)                     at layer n*P
-    features = predictor.features(trunk n, captured, ...)  once per producer
-    q_imp    = predictor.q_imp(head of layer l, features, ...)   [B, T, H, R]
-    k_imp    = predictor.k_imp(head of layer l, features, ...)      [B, T, key_heads, R]
-    score of cached token j for query t and head h = q_imp[t, h] . k_imp[j] / sqrt(R)
+    captured = predictor.capture(view)                         at layer n*P          [B, T, E]
+    features = predictor.features(trunk n, captured, ...)      once for the block
+    q_imp    = predictor.q_imp(head of layer l, features, ...) at each of its layers [B, T, H, R]
+    k_imp    = predictor.k_imp(head of layer l, features, ...) at each of its layers [B, T, Q, R]
+    score of cached token j for query t and head h = q_imp[t, h] . k_imp[j, its head of Q] / sqrt(R)
 
-The same methods serve the training pass, the masked simulation and step-by-step decoding. Layer 0 has no scores: it
-is always dense (TokenButler, arXiv 2503.07518, section 3).
+The training pass, the simulation and decoding call the same methods. Layer 0 has no scores and is always dense
+(TokenButler, arXiv 2503.07518, section 3).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from butler_jax.model import BaseConfig, LayerView, rope_angles
 from butler_jax.predictors.config import PredictorConfig
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""(q, k, v each [B,T,H',D']) -> (output, cache): how a trunk with an attention of its own reaches earlier tokens."""
+"""(q, k, v) -> (output, cache), each [B, T, heads, dim]: the attention of a trunk over the tokens so far."""
 
 
 class Context(NamedTuple):
-    """Where the tokens stand: positions [B,T] and the base's rotary tables [B,T,rotary_dim/2]."""
+    """The tokens' positions in their documents, and the base's rotary cosine and sine there (F = rotary_dim/2)."""
 
     positions: Int[Array, "B T"]
     cos: Float[Array, "B T F"]
@@ -39,7 +40,17 @@ class Context(NamedTuple):
 
 
 class Predictor(nnx.Module):
-    """Base class. Subclasses set `trunk` (stacked over producers, or None) and `heads` (stacked over layers 1..)."""
+    """Base class of the predictors.
+
+    A subclass sets two attributes in its constructor: `trunk`, a module whose parameters are stacked over the
+    producers (None where it has none), and `heads`, a module whose parameters are stacked over the layers 1 ... L-1.
+
+    Class attributes:
+      kind: the name in PredictorConfig and PREDICTORS.
+      objective: the default loss of distillation.
+      learning_rate: the default peak learning rate.
+      logical_axes: the logical axes of every parameter by name, for sharding.
+    """
 
     kind: ClassVar[str]
     objective: ClassVar[str] = "cross_entropy"
@@ -49,7 +60,7 @@ class Predictor(nnx.Module):
     heads: nnx.Module
 
     def __init__(self, base: BaseConfig, config: PredictorConfig):
-        if not base.layers > 1:
+        if base.layers < 2:
             raise ValueError(f"a predictor needs a base of at least 2 layers, got {base.layers}")
         self.base = base
         self.config = config
@@ -57,20 +68,20 @@ class Predictor(nnx.Module):
 
     @property
     def producers(self) -> int:
-        """N: how many layers of the base carry a producer."""
+        """How many layers of the base carry a producer."""
         return -(-(self.base.layers - 1) // self.stride)
 
     @property
     def key_heads(self) -> int:
-        """Heads of the importance keys: K (shared by a group of queries) unless a predictor says otherwise."""
+        """Q: heads of k_imp. K by default, each shared by a group of query heads."""
         return self.base.kv_heads
 
     def context(self, positions: Int[Array, "B T"], length: int) -> Context:
-        """Rotary tables at these positions; length as in layers.rope_frequencies."""
+        """The context of tokens at these positions; `length` as in rope_frequencies."""
         return Context(positions, *rope_angles(self.base, positions, length))
 
     def capture(self, view: LayerView) -> Float[Array, "B T E"]:
-        """What a producer layer hands over; default: the residual stream entering it."""
+        """What a producer reads at its layer. Default: the residual stream that enters the layer."""
         return view.x
 
     def features(
@@ -81,35 +92,57 @@ class Predictor(nnx.Module):
         attend: Attend,
         dropout: Key[Array, ""] | None,
     ) -> tuple[Any, Any]:
-        """Features of one producer and its cache (None where it keeps none); default: the captured stream itself."""
+        """Features of one producer. Default: the captured stream itself.
+
+        Args:
+          trunk: the producer's parameters, an entry of `self.trunk`.
+          captured: what `capture` returned at the producer's layer.
+          context: of the same tokens.
+          attend: the trunk's attention over the tokens so far, for a trunk that has one.
+          dropout: a key in training, otherwise None.
+
+        Returns:
+          The features, any pytree of arrays [B, T, ...], and the cache that `attend` returned (None without a cache).
+        """
         return captured, None
 
     def trunk_cache(self, batch: int, capacity: int, dtype: Any) -> Any:
-        """Empty cache for a trunk that attends, else None."""
+        """The empty cache of one producer's attention for `capacity` tokens a row; None where the trunk has none."""
         return None
 
     def q_imp(self, head: Any, features: Any, view: LayerView, context: Context) -> Float[Array, "B T H R"]:
-        """Importance queries of the layer in view."""
+        """Queries of the predictor at the layer in view; `head` is that layer's entry of `self.heads`."""
         raise TypeError(f"{type(self).__name__} must define q_imp")
 
     def k_imp(self, head: Any, features: Any, view: LayerView, context: Context) -> Float[Array, "B T Q R"]:
-        """Importance keys of the layer in view, Q = key_heads."""
+        """Keys of the predictor at the layer in view; Q = key_heads."""
         raise TypeError(f"{type(self).__name__} must define k_imp")
 
     def initialise(self, model: Any, batches: list[dict]) -> Predictor:
-        """The predictor at step 0 for this base; default: as constructed."""
+        """The predictor before the first training step on this base. Default: as constructed.
+
+        Args:
+          model: the base model.
+          batches: calibration text; dictionaries with "tokens", "segments" and "positions", int32 [B, T].
+        """
         return self
 
 
 def at(stacked: Any, index: Int[Array, ""] | int) -> Any:
-    """Entry `index` of every leaf of a stacked module."""
+    """Entry `index` along the leading axis of every leaf."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
 
 
 class Schedule(NamedTuple):
-    """Which producer serves layer `index`, and whether its block starts or ends there.
+    """A layer's place among the blocks of a predictor.
 
-    captures: this layer carries a producer of later layers. Layer 0 belongs to no block (`serves` is false).
+    Attributes:
+      serves: whether the layer belongs to a block; false for layer 0 alone.
+      producer: index of the block's producer.
+      head: index of the layer's head.
+      starts: the layer is the first of its block.
+      ends: the layer is the last of its block.
+      captures: the layer carries the producer of the next block.
     """
 
     serves: Bool[Array, ""]
@@ -121,7 +154,7 @@ class Schedule(NamedTuple):
 
 
 def schedule(predictor: Predictor, index: Int[Array, ""]) -> Schedule:
-    """The place of layer `index` (from 0) in the predictor's blocks."""
+    """The place of layer `index` (from 0) among the predictor's blocks."""
     stride, last = predictor.stride, predictor.base.layers - 1
     before = jnp.maximum(index - 1, 0)
     serves = index > 0
@@ -131,14 +164,14 @@ def schedule(predictor: Predictor, index: Int[Array, ""]) -> Schedule:
 
 
 def xavier(key: Key[Array, ""], shape: tuple[int, ...], inputs: int, outputs: int) -> nnx.Param:
-    """Xavier-uniform parameter, float32."""
+    """A Xavier-uniform parameter for these numbers of inputs and outputs; float32."""
     bound = (6.0 / (inputs + outputs)) ** 0.5
     return nnx.Param(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
 
 
-def project_heads(x: Float[Array, "B T K D"], weights: Float[Array, "KD R"]) -> Float[Array, "B T K R"]:
-    """Every KV head under its own D rows of the weights.
+def project_heads(x: Float[Array, "B T K D"], weights: Float[Array, "K*D R"]) -> Float[Array, "B T K R"]:
+    """Project every KV head by its own D rows of the weights.
 
-    Heads and inputs are one dimension of the parameter, so that more devices than either has divide it.
+    Heads and inputs share one dimension of the parameter, so that it can be split over more devices than either alone.
     """
     return jnp.einsum("btkd,kdr->btkr", x, weights.reshape(*x.shape[2:], -1).astype(x.dtype))

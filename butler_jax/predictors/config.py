@@ -8,10 +8,14 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig:
-    """Which predictor, and its sizes.
+    """The kind of a predictor and its sizes.
 
-    rank is R; stride is P, how many layers one producer serves (the contextual predictor has a single producer and
-    ignores it); hidden is the inner width I of the contextual and producer predictors (None: 512).
+    Attributes:
+      kind: a name in PREDICTORS.
+      rank: R, the length of q_imp and k_imp; even.
+      stride: P, the number of layers that one producer serves. The contextual predictor has a single producer and
+        ignores it.
+      hidden: I, the inner width of the contextual and producer predictors; None is 512.
     """
 
     kind: Literal["lookahead", "producer", "contextual"] = "lookahead"
@@ -20,9 +24,9 @@ class PredictorConfig:
     hidden: int | None = None
 
     def __post_init__(self):
-        if not (self.rank > 0 and self.rank % 2 == 0):
+        if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
-        if not self.stride > 0:
+        if self.stride <= 0:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
-        if self.hidden is not None and not self.hidden > 0:
+        if self.hidden is not None and self.hidden <= 0:
             raise ValueError(f"hidden must be positive, got {self.hidden}")

@@ -16,7 +16,7 @@ DROPOUT = 0.1
 
 
 class ContextualTrunk(nnx.Module):
-    """The one small transformer block, and the first layers of the query and key nets (leading axis 1)."""
+    """One small transformer block, and the first layers of the query and key networks (leading axis 1)."""
 
     def __init__(self, width: int, hidden: int, key):
         narrow, wide = width // 8, width // 4
@@ -34,7 +34,7 @@ class ContextualTrunk(nnx.Module):
 
 
 class ContextualHeads(nnx.Module):
-    """Last layers of the query and key nets, stacked over layers 1 ... L-1."""
+    """The last layers of the query and key networks, stacked over the layers 1 ... L-1."""
 
     def __init__(self, base: BaseConfig, hidden: int, rank: int, key):
         first, second = jax.random.split(key)
@@ -45,14 +45,17 @@ class ContextualHeads(nnx.Module):
 
 
 class Contextual(Predictor):
-    """One producer at layer 0 for the whole model, with an attention of its own; keys per query head.
+    """One producer at layer 0 serves all layers. It has an attention of its own, and k_imp has H heads.
 
-    Input: the token embeddings after layer 0's input norm. Rotary on its attention and on both importance vectors
-    follows the base's own configuration (its longrope apart, whose factors are for another width: default rope there).
-    Left out against the published counts: a LayerNorm over E that nothing
-    reads (2 E), and the slots of layer 0, which is always dense (2 I H R).
+    Its input is the token embeddings after layer 0's input norm. Its attention, q_imp and k_imp are rotated by the
+    base's rope settings. A base with longrope gets the default rope here, for longrope's factors fit only its own head
+    width.
 
-    Raises ValueError where the base's width is not a multiple of 16.
+    Two parts of the published parameter counts are left out: a LayerNorm over E whose output is never used (2 E), and
+    the slots of layer 0, which is always dense (2 I H R).
+
+    Raises:
+      ValueError: the base's width is not a multiple of 16.
     """
 
     kind = "contextual"
@@ -89,12 +92,12 @@ class Contextual(Predictor):
 
     @property
     def key_heads(self) -> int:
-        """Importance keys belong to a query head."""
+        """H: every query head has keys of its own."""
         return self.base.heads
 
     @property
     def attention_heads(self) -> int:
-        """Heads of the trunk's attention: H, or the most that give an even width (rotary needs pairs)."""
+        """Heads of the trunk's attention: the largest number up to H that gives them an even width, as rotary needs."""
         narrow = self.base.width // 8
         return next(h for h in range(self.base.heads, 0, -1) if narrow % (2 * h) == 0)
 
@@ -103,22 +106,22 @@ class Contextual(Predictor):
         return rms_norm(view.x, view.weights.attention_norm[...], self.base.norm_eps)
 
     def trunk_cache(self, batch: int, capacity: int, dtype: Any):
-        """Keys and values of the trunk's attention, [B, S, heads, E/8/heads] each."""
+        """Empty keys and values of the trunk's attention, [B, S, heads, E/8/heads] each."""
         heads = self.attention_heads
         shape = (batch, capacity, heads, self.base.width // 8 // heads)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def _rotate(self, x, context: Context):
-        """Rotary of width x.shape[-1] by the base's rope at the context's positions; x [B, T, heads, width]."""
+        """Rotate x [B, T, heads, width] over its whole width by the base's rope at the context's positions."""
         rope = self.base.rope
-        if rope.kind == "longrope":  # its factors fit the base's head width alone
+        if rope.kind == "longrope":
             rope = type(rope)(theta=rope.theta)
         frequencies, factor = rope_frequencies(rope, x.shape[-1], context=self.base.context, length=0)
         cos, sin = rotary_angles(context.positions, frequencies, factor)
         return rotary(x, cos[:, :, None], sin[:, :, None])
 
     def features(self, trunk: Any, captured, context: Context, attend, dropout):
-        """Hidden layers [B, T, I] of the query net and of the key net."""
+        """Hidden layers [B, T, I] of the query network and of the key network."""
         x = captured
 
         def cast(p):
@@ -141,11 +144,11 @@ class Contextual(Predictor):
         return hidden, cache
 
     def q_imp(self, head: Any, features, view: LayerView, context: Context):
-        """Importance queries [B, T, H, R], rotated."""
+        """The query network's output [B, T, H, R], rotated."""
         y = jnp.einsum("bti,ihr->bthr", features[0], head.query[...].astype(features[0].dtype))
         return self._rotate(y, context)
 
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
-        """Importance keys [B, T, H, R], rotated."""
+        """The key network's output [B, T, H, R], rotated."""
         y = jnp.einsum("bti,ihr->bthr", features[1], head.key[...].astype(features[1].dtype))
         return self._rotate(y, context)

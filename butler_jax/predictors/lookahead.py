@@ -1,8 +1,12 @@
-"""The lookahead predictor: the base's own projections, cut to a few rotary pairs and applied a few layers early.
+"""The lookahead predictor: the base's own projections, cut to R/2 rotary pairs and applied up to P layers early.
 
-It keeps the producer predictor's timing and score cache and differs in three ways: both importance vectors are
-rotated at chosen frequencies of the base, they start as the matching rows of the frozen projections, and every row is
-distilled, not a sample of them. Which pairs: per (layer, KV head) the R/2 largest E|q_f|^2 E|k_f - mean k_f|^2.
+It has the timing and the score cache of the producer predictor. It differs in three ways:
+
+- q_imp and k_imp are rotated at R/2 of the base's rotary frequencies.
+- They start as the matching rows of the frozen projections.
+- Every query row is distilled, not a sample of the rows.
+
+The rotary pairs f of a layer and KV head are those with the R/2 largest E|q_f|^2 E|k_f - mean k_f|^2.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ from butler_jax.predictors.config import PredictorConfig
 
 
 class LookaheadHeads(nnx.Module):
-    """Stacked over layers 1 ... L-1: query [E, H, R], key [KD, R], the pairs' numbers [K, R/2].
+    """Stacked over the layers 1 ... L-1: query [E, H, R], key [K*D, R] and the indices of the pairs [K, R/2].
 
-    query_bias [H, R] where the base has one.
+    query_bias [H, R] is None where the base has no bias.
     """
 
     def __init__(self, base: BaseConfig, rank: int, key):
@@ -46,9 +50,10 @@ class LookaheadHeads(nnx.Module):
 
 
 class Lookahead(Predictor):
-    """q_imp = rot(norm_l(x_p) W_l), k_imp = rot(k_pre U_l), with x_p the residual stream entering producer layer p.
+    """q_imp = rot(norm_l(x_p) W_l) and k_imp = rot(k_pre U_l); x_p is the residual stream that enters producer layer p.
 
-    Raises ValueError where the rank exceeds the base's head dimension.
+    Raises:
+      ValueError: the rank exceeds the base's head dimension.
     """
 
     kind = "lookahead"
@@ -62,7 +67,7 @@ class Lookahead(Predictor):
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
         super().__init__(base, config)
-        if not config.rank <= base.head_dim:
+        if config.rank > base.head_dim:
             raise ValueError(
                 f"rank {config.rank} exceeds the base's head dimension {base.head_dim}; use at most {base.head_dim}"
             )
@@ -70,13 +75,13 @@ class Lookahead(Predictor):
         self.heads = LookaheadHeads(base, config.rank, key)
 
     def _angles(self, head: Any, context: Context) -> tuple[Float[Array, "B T K F"], Float[Array, "B T K F"]]:
-        still = self.base.head_dim // 2 - context.cos.shape[-1]  # dimensions the base does not rotate
+        still = self.base.head_dim // 2 - context.cos.shape[-1]  # pairs that the base does not rotate
         pad = ((0, 0), (0, 0), (0, still))
         cos, sin = jnp.pad(context.cos, pad, constant_values=1.0), jnp.pad(context.sin, pad)
         return cos[..., head.pairs[...]], sin[..., head.pairs[...]]
 
     def q_imp(self, head: Any, features, view: LayerView, context: Context):
-        """Importance queries [B, T, H, R]: the captured stream under this layer's own frozen norm."""
+        """The captured stream under this layer's frozen norm, projected and rotated; [B, T, H, R]."""
         h = few_tokens(rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps))
         q = jnp.einsum("bte,ehr->bthr", h, head.query[...].astype(h.dtype))
         if head.query_bias is not None:
@@ -85,18 +90,19 @@ class Lookahead(Predictor):
         return rotary(q, cos, sin)
 
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
-        """Importance keys [B, T, K, R] from the keys before rotary."""
+        """The keys before rotary, projected and rotated; [B, T, K, R]."""
         return rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
 
     def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
-        """Choose the pairs on calibration batches and copy the frozen projections' matching rows.
+        """Choose the rotary pairs on calibration text and copy the matching rows of the frozen projections.
 
-        Raises ValueError without batches.
+        Raises:
+          ValueError: there are no batches.
         """
         if not batches:
             raise ValueError(
-                "the lookahead predictor chooses its rotary pairs on text: give it calibration batches, "
-                "for instance a few of butler_jax.batches('python_docs', base.tokenizer, length=512, batch_size=4)"
+                "the lookahead predictor chooses its rotary pairs on text: give it calibration batches, for instance "
+                "a few of butler_jax.read_batches('python_docs', base.tokenizer, length=512, batch_size=4)"
             )
         energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
         rank = self.config.rank
@@ -108,7 +114,7 @@ class Lookahead(Predictor):
 
 
 def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " F"], Int[Array, " F"]]:
-    """The two dimensions of each of the D/2 pairs: first the rotated ones in half layout, then the still ones."""
+    """The two dimensions of each of the D/2 pairs: first the rotated pairs in half layout, then the others."""
     half, still = base.rotary_dim // 2, (base.head_dim - base.rotary_dim) // 2
     first = jnp.concatenate([jnp.arange(half), base.rotary_dim + jnp.arange(still)])
     second = jnp.concatenate([half + jnp.arange(half), base.rotary_dim + still + jnp.arange(still)])
@@ -117,11 +123,11 @@ def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " F"], Int[Array, " F"
 
 @jax.jit
 def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K F"], Float[Array, "L K F"]]:
-    """Per layer and KV head: mean energy of the queries' pairs, spread of the keys' pairs about their mean."""
+    """E|q_f|^2 and E|k_f - mean k_f|^2 of every layer, KV head and pair f."""
     config = model.config
     segments = jnp.asarray(batch["segments"])
     weight = (segments > 0).astype(jnp.float32)
-    weight = (weight / jnp.maximum(weight.sum(), 1.0))[:, :, None, None]  # a batch of padding says nothing
+    weight = (weight / jnp.maximum(weight.sum(), 1.0))[:, :, None, None]  # a batch of padding counts as 0
     first, second = pair_dimensions(config)
     dense = dense_mixer(config, segments)
 
@@ -138,6 +144,7 @@ def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K F"],
 
 
 def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs, rank: int) -> LookaheadHeads:
+    """The heads with the frozen projections' rows of these pairs [L-1, K, R/2], scaled to keep the logits' size."""
     first, second = pair_dimensions(base)
     dims = jnp.concatenate([first[pairs], second[pairs]], axis=-1)  # [L-1, K, R]
     per_query = jnp.repeat(dims, base.group, axis=1)  # [L-1, H, R]

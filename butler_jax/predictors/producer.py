@@ -14,7 +14,7 @@ from butler_jax.predictors.config import PredictorConfig
 
 
 class ProducerTrunk(nnx.Module):
-    """LayerNorm and the first projection, stacked over N producers."""
+    """LayerNorm and the first projection, stacked over the producers."""
 
     def __init__(self, producers: int, width: int, hidden: int, key):
         self.norm_scale = nnx.Param(jnp.ones((producers, width)))
@@ -23,7 +23,7 @@ class ProducerTrunk(nnx.Module):
 
 
 class ProducerHeads(nnx.Module):
-    """The slots of every producer, and the projection of the cached keys, stacked over N*P."""
+    """The projections of q_imp and k_imp, stacked over the P slots of every producer."""
 
     def __init__(self, slots: int, base: BaseConfig, hidden: int, rank: int, key):
         first, second = jax.random.split(key)
@@ -32,11 +32,11 @@ class ProducerHeads(nnx.Module):
 
 
 class Producer(Predictor):
-    """f = LayerNorm(E) -> E x I -> SiLU -> I x (P H R); keys are a projection of the real cached keys.
+    """q_imp is a small network of the producer layer's attention input; k_imp is a projection of the cached keys.
 
-    Read: the attention input (after the input norm) of layer nP, in training and in decoding alike; the keys'
-    projection belongs to a KV head in both. No rotary on the queries. Every producer has P slots, as published: the
-    last one's slots beyond the last layer stay untrained.
+    The network is LayerNorm(E) -> E x I -> SiLU -> I x (P H R). It reads the attention input (after the input norm) of
+    layer n*P. q_imp is not rotated. k_imp has one projection for every KV head. Every producer has P slots, as
+    published: the last one's slots beyond the last layer stay untrained.
     """
 
     kind = "producer"
@@ -65,9 +65,9 @@ class Producer(Predictor):
         return jax.nn.silu(jnp.einsum("bte,ei->bti", x, trunk.inner[...].astype(x.dtype))), None
 
     def q_imp(self, head: Any, features, view: LayerView, context: Context):
-        """Importance queries [B, T, H, R]."""
+        """The slot's projection of the hidden layer, [B, T, H, R]."""
         return jnp.einsum("bti,ihr->bthr", features, head.query[...].astype(features.dtype))
 
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
-        """Importance keys [B, T, K, R] from the keys after rotary."""
+        """The projected keys [B, T, K, R], from the keys after rotary."""
         return project_heads(view.k, head.key[...])

@@ -1,4 +1,4 @@
-"""Predictors by name. A fourth is one more file and one more row here."""
+"""Predictors by name. Another predictor is one more file and one more row here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ PREDICTORS: dict[str, type[Predictor]] = {p.kind: p for p in (Lookahead, Produce
 
 
 def make_predictor(base: BaseConfig, config: PredictorConfig, seed: int = 0) -> Predictor:
-    """A predictor with random parameters; use under jax.eval_shape to count them."""
+    """Make a predictor with random parameters. Under jax.eval_shape it takes no memory.
+
+    Raises:
+      ValueError: PREDICTORS lacks config.kind, or the base's sizes do not suit the predictor.
+    """
     if config.kind not in PREDICTORS:
         raise ValueError(f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")
     return PREDICTORS[config.kind](base, config, jax.random.key(seed))

@@ -1,12 +1,12 @@
-"""A predictor along the layers: capture at a producer layer, features at the start of a block, reuse within.
+"""A predictor along the layers: it captures at a producer layer and computes features once for a block.
 
-The one place where the schedule is carried out. Inside a mixer of `base_model.run_layers`:
+Every pass runs a predictor by these two functions, inside a mixer of `run_layers`:
 
-    state = walk.begin(predictor, x, context)
-    step = walk.step(predictor, state, view, context, attend)      for every layer
+    state = walk.begin(predictor, x, context)                      before layer 0
+    step = walk.step(predictor, state, view, context, attend)      at every layer
     q_imp = predictor.q_imp(step.head, step.features, view, context)
 
-It serves whole sequences (no cache) and one-token decoding (a trunk that attends keeps a cache) alike.
+A pass over whole sequences has no cache. Decoding has one where the trunk attends.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from butler_jax.model import LayerView, few_tokens
 from butler_jax.predictors.base import Context, Predictor, Schedule, at, schedule
 
 TrunkAttend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
-"""(this producer's cache or None, q, k, v each [B,T,H',D']) -> (output, new cache or None)."""
+"""(the producer's cache or None, q, k, v) -> (output, the new cache or None); q, k, v, output [B, T, heads, dim]."""
 
 
 class Walk(NamedTuple):
-    """What is carried from layer to layer.
+    """The predictor's state from layer to layer.
 
-    captured: what the latest producer layer handed over. features: of the block's producer; None where they
-    are the captured stream itself. cache: of the trunks' attention, stacked over producers; None without.
+    Attributes:
+      captured: what `capture` returned at the latest producer layer.
+      features: of the block's producer; None where they are the captured stream itself.
+      cache: of the trunks' attention, stacked over the producers; None without a cache.
     """
 
     captured: Float[Array, "B T E"]
@@ -39,7 +41,7 @@ class Walk(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A layer's part of the predictor: its head's parameters, its producer's features, its place."""
+    """The predictor at one layer: the head's parameters, the producer's features, the place and the next state."""
 
     head: Any
     features: Any
@@ -48,10 +50,13 @@ class Step(NamedTuple):
 
 
 def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cache: Any = None) -> Walk:
-    """The state before layer 0. x: any array of the shape and dtype of the residual stream.
+    """The state before layer 0.
 
-    cache: predictor.trunk_cache stacked over the N producers when decoding, None for a pass over whole
-    sequences.
+    Args:
+      predictor: the predictor to run.
+      x: any array of the residual stream's shape and dtype.
+      context: of the tokens of this pass.
+      cache: in decoding, predictor.trunk_cache stacked over the producers; otherwise None.
     """
     captured = jnp.zeros_like(x)
     if predictor.trunk is None:
@@ -75,10 +80,17 @@ def step(
     attend: TrunkAttend,
     dropout: Key[Array, ""] | None = None,
 ) -> Step:
-    """The predictor at the layer in view, and the state for the next layer.
+    """Run the predictor at the layer in view.
 
-    Layer 0 gets head 0 and means nothing there (place.serves is false): it is always dense. attend: how a
-    trunk with an attention of its own reaches earlier tokens; called once a block.
+    Layer 0 gets head 0, whose output must not be used (place.serves is false).
+
+    Args:
+      predictor: the predictor to run.
+      state: from `begin` or from the layer before.
+      view: the layer.
+      context: of the tokens of this pass.
+      attend: the attention of a trunk that has one; called once for each block.
+      dropout: a key in training, otherwise None.
     """
     place = schedule(predictor, view.index)
     features, cache = state.captured, state.cache

@@ -1,6 +1,6 @@
-"""Text to token ids and back.
+"""Text becomes token ids, and token ids become text.
 
-Prompts become rows of ids; new tokens become text piece by piece.
+Prompts become rows of ids. Generated tokens become text piece by piece.
 """
 
 import lazy_loader

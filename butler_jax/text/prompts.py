@@ -1,4 +1,4 @@
-"""Prompts as token ids, and new tokens as text, piece by piece."""
+"""Prompts become token ids, and generated tokens become text piece by piece."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 def encode(base: Base, prompts: Prompts) -> list[list[int]]:
-    """Token ids of every prompt.
+    """Encode prompts as token ids.
 
-    What spells a special token in a text becomes that token, as with the model's own tokenizer: give token ids where
-    that must not be. Raises ValueError for an empty prompt, ids out of range, half a character (a lone surrogate), or
-    text without a tokenizer.
+    A special token that is spelled out in a text becomes that token, as with the model's own tokenizer. Give token ids
+    where it must stay text.
+
+    Args:
+      base: its tokenizer encodes texts, and its vocabulary bounds the ids.
+      prompts: a text, a list of texts, a list of token ids, or a list of such lists.
+
+    Returns:
+      The token ids of every prompt; at least one prompt with at least one id each.
+
+    Raises:
+      ValueError: a prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or the
+        base has no tokenizer for a text.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -40,24 +50,31 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
             if not row and base.tokenizer.bos is not None:
                 row = [base.tokenizer.bos]
         else:
-            whole = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
-            if not whole:
+            ids = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
+            if not ids:
                 raise ValueError(f"prompt {number} must be a text or a list of token ids, got {shown(prompt)}")
             row = [int(token) for token in prompt]
         if not row:
-            raise ValueError(f"prompt {number} is empty, and nothing can follow nothing; give at least one token")
-        least, most = min(row), max(row)
-        if not (least >= 0 and most < base.config.vocab_size):
+            raise ValueError(f"prompt {number} is empty; give at least one token")
+        wrong = [token for token in row if not 0 <= token < base.config.vocab_size]
+        if wrong:
             raise ValueError(
-                f"prompt {number} has the token {least if least < 0 else most}; the vocabulary is 0 ... "
-                f"{base.config.vocab_size - 1}"
+                f"prompt {number} has the token {wrong[0]}; the vocabulary is 0 ... {base.config.vocab_size - 1}"
             )
         rows.append(row)
     return rows
 
 
-def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
-    """Ids that end a row. Raises ValueError for a text that is no token."""
+def stop_tokens(base: Base, stop: Sequence[int | str] | int | str | None) -> set[int]:
+    """The ids that end a row.
+
+    Args:
+      base: whose tokenizer and vocabulary are used.
+      stop: token ids or texts of single tokens, or one of them; None is the tokenizer's eos, if it has one.
+
+    Raises:
+      ValueError: a text is not a single token, or an id is out of range.
+    """
     if stop is None:
         eos = None if base.tokenizer is None else base.tokenizer.eos
         return set() if eos is None else {eos}
@@ -66,7 +83,7 @@ def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
         token = base.tokenizer.backend.token_to_id(one) if isinstance(one, str) and base.tokenizer else one
         if not isinstance(token, (int, np.integer)):
             raise ValueError(f"stop {one!r} is not a single token of {base.name}; give a token id")
-        if not (0 <= token < base.config.vocab_size):
+        if not 0 <= token < base.config.vocab_size:
             raise ValueError(
                 f"stop {token} is no token of {base.name}; its vocabulary is 0 ... {base.config.vocab_size - 1}"
             )
@@ -74,17 +91,17 @@ def stop_tokens(base: Base, stop: Sequence[int | str] | None) -> set[int]:
     return found
 
 
-WAITING = 16  # tokens that may hold one incomplete character, of four bytes at most; more are no text at all
+WAITING = 16  # tokens to wait for the rest of a character; a character has at most four bytes, so more are not text
 
 
 class Writer:
-    """Turns a row's tokens into text piece by piece; a character that is not complete yet waits for WAITING tokens."""
+    """Turns a row's tokens into text piece by piece. An incomplete character is held back for up to WAITING tokens."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.tokens, self.start, self.shown = tokenizer, [], 0, 0
 
     def add(self, token: int, last: bool) -> str:
-        """The text that this token completes; with the last one, all that is left."""
+        """The text that this token completes. With last=True, the held text too."""
         if self.tokenizer is None:
             return ""
         self.tokens.append(token)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a thin dataclass over the `tokenizers` library."""
+"""A thin dataclass over the `tokenizers` library: text becomes token ids, and token ids become text."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ MOST_BYTES = 256 << 20
 """The largest tokenizer.json that is read."""
 
 LONGEST_GROWTH = 4096
-"""How many times longer all replacements of a tokenizer may make a text together."""
+"""The factor by which all replacements of a tokenizer together may lengthen a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """A tokenizer together with its document borders.
+    """A tokenizer together with the tokens that begin and end a document.
 
-    `bos` and `eos` are token ids or None. `add_bos` tells whether a text starts with `bos` unless the caller
-    says otherwise.
+    Attributes:
+      backend: the tokenizer of the `tokenizers` library.
+      bos: id of the token that begins a document, or None.
+      eos: id of the token that ends a document, or None.
+      add_bos: whether `encode` puts `bos` first by default.
     """
 
     backend: tokenizers.Tokenizer
@@ -39,17 +42,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Reads a tokenizer from a Hugging Face directory (or from the path of its tokenizer.json).
+        """Read a tokenizer from a Hugging Face directory.
 
-        The ids of the first and last token of a text come from tokenizer_config.json, then
-        generation_config.json, then config.json. Whether a text starts with the first of them is said by
-        `add_bos_token`, or where that is absent by the post-processor of tokenizer.json. A dropout of merges that
-        tokenizer.json asks for, which is for training tokenizers' models, is turned off: a text has one encoding.
+        `bos` and `eos` come from tokenizer_config.json, then generation_config.json, then config.json. `add_bos` is
+        `add_bos_token`, or follows from the post-processor of tokenizer.json. The dropout of merges is turned off, so
+        that a text has one encoding.
+
+        Args:
+          directory: the directory, or the path of its tokenizer.json.
 
         Raises:
           FileNotFoundError: the directory or its tokenizer.json does not exist.
-          ValueError: a file cannot be read as what it should be, is a link that leaves the directory, or names a token
-            that the vocabulary lacks.
+          ValueError: a file is invalid, is a link that leaves the directory, or names a token that the vocabulary
+            lacks.
         """
         directory = Path(os.path.expanduser(directory))
         path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
@@ -68,7 +73,7 @@ class Tokenizer:
         _check_steps(raw, path)
         with named_errors(f"{path} is not a tokenizer.json that `tokenizers` can read"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        # Borders are added by `encode` alone, so they can never be doubled; no file may ask for a padded terabyte.
+        # `encode` alone adds bos, so it is never doubled. A file must not ask for padding to any length.
         backend.no_truncation()
         backend.no_padding()
         if isinstance(backend.model, models.BPE):
@@ -91,36 +96,40 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
+        """The number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def highest(self) -> int:
-        """The highest id; ids may leave gaps."""
+        """The highest id. It may be above vocab_size - 1, as ids may leave gaps."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
-        """Token ids of `text`. `bos` forces or forbids the first token; None does what the model's tokenizer
-        does.
+        """Encode a text as token ids.
 
-        What spells a special token in `text` becomes that token, as with the model's own tokenizer. Raises ValueError
-        where `bos=True` is asked and the tokenizer has no such token, and for a text that is not Unicode.
+        A special token that is spelled out in the text becomes that token, as with the model's own tokenizer.
+
+        Args:
+          text: the text.
+          bos: whether the token `bos` comes first; None is `add_bos`.
+
+        Raises:
+          ValueError: bos=True and the tokenizer has no such token, or the text contains a lone surrogate.
         """
         return [*self._first(bos), *self._encode(text).ids]
 
     def encode_with_offsets(self, text: str, bos: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids and, for each, the half-open range of characters it stands for; (0, 0) for the first
-        token."""
+        """The token ids and the half-open range of characters of each; (0, 0) for `bos`."""
         encoding = self._encode(text)
         first = self._first(bos)
         return [*first, *encoding.ids], [*[(0, 0)] * len(first), *encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; border tokens and other special tokens are left out."""
+        """The text of token ids, without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into the directory `path`, made if need be."""
+        """Write tokenizer.json and tokenizer_config.json into the directory `path`, which is created if need be."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -137,7 +146,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the text has half a character at {error.start}: decode its bytes as UTF-8") from None
+            raise ValueError(f"the text has half a character at {error.start}; decode its bytes as UTF-8") from None
         with named_errors("the tokenizer failed on this text"):
             return self.backend.encode(text, add_special_tokens=False)
 
@@ -147,17 +156,20 @@ class Tokenizer:
         if not bos:
             return []
         if self.bos is None:
-            raise ValueError("bos=True was asked, but this tokenizer has no token that begins a text.")
+            raise ValueError("bos=True needs a token that begins a text, and this tokenizer has none; leave bos out")
         return [self.bos]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> Tokenizer:
-    """Trains a byte-level BPE: any text can be encoded, digits stand alone, letter case is kept.
+    """Train a byte-level BPE. It encodes any text, keeps letter case, and gives each digit a token.
 
     Args:
-      texts: the texts to count pairs in, read once.
+      texts: the training texts, read once.
       vocab_size: number of ids, special tokens and the 256 bytes included.
-      special: special tokens, given the first ids; the first of them begins and ends documents.
+      special: special tokens, which get the first ids. The first of them begins and ends documents.
+
+    Raises:
+      ValueError: vocab_size is below the number of bytes and special tokens.
     """
     least = 256 + len(special)
     if vocab_size < least:
@@ -182,12 +194,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (E
 
 @contextmanager
 def named_errors(message: str) -> Iterator[None]:
-    """Whatever the tokenizers library raises becomes ValueError(message: reason)."""
+    """Turn every error of the tokenizers library into a ValueError "message: reason"."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a bare Exception, or a panic of Rust, which is no Exception
+    except BaseException as error:  # the library raises bare Exceptions, and Rust panics that are no Exceptions
         raise ValueError(f"{message}: {error}") from error
 
 
@@ -197,10 +209,10 @@ def _read_optional(directory: Path, name: str) -> dict[str, Any]:
 
 
 def _check_steps(raw: dict, path: Path) -> None:
-    """Raise ValueError for steps on a text that take memory without end.
+    """Raise ValueError for steps of a tokenizer.json that would take unbounded memory.
 
-    Replacements blow a text up: twenty steps a -> aa make a million of one. A table of characters names its own size,
-    which the library takes before it looks.
+    Replacements multiply: twenty steps a -> aa lengthen a text a million times. A precompiled table of characters
+    states its size, and the library allocates that size unchecked.
     """
     growth, left = 1, [part for key, part in raw.items() if key not in ("model", "added_tokens")]
     while left:
@@ -210,7 +222,7 @@ def _check_steps(raw: dict, path: Path) -> None:
             continue
         if part.get("type") == "Replace" and isinstance(part.get("content"), str):
             literal = isinstance(part.get("pattern"), dict) and bool(part["pattern"].get("String"))
-            growth *= max(1, len(part["content"]) + (not literal))  # a pattern may match nothing, between all letters
+            growth *= max(1, len(part["content"]) + (not literal))  # a pattern may match between all letters
         if part.get("type") == "ByteLevel":
             growth *= 2
         if part.get("type") == "Precompiled":
@@ -219,14 +231,14 @@ def _check_steps(raw: dict, path: Path) -> None:
             except ValueError:
                 raise ValueError(f"{path}: its precompiled_charsmap is not base64") from None
             size = int.from_bytes(table[:4], "little")
-            if not size <= max(len(table) - 4, 0):
+            if size > max(len(table) - 4, 0):
                 raise ValueError(f"{path}: its precompiled_charsmap of {len(table)} bytes claims {size}")
-        if not growth <= LONGEST_GROWTH:
+        if growth > LONGEST_GROWTH:
             raise ValueError(f"{path}: its replacements make a text over {LONGEST_GROWTH} times longer")
 
 
 def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) -> int | None:
-    """The id of the `bos` or `eos` token: by name, then by number (the first, where several are given)."""
+    """The id of the `bos` or `eos` token, by its name or else by its number (the first of several)."""
     token = named.get(f"{which}_token")
     if isinstance(token, dict):
         token = token.get("content")

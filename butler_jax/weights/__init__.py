@@ -1,6 +1,6 @@
-"""Stored models become base models: names in, parameters out.
+"""Stored models become base models.
 
-Hugging Face directories, GGUF files and the embedded model end in the same `Base`.
+Hugging Face directories, GGUF files and the embedded model all become a `Base`.
 """
 
 import lazy_loader

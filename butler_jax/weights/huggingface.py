@@ -1,4 +1,4 @@
-"""Hugging Face directories: config.json and safetensors files, never pickle and never code."""
+"""Hugging Face directories: config.json and safetensors files. Pickle files and code are never opened."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ PATTERNS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk: its configuration and its tensors under their Hugging Face names."""
+    """A stored model: its configuration, and its tensors by their Hugging Face names."""
 
     config: BaseConfig
     tensors: dict[str, StoredTensor]
 
 
 def open_directory(directory: Path) -> Source:
-    """Read the configuration and the headers of a Hugging Face directory; no weights yet.
+    """Read the configuration and the headers of a Hugging Face directory. Weights are read later, from its tensors.
 
-    Raises FileNotFoundError for a missing directory, config.json or safetensors file, and ValueError for a file that is
-    damaged or of an unsupported kind; each names the file.
+    Args:
+      directory: holds config.json, and model.safetensors or an index with its shards.
+
+    Raises:
+      FileNotFoundError: the directory, config.json or a safetensors file is missing; it is named.
+      ValueError: a file is damaged or not supported; it is named.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no such directory: {directory}")
@@ -64,7 +68,7 @@ def open_directory(directory: Path) -> Source:
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory's model.safetensors, or of the shards its index lists."""
+    """All tensors of a directory's model.safetensors, or of the shards that its index lists."""
     if single := file_in(directory, SINGLE):
         return open_safetensors(single)
     index = file_in(directory, INDEX)
@@ -78,10 +82,10 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         )
         raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}.{only}")
     placed = read_object(index).get("weight_map")
-    if not (isinstance(placed, dict) and bool(placed)):
+    if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{index} has no weight_map")
     for name in placed.values():
-        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
             raise ValueError(f"{index} names {shown(name)}, which is not a .safetensors file beside it")
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(placed.values())):
@@ -91,26 +95,26 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         found = open_safetensors(path)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise ValueError(f"{path} holds tensor {twice[0] if twice else ''} once more; another shard has it already")
+            raise ValueError(f"{path} holds tensor {twice[0]} once more; another shard has it already")
         tensors |= found
     lost = [name for name in placed if name not in tensors]
     if lost:
-        raise ValueError(f"{index} lists tensor {lost[0] if lost else ''}, which is in none of its files")
+        raise ValueError(f"{index} lists tensor {lost[0]}, which is in none of its files")
     return tensors
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, read from disk when asked for.
+    """The tensors of one safetensors file; their values are read on request.
 
-    The safetensors library reads the header and checks it: no byte range beyond the file, no overlap, no hole, none
-    that does not suit its shape and type. Raises ValueError naming the file.
+    The safetensors library checks the header: byte ranges lie within the file, leave no gap, do not overlap, and fit
+    the tensors' shapes and types. Raises ValueError naming the file where it finds a fault.
     """
     tensors = {}
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 (the library's handle is no dict)
             stored = file.get_slice(name)
             shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-            # An error only where it is asked for: buffers of other types may be harmless.
+            # Another type is an error only when the tensor is read, since buffers that the model ignores may have it.
             read = partial(_read_rows, path, name) if kind in TYPES else partial(_unsupported, path, name, kind)
             tensors[name] = StoredTensor(shape, read)
     return tensors
@@ -118,7 +122,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The library's handle of a file, for as short as possible: pages that it maps count as memory."""
+    """The library's handle of a file. It is closed soon, because the pages it maps count as memory."""
     try:
         with safe_open(path, framework="np") as file:
             yield file
@@ -138,7 +142,17 @@ def _unsupported(path: Path, name: str, kind: str, start: int, stop: int) -> np.
 
 
 def download(name: str) -> Path:
-    """Fetch a model of the hub, config, tokenizer and safetensors files only, and return its local directory."""
+    """Download the configuration, tokenizer and safetensors files of a model of the Hugging Face hub.
+
+    Args:
+      name: "organisation/name".
+
+    Returns:
+      The local directory.
+
+    Raises:
+      FileNotFoundError: the package huggingface_hub is missing, or the hub does not deliver the model.
+    """
     try:
         import huggingface_hub
     except ImportError as error:

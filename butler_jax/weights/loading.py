@@ -1,4 +1,4 @@
-"""load_base: a frozen base model from a directory, the hub, a .gguf file, or the one embedded in the package."""
+"""A frozen base model from a directory, the Hugging Face hub, a .gguf file, or the package itself (tiny)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ if TYPE_CHECKING:
     from butler_jax.text import Tokenizer
 
 TINY = Path(__file__).parent.parent / "tiny"
-FORMER_NAMES = {"sliding_window": "window", "sliding_layers": "windowed"}  # fingerprints were made of these
-SAMPLES = 256  # values of each parameter that a fingerprint looks at
+FORMER_NAMES = {"sliding_window": "window", "sliding_layers": "windowed"}  # the names that fingerprints are made of
+SAMPLES = 256  # values of each parameter in a fingerprint
 
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen language model with its tokenizer (None where it brings none) and what identifies it."""
+    """A frozen language model.
+
+    Attributes:
+      name: of its directory or file, its hub id, or "tiny".
+      model: the parameters.
+      tokenizer: None where the model comes without one.
+      fingerprint: the digest that checkpoints of predictors refer to.
+    """
 
     name: str
     model: BaseModel
@@ -52,16 +59,20 @@ class Base:
 def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardings | None = None) -> Base:
     """Load a base model.
 
-    spec: a Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name", a .gguf file, or "tiny",
-    the model embedded in this package. dtype: of the parameters; None is float32 on CPU and bfloat16 on accelerators.
-    shardings: (logical axes, shape) -> jax.sharding.Sharding of a parameter, as from sharding.shardings_for(mesh); None
-    puts everything on the default device.
+    Weights go tensor by tensor from the file to their devices, so the host needs memory for one layer besides the
+    parameters that it places on its own devices. Pickle files and code that come with a model are never opened.
 
-    Weights go tensor by tensor from the file to their devices: host memory stays under one layer's size above what is
-    placed. Neither pickle files nor code that a model brings are ever opened.
+    Args:
+      spec: a Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name", a .gguf file, or
+        "tiny", the model in this package.
+      dtype: of the parameters; None is float32 on CPU and bfloat16 on accelerators.
+      shardings: (logical axes, shape) -> Sharding of a parameter, as from parallel.shardings_for(mesh); None puts all
+        parameters on the default device.
 
-    Raises FileNotFoundError for files that do not exist and ValueError for files that are damaged, unsupported, or not
-    what the model's configuration says; headers, shapes and sizes are checked before memory is taken for weights.
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: a file is damaged, not supported, or does not match the configuration. Headers, shapes and sizes are
+        checked before memory is taken for weights.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -81,7 +92,7 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
 
 
 def _directory(spec: str) -> tuple[Path, str]:
-    """Local directory and name of a model that is not a .gguf file."""
+    """The local directory and the name of a model that is no .gguf file."""
     if spec == "tiny":
         if not (TINY / "model.safetensors").is_file():
             raise FileNotFoundError(
@@ -113,18 +124,18 @@ def _tokenizer(directory: Path) -> Tokenizer | None:
 def check_tokenizer(tokenizer: Tokenizer, config: BaseConfig, name: str) -> None:
     """Raise ValueError where a tokenizer has ids that the model has no embedding for."""
     most = max(tokenizer.highest, tokenizer.bos or 0, tokenizer.eos or 0)
-    if not most < config.vocab_size:
+    if most >= config.vocab_size:
         raise ValueError(
             f"{name}: its tokenizer has the id {most}, but the model has {config.vocab_size} embeddings: they do not "
-            "belong together; get both again, or take tokens that were added out of tokenizer.json"
+            "belong together; get both again, or remove added tokens from tokenizer.json"
         )
 
 
 def fingerprint(model: BaseModel) -> str:
-    """A short hexadecimal digest that tells models apart.
+    """A digest of 16 hexadecimal digits that identifies a model.
 
-    It covers the configuration and up to 256 evenly spaced values of every parameter, rounded to bfloat16: the same
-    model has the same fingerprint in float32 and bfloat16, on every device and under every sharding.
+    It covers the configuration and up to 256 evenly spaced values of every parameter, rounded to bfloat16. A model has
+    the same fingerprint in float32 and bfloat16, on every device and under every sharding.
     """
     digest = hashlib.sha256(json.dumps(_described(model.config), sort_keys=True).encode())
     arrays = {parameter_name(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
@@ -135,7 +146,7 @@ def fingerprint(model: BaseModel) -> str:
 
 
 def _described(config: BaseConfig | RopeConfig) -> dict:
-    """A configuration without what is at its default, so that a setting added later changes no fingerprint."""
+    """The settings that differ from their defaults, so that a setting added later changes no fingerprint."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return {

@@ -1,4 +1,4 @@
-"""Stored tensors -> parameters in their places: one tensor at a time, each device receiving only its own part."""
+"""Stored tensors become parameters on their devices, one tensor at a time; a device receives only its own part."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from butler_jax.model import FAMILIES, LOGICAL_AXES, BaseConfig, BaseModel
 BLOCK_BYTES = 8 << 20  # tables are read this many bytes at a time
 
 Shardings = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding | None]
-"""(logical axes, shape) -> where a parameter lies; None for the default device."""
+"""(logical axes, shape) -> the sharding of a parameter; None for the default device."""
 
-# Parameter -> tensor, as Hugging Face names them. Matrices are stored [outputs, inputs].
+# Parameter -> its tensor's Hugging Face name. Matrices are stored [outputs, inputs].
 TABLES = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -51,21 +51,21 @@ FUSED = {  # stored one below the other
     "self_attn.qkv_proj.weight": ("q", "k", "v"),
     "mlp.gate_up_proj.weight": ("gate", "up"),
 }
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of a matrix
-HARMLESS = ("rotary_emb.inv_freq",)  # recomputed from the configuration
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # how many leading axes are inputs
+HARMLESS = ("rotary_emb.inv_freq",)  # ignored: it follows from the configuration
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its shape, and read(start, stop), which returns these rows of its first axis."""
+    """A tensor in a file: its shape, and read(start, stop), which returns these rows along its first axis."""
 
     shape: tuple[int, ...]
     read: Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows first..first+rows-1 of the stored tensor `name`, which has `total` rows in all."""
+class StoredRows:
+    """The rows first ... first+rows-1 of the stored tensor `name`, which has `total` rows."""
 
     name: str
     first: int
@@ -74,22 +74,22 @@ class Part:
 
 
 def stored_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How a parameter (of one layer) lies in the file: matrices [outputs, inputs], vectors flat."""
+    """The stored shape of a parameter of one layer: [outputs, inputs] for a matrix, flat for a vector."""
     inputs = INPUT_AXES.get(parameter)
     if inputs:
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
     return shape if parameter in TABLES else (math.prod(shape),)
 
 
-def locate(config: BaseConfig, parameter: str, shapes: Mapping[str, tuple[int, ...]]) -> Part:
-    """Where a layer's parameter lies, the name without the layer's prefix; fused families share tensors."""
+def locate(config: BaseConfig, parameter: str, shapes: Mapping[str, tuple[int, ...]]) -> StoredRows:
+    """The rows that hold a layer's parameter; the name has no layer prefix. In fused families parameters share one."""
     rows = {name: stored_shape(name, shape[1:])[0] for name, shape in shapes.items()}
     if FAMILIES[config.family].fused:
         for name, members in FUSED.items():
             if parameter in members:
                 first = sum(rows[m] for m in members[: members.index(parameter)])
-                return Part(name, first, rows[parameter], sum(rows[m] for m in members))
-    return Part(LAYERS[parameter], 0, rows[parameter], rows[parameter])
+                return StoredRows(name, first, rows[parameter], sum(rows[m] for m in members))
+    return StoredRows(LAYERS[parameter], 0, rows[parameter], rows[parameter])
 
 
 def build_model(
@@ -100,11 +100,20 @@ def build_model(
     shardings: Shardings | None = None,
     source: str = "the model",
 ) -> BaseModel:
-    """A BaseModel whose parameters are the stored tensors, converted to dtype on their devices.
+    """Build a BaseModel from stored tensors, converted to dtype on their devices.
 
-    Host memory stays under one layer above what is placed on the host's own devices. Raises ValueError naming every
-    missing, unexpected or misshapen tensor, and for a model beyond the memory of the devices or the machine, before
-    anything is read; and naming a tensor with values that are not finite, or would not be in dtype.
+    The host needs memory for one layer besides the parameters that it places on its own devices.
+
+    Args:
+      config: of the model.
+      tensors: by their Hugging Face names.
+      dtype: of the parameters.
+      shardings: (logical axes, shape) -> Sharding; None puts all parameters on the default device.
+      source: the model's name in error messages.
+
+    Raises:
+      ValueError: before anything is read: a tensor is missing, unexpected or misshapen, or the model exceeds the memory
+        of the devices or the machine. While reading: a value is not finite, or is not finite in dtype.
     """
     abstract = jax.eval_shape(partial(BaseModel, config, dtype=dtype), jax.random.key(0))
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
@@ -124,7 +133,7 @@ def build_model(
                 "damaged or its training failed; get the model again"
             )
         narrower = float(jnp.finfo(rows.dtype).max) > largest
-        if narrower and not (-largest <= float(rows.min()) and float(rows.max()) <= largest):
+        if narrower and (float(rows.min()) < -largest or float(rows.max()) > largest):
             raise ValueError(
                 f"{source}: tensor {name} has values beyond {largest:.3g}, the largest of {jnp.dtype(dtype).name}, in "
                 f"rows {start} ... {stop - 1}: load it with dtype float32"
@@ -150,18 +159,18 @@ def build_model(
 
 
 def parameter_name(path: tuple) -> str:
-    """The parameter's name in LOGICAL_AXES, from its path in the module tree."""
+    """A parameter's name in LOGICAL_AXES, from its path in the module tree."""
     names = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
     return next(name for name in reversed(names) if name in LOGICAL_AXES)
 
 
 def layer_tensor(layer: int, name: str) -> str:
-    """Full name of a layer's tensor."""
+    """The full name of a layer's tensor."""
     return f"model.layers.{layer}.{name}"
 
 
 def check_tensors(config, tensors, shapes, places, source) -> None:
-    """Raise ValueError unless the stored tensors are exactly those the configuration describes."""
+    """Raise ValueError unless the stored tensors are exactly those of the configuration."""
     expected = {TABLES[name]: shape for name, shape in shapes.items() if name in TABLES}
     for name, part in places.items():
         shape = (part.total, *stored_shape(name, shapes[name][1:])[1:])
@@ -195,7 +204,7 @@ def check_tensors(config, tensors, shapes, places, source) -> None:
 def bytes_needed(
     shapes: Mapping[str, tuple[int, ...]], dtype: Any, shardings: Shardings | None
 ) -> dict[jax.Device, int]:
-    """Bytes of the parameters of these shapes on each of this process's devices; nothing is allocated for them."""
+    """The bytes of parameters of these shapes on each of this process's devices. Nothing is allocated for them."""
     needed: Counter[jax.Device] = Counter()
     default = jnp.zeros(()).devices()
     for name, shape in shapes.items():
@@ -207,22 +216,22 @@ def bytes_needed(
 
 
 def check_memory(needed: Mapping[jax.Device, int], source: str) -> None:
-    """Raise ValueError where a device has less memory than these bytes, or the machine than all its CPU devices need.
+    """Raise ValueError where a device, or the machine for all its CPU devices, has less memory than is needed.
 
-    What does not say how much memory it has passes.
+    A device or machine that does not report its memory passes.
     """
     on_cpu = [size for device, size in needed.items() if device.platform == "cpu"]
     for device, size in needed.items():
         limit = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
-        if limit is not None and not size <= limit:
+        if limit is not None and size > limit:
             raise ValueError(
-                f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {(limit or 0) / 1e9:.1f} "
-                "GB: split it over more devices (--mesh), or take a smaller model"
+                f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {limit / 1e9:.1f} GB: "
+                "split it over more devices (--mesh), or take a smaller model"
             )
     if on_cpu and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         each = f" ({max(on_cpu) / 1e9:.1f} GB on each of {len(on_cpu)} devices)" if len(on_cpu) > 1 else ""
-        if not sum(on_cpu) <= there:
+        if sum(on_cpu) > there:
             raise ValueError(
                 f"{source} needs {sum(on_cpu) / 1e9:.1f} GB for its weights{each}, and this machine has "
                 f"{there / 1e9:.1f} GB: split it over more machines (--mesh), or take a smaller model"
@@ -235,7 +244,7 @@ def _update(target: jax.Array, piece: jax.Array, start: tuple) -> jax.Array:
 
 
 class Slot:
-    """A parameter being filled piece by piece; every local device holds its own part of it."""
+    """A parameter that is filled piece by piece. Every local device holds its own part of it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None):
         self.shape, self.sharding = shape, sharding
@@ -250,7 +259,7 @@ class Slot:
         }
 
     def write(self, start: tuple[int, ...], piece: np.ndarray) -> None:
-        """Copy `piece` to position `start`; returns when the devices have it."""
+        """Copy `piece` to position `start`. Returns when the devices have it."""
         for device, box in self.boxes.items():
             overlap = [
                 (max(a, first), min(b, first + size))

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from butler_jax.model.decoder import forward
 from butler_jax.model.layers import rope_frequencies
 from butler_jax.weights import load_base
-from butler_jax.weights.gguf_tokenizer import WORD_SPLITTERS, byte_level_bpe, read_tokenizer
+from butler_jax.weights.gguf.tokenizer import WORD_SPLITTERS, byte_level_bpe, read_tokenizer
 from tests import reference_models
 
 TYPE = gguf.GGMLQuantizationType
@@ -169,7 +169,7 @@ def test_stored_types_round_no_more_than_their_step(kind, error, tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_are_read_as_the_library_dequantises_them(kind, tmp_path):
-    from butler_jax.weights.gguf import _read_rows
+    from butler_jax.weights.gguf.file import _read_rows
 
     block, size = gguf.GGML_QUANT_SIZES[TYPE[kind]]
     raw = np.random.default_rng(1).integers(0, 120, (37, 3 * size), dtype=np.uint8)  # no float16 is infinite

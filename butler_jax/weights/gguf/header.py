@@ -1,4 +1,4 @@
-"""A GGUF file's header, walked once before the gguf library reads it: the library believes every count and length."""
+"""Checks the header of a GGUF file before the library `gguf` reads it, since the library trusts counts and lengths."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from types import ModuleType
 
 from butler_jax.storage import shown
 
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> its bytes
 UINT32, STRING, ARRAY = 4, 8, 9
 MOST_VALUES = 1 << 21
-"""Metadata values in all; a vocabulary of 256,000 tokens has 1.3 million. The library takes some 200 bytes for each."""
+"""Metadata values of a file. A vocabulary of 256,000 tokens has 1.3 million; the library takes 200 bytes for each."""
 
 MOST_BYTES = 1 << 28
-"""Of the header; the largest vocabularies take some 10 MiB."""
+"""Bytes of a header. The largest vocabularies take some 10 MiB."""
 
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32
 
 
 def check_header(path: Path, gguf: ModuleType) -> None:
-    """Raise ValueError unless counts, lengths and tensors of the file fit into it and tensors do not overlap.
+    """Check that the counts, lengths and tensors of a GGUF file fit into it, and that tensors do not overlap.
 
-    Nothing is kept, and no more is looked at than the header has bytes.
+    The check keeps nothing in memory and reads the header once.
+
+    Args:
+      path: the file.
+      gguf: the library, for the sizes of its tensor types.
+
+    Raises:
+      ValueError: says what does not fit. Unknown tensor types and undecodable names raise ValueError or KeyError too.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data)
@@ -43,18 +50,18 @@ def check_header(path: Path, gguf: ModuleType) -> None:
                 if kind != UINT32:
                     raise ValueError("general.alignment is no uint32")
                 (alignment,) = walk.numbers("<I")
-                if not (alignment > 0 and alignment & (alignment - 1) == 0):
-                    raise ValueError(f"{alignment} is no alignment")
+                if alignment == 0 or alignment & (alignment - 1):
+                    raise ValueError(f"general.alignment must be a power of 2, got {alignment}")
             else:
                 walk.value(kind, key)
         ranges = _tensor_ranges(walk, tensors, gguf)
         start = -(-walk.at // alignment) * alignment
         end, before = 0, ""
         for first, count, name in sorted(ranges):
-            if not first >= end:
+            if first < end:
                 raise ValueError(f"tensors {shown(before)} and {shown(name)} overlap")
             end, before = first + count, name
-        if not start + end <= len(data):
+        if start + end > len(data):
             raise ValueError(f"tensor {shown(before)} ends beyond the file")
 
 
@@ -73,14 +80,14 @@ def _tensor_ranges(walk: _Walk, tensors: int, gguf: ModuleType) -> list[tuple[in
         shape = walk.numbers(f"<{dimensions}Q")
         kind, first = walk.numbers("<IQ")
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        if not (min(shape) > 0 and math.prod(shape) < 1 << 62 and shape[0] % block == 0):
+        if min(shape) == 0 or math.prod(shape) >= 1 << 62 or shape[0] % block:
             raise ValueError(f"tensor {shown(name)} cannot have the shape {list(reversed(shape))}")
         ranges.append((first, math.prod(shape) // block * size, name))
     return ranges
 
 
 class _Walk:
-    """A place in the file that only moves forward and never beyond the end."""
+    """A position in the file that moves forward; a step beyond the end raises ValueError."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at, self.values = data, 0, 0
@@ -91,9 +98,9 @@ class _Walk:
 
     def skip(self, count: int) -> None:
         self.at += count
-        if not self.at <= len(self.data):
+        if self.at > len(self.data):
             raise ValueError("it ends before its header does")
-        if not self.at <= MOST_BYTES:
+        if self.at > MOST_BYTES:
             raise ValueError(f"its header has more than {MOST_BYTES} bytes")
 
     def text(self) -> str:
@@ -103,7 +110,7 @@ class _Walk:
 
     def count(self, more: int) -> None:
         self.values += more
-        if not self.values <= MOST_VALUES:
+        if self.values > MOST_VALUES:
             raise ValueError(f"its header has more than {MOST_VALUES} values")
 
     def value(self, kind: int, key: str) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files: metadata becomes a Hugging Face style configuration, tensors get their Hugging Face names."""
+"""A GGUF file as a stored model: metadata becomes a Hugging Face configuration, tensors get Hugging Face names."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from butler_jax.model import FAMILIES, base_config
 from butler_jax.storage import number, shown, whole
-from butler_jax.weights.gguf_header import check_header
-from butler_jax.weights.gguf_tokenizer import read_tokenizer
+from butler_jax.weights.gguf.header import check_header
+from butler_jax.weights.gguf.tokenizer import read_tokenizer
 from butler_jax.weights.huggingface import Source
 from butler_jax.weights.placing import StoredTensor
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from butler_jax.text import Tokenizer
 
 FAMILY = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
-INTERLEAVED = ("llama", "mistral")  # architectures whose q and k rows lie as rotary pairs, not as halves
+INTERLEAVED = ("llama", "mistral")  # architectures that store the rows of q and k as rotary pairs, not as two halves
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 TYPES = (*PLAIN, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-BLOCK_VALUES = 1 << 20  # dequantised at a time
-MOST_FACTORS = 1 << 14  # of a rotary table, one for each pair of a head's dimensions
+BLOCK_VALUES = 1 << 20  # values that are dequantised at a time
+MOST_FACTORS = 1 << 14  # values of a rotary table, which has one for each pair of a head's dimensions
 
 TABLES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -50,8 +50,8 @@ PARTS = {
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
-def library() -> ModuleType:
-    """The `gguf` package; ValueError with what to install where it is absent."""
+def import_library() -> ModuleType:
+    """The package `gguf`. Raises ValueError with the command that installs it."""
     try:
         import gguf
     except ImportError as error:
@@ -60,20 +60,27 @@ def library() -> ModuleType:
 
 
 def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
-    """Read the metadata of a GGUF file: configuration, where its tensors lie, and its tokenizer; no weights yet.
+    """Read the metadata of a GGUF file. Weights are read later, from the tensors of the source.
 
-    Raises FileNotFoundError where there is no such file, and ValueError for a damaged file, an unsupported architecture
-    or tensor type, each naming the file.
+    Args:
+      path: a .gguf file.
+
+    Returns:
+      The configuration with the tensors, and the tokenizer (None where the file holds none).
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or its architecture or a tensor type is not supported; the file is named.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    gguf = library()
+    gguf = import_library()
     with path.open("rb") as file:
         begin = file.read(8)
     if begin[:4] != b"GGUF":
         raise ValueError(f"{path} is not a GGUF file: it does not begin with GGUF")
     if begin[4:6] == bytes(2):
-        raise ValueError(f"{path} has the byte order of another kind of machine; convert it")
+        raise ValueError(f"{path} is big-endian, which is not supported; convert it to little-endian")
     try:
         check_header(path, gguf)
         reader = gguf.GGUFReader(path)
@@ -104,7 +111,7 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
 
 
 def tensor_name(name: str, fused: bool) -> str:
-    """Hugging Face's name of a GGUF tensor; an unknown one keeps its own. fused: gate and up are one tensor."""
+    """The Hugging Face name of a GGUF tensor; an unknown tensor keeps its name. fused: gate and up are one tensor."""
     pieces = name.split(".")
     if len(pieces) == 4 and pieces[0] == "blk" and pieces[2] in PARTS:
         part = "mlp.gate_up_proj" if fused and pieces[2] == "ffn_up" else PARTS[pieces[2]]
@@ -113,9 +120,9 @@ def tensor_name(name: str, fused: bool) -> str:
 
 
 def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> dict[str, Any]:
-    """The metadata as a Hugging Face config.json would say it. Raises ValueError naming what is missing."""
+    """The metadata as the content of a Hugging Face config.json. Raises ValueError for a missing or invalid key."""
     architecture = fields.get("general.architecture")
-    if not (isinstance(architecture, str) and architecture in FAMILY):
+    if not isinstance(architecture, str) or architecture not in FAMILY:
         raise ValueError(
             f"unknown architecture {shown(architecture)} (general.architecture); supported: {', '.join(FAMILY)}"
         )
@@ -134,10 +141,10 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
     heads, width, context = size("attention.head_count"), size("embedding_length"), size("context_length")
     if "token_embd.weight" not in stored:
         raise ValueError("missing tensor token_embd.weight")
-    window = get("attention.sliding_window") or None
+    sliding_window = get("attention.sliding_window") or None
     family = FAMILY[architecture]
-    if family == "llama" and window:
-        family = "mistral"  # stored under the same architecture
+    if family == "llama" and sliding_window:
+        family = "mistral"  # GGUF gives both families the architecture llama
     head_dim = whole(get("attention.key_length") or width // heads, f"{architecture}.attention.key_length")
     rope = rope_values(get, stored, context)
     rotated = whole(get("rope.dimension_count", head_dim), f"{architecture}.rope.dimension_count")
@@ -156,7 +163,7 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         "tie_word_embeddings": "output.weight" not in stored,
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_gate.bias" in stored,
-        "sliding_window": window,
+        "sliding_window": sliding_window,
         "rope_parameters": {
             "rope_theta": get("rope.freq_base", 10000.0),
             "partial_rotary_factor": rotated / head_dim,
@@ -167,17 +174,17 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
 
 
 def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict[str, Any]:
-    """Rotary scaling in Hugging Face's spelling.
+    """The rotary settings as Hugging Face spells them; `get` reads a key of the metadata.
 
-    Llama 3's smoothed scaling is stored as one divisor per frequency; the same divisors as both sets of longrope
-    factors, with an attention factor of 1, are the same rotation.
+    GGUF stores Llama 3's smoothed scaling as one divisor per frequency. The result has them as both sets of longrope
+    factors with an attention factor of 1, which is the same rotation.
     """
 
     def factors(name: str) -> list[float]:
         if name not in stored:
             raise ValueError(f"missing tensor {name}")
         tensor = stored[name]
-        if not math.prod(tensor.shape) <= MOST_FACTORS:
+        if math.prod(tensor.shape) > MOST_FACTORS:
             raise ValueError(f"tensor {name} of shape {list(tensor.shape)} is no list of factors")
         return tensor.read(0, tensor.shape[0]).astype(np.float32).tolist()
 
@@ -205,7 +212,7 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
         return values | ({"attention_factor": attention_factor} if attention_factor else {})
     kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
     factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
-    if not factor > 0:
+    if factor <= 0:
         raise ValueError(f"rope.scaling.factor must be above 0, got {factor}")
     if kind == "none":
         return {"rope_type": "default"}
@@ -220,7 +227,7 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
         "beta_fast": get("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": get("rope.scaling.yarn_beta_slow", 1.0),
     }
-    if attention_factor and attention_factor != 1.0:  # stored without YaRN's own growth with the factor
+    if attention_factor and attention_factor != 1.0:  # GGUF stores it without YaRN's growth with the factor
         values["attention_factor"] = attention_factor * (0.1 * math.log(factor) + 1.0)
     return values
 
@@ -230,7 +237,7 @@ def _stored(path: Path, tensor: Any, gguf: ModuleType) -> StoredTensor:
     kind = tensor.tensor_type
     if kind.name not in TYPES:
         raise ValueError(f"{path}: tensor {tensor.name} has type {kind.name}; supported are {', '.join(TYPES)}")
-    if not len(shape) > 1 and kind.name not in PLAIN:
+    if len(shape) < 2 and kind.name not in PLAIN:
         raise ValueError(f"{path}: tensor {tensor.name} is one row of type {kind.name}; it must be {', '.join(PLAIN)}")
     return StoredTensor(shape, partial(_read_rows, path, int(tensor.data_offset), shape, kind, gguf))
 
@@ -238,7 +245,7 @@ def _stored(path: Path, tensor: Any, gguf: ModuleType) -> StoredTensor:
 def _read_rows(
     path: Path, offset: int, shape: tuple[int, ...], kind: Any, gguf: ModuleType, start: int, stop: int
 ) -> np.ndarray:
-    """Rows start..stop-1 in float32, float16 or bfloat16, dequantised a block of rows at a time."""
+    """Rows start ... stop-1 in float32, float16 or bfloat16, dequantised a block of rows at a time."""
     columns = math.prod(shape[1:])
     block, size = gguf.GGML_QUANT_SIZES[kind]
     row = columns * size // block
@@ -258,7 +265,7 @@ def _read_rows(
 
 
 def _halves(tensor: StoredTensor, heads: int, start: int, stop: int) -> np.ndarray:
-    """Rows of q or k [H*D, ...] from interleaved rotary pairs to two halves a head."""
+    """Rows start ... stop-1 of q or k [heads*D, E], reordered from interleaved rotary pairs to two halves a head."""
     rows = tensor.shape[0]
     order = np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
     return tensor.read(0, rows)[order[start:stop]]

@@ -12,9 +12,9 @@ from butler_jax.storage import fits, shown, whole
 if TYPE_CHECKING:
     from butler_jax.text import Tokenizer
 
-LONGEST_TOKEN = 2048  # characters; every way to cut a token in two is tried
-CONTROL, USER_DEFINED = 3, 4  # token types; the others are plain vocabulary
-WORDS = (  # how Llama 3 and Qwen 2 cut a text into words; they differ in the digits of a number
+LONGEST_TOKEN = 2048  # characters; the time to derive merges grows with the square of a token's length
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
+WORDS = (  # how Llama 3 and Qwen 2 split a text into words; they differ in the digits of a number
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -30,7 +30,7 @@ def _words(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, _byte_level(use_regex=False)])
 
 
-# tokenizer.ggml.pre -> how texts are cut into words before merging
+# tokenizer.ggml.pre -> how a text is split into words before merging
 WORD_SPLITTERS = {
     "default": _byte_level,
     "gpt-2": _byte_level,
@@ -41,9 +41,16 @@ WORD_SPLITTERS = {
 
 
 def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer that GGUF metadata describes; None where there is none.
+    """Make the tokenizer that the metadata of a GGUF file describes.
 
-    Raises ValueError for a kind of tokenizer or word splitting that is not supported, naming it.
+    Args:
+      fields: the metadata by key.
+
+    Returns:
+      The tokenizer; None where the metadata has none.
+
+    Raises:
+      ValueError: the kind of tokenizer or word splitting is not supported, or a field is missing or invalid.
     """
     from butler_jax.text import Tokenizer, named_errors
 
@@ -61,17 +68,21 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
     tokens = get("tokens")
     if not tokens:
         raise ValueError("the metadata lacks tokenizer.ggml.tokens")
-    types, merges = get("token_type") or [1] * len(tokens), get("merges") or []
+    types, merges = get("token_type") or [NORMAL] * len(tokens), get("merges") or []
     pre, scores, unknown = get("pre", "default"), get("scores"), get("unknown_token_id", 0)
-    for name, value, wanted in (
-        ("tokens", tokens, list[str]), ("merges", merges, list[str]), ("token_type", types, list[int]),
-        ("pre", pre, str), ("scores", scores, list[float] | None),
-    ):  # fmt: skip
-        if not fits(value, wanted):
+    wanted = {
+        "tokens": (tokens, list[str]),
+        "merges": (merges, list[str]),
+        "token_type": (types, list[int]),
+        "pre": (pre, str),
+        "scores": (scores, list[float] | None),
+    }
+    for name, (value, kind_of_value) in wanted.items():
+        if not fits(value, kind_of_value):
             raise ValueError(f"tokenizer.ggml.{name} cannot be {shown(value)}")
     longest = max(map(len, tokens))
-    if not longest <= LONGEST_TOKEN:
-        raise ValueError(f"a token has {longest} characters; none has more than {LONGEST_TOKEN}")
+    if longest > LONGEST_TOKEN:
+        raise ValueError(f"a token has {longest} characters; at most {LONGEST_TOKEN} are supported")
     if len(types) != len(tokens):
         raise ValueError(f"tokenizer.ggml has {len(tokens)} tokens, but {len(types)} types")
     with named_errors("the metadata describes no tokenizer that `tokenizers` can make"):
@@ -83,17 +94,17 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
                 raise ValueError("the metadata lacks tokenizer.ggml.scores")
             if len(scores) != len(tokens):
                 raise ValueError(f"tokenizer.ggml has {len(tokens)} tokens, but {len(scores)} scores")
-            if not whole(unknown, "unknown_token_id", least=0) < len(tokens):
-                raise ValueError(f"unknown_token_id {unknown} is no token")
+            if whole(unknown, "unknown_token_id", least=0) >= len(tokens):
+                raise ValueError(f"unknown_token_id {unknown} is no token; ids are 0 ... {len(tokens) - 1}")
             backend = sentencepiece_bpe(tokens, scores, types, unknown, prefix=bool(get("add_space_prefix", True)))
             add_bos = True
-        for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-            added = [
-                AddedToken(t, special=special, normalized=False)
-                for t, n in zip(tokens, types, strict=True)
-                if n == wanted
-            ]
-            (backend.add_special_tokens if special else backend.add_tokens)(added)
+
+        def added(kind: int, special: bool) -> list[AddedToken]:
+            chosen = (token for token, one in zip(tokens, types, strict=True) if one == kind)
+            return [AddedToken(token, special=special, normalized=False) for token in chosen]
+
+        backend.add_special_tokens(added(CONTROL, True))
+        backend.add_tokens(added(USER_DEFINED, False))
     bos, eos = (
         None if get(key) is None else whole(get(key), f"tokenizer.ggml.{key}", least=0)
         for key in ("bos_token_id", "eos_token_id")
@@ -103,7 +114,7 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
 
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
-    """BPE over bytes written as printable characters; `pre` names how texts are cut into words."""
+    """BPE over bytes that are written as printable characters; `pre` is a name in WORD_SPLITTERS."""
     if pre not in WORD_SPLITTERS:
         raise ValueError(
             f"unknown word splitting {shown(pre)} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}"
@@ -111,7 +122,7 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
     model = models.BPE(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=[tuple(merge.split(" ", 1)) for merge in merges],
-        ignore_merges=pre == "llama-bpe",  # a word that is in the vocabulary is taken whole
+        ignore_merges=pre == "llama-bpe",  # a word of the vocabulary becomes one token
     )
     backend = Backend(model)
     if pre == "qwen2":
@@ -124,14 +135,14 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
 def sentencepiece_bpe(
     tokens: list[str], scores: list[float], types: list[int], unknown: int, *, prefix: bool
 ) -> Backend:
-    """SentencePiece's BPE: of all neighbouring pieces, the pair whose union scores highest merges first.
+    """SentencePiece's BPE: of all neighbouring pairs, the one whose union has the highest score merges first.
 
-    prefix: a text begins with a space. What the pieces do not cover becomes bytes, <0x00> to <0xFF>.
+    Characters without a piece become the byte tokens <0x00> to <0xFF>. prefix: a space is put before the text.
     """
     vocab = {token: index for index, token in enumerate(tokens)}
     ranked = []
     for token, score, kind in zip(tokens, scores, types, strict=True):
-        if kind in (1, USER_DEFINED):
+        if kind in (NORMAL, USER_DEFINED):
             pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
             ranked += [(-score, vocab[a], vocab[b], a, b) for a, b in pairs if a in vocab and b in vocab]
     ranked.sort(key=lambda entry: entry[:3])
