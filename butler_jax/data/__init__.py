@@ -1,6 +1,6 @@
 """Documents become batches: tokenised, packed, shuffled, sharded and resumable.
 
-`sources` holds the documents and the tasks that are generated.
+`sources` holds the documents and the generated tasks.
 """
 
 import lazy_loader

@@ -1,10 +1,11 @@
-"""Documents to batches: tokenise, pack, shuffle, shard and resume, on grain.
+"""Documents become batches on grain: tokenised, packed, shuffled, sharded and resumable.
 
-Each row of the global batch is a stream of its own: row r reads documents r, r + B, r + 2B, ... of the
-shuffled, endless sequence of documents and packs them without padding. A process reads only the documents of
-its own rows, and the place of a row is a number of its own: so neither the batches nor the places depend on how
-many processes share them, whatever the source. A long document goes on in the same row of the next batch.
-Every process reads all of `text:` files once at the start, for their digest, and prepares a set that is not there yet.
+Each row of the global batch is a stream of its own. Row r reads the documents r, r + B, r + 2B, ... of the shuffled,
+endless sequence of documents and packs them without padding. A long document continues in the same row of the next
+batch. A process reads only the documents of its own rows, and each row's place in its stream is saved separately.
+Therefore neither the batches nor the saved places depend on the number of processes.
+
+At the start, every process reads all `text:` files once for their digest, and prepares a set that is not there yet.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from butler_jax.data.sources.prepared import open_prepared_set
 from butler_jax.text import Tokenizer
 
 Batch = dict[str, np.ndarray]
-"""{"tokens", "segments", "positions"}: int32 [B, T]. Segments number the documents of a row from 1, 0 is
-padding; positions restart at 0 in each document."""
+"""{"tokens", "segments", "positions"}, each int32 [B, T]. Segments number the documents of a row from 1, and 0 is
+padding. Positions start at 0 in each document."""
 
 SPECS = (
     "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG], "
@@ -35,12 +36,12 @@ SPECS = (
 )
 
 _ENDLESS = 1 << 31
-_PROBES = 48
-_BINS = 8  # rows open at a time where documents stay whole
+_PROBES = 48  # documents of a source whose mean length stands for all
+_BINS = 8  # rows that are packed at the same time where documents stay whole
 
 
 class Documents(Protocol):
-    """Random access to documents of text; content() is a digest that tells one text from another."""
+    """Random access to documents. content() is a digest of their text."""
 
     def __len__(self) -> int: ...
 
@@ -50,17 +51,18 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source of a data specification and its share of the text, or None for an equal share."""
+class SourceShare:
+    """One source of a data specification and its share of the text; None for an equal share."""
 
     source: str
     weight: float | None = None
 
 
-def parse_spec(spec: str) -> tuple[Part, ...]:
-    """The parts of a data specification such as `python_docs:0.7+coreference:0.3`.
+def parse_spec(spec: str) -> tuple[SourceShare, ...]:
+    """Read a data specification such as "python_docs:0.7+coreference:0.3".
 
-    Raises ValueError for what is none of SPECS.
+    Raises:
+      ValueError: a part is none of SPECS, or its weight is 0, infinite, or missing beside other weights.
     """
     parts = []
     for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
@@ -72,7 +74,7 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
         known = source in ("python_docs", "coreference", "coreference_short") or re.match(r"(text|tfds):.", source)
         if not known:
             raise ValueError(f"unknown data {source!r}; choose {SPECS}.")
-        parts.append(Part(source, weight))
+        parts.append(SourceShare(source, weight))
     weighted = [part.weight is not None for part in parts]
     if any(weighted) and not all(weighted):
         raise ValueError(f"data {spec!r}: give every part a weight (a:0.7+b:0.3) or none.")
@@ -80,16 +82,16 @@ def parse_spec(spec: str) -> tuple[Part, ...]:
 
 
 def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None) -> Documents:
-    """The documents of one source, prepared on first use.
+    """Open the documents of one source. A source that TFDS stores is prepared on first use.
 
     Args:
       spec: one of SPECS, without "+".
-      split: "train" or "test". Test documents are never among the training ones.
-      seed: the seed of `coreference`; the other sources do not depend on it.
-      data_dir: where prepared sets are kept, `gs://` included; None means TFDS_DATA_DIR or TFDS's own
-        default.
+      split: "train" or "test". No document is in both.
+      seed: of `coreference`; the other sources do not depend on it.
+      data_dir: where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
 
-    Raises ValueError or FileNotFoundError, saying what is wrong with the source.
+    Raises:
+      ValueError, FileNotFoundError: says what is wrong with the source.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
@@ -112,7 +114,7 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
 
 
 class _Coreference:
-    """The endless co-reference task as a source."""
+    """The co-reference task as a source without end."""
 
     def __init__(self, seed: int, split: str, short: bool):
         self._seed, self._split, self._short = seed, split, short
@@ -131,11 +133,11 @@ class _Coreference:
 
 
 class BatchIterator:
-    """An endless iterator of batches whose place can be saved and restored to the exact batch."""
+    """An endless iterator of batches. Its place can be saved and restored to the exact batch."""
 
     def __init__(self, dataset: grain.IterDataset, identity: dict[str, Any], rows: Sequence[int]):
         self._identity, self._rows = identity, rows
-        # The prefetching thread has to end with this object, and before the interpreter is taken down.
+        # The prefetching thread has to end with this object, and before the interpreter exits.
         self._held = [iter(dataset)]
         weakref.finalize(self, self._held.clear)
 
@@ -150,23 +152,26 @@ class BatchIterator:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the batches given so far, as a dictionary that `json` can write."""
+        """The place after the batches read so far, as a dictionary that JSON can hold."""
         places = self._iterator.get_state()["parents"]
         rows = {str(row): place for row, place in zip(self._rows, places, strict=True)}
         return json.loads(json.dumps({**self._identity, "rows": rows}))
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a place that `get_state` gave, in this or another process; it may hold more rows than are read here.
+        """Go to a place that `get_state` returned in this or another process.
 
-        Raises ValueError where the state comes from other data or other settings, or lacks rows; the difference is
-        named.
+        Args:
+          state: the place. It may hold more rows than this iterator reads.
+
+        Raises:
+          ValueError: the state is of other data or settings, or lacks a row; the difference is named.
         """
-        was = state.get("content", self._identity["content"])  # of older states it is not known
+        was = state.get("content", self._identity["content"])  # older states do not have it
         if was != self._identity["content"]:
             raise ValueError(
                 f"the data are not what the run was trained on: {self._identity['spec']} has the digest "
                 f"{', '.join(self._identity['content'])} and had {', '.join(was)} when the run was saved. Put the "
-                "former text back to go on, or start another run with another --run-dir."
+                "former text back to continue, or start another run with another --run-dir."
             )
         for key, value in self._identity.items():
             if key != "content" and state.get(key) != value:
@@ -193,28 +198,27 @@ def read_batches(
     rows: Sequence[int] | None = None,
     start_state: dict[str, Any] | None = None,
 ) -> BatchIterator:
-    """Endless batches of packed documents, shuffled anew by `seed` in each epoch.
+    """Read endless batches of packed documents, in another order in each epoch.
 
     Args:
-      spec: one of SPECS. Weights are shares of the text (characters), not of the documents.
-      tokenizer: documents begin with its `bos` where it adds one to a text, and end with its `eos` where it
-        has one.
-      length: tokens in a row, T. Documents that do not fit are cut; the rest opens a segment of its own in
-        the same row of the next batch.
-      batch_size: rows of the global batch, B.
-      seed: order of the documents, and the samples of `coreference`.
+      spec: one of SPECS. Weights are shares of the text in characters.
+      tokenizer: a document begins with its `bos` where `add_bos` is set, and ends with its `eos` where it has one.
+      length: T, tokens in a row. A document that does not fit is cut. The rest is a segment of its own in the same row
+        of the next batch.
+      batch_size: B, rows of the global batch.
+      seed: determines the order of the documents and the samples of `coreference`.
       split: "train" or "test".
-      data_dir: where prepared sets are kept, `gs://` included.
-      whole: keep a document that fits into a row in one piece, at the price of some padding.
-      rows: which rows of the global batch to read and give, where several processes share it; None means all.
-        What is in a row does not depend on them.
-      start_state: a place to start from, as given by `get_state`, of the same rows or more.
+      data_dir: where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
+      whole: keep each document that fits into a row in one piece. Rows then have some padding.
+      rows: the rows of the global batch to read, where several processes share it; None is all. The content of a row
+        does not depend on them.
+      start_state: the place to start from, as `get_state` returns it, with these rows or more.
 
     Returns:
-      An iterator of dictionaries of int32 arrays [number of rows, T]: "tokens", "segments" and "positions".
+      An iterator of batches with the given rows.
 
     Raises:
-      ValueError, FileNotFoundError: what is wrong with the data or the sizes.
+      ValueError, FileNotFoundError: says what is wrong with the data or the sizes.
     """
     if length < 2:
         raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
@@ -229,12 +233,12 @@ def read_batches(
     ordered = []
     for number, source in enumerate(sources):
         dataset = grain.MapDataset.source(source)
-        if not isinstance(source, _Coreference):  # its samples are independent already
+        if not isinstance(source, _Coreference):  # its samples are independent of each other
             dataset = dataset.shuffle(seed=(seed * 1_000_003 + number) % (1 << 32))
         ordered.append(dataset.repeat())
     streams = []
     for row in rows:
-        # Sliced before they are mixed: the pattern of the mixture would otherwise fall in step with the rows.
+        # Sources are sliced before they are mixed, so that the mixture's pattern is independent of the rows.
         own = [dataset[row::batch_size] for dataset in ordered]
         mixed = own[0] if len(own) == 1 else grain.MapDataset.mix(own, weights)
         streams.append(_packed(mixed, tokenizer, length, whole))
@@ -267,9 +271,16 @@ def read_held_out(
     seed: int = 0,
     data_dir: str | None = None,
 ) -> list[Batch]:
-    """The same `count` batches [batch_size, length] of the split "test" at every call, for validation.
+    """Read the first `count` batches of the split "test", for validation. Every call returns the same batches.
 
-    Fewer are returned where the held-out text ends sooner; what is missing in the last of them is padding.
+    Arguments are those of `read_batches`.
+
+    Returns:
+      The batches [batch_size, length]. There are fewer where the held-out text ends, and the last may have rows of
+      padding.
+
+    Raises:
+      ValueError, FileNotFoundError: says what is wrong with the data or the sizes.
     """
     if count < 1 or batch_size < 1 or length < 2:
         raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
@@ -304,14 +315,14 @@ class _Pieces(grain.experimental.FlatMapTransform):
 
 
 def _packed(documents: grain.MapDataset, tokenizer: Tokenizer, length: int, whole: bool = False) -> grain.IterDataset:
-    """Tokenises whole documents, read one after the other, and packs them into rows of `length`."""
+    """Tokenise documents in order and pack them into rows of `length` tokens."""
     end = [] if tokenizer.eos is None else [tokenizer.eos]
 
     def tokenise(text: str) -> dict[str, np.ndarray]:
         return {"tokens": np.asarray([*tokenizer.encode(text), *end], dtype=np.int32)}
 
     tokens = documents.filter(lambda text: not text.isspace() and text != "").map(tokenise)
-    # Read in place: one thread further on prefetches whole batches.
+    # No threads here, since another thread prefetches whole batches.
     one_by_one = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     stream, shape = tokens.to_iter_dataset(one_by_one), {"tokens": length}
     if whole:
@@ -327,8 +338,8 @@ def _stack(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
     return {name: np.stack([row[key] for row in rows]) for name, key in names.items()}
 
 
-def _document_weights(parts: Sequence[Part], sources: Sequence[Documents]) -> list[float]:
-    """How often a document of each part is drawn, so that the text has the shares asked for."""
+def _document_weights(parts: Sequence[SourceShare], sources: Sequence[Documents]) -> list[float]:
+    """How often a document of each source is drawn, so that its text has its share."""
     weights = []
     for part, source in zip(parts, sources, strict=True):
         step = max(len(source) // _PROBES, 1)
@@ -338,7 +349,7 @@ def _document_weights(parts: Sequence[Part], sources: Sequence[Documents]) -> li
 
 
 def _with_tuples(state: Any) -> Any:
-    """grain's packer compares its slices as tuples, which JSON turns into lists."""
+    """A state of grain's packer with its slices as tuples again; JSON turns them into lists."""
     if isinstance(state, dict):
         restored = {key: _with_tuples(value) for key, value in state.items()}
         if slices := restored.get("remainder_slices"):

@@ -118,7 +118,7 @@ def test_python_docs_reads_sources_without_importing_them(tmp_path, monkeypatch)
     (package / "broken.py").write_text("def (:")
     monkeypatch.setattr(python_docs, "LIBRARIES", ())
     monkeypatch.setattr(python_docs.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    documents = dict(python_docs.documents())
+    documents = dict(python_docs.read_documents())
     # The second copy of `long`, as the docstring of A, is left out.
     assert documents == {
         "topic loops": long.strip() + "\n",
@@ -169,10 +169,10 @@ def test_documents_end_at_the_end_of_text_mark_and_at_json_lines(tmp_path):
     (tmp_path / "skipped.csv").write_text("1,2")
     files = text.find_files([tmp_path])
     assert [file.name for file in files] == ["a.txt", "b.jsonl"]
-    plain = list(text.passages(files[0]))
+    plain = list(text.read_passages(files[0]))
     assert [passage for _, passage in plain[:2]] == ["one one\n", "two\n\nmore"]
     assert [split for split, _ in plain] == sorted((split for split, _ in plain), reverse=True)
-    records = list(text.passages(files[1]))
+    records = list(text.read_passages(files[1]))
     assert [passage for _, passage in records] == [f"record {i} é" for i in range(50)]
     assert 1 <= sum(split == "test" for split, _ in records) <= 6
 

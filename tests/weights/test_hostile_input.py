@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save, save_file
 from benchmarks.fuzz_targets import CONFIG, tokenizer_file, weights, write_gguf, write_model
 from butler_jax.data.batches import parse_spec
 from butler_jax.data.sources.prepared import open_prepared_set
-from butler_jax.data.sources.text import passages
+from butler_jax.data.sources.text import read_passages
 from butler_jax.evaluation.cells import Kept
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.tasks.local_tasks import read_samples
@@ -725,7 +725,7 @@ def test_a_line_that_is_no_sample_is_named_with_its_number(tmp_path, line):
     path = tmp_path / "text.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"text\.jsonl.*line 2"):
-        list(passages(path))
+        list(read_passages(path))
 
 
 def test_a_giant_line_is_refused_without_being_read(tmp_path):

@@ -1,1 +1,1 @@
-"""Where documents come from: text files, TFDS sets, documentation of Python, and generated tasks."""
+"""Sources of documents: text files, TFDS sets, the documentation of Python, and generated tasks."""

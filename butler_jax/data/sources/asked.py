@@ -1,4 +1,4 @@
-"""What the long-context tasks share: a text whose answers are asked for, as tokens with a mask, of a given length."""
+"""The common part of the long-context tasks: a text of a given length, and a mask of the tokens to predict in it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class AskedSample:
-    """A text and what a model has to predict in it.
+    """A text and the answers that a model has to predict in it.
 
-    text[start:end] of each span in `spans` is an answer. tokens: ids of the text, with the first token that the
-    tokenizer adds. asked: for each token, whether it belongs to an answer.
+    Attributes:
+      text: the text, answers included.
+      spans: half-open ranges of characters; text[start:end] is an answer.
+      tokens: the token ids of the text, with `bos` where the tokenizer adds it.
+      asked: for each token, whether it belongs to an answer.
     """
 
     text: str
@@ -30,9 +33,9 @@ class AskedSample:
 
 
 def asked_tokens(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-    """Token ids of `text` and, for each, whether it belongs to one of the spans of characters.
+    """The token ids of a text and, for each, whether it belongs to one of the spans of characters.
 
-    The space before a span belongs to it, also as a token of its own.
+    The space before a span counts as part of it, also where it is a token of its own.
     """
     tokens, offsets = tokenizer.encode_with_offsets(text)
     asked = [False] * len(tokens)
@@ -42,10 +45,13 @@ def asked_tokens(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tupl
     return tokens, asked
 
 
-def largest(size: Callable[[int], int], most: int, length: int) -> int:
-    """The largest number in 0 ... most whose size is at most `length`, found by interpolation; -1 where none is.
+def find_largest(size: Callable[[int], int], most: int, length: int) -> int:
+    """The largest number in 0 ... most with size(number) <= length, found by interpolation; -1 where there is none.
 
-    size: grows with the number, nearly in proportion; a step that shrinks it may hide a larger number.
+    Args:
+      size: grows with the number, nearly in proportion. Where it shrinks in between, a smaller number may be found.
+      most: the largest number to try.
+      length: the bound of the size.
     """
     low, high = 0, most
     small, great = size(low), size(high)

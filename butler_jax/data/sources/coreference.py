@@ -1,9 +1,9 @@
-"""The co-reference task: a place is named, left for other matters, and has to be named again at the end.
+"""The co-reference task: a text names a place, turns to other subjects, and has to name the place again at the end.
 
-TokenButler, arXiv 2503.07518, section 4. All sentences and names are this project's own. A sample is about
-250 words: an introduction that names a place, sentences on philosophy, food and arithmetic, a question that
-leads back to the place, and its name as the last words. A sample follows from (seed, index, split) alone, so
-there is no end of them.
+The task is that of TokenButler, arXiv 2503.07518, section 4. All sentences and names are this project's own. A sample
+has about 250 words: an introduction that names a place, sentences on philosophy, food and arithmetic, a question about
+the place, and its name as the last words. The seed, the index and the split determine a sample, and there are samples
+without end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from butler_jax.data.sources.asked import asked_tokens
 from butler_jax.text import Tokenizer
 
 WORDS = (220, 280)
-"""The least and the greatest number of words of a sample."""
+"""The least and the largest number of words of a sample."""
 
 _AIM = 250
 _GENERIC_SHARE = 0.25
@@ -31,7 +31,14 @@ _CODA_SHARE = 0.75
 
 @dataclass(frozen=True)
 class CoreferenceSample:
-    """One sample. `text[last_start:]` is `name`, first met at `name_start`; offsets count characters."""
+    """One sample.
+
+    Attributes:
+      text: the text, with the name at its end.
+      name: the place.
+      name_start: the character where the name begins for the first time.
+      last_start: the character where it begins for the last time; text[last_start:] is the name.
+    """
 
     text: str
     name: str
@@ -41,7 +48,7 @@ class CoreferenceSample:
 
 @dataclass(frozen=True)
 class Sentences:
-    """The written sentences: introductions with their question, arithmetic with its operation."""
+    """The sentences of the task: introductions with their question, arithmetic templates with their operation."""
 
     introductions: tuple[tuple[str, str], ...]
     questions: tuple[str, ...]
@@ -52,7 +59,7 @@ class Sentences:
 
 @functools.cache
 def sentences() -> Sentences:
-    """All sentences, read once from the text files beside this module."""
+    """All sentences, from the text files beside this module."""
 
     def lines(name: str) -> list[str]:
         text = (files("butler_jax.data.sources") / f"coreference_{name}.txt").read_text(encoding="utf-8")
@@ -71,11 +78,17 @@ def sentences() -> Sentences:
 
 
 def sample(seed: int, index: int, split: str = "train", *, short: bool = False) -> CoreferenceSample:
-    """The sample with this index; names of the splits "train" and "test" are disjoint.
+    """Make the sample with this index.
 
-    short: up to five facts of the place one after the other, each asked back, and at most a few sentences before the
-    last question; a model that is trained from nothing learns to look back on these first. Raises ValueError for
-    another split.
+    Args:
+      seed: with `index` and `split`, determines the sample.
+      index: of the sample.
+      split: "train" or "test", whose names are disjoint.
+      short: make an easier sample, from which a model that is trained from scratch learns first: up to five facts of
+        the place, each asked back at once, and at most a few sentences before the last question.
+
+    Raises:
+      ValueError: the split is neither of the two.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
@@ -93,7 +106,7 @@ def sample(seed: int, index: int, split: str = "train", *, short: bool = False) 
         (written.arithmetic, lambda line: arithmetic_sentence(random, *line)),
     ]
     random.shuffle(kinds)
-    # Sentences are taken in turns from the three kinds, so that the parts are about equally long.
+    # Sentences are taken from the three kinds in turn, so that the parts are about equally long.
     parts: list[list[str]] = [[], [], []]
     pools = [iter(random.sample(lines, 16)) for lines, _ in kinds]
     words = len(f"{introduction} {question} {name}".split())
@@ -116,12 +129,12 @@ def sample(seed: int, index: int, split: str = "train", *, short: bool = False) 
 
 
 def name_split(name: str) -> str:
-    """The split that a place's name belongs to: by the parity of a hash, so half of all names each."""
+    """The split of a place's name by the parity of a hash; each split has half of all names."""
     return "test" if hashlib.sha256(name.encode()).digest()[0] % 2 else "train"
 
 
 def invented_name(random: Random, split: str) -> str:
-    """Two invented words of two or three syllables, such as "velmora quithas", of the split "train" or "test"."""
+    """A name of the split "train" or "test": two invented words of two or three syllables, as in "velmora quithas"."""
     while True:
         counts = (random.choice((2, 2, 3)), random.choice((2, 2, 3)))
         name = " ".join(invented_word(random, count) for count in counts)
@@ -130,14 +143,14 @@ def invented_name(random: Random, split: str) -> str:
 
 
 def invented_word(random: Random, syllables: int) -> str:
-    """A word of no language, in lower case."""
+    """An invented word in lower case."""
     onsets, vowels, codas = _ONSETS.split(), _VOWELS.split(), _CODAS.split()
     word = "".join(random.choice(onsets) + random.choice(vowels) for _ in range(syllables))
     return word + (random.choice(codas) if random.random() < _CODA_SHARE else "")
 
 
 def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
-    """Fills a template with random numbers that make it true.
+    """Fill a template with random numbers that make it true.
 
     Operations: add (a+b=c), sub (a-b=c), mul (a*b=c), div (a/b=c), rest (a = b*c + d with 0 < d < b),
     three (a+b+c=d), net (a+b-c=d), double (2a=b), square (a*a=b), percent (b per cent of a is c).
@@ -181,16 +194,15 @@ def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
 
 
 def last_mention_mask(tokenizer: Tokenizer, sample: CoreferenceSample) -> tuple[list[int], list[bool]]:
-    """Token ids of the sample and, for each, whether it belongs to the last mention of the name.
+    """The token ids of a sample and, for each, whether it belongs to the last mention of the name.
 
-    The space before the name belongs to it, also as a token of its own. The marked tokens are what a model
-    has to predict.
+    A model has to predict these tokens. The space before the name counts as part of it, also as a token of its own.
     """
     return asked_tokens(tokenizer, sample.text, [(sample.last_start, len(sample.text))])
 
 
 def mention_distance(tokenizer: Tokenizer, sample: CoreferenceSample) -> int:
-    """Tokens between the first mention of the name and the last: how far a model has to look back."""
+    """The number of tokens between the first and the last mention of the name."""
     _, offsets = tokenizer.encode_with_offsets(sample.text)
     first_end = sample.name_start + len(sample.name)
     return sum(first_end <= start and end < sample.last_start for start, end in offsets)

@@ -1,9 +1,10 @@
-"""A needle in a haystack: one invented statement within a long text, asked for at the end.
+"""The needle in a haystack: one invented statement within a long text is asked for at the end.
 
 The test was made known by Greg Kamradt (github.com/gkamradt/LLMTest_NeedleInAHaystack, 2023) and is part of RULER,
-arXiv 2404.06654. The haystack is any text; statements, questions and answers are this project's own. A sample follows
-from the haystack, (seed, index) and its length and depth alone; depth and length change neither its statement nor
-where the haystack begins.
+arXiv 2404.06654. The haystack is any text. Statements, questions and answers are this project's own.
+
+The haystack, the seed, the index, the length and the depth determine a sample. Its statement and the place where the
+haystack begins depend on neither length nor depth.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from random import Random
 
-from butler_jax.data.sources.asked import AskedSample, asked_tokens, largest
+from butler_jax.data.sources.asked import AskedSample, asked_tokens, find_largest
 from butler_jax.data.sources.coreference import invented_name, invented_word, sentences
 from butler_jax.text import Tokenizer
 
 KINDS = ("place", "number", "word")
-"""place: a place of two invented words, with statements and questions of the co-reference task. number: five digits.
-word: one invented word."""
+"""The answer is a place (two invented words, with statements and questions of the co-reference task), a number of five
+digits, or one invented word."""
 
 LEAST_HAYSTACK = 16
-"""Tokens of text that a needle has around it, at least."""
+"""The least number of tokens around a needle."""
 
 _NUMBERS = (
     ("The secret number of the {thing} is {answer}.", "What is the secret number of the {thing}? "),
@@ -36,20 +37,26 @@ _WORDS = (
     ("The first owner of the {thing} was {answer}.", "Who was the first owner of the {thing}? "),
     ("The only visitor who asked about the {thing} was {answer}.", "Who was the visitor who asked about the {thing}? "),
 )
-_THINGS = (
-    "green cupboard", "old lighthouse", "copper kettle", "third drawer", "glass piano", "northern gate", "paper boat",
-    "clock tower", "blue suitcase", "empty aviary", "winter garden", "stone bridge", "silver bicycle", "brick oven",
-)  # fmt: skip
+_THINGS = tuple(
+    "green cupboard,old lighthouse,copper kettle,third drawer,glass piano,northern gate,paper boat,"
+    "clock tower,blue suitcase,empty aviary,winter garden,stone bridge,silver bicycle,brick oven".split(",")
+)
 _SENTENCE_END = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s+|\n\s*\n")
-_NEAR = 32  # tokens within which the border of a sentence is looked for
+_NEAR = 32  # greatest distance in tokens from the wanted depth to the end of a sentence
 _STRIDE = 8  # tokens without a space after which a word may be cut
-_TRIES = 1000
+_TRIES = 1000  # answers that are drawn before the haystack is refused
 
 
 @dataclass(frozen=True)
 class NeedleSample(AskedSample):
-    """kind: one of KINDS. statement: the needle. place: tokens before it. depth: the share of the haystack's tokens
-    that lies before it, as reached."""
+    """A sample with its needle.
+
+    Attributes:
+      kind: one of KINDS.
+      statement: the needle.
+      place: tokens before the needle.
+      depth: the share of the haystack's tokens before the needle, as reached.
+    """
 
     kind: str
     statement: str
@@ -67,18 +74,29 @@ def sample(
     index: int = 0,
     kind: str | None = None,
 ) -> NeedleSample:
-    """The sample of this index: at most `length` tokens, and fewer by a word of the haystack at most.
+    """Make the sample of this index. It is at most `length` tokens long, and shorter by at most one word.
 
-    haystack: text, read from a sentence drawn at random, and again from its beginning where it ends too soon. depth: 0
-    puts the needle first, 1 last, between them at the border of a sentence nearest to that share of the haystack's
-    tokens; at that of a word where no sentence ends near. kind: one of KINDS; None takes them in turn. The answer does
-    not occur in the haystack. Raises ValueError for an empty haystack, a length too short for the needle and
-    LEAST_HAYSTACK tokens around it, and another depth or kind.
+    Args:
+      tokenizer: counts the tokens.
+      haystack: text. It is read from a random sentence on, and from its beginning again where it ends.
+      length: of the whole sample in tokens.
+      depth: share of the haystack's tokens before the needle, from 0 to 1. The needle goes between the two sentences
+        nearest to it, or between two words where no sentence ends near.
+      seed: with `index`, determines the sample.
+      index: of the sample.
+      kind: one of KINDS; None takes them in turn.
+
+    Returns:
+      The sample. Its answer does not occur in the haystack.
+
+    Raises:
+      ValueError: the haystack is empty, the length is too short for the needle and LEAST_HAYSTACK tokens around it, or
+        the depth or kind is invalid.
     """
     haystack = haystack.strip()
     if not haystack:
         raise ValueError("the haystack is empty: a needle needs text around it; give some prose")
-    if not (0 <= depth <= 1):
+    if not 0 <= depth <= 1:
         raise ValueError(f"the depth of a needle is a share of the haystack from 0 to 1, got {depth}")
     kind = KINDS[index % len(KINDS)] if kind is None else kind
     if kind not in KINDS:
@@ -97,30 +115,36 @@ def sample(
         return len(tokenizer.encode(f"{put(number)[0]}\n\n{question} {answer}"))
 
     least = size(0) + LEAST_HAYSTACK
-    if not length >= least:
+    if length < least:
         raise ValueError(f"{length} tokens are too short for this needle and its question; give at least {least}")
-    filled, at = put(largest(size, len(cuts) - 1, length))
+    filled, at = put(find_largest(size, len(cuts) - 1, length))
     whole = f"{filled}\n\n{question} {answer}"
-    tokens, asked = asked_tokens(tokenizer, whole, [(len(whole) - len(answer), len(whole))])
+    answer_span = (len(whole) - len(answer), len(whole))
+    tokens, asked = asked_tokens(tokenizer, whole, [answer_span])
     offsets = tokenizer.encode_with_offsets(whole)[1]
     place = sum(end <= at for _, end in offsets)
-    first = sum(end == 0 for _, end in offsets)  # what the tokenizer begins a text with
+    first = sum(end == 0 for _, end in offsets)  # the token bos, where there is one
     after = sum(at + len(statement) <= start and end <= len(filled) for start, end in offsets)
-    reached = (place - first) / max(place - first + after, 1)
     return NeedleSample(
-        text=whole, spans=((len(whole) - len(answer), len(whole)),), tokens=tuple(tokens), asked=tuple(asked),
-        kind=kind, statement=statement, place=place, depth=reached,
-    )  # fmt: skip
+        text=whole,
+        spans=(answer_span,),
+        tokens=tuple(tokens),
+        asked=tuple(asked),
+        kind=kind,
+        statement=statement,
+        place=place,
+        depth=(place - first) / max(place - first + after, 1),
+    )
 
 
 def _needle(random: Random, kind: str, text: str) -> tuple[str, str, str]:
-    """Statement, question up to the answer, and an answer that is not in the text."""
+    """A statement, its question up to the answer, and an answer that is not in the text."""
     if kind == "place":
         statement, question = random.choice(sentences().introductions)
         statement, question = statement.replace("{name}", "{answer}"), f"{question[: question.rindex('?')]}? "
     else:
         statement, question = random.choice(_NUMBERS if kind == "number" else _WORDS)
-    # A question ends in the words that come before the answer in the statement.
+    # The question ends with the words before the answer in the statement.
     question += statement[: statement.index(" {answer}")]
     thing, lower = random.choice(_THINGS), text.lower()
     for _ in range(_TRIES):
@@ -137,7 +161,7 @@ def _answer(random: Random, kind: str) -> str:
 
 
 def _sentence_start(haystack: str, random: Random) -> int:
-    """Where the first sentence after a place drawn at random begins; 0 where none does."""
+    """Where the first sentence after a random place begins; 0 where none does."""
     found = _SENTENCE_END.search(haystack, int(random.random() * len(haystack)))
     return found.end() if found and found.end() < len(haystack) else 0
 
@@ -182,7 +206,7 @@ def _border(kept: str, ends: list[int], depth: float) -> int:
 
 
 def _with_needle(kept: str, at: int, statement: str) -> tuple[str, int]:
-    """The haystack with the needle before its character `at`, and where the needle begins; a broken end gets dots."""
+    """The haystack with the needle before its character `at`, and where the needle begins. A cut end gets dots."""
     head, tail = kept[:at], kept[at:]
     dots = "" if not kept or kept[-1] in ".!?" else " ..."
     if not tail.strip():

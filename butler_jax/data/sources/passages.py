@@ -1,4 +1,4 @@
-"""What the prepared sets share: passages of text in array_record, written once by TFDS without TensorFlow."""
+"""The common part of the prepared sets: passages of text in array_record, written once by TFDS without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from etils import epath
 from google.protobuf import json_format
 
 PASSAGE_CHARACTERS = 16_000
-"""A passage is cut at the last paragraph border before it grows beyond this."""
-
+"""The longest passage. A longer text is cut, at the end of a paragraph where possible."""
 
 PROBES = 64
-"""Documents of a set that its digest covers."""
+"""The number of documents in a set's digest."""
 
 
 class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base of the TFDS builders of this package: records {"text", "source"}, in reading order.
+    """Base class of the package's TFDS builders. Records are {"text", "source"} in reading order.
 
-    Subclasses give the splits; each example is made by `numbered` from pairs of a source's name and a
-    passage.
+    A subclass defines the splits. `numbered` turns its pairs of a source's name and a passage into examples.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS would look for the file of the class through importlib_resources, which it does not install.
+    # Without it, TFDS looks for the class's file through importlib_resources, which it does not install.
     code_path = epath.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -41,7 +39,7 @@ class PassageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def numbered(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Turns (source, text) pairs into TFDS examples with keys 0, 1, ..."""
+    """Turn pairs (source, text) into TFDS examples with the keys 0, 1, ..."""
     for key, (source, text) in enumerate(passages):
         yield key, {"text": text, "source": source}
 
@@ -49,14 +47,20 @@ def numbered(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, dict[st
 def open_prepared(
     builder_class: type[PassageBuilder], config: tfds.core.BuilderConfig, data_dir: str | None
 ) -> PassageBuilder:
-    """The builder for `config`; its array_record files are written now unless they are there already.
+    """Open a set, and write its array_record files if they are not there yet. TFDS shows a progress bar meanwhile.
 
-    `data_dir` is where prepared sets are kept; None means the environment's TFDS_DATA_DIR or TFDS's own
-    default. TFDS shows a progress bar while it writes.
+    Args:
+      builder_class: the set.
+      config: its configuration.
+      data_dir: where prepared sets are kept; None is TFDS_DATA_DIR or TFDS's default.
+
+    Raises:
+      ValueError: the prepared files are damaged.
+      OSError: they cannot be written.
     """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(max(level, logging.ERROR))  # TFDS warns of every configuration made at run time, as ours are
+    logger.setLevel(max(level, logging.ERROR))  # TFDS warns of every configuration that is made at run time
     try:
         builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
         if not builder.is_prepared():
@@ -64,7 +68,7 @@ def open_prepared(
                 builder.download_and_prepare()
             except OSError:
                 builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
-                if not builder.is_prepared():  # or else another process was faster
+                if not builder.is_prepared():  # otherwise another process has written it meanwhile
                     raise
     except (json_format.Error, AssertionError) as error:
         place = Path(data_dir or tfds.core.constants.DATA_DIR, builder_class.name, config.name, "1.0.0")
@@ -75,9 +79,9 @@ def open_prepared(
 
 
 def cut(text: str, limit: int = PASSAGE_CHARACTERS) -> Iterator[str]:
-    """Cuts `text` into passages of at most `limit` characters, at borders of paragraphs, lines or words.
+    """Cut a text into passages of at most `limit` characters, at the ends of paragraphs, lines or words.
 
-    Joined together the passages are the text again; passages that hold only white space are left out.
+    The passages in order make up the text. Passages of white space alone are left out.
     """
     start = 0
     while len(text) - start > limit:
@@ -97,9 +101,9 @@ def cut(text: str, limit: int = PASSAGE_CHARACTERS) -> Iterator[str]:
 
 
 class TextField:
-    """One text feature of a prepared set's split, as random access to strings.
+    """Random access to one text feature of a split of a prepared set.
 
-    Reading raises ValueError naming the file that is damaged.
+    Reading a damaged file raises ValueError, which names the file.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, key: str = "text"):
@@ -117,12 +121,12 @@ class TextField:
             value = self._source[int(index)][self._key]
         except RuntimeError as error:  # array_record names no file
             raise _damaged(self._builder.data_dir, _broken(self._builder) or error) from error
-        if not isinstance(value, (bytes, str)):  # what array_record gives for records that are not there
+        if not isinstance(value, (bytes, str)):  # array_record returns something else for a missing record
             raise _damaged(self._builder.data_dir, _broken(self._builder) or f"document {index} is missing")
         return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
 
     def content(self) -> str:
-        """A short digest of the set's full name, of the number of its documents, and of 64 of them, evenly spaced."""
+        """A digest of the set's full name, its number of documents, and 64 evenly spaced documents."""
         found = hashlib.sha256(f"{self._builder.info.full_name} {len(self)}".encode())
         for number in range(min(PROBES, len(self))):
             found.update(self[number * len(self) // min(PROBES, len(self))].encode())
@@ -140,7 +144,7 @@ def _damaged(place: Any, why: Any) -> ValueError:
 
 
 def _broken(builder: tfds.core.DatasetBuilder) -> str:
-    """The first array_record file that cannot be read or has lost records, and why."""
+    """The first array_record file that cannot be read or lacks records, and why; "" where none is found."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     for split in builder.info.splits.values():
@@ -156,5 +160,5 @@ def _broken(builder: tfds.core.DatasetBuilder) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its kind."""
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Any prepared TFDS set that holds text, read at random from its array_record files without TensorFlow."""
+"""Any prepared TFDS set with text, read by random access from its array_record files without TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from google.protobuf import json_format
 from butler_jax.data.sources.passages import TextField, first_line
 
 TEST_PERCENT = 2
-"""Where a set has only the split "train", its last part of this size is held out."""
+"""The share of "train", at its end, that is held out where a set has no other split."""
 
 
 def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> TextField:
-    """The documents of a prepared TFDS set: `NAME`, `NAME/CONFIG` or `NAME:VERSION`.
+    """Open the documents of a prepared TFDS set.
 
     Args:
-      name: as TFDS writes it.
-      split: "train" or "test". Test documents come from the set's own "test" or "validation" split; where it
-        has neither they are the last 2 % of "train", and training uses the rest.
-      data_dir: where the set was prepared, `gs://` included; None means TFDS_DATA_DIR or TFDS's own default.
+      name: NAME, NAME/CONFIG or NAME:VERSION, as TFDS writes it.
+      split: "train" or "test". Test documents are the set's split "test" or "validation". A set with neither gives the
+        last 2 % of "train", and training uses the rest.
+      data_dir: where the set was prepared, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
 
     Raises:
       FileNotFoundError: the set is not prepared there.
       ValueError: it has no text feature, no split to read, or its format has no random access.
     """
-    if not re.fullmatch(r"\w+(/\w[\w.+-]*)*(:[\d.*]+)?", name, re.ASCII):  # a namespace would bring in foreign code
+    if not re.fullmatch(r"\w+(/\w[\w.+-]*)*(:[\d.*]+)?", name, re.ASCII):  # TFDS would run foreign code for a namespace
         raise ValueError(f"tfds:{name} is no name of a TFDS set; write NAME, NAME/CONFIG or NAME:VERSION.")
     place = data_dir or tfds.core.constants.DATA_DIR
     advice = f"Prepare it once with: tfds build {name} --file_format=array_record --data_dir={place}"

@@ -1,6 +1,6 @@
-"""English on every machine with Python: the language reference and docstrings of installed libraries.
+"""English text that every machine with Python has: the language reference and docstrings of installed libraries.
 
-Nothing is imported to be read: module files and `pydoc_data` are parsed with `ast`.
+Module files and `pydoc_data` are parsed with `ast`. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from butler_jax.data.sources.passages import PassageBuilder, cut, numbered, open
 
 LIBRARIES = ("numpy", "jax")
 LEAST_CHARACTERS = 200
-"""Docstrings shorter than this are left out."""
+"""Shorter docstrings are left out."""
 
 TEST_SHARE = 50
-"""One document in so many belongs to the split "test"."""
+"""One document in TEST_SHARE belongs to the split "test"."""
 
 _SKIPPED = """
     test tests testing idlelib lib2to3 turtledemo ensurepip site-packages dist-packages pydoc_data
@@ -36,13 +36,12 @@ _SKIPPED = """
 class PythonDocs(PassageBuilder):
     """The Python language reference and the docstrings of the standard library, numpy and jax.
 
-    A document is one topic of the reference, or one module: its docstring, then those of its classes and
-    functions in the order of the source, each under its name. Long documents are cut into passages of about
-    16,000 characters.
+    A document is one topic of the reference or one module: its docstring, then those of its classes and functions in
+    source order, each under its name. Long documents are cut into passages of about 16,000 characters.
     """
 
     def _split_generators(self, download_manager):
-        found = list(documents())
+        found = list(read_documents())
         return {split: self._generate_examples(found, split) for split in ("train", "test")}
 
     def _generate_examples(self, found: list[tuple[str, str]], split: str):
@@ -50,7 +49,7 @@ class PythonDocs(PassageBuilder):
 
 
 def open_builder(data_dir: str | None = None) -> PythonDocs:
-    """The builder for the versions installed here, prepared on first use in some seconds."""
+    """Open the set of the installed versions. It is prepared on first use, in a few seconds."""
     versions = [f"{library}-{importlib.metadata.version(library)}" for library in LIBRARIES]
     name = "-".join([f"python-{platform.python_version()}", *versions])
     config = tfds.core.BuilderConfig(name=name, version="1.0.0", description="Docstrings of " + name)
@@ -58,13 +57,13 @@ def open_builder(data_dir: str | None = None) -> PythonDocs:
 
 
 def split_of(name: str) -> str:
-    """The split of a document, by a hash of its name: one in fifty is "test", on every machine the same."""
+    """The split of a document by a hash of its name, the same on every machine: one in fifty is "test"."""
     digest = hashlib.sha256(name.encode()).digest()
     return "test" if int.from_bytes(digest[:4], "big") % TEST_SHARE == 0 else "train"
 
 
-def documents() -> Iterator[tuple[str, str]]:
-    """All documents as (name, text) in a fixed order; a docstring met before is left out the second time."""
+def read_documents() -> Iterator[tuple[str, str]]:
+    """Read all documents (name, text) in a fixed order. A docstring that occurs again is left out."""
     standard = Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
     skipped = set(_SKIPPED.split())
@@ -88,7 +87,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def _topics(path: Path) -> Iterator[tuple[str, str]]:
-    """The topics of the language reference: a dictionary literal of the module `pydoc_data.topics`."""
+    """The topics of the language reference, which are a dictionary literal in the module `pydoc_data.topics`."""
     tree = _parse(path)
     if tree is None:
         return
@@ -113,7 +112,7 @@ def _module_text(path: Path, name: str, seen: set[str]) -> str:
 
 
 def _docstrings(tree: ast.Module, name: str) -> Iterator[tuple[str, str]]:
-    """Docstrings of a module in source order as (title, text); a function's title shows its arguments."""
+    """The docstrings (title, text) of a module in source order. A function's title has its arguments."""
     if (text := ast.get_docstring(tree, clean=False)) is not None:
         yield name, text
 
@@ -139,7 +138,7 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def _added(call: ast.Call) -> Iterator[tuple[str, str]]:
-    """Docstrings numpy gives to compiled functions: `add_newdoc(module, name, text or (member, text))`."""
+    """The docstring that numpy adds to a compiled function by `add_newdoc(module, name, text or (member, text))`."""
     if not (isinstance(call.func, ast.Name) and call.func.id == "add_newdoc") or len(call.args) < 3:
         return
     try:
@@ -152,7 +151,7 @@ def _added(call: ast.Call) -> Iterator[tuple[str, str]]:
 
 
 def _parse(path: Path) -> ast.Module | None:
-    """The syntax tree of a file, or None where it cannot be read as Python of this version."""
+    """The syntax tree of a file; None where this version of Python cannot parse it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

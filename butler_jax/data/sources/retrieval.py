@@ -1,8 +1,8 @@
-"""Two tasks on made-up lists: look up a key among many, and follow variables through their assignments.
+"""Two tasks on generated lists: look up a key among many, and follow variables through their assignments.
 
-In the manner of RULER, arXiv 2404.06654 (its multi-key needles and its variable tracking), with a wording of our own
-and with other pairs and other chains in place of a haystack. A sample follows from (seed, index) and its settings
-alone; a longer one holds the lines of a shorter one, in the same order, and more between them.
+They follow RULER, arXiv 2404.06654 (multi-key needles and variable tracking). The wording is this project's own, and
+other pairs and chains take the place of a haystack. The seed, the index and the settings determine a sample. A longer
+sample has the lines of a shorter one in the same order, and more lines between them.
 """
 
 from __future__ import annotations
@@ -11,38 +11,47 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
 
-from butler_jax.data.sources.asked import AskedSample, Span, asked_tokens, largest
+from butler_jax.data.sources.asked import AskedSample, Span, asked_tokens, find_largest
 from butler_jax.data.sources.coreference import invented_word
 from butler_jax.text import Tokenizer
 
 VALUES = ("number", "word")
-"""What a key leads to: six digits, or an invented word."""
+"""The value of a key: a number of six digits, or an invented word."""
 
 QUESTIONS = ("value", "variables")
-"""What is asked of a chain: the number its last variable holds, or all variables that hold its number."""
+"""The question about a chain: the number that its last variable holds, or all variables that hold its number."""
 
 MOST = 2_000_000
 """The longest sample, in tokens."""
 
-_LEAST_LINE = 4  # tokens, of the shortest line
+_LEAST_LINE = 4  # tokens of the shortest line
 
-Line = tuple[float, str]  # its place in the text, from 0 to 1, and what it says
-Asked = Sequence[tuple[str, str]]  # questions up to their answers, and these
+Line = tuple[float, str]  # its place in the text, from 0 to 1, and its words
+Asked = Sequence[tuple[str, str]]  # questions up to their answers, and the answers
 
 
 def key_value(
     tokenizer: Tokenizer, length: int, *, seed: int | str = 0, index: int = 0, value: str = "number", queries: int = 1
 ) -> AskedSample:
-    """A list of keys with a value each; the values of `queries` keys are asked for, one after the other.
+    """Make a list of keys with a value each; it asks for the values of `queries` keys, one after the other.
 
-    At most `length` tokens, and fewer by a line at most. value: one of VALUES. Every line is of the same form, so all
-    that tells the asked pair from the others is its key. Raises ValueError for a length without room for the asked
-    pairs and one other, and for another value.
+    All lines have the same form, so only its key distinguishes an asked pair from the others.
+
+    Args:
+      tokenizer: counts the tokens.
+      length: of the sample in tokens. The sample is shorter by at most one line.
+      seed: with `index` and the settings, determines the sample.
+      index: of the sample.
+      value: one of VALUES.
+      queries: number of keys that are asked for.
+
+    Raises:
+      ValueError: the length has no room for the asked pairs and one other, or a setting is invalid.
     """
     if value not in VALUES:
         raise ValueError(f"unknown value {value!r}; known: {', '.join(VALUES)}")
-    if not queries >= 1:
-        raise ValueError(f"at least 1 key is asked for, got {queries}")
+    if queries < 1:
+        raise ValueError(f"queries must be at least 1, got {queries}")
     random, line = Random(f"key_value {seed} {index} {value} {queries}"), "The {value} of {key} is {answer}."
     used: set[str] = set()
 
@@ -57,7 +66,7 @@ def key_value(
     lines = [said(*each) for each in pairs]
     questions = []
     for key, answer in random.sample(pairs, len(pairs)):
-        # A question ends in the words that come before the answer in the pair's line.
+        # The question ends with the words before the answer in the pair's line.
         stem = line[: line.index(" {answer}")].format(value=value, key=key)
         questions.append((f"What is the {value} of {key}? {stem}", answer))
     others = (said(*pair()) for _ in iter(int, 1))
@@ -67,17 +76,26 @@ def key_value(
 def variables(
     tokenizer: Tokenizer, length: int, *, seed: int | str = 0, index: int = 0, hops: int = 2, question: str = "value"
 ) -> AskedSample:
-    """Assignments in chains: a variable holds a number, the next one holds what that one holds, and so on.
+    """Make chains of assignments: a variable holds a number, the next one is assigned the first one, and so on.
 
-    One chain of `hops` + 1 variables is asked about, the others are of the same length; the lines of all chains are
-    mixed, each chain's in order. question: one of QUESTIONS. At most `length` tokens, and fewer by a line at most; the
-    last of the other chains may be cut. Raises ValueError for a length without room for the chain and one other line,
-    and for another question.
+    The sample asks about one chain of `hops` + 1 variables. The others have the same length, but the last of them may
+    be cut. The lines of all chains are mixed, and those of one chain stay in order.
+
+    Args:
+      tokenizer: counts the tokens.
+      length: of the sample in tokens. The sample is shorter by at most one line.
+      seed: with `index` and `hops`, determines the sample.
+      index: of the sample.
+      hops: assignments from one variable to the next.
+      question: one of QUESTIONS.
+
+    Raises:
+      ValueError: the length has no room for the chain and one other line, or a setting is invalid.
     """
     if question not in QUESTIONS:
         raise ValueError(f"unknown question {question!r}; known: {', '.join(QUESTIONS)}")
-    if not hops >= 0:
-        raise ValueError(f"a chain has 0 hops or more, got {hops}")
+    if hops < 0:
+        raise ValueError(f"hops must be 0 or more, got {hops}")
     random = Random(f"variables {seed} {index} {hops}")
     used: set[str] = set()
 
@@ -106,8 +124,8 @@ def _fill(
     length: int,
     least: int,
 ) -> AskedSample:
-    """The sample with as many of the other lines as there is room for."""
-    if not length <= MOST:
+    """The sample with as many of the other lines as fit; at least `least` of them."""
+    if length > MOST:
         raise ValueError(f"{length} tokens are beyond {MOST}, where numbers of six digits run out; give fewer")
     others = list(islice(others, max(length // _LEAST_LINE, least)))
 
@@ -124,9 +142,9 @@ def _fill(
         return len(tokenizer.encode(put(number)[0]))
 
     shortest = size(least)
-    if not length >= shortest:
+    if length < shortest:
         raise ValueError(f"{length} tokens are too short for this sample; give at least {shortest}")
-    text, spans = put(max(largest(size, len(others), length), least))
+    text, spans = put(max(find_largest(size, len(others), length), least))
     tokens, mask = asked_tokens(tokenizer, text, spans)
     return AskedSample(text=text, spans=tuple(spans), tokens=tuple(tokens), asked=tuple(mask))
 
@@ -136,7 +154,7 @@ def _number(random: Random) -> str:
 
 
 def _new(used: set[str], draw: Callable[[], str]) -> str:
-    """A draw that was not there before."""
+    """A draw that is not in `used` yet; it is added there."""
     found = draw()
     while found in used:
         found = draw()

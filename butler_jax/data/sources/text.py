@@ -1,4 +1,4 @@
-"""The user's own text files as a TFDS set, and any other TFDS set that holds text."""
+"""The user's text files as a TFDS set."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TEST_SHARE = 0.02
 """The share of each file, at its end, that belongs to the split "test"."""
 
 TEST_LEAST = 4_000
-"""A short file gives up to a tenth of itself, at most so many bytes."""
+"""The least size of that share in bytes, as long as it is below a tenth of the file."""
 
-_PIECE = 1_000
-_READ = 1 << 20
+_PIECE = 1_000  # characters of a line that are placed in a split at a time
+_READ = 1 << 20  # bytes read at a time for the digest
 _LONGEST = 1 << 30  # bytes of a line
 _LAYOUT = f"passages-{PASSAGE_CHARACTERS}-{TEST_SHARE}-{TEST_LEAST}"
 
 
 @dataclasses.dataclass(eq=False)
 class TextConfig(tfds.core.BuilderConfig):
-    """One set of files; `name` is a hash of what they hold."""
+    """One set of files; `name` is a digest of their content."""
 
     paths: tuple[str, ...] = ()
 
@@ -40,32 +40,35 @@ class TextFiles(PassageBuilder):
 
     def _split_generators(self, download_manager):
         found = {split: self._generate_examples(split) for split in ("train", "test")}
-        # TFDS refuses a split without examples; a file of a single line has no test passage.
+        # TFDS refuses a split without examples, and a file of a single line has no test passage.
         first = {split: next(examples, None) for split, examples in found.items()}
         return {split: itertools.chain([first[split]], found[split]) for split in found if first[split]}
 
     def _generate_examples(self, split: str):
         paths = (Path(path) for path in self.builder_config.paths)
-        return numbered((path.name, text) for path in paths for part, text in passages(path) if part == split)
+        return numbered((path.name, text) for path in paths for part, text in read_passages(path) if part == split)
 
 
 def open_builder(paths: Sequence[str | os.PathLike[str]], data_dir: str | None = None) -> TextFiles:
-    """The builder for these files, prepared on first use and found again by what the files hold.
+    """Open the set of these files. It is prepared on first use and found again by the content of the files.
 
-    Directories are searched for .txt, .md and .jsonl files (one JSON object with a "text" a line). A file
-    given by its own name is read whatever its suffix. Text is UTF-8; "<|endoftext|>" ends a document.
+    Args:
+      paths: files and directories. A file is read whatever its suffix. In a directory, the files *.txt, *.md and
+        *.jsonl are read (.jsonl: each line is a JSON object with a string "text"). Text is UTF-8, and "<|endoftext|>"
+        ends a document.
+      data_dir: where prepared sets are kept; None is TFDS_DATA_DIR or TFDS's default.
 
     Raises:
       FileNotFoundError: a path does not exist.
-      ValueError: a file is empty, is not UTF-8, or has a line that is not such a JSON object; the file and
-        byte or line are named.
+      ValueError: a file is empty, is not UTF-8, or has a line that is no such JSON object; the file and the byte or
+        line are named.
     """
     files = find_files(paths)
     return open_prepared(TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir)
 
 
 def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files that `paths` stand for, in order: directories are walked in alphabetical order."""
+    """The files of `paths` in order; those of a directory in alphabetical order."""
     if not paths:
         raise ValueError("no text files given: write text:PATH or text:PATH,PATH.")
     files: list[Path] = []
@@ -83,8 +86,8 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return [path.resolve() for path in dict.fromkeys(files)]
 
 
-def passages(path: Path) -> Iterator[tuple[str, str]]:
-    """The passages of one file as (split, text), in order. Memory holds one passage or line at a time."""
+def read_passages(path: Path) -> Iterator[tuple[str, str]]:
+    """Read the passages (split, text) of one file in order. Memory holds one passage or line at a time."""
     size = path.stat().st_size
     border = size - max(TEST_SHARE * size, min(0.1 * size, TEST_LEAST))
     kept: list[str] = []
@@ -106,7 +109,7 @@ def passages(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Lines, or records of a .jsonl file: (byte where it ends, text, whether a document ends here)."""
+    """The lines, or the records of a .jsonl file, as (byte where it ends, text, whether a document ends there)."""
     end = 0
     for number, raw in read_lines(path, longest=_LONGEST):
         start, end = end, end + len(raw)
@@ -115,7 +118,7 @@ def _pieces(path: Path) -> Iterator[tuple[int, str, bool]]:
         except UnicodeDecodeError as error:
             remedy = "Convert it first, for example with iconv -f latin1 -t utf-8."
             if end == path.stat().st_size and error.end == len(raw) and error.reason == "unexpected end of data":
-                remedy = "The file ends inside a character: it was cut short; bring it here again."
+                remedy = "The file ends inside a character: it was cut short; copy it here again."
             raise ValueError(
                 f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {start + error.start} "
                 f"(line {number}). {remedy}"
@@ -142,7 +145,7 @@ def _record(path: Path, number: int, line: str) -> str:
 
 
 def _content_hash(files: Sequence[Path]) -> str:
-    """A hash of the files' names and bytes; also where a file of white space alone is refused."""
+    """A digest of the files' names and bytes. Raises ValueError for a file of white space alone."""
     digest = hashlib.sha256(_LAYOUT.encode())
     for path in files:
         digest.update(f"{path.name}:{path.stat().st_size}\n".encode())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from butler_jax.data.sources import coreference, needle, retrieval
-from butler_jax.data.sources.asked import asked_tokens, largest
+from butler_jax.data.sources.asked import asked_tokens, find_largest
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.evaluation.tasks.retrieval import key_value_batches, needle_batches, variables_batches
 from butler_jax.evaluation.tasks.teacher_forcing import answer_batches, answers, by_distance, by_label
@@ -197,7 +197,7 @@ def test_the_largest_number_that_fits_is_found():
     for _ in range(50):
         sizes = np.cumsum(random.integers(1, 9, 60))
         for length in (0, *random.integers(1, sizes[-1] + 5, 6)):
-            assert largest(lambda n, sizes=sizes: int(sizes[n]), 59, length) == int((sizes <= length).sum()) - 1
+            assert find_largest(lambda n, sizes=sizes: int(sizes[n]), 59, length) == int((sizes <= length).sum()) - 1
 
 
 def test_co_reference_distances_count_the_tokens_between_the_mentions(tokenizer):
@@ -306,7 +306,7 @@ def test_bad_input_is_answered_with_what_to_do(tokenizer):
     raises("known: place, number, word", needle.sample, tokenizer, HAYSTACK, 300, 0.5, kind="song")
     raises("known: number, word", retrieval.key_value, tokenizer, 300, value="song")
     raises("known: value, variables", retrieval.variables, tokenizer, 300, question="why")
-    raises("0 hops or more", retrieval.variables, tokenizer, 300, hops=-1)
+    raises("hops must be 0 or more", retrieval.variables, tokenizer, 300, hops=-1)
     raises("at least 1 key", retrieval.key_value, tokenizer, 300, queries=0)
     raises("give fewer", retrieval.key_value, tokenizer, 3_000_000)
     for make in (
