@@ -12,7 +12,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -49,6 +48,14 @@ def smollm2_dir(shared_data, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("smollm2")
     subprocess.run([sys.executable, shared_data / "tools" / "smollm2.py", path], check=True)
     return path
+
+
+@pytest.fixture
+def small_model(tmp_path) -> Path:
+    """The directory of a valid model of one layer with its tokenizer, for tests to damage."""
+    from benchmarks.fuzz_targets import write_model
+
+    return write_model(tmp_path / "model")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ LOWEST = -1e30  # a logit at or below it counts as -inf; finite, so that a row o
 def causal_attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K V"],
+    v: Float[Array, "B T K Dv"],
     *,
     segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B T"] | None = None,
@@ -29,7 +29,7 @@ def causal_attention(
     scale: float | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
-) -> Float[Array, "B T H V"] | tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Softmax attention of every token over itself and the tokens before it. H/K query heads share a KV head.
 
     A logit of -inf (or of -1e30 and below) has weight 0. A row that has only such logits gives 0 and a log-sum-exp of
@@ -39,7 +39,7 @@ def causal_attention(
     Args:
       q: queries, after rotary.
       k: keys, after rotary.
-      v: values.
+      v: values; Dv, their dimension, may differ from D.
       segments: the document of each token; a token attends within its document only. 0 is padding, whose rows are
         finite and arbitrary.
       key_segments: the document of each key, where it differs from that of the query at the same position. A row
@@ -158,7 +158,7 @@ def make_bands(chunks: int, chunk: int, sliding_window: int | None) -> list[Band
     return found
 
 
-def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "N B K M D"]:
+def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "chunks B K M D"]:
     """Chunks of queries, T padded with 0. The M = G * chunk rows of a chunk that share a KV head form one tile."""
     batch, length, heads, dim = x.shape
     chunks = -(-length // chunk)
@@ -167,7 +167,7 @@ def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Floa
     return x.transpose(1, 0, 3, 4, 2, 5).reshape(chunks, batch, kv_heads, heads // kv_heads * chunk, dim)
 
 
-def merge_queries(x: Float[Array, "N B K M D"], chunk: int, length: int) -> Float[Array, "B T H D"]:
+def merge_queries(x: Float[Array, "chunks B K M D"], chunk: int, length: int) -> Float[Array, "B T H D"]:
     """The inverse of split_queries."""
     chunks, batch, kv_heads, rows, dim = x.shape
     x = x.reshape(chunks, batch, kv_heads, rows // chunk, chunk, dim).transpose(1, 0, 4, 2, 3, 5)
@@ -199,7 +199,7 @@ def chunk_mask(
     sliding_window: int | None,
     chunk: int,
     key_segments: Int[Array, "B S"] | None = None,
-) -> Bool[Array, "B C keys"]:
+) -> Bool[Array, "#B C {keys}"]:
     """Which of the keys first ... first+keys-1 the rows of chunk `index` attend to.
 
     Args:
@@ -229,7 +229,7 @@ def chunk_mask(
 
 
 def masked_exponentials(
-    queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "B C S"], scale: float
+    queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "#B C S"], scale: float
 ) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
     """`exponentials` of the logits of queries and keys; the scale is applied in float32."""
     batch, heads, rows, _ = queries.shape
@@ -241,7 +241,7 @@ def masked_exponentials(
 
 
 def exponentials(
-    logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]
+    logits: Float[Array, "*B S"], mask: Bool[Array, "*#B S"]
 ) -> tuple[Float[Array, "*B S"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:
     """Unnormalised softmax weights with their row sums and log-sum-exp, all float32.
 
@@ -256,7 +256,7 @@ def exponentials(
     return weights, total, maximum + jnp.log(total)
 
 
-def masked_softmax(logits: Float[Array, "*B S"], mask: Bool[Array, "*B S"]) -> Float[Array, "*B S"]:
+def masked_softmax(logits: Float[Array, "*B S"], mask: Bool[Array, "*#B S"]) -> Float[Array, "*B S"]:
     """Softmax over the keys in the mask and 0 elsewhere. A row without a logit above -1e30 is 0 everywhere."""
     weights, total, _ = exponentials(logits, mask)
     return weights / total

@@ -30,12 +30,14 @@ def layer_norm(
     return (y * scale + bias).astype(x.dtype)
 
 
-def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+def swiglu(gate: Float[Array, "*B hidden"], up: Float[Array, "*B hidden"]) -> Float[Array, "*B hidden"]:
     """silu(gate) * up."""
     return jax.nn.silu(gate) * up
 
 
-def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -> tuple[np.ndarray, float]:
+def rope_frequencies(
+    rope: RopeConfig, dim: int, *, context: int, length: int
+) -> tuple[Float[np.ndarray, " F"], float]:
     """Angular frequencies of the rotary embedding.
 
     Sources: Su et al. 2021 (default), linear position interpolation, Llama 3.1's smoothed scaling, YaRN (Peng et al.
@@ -49,7 +51,7 @@ def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -
         and another beyond, so a cache and the pass that fills it need the same length.
 
     Returns:
-      The frequencies [dim/2] in radians a token, and the factor on cosine and sine.
+      The frequencies in radians a token (F = dim/2), and the factor on cosine and sine.
     """
     frequencies = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     factor = rope.factor
@@ -91,14 +93,14 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rotary_angles(
-    positions: Int[Array, "*B"], frequencies: Float[Array, " F"], factor: float = 1.0
+    positions: Int[Array, "*B"], frequencies: Float[np.ndarray, " F"], factor: float = 1.0
 ) -> tuple[Float[Array, "*B F"], Float[Array, "*B F"]]:
     """Cosine and sine of position * frequency, each times the attention factor; float32."""
     angles = jnp.einsum("...,f->...f", positions.astype(jnp.float32), jnp.asarray(frequencies, jnp.float32))
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*B F"], sin: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
+def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*#B F"], sin: Float[Array, "*#B F"]) -> Float[Array, "*B D"]:
     """Rotate the first 2F of D dimensions in half layout: pair f is the dimensions f and F+f. The rest is unchanged.
 
     The rotation is computed in float32 and rounded once to the dtype of x.

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -281,3 +282,10 @@ def test_a_text_too_small_to_hold_any_out_says_so(tokenizer, tmp_path):
     assert (batch["segments"] > 0).all()
     with pytest.raises(ValueError, match="no documents for the split 'test'"):
         read_held_out(spec, tokenizer, length=16, count=1, data_dir=data_dir)
+
+
+def test_a_long_data_specification_takes_no_time():
+    """Digits that end in a letter had as many splits as pairs of digits."""
+    began = time.process_time()
+    parse_spec("text:" + ":9" * 3 + "9" * 50_000 + "x")
+    assert time.process_time() - began < 1.0  # seconds; before, some 20

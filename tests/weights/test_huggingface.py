@@ -1,89 +1,22 @@
 """Hugging Face directories: what is read, what is refused, where it lies and what it costs in memory."""
 
 import json
+import os
 import shutil
 import struct
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
-from butler_jax.model.decoder import BaseModel, forward
-from butler_jax.model.families import base_config
-from butler_jax.weights import fingerprint, huggingface, load_base, loading
-from tests import reference_models
-
-LLAMA = {
-    **reference_models.SIZES,
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "tie_word_embeddings": True,
-}
-
-
-def llama_tensors(seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = {"model.embed_tokens.weight": (96, 64), "model.norm.weight": (64,)}
-    for layer in range(2):
-        own = {
-            "input_layernorm": (64,),
-            "post_attention_layernorm": (64,),
-            "self_attn.q_proj": (64, 64),
-            "self_attn.k_proj": (32, 64),
-            "self_attn.v_proj": (32, 64),
-            "self_attn.o_proj": (64, 64),
-            "mlp.gate_proj": (48, 64),
-            "mlp.up_proj": (48, 64),
-            "mlp.down_proj": (64, 48),
-        }
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
-    return {name: rng.normal(size=shape).astype(np.float32) * 0.1 for name, shape in shapes.items()}
-
-
-@pytest.fixture
-def directory(tmp_path):
-    """A random Llama of two layers with tied embeddings; tests damage it."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    save_file(llama_tensors(), tmp_path / "model.safetensors")
-    return tmp_path
-
-
-def rewrite(directory, change):
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors")
-
-
-def equal(a, b):
-    pairs = zip(jax.tree.leaves(a.model), jax.tree.leaves(b.model), strict=True)
-    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
-
-
-def test_matrices_are_stored_transposed(directory):
-    base, stored = load_base(directory), load_file(directory / "model.safetensors")
-    q = base.model.layers.q[...][1]
-    expected = stored["model.layers.1.self_attn.q_proj.weight"].reshape(4, 16, 64)  # [H, D, E]
-    np.testing.assert_array_equal(q, np.einsum("hde->ehd", expected))
-    o = stored["model.layers.0.self_attn.o_proj.weight"].reshape(64, 4, 16)  # [E, H, D]
-    np.testing.assert_array_equal(base.model.layers.o[...][0], np.einsum("ehd->hde", o))
-    assert (base.name, base.tokenizer, base.config.layers) == (directory.name, None, 2)
-
-
-def test_fused_projections_are_split(tmp_path):
-    theirs = reference_models.save_model("phi3", tmp_path)
-    rows = theirs.model.layers[1].self_attn.qkv_proj.weight.detach().numpy()
-    layers = load_base(tmp_path).model.layers
-    for values, own in zip((layers.q, layers.k, layers.v), np.split(rows, 3), strict=True):  # K = H here
-        np.testing.assert_array_equal(values[...][1].reshape(64, 64), own.T)
-    gate, up = np.split(theirs.model.layers[1].mlp.gate_up_proj.weight.detach().numpy(), 2)
-    np.testing.assert_array_equal(layers.gate[...][1], gate.T)
-    np.testing.assert_array_equal(layers.up[...][1], up.T)
+from benchmarks.fuzz_targets import weights
+from butler_jax.storage.files import file_in
+from butler_jax.weights import huggingface, load_base
+from butler_jax.weights.huggingface import INDEX, SINGLE
+from tests.weights.hostile import EMBEDDING, container, entry, refused
+from tests.weights.llama_files import LLAMA, equal, llama_tensors, rewrite
 
 
 def test_shards_with_an_index_load_like_one_file(directory, tmp_path_factory):
@@ -115,23 +48,6 @@ def test_half_precision_files_load_exactly(directory, dtype):
     assert base.model.embedding[...].dtype == jnp.float32
     expected = tensors["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(base.model.embedding[...], expected)
-
-
-def test_tables_larger_than_a_block_load_whole(directory, monkeypatch):
-    whole = load_base(directory)
-    monkeypatch.setattr("butler_jax.weights.placing.BLOCK_BYTES", 5000)  # 19 rows of 64, and a last block of 1
-    assert equal(whole, load_base(directory))
-
-
-def test_unused_tensors_that_do_no_harm_are_passed_over(directory):
-    plain = load_base(directory)
-
-    def change(tensors):
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-
-    rewrite(directory, change)
-    assert equal(plain, load_base(directory))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -197,38 +113,10 @@ def test_unknown_family_and_quantised_weights_are_named(directory):
         load_base(directory)
 
 
-def test_missing_extra_and_misshapen_tensors_are_named(directory):
-    path = directory / "model.safetensors"
-    good, name = path.read_bytes(), "model.layers.1.mlp.up_proj.weight"
-    rewrite(directory, lambda t: t.pop(name))
-    with pytest.raises(ValueError, match=f"missing tensor {name}"):
-        load_base(directory)
-    path.write_bytes(good)
-    rewrite(directory, lambda t: t.update({"model.layers.2.odd.weight": np.ones(3, np.float32)}))
-    with pytest.raises(ValueError, match=r"unexpected tensor model\.layers\.2\.odd\.weight"):
-        load_base(directory)
-    path.write_bytes(good)
-    rewrite(directory, lambda t: t.update({name: np.ones((48, 63), np.float32)}))
-    with pytest.raises(ValueError, match=rf"{name} has shape \[48, 63\].*\[48, 64\]"):
-        load_base(directory)
-
-
-def test_untied_model_without_unembedding_is_refused(directory):
-    (directory / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": False}))
-    with pytest.raises(ValueError, match=r"missing tensor lm_head\.weight"):
-        load_base(directory)
-
-
 def test_unsupported_tensor_type_is_named(directory):
     rewrite(directory, lambda t: t.update({"model.norm.weight": np.ones(64, np.int32)}))
     with pytest.raises(ValueError, match=r"model\.norm\.weight has type I32; supported are F32, F16, BF16"):
         load_base(directory)
-
-
-def test_absent_embedded_model_says_how_to_make_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "TINY", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"python train\.py pretrain"):
-        load_base("tiny")
 
 
 # --- the hub --------------------------------------------------------------------------------------
@@ -268,133 +156,121 @@ def test_hub_without_its_package_or_connection_says_what_to_do(monkeypatch):
 # --- fingerprints, shardings, memory --------------------------------------------------------------
 
 
-def test_fingerprint_ignores_dtype_and_tells_models_apart(directory):
-    first = load_base(directory)
-    assert first.fingerprint == load_base(directory, dtype=jnp.bfloat16).fingerprint == fingerprint(first.model)
-    assert len(first.fingerprint) == 16 and int(first.fingerprint, 16) >= 0
-
-    save_file(llama_tensors(seed=1), directory / "model.safetensors")
-    assert load_base(directory).fingerprint != first.fingerprint
-    save_file(llama_tensors(), directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps({**LLAMA, "rope_theta": 5e5}))
-    assert load_base(directory).fingerprint != first.fingerprint
-
-
-@pytest.mark.slow
-def test_every_parameter_counts_in_the_fingerprint():
-    model = BaseModel(base_config(LLAMA), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(model)
-    seen = {fingerprint(model)}
-    for index, leaf in enumerate(leaves):
-        changed = [*leaves[:index], leaf.at[(0,) * leaf.ndim].add(1.0), *leaves[index + 1 :]]
-        seen.add(fingerprint(jax.tree.unflatten(tree, changed)))
-    assert len(seen) == len(leaves) + 1
-
-
-def in_subprocess(code, **environment):
-    import os
-
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        cwd=Path(__file__).parent.parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        struct.pack("<Q", 2**63) + b"{}",  # a header longer than the file, than memory, than an int64
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 99_000_000) + b"{}",
+        container(b"[" * 100_000),
+        container({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),  # overlap
+        container({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),  # a hole
+        container({"a": entry(8, 16)}, bytes(16)),  # a hole in front
+        container({"a": entry(0, 8)}, bytes(12)),  # bytes of no tensor
+        container({"a": entry(0, 2**62, (2**60,))}, bytes(8)),  # beyond the file
+        container({"a": entry(8, 0)}, bytes(8)),
+        container({"a": entry(-8, 0)}, bytes(8)),
+        container({"a": entry(0, 8, (3,))}, bytes(8)),  # the shape says 12 bytes
+        container({"a": entry(0, 8, (2**62, 2**62, 4))}, bytes(8)),  # 2**126 values: 0 in 64 bits
+        container({"a": entry(0, 8, (-2, -1))}, bytes(8)),
+        container({"a": entry(0, 8, (1e400,))}, bytes(8)),
+        container({"a": entry(0, 8, dtype="F128")}, bytes(8)),
+        container({"a": entry("0", "8")}, bytes(8)),
+        container({"a": 1}),
+        container(f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(8, 16))}}}'.encode(), bytes(16)),
+    ],
+)  # fmt: skip
+def test_a_malformed_safetensors_file_is_refused(small_model, content):
+    (small_model / SINGLE).write_bytes(content)
+    refused(small_model, r"model\.safetensors is truncated or damaged")
 
 
-def test_sharded_parameters_equal_unsharded_ones_on_8_devices_in_the_bytes_reckoned_before(directory):
-    out = in_subprocess(
-        f"""
-        import jax, numpy as np
-        from butler_jax.parallel.mesh import make_mesh, shardings_for
-        from butler_jax.weights import load_base
-        from butler_jax.weights.placing import bytes_needed, parameter_name
-        plain = load_base({str(directory)!r})
-        shapes = {{parameter_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(plain.model)}}
-        for text in ("data=8,model=1", "data=2,model=4", "data=1,model=2"):
-            mesh = make_mesh(text)
-            sharded = load_base({str(directory)!r}, shardings=shardings_for(mesh))
-            assert sharded.fingerprint == plain.fingerprint, text
-            for a, b in zip(jax.tree.leaves(plain.model), jax.tree.leaves(sharded.model), strict=True):
-                np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-            down = sharded.model.layers.down[...]
-            held = down.addressable_shards[0].data.size
-            assert held * mesh.size == down.size, (text, held)
-            needed = bytes_needed(shapes, "float32", shardings_for(mesh))
-            for shard in [s for leaf in jax.tree.leaves(sharded.model) for s in leaf.addressable_shards]:
-                needed[shard.device] -= shard.data.nbytes
-            assert len(needed) == mesh.size and set(needed.values()) == {{0}}, (text, needed)
-        print("equal")
-        """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-    )
-    assert "equal" in out
+@pytest.mark.parametrize("kind", ["I64", "F8_E4M3", "BOOL", "F64"])
+def test_weights_of_a_type_that_is_no_weight_are_refused(small_model, kind):
+    size = {"I64": 8, "F64": 8}.get(kind, 1)
+    tensors = weights()
+    rest = {name: values for name, values in tensors.items() if name != EMBEDDING}
+    whole = save(rest)
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    header[EMBEDDING] = entry(len(data), len(data) + 128 * size, (16, 8), kind)
+    (small_model / SINGLE).write_bytes(container(header, data + bytes(128 * size)))
+    refused(small_model, rf"tensor {EMBEDDING} has type {kind}; supported are F32, F16, BF16")
 
 
-def test_host_memory_stays_under_one_layer_above_what_is_placed(tmp_path):
-    """Peak resident memory while loading 24 layers, against what is resident once they are placed."""
-    width, hidden, layers = 512, 2048, 24
-    config = {
-        **LLAMA,
-        "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "vocab_size": 16384,  # the table is twice a layer
-    }
-    layer = 4 * (4 * width * width + 3 * width * hidden)
-    out = in_subprocess(
-        f"""
-        import gc, json, resource
-        from pathlib import Path
-        import jax, numpy as np, ml_dtypes
-        from safetensors.numpy import save_file
-        from butler_jax.model.decoder import BaseModel
-        from butler_jax.model.families import base_config
-        from butler_jax.weights import load_base
-        from butler_jax.weights.placing import LAYERS, TABLES, locate, stored_shape
-
-        def write(directory, config):
-            directory.mkdir()
-            (directory / "config.json").write_text(json.dumps(config))
-            c = base_config(config)
-            shapes = jax.eval_shape(lambda: BaseModel(c, jax.random.key(0)))
-            tensors = {{TABLES[n]: np.zeros(getattr(shapes, n).shape, ml_dtypes.bfloat16)
-                       for n in ("embedding", "final_norm")}}
-            for n, name in LAYERS.items():
-                parameter = getattr(shapes.layers, n)
-                for i in range(c.layers if parameter is not None else 0):
-                    shape = stored_shape(n, parameter.shape[1:])
-                    tensors[f"model.layers.{{i}}.{{name}}"] = np.zeros(shape, ml_dtypes.bfloat16)
-            save_file(tensors, directory / "model.safetensors")
-
-        def status(key):
-            line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
-            return int(line.split()[1]) * 1024
-
-        config = json.loads({json.dumps(config)!r})
-        root = Path({str(tmp_path)!r})
-        write(root / "large", config)
-        write(root / "small", config | {{"num_hidden_layers": 2}})
-        load_base(root / "small")  # what importing and compiling cost comes before
-        gc.collect()
-        before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        base = load_base(root / "large")
-        peak = status("VmHWM")
-        placed = sum(x.nbytes for x in jax.tree.leaves(base.model))
-        print(json.dumps({{"above": peak - before - placed, "placed": placed}}))
-        """
-    )
-    measured = json.loads(out)
-    assert measured["placed"] > 20 * layer
-    assert measured["above"] < layer, measured
+def shard(small_model, **placed):
+    """Replace the model by two shards; returns the index for tests to spoil."""
+    tensors = load_file(small_model / SINGLE)
+    names = sorted(tensors)
+    index = {name: f"model-{1 + at % 2}.safetensors" for at, name in enumerate(names)}
+    for file in set(index.values()):
+        save_file({name: tensors[name] for name in names if index[name] == file}, small_model / file)
+    (small_model / SINGLE).unlink()
+    (small_model / INDEX).write_text(json.dumps({"weight_map": {**index, **placed}}))
+    return index
 
 
-def test_loaded_models_run(directory):
-    logits = forward(load_base(directory).model, np.ones((1, 4), np.int32))
-    assert logits.shape == (1, 4, 96) and np.isfinite(logits).all()
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "a/../b.safetensors", "..", "", "a.safetensors/", "x.bin", 5, None,
+             ["a"]]
+)  # fmt: skip
+def test_an_index_names_only_files_beside_it(small_model, name):
+    shard(small_model, **{EMBEDDING: name})
+    refused(small_model, r"index\.json names .*, which is not a \.safetensors file beside it")
+
+
+def test_an_index_and_its_shards_agree(small_model):
+    index = shard(small_model, more="model-1.safetensors")
+    refused(small_model, "lists tensor more, which is in none of its files")
+    (small_model / INDEX).write_text(json.dumps({"weight_map": {**index, EMBEDDING: "model-3.safetensors"}}))
+    refused(small_model, r"model-3\.safetensors is missing", FileNotFoundError)
+    (small_model / "model-3.safetensors").write_bytes((small_model / "model-1.safetensors").read_bytes())
+    (small_model / INDEX).write_text(json.dumps({"weight_map": {**index, EMBEDDING: "model-3.safetensors"}}))
+    refused(small_model, r"model-3\.safetensors holds tensor .* once more; another shard has it already")
+    for wrong in ({}, [], "x", None):
+        (small_model / INDEX).write_text(json.dumps({"weight_map": wrong}))
+        refused(small_model, "has no weight_map")
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, "tokenizer.json", "tokenizer_config.json"])
+def test_a_link_that_leaves_the_directory_is_refused(small_model, tmp_path, name):
+    (tmp_path / "elsewhere").write_bytes((small_model / name).read_bytes())
+    (small_model / name).unlink()
+    (small_model / name).symlink_to("../elsewhere")
+    refused(small_model, "is a link that leaves its directory")
+
+
+def test_a_link_within_the_directory_and_the_cache_of_the_hub_load(small_model, tmp_path):
+    plain = load_base(small_model)
+    (small_model / SINGLE).rename(small_model / "weights")
+    (small_model / SINGLE).symlink_to("weights")
+    assert load_base(small_model).fingerprint == plain.fingerprint
+
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(small_model.iterdir()):
+        if not path.is_symlink():
+            (blobs / str(number)).write_bytes(path.read_bytes())
+            name = SINGLE if path.name == "weights" else path.name
+            (snapshot / name).symlink_to(f"../../blobs/{number}")
+    assert load_base(snapshot).fingerprint == plain.fingerprint
+    (tmp_path / "link").symlink_to(snapshot)
+    assert load_base(tmp_path / "link").fingerprint == plain.fingerprint
+    (snapshot / SINGLE).unlink()
+    (snapshot / SINGLE).symlink_to("../../secret")
+    (tmp_path / "models--a--b" / "secret").write_bytes(save(weights()))
+    refused(snapshot, "is a link that leaves its directory")
+
+
+def test_what_is_no_regular_file_is_not_opened(small_model):
+    """A pipe would be waited for, a device read for ever."""
+    (small_model / SINGLE).unlink()
+    os.mkfifo(small_model / SINGLE)
+    refused(small_model, "has neither", FileNotFoundError)
+    (small_model / "config.json").unlink()
+    (small_model / "config.json").symlink_to("/dev/zero")
+    refused(small_model, r"has no config\.json", FileNotFoundError)
+    with pytest.raises(ValueError, match="is not a file of this directory"):
+        file_in(small_model, "../x")

@@ -1,0 +1,109 @@
+"""The lookahead predictor: what it starts from and what it reads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.model.config import RopeConfig
+from butler_jax.model.decoder import dense_mixer, embed, run_layers
+from butler_jax.predictors import make_predictor
+from butler_jax.predictors.base import at
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.training.distillation import init_predictor
+from butler_jax.weights import Base
+from tests.predictors.passes import all_scores, batch_of, model_of, views_of
+
+STARTING = {
+    "llama": {},
+    "llama of all KV heads": {"kv_heads": 4, "rope": RopeConfig(theta=500.0)},
+    "qwen2 with biases": {"family": "qwen2", "qkv_bias": True},
+    "phi3 of partial rotary": {"family": "phi3", "rope": RopeConfig(fraction=0.75)},
+    "longrope": {
+        "family": "phi3",
+        "rope": RopeConfig(
+            kind="longrope", fraction=0.5, original_context=16, factor=4.0, short_factor=(1.0,) * 4,
+            long_factor=(1.0, 2.0, 3.0, 4.0),
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTING)
+def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
+    model, batch = model_of(**STARTING[name]), batch_of()
+    base = model.config
+    predictor = make_predictor(base, PredictorConfig(kind="lookahead", rank=base.head_dim))
+    predictor = predictor.initialise(model, [batch])
+    dense = dense_mixer(base, batch["segments"])
+
+    @jax.jit
+    def both(predictor, model):
+        context = predictor.context(batch["positions"], batch["positions"].shape[1])
+
+        def mixer(carry, view):
+            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
+            p = predictor.q_imp(head, view.x, view, context)  # the layer's own input, not an earlier one's
+            r = predictor.k_imp(head, view.x, view, context)
+            pairs = (p, r), (view.q, view.k)
+            scores = [jnp.einsum("bthr,bshr->bhts", q, jnp.repeat(k, base.group, axis=2)) / 4 for q, k in pairs]
+            return dense(None, view)[0], carry, scores
+
+        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
+
+    mine, true = both(predictor, model)
+    # sums of 16 products in another order, float32; logits are below 30
+    np.testing.assert_allclose(mine[1:], true[1:], atol=2e-5)
+
+
+def test_lookahead_reads_the_stream_at_the_producer_layer():
+    model, batch = model_of(layers=6), batch_of()
+    base = model.config
+    predictor = make_predictor(base, PredictorConfig(kind="lookahead", rank=base.head_dim, stride=2))
+    predictor = predictor.initialise(model, [batch])
+    scores = np.asarray(all_scores(predictor, model, batch))
+    views = jax.tree.map(np.asarray, views_of(model, batch))
+    norms, weights = (np.asarray(w[...]) for w in (model.layers.attention_norm, model.layers.q))
+    turns = np.exp(1j * np.asarray(batch["positions"])[..., None, None] * 10000.0 ** (-np.arange(8) / 8))
+    for layer, producer in ((1, 0), (2, 0), (3, 2), (4, 2), (5, 4)):
+        x = views["x"][producer]
+        h = x / np.sqrt((x**2).mean(-1, keepdims=True) + base.norm_eps) * norms[layer]
+        q = np.einsum("bte,ehd->bthd", h, weights[layer])
+        turned = (q[..., :8] + 1j * q[..., 8:]) * turns
+        q = np.concatenate([turned.real, turned.imag], axis=-1)
+        expected = np.einsum("bthd,bshd->bhts", q, np.repeat(views["k"][layer], 2, axis=2)) / 4
+        np.testing.assert_allclose(scores[layer], expected, atol=5e-5)  # float32; logits are below 30
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.75])
+def test_lookahead_takes_the_pairs_of_most_energy_and_spread(fraction):
+    model = model_of(rope=RopeConfig(fraction=fraction))
+    base, calibration = model.config, [batch_of(1), batch_of(2)]
+    predictor = init_predictor(Base("random", model, None, ""), PredictorConfig(rank=6), batches=calibration)
+    half = base.rotary_dim // 2
+    still = (base.head_dim - base.rotary_dim) // 2
+    pairs = [(f, half + f) for f in range(half)]
+    pairs += [(base.rotary_dim + f, base.rotary_dim + still + f) for f in range(still)]
+    energy, spread = (np.zeros((base.layers, base.kv_heads, len(pairs))) for _ in range(2))
+    for batch in calibration:
+        real = np.asarray(batch["segments"]) > 0
+        views = {name: np.asarray(value, np.float64) for name, value in views_of(model, batch).items()}
+        for layer in range(base.layers):
+            for head in range(base.kv_heads):
+                k = views["k"][layer][real][:, head]
+                queries = views["q"][layer][real][:, head * base.group : (head + 1) * base.group]
+                for number, dims in enumerate(pairs):
+                    dims = list(dims)
+                    energy[layer, head, number] += (queries[..., dims] ** 2).sum(-1).mean()
+                    spread[layer, head, number] += ((k[:, dims] - k[:, dims].mean(0)) ** 2).sum(-1).mean()
+    for layer in range(1, base.layers):
+        for head in range(base.kv_heads):
+            best = np.sort(np.argsort(-energy[layer, head] * spread[layer, head])[:3])
+            np.testing.assert_array_equal(np.asarray(predictor.heads.pairs[...])[layer - 1, head], best)
+
+
+def test_lookahead_without_calibration_says_what_to_give():
+    with pytest.raises(ValueError, match="give it calibration batches"):
+        init_predictor(Base("random", model_of(), None, ""), PredictorConfig(rank=8))
