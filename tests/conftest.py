@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
