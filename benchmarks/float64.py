@@ -1,7 +1,8 @@
-"""The frozen decoder, the lookahead predictor, its choice and both losses in float64 numpy, written to be read.
+"""The frozen decoder, the lookahead predictor, its choice and both losses in readable float64 numpy.
 
-What benchmarks/numerics.py and the tests of the losses compare with: whole T x T squares, loops over layers, and
-nothing of the package but the parameters it holds. A Llama without biases, windows or scaled rotary embeddings only.
+benchmarks/numerics.py and the tests of the losses compare with it. It forms whole T x T squares, loops over layers, and
+uses nothing of the package but the parameters. It covers Llama without biases, sliding windows or scaled rotary
+embeddings.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import numpy as np
 
 
 class Layer(NamedTuple):
-    """What one layer computes for a sequence of T tokens.
+    """The activations of one layer for a sequence of T tokens.
 
-    q [T, H, D], k, k_pre and v [T, K, D]: after and before rotary. h [T, E]: the stream that the predictor's queries
-    read, normed. p [T, H, R], r [T, K, R]: importance queries and keys; h, p and r are None in layer 0.
+    q [T, H, D], k and v [T, K, D]; k_pre [T, K, D] is k before rotary. h [T, E]: the normed stream that the predictor
+    reads. p [T, H, R] and r [T, K, R]: q_imp and k_imp. h, p and r are None in layer 0.
     """
 
     q: np.ndarray
@@ -55,7 +56,7 @@ def softmax(logits, seen):
 
 
 def log_sum_exp(logits, seen):
-    """Of the keys in `seen`, with the keys' axis kept; 0 in a row without any."""
+    """The log-sum-exp over the keys in `seen`, with the keys' axis kept; 0 in a row without any."""
     top = np.max(np.where(seen, logits, -np.inf), axis=-1, keepdims=True)
     top = np.where(np.isfinite(top), top, 0)
     total = np.sum(np.where(seen, np.exp(np.where(seen, logits - top, 0)), 0), axis=-1, keepdims=True)
@@ -75,7 +76,7 @@ def attention(q, k, v):
 
 
 def run(model, predictor, tokens) -> tuple[list[Layer], np.ndarray]:
-    """Every layer and the logits [T, V] of a dense pass over one sequence, the lookahead predictor walking along."""
+    """All layers and the logits [T, V] of a dense pass over one sequence with the lookahead predictor."""
     config, weights = model.config, model.layers
     assert config.rope.kind == "default" and config.rotary_dim == config.head_dim and not any(config.sliding)
     assert weights.q_bias is None and weights.q_norm is None and weights.gate_bias is None and weights.o_bias is None
@@ -107,7 +108,7 @@ def pair_angles(predictor, index, length):
 
 
 def looked_ahead(predictor, index, layer, h) -> Layer:
-    """The layer with its importance queries and keys."""
+    """The layer with its q_imp and k_imp."""
     angle = pair_angles(predictor, index, len(h))
     p = np.einsum("te,ehr->thr", h, wide(predictor.heads.query)[index - 1])
     key = wide(predictor.heads.key)[index - 1]
@@ -124,7 +125,7 @@ def parameter_gradients(predictor, index, layer, dp, dr):
 
 
 def pooled(p, r, sinks, sliding_window):
-    """Scores [K, T, T]: each head's own log-sum-exp over the contested keys off, then the maximum over the group."""
+    """Scores [K, T, T]: less each head's log-sum-exp over the contested keys, then the maximum over the group."""
     scores, rows = products(p, r), np.arange(len(p))
     contested = (rows[None] >= sinks) & (rows[None] <= rows[:, None] - sliding_window)
     if p.shape[1] > r.shape[1]:
@@ -133,7 +134,7 @@ def pooled(p, r, sinks, sliding_window):
 
 
 def choice(scores, table, sinks, sliding_window):
-    """The tokens [K, T, T] that every row reads: recent and first ones, then by score, ties to the earlier."""
+    """The tokens [K, T, T] that every row reads: sinks and recent, then by score; of equal scores the earlier."""
     rows = np.arange(scores.shape[-1])
     forced = (rows[None] > rows[:, None] - sliding_window) | (rows[None] < sinks)
     keys = np.where(forced, np.inf, scores)

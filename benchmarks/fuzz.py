@@ -1,13 +1,16 @@
-"""Broken and hostile inputs for every reader of files and texts that are not ours.
+"""Broken and hostile inputs for every function that reads files and texts from elsewhere.
 
     python -m benchmarks.fuzz --json benchmarks/fuzz.json
 
-Inputs are valid ones with bytes flipped, cut, doubled, numbers replaced by extreme ones, and pieces of other formats
-put in; for JSON also objects in which hypothesis has replaced values. A finding is any exception but ValueError and
-FileNotFoundError, an error of a file that does not name it, an input that takes more than SECONDS, a file written, or
-memory that grows by more than GROWTH. The seed decides every input. `--atheris TARGET` lets atheris (libFuzzer, where
-it is installed) look for inputs by coverage instead; a finding ends it. With --json it runs in a process of its own,
-and how many inputs found nothing, or null and the target's name, is put beside the other counts, which stay.
+An input is a valid one that was changed: bytes are flipped, cut or doubled, numbers become extreme, and pieces of other
+formats are inserted. For JSON, hypothesis also replaces values of an object. The seed determines every input.
+
+A finding is one of these: an exception other than ValueError and FileNotFoundError, an error that does not name its
+file, an input that takes more than SECONDS, a file that is written, or memory that grows by more than GROWTH.
+
+`--atheris TARGET` lets atheris (libFuzzer, where it is installed) search for inputs by coverage; it ends at the first
+finding. With --json it runs in a process of its own. The number of inputs without a finding (null after a finding) is
+then stored beside the other counts, which are kept.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ VALUES = st.recursive(
 
 @st.composite
 def replaced(draw: Callable, value: Any) -> Any:
-    """A JSON value in which some part is another value, or gone, or there under another name."""
+    """A JSON value of which one part is replaced, removed or renamed."""
     if not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 3)) == 0:
         return draw(VALUES)
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
@@ -114,7 +117,7 @@ def replaced(draw: Callable, value: Any) -> Any:
 
 
 def json_inputs(target: Target, count: int, seed: int) -> list[bytes]:
-    """`count` inputs from hypothesis: a line of a seed with parts of its object replaced; what is before it stays."""
+    """`count` inputs from hypothesis: in one line of a seed, parts of the object are replaced; earlier lines stay."""
     made: list[bytes] = []
     parsed: list[tuple[bytes, Any]] = []
     for text in target.seeds:
@@ -136,7 +139,7 @@ def json_inputs(target: Target, count: int, seed: int) -> list[bytes]:
 
 
 def inputs(target: Target, count: int, seed: int) -> Iterator[bytes]:
-    """The inputs of a target: always the same for a seed."""
+    """The inputs of a target; the seed determines them."""
     is_json = all(re.match(rb".?[{\[]", s, re.DOTALL) for s in target.seeds)
     made = json_inputs(target, max(1, int(count * JSON_SHARE)), seed) if is_json else []
     yield from made
@@ -150,12 +153,12 @@ class TooLong(BaseException):
 
 
 def alarm(*_: Any) -> None:
-    """End what takes too long."""
+    """Interrupt a target that takes too long."""
     raise TooLong
 
 
 def complaint(target: Target, data: bytes, directory: Path) -> str | None:
-    """What is wrong with how a target took an input; None where nothing is."""
+    """What a target did wrong on an input, in words; None where it did nothing wrong."""
     try:
         target.run(data)
     except ALLOWED as error:
@@ -171,12 +174,12 @@ def complaint(target: Target, data: bytes, directory: Path) -> str | None:
 
 
 def files(directory: Path) -> list[str]:
-    """Everything below a directory, by name."""
+    """The names of everything below a directory."""
     return sorted(str(path) for path in directory.rglob("*"))
 
 
 def fuzz(target: Target, count: int, seed: int, directory: Path) -> dict[str, Any]:
-    """Give a target `count` inputs. Returns counts, seconds and the findings, each kind once with its input."""
+    """Run a target on `count` inputs. Returns counts, seconds and the findings, each kind once with its input."""
     for one in target.seeds:
         target.run(one)  # what is valid is taken
     findings: dict[str, dict] = {}
@@ -212,7 +215,7 @@ def peak() -> int:
 
 
 def by_coverage(target: Target, runs: int, seed: int, directory: Path) -> None:
-    """Fuzz with atheris; it ends the process itself, with an error at the first finding."""
+    """Fuzz with atheris, which ends the process itself; a finding is an error."""
     import atheris
 
     def one(data: bytes) -> None:
@@ -235,7 +238,7 @@ def by_coverage(target: Target, runs: int, seed: int, directory: Path) -> None:
 
 
 def note_coverage(path: Path, target: str, runs: int, seed: int) -> int:
-    """Fuzz with atheris in a process of its own; how it went goes into the JSON file. Returns the process's status."""
+    """Fuzz with atheris in a process of its own and add its result to the JSON file. Returns the process's status."""
     own = ["--atheris", target, "--runs", str(runs), "--seed", str(seed)]
     status = subprocess.run([sys.executable, "-m", "benchmarks.fuzz", *own]).returncode
     if status in ENDS:
@@ -252,12 +255,12 @@ def note_coverage(path: Path, target: str, runs: int, seed: int) -> int:
 
 
 def kept(path: Path) -> dict[str, Any]:
-    """What a JSON file of counts holds; nothing where there is none yet."""
+    """The content of a JSON file of counts; empty where there is no file yet."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main() -> int:
-    """Run the command; 1 where there are findings."""
+    """Run the command. Returns 1 where there are findings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the counts and findings here")
     parser.add_argument("--seed", type=int, default=0)

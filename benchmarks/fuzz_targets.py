@@ -1,7 +1,7 @@
-"""What is fuzzed: every reader of somebody else's files and texts, with valid inputs to start from.
+"""The fuzzed functions: every reader of files and texts from elsewhere, with valid inputs to start from.
 
-A target is a function that gets the bytes of one input and reads them as a user's command would. It returns where there
-is nothing to complain about, and otherwise raises one of ALLOWED; for a file, the message names its directory.
+A target is a function that gets the bytes of one input and reads them as a user's command does. It returns, or raises
+one of ALLOWED. For a file, the message has to name its directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tokenizers import models, pre_tokenizers
 
 from butler_jax.cli.info import inspect, show
 from butler_jax.data.batches import parse_spec
-from butler_jax.data.sources.text import passages
+from butler_jax.data.sources.text import read_passages
 from butler_jax.evaluation.cells import FILE, Cell, Finding, Kept
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.tasks.local_tasks import FILES, read_samples
@@ -99,7 +99,7 @@ def tokenizer_file() -> dict:
 
 
 def write_gguf(path: Path, *, architecture: str = "llama", pieces: bool = False, quantised: bool = False) -> Path:
-    """The same model as a GGUF file, with a byte-level tokenizer or one of pieces and scores."""
+    """Write the model of CONFIG as a GGUF file, with a byte-level tokenizer or one of pieces and scores."""
     writer = gguf.GGUFWriter(path, architecture)
     for add, value in (
         ("block_count", 1), ("context_length", 64), ("embedding_length", 8), ("feed_forward_length", 12),
@@ -122,7 +122,7 @@ def write_gguf(path: Path, *, architecture: str = "llama", pieces: bool = False,
 
 
 def write_model(directory: Path) -> Path:
-    """The model as a Hugging Face directory with its tokenizer."""
+    """Write the model of CONFIG as a Hugging Face directory with its tokenizer."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer_file()))
@@ -133,7 +133,7 @@ def write_model(directory: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A reader: seeds are valid inputs, `run` reads the bytes of one. named: its errors name the directory."""
+    """A reader. seeds: valid inputs. run: reads the bytes of one input. named: its errors name the directory."""
 
     name: str
     seeds: tuple[bytes, ...]
@@ -142,7 +142,7 @@ class Target:
 
 
 def targets(directory: Path) -> list[Target]:
-    """All targets; each reads in a directory of its own below `directory`."""
+    """All targets. Each reads in a directory of its own below `directory`."""
     return [make(directory) for make in (
         _safetensors, _index, _gguf, _config, _tokenizer, _tokenizer_config, _samples, _text, _run, _settings, _cells,
         _strings, _prompts, _model, _run_directory,
@@ -279,7 +279,7 @@ def _text(root: Path) -> Target:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        for _ in passages(path):
+        for _ in read_passages(path):
             pass
 
     return Target("text.jsonl", (b"\n".join(_encoded({"text": "a b"}, {"text": "\u00e9 c", "id": 1})),), run)
@@ -347,7 +347,7 @@ def _prompts(root: Path) -> Target:
 
 
 def _model(root: Path) -> Target:
-    """load_base on a directory one of whose files is the input; the first byte says which."""
+    """load_base on a directory with the input as one of its files; the first byte selects the file."""
     directory = write_model(root / "model")
     files = ("config.json", SINGLE, "tokenizer.json", "tokenizer_config.json")
     whole = {name: (directory / name).read_bytes() for name in files}

@@ -1,4 +1,4 @@
-"""The model `butler`, dense, beside lm-evaluation-harness's own `hf`: the same weights and items in one process.
+"""The dense model `butler` against lm-evaluation-harness's own `hf`, on the same weights and items in one process.
 
     python -m benchmarks.harness_agreement --base DIR --evals DIR --json benchmarks/quality/harness_agreement.json
 
@@ -21,7 +21,7 @@ from benchmarks.about import about
 def compare(
     base: pathlib.Path, evals: pathlib.Path, task: str, limit: int, max_length: int
 ) -> tuple[list[np.ndarray], list[list[float]]]:
-    """(likelihoods [N, choices] in nats, accuracies of N items), of `butler` and of `hf`, in float32."""
+    """Likelihoods [N, choices] in nats and accuracies of N items, of `butler` and of `hf`, in float32."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -41,7 +41,7 @@ def compare(
 
 
 def row(task: str, values: list[np.ndarray], accuracies: list[list[float]]) -> dict[str, Any]:
-    """A task's accuracies, and how far the likelihoods are apart."""
+    """A task's accuracies and the differences of the likelihoods."""
     right = [float(np.mean(a)) for a in accuracies]
     same = sum(a == b for a, b in zip(*accuracies, strict=True))
     apart = float(np.abs(values[0] - values[1]).max())

@@ -1,10 +1,11 @@
-"""What a compiled program sends between chips, read from its HLO text.
+"""The collectives of a compiled program, counted in its HLO text.
 
-A program is a set of computations that call each other: loops, branches, fusions. A collective inside a loop runs as
-often as the loop does. The trip count is what the text states (`known_trip_count`), or the constant that the loop's
-counter is compared with; a loop with neither raises ValueError, so that nothing is counted once by mistake. Of the
-branches of a conditional, the one that sends most counts. What the TPU compiler splits into a start, steps fused with
-arithmetic and an end is one collective: its parts, inside fusions, share channel, chips and shape.
+A program is a set of computations that call each other: loops, branches and fusions. A collective inside a loop counts
+as often as the loop runs. The trip count is `known_trip_count` in the text, or the constant that the loop's counter is
+compared with. A loop with neither raises ValueError. Of the branches of a conditional, the one that sends most counts.
+
+The TPU compiler may split a collective into a start, steps that are fused with arithmetic, and an end. They count as
+one: its parts inside fusions share channel, chips and shape.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class _Instruction(NamedTuple):
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """Every collective of a program on `devices` chips, with how often it runs."""
+    """All collectives of a program on `devices` chips, with the number of times each runs."""
     computations, entry = _parse(text)
     found: dict[str, list[Collective]] = {}
 
@@ -101,9 +102,9 @@ def by_kind(found: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def largest_stack(text: str, layers: int) -> int:
-    """Bytes of the largest array in the program that holds something of every layer, its first axis.
+    """Bytes of the program's largest array whose first axis is the layers.
 
-    Layers and layers - 1 count (a predictor has nothing for the first); vectors are left out.
+    An axis of `layers` or `layers - 1` (a predictor has no part for the first layer) counts. Vectors are left out.
     """
     sizes = [
         size_of(f"{kind}[{dims}]")
@@ -114,7 +115,7 @@ def largest_stack(text: str, layers: int) -> int:
 
 
 def size_of(shape: str) -> int:
-    """Bytes of a shape as HLO writes it; of a tuple, its largest part."""
+    """Bytes of a shape in HLO's notation; for a tuple, those of its largest part."""
     sizes = []
     for kind, dims in _SHAPE.findall(shape):
         bits = BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)
@@ -123,7 +124,7 @@ def size_of(shape: str) -> int:
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Instructions of every computation, and the name of the first to run."""
+    """The instructions of every computation, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     name, entry = None, None
     for line in text.splitlines():

@@ -2,10 +2,10 @@
 
     python -m benchmarks.kvpress --base DIR --text FILE --run RUN --json benchmarks/kvpress.json
 
-It needs kvpress, torch and transformers. kvpress cuts the cache once, at the end of a dense prompt; what is kept stays,
-and later tokens attend it and all that is new. Line by line our definitions are turned into kvpress's. A line gives the
-share of kvpress's set that ours keeps too (mean over prompts, KV heads and layers 1 ...; two random sets share as much
-as the budget), and the perplexity of what follows the prompt, with standard errors over the windows.
+It needs kvpress, torch and transformers. kvpress cuts the cache once, at the end of a dense prompt. Later tokens attend
+to the kept tokens and to all new ones. The lines turn our definitions into kvpress's step by step. A line gives the
+share of kvpress's set that ours keeps too (mean over prompts, KV heads and layers 1 ...; for two random sets it is the
+budget), and the perplexity of the text after the prompt, with standard errors over the windows of text.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ SINKS, WINDOW = 4, 8
 class Step(NamedTuple):
     """A line of the comparison.
 
-    form: "rows" evicts row after row, "dense rows" on a dense prompt, "once" at its end, "decode" is what the row after
-    it reads. always: sinks and recent. first: layer 0 is cut too. judged: what follows the prompt is predicted.
+    form: "rows" evicts at every row, "dense rows" does so on a dense prompt, "once" evicts at its end, and "decode" is
+    what the row after it reads. always: sinks and recent. first: layer 0 is cut too. judged: the text after the prompt
+    is predicted.
     """
 
     aligned: str
@@ -59,7 +60,7 @@ class Step(NamedTuple):
 
 
 def steps() -> dict[str, list[Step]]:
-    """From our definition to kvpress's: a line keeps what the lines before it aligned."""
+    """The steps from our definition to kvpress's; each keeps the changes of those before it."""
     streaming = make_policy("streaming")
     as_decoded = Step("as decoded; then frozen", "decode", streaming, judged=True)
     lines = {"streaming": [as_decoded, as_decoded._replace(aligned="layer 0 is cut too", first=True)]}
@@ -90,7 +91,7 @@ def steps() -> dict[str, list[Step]]:
 
 
 def ours(model: BaseModel, tokens: np.ndarray, prompt: Prompt, budget: float, step: Step) -> Any:
-    """What is kept of the prompt [L, B, K, P]."""
+    """The tokens of the prompt that are kept, [L, B, K, P]."""
     length = prompt.k.shape[2]
     selection = SelectionConfig(budget=budget, sinks=SINKS, recent=WINDOW)
     if step.form == "once":
@@ -141,7 +142,7 @@ class Theirs:
             compress = press.compress
 
             def recording(module, hidden, keys, values, attentions, kwargs):
-                # No score looks at values: places in their stead show what is kept.
+                # No score depends on values, so positions in their place show which tokens are kept.
                 places = torch.arange(keys.shape[2], dtype=keys.dtype)[None, None, :, None].expand_as(values)
                 keys, places = compress(module, hidden, keys, places, attentions, kwargs)
                 layers.append(places[..., 0].long().numpy())
@@ -162,7 +163,7 @@ class Theirs:
 
 
 def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """Mean share of theirs that is in mine too [L, B, K, P], layers 1 ...; both keep the same number of tokens."""
+    """The mean share of `theirs` that `mine` has too ([L, B, K, P], layers 1 ...); both keep equally many tokens."""
     mine, theirs = np.asarray(mine)[1:], theirs[1:]
     counts = mine.sum(-1), theirs.sum(-1)
     if not (counts[0] == counts[1]).all():
@@ -185,7 +186,7 @@ def with_error(name: str, found: Estimate) -> dict[str, Any]:
 def compare(
     model: BaseModel, predictor: Any, peer: Theirs, tokens: np.ndarray, budgets: list[float], length: int
 ) -> list[dict[str, Any]]:
-    """Every line at every budget, shown as it is found; tokens: windows that begin with the prompts."""
+    """Compute and print every line at every budget. tokens: windows of text that begin with the prompts."""
     prompt, rows = dense_prompt(model, tokens[:, :length]), []
     seen = float(np.mean(np.arange(length + 1, tokens.shape[1])))  # tokens that a dense row attends, mean
 

@@ -1,7 +1,7 @@
-"""Policies that evict in the form of kvpress: the cache is cut once, at the end of a dense prompt, and stays so.
+"""Policies that evict as kvpress does: the cache is cut once, at the end of a dense prompt.
 
-The functions of our own policies do it; `SnapKVLike` and `H2OLike` have a switch for every respect in which kvpress
-defines them otherwise.
+The functions of our own policies do the work. `SnapKVLike` and `H2OLike` have a switch for each difference between our
+definition and kvpress's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from butler_jax.simulation.predictions import predict_next
 
 
 class Counting:
-    """Before a policy that evicts: its memory, and how many rows there were."""
+    """The memory of a policy that evicts, with the number of rows so far."""
 
     def begin(self, shape):
         return super().begin(shape), jnp.zeros(shape[:1], jnp.int32)
@@ -38,10 +38,10 @@ class Counting:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKVLike(Counting, SnapKV):
-    """SnapKV, and in which respects it is kvpress's.
+    """SnapKV with switches for kvpress's definition.
 
-    whole: all observed rows are kept, even where they are the whole budget. outside: attention to the observed rows is
-    not pooled into what stands before them. mean: pooled by the mean.
+    whole: all observed rows are kept, even where they take the whole budget. outside: attention to the observed rows is
+    not pooled into the tokens before them. mean: attention is pooled by the mean.
     """
 
     whole: bool = False
@@ -66,9 +66,9 @@ class SnapKVLike(Counting, SnapKV):
 
 @dataclass(frozen=True, kw_only=True)
 class H2OLike(Counting, H2O):
-    """H2O, and in which respects it is kvpress's observed attention.
+    """H2O with switches for kvpress's observed attention.
 
-    free: no token is kept for being recent. mean: the attention of a token is divided by the rows that could see it.
+    free: recent tokens have no preference. mean: the attention of a token is divided by the number of rows that see it.
     """
 
     free: bool = False
@@ -86,7 +86,7 @@ class H2OLike(Counting, H2O):
 def once(
     policy: Evicting, weights: Float[Array, "B T K S"], budget: Int[Array, " B"], sinks: int, recent: int
 ) -> Bool[Array, "B K S"]:
-    """What a policy that evicts keeps where it observes all rows of a dense prompt and then evicts down to the budget.
+    """The tokens that a policy keeps where it observes all rows of a dense prompt and then evicts down to the budget.
 
     weights: dense attention, summed over the group; T = S rows.
     """
@@ -115,7 +115,7 @@ class Prompt(NamedTuple):
 
 @jax.jit
 def dense_prompt(model: BaseModel, tokens: Int[Array, "B P"]) -> Prompt:
-    """The prompts, read densely."""
+    """Read the prompts densely."""
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
 
@@ -138,7 +138,7 @@ def kept_once(prompt: Prompt, budget: int, *, policy: Evicting, sinks: int, rece
 def follow(
     model: BaseModel, prompt: Prompt, kept: Bool[Array, "L B K P"], tokens: Int[Array, "B N"]
 ) -> Float[Array, "B M"]:
-    """nll in nats of tokens 1 ... N-1 that follow the prompt: each attends what was kept, and all that is new."""
+    """nll in nats of the tokens 1 ... N-1 after the prompt; each attends to the kept tokens and to all new ones."""
     length, new = kept.shape[-1], tokens.shape[1]
     causal = jnp.tril(jnp.ones((new, new), bool))[None, None]
 
@@ -175,9 +175,9 @@ def places(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def kept_row_by_row(
     model: BaseModel, tokens: Int[Array, "B T"], limits: Limits, *, policy: Evicting, rule: SelectionConfig, dense: bool
 ) -> Bool[Array, "L B K S"]:
-    """What is kept for the last row, itself left out, where a policy evicts row after row (evaluation/eviction.py).
+    """The tokens that a policy keeps for the last row, itself left out, where it evicts at every row.
 
-    dense: what a layer sees is of a dense pass; else of a pass that attended only what was kept.
+    dense: layers see a dense pass. Otherwise they see a pass that attends only to the kept tokens.
     """
     segments = jnp.ones_like(tokens)
     full = dense_mixer(model.config, segments)
@@ -193,7 +193,7 @@ def kept_row_by_row(
 def decoded(
     model: BaseModel, predictor: Any, tokens: Int[Array, "B T"], *, selection: SelectionConfig, length: int
 ) -> tuple[Float[Array, "B M"], Float[Array, ""]]:
-    """Decoding what follows a dense prompt of `length` tokens: nll as `follow`, and tokens read by a row.
+    """Decode the text after a dense prompt of `length` tokens: nll as in `follow`, and the tokens that a row reads.
 
     The mean is over rows, KV heads and layers 1 ...
     """

@@ -1,18 +1,18 @@
-"""Errors of float32, bfloat16 and int8 keys against float64, on what real models compute from a real text.
+"""Errors of float32, bfloat16 and int8 keys against float64, on the activations of real models on a real text.
 
     python -m benchmarks.numerics --json benchmarks/numerics.json
     python -m benchmarks.numerics --base DIR --text FILE [--run RUN] --json ...    # further bases
 
-The float64 form is benchmarks/float64.py: naive, numpy, nothing shared with the package. Every error is divided by the
-root mean square of the exact quantity; three of them:
+The float64 form is benchmarks/float64.py, naive numpy that shares nothing with the package. Every error is divided by
+the root mean square of the exact quantity. There are three kinds:
 
 - arithmetic: the package's function on inputs rounded to the dtype, against float64 on the same rounded inputs
-- inputs: the same result against float64 on the unrounded inputs, which are those of the float64 pass
-- whole: weights, activations and all in the dtype, from the tokens on
+- inputs: the same result against float64 on the unrounded inputs of the float64 pass
+- whole: the whole pass in the dtype, from the tokens on
 
-A choice is compared set by set (row, layer from 1 on, KV head; only rows in which scores decide): the share of equal
-sets, of equal tokens outside sinks and recent, and how much true attention the differing sets lose, on the mean over
-all sets and at worst (negative: the other set holds more).
+A choice is compared for every set (row, layer from 1 on, KV head) in which scores decide. Reported are the share of
+equal sets, the share of equal tokens outside sinks and recent, and the true attention that the differing sets lose: the
+mean over all sets, and the worst (negative where the other set holds more).
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ KINDS = ("arithmetic", "inputs", "whole")
 
 
 class Errors:
-    """Errors of one quantity, gathered over layers: relative to the root mean square of the exact values."""
+    """Errors of one quantity over all layers, relative to the root mean square of the exact values."""
 
     def __init__(self):
         self.largest = self.squares = self.exact = 0.0
         self.count = 0
 
     def add(self, found: Any, exact: np.ndarray) -> None:
-        """One more layer."""
+        """Add one layer."""
         error = float64.wide(found) - exact
         self.largest = max(self.largest, float(np.abs(error).max(initial=0.0)))
         self.squares += float(np.square(error).sum())
@@ -77,7 +77,7 @@ class Errors:
 
 
 class Choices:
-    """How sets of tokens differ from the exact ones, gathered over layers."""
+    """Differences of chosen sets of tokens from the exact ones, over all layers."""
 
     def __init__(self, budget: float, length: int):
         self.config = SelectionConfig(budget=budget)
@@ -94,7 +94,7 @@ class Choices:
         return float64.choice(float64.pooled(layer.p, layer.r, SINKS, WINDOW), self.table, SINKS, WINDOW)
 
     def add(self, found: np.ndarray, exact: np.ndarray, weights: np.ndarray) -> None:
-        """One more layer. weights [K, T, T]: its true attention, mean over the group."""
+        """Add one layer. weights [K, T, T]: its true attention, mean over the group."""
         found, exact, weights = (a[:, self.decided] for a in (found, exact, weights))
         own = exact & ~self.forced[self.decided]
         self.equal.append((found == exact).all(axis=-1).ravel())
@@ -122,7 +122,7 @@ def mean_weights(layer: float64.Layer) -> np.ndarray:
 
 
 def numbers_read_per_key(chunk: Chunk, configs: tuple[SelectionConfig, ...]) -> dict[str, Any]:
-    """What the package makes of a chunk of all rows: scores, pooled scores, and the sets of each configuration."""
+    """The package's results on one chunk of all rows: scores, pooled scores, and the sets of each configuration."""
     chunk = chunk._replace(sinks=SINKS, recent=WINDOW)
     scores = POLICY(chunk)
     sets = [select(scores, chunk.allowed[:, None], chunk.rows, config)[0] for config in configs]
@@ -154,7 +154,7 @@ def one_layer(q, k, v, p, r, *, configs, int8):
 
 
 def exact_layer(layer: float64.Layer, losses: bool = True) -> dict[str, Any]:
-    """The same in float64, the sets left out."""
+    """The same in float64, without the sets."""
     found = {"scores": float64.products(layer.p, layer.r)}
     found["scores"] = found["scores"].reshape(layer.r.shape[1], -1, *found["scores"].shape[1:])
     found["pooled"] = float64.pooled(layer.p, layer.r, SINKS, WINDOW)
@@ -170,7 +170,7 @@ def exact_layer(layer: float64.Layer, losses: bool = True) -> dict[str, Any]:
 
 
 def counted(name: str, value: Any, length: int) -> np.ndarray:
-    """Scores of the keys that a choice may take; other quantities as they are."""
+    """Scores of the keys that a choice may take; other quantities unchanged."""
     value = float64.wide(value)
     if name not in ("scores", "pooled"):
         return value
@@ -200,7 +200,7 @@ def given(layers: list[float64.Layer], dtype: str, choices: dict, errors: dict) 
 
 
 def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choices: dict, errors: dict) -> dict:
-    """Errors of the whole pass in a dtype; returns what is said of the next token."""
+    """Add the errors of the whole pass in a dtype. Returns the comparison of the next token."""
     layers, logits = exact
     batch = {name: jnp.asarray(a) for name, a in batch.items()}
     rows = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)[None]
@@ -242,7 +242,7 @@ def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choice
 
 
 def next_token(found: np.ndarray, exact: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """Greedy agreement, divergence of the distributions in nats, and the likelihood of the text under both."""
+    """Greedy agreement, divergence of the distributions in nats, and the text's likelihood under both."""
     found, exact = (a - float64.log_sum_exp(a, np.ones(a.shape, bool)) for a in (found, exact))
     at = np.arange(len(tokens) - 1), tokens[1:]
     return {
@@ -254,7 +254,7 @@ def next_token(found: np.ndarray, exact: np.ndarray, tokens: np.ndarray) -> dict
 
 
 def angle_error(theta: float, dim: int, positions: int) -> float:
-    """The largest error of the package's float32 cosine up to so many positions."""
+    """The largest error of the package's float32 cosine up to this number of positions."""
     frequencies, _ = rope_frequencies(RopeConfig(theta=theta), dim, context=positions, length=positions)
     cos, _ = rotary_angles(jnp.arange(positions), frequencies)
     exact = np.cos(np.arange(positions)[:, None] * theta ** -(np.arange(0, dim, 2) / dim))

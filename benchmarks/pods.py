@@ -1,16 +1,19 @@
-"""Training and decode steps of Llama-3.1 through the TPU's own compiler, for pods that are not here.
+"""Training and decode steps of Llama-3.1, compiled for TPU pods by the TPU compiler on a machine without a TPU.
 
     python -m benchmarks.pods --json benchmarks/pods.json        # the whole table; needs jax[tpu], no TPU
     python -m benchmarks.pods --model llama-3.1-8b --topology v5e:16x16 --mesh data=256 --step train --length 4096
 
-The steps are those that train.py and generate run, with the kernels they choose on a TPU; arguments are shapes with
-shardings, so nothing is materialised. Printed for each, of one chip: what the compiler allots for arguments and
-temporaries, collectives by kind with the bytes a chip sends (hlo.py says how they are counted), floating-point
-operations, and the time of arithmetic, memory and links at the chip's peak figures. The largest of the three times is
-what a step takes at least, their sum what it takes where nothing overlaps; no chip reaches its peaks.
+The steps are those of train.py and generate, with the kernels that they choose on a TPU. Arguments are shapes with
+shardings, so no arrays are made. The figures of each step are those of one chip:
 
-Operations and bytes of memory are counted by formula (`work_of`): the compiler counts a loop's body once and nothing
-inside a kernel.
+- the memory that the compiler allots for arguments and temporaries
+- collectives by kind, with the bytes that the chip sends (hlo.py says how they are counted)
+- floating-point operations
+- the times of arithmetic, memory and links at the chip's peak rates. A step takes at least the largest of the three,
+  and their sum where nothing overlaps. No chip reaches its peak rates.
+
+Operations and bytes of memory are counted by formula (`work_of`), because the compiler counts a loop's body once and
+nothing inside a kernel.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ MODELS = {
 
 
 class Chip(NamedTuple):
-    """Peak figures: bfloat16 operations a second, bytes of memory a second, bytes a second out of all links."""
+    """Peak rates: bfloat16 operations, bytes of memory, and bytes sent over all links, each per second."""
 
     flops: float
     memory: float
@@ -72,7 +75,7 @@ LANES = 128  # what the flash attention kernel pads heads to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One step to compile. batch_size 0: one row for every chip of the data axis. layers: other than the model's."""
+    """One step to compile. batch_size: 0 is one row for each chip of the data axis. layers: None is those of the model."""
 
     model: str = "llama-3.1-8b"
     topology: str = "v5e:16x16"
@@ -106,7 +109,7 @@ class Plan:
 
 
 def _plans(model: str, step: str, *rows: tuple) -> list[Plan]:
-    """rows: topology, mesh, length, and a batch size where it is not one row for every chip of the data axis."""
+    """Plans from rows (topology, mesh, length) or (topology, mesh, length, batch_size)."""
     names = ("topology", "mesh", "length", "batch_size")
     return [Plan(model=model, step=step, **dict(zip(names, row, strict=False))) for row in rows]
 
@@ -143,17 +146,17 @@ TABLE = [
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    """The plan's mesh over described chips. Raises ValueError where it needs more than the topology has."""
+    """The plan's mesh over described chips. Raises ValueError where the topology has too few."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=plan.topology).devices
     sizes = parse_mesh(plan.mesh)
     needed = math.prod(sizes.values())
-    if not needed <= len(devices):
+    if needed > len(devices):
         raise ValueError(f"mesh {plan.mesh} needs {needed} chips, {plan.topology} has {len(devices)}")
     return arrange(sizes, devices[:needed])
 
 
 def lower_step(plan: Plan, mesh: Mesh) -> Any:
-    """The plan's step lowered for the mesh: shapes and shardings, no arrays."""
+    """The plan's step, lowered for the mesh from shapes and shardings."""
     if plan.step == "decode":
         return lower_decode(mesh, base=plan.base, batch=plan.batch_size, capacity=plan.length)
     check_batch(plan.batch_size, mesh)
@@ -176,21 +179,22 @@ def lower_step(plan: Plan, mesh: Mesh) -> Any:
 
 
 class Work(NamedTuple):
-    """Of one chip and step: floating-point operations, and bytes read from and written to its memory."""
+    """The work of one chip in one step: floating-point operations, and bytes read from and written to its memory."""
 
     flops: float
     memory: float
 
 
 def work_of(plan: Plan, held: float) -> Work:
-    """By formula, spread evenly over the chips. held: bytes of arguments on a chip.
+    """The work of a step by formula, spread evenly over the chips. held: bytes of arguments on a chip.
 
-    Training: every matrix product of the frozen layers once, of the predictor's queries and keys once forward and once
-    for their gradient; attention as the cross entropy calls it, in heads of 128 lanes and half the square: three calls
-    forward (two products each) and two backward (four). Memory: operands and results of all of these once, weights
-    twice, for they are gathered first. No logits. Decoding: two operations for every parameter and row, scores of all
-    cached tokens, attention over the chosen ones. Memory: all that a chip holds but the keys and values that no layer
-    reads; layer 0 reads all, the others the budget.
+    Training has the matrix products of the frozen layers once, and those of q_imp and k_imp once forward and once for
+    their gradient. The cross entropy calls attention three times forward (two products each) and twice backward (four
+    each), over half the square and in heads of 128 lanes. There are no logits. Operands and results are read or written
+    once; weights twice, because they are gathered first.
+
+    Decoding has two operations for every parameter and row, the scores of all cached tokens, and attention over the
+    chosen ones. A chip reads all it holds except the keys and values that are not chosen; layer 0 reads all of them.
     """
     base, rows, length, sizes = plan.base, plan.batch_size, plan.length, parse_mesh(plan.mesh)
     chips = math.prod(sizes.values())
@@ -215,7 +219,7 @@ def work_of(plan: Plan, held: float) -> Work:
 
 
 def whole_arguments(compiled: Any) -> list[str]:
-    """Arguments above 1 MiB that every chip holds all of, as the compiled program takes them."""
+    """The compiled program's arguments above 1 MiB that every chip holds whole."""
     leaves = dict(jax.tree_util.tree_leaves_with_path(compiled.in_avals))
     found = []
     for path, place in jax.tree_util.tree_leaves_with_path(compiled.input_shardings):
@@ -226,13 +230,13 @@ def whole_arguments(compiled: Any) -> list[str]:
 
 
 def layer_bytes(plan: Plan) -> float:
-    """Bytes of one frozen layer's weights in bfloat16, of the part that a chip of the model axis has to see."""
+    """Bytes of one frozen layer's weights in bfloat16: the part that a chip of the model axis reads."""
     layers = jax.eval_shape(lambda: BaseModel(plan.base, jax.random.key(0))).layers
     return 2 * parameter_count(layers) / plan.base.layers / parse_mesh(plan.mesh)["model"]
 
 
 def compile_plan(plan: Plan) -> tuple[dict[str, Any], Any]:
-    """What the compiler says of a step, and the compiled step; (report with its error, None) where it refuses."""
+    """The report of a step and the compiled step; (the report with the error, None) where the compiler refuses it."""
     mesh = mesh_of(plan)
     began = time.perf_counter()
     report = {"plan": dataclasses.asdict(plan), "chips": mesh.size}
@@ -317,12 +321,12 @@ def markdown(report: dict[str, Any], step: str) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """A number with three digits, or with all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
-    """Compile one plan, or all of TABLE, and print a line each."""
+    """Compile one plan or all of TABLE, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), help="one step of this model instead of the whole table")
     for field in dataclasses.fields(Plan):

@@ -1,6 +1,7 @@
-"""The decode step of a Llama-3.1-8B through the TPU's own compiler, without a TPU: `python -m benchmarks.tpu_decode`.
+"""The decode step of Llama-3.1-8B, compiled by the TPU compiler without a TPU: `python -m benchmarks.tpu_decode`.
 
-Needs `pip install "jax[tpu]"`. Prints, for each chip, what a step keeps, needs and moves, as the compiler counts it.
+It needs `pip install "jax[tpu]"`. For each kind of chip it prints the memory and the traffic of a step as the compiler
+counts them.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ COLLECTIVES = r"= \S+ (all-reduce|all-gather|all-to-all|reduce-scatter|collectiv
 def compile_decode(
     chip: str, *, base: BaseConfig = LLAMA_8B, batch: int = 1, capacity: int = 32768, parts: int = 1, **options: Any
 ):
-    """A compiled decode step for a chip of CHIPS, the heads split over as many as are needed.
+    """Compile a decode step for a chip of CHIPS, with the heads split over the chips that it needs.
 
-    parts: into so many the tokens of the caches are split, and into as much fewer the heads. options: of decode_step;
-    selection is SELECTION unless given. score_dtype: of prefill.
+    parts: the tokens of the caches are split into this number, and the heads into correspondingly fewer. options: those
+    of decode_step; selection is SELECTION by default. score_dtype: that of prefill.
     """
     name, count = CHIPS[chip]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
@@ -55,7 +56,7 @@ def compile_decode(
 
 
 def lower_decode(mesh: Mesh, *, base: BaseConfig, batch: int, capacity: int, **options: Any):
-    """A lowered decode step for the chips of a mesh. options: as compile_decode takes them."""
+    """Lower a decode step for the chips of a mesh. options: as in compile_decode."""
     score_dtype = options.pop("score_dtype", None)
     options = {"selection": SELECTION, "implementation": "tpu", **options}
     bfloat16 = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, _narrow(a.dtype)))
@@ -86,7 +87,7 @@ def _narrow(dtype: Any) -> Any:
 
 
 def summary(compiled: Any) -> dict[str, Any]:
-    """GiB a chip keeps (arguments) and needs besides (temporary), GB a step accesses, collectives by kind."""
+    """GiB of a chip's arguments and temporaries, GB that a step accesses, and collectives by kind."""
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     return {
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
@@ -98,7 +99,7 @@ def summary(compiled: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compile for every chip, print a line each."""
+    """Compile for every chip and print a line for each."""
     print("a decode step of Llama-3.1-8B in bfloat16, R = 16, 32,768 tokens of cache, budget 1/16 in pages of 16")
     for chip, (_, count) in CHIPS.items():
         for score_dtype in (None, "int8"):

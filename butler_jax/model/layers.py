@@ -35,9 +35,7 @@ def swiglu(gate: Float[Array, "*B hidden"], up: Float[Array, "*B hidden"]) -> Fl
     return jax.nn.silu(gate) * up
 
 
-def rope_frequencies(
-    rope: RopeConfig, dim: int, *, context: int, length: int
-) -> tuple[Float[np.ndarray, " F"], float]:
+def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -> tuple[Float[np.ndarray, " F"], float]:
     """Angular frequencies of the rotary embedding.
 
     Sources: Su et al. 2021 (default), linear position interpolation, Llama 3.1's smoothed scaling, YaRN (Peng et al.
