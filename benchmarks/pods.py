@@ -75,7 +75,7 @@ LANES = 128  # what the flash attention kernel pads heads to
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One step to compile. batch_size: 0 is one row for each chip of the data axis. layers: None is those of the model."""
+    """One step to compile. batch_size: 0 is one row for each chip of the data axis. layers: None is the model's."""
 
     model: str = "llama-3.1-8b"
     topology: str = "v5e:16x16"

@@ -131,7 +131,7 @@ class Band(NamedTuple):
     keys: int
     sliding: bool
 
-    def first_key(self, index: Int[Array, ""], chunk: int) -> Int[Array, ""] | int:
+    def first_key(self, index: Int[Array, ""] | int, chunk: int) -> Int[Array, ""] | int:
         """Position of the first key that chunk `index` reads."""
         return jnp.maximum((index + 1) * chunk - self.keys, 0) if self.sliding else 0
 
@@ -192,7 +192,7 @@ def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def chunk_mask(
-    index: Int[Array, ""],
+    index: Int[Array, ""] | int,
     first: Int[Array, ""] | int,
     keys: int,
     segments: Int[Array, "B S"] | None,

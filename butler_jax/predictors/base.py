@@ -145,16 +145,16 @@ class Schedule(NamedTuple):
       captures: the layer carries the producer of the next block.
     """
 
-    serves: Bool[Array, ""]
-    producer: Int[Array, ""]
-    head: Int[Array, ""]
-    starts: Bool[Array, ""]
-    ends: Bool[Array, ""]
-    captures: Bool[Array, ""]
+    serves: Bool[Array, "*layers"]
+    producer: Int[Array, "*layers"]
+    head: Int[Array, "*layers"]
+    starts: Bool[Array, "*layers"]
+    ends: Bool[Array, "*layers"]
+    captures: Bool[Array, "*layers"]
 
 
-def schedule(predictor: Predictor, index: Int[Array, ""]) -> Schedule:
-    """The place of layer `index` (from 0) among the predictor's blocks."""
+def schedule(predictor: Predictor, index: Int[Array, "*layers"]) -> Schedule:
+    """The place of layer `index` (from 0; or of several layers) among the predictor's blocks."""
     stride, last = predictor.stride, predictor.base.layers - 1
     before = jnp.maximum(index - 1, 0)
     serves = index > 0

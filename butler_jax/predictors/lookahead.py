@@ -74,7 +74,7 @@ class Lookahead(Predictor):
         self.trunk = None
         self.heads = LookaheadHeads(base, config.rank, key)
 
-    def _angles(self, head: Any, context: Context) -> tuple[Float[Array, "B T K F"], Float[Array, "B T K F"]]:
+    def _angles(self, head: Any, context: Context) -> tuple[Float[Array, "B T K pairs"], Float[Array, "B T K pairs"]]:
         still = self.base.head_dim // 2 - context.cos.shape[-1]  # pairs that the base does not rotate
         pad = ((0, 0), (0, 0), (0, still))
         cos, sin = jnp.pad(context.cos, pad, constant_values=1.0), jnp.pad(context.sin, pad)
@@ -113,7 +113,7 @@ class Lookahead(Predictor):
         return chosen
 
 
-def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " F"], Int[Array, " F"]]:
+def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " pairs"], Int[Array, " pairs"]]:
     """The two dimensions of each of the D/2 pairs: first the rotated pairs in half layout, then the others."""
     half, still = base.rotary_dim // 2, (base.head_dim - base.rotary_dim) // 2
     first = jnp.concatenate([jnp.arange(half), base.rotary_dim + jnp.arange(still)])
@@ -122,7 +122,7 @@ def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " F"], Int[Array, " F"
 
 
 @jax.jit
-def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K F"], Float[Array, "L K F"]]:
+def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K pairs"], Float[Array, "L K pairs"]]:
     """E|q_f|^2 and E|k_f - mean k_f|^2 of every layer, KV head and pair f."""
     config = model.config
     segments = jnp.asarray(batch["segments"])
@@ -151,7 +151,7 @@ def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs,
     scale = (rank / base.head_dim) ** 0.5
     layers = model.layers
 
-    def chosen(weights: Float[Array, "L H D"]) -> Float[Array, "L H R"]:
+    def chosen(weights: Float[Array, "L H D"]) -> Float[Array, "L-1 H R"]:
         return jnp.take_along_axis(weights[1:].astype(jnp.float32), per_query, axis=-1) * scale
 
     query = jax.lax.map(
