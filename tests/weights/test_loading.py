@@ -116,7 +116,7 @@ def test_bombs_are_refused_before_memory_is_taken(small_model, tmp_path):
             line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
             return int(line.split()[1]) * 1024
 
-        load_base({str(directory)!r})
+        load_base({str(small_model)!r})
         try:
             load_base({str(tmp_path / "values.gguf")!r})  # imports gguf
         except ValueError:

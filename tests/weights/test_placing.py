@@ -94,7 +94,7 @@ def test_a_model_larger_than_memory_is_refused_on_simulated_devices_before_it_is
         os.sysconf = {{"SC_PHYS_PAGES": 25 * 10**9 // 4096, "SC_PAGE_SIZE": 4096}}.get
         placing.Slot = None
         try:
-            load_base({str(directory)!r}, shardings=shardings_for(make_mesh("data=2")))
+            load_base({str(small_model)!r}, shardings=shardings_for(make_mesh("data=2")))
         except ValueError as error:
             print(error)
     """
