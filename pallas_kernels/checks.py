@@ -121,7 +121,7 @@ def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> No
     check_vector("lengths", lengths, ((batch,),))
     check_vector("first", first, ((batch,),))
     quantised = k_imp.dtype == jnp.int8
-    if quantised != scales is not None:
+    if quantised != (scales is not None):
         raise ValueError(
             "int8 score keys need their scales, and others take none; quantise_k_imp gives both "
             f"(k_imp are {k_imp.dtype}, scales {'given' if scales is not None else 'missing'})"
@@ -194,7 +194,7 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
             raise ValueError(f"valid {valid.shape} must have the shape of indices {indices.shape}")
         if valid.dtype != jnp.bool_:
             raise ValueError(f"valid must be booleans, got {valid.dtype}")
-    if new_k is None != new_v is None:
+    if (new_k is None) != (new_v is None):
         raise ValueError("new_k and new_v, the current token, come together or not at all")
     for name, new in (("new_k", new_k), ("new_v", new_v)):
         if new is not None:
