@@ -3,21 +3,19 @@
     python -m benchmarks.faults --json benchmarks/faults.json
 
 The moments are drawn with a seed: some while the process starts, some while it trains, some while it writes a
-checkpoint. Where a kill truly hit is read from what it left. A checkpoint counts as reported saved once it has its
-name, and as lost where it is not whole or the next start goes on from an earlier one. The end is compared with a run
-that nothing disturbed: the predictor's parameters bit for bit, and the numbers written down at every step. These kills
-end a process; the machine and its disk stay up.
+checkpoint. What a kill left behind tells what it hit. A checkpoint counts as saved once it has its name, and as lost
+where it is not whole or the next start goes on from an earlier one. The end is compared with an undisturbed run: the
+predictor's parameters bit for bit, and the numbers written down at every step. A kill ends a process; the machine and
+its disk stay up.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,10 +26,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.about import about
 from benchmarks.training_process import TrainingProcess, starts
 from butler_jax import load_base, load_predictor
 from butler_jax.runs import checkpoints
-from butler_jax.runs.provenance import versions
 from butler_jax.storage.json_objects import read_lines
 
 STEPS, EVERY = 900, 30
@@ -89,9 +87,9 @@ def main() -> None:
         place = Path(name)
 
         def launch(run: str) -> TrainingProcess:
-            settings = ["--data-dir", place / "data", "--length", 64, "--batch-size", 2, "--calibration", 1, "--steps",
-                        STEPS, "--checkpoint-every", EVERY, "--eval-every", 0, "--mesh", "data=1"]  # fmt: skip
-            return TrainingProcess(place / run, *settings, cache=place / "cache")
+            rows = ["--length", 64, "--batch-size", 2, "--calibration", 1, "--mesh", "data=1"]
+            steps = ["--steps", STEPS, "--checkpoint-every", EVERY, "--eval-every", 0]
+            return TrainingProcess(place / run, "--data-dir", place / "data", *rows, *steps, cache=place / "cache")
 
         straight = launch("straight")
         said = straight.end()
@@ -107,12 +105,10 @@ def main() -> None:
         counts["steps_identical"] = numbers(place / "killed") == numbers(place / "straight")
     print(json.dumps(counts))
     if arguments.json:
-        about = {
-            "command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]), "seed": arguments.seed, "base": "tiny",
-            "steps": STEPS, "checkpoint_every": EVERY, "date": datetime.date.today().isoformat(),
-            "versions": versions(), "device": f"{jax.default_backend()}, {os.cpu_count()} cores",
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps({**about, **counts}, indent=1) + "\n")
+        settings = {"seed": arguments.seed, "base": "tiny", "steps": STEPS, "checkpoint_every": EVERY}
+        device = f"{jax.default_backend()}, {os.cpu_count()} cores"
+        report = {**about("faults"), **settings, "device": device, **counts}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

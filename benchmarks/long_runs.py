@@ -10,9 +10,9 @@ Four runs, through the functions that users call, each in a process of its own (
 - decode_one_cache: stories260K, whose context is raised for the purpose, one row, one cache of 16,384 tokens
 
 A sample is taken at the same place each time. Speed is tokens or steps a second of processor time, which a busy machine
-disturbs less than the clock, of the first and the last tenth of the samples: equal work in all runs but the last, where
-the cache fills. "Start" is the second sample, when everything has been done once; resident memory is taken after the
-allocator has given back what it holds in reserve, the peak is the process's own.
+disturbs less than the clock. It is compared between the first and the last tenth of the samples, which are equal work
+in all runs but the last, where the cache fills. "Start" is the second sample, when everything has been done once.
+Resident memory is taken after the allocator has given back what it holds in reserve. The peak is the process's own.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ from butler_jax.training.distillation import init_predictor
 
 def train(place: pathlib.Path, steps: int = 5000, every: int = 250, **changes: Any) -> Watch:
     """Distil a predictor for tiny; a sample every so many steps, before a checkpoint and after it."""
-    config = TrainConfig(
-        steps=steps, length=64, batch_size=4, checkpoint_every=every, eval_every=every, log_every=every,
-        run_dir=place / "run", data_dir=str(place / "data"), mesh="data=1", **changes,
-    )  # fmt: skip
+    intervals = dict(checkpoint_every=every, eval_every=every, log_every=every)
+    places = dict(run_dir=place / "run", data_dir=str(place / "data"))
+    config = TrainConfig(steps=steps, length=64, batch_size=4, mesh="data=1", **intervals, **places, **changes)
     place_batch, taken = loop.place_batch, 0
 
     def watched(batch, mesh):  # called once a step
@@ -70,9 +69,16 @@ def decode(
     with Watch() as watch:
         for turn in range(turns):
             pieces = butler_jax.generate_stream(
-                base, [[1]] * rows, predictor=predictor, selection=SelectionConfig(budget=budget), max_new_tokens=new,
-                stop=(), sampling=SamplingConfig(temperature=1.0), seed=turn * rows, capacity=capacity,
-            )  # fmt: skip
+                base,
+                [[1]] * rows,
+                predictor=predictor,
+                selection=SelectionConfig(budget=budget),
+                max_new_tokens=new,
+                stop=(),
+                sampling=SamplingConfig(temperature=1.0),
+                seed=turn * rows,
+                capacity=capacity,
+            )
             for _ in pieces:
                 done += 1
                 if done % every == 0:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.losses --json benchmarks/losses.json
 
-Every figure is one jitted call that returns the loss and the gradients of p and r (the cross entropy, over the keys
-that are neither among 4 sinks nor the 8 newest, also the attention output). The two forms take turns in one process,
-so a busy machine slows both alike; the median is reported, and compiled temporary memory as XLA states it. The naive
-form is `jax.value_and_grad` of the formula as written. Float32, one row.
+Every figure is one jitted call that returns the loss and the gradients of q_imp and k_imp. The cross entropy is over
+the keys that are neither among the 4 sinks nor the 8 recent ones, and returns the attention output too. The two forms
+take turns in one process, so a busy machine slows both alike. The median is reported, and compiled temporary memory as
+XLA states it. The naive form is `jax.value_and_grad` of the formula as written. Float32, one row.
 """
 
 from __future__ import annotations
@@ -22,41 +22,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.training import losses
+from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
+from butler_jax.training.losses.squared_error import sum_squared_errors
 
 DIM, RANK = 64, 16
-SINKS, NEWEST = 4, 8
+SINKS, RECENT = 4, 8
 SECONDS = 60  # a form that takes longer than this for one call is timed once
 
 
-def square(q, k, p, r):
-    """Both logit squares [B, H, T, T] and the causal mask."""
-    k, r = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, r))
-    truth = jnp.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    guess = jnp.einsum("bihr,bjhr->bhij", p, r) * p.shape[-1] ** -0.5
-    return truth, guess, jnp.tril(jnp.ones((1, 1, q.shape[1], q.shape[1]), bool))
+def squares(q, k, q_imp, k_imp):
+    """True logits and predicted scores [B, H, T, T], and the causal mask."""
+    k, k_imp = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, k_imp))
+    true = jnp.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bihr,bjhr->bhij", q_imp, k_imp) * q_imp.shape[-1] ** -0.5
+    return true, scores, jnp.tril(jnp.ones((1, 1, q.shape[1], q.shape[1]), bool))
 
 
-def naive_squared_error(q, k, v, p, r):
-    truth, guess, seen = square(q, k, p, r)
-    return jnp.sum(jnp.square(jnp.where(seen, truth - guess, 0))), ()
+def naive_squared_error(q, k, v, q_imp, k_imp):
+    true, scores, seen = squares(q, k, q_imp, k_imp)
+    return jnp.sum(jnp.square(jnp.where(seen, true - scores, 0))), ()
 
 
-def naive_cross_entropy(q, k, v, p, r):
-    truth, guess, seen = square(q, k, p, r)
-    contested = jnp.tril(seen, -NEWEST) & (jnp.arange(q.shape[1]) >= SINKS)[None, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, truth, -1e30), axis=-1)
-    logarithms = jax.nn.log_softmax(jnp.where(contested, guess, -1e30), axis=-1)
+def naive_cross_entropy(q, k, v, q_imp, k_imp):
+    true, scores, seen = squares(q, k, q_imp, k_imp)
+    contested = jnp.tril(seen, -RECENT) & (jnp.arange(q.shape[1]) >= SINKS)[None, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, true, -1e30), axis=-1)
+    logarithms = jax.nn.log_softmax(jnp.where(contested, scores, -1e30), axis=-1)
     output = jnp.einsum("bhij,bjhd->bihd", weights, jnp.repeat(v, q.shape[2] // v.shape[2], axis=2))
     return -jnp.sum(weights * jnp.where(contested, logarithms, 0)), output
 
 
-def squared_error(q, k, v, p, r):
-    return losses.squared_error(q, k, p, r)[0], ()
+def squared_error(q, k, v, q_imp, k_imp):
+    return sum_squared_errors(q, k, q_imp, k_imp)[0], ()
 
 
-def cross_entropy(q, k, v, p, r):
-    output, loss, _ = losses.attention_and_cross_entropy(q, k, v, p, r, sinks=SINKS, newest=NEWEST)
+def cross_entropy(q, k, v, q_imp, k_imp):
+    output, loss, _ = attend_with_cross_entropy(q, k, v, q_imp, k_imp, sinks=SINKS, recent=RECENT)
     return loss, output
 
 

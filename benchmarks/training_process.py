@@ -28,13 +28,19 @@ class TrainingProcess:
 
     def __init__(self, run_dir: Path, *arguments: object, cache: Path):
         self.run_dir = run_dir
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}  # fmt: skip
+        variables = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
         self.process = subprocess.Popen(
-            [sys.executable, REPOSITORY / "train.py", "--run-dir", run_dir, *map(str, arguments)], env=environment,
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, REPOSITORY / "train.py", "--run-dir", run_dir, *map(str, arguments)],
+            env={**os.environ, **variables},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.began = time.monotonic()
 
     def rows(self) -> int:

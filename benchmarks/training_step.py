@@ -3,9 +3,9 @@
     python -m benchmarks.training_step --json benchmarks/training_step.json
 
 Time: the steps of the three predictors and two forward passes (to logits, and to the last residual stream) take turns
-in one process, so a busy machine slows all alike; medians are reported. A step is forward pass, loss, gradients
-and AdamW. Compile time: of a step at two depths of a narrow base. Memory: compiled temporary bytes of a step at
-T and 2T, as XLA states them. The base has the shape of SmolLM2-135M and random weights unless --base names one.
+in one process, so a busy machine slows all alike. Medians are reported. A step is forward pass, loss, gradients and
+AdamW. Compile time is that of a step at two depths of a narrow base. Memory is the compiled temporary bytes of a step
+at T and 2T, as XLA states them. The base has the shape of SmolLM2-135M and random weights unless --base names one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from butler_jax.training.distillation import distil_step
 from butler_jax.training.step import start_state
 from butler_jax.weights import load_base
 
+LLAMA = dict(family="llama", context=8192)
 SMOLLM2 = BaseConfig(
-    family="llama", vocab_size=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, head_dim=64, context=8192,
-    tied=True,
-)  # fmt: skip
-NARROW = dict(family="llama", vocab_size=256, width=64, hidden=128, heads=4, kv_heads=2, head_dim=16, context=8192)
+    vocab_size=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, head_dim=64, tied=True, **LLAMA
+)
+NARROW = dict(vocab_size=256, width=64, hidden=128, heads=4, kv_heads=2, head_dim=16, **LLAMA)
 
 
 def make_batch(vocab_size: int, batch_size: int, length: int) -> dict[str, jax.Array]:

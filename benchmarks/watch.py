@@ -1,4 +1,4 @@
-"""What a process holds and compiles: live buffers, resident memory, programs built. For long runs and their tests."""
+"""Live buffers, resident memory and compiled programs of a process, for long runs and their tests."""
 
 from __future__ import annotations
 

@@ -426,10 +426,10 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, st
 
 def launch(place: dict[str, Path], cache: Path, run_dir: Path, data_dir: Path, *more: object) -> TrainingProcess:
     """`python train.py` on a tiny base, as a process of its own."""
-    arguments = ["--base", place["base"], "--data", f"text:{place['text']}", "--data-dir", data_dir, "--rank", 4,
-                 "--length", 64, "--batch-size", 2, "--calibration", 1, "--steps", STEPS, "--checkpoint-every", EVERY,
-                 "--eval-every", 0, "--mesh", "data=1"]  # fmt: skip
-    return TrainingProcess(run_dir, *arguments, *more, cache=cache)
+    source = ["--base", place["base"], "--data", f"text:{place['text']}", "--data-dir", data_dir]
+    rows = ["--rank", 4, "--length", 64, "--batch-size", 2, "--calibration", 1, "--mesh", "data=1"]
+    steps = ["--steps", STEPS, "--checkpoint-every", EVERY, "--eval-every", 0]
+    return TrainingProcess(run_dir, *source, *rows, *steps, *more, cache=cache)
 
 
 @pytest.fixture(scope="module")
