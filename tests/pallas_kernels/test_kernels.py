@@ -23,18 +23,19 @@ PLAIN = ("reference", "xla")
 KERNELS = ("tpu", "gpu")
 
 
-def run(function, *arrays, implementation, **options):
-    """The function, jitted over its arrays, the kernels interpreted."""
+@functools.cache
+def jitted(function, implementation, static):
+    """The function of (arrays, named arrays), jitted once for all tests; the kernels are interpreted."""
     interpret = True if implementation in KERNELS else None
-    call = functools.partial(function, implementation=implementation, interpret=interpret)
-    names = [name for name, value in options.items() if isinstance(value, (jax.Array, np.ndarray))]
-    static = {name: value for name, value in options.items() if name not in names}
+    call = functools.partial(function, implementation=implementation, interpret=interpret, **dict(static))
+    return jax.jit(lambda arrays, named: call(*arrays, **named))
 
-    @jax.jit
-    def traced(arrays, named):
-        return call(*arrays, **named, **static)
 
-    return traced(arrays, {name: options[name] for name in names})
+def run(function, *arrays, implementation, **options):
+    """What the function gives, jitted over its arrays."""
+    named = {name: value for name, value in options.items() if isinstance(value, (jax.Array, np.ndarray))}
+    static = tuple((name, value) for name, value in options.items() if name not in named)
+    return jitted(function, implementation, static)(arrays, named)
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -294,11 +295,8 @@ def test_ties_go_to_the_earlier_and_the_count_is_exact(implementation):
 def test_a_threshold_of_nothing_lets_nan_pass_as_the_lowest(implementation):
     scores = jnp.asarray([[[jnp.nan, 1.0, jnp.nan, 2.0]]])
     for limit, n in ((-jnp.inf, 4), (-jnp.inf, 3), (1.5, 4)):
-        options = dict(threshold=jnp.asarray([limit]))
-        wanted = pk.select_top_k(scores, jnp.asarray([4]), n, implementation="reference", **options)
-        interpret = True if implementation != "xla" else None
-        options |= dict(implementation=implementation, interpret=interpret)
-        found = pk.select_top_k(scores, jnp.asarray([4]), n, **options)
+        select = functools.partial(run, pk.select_top_k, scores, jnp.asarray([4]), n=n, threshold=jnp.asarray([limit]))
+        wanted, found = select(implementation="reference"), select(implementation=implementation)
         np.testing.assert_array_equal(found.indices, wanted.indices)
         np.testing.assert_array_equal(found.valid, wanted.valid)
 
@@ -452,12 +450,12 @@ def test_any_shape_chooses_and_attends_like_the_reference(batch, heads, group, d
 
 
 def whole(**changed):
-    """A good call of the whole with some arguments changed."""
+    """A good call of the whole with some arguments changed, traced and not run."""
     arguments = dict(
         q=jnp.zeros((1, 4, 8)), k=jnp.zeros((1, 2, 32, 8)), v=jnp.zeros((1, 2, 32, 8)), q_imp=jnp.zeros((1, 2, 2, 4)),
         k_imp=jnp.zeros((1, 2, 4, 32)), lengths=jnp.array([5]), n=4,
     )  # fmt: skip
-    return pk.sparse_decode_attention(**(arguments | changed))
+    return jax.eval_shape(lambda: pk.sparse_decode_attention(**(arguments | changed)))
 
 
 @pytest.mark.parametrize(
