@@ -1,8 +1,8 @@
-"""Judge a base model and a predictor: the same as `butler-jax eval`."""
+"""Evaluate a base model and a predictor: `python eval.py` is `butler-jax eval`."""
 
 import sys
 
-from butler_jax.cli.eval import main
+from butler_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Train a predictor: the same as `butler-jax train` (`python train.py pretrain` is `butler-jax pretrain`)."""
+"""Train a predictor: `python train.py` is `butler-jax train`, `python train.py pretrain` is `butler-jax pretrain`."""
 
 import sys
 
-from butler_jax.cli.train import main
+from butler_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:] if sys.argv[1:2] == ["pretrain"] else ["train", *sys.argv[1:]]))

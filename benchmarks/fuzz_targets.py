@@ -32,9 +32,11 @@ from butler_jax.parallel.mesh import parse_mesh
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs import checkpoints
-from butler_jax.runs.checkpoints import METADATA
 from butler_jax.runs.digests import DIGESTS
-from butler_jax.runs.directory import RECORDS, recorded, run_config
+from butler_jax.runs.directory import RECORDS, recorded
+from butler_jax.runs.finished import METADATA
+from butler_jax.runs.saved_predictor import about as about_checkpoint
+from butler_jax.runs.settings import run_config
 from butler_jax.selection.config import SelectionConfig, parse_budget
 from butler_jax.simulation.statistics import Estimate
 from butler_jax.storage.json_objects import parse_object, read_object
@@ -365,16 +367,16 @@ def _model(root: Path) -> Target:
 
 
 def _run_directory(root: Path) -> Target:
-    """All that `python -m butler_jax.info` does with a run one of whose files is the input; the first byte says which.
+    """All that `butler-jax info` does with a run one of whose files is the input; the first byte says which.
 
     It has to report whatever it finds: any error is a finding.
     """
     directory = root / "mine"
     base = load_base("tiny")
-    config = TrainConfig(steps=2, predictor="producer", rank=2, hidden=2, run_dir=directory)
+    config = TrainConfig(steps=2, predictor=PredictorConfig(kind="producer", rank=2, hidden=2), run_dir=directory)
     open_run(directory, config)
-    about = checkpoints.about(base, config.predictor_config())
-    predictor = make_predictor(base.config, config.predictor_config())
+    about = about_checkpoint(base, config.predictor)
+    predictor = make_predictor(base.config, config.predictor)
     with (
         recorded(directory, about, 0) as record,
         checkpoints.Checkpoints(directory / "checkpoints", keep=2, about=about) as made,

@@ -43,6 +43,7 @@ from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import LOGICAL_AXES, BaseModel, parameter_count
 from butler_jax.parallel.mesh import arrange, batch_sharding, check_batch, module_shardings, parse_mesh
 from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.provenance import versions
 from butler_jax.storage.files import write_whole
 from butler_jax.training.config import TrainConfig
@@ -161,10 +162,14 @@ def lower_step(plan: Plan, mesh: Mesh) -> Any:
         return lower_decode(mesh, base=plan.base, batch=plan.batch_size, capacity=plan.length)
     check_batch(plan.batch_size, mesh)
     settings = TrainConfig(
-        predictor=plan.predictor, length=plan.length, batch_size=plan.batch_size, steps=1000, attention="splash"
+        predictor=PredictorConfig(kind=plan.predictor),
+        length=plan.length,
+        batch_size=plan.batch_size,
+        steps=1000,
+        attention="splash",
     )
     step, optimiser = distil_step(settings)
-    predictor = settings.predictor_config()
+    predictor = settings.predictor
 
     def described(shapes, axes):
         places = module_shardings(shapes, axes, mesh)
@@ -199,7 +204,7 @@ def work_of(plan: Plan, held: float) -> Work:
     base, rows, length, sizes = plan.base, plan.batch_size, plan.length, parse_mesh(plan.mesh)
     chips = math.prod(sizes.values())
     E, F, L, H, K, D = base.width, base.hidden, base.layers, base.heads, base.kv_heads, base.head_dim
-    R = TrainConfig().rank
+    R = TrainConfig().predictor.rank
     if plan.step == "decode":
         model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
         share = (1 + (L - 1) * float(SELECTION.budget)) / L

@@ -26,6 +26,7 @@ from benchmarks.losses import processor
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel, dense_mixer, embed, logits, run_layers
 from butler_jax.predictors import PREDICTORS, make_predictor
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.provenance import versions
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import distil_step
@@ -49,9 +50,9 @@ def make_batch(vocab_size: int, batch_size: int, length: int) -> dict[str, jax.A
 
 def make_step(base: BaseConfig, kind: str, rank: int, stride: int) -> tuple[Any, Any]:
     """The jitted step of a predictor, and a function that makes its first state."""
-    config = TrainConfig(predictor=kind, rank=rank, stride=stride, steps=1000)
+    config = TrainConfig(predictor=PredictorConfig(kind=kind, rank=rank, stride=stride), steps=1000)
     step, optimiser = distil_step(config)
-    return step, lambda: start_state(make_predictor(base, config.predictor_config()), optimiser)
+    return step, lambda: start_state(make_predictor(base, config.predictor), optimiser)
 
 
 @partial(jax.jit, static_argnames="unembed")
@@ -135,7 +136,7 @@ def measure_memory(base: BaseConfig, kind: str, arguments: argparse.Namespace) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
-    parser.add_argument("--base", help="a base model as for train.py (default: SmolLM2's shape, random weights)")
+    parser.add_argument("--base", help="a base model, as --base of train (default: SmolLM2's shape, random weights)")
     parser.add_argument("--predictors", nargs="+", default=list(PREDICTORS), choices=list(PREDICTORS))
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=1)

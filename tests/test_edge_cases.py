@@ -405,7 +405,7 @@ def test_a_score_of_minus_infinity_where_attention_goes_is_an_infinite_loss(form
 )
 def test_a_batch_of_padding_trains_nothing(model, kind, objective):
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
-    config = TrainConfig(predictor=kind, length=16, batch_size=2, weight_decay=0.0)
+    config = TrainConfig(predictor=PredictorConfig(kind=kind), length=16, batch_size=2, weight_decay=0.0)
     optimiser = make_optimiser(config, 1e-2)
     gradients = DistillationObjective(objective, sinks=2, recent=3).differentiate
     rate = learning_schedule(config, 1e-2)

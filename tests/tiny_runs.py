@@ -12,6 +12,7 @@ import numpy as np
 
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.text.tokenizer import train_bpe
 from butler_jax.training.config import TrainConfig
 from butler_jax.weights.export import save_model
@@ -41,13 +42,18 @@ def make_place(directory: Path) -> dict[str, Path]:
 
 
 def settings(place: dict[str, Path], run_dir: Path, **changes: Any) -> TrainConfig:
-    """A short run in that place."""
+    """A short run in that place, with a small predictor."""
     given = dict(
         base=str(place["base"]), data=f"text:{place['text']}", data_dir=place["data_dir"], run_dir=run_dir, steps=8,
-        length=32, batch_size=2, rank=4, stride=2, hidden=16, calibration=1, checkpoint_every=100, eval_every=0,
+        length=32, batch_size=2, predictor=predictor_config(), calibration=1, checkpoint_every=100, eval_every=0,
         mesh="data=1",
     )  # fmt: skip
     return TrainConfig(**{**given, **changes})
+
+
+def predictor_config(kind: str = "lookahead") -> PredictorConfig:
+    """A predictor small enough for that base."""
+    return PredictorConfig(kind=kind, rank=4, stride=2, hidden=16)
 
 
 def rows(run_dir: Path) -> list[dict]:

@@ -1,37 +1,19 @@
-"""Tokens per second, dense and sparse, beside transformers on torch: `python -m butler_jax.bench --base DIR`.
+"""`butler-jax bench`: tokens per second, dense and sparse, beside transformers on torch.
 
-The same weights, the same prompt, the same process; the variants take turns round by round, so that what else the
+The same weights, the same prompt, the same process. The variants take turns round by round, so that what else the
 machine does hits all of them, and the median round counts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import statistics
-import sys
-import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-import numpy as np
+from typing import Literal
 
 from butler_jax.cli.command_line import read, run
-from butler_jax.decoding import SamplingConfig, empty_chosen, generation
-from butler_jax.policies import Policy, make_policy
-from butler_jax.predictors import PredictorConfig
-from butler_jax.runs import versions
-from butler_jax.selection import SelectionConfig, parse_budget, room_for
-from butler_jax.weights import Base, load_base
-
-Round = Callable[[int], float]
-"""Decodes so many tokens a row; returns the seconds it took."""
+from butler_jax.selection import SelectionConfig, parse_budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +52,7 @@ class BenchConfig:
 
     def __post_init__(self):
         for name in ("batch", "tokens", "rounds"):
-            if not getattr(self, name) >= 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         self.selections()
         if not self.lengths():
@@ -94,14 +76,18 @@ def _whole(text: str, name: str) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark; returns the exit status. Errors of the user's making are one line, no traceback."""
-    return run(lambda: bench(read(BenchConfig, arguments, "python -m butler_jax.bench")))
+    """Run the benchmark; returns the exit status."""
+    return run(lambda: _bench(read(BenchConfig, arguments, "butler-jax bench")))
 
 
-def bench(config: BenchConfig) -> int:
+def _bench(config: BenchConfig) -> int:
     """Measure, show, write."""
-    from butler_jax.predictors import make_predictor
-    from butler_jax.runs import load_predictor
+    import jax
+
+    from butler_jax.cli.decoding_rounds import load_peer, measure
+    from butler_jax.predictors import PredictorConfig, make_predictor
+    from butler_jax.runs import load_predictor, versions
+    from butler_jax.weights import load_base
 
     base = load_base(config.base, dtype=config.dtype)
     if config.run is None:
@@ -128,124 +114,3 @@ def bench(config: BenchConfig) -> int:
         config.json.write_text(json.dumps({"rows": rows, **about}, indent=2) + "\n", encoding="utf-8")
     print(f"load {about['load'][0]:.1f} on {about['cores']} cores; {about['dtype']}", flush=True)
     return 0
-
-
-def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context: int) -> list[dict[str, Any]]:
-    """All variants at one context, in turns; prints a line of each."""
-    length = context - config.tokens * (config.rounds + 1)
-    if not length >= 1:
-        raise ValueError(f"a context of {context} tokens has no room for the {context - length} that are measured")
-    prompt = np.random.default_rng(0).integers(5, base.config.vocab_size, (config.batch, length)).astype(np.int32)
-    began = time.perf_counter()
-    held = _fill(config, base, predictor, prompt, context)
-    variants: dict[tuple, Round] = {("dense", 1.0, 1): _decoder(config, base, predictor, held, None)}
-    for selection in config.selections():
-        key = ("sparse", selection.budget, selection.interval)
-        variants[key] = _decoder(config, base, predictor, held, selection)
-    del held
-    print(f"{context} tokens: prompt of {length} read in {time.perf_counter() - began:.1f} s", end="", flush=True)
-    if peer is not None:
-        began = time.perf_counter()
-        variants["transformers", 1.0, 1] = peer(prompt)
-        print(f", by transformers in {time.perf_counter() - began:.1f} s", end="")
-    print(flush=True)
-    seconds: dict[tuple, list[float]] = {key: [] for key in variants}
-    for turn in range(config.rounds + 1):
-        for key, decode in variants.items():
-            took = decode(config.tokens)
-            if turn:  # the first round warms up
-                seconds[key].append(took / config.tokens)
-    rows = []
-    for (name, budget, interval), times in seconds.items():
-        median = statistics.median(times)
-        dense = statistics.median(seconds["dense", 1.0, 1])
-        row = dict(context=context, variant=name, budget=budget, interval=interval, batch=config.batch)
-        row |= dict(seconds=median, best=min(times), tokens_per_second=config.batch / median, speedup=dense / median)
-        rows.append(row)
-        share = f"budget {budget:<7.4g} interval {interval:<3d}" if name == "sparse" else ""
-        print(
-            f"  {name:13}{share:28}{config.batch / median:9.1f} tokens/s   best round {config.batch / min(times):9.1f}"
-            f"   {dense / median:6.2f} of dense",
-            flush=True,
-        )
-    return rows
-
-
-def _fill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, context: int) -> Any:
-    """The first token and the caches after a prompt."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
-    return generation.start(
-        base.model, predictor, jnp.asarray(prompt), jnp.full(config.batch, prompt.shape[1], jnp.int32), keys,
-        selection=None, policy=make_policy("tokenbutler"), sampling=SamplingConfig(), capacity=context,
-        chunk=generation.CHUNK,
-    )  # fmt: skip
-
-
-def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, selection: SelectionConfig | None) -> Round:
-    """Rounds of one variant, each going on where the last one stopped. Dense decoding keeps no importance keys."""
-    policy: Policy = make_policy("tokenbutler", pooling=config.pooling)
-    made, held = jax.tree.map(jnp.copy, start)
-    state = held.state
-    if selection is None:
-        predictor, state = None, dataclasses.replace(state, scores=None)
-    elif selection.interval > 1:
-        room = room_for(selection, state.kv.capacity)
-        chosen = empty_chosen(base.config, config.batch, base.config.kv_heads, room)
-        state = dataclasses.replace(state, chosen=chosen)
-    now = [made, held._replace(state=state)]
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
-
-    def decode(tokens: int) -> float:
-        began = time.perf_counter()
-        for _ in range(tokens):
-            now[0], now[1] = generation.advance(
-                base.model, predictor, now[0].token, keys, now[1], selection=selection, policy=policy,
-                sampling=SamplingConfig(), most=None, implementation=None,
-            )  # fmt: skip
-        jax.block_until_ready(now[0].token)
-        return time.perf_counter() - began
-
-    return decode
-
-
-def load_peer(config: BenchConfig, base: Base) -> Callable[[np.ndarray], Round] | None:
-    """prompt -> rounds of greedy decoding by transformers on torch; None, with a line, where that cannot be."""
-    if not Path(os.path.expanduser(config.base)).is_dir():
-        print("transformers is left out: it needs --base as a Hugging Face directory", flush=True)
-        return None
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        print(f"transformers is left out: {error}", flush=True)
-        return None
-    warnings.simplefilter("ignore", FutureWarning)  # the argument of the cache is being renamed
-    dtype = getattr(torch, str(base.model.embedding[...].dtype))
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    directory = Path(os.path.expanduser(config.base))
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True).eval()
-
-    def start(prompt: np.ndarray) -> Round:
-        cache = transformers.DynamicCache(config=model.config)
-
-        def step(tokens):
-            with torch.inference_mode():
-                out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                return out.logits[:, -1:].argmax(-1)
-
-        token = [step(torch.asarray(prompt.astype(np.int64)))]
-
-        def decode(tokens: int) -> float:
-            began = time.perf_counter()
-            for _ in range(tokens):
-                token[0] = step(token[0])
-            return time.perf_counter() - began
-
-        return decode
-
-    return start
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Command lines made from configurations, and their errors said in one line."""
+"""Command lines made from configurations, and errors told in one line."""
 
 from __future__ import annotations
 
@@ -8,41 +8,100 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-import jax
 import tyro
-from jax.errors import JaxRuntimeError
-
-from butler_jax.parallel import leave, lost
 
 
 def read(kind: type, arguments: list[str], program: str) -> Any:
-    """A configuration of dataclass `kind` from command-line arguments; its docstrings are the help.
+    """A configuration from command-line arguments.
 
-    Raises ValueError as the configuration's own checks do; unknown options and values of the wrong type end the
-    program with a message.
+    Nested configurations have flat flags. The docstrings of classes and fields are the help. The metadata of a field
+    may say more: "flag" is the name of its flag where that is not the field's (None: it has no flag), and "flags" names
+    the fields of a nested configuration that have flags (default: all).
+
+    Args:
+      kind: the configuration's dataclass.
+      arguments: the words after the program's name.
+      program: the name that the help shows.
+
+    Returns:
+      An instance of `kind`.
+
+    Raises:
+      ValueError: the configuration's own checks refuse a value.
+      SystemExit: an option is unknown, or its value has the wrong type; a message is printed.
     """
-    # The checks run here and not inside tyro, which would draw a box around their messages.
-    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__doc__": kind.__doc__})
-    values = tyro.cli(unchecked, args=arguments, prog=program)
-    return kind(**{field.name: getattr(values, field.name) for field in dataclasses.fields(kind)})
+    values = tyro.cli(_unchecked(kind), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
+    return _checked(kind, values)
+
+
+def flag_of(field: dataclasses.Field) -> str | None:
+    """The flag of a configuration's field; None where it has none."""
+    name = field.metadata.get("flag", field.name)
+    return None if name is None else f"--{name.replace('_', '-')}"
+
+
+def _unchecked(kind: type, flags: tuple[str, ...] | None = None) -> type:
+    """A configuration without its checks, for tyro: it would draw a box around their messages."""
+    hints, changed = get_type_hints(kind, include_extras=True), []
+    for field in dataclasses.fields(kind):
+        hint, default = hints[field.name], field.default
+        if flag_of(field) is None or (flags is not None and field.name not in flags):
+            hint = tyro.conf.Suppress[tyro.conf.Fixed[hint]]
+        elif "flag" in field.metadata:
+            hint = Annotated[hint, tyro.conf.arg(name=field.metadata["flag"])]
+        elif dataclasses.is_dataclass(hint):
+            hint = _unchecked(hint, field.metadata.get("flags"))
+            default = hint(**{one.name: getattr(default, one.name) for one in dataclasses.fields(default)})
+        else:
+            continue
+        changed.append((field.name, hint, dataclasses.field(default=default)))
+    namespace = {"__post_init__": lambda self: None, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    return dataclasses.make_dataclass(
+        kind.__name__, changed, bases=(kind,), namespace=namespace, frozen=True, kw_only=True
+    )
+
+
+def _checked(kind: type, values: Any) -> Any:
+    """The configuration itself of the values that tyro read."""
+    hints, given = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        value = getattr(values, field.name)
+        given[field.name] = _checked(hints[field.name], value) if dataclasses.is_dataclass(value) else value
+    return kind(**given)
 
 
 def run(command: Callable[[], int]) -> int:
-    """Exit status of `command`; an error of the user's making becomes one line on stderr and status 1.
+    """Exit status of a command; an error of the user's making becomes one line on stderr and status 1.
 
     So does the loss of another process of the run. Where there are several, an error ends this one at once.
     """
     try:
         return command()
-    except (ValueError, OSError, FloatingPointError, ImportError, JaxRuntimeError) as error:
-        if isinstance(error, JaxRuntimeError) and not lost(error):
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and not _lost(error):
             raise
-        if jax.distributed.is_initialized():
-            leave(error)
+        if "jax" in sys.modules:
+            import jax
+
+            from butler_jax.parallel import leave
+
+            if jax.distributed.is_initialized():
+                leave(error)
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _lost(error: Exception) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    if "jax" not in sys.modules:
+        return False
+    from jax.errors import JaxRuntimeError
+
+    from butler_jax.parallel import lost
+
+    return isinstance(error, JaxRuntimeError) and lost(error)
 
 
 @contextlib.contextmanager

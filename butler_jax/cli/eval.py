@@ -1,32 +1,34 @@
-"""Judge a base model and a trained predictor (`python eval.py --run DIR`)."""
+"""`butler-jax eval`: evaluate a base model and trained predictors."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-
 from butler_jax.cli.command_line import interrupts_end, read, run
 from butler_jax.evaluation import EvalConfig
-from butler_jax.parallel import join_hosts
 
 
 def main(arguments: list[str]) -> int:
-    """Run one evaluation; returns the exit status. Errors of the user's making are one line, no traceback."""
-    return run(lambda: judge(read(EvalConfig, arguments, "eval.py")))
+    """Run one evaluation; returns the exit status."""
+    return run(lambda: _evaluate(read(EvalConfig, arguments, "butler-jax eval")))
 
 
-def judge(config: EvalConfig) -> int:
-    """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host speaks."""
+def _evaluate(config: EvalConfig) -> int:
+    """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host prints."""
     if config.run is None and config.base is None:
-        raise ValueError("nothing to judge: give --run DIR (a run of train.py), or --base SPEC for a base model alone")
-    join_hosts(config)
+        raise ValueError(
+            "nothing to evaluate: give --run DIR (a run of butler-jax train), or --base SPEC for a base model alone"
+        )
     out = config.out or (Path("eval") if config.run is None else config.run / "eval")
     with interrupts_end(f"stopped; the same command goes on from what is finished in {out}"):
+        import jax
+
         from butler_jax.evaluation import check_directory, evaluate
+        from butler_jax.parallel import join_hosts
         from butler_jax.runs import run_config
         from butler_jax.weights import load_base
 
+        join_hosts(config)
         check_directory(out)
         base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))

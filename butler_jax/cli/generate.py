@@ -1,22 +1,19 @@
-"""Continue a prompt with a predictor or another policy: `python -m butler_jax.generate --run DIR --prompt TEXT`.
-
-The function is `butler_jax.generate` (generation.py); nothing imports this file.
-"""
+"""`butler-jax generate`: continue a prompt with a predictor or another policy."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import jax
+from typing import TYPE_CHECKING, Literal
 
 from butler_jax.cli.command_line import interrupts_end, read, run
 from butler_jax.decoding import SamplingConfig
-from butler_jax.policies import Policy, make_policy
-from butler_jax.selection import SelectionConfig, parse_budget
+from butler_jax.selection import SelectionConfig
 from butler_jax.storage import require_local
+
+if TYPE_CHECKING:
+    from butler_jax.policies import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,45 +28,26 @@ class GenerateConfig:
     base: str | None = None
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
     prompt: str | None = None
-    """The text to continue. Default: what comes from standard input."""
+    """The text to continue. Default: standard input."""
     prompt_file: Path | None = None
     """A file with the text to continue."""
     max_new_tokens: int = 128
-    """Tokens to generate at most."""
+    """The most tokens to generate."""
     dense: bool = False
     """Read everything, whatever the run."""
     policy: str | None = None
-    """Who chooses: as --policies of eval.py. All but tokenbutler do without a run. Default: tokenbutler with a run,
-    dense without."""
-    budget: str = "1/4"
-    """Share of the cached tokens that a step attends, or an integer number of tokens; sinks and recent tokens
-    included."""
-    sinks: int = 4
-    """First tokens that are always attended."""
-    recent: int = 8
-    """Newest tokens that are always attended."""
-    unit: int = 1
-    """Tokens chosen together, a power of two: pages by their best token."""
-    interval: int = 1
-    """Steps from one choice to the next."""
-    neighbours: bool = False
-    """Fill half of the room by score and bring the right neighbours of every run."""
-    min_context: int = 0
-    """Attend everything up to so many tokens."""
+    """What ranks the cached tokens, as --policies of eval. All but tokenbutler need no run. Default: tokenbutler with a
+    run, dense without."""
+    selection: SelectionConfig = field(default=SelectionConfig())
+    """How many cached tokens a step reads."""
     pooling: Literal["normalised", "maximum"] = "normalised"
-    """How the heads of a group agree: maximum of weights, or the plain maximum of scores, which is cheaper."""
+    """How the heads of a group agree: the maximum of weights, or the plain maximum of scores, which is cheaper."""
     offload: bool = False
-    """Keep keys and values in host memory; only what is read goes to the device."""
+    """Keep keys and values in host memory. Only what is read goes to the device."""
     score_dtype: Literal["int8"] | None = None
-    """int8 keeps the predictor's importance keys in int8. Default: the precision of the base model."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float = 1.0
-    """Draw from the fewest likeliest tokens whose probabilities reach p."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens already there become less likely."""
+    """int8 stores the predictor's k_imp in int8. Default: the precision of the base model."""
+    sampling: SamplingConfig = field(default=SamplingConfig())
+    """How tokens are drawn."""
     seed: int = 0
     """Seed of the draws."""
     stop: tuple[str, ...] = ()
@@ -84,41 +62,31 @@ class GenerateConfig:
         require_local(self)
         if self.run is None and self.base is None:
             raise ValueError(
-                "nothing to generate with: give --run DIR (a run of train.py), or --base SPEC for dense decoding"
+                "nothing to generate with: give --run DIR (a run of butler-jax train), or --base SPEC for dense "
+                "decoding"
             )
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt-file exclude each other; give one of them")
-        policy = self.made_policy()
+        policy = self.make_policy()
         if not self.dense and self.run is None and policy.needs_predictor:
             raise ValueError(
-                f"the policy {policy.name} needs a trained predictor; give --run RUN (of train.py), or another --policy"
+                f"the policy {policy.name} needs a trained predictor; give --run RUN (of butler-jax train), or another "
+                "--policy"
             )
-        self.selection()
-        self.sampling()
 
-    def sampling(self) -> SamplingConfig:
-        """How tokens are drawn. Raises ValueError for what cannot be."""
-        return SamplingConfig(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-        )
-
-    def made_policy(self) -> Policy:
+    def make_policy(self) -> Policy:
         """The policy. Raises ValueError for an unknown one."""
+        from butler_jax.policies import make_policy
+
         name = self.policy or ("dense" if self.run is None else "tokenbutler")
         return make_policy(name, **({"pooling": self.pooling} if name == "tokenbutler" else {}))
 
-    def selection(self) -> SelectionConfig | None:
-        """The selection these settings describe; None where decoding is dense."""
-        chosen = SelectionConfig(
-            budget=parse_budget(self.budget), sinks=self.sinks, recent=self.recent, unit=self.unit,
-            interval=self.interval, neighbours=self.neighbours, min_context=self.min_context,
-        )  # fmt: skip
-        return None if self.dense or self.made_policy().name == "dense" else chosen
+    @property
+    def is_dense(self) -> bool:
+        """Whether a step reads everything."""
+        return self.dense or self.make_policy().name == "dense"
 
-    def text(self) -> str:
+    def read_prompt(self) -> str:
         """The prompt. Raises ValueError for a file that is missing or no text."""
         if self.prompt_file is None:
             return sys.stdin.read() if self.prompt is None else self.prompt
@@ -129,13 +97,15 @@ class GenerateConfig:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns the exit status. Errors of the user's making are one line, no traceback."""
+    """Run the command; returns the exit status."""
     with interrupts_end("\nstopped"):
-        return run(lambda: continue_prompt(read(GenerateConfig, arguments, "python -m butler_jax.generate")))
+        return run(lambda: _continue_prompt(read(GenerateConfig, arguments, "butler-jax generate")))
 
 
-def continue_prompt(config: GenerateConfig) -> int:
+def _continue_prompt(config: GenerateConfig) -> int:
     """Load, generate, show."""
+    import jax
+
     from butler_jax.decoding import generate
     from butler_jax.evaluation import prepared
     from butler_jax.parallel import make_mesh, place, shardings_for
@@ -143,25 +113,36 @@ def continue_prompt(config: GenerateConfig) -> int:
     from butler_jax.text import stop_tokens
     from butler_jax.weights import load_base
 
-    prompt, selection = config.text(), config.selection()
+    prompt, selection = config.read_prompt(), None if config.is_dense else config.selection
     mesh = make_mesh(config.mesh or "data=1")
     shardings = shardings_for(mesh) if config.mesh else None
     base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype, shardings=shardings)
-    policy, predictor = config.made_policy(), None
+    policy, predictor = config.make_policy(), None
     if selection is not None:
         (policy,) = prepared([policy], base, run_data(config.run))
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
         predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
     stop = None if not config.stop else [*config.stop, *stop_tokens(base, None)]
-    show = lambda text: print(text, end="", flush=True)  # noqa: E731
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
     show(prompt)
     with jax.set_mesh(mesh):
         result = generate(
-            base, prompt, stream=lambda piece: show(piece.text), predictor=predictor, selection=selection,
-            policy=policy, max_new_tokens=config.max_new_tokens,
-            seed=config.seed, offload=config.offload, score_dtype=config.score_dtype, stop=stop,
-            sampling=config.sampling(),
-        )  # fmt: skip
+            base,
+            prompt,
+            predictor=predictor,
+            selection=selection,
+            policy=policy,
+            max_new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
+            stop=stop,
+            seed=config.seed,
+            offload=config.offload,
+            score_dtype=config.score_dtype,
+            stream=lambda piece: show(piece.text),
+        )
     print(flush=True)
     print(
         f"{result.prompt_tokens[0]} + {len(result.tokens[0])} tokens; {result.prefill_seconds:.1f} s to the first, "
@@ -169,7 +150,3 @@ def continue_prompt(config: GenerateConfig) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

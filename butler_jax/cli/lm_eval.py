@@ -1,8 +1,9 @@
-"""lm-evaluation-harness with the model `butler`: `python -m butler_jax.lm_eval --model butler --model_args ...`.
+"""`butler-jax lm-eval`: lm-evaluation-harness with the model `butler`.
 
-The harness has no entry points for models and its --include_path is for tasks alone, so its own command line runs here
-after `butler` is registered; every other option is the harness's. The tasks of evaluation/harness_tasks are known by
-name: `--tasks piqa_local --metadata directory=DIR`. Nothing imports this file.
+The harness has no entry points for models, and its --include_path is for tasks alone. So its own command line runs here
+after `butler` is registered. Every option is the harness's, as in `butler-jax lm-eval --model butler --model_args
+run=DIR --tasks piqa`. The tasks of evaluation/tasks/harness_tasks are known by name: `--tasks piqa_local --metadata
+directory=DIR`.
 """
 
 from __future__ import annotations
@@ -13,26 +14,25 @@ import sys
 from butler_jax.cli.command_line import run
 
 
-def main() -> int:
-    """Run the harness's command line; returns the exit status. Errors of the user's making are one line."""
-    return run(_harness)
+def main(arguments: list[str]) -> int:
+    """Run the harness's command line; returns the exit status."""
+    return run(lambda: _run_harness(arguments))
 
 
-def _harness() -> int:
+def _run_harness(arguments: list[str]) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        from butler_jax.evaluation import TASKS_DIRECTORY, ButlerLM  # noqa: F401  importing ButlerLM registers it
+        if not {"--help", "-h"} & {*arguments}:
+            import butler_jax.evaluation.tasks.harness  # noqa: F401  registers the model
+        from butler_jax.evaluation import TASKS_DIRECTORY
     except ImportError as error:
         raise ImportError(
-            f"lm-evaluation-harness cannot be loaded ({error}); pip install butler-jax[harness]"
+            f"lm-evaluation-harness cannot be loaded ({error}); pip install 'butler-jax[harness]'"
         ) from None
-    if "--tasks" in sys.argv and "--include_path" not in sys.argv:
-        sys.argv += ["--include_path", str(TASKS_DIRECTORY)]
+    if "--tasks" in arguments and "--include_path" not in arguments:
+        arguments = [*arguments, "--include_path", str(TASKS_DIRECTORY)]
+    sys.argv = ["butler-jax lm-eval", *arguments]
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork after JAX has started threads
     cli_evaluate()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

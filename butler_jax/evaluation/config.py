@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +13,12 @@ from butler_jax.storage import require_local, split_list
 
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
 
-
 TASKS = ("perplexity", "attention", "coreference", "needle", "key_value", "variables", *DOWNSTREAM)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(HostsConfig):
-    """Judge a base model under policies and budgets, and the predictor of a training run among them.
+    """Evaluate a base model under policies and budgets, and the predictor of a training run among them.
 
     Lists are comma-separated on the command line. Budgets are fractions (0.25 or 1/4) or numbers of tokens (256).
     """
@@ -28,14 +28,14 @@ class EvalConfig(HostsConfig):
     base: str | None = None
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
     compare: tuple[str | Path, ...] = ()
-    """Further runs on the same base: their predictors are judged too, as tokenbutler:KIND."""
+    """Further runs on the same base: their predictors are evaluated too, as tokenbutler:KIND."""
     tasks: tuple[str, ...] = ("perplexity", "attention", "coreference")
     """perplexity; attention (recalled mass, hit rate, rank correlation); coreference; needle, key_value, variables;
     lambada, piqa, winogrande, arc_easy (need --downstream and the extra harness)."""
     text: Path | None = None
     """Text file for perplexity, attention, and the haystack of needles. Default: the held-out part of --data."""
     data: str | None = None
-    """Text and data sets as train.py takes them (text:..., tfds:...). Default: the run's, else python_docs."""
+    """Text and data sets, as --data of train (text:..., tfds:...). Default: the run's, else python_docs."""
     downstream: Path | None = None
     """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
     policies: tuple[str, ...] | None = None
@@ -43,11 +43,10 @@ class EvalConfig(HostsConfig):
     policies themselves. snapkv and citrus run row by row here. Default: dense, oracle, random, streaming and, where
     there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
-    """Share of the causal keys a query attends, or an integer number of tokens; sinks and recent tokens included."""
-    sinks: int = 4
-    """First tokens that are always attended."""
-    recent: int = 8
-    """Newest tokens that are always attended."""
+    """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
+    tokens."""
+    selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("sinks", "recent")})
+    """How tokens are chosen. Each of the budgets takes the place of its budget."""
     tokens: int = 8192
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
@@ -98,7 +97,7 @@ class EvalConfig(HostsConfig):
         unknown = [t for t in self.tasks if t not in TASKS]
         if unknown:
             raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
-        if not all(n > 1 for n in self.lengths):
+        if min(self.lengths) <= 1:
             raise ValueError(f"--lengths are numbers of tokens, got {min(self.lengths)}")
         if not all(0 <= d <= 1 for d in self.depths):
             raise ValueError(f"--depths are 0 ... 1, got {self.depths}")
@@ -110,18 +109,18 @@ class EvalConfig(HostsConfig):
                 f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}"
             )
         for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not self.context > 1:
+        if self.context == 1:
             raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
-        if not self.tokens > 1:
+        if self.tokens == 1:
             raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
         for budget in self.budgets:
-            self.selection(budget)
+            self.selection_at(budget)
 
-    def selection(self, budget: float | int) -> SelectionConfig:
-        """The selection of one of the budgets."""
-        return SelectionConfig(budget=budget, sinks=self.sinks, recent=self.recent)
+    def selection_at(self, budget: float | int) -> SelectionConfig:
+        """The selection with one of the budgets."""
+        return dataclasses.replace(self.selection, budget=budget)
 
 
 def _numbers(name: str, kind: type, values: tuple) -> tuple:

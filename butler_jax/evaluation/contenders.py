@@ -43,8 +43,8 @@ class Contender(NamedTuple):
     def selections(self, config: EvalConfig) -> dict[float | int, SelectionConfig]:
         """The budgets it is judged under: dense has one, which is everything."""
         if self.policy.name == "dense":
-            return {1: config.selection(1.0)}
-        return {budget: config.selection(budget) for budget in config.budgets}
+            return {1: config.selection_at(1.0)}
+        return {budget: config.selection_at(budget) for budget in config.budgets}
 
     def facts(self) -> dict[str, Any]:
         """What sets its results apart, JSON-ready: settings, digests of its code and of what was learnt or found."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from butler_jax.predictors import Predictor
-from butler_jax.runs import checkpoints, records
+from butler_jax.runs import facts, load_predictor, records, steps
 from butler_jax.storage import read_object
 from butler_jax.weights import Base
 
@@ -16,7 +16,7 @@ SETTINGS = ("data", "steps", "length", "batch_size", "learning_rate", "objective
 def load_trained(run: str | Path, base: Base) -> tuple[Predictor, dict[str, Any]]:
     """The predictor of a run's best checkpoint, and how it was trained (`training`). Raises as load_predictor does."""
     while True:
-        step, predictor = _best(run), checkpoints.load_predictor(run, base)
+        step, predictor = _best(run), load_predictor(run, base)
         if _best(run) == step:  # or else a training that goes on has just saved a better one
             facts = training(run, step)
             if "tokens_a_step" in facts:
@@ -47,6 +47,6 @@ def _best(run: str | Path) -> int | None:
     """The step that load_predictor takes; None where it cannot be told."""
     directory = Path(run) / "checkpoints"
     try:
-        return min(checkpoints.steps(directory), key=lambda n: checkpoints.facts(directory / str(n))["metrics"]["loss"])
+        return min(steps(directory), key=lambda n: facts(directory / str(n))["metrics"]["loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,8 +1,8 @@
-"""Settings of a predictor."""
+"""Settings of predictors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -10,18 +10,19 @@ from typing import Literal
 class PredictorConfig:
     """The kind of a predictor and its sizes.
 
-    Attributes:
-      kind: a name in PREDICTORS.
-      rank: R, the length of q_imp and k_imp; even.
-      stride: P, the number of layers that one producer serves. The contextual predictor has a single producer and
-        ignores it.
-      hidden: I, the inner width of the contextual and producer predictors; None is 512.
+    Raises:
+      ValueError: a size is out of its range.
     """
 
-    kind: Literal["lookahead", "producer", "contextual"] = "lookahead"
+    kind: Literal["lookahead", "producer", "contextual"] = field(default="lookahead", metadata={"flag": "predictor"})
+    """lookahead (ours), producer (the paper's second version) or contextual (its first)."""
     rank: int = 16
+    """R, the length of q_imp and k_imp; even."""
     stride: int = 4
+    """P, the number of layers that one producer serves. The contextual predictor has a single producer and ignores
+    it."""
     hidden: int | None = None
+    """I, the inner width of the contextual and producer predictors. Default: 512."""
 
     def __post_init__(self):
         if self.rank <= 0 or self.rank % 2:

@@ -1,4 +1,4 @@
-"""The directory of a training run: who holds it, what it records, and its checkpoints.
+"""The directory of a training run: who holds it, what it records, its settings and its checkpoints.
 
 Only `checkpoints` imports Orbax.
 """
@@ -8,18 +8,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "checkpoints": ["Checkpoints", "about", "joined", "load_predictor", "save_predictor"],
-        "directory": [
-            "LEVELS",
-            "RECORDS",
-            "claim",
-            "holder",
-            "read_records",
-            "recorded",
-            "records",
-            "run_config",
-            "run_data",
-        ],
+        "checkpoints": ["Checkpoints", "joined"],
+        "directory": ["claim", "holder", "recorded", "records"],
+        "finished": ["facts", "steps"],
+        "inspection": ["base_of", "inspect_run"],
         "provenance": ["command", "versions"],
+        "saved_predictor": ["about", "load_predictor", "save_predictor"],
+        "settings": ["read_settings", "run_config", "run_data"],
     },
 )

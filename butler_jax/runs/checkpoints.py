@@ -14,34 +14,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from butler_jax.parallel import gather
-from butler_jax.predictors import Predictor, PredictorConfig, make_predictor
 from butler_jax.runs import digests
-from butler_jax.storage import from_dict, read_object, shown, sync, to_dict
-
-if TYPE_CHECKING:
-    from butler_jax.weights import Base
+from butler_jax.runs.finished import METADATA, UNFINISHED, damage, facts, steps
+from butler_jax.storage import sync
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and what it raises with a traceback
-
-METADATA = "_CHECKPOINT_METADATA"
-UNFINISHED = ".unfinished"
-"""What the names of checkpoints hold that are being written, or removed; where no process does, they are left-overs."""
-
-
-STEP = re.compile("0|[1-9][0-9]{0,17}")
-"""The names of checkpoints, whole; everything else in their directory is not ours."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -263,33 +251,6 @@ class Checkpoints:
                 self._background.shutdown()
 
 
-def steps(directory: Path) -> list[int]:
-    """Steps of the named checkpoints in a directory, in order: only they have a number for a name, as Python writes it.
-
-    What has another name, 007 or hundreds of digits, is left where it is.
-    """
-    found = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in found if STEP.fullmatch(path.name))
-
-
-def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
-    """What is wrong with a checkpoint, or with one of its files: a few words each, empty where it is whole.
-
-    One that was renamed is not whole: it is of another step than it says.
-    """
-    if found := digests.damage(checkpoint, only=only):
-        return found
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # older ones do not say it
-        if (step := facts(checkpoint)["step"]) != int(checkpoint.name):
-            return [f"it was saved as step {shown(step)}"]
-    return []
-
-
-def facts(checkpoint: Path) -> dict:
-    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, places in the data, metrics."""
-    return read_object(checkpoint / METADATA)["custom_metadata"]
-
-
 def _few(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{words[0]}, and {len(words) - 1} more"
 
@@ -342,66 +303,3 @@ def joined(states: list[Any], name: str = "state") -> Any:
             "and settings"
         )
     return first
-
-
-def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
-    """Write a predictor alone to directory `path`, with the name and fingerprint of its base.
-
-    Raises FileExistsError where the directory holds one already.
-    """
-    path = Path(path)
-    if (path / "checkpoints").exists():
-        raise FileExistsError(f"{path} already holds checkpoints; choose another directory")
-    with Checkpoints(path / "checkpoints", keep=1, about=about(base, predictor.config)) as checkpoints:
-        checkpoints.save(0, {"module": predictor}, None, {"loss": 0.0})
-
-
-def about(base: Base, config: PredictorConfig) -> dict:
-    """What a checkpoint says of its predictor and the base it belongs to."""
-    return {"base": base.name, "fingerprint": base.fingerprint, "predictor": to_dict(config)}
-
-
-def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> Predictor:
-    """The predictor of a run directory (its best checkpoint, or `step`), or of save_predictor.
-
-    Raises FileNotFoundError where there is no checkpoint, ValueError where it was trained for another base, and
-    DamagedCheckpoint (a ValueError) where its files are not what was written: another is never loaded in its stead.
-    """
-    directory = Path(path) / "checkpoints"
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{path} has no checkpoints; give the directory of a run of train.py")
-    while True:
-        there = steps(directory)
-        try:
-            return _load_predictor(directory, base, step)
-        except (OSError, ValueError):
-            if steps(directory) == there:  # or else a training removed what was being read
-                raise
-
-
-def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
-    with Checkpoints(directory) as checkpoints:
-        if not checkpoints.steps():
-            raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
-        step = checkpoints.best() if step is None else step
-        if step not in checkpoints.steps():
-            there = ", ".join(map(str, checkpoints.steps()))
-            raise FileNotFoundError(f"{directory} has no checkpoint of step {step}; steps: {there}")
-        checkpoints.check(step)
-        facts = checkpoints.facts(step)
-        check_base(facts, base, directory.parent)
-        config = from_dict(PredictorConfig, facts["predictor"])
-        return checkpoints.restore_module(step, jax.eval_shape(lambda: make_predictor(base.config, config)))
-
-
-def check_base(facts: dict, base: Base, path: str | Path) -> None:
-    """Raise ValueError where a checkpoint's predictor belongs to another base; names both."""
-    if not (isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys()):
-        raise ValueError(
-            f"the checkpoint in {path} does not say which base and predictor it is of; give a run of train.py"
-        )
-    if facts["fingerprint"] != base.fingerprint:
-        raise ValueError(
-            f"the predictor in {path} was trained for base {facts['base']!r} (fingerprint {facts['fingerprint']}), "
-            f"not for {base.name!r} ({base.fingerprint}); load that base, or train a predictor for this one"
-        )

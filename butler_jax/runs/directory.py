@@ -18,7 +18,7 @@ import jax
 
 from butler_jax.parallel import gather
 from butler_jax.runs import provenance
-from butler_jax.storage import deeper, fits, open_regular, read_object, read_value, shown, write_whole, writing
+from butler_jax.storage import deeper, fits, open_regular, read_value, shown, write_whole, writing
 
 LOCK = "lock"
 LONGEST_NAME = 1000
@@ -195,25 +195,3 @@ def _check(values: Any, fields: dict[str, Any], where: str) -> None:
         else:
             if not fits(values[name], kind):
                 raise ValueError(f"{where}: {name} cannot be {shown(values[name])}; it is {kind.__name__}")
-
-
-def run_config(run: Path) -> dict[str, Any]:
-    """The configuration of a training run. Raises FileNotFoundError or ValueError where unusable."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{run} is no run directory: it has no config.json; give the directory of a run of train.py"
-        )
-    config = read_object(path)
-    if not isinstance(config.get("base"), str):
-        raise ValueError(
-            f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of train.py"
-        )
-    if not isinstance(config.get("data", ""), str):
-        raise ValueError(f"{path}: data must be a text, got {shown(config.get('data'))}")
-    return config
-
-
-def run_data(run: Path | None) -> str:
-    """What a training run read; python_docs without one."""
-    return "python_docs" if run is None else run_config(run).get("data", "python_docs")

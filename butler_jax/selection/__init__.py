@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "budget": ["Limits", "beyond", "budget_table", "limits_of", "room_for"],
         "chosen": ["attended_tokens", "chosen_tokens", "kept", "recent_from", "with_recent"],
-        "config": ["SelectionConfig", "parse_budget"],
+        "config": ["AlwaysReadConfig", "SelectionConfig", "parse_budget"],
         "masks": ["Rows", "always_chosen", "choose", "select_mask"],
         "top_k": ["Chosen", "compact", "from_bits", "ordered_bits", "top_mask"],
     },

@@ -1,78 +1,90 @@
-"""Settings of a selection: the budget, and what is read whatever its score."""
+"""Settings of a selection: the budget, and the tokens that are read whatever their scores."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """How many tokens a query attends, and which of them are never left to the scores.
+class AlwaysReadConfig:
+    """The tokens that a query reads whatever their scores.
 
-    budget: all attended tokens, sinks, recent and neighbours included. A float is a fraction of the keys a dense query
-    would attend, rounded up, and never less than `least`; an int is a number of tokens. sinks: first tokens of the
-    document. recent: newest tokens, the query's own included. unit: tokens are chosen in pages of so many, a power of
-    two, each by its best token. threshold: per layer and KV head [L][K], what scores below it is not read even where
-    the budget has room (`calibrate_thresholds` makes them; layer 0's are ignored); the budget is then the most a row
-    takes. interval: decode steps from one choice to the next; the chosen stay until then, the recent tokens move on.
-    neighbours: of what scores choose, only half the room is filled, and each run of c consecutive units brings the c
-    units to its right. min_context: rows of up to so many tokens attend everything.
+    Raises:
+      ValueError: a number is not a whole number, or negative.
     """
 
-    budget: float | int = 0.25
     sinks: int = 4
+    """First tokens of a document that are always read."""
     recent: int = 8
-    unit: int = 1
-    threshold: tuple[tuple[float, ...], ...] | None = None
-    interval: int = 1
-    neighbours: bool = False
-    min_context: int = 0
+    """Newest tokens that are always read, the query's own among them."""
 
     def __post_init__(self):
-        for name in ("budget", "sinks", "recent", "unit", "interval", "min_context"):
+        self._require_at_least(0, "sinks", "recent")
+
+    def _require_at_least(self, least: int, *names: str) -> None:
+        """Raise ValueError where a field is no whole number of at least `least`. Numpy's numbers become Python's."""
+        for name in names:
             value = getattr(self, name)
-            if hasattr(value, "item"):  # of numpy
+            if hasattr(value, "item"):
                 value = value.item()
                 object.__setattr__(self, name, value)
-            kinds = (int, float) if name == "budget" else int
-            if not (isinstance(value, kinds) and not isinstance(value, bool)):
-                raise ValueError(f"{name} must be a {'number' if name == 'budget' else 'whole number'}, got {value!r}")
-        if not self.sinks >= 0:
-            raise ValueError(f"sinks must be 0 or more, got {self.sinks}")
-        if not self.recent >= 1:
-            raise ValueError(f"recent must be at least 1 (the token itself), got {self.recent}")
-        if not (self.unit >= 1 and self.unit & (self.unit - 1) == 0):
-            raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit!r}")
-        if not self.interval >= 1:
-            raise ValueError(f"the interval must be at least 1 step, got {self.interval}")
-        if not self.min_context >= 0:
-            raise ValueError(f"min_context must be 0 or more tokens, got {self.min_context}")
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig(AlwaysReadConfig):
+    """How many cached tokens a query reads, and how they are chosen.
+
+    Raises:
+      ValueError: a setting is out of its range, or the budget does not cover sinks and recent tokens.
+    """
+
+    budget: int | float | str = 0.25
+    """Tokens that a query reads, with sinks, recent tokens and neighbours: a fraction of the tokens it may see (0.25 or
+    1/4), rounded up, or a number of tokens (256)."""
+    unit: int = 1
+    """Tokens chosen together, a power of two. A page counts by its best token."""
+    threshold: tuple[tuple[float, ...], ...] | None = field(default=None, metadata={"flag": None})
+    """[L][K] scores: a token with a lower score is not read even where the budget has room. `calibrate_thresholds`
+    makes them. The entries of layer 0 are ignored."""
+    interval: int = 1
+    """Decode steps from one choice to the next. The chosen tokens stay until then; the recent tokens move on."""
+    neighbours: bool = False
+    """Fill half of the room by score. Each run of c consecutive units then brings the c units to its right."""
+    min_context: int = 0
+    """Rows of up to this many tokens read everything."""
+
+    def __post_init__(self):
+        self._require_at_least(0, "sinks", "unit", "min_context")
+        self._require_at_least(1, "recent", "interval")
+        if self.unit.bit_count() != 1:
+            raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit}")
+        object.__setattr__(self, "budget", parse_budget(self.budget))
+        self._check_budget()
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", _table(self.threshold))
+
+    def _check_budget(self) -> None:
+        """Raise ValueError where the budget is out of its range."""
         if not self.budget > 0:
             raise ValueError(
                 f"the budget must be above 0, got {self.budget}; give a fraction such as 0.25 or a number of tokens"
             )
         if isinstance(self.budget, float):
-            if not self.budget <= 1:
+            if self.budget > 1:
                 raise ValueError(
                     f"a fractional budget is at most 1.0, got {self.budget}; give an integer for a number of tokens"
                 )
-        else:
+        elif self.budget < self.least:
             pages = "" if self.unit == 1 else f" in pages of {self.unit}"
-            if not self.budget >= self.least:
-                raise ValueError(
-                    f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.recent} recent{pages} = "
-                    f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)"
-                )
-        if self.threshold is not None:
-            shape = "threshold must hold one number for every layer and KV head, [L][K]"
-            try:
-                rows = tuple(tuple(float(value) for value in row) for row in self.threshold)
-            except TypeError:
-                raise ValueError(f"{shape}; got {self.threshold!r}") from None
-            if not (len(rows) > 0 and len({len(row) for row in rows}) == 1 and len(rows[0]) > 0):
-                raise ValueError(f"{shape}; got rows of {sorted({len(row) for row in rows})} numbers")
-            object.__setattr__(self, "threshold", rows)
+            raise ValueError(
+                f"a budget of {self.budget} tokens is below {self.sinks} sinks + {self.recent} recent{pages} = "
+                f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)"
+            )
 
     @property
     def rule(self) -> SelectionConfig:
@@ -85,14 +97,36 @@ class SelectionConfig:
         return -(-self.sinks // self.unit) * self.unit + self.recent + self.unit - 1
 
 
-def parse_budget(text: str | float | int) -> float | int:
-    """'0.25' or '1/4' -> 0.25, '256' -> 256 tokens; numbers stay. Raises ValueError for anything else."""
-    if not isinstance(text, str):
-        return text
-    top, slash, bottom = text.partition("/")
+def parse_budget(budget: str | float | int) -> float | int:
+    """A budget as a number.
+
+    Args:
+      budget: "0.25" or "1/4" (a fraction), "256" (tokens), or a number.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if hasattr(budget, "item"):  # of numpy
+        budget = budget.item()
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        return budget
     try:
-        return float(top) / float(bottom) if slash else float(text) if not text.isdigit() else int(text)
-    except (ValueError, ZeroDivisionError):
+        top, slash, bottom = budget.partition("/")
+        return float(top) / float(bottom) if slash else int(top) if top.isdigit() else float(top)
+    except (ValueError, ZeroDivisionError, AttributeError):
         raise ValueError(
-            f"budget {text!r} is not a number; write a fraction (0.25 or 1/4) or a number of tokens (256)"
+            f"budget {budget!r} is not a number; write a fraction (0.25 or 1/4) or a number of tokens (256)"
         ) from None
+
+
+def _table(threshold: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    """Thresholds as tuples of floats; ValueError where they are no table."""
+    shape = "threshold must hold one number for every layer and KV head, [L][K]"
+    try:
+        rows = tuple(tuple(float(value) for value in row) for row in threshold)
+    except TypeError:
+        raise ValueError(f"{shape}; got {threshold!r}") from None
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or 0 in widths:
+        raise ValueError(f"{shape}; got rows of {sorted(widths)} numbers")
+    return rows

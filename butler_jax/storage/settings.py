@@ -67,7 +67,8 @@ def from_dict(cls, values: dict):
     built: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-            value = from_dict(hints[name], value)
+            built[name] = from_dict(hints[name], value)
+            continue
         if not fits(value, hints[name]):
             raise ValueError(f"{cls.__name__}: {name} cannot be {shown(value)}; it is {fields[name].type}")
         built[name] = _tuples(value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def whole(value: Any, name: str, *, least: int = 1) -> int:
@@ -44,7 +45,8 @@ def deeper(value: Any, levels: int) -> bool:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value read from JSON can stand for an annotated type.
 
-    A list stands for a tuple, a text for a Path, an int for a float; a bool for neither number.
+    A list stands for a tuple, a text for a Path, an int for a float, an object for a dataclass. A bool stands for no
+    number.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -58,6 +60,9 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (tuple, list)) and all(fits(one, every) for one in value)
     if origin in (dict, Mapping):
         return isinstance(value, dict)
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return isinstance(value, dict) and all(name in hints and fits(one, hints[name]) for name, one in value.items())
     if hint in (None, NoneType):
         return value is None
     if hint in (int, float):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from butler_jax.parallel import HostsConfig
 from butler_jax.predictors import PredictorConfig
+from butler_jax.selection import AlwaysReadConfig
 from butler_jax.storage import require_local
 
 
@@ -61,13 +62,13 @@ class FitConfig(HostsConfig):
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
         for name in positive:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not self.length > 1:
+        if self.length == 1:
             raise ValueError(f"--length must be at least 2 tokens, got {self.length}")
-        if not self.eval_every >= 0:
+        if self.eval_every < 0:
             raise ValueError(f"--eval-every must be 0 or more, got {self.eval_every}")
-        if not (0 <= self.warmup < 1):
+        if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup must be in [0, 1), got {self.warmup}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
@@ -75,7 +76,7 @@ class FitConfig(HostsConfig):
             raise ValueError("--learning-rate must be finite, got inf")
         if not self.clip > 0:
             raise ValueError(f"--clip must be above 0, got {self.clip}")
-        if not (0 <= self.weight_decay < math.inf):
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
         if self.batch_size % self.accumulate != 0:
             raise ValueError(f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}")
@@ -87,38 +88,27 @@ class TrainConfig(FitConfig):
 
     base: str = "tiny"
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded)."""
-    predictor: Literal["lookahead", "producer", "contextual"] = "lookahead"
-    """lookahead (ours), producer (the paper's second version) or contextual (its first)."""
-    rank: int = 16
-    """Width R of the importance queries and keys."""
-    stride: int = 4
-    """Layers served by one producer, P."""
-    hidden: int | None = None
-    """Inner width I of the contextual and producer predictors. Default: 512."""
+    predictor: PredictorConfig = field(default=PredictorConfig())
+    """The predictor to train."""
     objective: Literal["cross_entropy", "squared_error"] | None = None
     """Distillation loss. Default: squared_error for contextual, cross_entropy for the others."""
-    sinks: int = 4
-    """First tokens of a document that will always be read: the cross entropy is about the other tokens. 0, and a recent
-    of 0, for the loss as published."""
-    recent: int = 8
-    """Newest tokens that will always be read, likewise."""
+    selection: AlwaysReadConfig = field(default=AlwaysReadConfig())
+    """Tokens that are read whatever their scores: the cross entropy leaves them out. Both 0 for the published loss."""
     calibration: int = 4
     """Batches on which the lookahead predictor chooses its rotary pairs."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.calibration > 0:
-            raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
-        for name in ("sinks", "recent"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} must be 0 or more, got {getattr(self, name)}")
-        if not self.sinks + self.recent < self.length:
+        if not isinstance(self.predictor, PredictorConfig):
             raise ValueError(
-                f"--sinks {self.sinks} and --recent {self.recent} leave nothing to choose in --length {self.length}; "
-                "raise the length"
+                f"predictor must be a PredictorConfig, for instance PredictorConfig(kind='producer'), got "
+                f"{self.predictor!r}"
             )
-        self.predictor_config()
-
-    def predictor_config(self) -> PredictorConfig:
-        """The predictor these settings describe."""
-        return PredictorConfig(kind=self.predictor, rank=self.rank, stride=self.stride, hidden=self.hidden)
+        if self.calibration <= 0:
+            raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
+        sinks, recent = self.selection.sinks, self.selection.recent
+        if sinks + recent >= self.length:
+            raise ValueError(
+                f"--sinks {sinks} and --recent {recent} leave nothing to choose in --length {self.length}; raise the "
+                "length"
+            )

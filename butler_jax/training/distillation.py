@@ -84,11 +84,11 @@ def prepare(
         calibration = read_batches(config.data, base.tokenizer, seed=config.seed + 1, rows=rows, **source)
         predictor = init_predictor(
             Base(base.name, model, base.tokenizer, base.fingerprint),
-            config.predictor_config(),
+            config.predictor,
             batches=[place_batch(next(calibration), mesh) for _ in range(config.calibration)],
             seed=config.seed,
         )
-    predictor = place(predictor, PREDICTORS[config.predictor].logical_axes, mesh)
+    predictor = place(predictor, PREDICTORS[config.predictor.kind].logical_axes, mesh)
     step, optimiser = distil_step(config)
     run = Run(
         config=config,
@@ -106,7 +106,7 @@ def prepare(
 
 def distil_step(config: TrainConfig) -> tuple[Callable[..., Any], optax.GradientTransformation]:
     """The jitted step of these settings, as `make_train_step` describes it, and its optimiser."""
-    kind = PREDICTORS[config.predictor]
+    kind = PREDICTORS[config.predictor.kind]
     rate = config.learning_rate or kind.learning_rate
     optimiser = make_optimiser(config, rate)
     differentiate = DistillationObjective.from_config(config).differentiate
@@ -137,7 +137,7 @@ def default_run_dir(config: TrainConfig) -> Path:
     if more:
         source += "-" + hashlib.sha256(config.data.encode()).hexdigest()[:6]
     name = Path(config.base).name.removesuffix(".gguf")
-    return Path("runs") / f"{name}-{config.predictor}-{source}"
+    return Path("runs") / f"{name}-{config.predictor.kind}-{source}"
 
 
 def time_forward(model: BaseModel, batch: dict, config: TrainConfig) -> float:

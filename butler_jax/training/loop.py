@@ -19,8 +19,8 @@ from typing import Any
 import jax
 
 from butler_jax.parallel import any_process, check_shared, gather, place_batch
-from butler_jax.runs import Checkpoints, joined, recorded
-from butler_jax.storage import read_object, shown, to_dict, write_whole
+from butler_jax.runs import Checkpoints, joined, read_settings, recorded
+from butler_jax.storage import shown, to_dict, write_whole
 from butler_jax.training.config import FitConfig
 from butler_jax.training.metrics import Metrics
 from butler_jax.training.step import TrainState
@@ -58,16 +58,24 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
         return
     mine = to_dict(config)
     try:
-        theirs = read_object(path)
+        theirs = read_settings(run_dir)
     except ValueError as error:
         raise ValueError(f"{error}; remove it to go on with the settings given now") from None
-    different = [k for k in mine if k not in CHANGEABLE and theirs.get(k) != mine[k]]
-    if different:
+    if different := list(_differences(theirs, {k: v for k, v in mine.items() if k not in CHANGEABLE})):
         raise ValueError(
-            f"{run_dir} holds a run with other settings ("
-            + ", ".join(f"{k}: {_brief(theirs.get(k))} there, {mine[k]!r} now" for k in different)
-            + "); repeat them to go on, or choose another --run-dir"
+            f"{run_dir} holds a run with other settings ({', '.join(different)}); repeat them to go on, or choose "
+            "another --run-dir"
         )
+
+
+def _differences(theirs: dict, mine: dict) -> Iterator[str]:
+    """The settings that differ, those of nested configurations one by one, as "rank: 16 there, 8 now"."""
+    for name, value in mine.items():
+        there = theirs.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            yield from _differences(there, value)
+        elif there != value:
+            yield f"{name}: {_brief(there)} there, {value!r} now"
 
 
 def _brief(value: Any) -> str:

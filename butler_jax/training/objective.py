@@ -53,8 +53,8 @@ class DistillationObjective:
     @classmethod
     def from_config(cls, config: TrainConfig) -> DistillationObjective:
         """The objective of these settings."""
-        loss = config.objective or PREDICTORS[config.predictor].objective
-        return cls(loss, sinks=config.sinks, recent=config.recent, implementation=config.attention)
+        loss = config.objective or PREDICTORS[config.predictor.kind].objective
+        return cls(loss, sinks=config.selection.sinks, recent=config.selection.recent, implementation=config.attention)
 
     def differentiate(
         self,

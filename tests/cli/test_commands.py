@@ -1,9 +1,8 @@
-"""The two commands: what they need to be told, and what they say when it is wrong."""
+"""`butler-jax` and its doors: what the commands need to be told, and what they say when it is wrong."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -16,24 +15,19 @@ from pathlib import Path
 import pytest
 
 from butler_jax import load_base
+from butler_jax.cli import main
+from butler_jax.cli.bench import BenchConfig
+from butler_jax.cli.generate import GenerateConfig
+from butler_jax.cli.program import COMMANDS
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
 from butler_jax.pretraining.config import PretrainConfig
-from butler_jax.runs.checkpoints import save_predictor
+from butler_jax.runs.saved_predictor import save_predictor
 from butler_jax.storage.settings import to_dict
 from butler_jax.training.config import TrainConfig
 from tests import tiny_runs
 
 REPOSITORY = Path(__file__).parent.parent.parent
-
-
-def command(name: str):
-    """The `main` of a script beside the package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", REPOSITORY / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +38,9 @@ def place(tmp_path_factory) -> dict[str, Path]:
     found["other"] = tiny_runs.make_base(directory / "other", seed=1)
     found["run"] = directory / "run"
     base = load_base(str(found["base"]))
-    config = PredictorConfig(kind="producer", rank=4, hidden=16)
+    config = tiny_runs.predictor_config("producer")
     save_predictor(found["run"], make_predictor(base.config, config), base)
-    settings = to_dict(tiny_runs.settings(found, found["run"], predictor="producer"))
+    settings = to_dict(tiny_runs.settings(found, found["run"], predictor=config))
     (found["run"] / "config.json").write_text(json.dumps(settings))
     return found
 
@@ -55,8 +49,8 @@ def place(tmp_path_factory) -> dict[str, Path]:
 def fails(capfd):
     """Runs a command that must fail; returns the one line it said."""
 
-    def run(name: str, *arguments: object) -> str:
-        assert command(name)([str(a) for a in arguments]) == 1
+    def run(*arguments: object) -> str:
+        assert main([str(a) for a in arguments]) == 1
         error = capfd.readouterr().err
         assert "Traceback" not in error
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -75,7 +69,7 @@ def test_no_such_directory(fails, tmp_path):
     line = fails("train", "--base", tmp_path / "absent", "--run-dir", tmp_path / "run")
     assert f"no such directory: {tmp_path}/absent" in line and "Hugging Face directory, a hub id" in line
     line = fails("eval", "--run", tmp_path / "absent")
-    assert f"{tmp_path}/absent" in line and "give the directory of a run of train.py" in line
+    assert f"{tmp_path}/absent" in line and "give the directory of a run of butler-jax train" in line
 
 
 def test_directory_without_config(fails, tmp_path):
@@ -83,7 +77,7 @@ def test_directory_without_config(fails, tmp_path):
     for line in (fails("train", "--base", tmp_path / "empty"), fails("eval", "--base", tmp_path / "empty")):
         assert f"{tmp_path}/empty" in line and "config.json" in line
     line = fails("eval", "--run", tmp_path / "empty")
-    assert "no run directory: it has no config.json; give the directory of a run of train.py" in line
+    assert "no run directory: it has no config.json; give the directory of a run of butler-jax train" in line
 
 
 def test_truncated_safetensors(fails, place, tmp_path):
@@ -122,7 +116,7 @@ def test_length_beyond_the_context(fails, place, tmp_path):
     assert "length 512 is beyond the model's context of 128 tokens; use at most 128" in line
     line = fails("eval", "--run", place["run"], "--context", 512)
     assert "512 is beyond the model's context of 128 tokens" in line
-    line = fails("train", "pretrain", "--length", 4096)
+    line = fails("pretrain", "--length", 4096)
     assert "--length 4096 is beyond --context 2048" in line
 
 
@@ -137,12 +131,12 @@ def test_zeros(fails, option):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "pretrain", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["pretrain", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["train", "--rank", "5"], "rank must be positive and even, got 5"),
         (["train", "--batch-size", "4", "--accumulate", "3"], "--batch-size 4 is not divisible by --accumulate 3"),
         (["train", "--learning-rate", "-1"], "--learning-rate must be above 0, got -1.0"),
         (["train", "--calibration", "0"], "--calibration must be at least 1, got 0"),
-        (["eval"], "nothing to judge: give --run DIR (a run of train.py), or --base SPEC"),
+        (["eval"], "nothing to evaluate: give --run DIR (a run of butler-jax train), or --base SPEC"),
         (["eval", "--run", "x", "--budgets", "7"], "a budget of 7 tokens is below 4 sinks + 8 recent = 12"),
         (["eval", "--run", "x", "--budgets", "half"], "budget 'half' is not a number; write a fraction"),
         (
@@ -155,7 +149,7 @@ def test_zeros(fails, option):
             "is neither auto nor HOST:PORT,COUNT,INDEX, as in 10.0.0.1:1234,4,0",
         ),
         (["eval", "--run", "x", "--distributed", "10.0.0.1:1,4"], "is neither auto nor HOST:PORT,COUNT,INDEX"),
-        (["train", "pretrain", "--distributed", "a:1,2,-1"], "is neither auto nor HOST:PORT,COUNT,INDEX"),
+        (["pretrain", "--distributed", "a:1,2,-1"], "is neither auto nor HOST:PORT,COUNT,INDEX"),
         (["train", "--distributed", "a:1,2,2"], "'a:1,2,2': 2 is none of the 2 processes; they are 0 ... 1"),
         (["train", "--distributed", "a:1,0,0"], "'a:1,0,0': the number of processes must be at least 1"),
         (["train", "--distributed", "a:99999,2,0"], "99999 is no port; ports are 1 ... 65535"),
@@ -218,29 +212,83 @@ def test_batch_not_divisible_by_the_mesh(place, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [(["--stepz", "3"], "--stepz"), (["--steps", "many"], "many")])
 def test_options_that_cannot_be_read_end_with_a_message(arguments, message, capfd):
     with pytest.raises(SystemExit) as stop:
-        command("train")(arguments)
+        main(["train", *arguments])
     assert stop.value.code == 2
     error = capfd.readouterr().err
     assert message in error and "--help" in error and "Traceback" not in error
 
 
+def flags(config) -> list[tuple[str, object]]:
+    """(flag, default) of a configuration and of those nested in it."""
+    found = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.metadata.get("flag", field.name)
+        if dataclasses.is_dataclass(value):
+            given = field.metadata.get("flags")
+            found += [one for one in flags(value) if given is None or one[0].removeprefix("--") in given]
+        elif name is not None:
+            found.append((f"--{name.replace('_', '-')}", value))
+    return found
+
+
 @pytest.mark.parametrize(
-    ("arguments", "kind"), [(["train"], TrainConfig), (["train", "pretrain"], PretrainConfig), (["eval"], EvalConfig)]
+    ("command", "config"),
+    [
+        ("train", TrainConfig()),
+        ("pretrain", PretrainConfig()),
+        ("eval", EvalConfig()),
+        ("generate", GenerateConfig(base="tiny")),
+        ("bench", BenchConfig()),
+    ],
 )
-def test_help_explains_every_option_with_its_default(arguments, kind, capfd, monkeypatch):
+def test_help_explains_every_option_with_its_default(command, config, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
-        command(arguments[0])([*arguments[1:], "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
     shown = re.sub(r"[\s│]+", " ", capfd.readouterr().out)
-    for field in dataclasses.fields(kind):
-        option = f"--{field.name.replace('_', '-')}"
+    options = flags(config)
+    assert len({option for option, _ in options}) == len(options) > 10
+    for option, default in options:
         match = re.search(rf"{option}[ ,].*?\(default: (.*?)\)", shown)
         assert match, f"{option} is not explained"
         words = re.sub(r"\(default.*", "", match[0])[len(option) :]
         assert len(words.split()) >= 3, f"{option} has no explanation: {match[0]}"
-        if isinstance(field.default, (int, float, str)) and field.default != "":
-            assert str(field.default) in match[1], match[0]
+        if isinstance(default, (int, float, str)) and (option, default) not in (("--base", "tiny"), ("--mesh", "")):
+            assert str(default) in match[1], match[0]
+
+
+def test_a_mistyped_command_is_told_which_there_are(capsys):
+    assert main(["trian"]) == 2
+    told = capsys.readouterr().err
+    assert told == (
+        "error: butler-jax has no command 'trian' (did you mean train?); commands: train, pretrain, eval, generate, "
+        "bench, info, lm-eval\n"
+    )
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        overview = capsys.readouterr().out
+        assert all(f"\n  {name} " in overview for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import butler_jax"],
+        ["-m", "butler_jax", "--help"],
+        *(["-m", "butler_jax", one, "--help"] for one in ("train", "pretrain", "eval", "generate", "bench", "info")),
+        ["-m", "butler_jax", "train", "--stepz", "3"],
+        ["-m", "butler_jax", "trian"],
+    ],
+    ids=" ".join,
+)
+def test_heavy_packages_are_imported_only_where_they_are_used(arguments):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    )
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert done.returncode in (0, 2) and "butler_jax" in imported
+    assert not imported & {"jax", "jaxlib", "flax", "orbax", "optax", "grain", "tensorflow_datasets", "numpy", "torch"}
 
 
 @pytest.mark.slow  # three starts
@@ -248,7 +296,7 @@ def test_help_explains_every_option_with_its_default(arguments, kind, capfd, mon
     ("arguments", "begun", "said"),
     [
         (["eval.py", "--base", "tiny", "--tasks", "perplexity", "--out", "out"], "s left\n", "stopped; the same"),
-        (["-m", "butler_jax.cli.generate", "--base=tiny", "--prompt=A", "--max-new-tokens=1900"], "A", "stopped"),
+        (["-m", "butler_jax", "generate", "--base=tiny", "--prompt=A", "--max-new-tokens=1900"], "A", "stopped"),
         (["train.py", "--run-dir", "out", "--batch-size", "1", "--log-every", "1"], "step 2/", "stopped; run the same"),
     ],
     ids=["eval", "generate", "train"],
@@ -283,15 +331,15 @@ def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
         assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) >= 1
 
 
-def test_training_and_judging_from_the_command_line(place, tmp_path, capfd):
-    assert command("train")([str(a) for a in (*common(place, tmp_path), "--batch-size", 2, "--calibration", 1)]) == 0
+def test_training_and_evaluating_from_the_command_line(place, tmp_path, capfd):
+    assert main([str(a) for a in ("train", *common(place, tmp_path), "--batch-size", 2, "--calibration", 1)]) == 0
     run = tmp_path / "run"
     out = capfd.readouterr().out
-    assert f"the best predictor so far is in {run}; judge it with: python eval.py --run {run}" in out
+    assert f"the best predictor so far is in {run}; evaluate it with: butler-jax eval --run {run}" in out
     assert [row["step"] for row in tiny_runs.rows(run)] == [1, 2]
     arguments = ["--run", run, "--text", place["text"], "--tasks", "perplexity", "--context", 64, "--tokens", 128,
                  "--policies", "tokenbutler", "--budgets", "1/2"]  # fmt: skip
-    assert command("eval")([str(a) for a in arguments]) == 0
+    assert main(["eval", *(str(a) for a in arguments)]) == 0
     assert f"the report is in {run / 'eval'}" in capfd.readouterr().out
     assert {"report.md", "report.html", "cells.jsonl"} <= {path.name for path in (run / "eval").iterdir()}
     found = json.loads((run / "eval" / "report.json").read_text())["rows"]

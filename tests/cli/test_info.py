@@ -1,4 +1,4 @@
-"""`python -m butler_jax.info`: what a run directory says of itself, whatever state it is in."""
+"""`butler-jax info`: what a run directory says of itself, whatever state it is in."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from butler_jax.cli.command_line import read
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.pretraining.config import PretrainConfig
-from butler_jax.runs.checkpoints import save_predictor
 from butler_jax.runs.digests import seal
 from butler_jax.runs.directory import claim
+from butler_jax.runs.saved_predictor import save_predictor
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import open_run
 from tests import tiny_runs
@@ -36,7 +36,8 @@ def place(tmp_path_factory) -> dict[str, Path]:
 def trained(place, tmp_path_factory) -> tuple[TrainConfig, Path]:
     """A run of 6 steps, saved at 2, 4 and 6."""
     run_dir = tmp_path_factory.mktemp("runs") / "mine"
-    config = tiny_runs.settings(place, run_dir, predictor="producer", steps=6, checkpoint_every=2, keep=5)
+    kind = tiny_runs.predictor_config("producer")
+    config = tiny_runs.settings(place, run_dir, predictor=kind, steps=6, checkpoint_every=2, keep=5)
     distil(load_base(str(place["base"])), config)
     return config, run_dir
 
@@ -71,27 +72,27 @@ def test_a_run_explains_itself(trained, place, capsys):
     assert found["config"] == json.loads((run_dir / "config.json").read_text())
     assert found["metrics"] == tiny_runs.rows(run_dir)[-1]
     assert found["bytes"] == sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
-    assert found["evaluate"] == f"python eval.py --run {run_dir}"
+    assert found["evaluate"] == f"butler-jax eval --run {run_dir}"
     text = shown(capsys, run_dir)
     for words in ("finished, saved up to step 6 of 6", fingerprint, "validation_loss", jax.__version__,
                   start["command"], found["go_on"], found["evaluate"], "predictor producer"):  # fmt: skip
         assert words in text, words
 
 
-def options(command: str, kind: type, *program: str):
+def options(command: str, kind: type, name: str):
     words = shlex.split(command)
-    assert words[: 1 + len(program)] == ["python", *program]
-    return read(kind, words[1 + len(program) :], "train.py")
+    assert words[:2] == ["butler-jax", name]
+    return read(kind, words[2:], "butler-jax")
 
 
 def test_the_command_to_go_on_has_the_settings_of_the_run(trained, copy):
     config = trained[0]
     found = info.inspect(copy)  # the command names the copy
-    assert options(found["go_on"], TrainConfig, "train.py") == dataclasses.replace(
+    assert options(found["go_on"], TrainConfig, "train") == dataclasses.replace(
         config, run_dir=copy, steps=2 * config.steps
     )
     shutil.rmtree(copy / "checkpoints" / "6")  # unfinished: as many steps as before
-    assert options(info.inspect(copy)["go_on"], TrainConfig, "train.py").steps == config.steps
+    assert options(info.inspect(copy)["go_on"], TrainConfig, "train").steps == config.steps
 
 
 def started(copy: Path, **changes) -> None:
@@ -101,24 +102,20 @@ def started(copy: Path, **changes) -> None:
     (copy / "run.json").write_text(json.dumps(starts))
 
 
-def test_the_commands_are_those_of_the_place_the_run_was_started_from(copy, tmp_path, monkeypatch):
-    home, program = tmp_path / "home", tmp_path / "the program"
-    for directory in (home, program):
-        directory.mkdir()
-    (program / "train.py").write_text("")
-    for script in (str(program / "train.py"), "../the program/train.py"):
-        started(copy, directory=str(home), command=shlex.join(["python", script, "--steps", "6"]))
-        judge = script.replace("train.py", "eval.py")
-        found = info.inspect(copy)
-        assert found["go_on"].startswith(f"cd {home} && python {shlex.quote(script)} --")
-        assert found["evaluate"] == f"cd {home} && python {shlex.quote(judge)} --run {copy}"
-        monkeypatch.chdir(home)
-        assert info.inspect(copy)["go_on"].startswith(f"python {shlex.quote(script)} --")
-        monkeypatch.undo()
-    (program / "train.py").unlink()  # another machine
-    assert info.inspect(copy)["go_on"].startswith("python train.py --")
-    started(copy, command="python 'unbalanced")
-    assert info.inspect(copy)["go_on"].startswith("python train.py --")
+def test_the_commands_begin_in_the_directory_the_run_was_started_from(copy, tmp_path, monkeypatch):
+    home = tmp_path / "its home"
+    home.mkdir()
+    started(copy, directory=str(home))
+    found = info.inspect(copy)
+    assert found["go_on"].startswith(f"cd '{home}' && butler-jax train --")
+    assert found["evaluate"] == f"cd '{home}' && butler-jax eval --run {copy}"
+    monkeypatch.chdir(home)
+    assert info.inspect(copy)["go_on"].startswith("butler-jax train --")
+    monkeypatch.undo()
+    home.rmdir()  # another machine
+    assert info.inspect(copy)["go_on"].startswith("butler-jax train --")
+    started(copy, directory="\0")
+    assert info.inspect(copy)["go_on"].startswith("butler-jax train --")
 
 
 def test_each_of_several_processes_is_told_to_give_its_own_index(copy):
@@ -196,11 +193,11 @@ def test_a_pretraining_is_shown_with_its_own_command(tmp_path):
     config = PretrainConfig(run_dir=tmp_path / "run", steps=70, layers=3, data="coreference")
     open_run(tmp_path / "run", config)
     found = info.inspect(tmp_path / "run")
-    assert options(found["go_on"], PretrainConfig, "train.py", "pretrain") == config
+    assert options(found["go_on"], PretrainConfig, "pretrain") == config
     assert found["evaluate"] is None and found["checkpoints"] == [] and found["state"] == "saved up to step 0 of 70"
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "model" / "model.safetensors").write_bytes(b"")
-    assert info.inspect(tmp_path / "run")["evaluate"] == f"python eval.py --base {tmp_path / 'run' / 'model'}"
+    assert info.inspect(tmp_path / "run")["evaluate"] == f"butler-jax eval --base {tmp_path / 'run' / 'model'}"
 
 
 def test_damage_and_leftovers_are_shown(copy, capsys):
@@ -318,8 +315,10 @@ def test_a_sealed_checkpoint_without_a_loss_is_damaged(copy, report, facts):
     [
         ({"steps": "abc"}, "steps must be a whole number of at least 1, got 'abc'"), ({"steps": None}, "steps must be"),
         ({"steps": 0}, "steps must be"), ({"steps": True}, "steps must be"), ({"steps": 1e9}, "steps must be"),
-        ({"predictor": 5}, "'predictor' cannot be 5"), ({"predictor": "x"}, "'predictor' cannot be 'x'"),
-        ({"base": ["a"]}, "'base' cannot be ['a']"), ({"rank": "4"}, "'rank' cannot be"),
+        ({"predictor": 5}, "'predictor' cannot be 5"), ({"predictor": "x"}, "'predictor' cannot be {'kind': 'x'}"),
+        ({"base": ["a"]}, "'base' cannot be ['a']"), 
+        ({"predictor": {"kind": "producer", "rank": "4"}}, "'predictor' cannot be"),
+        ({"selection": 5}, "'selection' cannot be"),
         ({"mesh": {"a": 1}}, "'mesh' cannot be"), ({"data_dir": 5}, "'data_dir' cannot be 5"),
         ({"more": json.loads("[" * 30 + "]" * 30)}, "'more' cannot be"),
     ],
@@ -425,7 +424,7 @@ def test_a_saved_predictor_is_shown(place, tmp_path):
     save_predictor(tmp_path / "mine", make_predictor(base.config, PredictorConfig(kind="producer", rank=4)), base)
     found = info.inspect(tmp_path / "mine")
     assert [(one["step"], one["state"]) for one in found["checkpoints"]] == [(0, "whole")]
-    assert found["go_on"] is None and found["evaluate"] == f"python eval.py --run {tmp_path / 'mine'} --base BASE"
+    assert found["go_on"] is None and found["evaluate"] == f"butler-jax eval --run {tmp_path / 'mine'} --base BASE"
 
 
 def test_no_run_is_told_in_one_line(tmp_path, capsys):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
-import json
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -29,11 +25,8 @@ from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.checkpoints import save_predictor
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
-from butler_jax.storage.settings import to_dict
-from tests import tiny_runs
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=96
@@ -331,56 +324,6 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
     assert isinstance(state, DecodeState) and logits.shape == (1, 61)
 
 
-@pytest.fixture(scope="module")
-def command():
-    """`main` of the command, loaded under another name: the package's attribute of its own name is the function."""
-    spec = importlib.util.spec_from_file_location("generate_command", Path(butler_jax.__file__).parent / "generate.py")
-    module = sys.modules["generate_command"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A run directory with an untrained predictor."""
-    directory = tmp_path_factory.mktemp("generate")
-    place = tiny_runs.make_place(directory)
-    base = load_base(str(place["base"]))
-    config = PredictorConfig(kind="lookahead", rank=4, stride=2)
-    save_predictor(directory / "run", make_predictor(base.config, config), base)
-    settings = to_dict(tiny_runs.settings(place, directory / "run"))
-    (directory / "run" / "config.json").write_text(json.dumps(settings))
-    return directory / "run"
-
-
-def test_the_command_continues_a_prompt(command, run_dir, capfd):
-    assert command(["--run", str(run_dir), "--prompt", "the river", "--max-new-tokens", "12"]) == 0
-    out, error = capfd.readouterr()
-    assert out.startswith("the river") and "tokens/s" in error and "% of the cache read" in error
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--prompt", "x"], "give --run DIR"),
-        (["--run", "RUN", "--prompt", "x", "--budget", "0"], "above 0"),
-        (["--run", "RUN", "--prompt", "x", "--budget=-1/4"], "above 0"),
-        (["--run", "RUN", "--prompt", "x", "--budget", "1.5"], "at most 1.0"),
-        (["--run", "RUN", "--prompt", "x", "--budget", "9"], "below 4 sinks"),
-        (["--run", "RUN", "--prompt", "x", "--budget", "half"], "is not a number"),
-        (["--run", "RUN", "--prompt", "x", "--unit", "12"], "power of two"),
-        (["--run", "RUN", "--prompt", "x", "--max-new-tokens", "500"], "context of 128 tokens"),
-        (["--run", "absent", "--prompt", "x"], "absent"),
-        (["--run", "RUN", "--prompt-file", "absent.txt"], "absent.txt"),
-    ],
-)
-def test_the_command_says_what_is_wrong_in_one_line(command, run_dir, capfd, arguments, message):
-    assert command([str(run_dir) if a == "RUN" else a for a in arguments]) == 1
-    error = capfd.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in error and len(lines) == 1 and message in lines[0], error
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [dict(), dict(unit=16), dict(interval=4, neighbours=True)], ids=lambda f: "-".join(f)
@@ -463,24 +406,3 @@ def test_a_policy_may_be_given_by_its_name(base):
     assert by_name.tokens == itself.tokens
     with pytest.raises(ValueError, match="unknown policy 'fortune'"):
         butler_jax.generate(base, PROMPTS, policy="fortune", **settings)
-
-
-def test_the_command_takes_any_policy_and_names_the_known_ones(command):
-    GenerateConfig = command.__globals__["GenerateConfig"]
-    config = GenerateConfig(base="tiny", policy="streaming", budget="1/8")
-    assert config.selection().budget == 1 / 8 and config.made_policy() == make_policy("streaming")
-    assert GenerateConfig(base="tiny").selection() is None  # no run: dense
-    assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").selection() is None
-    with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):
-        GenerateConfig(base="tiny", policy="fortune")
-
-
-def test_the_command_does_not_decode_densely_where_tokenbutler_was_asked_for(command, capsys):
-    assert command(["--base", "tiny", "--policy", "tokenbutler", "--budget", "1/8", "--prompt", "a"]) == 1
-    told = capsys.readouterr()
-    assert not told.out and told.err == (
-        "error: the policy tokenbutler needs a trained predictor; give --run RUN (of train.py), or another --policy\n"
-    )
-    GenerateConfig = command.__globals__["GenerateConfig"]
-    assert GenerateConfig(base="tiny", run=Path("x")).made_policy() == make_policy("tokenbutler")
-    assert GenerateConfig(base="tiny", policy="tokenbutler", dense=True).selection() is None

@@ -138,7 +138,7 @@ def test_a_cache_is_not_split_inside_a_unit():
 @pytest.mark.slow
 def test_the_command_generates_on_a_mesh_and_says_what_it_cannot_do_there():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "butler_jax.cli.generate", "--base", "tiny", "--policy", "streaming"]
+    command = [sys.executable, "-m", "butler_jax", "generate", "--base", "tiny", "--policy", "streaming"]
     command += ["--prompt", "def main(args):", "--max-new-tokens", "12"]
 
     def done(*more: str) -> subprocess.CompletedProcess:

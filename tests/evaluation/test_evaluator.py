@@ -12,7 +12,7 @@ from butler_jax import distil, load_base
 from butler_jax.evaluation import evaluate
 from butler_jax.evaluation.config import DOWNSTREAM, TASKS, EvalConfig
 from butler_jax.evaluation.report.facts import facts
-from butler_jax.runs.checkpoints import load_predictor, save_predictor
+from butler_jax.runs.saved_predictor import load_predictor, save_predictor
 from tests import tiny_runs
 
 

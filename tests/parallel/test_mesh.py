@@ -86,9 +86,9 @@ def test_what_an_axis_does_not_divide_stays_whole():
 def test_no_large_array_of_a_training_step_is_whole_on_every_chip(name, kind, sizes):
     base = MODELS[name]
     mesh = types.SimpleNamespace(shape={"data": 1, "model": 1, "sequence": 1, **sizes})
-    config = TrainConfig(predictor=kind)
+    config = TrainConfig(predictor=PredictorConfig(kind=kind))
     model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
-    predictor = jax.eval_shape(lambda: make_predictor(base, config.predictor_config()))
+    predictor = jax.eval_shape(lambda: make_predictor(base, config.predictor))
     state = jax.eval_shape(lambda p: start_state(p, distil_step(config)[1]), predictor)
     for module, axes in ((model, LOGICAL_AXES), (state, predictor.logical_axes)):
         specs = jax.tree.leaves(module_partition(module, axes, mesh), is_leaf=lambda s: isinstance(s, PartitionSpec))
@@ -127,6 +127,7 @@ from butler_jax.model.config import BaseConfig
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import distil_step
 from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.parallel.mesh import batch_sharding, make_mesh, module_shardings, place
 from butler_jax.training.step import start_state
 base = BaseConfig(
@@ -135,10 +136,10 @@ base = BaseConfig(
 mesh = make_mesh("data=2,model=2")
 model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
 for kind in sys.argv[1:]:
-    config = TrainConfig(predictor=kind, length=32, batch_size=2, rank=4)
+    config = TrainConfig(predictor=PredictorConfig(kind=kind, rank=4), length=32, batch_size=2)
     step, optimiser = distil_step(config)
     with jax.set_mesh(mesh):
-        predictor = make_predictor(base, config.predictor_config())
+        predictor = make_predictor(base, config.predictor)
         state = start_state(place(predictor, predictor.logical_axes, mesh), optimiser)
         described = [
             jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), t, s)
@@ -193,7 +194,8 @@ base = load_base(str(place["base"]))
 losses = {}
 for predictor, mesh in cases:
     run_dir = directory / f"{predictor}-{mesh}"
-    distil(base, tiny_runs.settings(place, run_dir, steps=5, batch_size=8, predictor=predictor, mesh=mesh))
+    kind = tiny_runs.predictor_config(predictor)
+    distil(base, tiny_runs.settings(place, run_dir, steps=5, batch_size=8, predictor=kind, mesh=mesh))
     losses[f"{predictor} {mesh}"] = [row["loss"] for row in tiny_runs.rows(run_dir)]
 print(json.dumps(losses))
 """
@@ -241,8 +243,7 @@ import jax
 import numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, sys.argv[1])
-from butler_jax import PredictorConfig, SelectionConfig, load_base
-from butler_jax.cli import generate
+from butler_jax import PredictorConfig, SelectionConfig, generate, load_base
 from butler_jax.decoding.prefilling import prefill
 from butler_jax.predictors import make_predictor
 from butler_jax.parallel.mesh import make_mesh, place, shardings_for

@@ -16,7 +16,8 @@ from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.checkpoints import Checkpoints, joined, load_predictor, save_predictor
+from butler_jax.runs.checkpoints import Checkpoints, joined
+from butler_jax.runs.saved_predictor import load_predictor, save_predictor
 from butler_jax.storage.settings import to_dict
 from butler_jax.weights import Base
 

@@ -22,7 +22,7 @@ from butler_jax.model.decoder import forward
 from butler_jax.policies import Scoring, make_policy
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.directory import run_config
+from butler_jax.runs.settings import run_config
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.simulation.chunks import spread

@@ -27,7 +27,8 @@ from benchmarks.faults import EVERY, STEPS
 from benchmarks.training_process import TrainingProcess, starts
 from butler_jax import load_base
 from butler_jax.runs import checkpoints
-from butler_jax.runs.checkpoints import Checkpoints, DamagedCheckpoint, load_predictor
+from butler_jax.runs.checkpoints import Checkpoints, DamagedCheckpoint
+from butler_jax.runs.saved_predictor import load_predictor
 from tests import tiny_runs
 from tests.training import test_loop
 
@@ -292,25 +293,25 @@ def _slowly(order: list[str]) -> Callable:
 
 
 def test_a_read_only_disk_is_told_before_anything_takes_long(small_disk, capfd, monkeypatch):
-    from tests.cli.test_commands import command
+    from butler_jax.cli import main
 
     monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert command("train")(["--run-dir", str(small_disk / "run")]) == 1
+    assert main(["train", "--run-dir", str(small_disk / "run")]) == 1
     error = capfd.readouterr().err.splitlines()
     said = "cannot be written (Read-only file system); make it writable, or choose another directory"
     assert error == [f"error: {small_disk / 'run'} {said}"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["pretrain"]])
-def test_a_run_below_a_file_is_told_before_anything_takes_long(tmp_path, capfd, monkeypatch, arguments):
-    from tests.cli.test_commands import command
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_a_run_below_a_file_is_told_before_anything_takes_long(tmp_path, capfd, monkeypatch, command):
+    from butler_jax.cli import main
 
     monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     tokenizer = "butler_jax.pretraining.recipe.load_or_train_tokenizer"
     monkeypatch.setattr(tokenizer, lambda *_: pytest.fail("a tokenizer was trained"))
     (tmp_path / "file").write_text("")
-    assert command("train")([*arguments, "--run-dir", str(tmp_path / "file" / "run")]) == 1
+    assert main([command, "--run-dir", str(tmp_path / "file" / "run")]) == 1
     error = capfd.readouterr().err.splitlines()
     said = "cannot be written (Not a directory); a file is in the way: choose another directory"
     assert error == [f"error: {tmp_path / 'file' / 'run'} {said}"]
@@ -442,7 +443,7 @@ def undisturbed(place, tmp_path_factory) -> TrainingProcess:
     """The run to compare with; it fills the compilation cache that the others read."""
     directory = tmp_path_factory.mktemp("undisturbed")
     training = launch(place, directory / "cache", directory / "run", directory / "data")
-    assert "judge it with" in training.end() and training.process.returncode == 0
+    assert "evaluate it with" in training.end() and training.process.returncode == 0
     return training
 
 
@@ -522,7 +523,7 @@ def test_sigterm_saves_and_exits_with_0_at_any_time(place, undisturbed, tmp_path
     assert refused.process.returncode == 1 and "Traceback" not in said
     assert f"error: {run_dir} is in use by another training, process {training.process.pid} on " in said
     shown = subprocess.run(
-        [sys.executable, "-m", "butler_jax.cli.info", run_dir, "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "butler_jax", "info", run_dir, "--json"], capture_output=True, text=True, check=True
     )
     shown = json.loads(shown.stdout)
     assert training.process.poll() is None, "it ended while it was looked at"
@@ -541,7 +542,7 @@ def test_a_file_too_large_for_the_disk_ends_the_command_in_one_line(place, undis
     """A limit on the size of files, which needs no mount: a checkpoint's arrays do not fit, all else does."""
     home, run_dir = undisturbed.run_dir.parent, tmp_path / "run"
     first = launch(place, home / "cache", run_dir, home / "data", "--steps", 2 * EVERY)
-    assert "judge it with" in first.end() and first.process.returncode == 0
+    assert "evaluate it with" in first.end() and first.process.returncode == 0
     training = launch(place, home / "cache", run_dir, home / "data", "--steps", 4 * EVERY)
     resource.prlimit(training.process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
     said = training.end()

@@ -16,6 +16,7 @@ import pytest
 
 from butler_jax import distil, load_base
 from butler_jax.parallel.mesh import make_mesh
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.training.config import FitConfig, TrainConfig
 from butler_jax.training.loop import NonFiniteLoss, Run, check_run, fit, open_run
 from butler_jax.training.step import TrainState
@@ -186,11 +187,11 @@ def test_parameters_whose_validation_is_not_finite_are_not_saved(tmp_path):
 
 
 def test_other_settings_in_one_directory_are_refused_by_name(tmp_path):
-    config = TrainConfig(run_dir=tmp_path / "run", rank=16, seed=0)
+    config = TrainConfig(run_dir=tmp_path / "run", seed=0)
     check_run(tmp_path / "run", config)  # nothing there yet
     open_run(tmp_path / "run", config)
     before = (tmp_path / "run" / "config.json").read_bytes()
-    other = TrainConfig(run_dir=tmp_path / "run", rank=8, seed=3)
+    other = TrainConfig(run_dir=tmp_path / "run", predictor=PredictorConfig(rank=8), seed=3)
     with pytest.raises(ValueError, match="holds a run with other settings") as error:
         open_run(tmp_path / "run", other)
     for words in ("seed: 0 there, 3 now", "rank: 16 there, 8 now", "choose another --run-dir"):

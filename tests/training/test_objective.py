@@ -24,7 +24,7 @@ from butler_jax.training.step import make_optimiser, make_train_step, start_stat
 
 SIZES = dict(vocab_size=61, width=64, hidden=96, layers=6, heads=4, kv_heads=2, head_dim=16, context=4096)
 BASE = BaseConfig(family="qwen2", qkv_bias=True, **SIZES)
-CONFIG = TrainConfig(steps=30, batch_size=4, rank=8, stride=2, hidden=32)
+CONFIG = TrainConfig(steps=30, batch_size=4, predictor=PredictorConfig(rank=8, stride=2, hidden=32))
 
 
 def random_batch(rows: int = 2, length: int = 40, seed: int = 0) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ class Perplexity(Task):
     def dense(self) -> tuple[TextResult, list]:
         """The dense pass, and its last residual streams."""
         hidden: list = []
-        selection = self.config.selection(1.0)
+        selection = self.config.selection_at(1.0)
         return measure_perplexity(self.base.model, self.batches, Dense(), selection, keep=hidden), hidden
 
     def judge(self, contender, selections):
@@ -116,7 +116,7 @@ class Attention(Task):
         name = contender.policy.name
         found = measure_recall(
             self.base.model, contender.predictor, self.batches, [contender.policy], tuple(selections),
-            sinks=self.config.sinks, recent=self.config.recent, rows=self.config.attention_rows,
+            sinks=self.config.selection.sinks, recent=self.config.selection.recent, rows=self.config.attention_rows,
             score_dtype=self.config.score_dtype,
         )  # fmt: skip
         findings = [Finding("recalled_mass", found.mass[name][b], b, found.attended[name][b].value) for b in selections]

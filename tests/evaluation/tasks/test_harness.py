@@ -18,8 +18,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-import butler_jax.cli.lm_eval
 from benchmarks.harness_agreement import compare
+from butler_jax.cli import main
 from butler_jax.evaluation.tasks import harness, passes
 from butler_jax.evaluation.tasks.downstream import downstream
 from butler_jax.evaluation.tasks.harness import ButlerLM
@@ -355,12 +355,10 @@ def test_downstream_gives_means_and_standard_errors_of_its_samples(base, data):
 def test_the_command_runs_the_harness_with_the_model_and_local_tasks(directory, data, tmp_path, monkeypatch, capsys):
     arguments = f"base={directory},policy=oracle,budget=1/2"
     monkeypatch.setattr(multiprocessing, "Pool", None)  # the standard errors are bootstrapped without a fork
-    monkeypatch.setattr(
-        sys, "argv",
-        ["lm_eval", "--model", "butler", "--model_args", arguments, "--tasks", "piqa_local,lambada_local",
-         "--metadata", f"directory={data}", "--batch_size", "2", "--output_path", str(tmp_path)],
-    )  # fmt: skip
-    assert butler_jax.lm_eval.main() == 0
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the harness reads them
+    arguments = ["--model", "butler", "--model_args", arguments, "--tasks", "piqa_local,lambada_local",
+         "--metadata", f"directory={data}", "--batch_size", "2", "--output_path", str(tmp_path)]  # fmt: skip
+    assert main(["lm-eval", *arguments]) == 0
     assert "piqa_local" in capsys.readouterr().out
     (path,) = tmp_path.rglob("results*.json")
     results = json.loads(path.read_text())

@@ -1,0 +1,82 @@
+"""The settings of a run: those written today, and those written before they were nested."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from butler_jax.cli import main
+from butler_jax.cli.info import inspect
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.runs.settings import FORMER_NAMES, read_settings, run_config, run_data, with_present_names
+from butler_jax.selection.config import AlwaysReadConfig
+from butler_jax.storage.settings import from_dict, to_dict
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.loop import check_run, open_run
+
+FORMER = """
+{
+  "distributed": "", "start_timeout": 300, "host_timeout": 30, "data": "coreference", "data_dir": null, "steps": 50,
+  "length": 256, "batch_size": 4, "accumulate": 1, "learning_rate": null, "warmup": 0.1, "weight_decay": 0.01,
+  "clip": 10.0, "dtype": null, "mesh": "", "attention": null, "seed": 0, "run_dir": "runs/mine",
+  "checkpoint_every": 100, "keep": 2, "eval_every": 0, "log_every": 10, "base": "tiny", "predictor": "producer",
+  "rank": 8, "stride": 3, "hidden": 64, "objective": null, "sinks": 2, "window": 16, "calibration": 4
+}
+"""
+"""A config.json as it was written when settings were flat and recent was called window."""
+
+MEANT = TrainConfig(
+    data="coreference",
+    steps=50,
+    length=256,
+    eval_every=0,
+    run_dir="runs/mine",
+    predictor=PredictorConfig(kind="producer", rank=8, stride=3, hidden=64),
+    selection=AlwaysReadConfig(sinks=2, recent=16),
+)
+
+
+@pytest.fixture
+def former(tmp_path):
+    (tmp_path / "config.json").write_text(FORMER)
+    return tmp_path
+
+
+def test_former_settings_are_read_under_their_present_names(former):
+    assert from_dict(TrainConfig, read_settings(former)) == dataclasses.replace(MEANT, run_dir=MEANT.run_dir)
+    assert set(FORMER_NAMES) <= set(json.loads(FORMER))
+    assert run_config(former)["predictor"]["kind"] == "producer" and run_data(former) == "coreference"
+
+
+def test_present_settings_stay_as_they_are():
+    for config in (TrainConfig(), MEANT):
+        written = json.loads(json.dumps(to_dict(config)))
+        assert with_present_names(written) == written
+
+
+def test_a_run_of_former_settings_goes_on_with_the_same_and_refuses_others(former):
+    check_run(former, dataclasses.replace(MEANT, steps=100))
+    for other, words in (
+        (dict(predictor=dataclasses.replace(MEANT.predictor, rank=4)), "rank: 8 there, 4 now"),
+        (dict(selection=AlwaysReadConfig(sinks=2, recent=8)), "recent: 16 there, 8 now"),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({words}\); repeat them to go on"):
+            check_run(former, dataclasses.replace(MEANT, **other))
+    open_run(former, MEANT)
+    assert json.loads((former / "config.json").read_text()) == to_dict(MEANT)
+
+
+def test_info_tells_how_a_run_of_former_settings_goes_on(former, capsys):
+    found = inspect(former)
+    assert found["problems"] == []
+    for words in ("butler-jax train --data coreference", "--predictor producer", "--rank 8", "--recent 16"):
+        assert words in found["go_on"]
+    assert main(["info", str(former)]) == 0
+    assert "predictor producer, rank 8" in capsys.readouterr().out
+
+
+def test_a_former_setting_of_the_wrong_type_is_a_problem(former):
+    (former / "config.json").write_text(json.dumps({**json.loads(FORMER), "window": "many"}))
+    assert "'selection' cannot be {'sinks': 2, 'recent': 'many'}" in inspect(former)["problems"][0]
