@@ -79,4 +79,4 @@ def test_info_tells_how_a_run_of_former_settings_goes_on(former, capsys):
 
 def test_a_former_setting_of_the_wrong_type_is_a_problem(former):
     (former / "config.json").write_text(json.dumps({**json.loads(FORMER), "window": "many"}))
-    assert "'selection' cannot be {'sinks': 2, 'recent': 'many'}" in inspect(former)["problems"][0]
+    assert "'selection' cannot be {'recent': 'many', 'sinks': 2}" in inspect(former)["problems"][0]
