@@ -14,7 +14,7 @@ class PretrainConfig(FitConfig):
     """Train the embedded base model `tiny` from nothing: its tokenizer, its weights, its card."""
 
     data: str = "python_docs:0.25+coreference:0.4+coreference_short:0.35"
-    """Training text, as --data of train.py."""
+    """Training text, as --data of train."""
     steps: int = 1000
     """Optimiser steps in all."""
     length: int = 512

@@ -41,7 +41,7 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
     """
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
-        raise FileNotFoundError(f"{path} has no checkpoints; give the directory of a run of train.py")
+        raise FileNotFoundError(f"{path} has no checkpoints; give the directory of a run of butler-jax train")
     while True:
         there = steps(directory)
         try:
@@ -70,7 +70,7 @@ def check_base(facts: dict, base: Base, path: str | Path) -> None:
     """Raise ValueError where a checkpoint's predictor belongs to another base; names both."""
     if not (isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys()):
         raise ValueError(
-            f"the checkpoint in {path} does not say which base and predictor it is of; give a run of train.py"
+            f"the checkpoint in {path} does not say which base and predictor it is of; give a run of butler-jax train"
         )
     if facts["fingerprint"] != base.fingerprint:
         raise ValueError(

@@ -96,7 +96,7 @@ def _directory(spec: str) -> tuple[Path, str]:
     if spec == "tiny":
         if not (TINY / "model.safetensors").is_file():
             raise FileNotFoundError(
-                f"the embedded model is not in {TINY}; make it with `python train.py pretrain`, or give --base a "
+                f"the embedded model is not in {TINY}; make it with `butler-jax pretrain`, or give --base a "
                 "Hugging Face directory or a .gguf file"
             )
         return TINY, "tiny"

@@ -19,6 +19,7 @@ from benchmarks.pods import MODELS
 from butler_jax.model.decoder import LOGICAL_AXES, BaseModel
 from butler_jax.parallel.mesh import check_batch, make_mesh, module_partition, parse_mesh, partition, rows_here
 from butler_jax.predictors import PREDICTORS, make_predictor
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import distil_step
 from butler_jax.training.step import start_state
