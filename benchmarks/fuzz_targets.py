@@ -31,12 +31,10 @@ from butler_jax.parallel.config import parse_hosts
 from butler_jax.parallel.mesh import parse_mesh
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs import checkpoints
+from butler_jax.runs import checkpoints, run_config, saved_predictor
 from butler_jax.runs.digests import DIGESTS
 from butler_jax.runs.directory import RECORDS, recorded
 from butler_jax.runs.finished import METADATA
-from butler_jax.runs.saved_predictor import about as about_checkpoint
-from butler_jax.runs.settings import run_config
 from butler_jax.selection.config import SelectionConfig, parse_budget
 from butler_jax.simulation.statistics import Estimate
 from butler_jax.storage.json_objects import parse_object, read_object
@@ -375,7 +373,7 @@ def _run_directory(root: Path) -> Target:
     base = load_base("tiny")
     config = TrainConfig(steps=2, predictor=PredictorConfig(kind="producer", rank=2, hidden=2), run_dir=directory)
     open_run(directory, config)
-    about = about_checkpoint(base, config.predictor)
+    about = saved_predictor.about(base, config.predictor)
     predictor = make_predictor(base.config, config.predictor)
     with (
         recorded(directory, about, 0) as record,

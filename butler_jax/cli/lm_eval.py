@@ -23,9 +23,10 @@ def _run_harness(arguments: list[str]) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        if not {"--help", "-h"} & {*arguments}:
-            import butler_jax.evaluation.tasks.harness  # noqa: F401  registers the model
         from butler_jax.evaluation import TASKS_DIRECTORY
+
+        if not {"--help", "-h"} & {*arguments}:
+            from butler_jax.evaluation import ButlerLM  # noqa: F401  importing it registers the model
     except ImportError as error:
         raise ImportError(
             f"lm-evaluation-harness cannot be loaded ({error}); pip install 'butler-jax[harness]'"

@@ -1,4 +1,4 @@
-"""The command `butler-jax`: it finds the subcommand, and each subcommand is a module of its own."""
+"""The command `butler-jax`: it finds the function of the subcommand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import importlib
 import sys
 
 COMMANDS = {
-    "train": "Distil a predictor from a frozen base model.",
-    "pretrain": "Train the embedded base model tiny from nothing.",
-    "eval": "Evaluate a base model and trained predictors under policies and budgets.",
-    "generate": "Continue a prompt.",
-    "bench": "Time decoding, dense and sparse.",
-    "info": "Show what a run directory holds, and how to go on.",
-    "lm-eval": "Run lm-evaluation-harness with the model butler.",
+    "train": ("train.main", "Distil a predictor from a frozen base model."),
+    "pretrain": ("train.main_pretrain", "Train the embedded base model tiny from nothing."),
+    "eval": ("eval.main", "Evaluate a base model and trained predictors under policies and budgets."),
+    "generate": ("generate.main", "Continue a prompt."),
+    "bench": ("bench.main", "Time decoding, dense and sparse."),
+    "info": ("info.main", "Show what a run directory holds, and how to go on."),
+    "lm-eval": ("lm_eval.main", "Run lm-evaluation-harness with the model butler."),
 }
+"""The function of each command, and what the overview says of it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,10 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         meant = f" (did you mean {close[0]}?)" if close else ""
         print(f"error: butler-jax has no command {name!r}{meant}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"butler_jax.cli.{name.replace('-', '_')}").main(rest)
+    module, _, function = COMMANDS[name][0].partition(".")
+    return getattr(importlib.import_module(f"butler_jax.cli.{module}"), function)(rest)
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{words}" for name, words in COMMANDS.items()]
+    lines = [f"  {name:<10}{words}" for name, (_, words) in COMMANDS.items()]
     head = "usage: butler-jax COMMAND [OPTIONS]"
     return "\n".join([head, "", *lines, "", "butler-jax COMMAND --help explains the options of a command."])

@@ -1,10 +1,15 @@
-"""`butler-jax train`: distil a predictor."""
+"""`butler-jax train` and `butler-jax pretrain`: distil a predictor, or train the embedded base model."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
 from typing import Any
 
-from butler_jax.cli.training import run_training
+STOPPED = "stopped; run the same command again to go on"
 
 
 def main(arguments: list[str]) -> int:
@@ -16,10 +21,23 @@ def main(arguments: list[str]) -> int:
 
         return read(TrainConfig, arguments, "butler-jax train")
 
-    return run_training(read_config, _train)
+    return _run(read_config, _train)
+
+
+def main_pretrain(arguments: list[str]) -> int:
+    """Train a base model; returns the exit status."""
+
+    def read_config() -> Any:
+        from butler_jax.cli.command_line import read
+        from butler_jax.pretraining import PretrainConfig
+
+        return read(PretrainConfig, arguments, "butler-jax pretrain")
+
+    return _run(read_config, _pretrain)
 
 
 def _train(config: Any) -> str:
+    """Train a predictor; returns the last line to print."""
     from butler_jax.parallel import make_mesh, shardings_for
     from butler_jax.runs import claim
     from butler_jax.training import check_run, default_run_dir, distil
@@ -32,3 +50,46 @@ def _train(config: Any) -> str:
     shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
     distil(load_base(config.base, dtype=config.dtype, shardings=shardings), config)
     return f"the best predictor so far is in {run_dir}; evaluate it with: butler-jax eval --run {run_dir}"
+
+
+def _pretrain(config: Any) -> str:
+    """Train a base model; returns the last line to print."""
+    from butler_jax.pretraining import pretrain
+
+    return f"the model is in {pretrain(config)}"
+
+
+def _run(read_config: Callable[[], Any], train: Callable[[Any], str]) -> int:
+    """Run one training; returns the exit status. SIGTERM and Ctrl-C end it at once where its loop does not save."""
+
+    def stop_at_once(number, frame):
+        """On SIGTERM before and after the training; during the training, its loop saves first."""
+        with contextlib.suppress(RuntimeError):  # the signal came while it was being written to
+            sys.stdout.flush()
+        os.write(sys.stderr.fileno(), f"{STOPPED}\n".encode())
+        os._exit(0)  # an exception would be lost where the signal meets a callback of the garbage collection
+
+    def command() -> int:
+        config = read_config()
+        import jax
+
+        from butler_jax.parallel import join_hosts
+
+        join_hosts(config)
+        last = train(config)
+        if jax.process_index() == 0:
+            print(last)
+        return 0
+
+    before = signal.signal(signal.SIGTERM, stop_at_once)
+    try:
+        from butler_jax.cli.command_line import interrupts_end, run
+
+        with interrupts_end(STOPPED):
+            return run(command)
+    except KeyboardInterrupt:  # the second one while it trains
+        sys.stdout.flush()
+        print(STOPPED, file=sys.stderr, flush=True)
+        os._exit(130)  # JAX 0.10 crashes where the interpreter ends by itself after one
+    finally:
+        signal.signal(signal.SIGTERM, before)

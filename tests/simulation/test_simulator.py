@@ -291,7 +291,7 @@ def test_bad_input_is_a_clear_error(model, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is no run directory: it has no config.json; give the directory of a run of train.py"),
+        (None, "is no run directory: it has no config.json; give the directory of a run of butler-jax train"),
         ('{"steps": ', r"config\.json is not valid JSON"),
         ('{"steps": 5}', r"config\.json names no base: .* is no run that trained a predictor"),
     ],

@@ -26,6 +26,7 @@ from benchmarks import faults
 from benchmarks.faults import EVERY, STEPS
 from benchmarks.training_process import TrainingProcess, starts
 from butler_jax import load_base
+from butler_jax.cli import main
 from butler_jax.runs import checkpoints
 from butler_jax.runs.checkpoints import Checkpoints, DamagedCheckpoint
 from butler_jax.runs.saved_predictor import load_predictor
@@ -293,8 +294,6 @@ def _slowly(order: list[str]) -> Callable:
 
 
 def test_a_read_only_disk_is_told_before_anything_takes_long(small_disk, capfd, monkeypatch):
-    from butler_jax.cli import main
-
     monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert main(["train", "--run-dir", str(small_disk / "run")]) == 1
@@ -305,8 +304,6 @@ def test_a_read_only_disk_is_told_before_anything_takes_long(small_disk, capfd, 
 
 @pytest.mark.parametrize("command", ["train", "pretrain"])
 def test_a_run_below_a_file_is_told_before_anything_takes_long(tmp_path, capfd, monkeypatch, command):
-    from butler_jax.cli import main
-
     monkeypatch.setattr("butler_jax.weights.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     tokenizer = "butler_jax.pretraining.recipe.load_or_train_tokenizer"
     monkeypatch.setattr(tokenizer, lambda *_: pytest.fail("a tokenizer was trained"))

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from butler_jax.runs.directory import run_config
+from butler_jax.runs.settings import run_config
 from butler_jax.storage.json_objects import read_lines
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import check_run
