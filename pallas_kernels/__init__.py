@@ -1,7 +1,9 @@
-"""Decode attention that reads only the chosen tokens of a cache: in jax.numpy, and in Pallas for TPU and GPU."""
+"""Decode attention that reads only the chosen tokens of a cache: in jax.numpy, and in Pallas for TPU and GPU.
+
+It knows JAX alone. The operations are in `api.py`, and `reference.py` defines them.
+"""
 
 from pallas_kernels.api import (
-    Selection,
     importance_scores,
     importance_totals,
     masked_topk_decode_attention,
@@ -9,13 +11,22 @@ from pallas_kernels.api import (
     select_top_k,
     sparse_decode_attention,
 )
+from pallas_kernels.choice import BARRED, Selection, from_image, ordered_image, rank_image, unit_image
+from pallas_kernels.xla.selection import compact, top_mask
 
 __all__ = [
+    "BARRED",
     "Selection",
+    "compact",
+    "from_image",
     "importance_scores",
     "importance_totals",
     "masked_topk_decode_attention",
+    "ordered_image",
     "quantise_k_imp",
+    "rank_image",
     "select_top_k",
     "sparse_decode_attention",
+    "top_mask",
+    "unit_image",
 ]

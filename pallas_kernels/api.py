@@ -1,39 +1,33 @@
-"""The three parts of sparse decoding and the whole: score every cached token, choose a few, attend to those.
+"""Sparse decoding in three operations and as one: score every cached token, choose a few, attend to those.
 
-One alphabet: B batch, L layers, K KV heads, G query heads a KV head, H = K*G, S tokens a cache has room for, D head
-dimension, R rank of the importance keys, n chosen units a row. A row holds the tokens 0 ... lengths-1 and, where
-`first` is given (a sliding window), sees first ... lengths-1 of them.
+Letters: B batch, L layers, K KV heads, G query heads a KV head, H = K*G, S tokens that a cache has room for, D head
+dimension, R rank of q_imp and k_imp, N chosen units a row, U units of a cache. A row holds the tokens 0 ... lengths-1.
+Where `first` is given (a sliding window), it sees first ... lengths-1 of them.
 
-Every function takes
+Every operation takes
 
 - implementation: "reference" (plain jax.numpy, for reading and testing), "xla" (the fast form on CPU), "tpu" or "gpu"
-  (Pallas kernels), or None, which takes the platform's own. A name is used or raises; it never falls back.
+  (Pallas kernels), or None, which takes the platform's own. A name is used or raises. It never falls back.
 - interpret: None (the default) runs kernels on their own platform only. True, or pltpu.InterpretParams for "tpu",
-  interprets them on any (slow, for tests). False lowers a kernel for its platform whatever this one is, to compile
-  ahead of time.
-- layer: an index, traced or not, into caches [L, ...] stacked over layers, so that a scan over layers need not copy a
-  layer out of them.
+  interprets them on any platform, slowly, for tests. False lowers a kernel for its platform whatever this one is, to
+  compile ahead of time.
+- layer: an index, traced or not, into caches [L, ...] stacked over layers. So a scan over layers does not copy a layer
+  out of them.
 
-Bad input raises ValueError saying what was given, what is wrong and what to do. The method is TokenButler, arXiv
-2503.07518; dense decode attention reads 2*S*K*D numbers a row, this S*K*R + 2*n*unit*K*D.
+Bad input raises ValueError. The message says what was given, what is wrong and what to do. The method is TokenButler,
+arXiv 2503.07518. Dense decode attention reads 2*S*K*D numbers a row, and this S*K*R + 2*N*unit*K*D.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, reference, xla
-
-
-class Selection(NamedTuple):
-    """Chosen units: indices int32 [B, K, n], the valid ones first and ascending, the others 0; valid bool [B, K, n]."""
-
-    indices: jax.Array
-    valid: jax.Array
+from pallas_kernels.choice import Rules, Selection
 
 
 def importance_scores(
@@ -50,26 +44,41 @@ def importance_scores(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Score of every cached token for every KV head: scale * q_imp . score_key, pooled over the group's queries.
+    """Score of every cached token for every KV head: scale * q_imp . k_imp, pooled over the group's query heads.
 
-    q_imp [B, K, G, R]; k_imp [B, K, R, S] shared by a group, or [B, K*G, R, S] one a query head ([L, ...] with
-    `layer`); lengths int [B]. Returns float32 [B, K, S], -inf for tokens a row does not see.
+    A product that is NaN counts as -inf, in sums too.
 
-    pooling: "normalised" takes each query head's own log-sum-exp over the tokens seen off before the maximum over the
-    group, so that heads compare (a group of one is left as it is); "maximum" is the plain maximum, cheaper. A product
-    that is NaN counts as -inf, in sums too; a head with a product of +inf has nothing taken off: that token is first.
-    totals: float [B, K, G], the log-sum-exps where the keys are a part of all (`importance_totals` of every part,
-    merged).
-    scales: for int8 keys only, float [K] or [B, K] (K*G where the keys are), see `quantise_k_imp`. scale: the
-    factor on the products, R**-0.5 unless given. first: int [B], first token that a row sees.
+    Args:
+      q_imp: float [B, K, G, R], the predictor's queries.
+      k_imp: float or int8 [B, K, R, S], keys that a group shares, or [B, K*G, R, S], keys of every query head;
+        [L, ...] with `layer`.
+      lengths: int [B], tokens of each row.
+      pooling: "normalised" subtracts each query head's own log-sum-exp over the tokens seen and takes the maximum over
+        the group, so that heads compare. A group of one is left as it is, and so is a head with a product of +inf,
+        whose token comes first. "maximum" is the plain maximum, which is cheaper.
+      totals: float [B, K, G], the log-sum-exps where the keys are a part of all: `importance_totals` of every part,
+        merged.
+      scales: float [K] or [B, K] (K*G where the keys are), for int8 keys only; see `quantise_k_imp`.
+      scale: the factor on the products, R**-0.5 unless given.
+      first: int [B], the first token that a row sees.
+      layer, implementation, interpret: see the module.
+
+    Returns:
+      float32 [B, K, S], -inf for tokens that a row does not see.
+
+    Raises:
+      ValueError: the arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first, scales, totals = _arrays(lengths, first, scales, totals)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
+    normalised = pooling == "normalised" and q_imp.shape[2] > 1
     scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
-    options = dict(pooling=pooling, totals=totals, scales=scales, scale=scale, first=first, layer=layer)
-    return _module(name).importance_scores(q_imp, k_imp, lengths, **options, **_interpret(name, interpret))
+    module, options = _dispatch(name, interpret, k_imp.size)
+    options |= dict(scales=scales, scale=scale, first=first, layer=layer)
+    options |= dict(normalised=normalised, totals=totals if normalised else None)
+    return module.importance_scores(q_imp, k_imp, lengths, **options)
 
 
 def importance_totals(
@@ -84,16 +93,25 @@ def importance_totals(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Log-sum-exp of every query head's scores, float32 [B, K, G], over the tokens seen; -inf where there are none.
+    """Log-sum-exp of every query head's scores over the tokens seen, for keys that are split over devices.
 
-    Arguments as in `importance_scores`, which takes them as `totals` where keys are split over devices.
+    Args:
+      q_imp, k_imp, lengths, scales, scale, first: see `importance_scores`, whose `totals` these are.
+      layer, implementation, interpret: see the module.
+
+    Returns:
+      float32 [B, K, G], -inf where a row sees nothing.
+
+    Raises:
+      ValueError: as `importance_scores`.
     """
     lengths, first, scales = _arrays(lengths, first, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
     name = checks.choose_implementation(implementation, interpret)
     scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
-    options = dict(scales=scales, scale=scale, first=first, layer=layer)
-    return _module(name).importance_totals(q_imp, k_imp, lengths, **options, **_interpret(name, interpret))
+    module, options = _dispatch(name, interpret, k_imp.size)
+    options |= dict(scales=scales, scale=scale, first=first, layer=layer)
+    return module.importance_totals(q_imp, k_imp, lengths, **options)
 
 
 def select_top_k(
@@ -110,24 +128,35 @@ def select_top_k(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> Selection:
-    """The n best units of every row, exactly: ties go to the earlier one, none twice, none beyond lengths.
+    """The n best units of every row, exactly: equal scores go to the earlier unit, so the recent, sinks, then earliest.
 
-    scores [B, K, S], higher first, -inf and NaN last; lengths int [B]; n: units chosen at most, a static integer. A
-    unit is a page of `unit` tokens (a power of two), unit u the tokens u*unit ... u*unit+unit-1; it counts as its best
-    token. The last of a row may reach beyond its length: attention leaves those tokens out.
+    A row of length 0 chooses nothing.
 
-    counts: int [B] or [B, K], units that each row chooses, at most n (the default). sinks, recent: the first `sinks`
-    and newest `recent` tokens come before every score, the newest first, as far as the count goes. first: int [B],
-    nothing before it is chosen. threshold: float [K] or [B, K]; what scores below it is chosen only if it is forced.
+    Args:
+      scores: float [B, K, S], higher first; -inf and NaN come last.
+      lengths: int [B], tokens of each row.
+      n: the most units chosen, a static integer.
+      counts: int [B] or [B, K], units that each row chooses, at most n, which is the default.
+      sinks, recent: the first `sinks` and the newest `recent` tokens come before every score, the newest first, as far
+        as the count goes.
+      unit: tokens of a unit, a power of two. Unit u holds the tokens u*unit ... u*unit+unit-1 and counts as its best
+        token. The last one of a row may reach beyond its length: attention leaves those tokens out.
+      first: int [B], the first token that a row sees.
+      threshold: float [K] or [B, K]; a token that scores below it is chosen only as a sink or recent token.
+      implementation, interpret: see the module.
 
-    So equal scores give the recent, the sinks and the earliest others. A row of length 0 chooses nothing.
-    Returns (indices, valid), see `Selection`; n of min(n, count, units that may be chosen) are valid.
+    Returns:
+      The `Selection`, of which min(n, count, units that may be chosen) are valid.
+
+    Raises:
+      ValueError: the arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first, threshold, counts = _arrays(lengths, first, threshold, counts)
     checks.check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold)
     name = checks.choose_implementation(implementation, interpret)
-    options = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
-    return Selection(*_module(name).select_top_k(scores, lengths, n, **options, **_interpret(name, interpret)))
+    module, options = _dispatch(name, interpret, scores.size * n)
+    options |= dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold))
+    return Selection(*module.select_top_k(scores, lengths, n, **options))
 
 
 def masked_topk_decode_attention(
@@ -148,35 +177,40 @@ def masked_topk_decode_attention(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of one query a row over the chosen units of its cache; nothing else of the cache is read.
+    """Attention of one query a row over the chosen units of its cache. Nothing else of the cache is read.
 
-    q [B, H, D]; k, v [B, K, S, D] ([L, ...] with `layer`); indices int [B, K, n] of units, valid bool [B, K, n] (None:
-    all), as `select_top_k` gives them. Tokens at or beyond lengths [B], or before first [B], are left out; lengths may
-    be None where unit is 1 and every valid index is in range. new_k, new_v [B, K, D]: the current token, attended in
-    addition, so it need not be in the cache yet. scale: the factor on the logits, D**-0.5 unless given.
+    Args:
+      q: float [B, H, D].
+      k, v: float [B, K, S, D]; [L, ...] with `layer`.
+      indices: int [B, K, N], the chosen units.
+      valid: bool [B, K, N], which of the indices count, as `select_top_k` gives them; None: all.
+      unit: tokens of a unit, a power of two.
+      new_k, new_v: [B, K, D], the current token. It is attended in addition and need not be in the cache yet.
+      lengths: int [B]; tokens at or beyond it are left out. None is allowed where unit is 1 and every valid index is
+        in range.
+      first: int [B]; tokens before it are left out.
+      scale: the factor on the logits, D**-0.5 unless given.
+      return_residual: whether to return the log-sum-exp too.
+      layer, implementation, interpret: see the module.
 
-    Returns [B, H, D] in the dtype of q, and on request the log-sum-exp of the scaled logits, float32 [B, H], with which
-    partial results merge. A row that attends nothing, or logits of -inf (-1e30 and below) alone, gives 0 and -inf;
-    one with a logit of +inf or NaN gives NaN.
+    Returns:
+      [B, H, D] in the dtype of q; with return_residual also the log-sum-exp of the scaled logits, float32 [B, H], by
+      which partial results merge. A row that attends nothing, or logits of -inf (-1e30 and below) alone, gives 0 and
+      -inf. A row with a logit of +inf or NaN gives NaN.
+
+    Raises:
+      ValueError: the arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first = _arrays(lengths, first)
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)
-    tpu_can = unit >= checks.SMALLEST_TPU_UNIT and k.shape[-2] % unit == 0
-    name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
+    name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k.shape[-2]))
     if name == "tpu":
         checks.check_tpu_unit(unit, k.shape[-2])
-    options = dict(
-        unit=unit,
-        new_k=new_k,
-        new_v=new_v,
-        lengths=lengths,
-        first=first,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        layer=layer,
-        return_residual=return_residual,
-    )
-    attend = _module(name).masked_topk_decode_attention
-    return attend(q, k, v, indices.astype(jnp.int32), valid, **options, **_interpret(name, interpret))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    module, options = _dispatch(name, interpret, indices.size * k.size)
+    options |= dict(lengths=lengths, first=first, layer=layer, return_residual=return_residual)
+    options |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale)
+    return module.masked_topk_decode_attention(q, k, v, indices.astype(jnp.int32), valid, **options)
 
 
 def sparse_decode_attention(
@@ -206,57 +240,55 @@ def sparse_decode_attention(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> Any:
-    """Score, choose and attend in one call: the decode attention of one layer.
+    """The decode attention of one layer: scores, choice and attention, one after the other.
 
-    The same as `importance_scores` (q_imp, k_imp, pooling, scales; score_scale is its scale), `select_top_k` (n,
-    counts, sinks, recent, unit, threshold) and `masked_topk_decode_attention` (q, k, v, new_k, new_v, scale) one after
-    the other; lengths and first go to all three. The current token, if given as new_k and new_v, is attended besides
-    the n units.
+    Args:
+      q, k, v, new_k, new_v, scale, return_residual: see `masked_topk_decode_attention`. The current token, where it is
+        given as new_k and new_v, is attended besides the n units.
+      q_imp, k_imp, pooling, scales: see `importance_scores`; score_scale is its scale.
+      n, counts, sinks, recent, unit, threshold: see `select_top_k`.
+      lengths, first: int [B], for all three.
+      return_selection: whether to return the choice too, to be attended again until the next prediction.
+      layer, implementation, interpret: see the module.
 
-    Returns [B, H, D]; with return_residual also the log-sum-exp [B, H]; with return_selection also the `Selection`,
-    to be attended again at the steps up to the next prediction.
+    Returns:
+      [B, H, D]; with return_residual also the log-sum-exp [B, H]; with return_selection also the `Selection`.
+
+    Raises:
+      ValueError: the arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
-    if not (k.ndim >= 3 and k.shape[-2] == k_imp.shape[-1]):
-        raise ValueError(f"k {k.shape} and k_imp {k_imp.shape} must have room for the same number of tokens S")
-    if layer is not None and k.shape[0] != k_imp.shape[0]:
-        raise ValueError(f"k has {k.shape[0]} layers and k_imp {k_imp.shape[0]}; a cache has them for the same layers")
-    if q_imp.shape[1] != k.shape[-3]:
-        raise ValueError(f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
-    shared = dict(lengths=lengths, first=first, implementation=implementation, interpret=interpret)
-    tpu_can = unit >= checks.SMALLEST_TPU_UNIT and k.shape[-2] % unit == 0
-    shared["implementation"] = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
+    checks.check_caches(k, q_imp, k_imp, layer)
+    tpu_can = checks.tpu_can(unit, k.shape[-2])
+    name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
+    shared = dict(lengths=lengths, first=first, implementation=name, interpret=interpret)
     scores = importance_scores(q_imp, k_imp, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared)
-    chosen = select_top_k(
-        scores, n=n, counts=counts, sinks=sinks, recent=recent, unit=unit, threshold=threshold, **shared
-    )
-    out = masked_topk_decode_attention(
-        q,
-        k,
-        v,
-        *chosen,
-        unit=unit,
-        new_k=new_k,
-        new_v=new_v,
-        scale=scale,
-        layer=layer,
-        return_residual=return_residual,
-        **shared,
-    )
+    rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, threshold=threshold)
+    chosen = select_top_k(scores, n=n, **rules, **shared)
+    shared |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale, layer=layer, return_residual=return_residual)
+    out = masked_topk_decode_attention(q, k, v, *chosen, **shared)
     if not return_selection:
         return out
     return (*out, chosen) if return_residual else (out, chosen)
 
 
 def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Score keys [..., R, S] in int8 and their scales float32 [...]: key = scale * int8.
+    """k_imp in int8 and its scales, one a head (and row, and layer): k_imp = scale * int8.
 
-    One scale a head (and row, and layer): the largest magnitude maps to 127. With `scales` (shape [...], as an earlier
-    call gave them) those are used and larger keys saturate: so new tokens are appended to a cache. Of a cache that has
-    room left, unwritten keys must be finite; zeros do not change the scale.
+    Args:
+      k_imp: float [..., R, S]. What is unwritten of a cache that has room left must be finite. Zeros do not change the
+        scale.
+      scales: float [...] of an earlier call, under which larger values saturate: so new tokens are appended to a cache.
+        None: the largest magnitude maps to 127.
+
+    Returns:
+      int8 [..., R, S] and float32 [...].
+
+    Raises:
+      ValueError: k_imp has fewer than two dimensions, or the scales are not those of its heads.
     """
-    if not k_imp.ndim >= 2:
+    if k_imp.ndim < 2:
         raise ValueError(f"k_imp must be [..., R, S], got shape {k_imp.shape}")
     heads = k_imp.shape[:-2]
     values = k_imp.astype(jnp.float32)
@@ -273,16 +305,17 @@ def _arrays(*values):
     return tuple(None if value is None else jnp.asarray(value) for value in values)
 
 
-def _module(name: str) -> ModuleType:
-    """The module of an implementation; the kernels are imported when they are first asked for."""
-    if name in ("reference", "xla"):
-        return {"reference": reference, "xla": xla}[name]
+def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:
+    """The module of an implementation and the options that it alone takes; kernels are imported on first use.
+
+    work: 0 where an array is empty. Then the reference answers, since kernels have blocks of at least one element.
+    """
+    if name == "reference" or work == 0:
+        return reference, {}
+    if name == "xla":
+        return xla, {}
     if name == "tpu":
         from pallas_kernels import tpu as kernels
     else:
         from pallas_kernels import gpu as kernels
-    return kernels
-
-
-def _interpret(name: str, interpret: Any) -> dict[str, Any]:
-    return {"interpret": interpret or False} if name in ("tpu", "gpu") else {}
+    return kernels, {"interpret": interpret or False}

@@ -1,4 +1,7 @@
-"""Bad input ends here: what was given, what is wrong, what to do. Nothing below this file checks again."""
+"""Checks of arguments: they raise ValueError with what was given, what is wrong and what to do.
+
+The implementations do not check again.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +59,14 @@ def check_unit(unit: int) -> None:
         raise ValueError(f"unit must be a power of two (1, 2, 4, 8, 16, ...), got {unit!r}")
 
 
+def tpu_can(unit: int, size: int) -> bool:
+    """Whether the TPU kernels attend units of `unit` tokens in a cache of `size`: whole units of at least 16 tokens."""
+    return unit >= SMALLEST_TPU_UNIT and size % unit == 0
+
+
 def check_tpu_unit(unit: int, size: int) -> None:
-    """What the TPU's copies need: whole units of at least 16 tokens."""
-    if not unit >= SMALLEST_TPU_UNIT:
+    """Raise ValueError unless `tpu_can`."""
+    if unit < SMALLEST_TPU_UNIT:
         raise ValueError(
             f'the "tpu" kernels read units of {SMALLEST_TPU_UNIT} tokens or more, got unit={unit}; choose pages with '
             f'unit={SMALLEST_TPU_UNIT}, or use implementation="xla"'
@@ -96,14 +104,14 @@ def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]
         if jnp.ndim(layer) != 0:
             raise ValueError(f"layer must be one index, got shape {jnp.shape(layer)}")
         number = layer if isinstance(layer, (int, np.integer)) else 0
-        if not (0 <= number < array.shape[0]):
+        if not 0 <= number < array.shape[0]:
             raise ValueError(f"layer {number} is outside the cache's {array.shape[0]} layers")
     return tuple(array.shape[layer is not None :])
 
 
 def check_some(batch: int, heads: int) -> None:
     """At least one row and one head."""
-    if not (batch > 0 and heads > 0):
+    if batch < 1 or heads < 1:
         raise ValueError(f"there must be at least one row and one KV head, got B = {batch}, K = {heads}")
 
 
@@ -123,12 +131,22 @@ def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> No
     quantised = k_imp.dtype == jnp.int8
     if quantised != (scales is not None):
         raise ValueError(
-            "int8 score keys need their scales, and others take none; quantise_k_imp gives both "
-            f"(k_imp are {k_imp.dtype}, scales {'given' if scales is not None else 'missing'})"
+            "int8 k_imp needs its scales, and other dtypes take none; quantise_k_imp gives both "
+            f"(k_imp is {k_imp.dtype}, scales are {'given' if scales is not None else 'missing'})"
         )
     if not quantised and not jnp.issubdtype(k_imp.dtype, jnp.floating):
         raise ValueError(f"k_imp must be floating point or int8, got {k_imp.dtype}")
     check_vector("scales", scales, ((shape[1],), shape[:2]), "f")
+
+
+def check_caches(k, q_imp, k_imp, layer) -> None:
+    """Raise ValueError unless k and k_imp are those of one cache."""
+    if not (k.ndim >= 3 and k.shape[-2] == k_imp.shape[-1]):
+        raise ValueError(f"k {k.shape} and k_imp {k_imp.shape} must have room for the same number of tokens S")
+    if layer is not None and k.shape[0] != k_imp.shape[0]:
+        raise ValueError(f"k has {k.shape[0]} layers and k_imp {k_imp.shape[0]}; a cache has them for the same layers")
+    if q_imp.shape[1] != k.shape[-3]:
+        raise ValueError(f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
 
 
 def check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold) -> None:
@@ -151,9 +169,9 @@ def check_counts(n, size, unit, sinks, recent) -> None:
     if not (isinstance(n, (int, np.integer)) and not isinstance(n, bool)):
         raise ValueError(f"n, the width of the list, must be a static integer, got {n!r}; what varies goes into counts")
     what = "tokens" if unit == 1 else f"units of {unit} tokens"
-    if not n >= 0:
+    if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    if not n <= units:
+    if n > units:
         raise ValueError(f"n = {n} is more than the cache's {units} {what}; lower the budget to {units} or less")
     for name, value in (("sinks", sinks), ("recent", recent)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -185,7 +203,7 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be integers, got {indices.dtype}")
     units = -(-shape[2] // unit)
-    if not indices.shape[2] <= units:
+    if indices.shape[2] > units:
         raise ValueError(
             f"n = {indices.shape[2]} indices are more than the cache's {units} units of {unit} tokens; lower the budget"
         )

@@ -48,21 +48,22 @@ def importance_totals(q_imp, k_imp, lengths, **options):
     return jax.nn.logsumexp(head_scores(q_imp, k_imp, lengths, **options), axis=-1)
 
 
-def importance_scores(q_imp, k_imp, lengths, *, pooling, totals, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, **options):
     """float32 [B, K, S]; -inf where a row sees nothing."""
     scores = head_scores(q_imp, k_imp, lengths, **options)
-    if pooling == "normalised" and q_imp.shape[2] > 1:
+    if normalised:
         totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
         scores = scores - jnp.where(jnp.isfinite(totals), totals, 0.0)[..., None]
     return jnp.max(scores, axis=2)
 
 
-def ranked(scores, lengths, *, sinks, recent, unit, first, threshold):
-    """(forced, best, may) [B, K, units]: the order of the choice, and which units may be chosen at all.
+def ranked(scores, lengths, rules):
+    """(forced, best, may) [B, K, U]: the order of the choice, and which units may be chosen at all.
 
     Above every score lie the newest `recent` tokens, newest first, then the first `sinks`, earliest first. A unit
     counts as its best token; NaN counts as -inf.
     """
+    sinks, recent, unit, first, threshold = rules
     size = scores.shape[-1]
     positions = jnp.arange(size, dtype=jnp.int32)[None]
     age = lengths[:, None] - 1 - positions
@@ -86,9 +87,9 @@ def ranked(scores, lengths, *, sinks, recent, unit, first, threshold):
     return reduce(forced, 0), reduce(jnp.where(may, scores, -jnp.inf), -jnp.inf), may_unit
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, recent, unit, first, threshold):
-    """(indices, valid) [B, K, n]: a full sort, forced units first, then by score, ties by position."""
-    forced, best, may = ranked(scores, lengths, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
+def select_top_k(scores, lengths, n, *, counts, rules):
+    """(indices, valid) [B, K, N]: a full sort, forced units first, then by score, ties by position."""
+    forced, best, may = ranked(scores, lengths, rules)
     units = may.shape[-1]
     position = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32)[None, None], may.shape)
     best = jnp.where(best == 0, 0.0, best)  # -0 is 0
@@ -137,7 +138,7 @@ def masked_topk_decode_attention(
 
 
 def softmax_sum(logits, mask, values, q, return_residual):
-    """Softmax of logits [B, K, G, n] where mask [B, K, n] is set, times values [B, K, n, D]; float32 inside."""
+    """Softmax of logits [B, K, G, N] where mask [B, K, N] is set, times values [B, K, N, D]; float32 inside."""
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)

@@ -34,9 +34,7 @@ from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.selection.budget import slots
-from butler_jax.selection.config import SelectionConfig
-from butler_jax.selection.masks import Rows, choose, select
+from butler_jax.selection import Rows, SelectionConfig, choose, room_for, select
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
@@ -94,16 +92,17 @@ CHOICES = [  # scores, sinks, recent, tokens asked, tokens chosen
 
 @pytest.mark.parametrize("implementation", [None, *PLAIN, *KERNELS])
 def test_special_scores_have_an_order(implementation):
-    """Through `choose`, alone (None) and by the kernels; each case is worked out by hand."""
+    """Through `choose`, and by the kernels themselves; each case is worked out by hand."""
     for scores, sinks, recent, count, wanted in CHOICES:
         row = jnp.asarray(scores, jnp.float32)[None, None]
         lengths, config = jnp.asarray([len(scores)]), SelectionConfig(budget=1.0, sinks=sinks, recent=recent)
-        top_k = None
-        if implementation is not None:
-            interpret = True if implementation in KERNELS else None
-            top_k = partial(pk.select_top_k, implementation=implementation, interpret=interpret)
-        pick = jax.jit(partial(choose, room=count, config=config, top_k=top_k))
-        indices, valid = (np.asarray(a)[0, 0] for a in pick(row, lengths, jnp.asarray([count])))
+        if implementation in KERNELS:
+            options = dict(sinks=sinks, recent=recent, implementation=implementation, interpret=True)
+            chosen = jax.jit(partial(pk.select_top_k, n=count, **options))(row, lengths)
+        else:
+            pick = jax.jit(partial(choose, room=count, config=config, implementation=implementation))
+            chosen = pick(row, lengths, jnp.asarray([count]))
+        indices, valid = (np.asarray(a)[0, 0] for a in chosen)
         assert indices[valid].tolist() == list(wanted), (scores, count)
 
 
@@ -134,7 +133,7 @@ def test_empty_rows_and_budgets_choose_nothing(implementation):
 @pytest.mark.parametrize("budget", [1e-9, 12, 64, 1.0])
 def test_rows_up_to_sinks_and_window_attend_everything(length, budget):
     config = SelectionConfig(budget=budget)
-    pick = partial(choose, room=slots(config, 13), config=config)
+    pick = partial(choose, room=room_for(config, 16, 13), config=config)
     tokens = min(length, {12: 12, 1e-9: 12}.get(budget, 64))
     chosen = pick(normal(0, 1, 2, 16), jnp.asarray([length]), jnp.asarray([tokens]))
     assert np.asarray(chosen.valid).sum(axis=-1).tolist() == [[tokens] * 2]

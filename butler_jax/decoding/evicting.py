@@ -28,7 +28,8 @@ from butler_jax.model import (
 from butler_jax.parallel import current_mesh
 from butler_jax.policies import Evicting, Place
 from butler_jax.predictors import at
-from butler_jax.selection import Chosen, Rows, SelectionConfig, compact, limits_of, room_for
+from butler_jax.selection import Chosen, Rows, SelectionConfig, limits_of, room_for
+from pallas_kernels import compact
 
 
 def fill_evicting(

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.model import LOWEST
 from butler_jax.parallel import by_rows_and_heads, token_axis
-from butler_jax.selection import Chosen, compact
+from butler_jax.selection import Chosen
+from pallas_kernels import compact
 
 
 class Part(NamedTuple):

@@ -38,7 +38,7 @@ from butler_jax.selection import (
     room_for,
     with_recent,
 )
-from pallas_kernels import importance_scores, importance_totals, masked_topk_decode_attention, select_top_k
+from pallas_kernels import importance_scores, importance_totals, masked_topk_decode_attention
 
 
 class Found(NamedTuple):
@@ -135,8 +135,8 @@ def decode_step(
         count = lengths if first is None else lengths - first
 
         def run(values, lengths, tokens, first, threshold):
-            top_k = partial(select_top_k, implementation=implementation)
-            return choose(values, lengths, tokens, room, selection, first=first, threshold=threshold, top_k=top_k)
+            options = dict(first=first, threshold=threshold, implementation=implementation)
+            return choose(values, lengths, tokens, room, selection, **options)
 
         threshold = beyond(limits.min_context, count[:, None], threshold)
         if threshold is not None:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.policies.base import Policy
-from butler_jax.selection import SelectionConfig, ordered_bits, top_mask
+from butler_jax.selection import SelectionConfig
+from pallas_kernels import BARRED, ordered_image, top_mask
 
 
 class Place(NamedTuple):
@@ -104,7 +105,7 @@ def evict(
         return candidates & ~((columns == first) & free & (over > 0)[..., None])
 
     def several():
-        image = jnp.flip(jnp.where(free, ordered_bits(worth), jnp.uint32(0)), axis=-1)
+        image = jnp.flip(jnp.where(free, ordered_image(worth), BARRED), axis=-1)
         left = jnp.sum(free, axis=-1, dtype=jnp.int32) - jnp.maximum(over, 0)
         best = jnp.flip(top_mask(image, jnp.maximum(left, 0)), axis=-1)
         return candidates & (protected[:, None] | best)

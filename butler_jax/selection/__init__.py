@@ -1,6 +1,7 @@
 """From scores to chosen tokens: the only package that knows sinks, recent tokens, budgets and ties.
 
-The simulation and decoding choose through the same functions.
+The simulation chooses by `select_mask`, decoding by `choose`. Both count units in the same way, take the best of them
+by the primitive of `pallas_kernels`, and add neighbours by the same function.
 """
 
 import lazy_loader
@@ -9,9 +10,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "budget": ["Limits", "beyond", "budget_table", "limits_of", "room_for"],
-        "chosen": ["attended_tokens", "chosen_tokens", "kept", "recent_from", "with_recent"],
+        "chosen": ["Chosen", "attended_tokens", "choose", "chosen_tokens", "kept", "recent_from", "with_recent"],
         "config": ["AlwaysReadConfig", "SelectionConfig", "parse_budget"],
-        "masks": ["Rows", "always_chosen", "choose", "select_mask"],
-        "top_k": ["Chosen", "compact", "from_bits", "ordered_bits", "top_mask"],
+        "masks": ["Rows", "always_chosen", "select", "select_mask"],
     },
 )

@@ -73,9 +73,4 @@ def room_for(config: SelectionConfig, capacity: int, most: int | None = None) ->
     A choice that is kept over several steps always gets the same room.
     """
     most = int(np.max(budget_table(config, capacity))) if most is None or config.interval > 1 else most
-    return min(slots(config, most), -(-capacity // config.unit))
-
-
-def slots(config: SelectionConfig, most: int) -> int:
-    """N: room for the units of any row whose budget is at most `most` tokens."""
-    return -(-most // config.unit) + (config.unit > 1)
+    return min(-(-most // config.unit) + (config.unit > 1), -(-capacity // config.unit))

@@ -1,17 +1,66 @@
-"""A choice of units once it is made: kept while the window moves on, counted, and as a set of tokens."""
+"""A choice of units for the newest token of each row: made, kept for later steps, counted, and as a set of tokens."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.selection.budget import Limits
 from butler_jax.selection.config import SelectionConfig
-from butler_jax.selection.top_k import Chosen
+from butler_jax.selection.neighbours import add_neighbours
+from butler_jax.selection.units import Units, count_units
+from pallas_kernels import Selection as Chosen
+from pallas_kernels import compact, select_top_k
+
+
+def choose(
+    scores: Float[Array, "B K S"],
+    lengths: Int[Array, " B"],
+    tokens: Int[Array, " B"],
+    room: int,
+    config: SelectionConfig,
+    *,
+    threshold: Float[Array, "B K"] | None = None,
+    first: Int[Array, " B"] | None = None,
+    implementation: str | None = None,
+) -> Chosen:
+    """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
+
+    Args:
+      scores: of the cached tokens, ordered as in `select_mask`. The newest one's does not matter: it is recent.
+      lengths: tokens of each row, the newest included. A row of 0 chooses nothing.
+      tokens: the budget of each row, as `budget_table` gives it.
+      room: N, units that are listed; see `room_for`.
+      config: its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+      threshold: of this layer.
+      first: the first token that a row may see (a sliding window), 0 unless given.
+      implementation: of `pallas_kernels.select_top_k`.
+
+    Returns:
+      The choice, of N units a row.
+    """
+    size, held = -(-scores.shape[-1] // config.unit), lengths if first is None else lengths - first
+    number = jnp.arange(size, dtype=jnp.int32)[None]
+    units = Units(number, jnp.zeros_like(lengths) if first is None else first, lengths)
+    rules = dict(sinks=config.sinks, recent=config.recent, unit=config.unit, first=first, threshold=threshold)
+    counts = count_units(jnp.minimum(tokens, held), units, config)
+    chosen = select_top_k(scores, lengths, room, counts=counts, implementation=implementation, **rules)
+    if not config.neighbours:
+        return chosen
+    of_heads = Units(number[None], *(a[:, None] for a in units[1:]))
+    return compact(add_neighbours(_unit_mask(chosen, size), of_heads, config), room)
+
+
+def _unit_mask(chosen: Chosen, units: int) -> Bool[Array, "B K U"]:
+    """The chosen units as a mask."""
+    batch, heads, _ = chosen.indices.shape
+    place = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
+    mask = jnp.zeros((batch, heads, units), bool)
+    return mask.at[(*place, jnp.where(chosen.valid, chosen.indices, units))].set(True, mode="drop")
 
 
 def kept(chosen: Chosen, lengths: Int[Array, " B"], config: SelectionConfig) -> Chosen:
-    """The choice without the units of its window, to be used again while the window moves on."""
+    """The choice without its recent units, to be used again in the steps up to the next choice."""
     low = jnp.maximum(lengths - config.recent, 0) // config.unit
     valid = chosen.valid & (chosen.indices < low[:, None, None])
     return Chosen(jnp.where(valid, chosen.indices, 0), valid)
@@ -50,11 +99,7 @@ def chosen_tokens(
     chosen: Chosen, lengths: Int[Array, " B"], first: Int[Array, " B"] | None, unit: int, capacity: int
 ) -> Bool[Array, "B K S"]:
     """The set of tokens that the chosen units hold."""
-    batch, heads, _ = chosen.indices.shape
-    units = -(-capacity // unit)
-    place = (jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None])
-    mask = jnp.zeros((batch, heads, units), bool)
-    mask = mask.at[(*place, jnp.where(chosen.valid, chosen.indices, units))].set(True, mode="drop")
+    mask = _unit_mask(chosen, -(-capacity // unit))
     mask = jnp.repeat(mask, unit, axis=-1)[..., :capacity]
     columns = jnp.arange(capacity, dtype=jnp.int32)[None, None]
     mask &= columns < lengths[:, None, None]
@@ -70,8 +115,8 @@ def recent_from(
 ) -> Int[Array, " B"]:
     """The first token that is attended for being recent, some steps after a choice.
 
-    The window moves on; but a row whose choice was everything loses nothing: all that came since is recent. Nor does a
-    row so short that its window held sinks, whatever its thresholds let pass.
+    The recent tokens move on with each step. A row whose choice was everything loses nothing: all that came since is
+    recent. The same holds for a row so short that its recent tokens were also sinks, whatever its thresholds.
     """
     then = lengths - steps % config.interval
     count = then if sliding_window is None else jnp.minimum(then, sliding_window)

@@ -1,29 +1,22 @@
-"""From scores to chosen tokens: the only place that knows sinks, recent, budget, pages and ties.
+"""The choice of many queries of packed sequences, as masks over the keys: what the simulation reads.
 
-A query attends `tokens` of the keys it may see: the newest `recent` and the first `sinks` of its document
-always, the rest by score. The k-th largest score is found exactly (top_k.py); ties go to the earlier token, so
-exactly `tokens` are chosen.
-
-With pages, the unit of choice is `unit` tokens counted from the document's start, a page is as good as its best token,
-and whole pages are taken as long as they fit. `select_mask` chooses for many queries of packed sequences,
-`choose` for the newest token of each row: both through `select_units`.
+A query attends so many of the keys it may see: always the newest `recent` and the first `sinks` of its document, and
+the rest by score. Equal scores go to the earlier token. With pages, the unit of choice is `unit` tokens counted from
+the document's start, a page counts as its best token, and whole pages are taken as long as they fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.selection.budget import beyond, budget_table
 from butler_jax.selection.config import SelectionConfig
-from butler_jax.selection.top_k import Chosen, compact, ordered_bits, right_of_runs, set_size, top_mask
-
-FORCED = np.uint32(0xFFFFFFFF)  # above the image of every float32: sinks and recent
-BARRED = np.uint32(0)  # below the image of every float32: keys that a query may not see
+from butler_jax.selection.neighbours import add_neighbours
+from butler_jax.selection.units import Units, count_units
+from pallas_kernels import BARRED, rank_image, top_mask, unit_image
 
 
 class Rows(NamedTuple):
@@ -43,81 +36,35 @@ def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, recent: int
 
 
 class Pages(NamedTuple):
-    """How keys lie in pages: of `unit` tokens, the first one beginning `offset` keys before the first column.
-
-    offset: 0 ... unit - 1 for each query, or None where every query's pages begin at column 0.
-    """
+    """How columns lie in pages of `unit` tokens; position: of the first column in each query's document."""
 
     unit: int
-    offset: Int[Array, "B C"] | None
+    position: Int[Array, "B C"]
 
-    def of(self, image: UInt32[Array, "B K C S"]) -> UInt32[Array, "B K C U"]:
-        """The largest entry of every page."""
-        size, unit = image.shape[-1], self.unit
-        if unit == 1:
-            return image
-        if self.offset is None:
-            image = jnp.pad(image, ((0, 0),) * 3 + ((0, -size % unit),))
-        else:
-            at = jnp.arange(-(-(size + unit - 1) // unit) * unit, dtype=jnp.int32)[None, None] - self.offset[..., None]
-            image = jnp.take_along_axis(image, jnp.clip(at, 0, size - 1)[:, None], axis=-1)
-            image = jnp.where(((at >= 0) & (at < size))[:, None], image, BARRED)
-        return jnp.max(image.reshape(*image.shape[:3], -1, unit), axis=-1)
+    @property
+    def _offset(self):
+        """[B, C, 1]: how many columns of the first page lie before the first column."""
+        return (self.position % self.unit)[..., None]
 
-    def tokens(self, mask: Bool[Array, "B K C U"], size: int) -> Bool[Array, "B K C S"]:
-        """Every column of the pages in the mask."""
+    def image(self, tokens: Int[Array, "B K C S"]) -> Int[Array, "B K C U"]:
+        """The image of pages, that of their best tokens."""
+        if self.unit == 1:
+            return tokens
+        size = tokens.shape[-1]
+        at = jnp.arange(-(-(size + self.unit - 1) // self.unit) * self.unit, dtype=jnp.int32)[None, None] - self._offset
+        image = jnp.take_along_axis(tokens, jnp.clip(at, 0, size - 1)[:, None], axis=-1)
+        return unit_image(jnp.where(((at >= 0) & (at < size))[:, None], image, BARRED), self.unit)
+
+    def numbers(self, count: int) -> Int[Array, "B 1 C U"]:
+        """The numbers of the first `count` pages in each query's document."""
+        return ((self.position // self.unit)[..., None] + jnp.arange(count, dtype=jnp.int32)[None, None])[:, None]
+
+    def columns(self, mask: Bool[Array, "B K C U"], size: int) -> Bool[Array, "B K C S"]:
+        """The first `size` columns that the pages in the mask hold."""
         if self.unit == 1:
             return mask
         column = jnp.arange(size, dtype=jnp.int32)[None, None]
-        offset = jnp.zeros((1, 1), jnp.int32) if self.offset is None else self.offset
-        return jnp.take_along_axis(mask, ((column + offset[..., None]) // self.unit)[:, None], axis=-1)
-
-
-def select_units(
-    image: UInt32[Array, "B K C S"],
-    rows: Rows,
-    tokens: Int[Array, "B Q C"],
-    allowed: Int[Array, "B Q C"],
-    pages: Pages,
-    threshold: Float[Array, "B K C"] | None = None,
-    neighbours: bool = False,
-) -> Bool[Array, "B K C U"]:
-    """The units each query attends.
-
-    image: FORCED, BARRED, or ordered_bits of a score. allowed: how many of a row are not BARRED. The newest page may be
-    partly filled: n pages hold (n - 1) * unit tokens and those of the newest one at most, and n is the most for which
-    they are within `tokens`. threshold: see SelectionConfig, of any shape that broadcasts.
-    """
-    shape = image.shape[:-1]
-    units = pages.of(image)
-    everything = tokens >= allowed
-    count = unit_counts(tokens, allowed, (rows.own - rows.start)[:, None], pages.unit)
-    count = jnp.broadcast_to(count, shape)
-    if pages.unit > 1 or threshold is not None or neighbours:
-        forced = set_size(units == FORCED)
-        count = jnp.maximum(count, forced)
-        if neighbours:
-            count = jnp.where(everything, count, forced + (count - forced) // 2)
-        if threshold is not None:
-            limit = jnp.broadcast_to(ordered_bits(threshold), shape)
-            count = jnp.minimum(count, jnp.maximum(set_size(units >= limit[..., None]), forced))
-        mask = top_mask(units, count)
-        if neighbours:
-            # Half of the room at most was filled, and as many neighbours at most come: never more than the room.
-            mask = mask | (right_of_runs(mask & (units != FORCED)) & (units != BARRED))
-        return mask
-    return top_mask(units, count)
-
-
-def unit_counts(
-    tokens: Int[Array, "*B"], allowed: Int[Array, "*B"], own: Int[Array, "*B"], unit: int
-) -> Int[Array, "*B"]:
-    """The most units whose tokens are within a budget: of `allowed` tokens in a row, the newest at position `own`."""
-    if unit == 1:
-        return tokens
-    newest = jnp.minimum(own % unit + 1, allowed)
-    whole = own // unit - (own - allowed + 1) // unit + 1
-    return jnp.where(tokens >= allowed, whole, 1 + (tokens - newest) // unit)
+        return jnp.take_along_axis(mask, ((column + self._offset) // self.unit)[:, None], axis=-1)
 
 
 def select_mask(
@@ -125,32 +72,47 @@ def select_mask(
     allowed: Bool[Array, "B Q C S"],
     rows: Rows,
     tokens: Int[Array, "B C"],
+    config: SelectionConfig,
     *,
-    sinks: int = 4,
-    recent: int = 8,
     columns: Int[Array, " S"] | None = None,
-    unit: int = 1,
     threshold: Float[Array, "B K C"] | None = None,
-    neighbours: bool = False,
 ) -> Bool[Array, "B K C S"]:
     """The keys that each query attends, per head: min(tokens, |allowed|) of those in `allowed`, or fewer.
 
-    scores: float32, higher is better; -inf and NaN come last, equal ones in their order along the row, so that equal
-    scores give the earliest tokens beside sinks and recent. allowed: causal, same document, inside a
-    sliding window, so consecutive columns up to the query's own; the second axis is 1 or K. rows: see Rows. tokens: how
-    many keys to attend, at least SelectionConfig.least or everything allowed, as `budget_table(...)[number of allowed
-    keys]` gives it. columns: positions of the keys, consecutive, 0 ... S-1 unless given. unit, threshold, neighbours:
-    see SelectionConfig; the threshold in any shape that broadcasts to [B, K, C].
+    Args:
+      scores: float32, higher is better. -inf and NaN come last, equal ones in their order along the row, so that equal
+        scores give the earliest tokens beside sinks and recent.
+      allowed: causal, same document, inside a sliding window: consecutive columns up to the query's own. The second
+        axis is 1 or K.
+      rows: where the queries stand.
+      tokens: how many keys to attend, at least `config.least` or everything allowed, as
+        `budget_table(...)[number of allowed keys]` gives it.
+      config: its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+      columns: positions of the keys, consecutive; 0 ... S-1 unless given.
+      threshold: see SelectionConfig, of any shape that broadcasts to [B, K, C].
+
+    Returns:
+      The mask, within `allowed`.
     """
-    columns = jnp.arange(scores.shape[-1]) if columns is None else columns
-    size = set_size(allowed)
-    tokens = jnp.minimum(tokens[:, None], size)  # [B, Q, C]
-    forced = always_chosen(rows, columns, sinks, recent)[:, None]
-    image = jnp.where(forced, FORCED, ordered_bits(scores))
-    image = jnp.where(allowed, image, BARRED)
-    pages = Pages(unit, None if unit == 1 else (columns[0] - rows.start) % unit)
-    mask = select_units(image, rows, tokens, size, pages, threshold, neighbours)
-    return mask if unit == 1 else pages.tokens(mask, scores.shape[-1]) & allowed
+    size = scores.shape[-1]
+    columns = jnp.arange(size, dtype=jnp.int32) if columns is None else columns
+    position = columns[None, None, None] - rows.start[:, None, :, None]
+    age = rows.own[:, None, :, None] - columns[None, None, None]
+    limit = None if threshold is None else threshold[..., None]
+    rules = dict(sinks=config.sinks, recent=config.recent, threshold=limit)
+    pages = Pages(config.unit, columns[0] - rows.start)
+    image = pages.image(rank_image(scores, allowed, age, position, **rules))
+
+    held = jnp.sum(allowed, axis=-1, dtype=jnp.int32)
+    end = (rows.own - rows.start + 1)[:, None]
+    units = Units(pages.numbers(image.shape[-1]), end - held, end)
+    count = jnp.broadcast_to(count_units(jnp.minimum(tokens[:, None], held), units, config), image.shape[:-1])
+    if threshold is not None:
+        count = jnp.minimum(count, jnp.sum(image > BARRED, axis=-1, dtype=jnp.int32))
+    mask = top_mask(image, count)
+    if config.neighbours:
+        mask = add_neighbours(mask, units, config)
+    return mask if config.unit == 1 else pages.columns(mask, size) & allowed
 
 
 def select(
@@ -162,59 +124,21 @@ def select(
 ) -> Bool[Array, "B K C S"]:
     """select_mask under a configuration: its budget of the keys each row may see.
 
-    threshold: of this layer, where the configuration has them. allowed must be the same for every head (second axis 1).
-    Raises ValueError where it is not.
+    Args:
+      scores, rows: see `select_mask`.
+      allowed: see `select_mask`; the same for every head, so its second axis is 1.
+      config: the budget, sinks, recent, unit, neighbours and min_context.
+      threshold: of this layer, where the configuration has thresholds.
+
+    Returns:
+      The mask, within `allowed`.
+
+    Raises:
+      ValueError: allowed differs between heads.
     """
     if allowed.shape[1] != 1:
         raise ValueError(f"select needs one set of allowed keys a row, got {allowed.shape[1]} heads of them")
     table = jnp.asarray(budget_table(config, scores.shape[-1]))
-    count = set_size(allowed)[:, 0]
-    tokens = table[count]
+    count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
     threshold = beyond(config.min_context, count[:, None], threshold)
-    return select_mask(
-        scores, allowed, rows, tokens, sinks=config.sinks, recent=config.recent, unit=config.unit,
-        threshold=threshold, neighbours=config.neighbours,
-    )  # fmt: skip
-
-
-def choose(
-    scores: Float[Array, "B K S"],
-    lengths: Int[Array, " B"],
-    tokens: Int[Array, " B"],
-    room: int,
-    config: SelectionConfig,
-    *,
-    threshold: Float[Array, "B K"] | None = None,
-    first: Int[Array, " B"] | None = None,
-    top_k: Callable[..., tuple[Array, Array]] | None = None,
-) -> Chosen:
-    """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
-
-    scores: of the cached tokens, ordered as in `select_mask`; the newest one's is not looked at (it is in the recent).
-    lengths: tokens of each row, the newest included; a row of 0 chooses nothing. tokens: its budget, as budget_table
-    gives it. room: slots(config, the largest of tokens).
-    threshold: of this layer. first: the first token a row may see (a sliding window), 0 unless given. top_k: a faster
-    form of the same choice, with the arguments and the result of pallas_kernels.select_top_k; neighbours do without.
-    """
-    if top_k is not None and not config.neighbours:
-        held = lengths if first is None else lengths - first
-        counts = unit_counts(jnp.minimum(tokens, held), held, lengths - 1, config.unit)
-        forced = dict(sinks=config.sinks, recent=config.recent)
-        return Chosen(
-            *top_k(scores, lengths, room, counts=counts, unit=config.unit, first=first, threshold=threshold, **forced)
-        )
-    size = scores.shape[-1]
-    start = jnp.zeros_like(lengths) if first is None else first
-    columns = jnp.arange(size, dtype=jnp.int32)
-    rows = Rows((lengths - 1)[:, None], jnp.zeros_like(lengths)[:, None])
-    image = jnp.where(
-        always_chosen(rows, columns, config.sinks, config.recent)[:, None], FORCED, ordered_bits(scores)[:, :, None]
-    )
-    inside = (columns[None] < lengths[:, None]) & (columns[None] >= start[:, None])
-    image = jnp.where(inside[:, None, None], image, BARRED)
-    held = (lengths - start)[:, None, None]
-    tokens = jnp.minimum(tokens[:, None, None], held)
-    if threshold is not None:
-        threshold = threshold[..., None]
-    mask = select_units(image, rows, tokens, held, Pages(config.unit, None), threshold, config.neighbours)
-    return compact(mask[:, :, 0], room)
+    return select_mask(scores, allowed, rows, table[count], config, threshold=threshold)

@@ -14,14 +14,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from butler_jax.model import BaseModel, by_window, dense_mixer, embed, run_layers
 from butler_jax.policies import Policy, TokenButler
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, from_bits, limits_of
+from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import importance_walk, map_chunks
+from pallas_kernels import BARRED, from_image
 
 PASSES = 16  # bits of a threshold that are found: a precision of 2**-7 of its value
 
@@ -55,15 +56,15 @@ def calibrate_thresholds(
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
-    found = np.zeros((model.config.layers, policy.choosing_heads(model.config)), np.uint32)
+    found = np.full((model.config.layers, policy.choosing_heads(model.config)), int(BARRED))
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
-        trial, total, rows = found | np.uint32(1 << bit), 0.0, 0.0
+        trial, total, rows = (found + (1 << bit)).astype(np.int32), 0.0, 0.0
         for batch in batches:
             part = _read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
             total, rows = total + np.asarray(part[0], np.float64), rows + float(part[1])
         found = np.where(total / rows >= mean, trial, found)
-    found = found + np.uint32(1 << (31 - PASSES))  # and the next above it, under which it is not exceeded
-    values = np.asarray(from_bits(jnp.asarray(found)))
+    found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next above it, under which it is not exceeded
+    values = np.asarray(from_image(jnp.asarray(found.astype(np.int32))))
     values = np.where(np.isnan(values), np.inf, values)
     values[0] = -np.inf
     return dataclasses.replace(selection, threshold=tuple(map(tuple, values.tolist())))
@@ -75,7 +76,7 @@ def _read(
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
     limits: Limits,
-    image: UInt32[Array, "L K"],
+    image: Int[Array, "L K"],
     *,
     policy: Policy,
     rule: SelectionConfig,
@@ -83,7 +84,7 @@ def _read(
 ) -> tuple[Float[Array, "L K"], Float[Array, ""]]:
     """What every layer and head reads, summed over the rows that are not padding, and how many these are."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
-    limits = limits._replace(threshold=from_bits(image))
+    limits = limits._replace(threshold=from_image(image))
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments)
     begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)

@@ -39,6 +39,5 @@ def chosen_mask(
     if limits.threshold is not None:
         threshold = jnp.where(chunk.layer > 0, limits.threshold[chunk.layer], -jnp.inf)[None, :, None]
         threshold = beyond(limits.min_context, count[:, None], threshold)
-    fixed = dict(sinks=rule.sinks, recent=rule.recent, unit=rule.unit, neighbours=rule.neighbours)
-    mask = select_mask(scores, allowed, chunk.rows, tokens, columns=chunk.columns, threshold=threshold, **fixed)
+    mask = select_mask(scores, allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
     return mask, count

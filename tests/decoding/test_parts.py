@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from butler_jax.decoding.parts import Part
-from butler_jax.selection.top_k import Chosen
+from butler_jax.selection import Chosen
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

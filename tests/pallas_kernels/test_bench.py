@@ -7,31 +7,32 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, measuring
+from pallas_kernels.bench import cases
+from pallas_kernels.bench import command as bench
 
-LLAMA = measuring.SHAPES["llama8b"]
+LLAMA = cases.SHAPES["llama8b"]
 
 
 def case(context, **changed):
     settings = dict(shape=LLAMA, context=context, batch=1, tokens=2048, dtype=jnp.bfloat16)
-    return measuring.Case(**(settings | changed))
+    return cases.Case(**(settings | changed))
 
 
 @pytest.mark.parametrize("context, cap", [(32768, 8.0), (131072, 12.8)])
 def test_the_byte_model_gives_the_caps_worked_out_by_hand(context, cap):
     """Llama-3.1-8B in bfloat16, 2048 tokens, R = 16, scores not counted: dense 2*S*D, sparse S*R + 2*n*D numbers."""
     scores = 2 * 8 * context * 4
-    found = measuring.dense_bytes(case(context)) / (measuring.sparse_bytes(case(context), 1) - scores)
+    found = cases.dense_bytes(case(context)) / (cases.sparse_bytes(case(context), 1) - scores)
     assert found == pytest.approx(cap, abs=0.05)
 
 
 def test_the_whole_model_gains_less_because_its_weights_are_read_too():
     """At batch 1 with attention free: (weights + cache) / weights, 1.27 at 32K."""
     one = case(32768)
-    cache = LLAMA.layers * measuring.dense_bytes(one)
+    cache = LLAMA.layers * cases.dense_bytes(one)
     assert 1 + cache / (2 * LLAMA.weights) == pytest.approx(1.27, abs=0.005)
-    assert 1 < measuring.model_cap(one, 1) < measuring.model_cap(one, 16) < 1.27
-    assert measuring.model_cap(case(32768, batch=16), 16) > 3
+    assert 1 < cases.model_cap(one, 1) < cases.model_cap(one, 16) < 1.27
+    assert cases.model_cap(case(32768, batch=16), 16) > 3
 
 
 def test_budgets_are_fractions_or_tokens():

@@ -481,7 +481,7 @@ def whole(**changed):
         (dict(q=jnp.zeros((1, 5, 8))), "5 query heads cannot share 2 KV heads"),
         (dict(q=jnp.zeros((1, 4, 9))), "k has head dimension 8 and q 9"),
         (dict(layer=0), "pass layer=|drop layer="),
-        (dict(k_imp=jnp.zeros((1, 2, 4, 32), jnp.int8)), "int8 score keys need their scales"),
+        (dict(k_imp=jnp.zeros((1, 2, 4, 32), jnp.int8)), "int8 k_imp needs its scales"),
         (dict(new_k=jnp.zeros((1, 2, 8))), "come together or not at all"),
         (dict(counts=jnp.zeros((3,), jnp.int32)), "counts must have shape"),
     ],

@@ -11,8 +11,8 @@ from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
 from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
-from butler_jax.selection.top_k import from_bits, ordered_bits
 from butler_jax.simulation import calibrate_thresholds, simulate
+from pallas_kernels import from_image, ordered_image
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16, context=256
@@ -53,7 +53,7 @@ def test_mean_of_what_rows_read_is_reached(model, mean, unit):
 
 def test_bits_and_floats_are_one_order():
     values = jnp.asarray([-np.inf, -2.5, -1e-30, 0.0, 1e-30, 7.0, np.inf], jnp.float32)
-    np.testing.assert_array_equal(from_bits(ordered_bits(values)), values)
+    np.testing.assert_array_equal(from_image(ordered_image(values)), values)
 
 
 def test_bad_means_are_clear_errors(model):

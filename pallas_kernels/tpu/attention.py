@@ -7,6 +7,7 @@ ones, of the next row too, are under way. Pages that are not valid are neither c
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.xla import LOWEST, exact, finish
+from pallas_kernels.arithmetic import finish, product
+from pallas_kernels.operands import attention_operands
+from pallas_kernels.reference import LOWEST
 
 TILE = 128  # tokens attended at a time, or one unit where that is more
 SLOTS = 6  # tiles in flight, with one being attended
@@ -23,38 +26,44 @@ SUBLANES = 8
 SCALAR_BYTES = 2**18  # of the lists of pages in scalar memory, for one call
 
 
+class Plan(NamedTuple):
+    """Sizes that the kernel is compiled for: `width` pages of `unit` tokens a tile, `tiles` of them a row.
+
+    rows: of each core. heads: K. at: the row of the batch where this call begins. scale: the factor on the logits.
+    """
+
+    unit: int
+    width: int
+    tiles: int
+    rows: int
+    heads: int
+    at: int
+    scale: float
+
+
 def masked_topk_decode_attention(
     q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, interpret
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; arguments as in `api.py`, unit >= 16 and S of whole units."""
-    batch, heads, n = indices.shape
-    dim, size = q.shape[-1], k.shape[-2]
-    rows, group = batch * heads, q.shape[1] // heads
-    queries = q.reshape(rows, group, dim)
-    if n == 0 or size == 0:
-        empty = jnp.full((rows, group), LOWEST)
-        parts = empty, jnp.zeros((rows, group)), jnp.zeros((rows, group, dim))
-        return finish(parts, q, new_k, new_v, scale, return_residual)
-    pages = indices if valid is None else jnp.where(valid, indices, -1)
-    pages = jnp.where(pages < size // unit, pages, -1).reshape(rows, n)
-    start = jnp.zeros((batch,), jnp.int32) if first is None else first.astype(jnp.int32)
-    bounds = jnp.stack([start, lengths.astype(jnp.int32)], axis=1)  # [B, 2]
-    queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0)))
-    caches = [a.reshape(-1, size, dim) for a in (k, v)]
-    layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+    heads, n = indices.shape[1:]
+    operands = attention_operands(q, k, v, indices, valid, lengths=lengths, first=first, layer=layer)
+    base, pages, bounds, queries, *caches = operands
+    rows, group = queries.shape[:2]
+    pages = jnp.where(pages < k.shape[-2] // unit, pages, -1)
+    queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0))).astype(k.dtype)
 
     most = max(1, SCALAR_BYTES // (4 * (-(-n // LANES) * LANES)))  # rows whose lists fit, padded as they are there
     found = []
     for at in range(0, rows, most):
         part = slice(at, min(at + most, rows))
-        call = functools.partial(_attend, unit=unit, scale=scale, heads=heads, rows=rows, interpret=interpret)
-        found.append(call(layer * rows + at, pages[part], bounds, queries[part], *caches, at=at))
+        call = functools.partial(_attend, unit=unit, scale=scale, heads=heads, interpret=interpret)
+        found.append(call(base + at, pages[part], bounds, queries[part], *caches, at=at))
     parts = [jnp.concatenate(a) if len(found) > 1 else a[0] for a in zip(*found, strict=True)]
     top, total, out = (a[:, :group] for a in parts)
     return finish((top[..., 0], total[..., 0], out), q, new_k, new_v, scale, return_residual)
 
 
-def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, rows, at, interpret):
+def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, interpret):
     """(largest logit, sum of weights [rows, G, 128], weighted values [rows, G, D]) of some rows, all float32."""
     rows, group, dim = queries.shape
     n = pages.shape[1]
@@ -62,15 +71,13 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, rows, at,
     pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1)
     tiles = pages.shape[1] // width
     cores = 2 if rows % 2 == 0 else 1  # of a chip that has two; others take both parts in turn
-    kernel = functools.partial(
-        _kernel, unit=unit, width=width, tiles=tiles, rows=rows // cores, heads=heads, at=at, scale=scale
-    )
+    plan = Plan(unit, width, tiles, rows // cores, heads, at, scale)
     row = lambda core, i, *_: (core * (rows // cores) + i, 0, 0)  # noqa: E731
     tile = pltpu.VMEM((SLOTS, width * unit, dim), k.dtype)
     stats = jax.ShapeDtypeStruct((rows, group, LANES), jnp.float32)
     bytes_read = 2 * pages.size * unit * dim * k.dtype.itemsize
     return pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(cores, rows // cores),
@@ -99,9 +106,9 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, rows, at,
 
 
 def _kernel(
-    base_ref, pages_ref, bounds_ref, q_ref, k_hbm, v_hbm, top_ref, total_ref, out_ref, k_vmem, v_vmem, arrived,
-    *, unit, width, tiles, rows, heads, at, scale,
-):  # fmt: skip
+    base_ref, pages_ref, bounds_ref, q_ref, k_hbm, v_hbm, top_ref, total_ref, out_ref, k_vmem, v_vmem, arrived, *, plan
+):
+    unit, width, tiles, rows, heads, at, scale = plan
     core, row = pl.program_id(0), pl.program_id(1)
     last = rows * tiles  # steps of this core
 
@@ -133,10 +140,7 @@ def _kernel(
     own = core * rows + row
     begin, end = bounds_ref[(at + own) // heads, 0], bounds_ref[(at + own) // heads, 1]
     queries = q_ref[0]
-    precision = exact(k_vmem.dtype)
     group, dim = queries.shape
-    if queries.dtype != k_vmem.dtype:
-        queries = queries.astype(k_vmem.dtype)
 
     def attended(tile, shape, axis):
         """bool of this shape, tokens along axis: which tokens of the tile are attended."""
@@ -156,25 +160,18 @@ def _kernel(
         slot = step % SLOTS
         keys, values = k_vmem[slot], v_vmem[slot]
         tokens = width * unit
-        logits = jax.lax.dot_general(
-            queries, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32, precision=precision
-        )
+        logits = product(queries, keys, (1, 1))
         logits = jnp.where(attended(tile, (group, tokens), 1), logits * np.float32(scale), -jnp.inf)
         values = jnp.where(attended(tile, (tokens, dim), 0), values.astype(jnp.float32), 0.0).astype(values.dtype)
         higher = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.exp(logits - higher)
         kept = jnp.exp(top - higher)
         total = total * kept + jnp.sum(weights, axis=1, keepdims=True)
-        out = out * kept + jax.lax.dot_general(
-            weights.astype(values.dtype), values, (((1,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32, precision=precision,
-        )  # fmt: skip
+        out = out * kept + product(weights.astype(values.dtype), values)
         return higher, total, out
 
-    empty = (
-        jnp.full((group, 1), LOWEST, jnp.float32), jnp.zeros((group, 1), jnp.float32),
-        jnp.zeros((group, dim), jnp.float32),
-    )  # fmt: skip
+    nothing, zero = (jnp.full((group, 1), value, jnp.float32) for value in (LOWEST, 0.0))
+    empty = nothing, zero, jnp.zeros((group, dim), jnp.float32)
     top, total, out = jax.lax.fori_loop(0, tiles, attend, empty)
     top_ref[0] = jnp.broadcast_to(top, (group, LANES))
     total_ref[0] = jnp.broadcast_to(total, (group, LANES))

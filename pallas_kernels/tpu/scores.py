@@ -1,64 +1,61 @@
-"""Importance scores on TPU: score keys are read once, in blocks as wide as fit, and pooled on the way out.
+"""Importance scores on TPU: k_imp is read once, in blocks as wide as fit, and pooled on the way out.
 
 "normalised" pooling needs every head's log-sum-exp before the first score is written, so a row of blocks is passed
-twice. Where one block holds all of a head's keys, as it does up to LONGEST bytes of them, the second pass finds it in
+twice. Where one block holds all of a head's k_imp, as it does up to LONGEST bytes of them, the second pass finds it in
 VMEM and nothing is read twice.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.xla import LOWEST, exact, taken_off, total_of
+from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
+from pallas_kernels.operands import score_operands
+from pallas_kernels.reference import LOWEST
 
-LONGEST = 2**22  # bytes of score keys in one block
+LONGEST = 2**22  # bytes of k_imp in one block
 SUBLANES = 8
 LANES = 128
 VMEM_BYTES = 48 * 2**20
 
 
-def importance_scores(q_imp, k_imp, lengths, *, pooling, totals, interpret, **options):
+class Plan(NamedTuple):
+    """Sizes that the kernel is compiled for: `blocks` of `block` tokens, scored in chunks, for G = group queries.
+
+    heads: K of the keys. counts, writes: see `_over_blocks`.
+    """
+
+    group: int
+    block: int
+    chunk: int
+    blocks: int
+    heads: int
+    counts: bool
+    writes: bool
+
+
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, **options):
     """float32 [B, K, S]; arguments as in `api.py`."""
-    batch, heads, group, _ = q_imp.shape
-    size, key_heads = k_imp.shape[-1], k_imp.shape[-3]
-    if size == 0:
-        return jnp.zeros((batch, heads, 0), jnp.float32)
-    operands = _operands(q_imp, k_imp, lengths, **options)
-    normalised = pooling == "normalised" and group > 1
-    given = totals if normalised else None
-    scores = _over_blocks(
-        *operands, given, key_heads, counts=normalised and given is None, writes=True, interpret=interpret
-    )
+    batch, heads = q_imp.shape[:2]
+    key_heads, _, size = k_imp.shape[-3:]
+    operands = score_operands(q_imp, k_imp, lengths, **options)
+    counts = normalised and totals is None
+    scores = _over_blocks(operands, totals, key_heads, counts=counts, writes=True, interpret=interpret)
     return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
 
 
 def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
     """float32 [B, K, G]; arguments as in `api.py`."""
-    if k_imp.shape[-1] == 0:
-        return jnp.full(q_imp.shape[:3], -jnp.inf)
-    operands = _operands(q_imp, k_imp, lengths, **options)
+    operands = score_operands(q_imp, k_imp, lengths, **options)
     members = operands[2].shape[1]
-    totals = _over_blocks(*operands, None, k_imp.shape[-3], counts=True, writes=False, interpret=interpret)
+    totals = _over_blocks(operands, None, k_imp.shape[-3], counts=True, writes=False, interpret=interpret)
     return totals[:, :members, 0].reshape(q_imp.shape[:3])
-
-
-def _operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
-    """The rows of a layer in the cache, what they see, and queries, factors and keys a row."""
-    batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
-    factor = jnp.full((batch, key_heads), scale, jnp.float32)
-    if scales is not None:
-        factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
-    start = jnp.zeros((batch,), jnp.int32) if first is None else first.astype(jnp.int32)
-    bounds = jnp.stack([start, lengths.astype(jnp.int32)], axis=1)
-    layer = jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
-    queries = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
-    keys = k_imp.reshape(-1, *k_imp.shape[-2:])
-    return layer * batch * key_heads, bounds, queries, factor.reshape(-1, 1, 1), keys
 
 
 def _block(size, bytes_a_token):
@@ -68,12 +65,13 @@ def _block(size, bytes_a_token):
     return max(LANES, 1 << ((LONGEST // bytes_a_token).bit_length() - 1))
 
 
-def _over_blocks(base, bounds, queries, factor, keys, given, heads, *, counts, writes, interpret):
-    """Scores [rows, 1, S] of queries [rows, G, R] and keys [layers*rows, R, S], pooled over G; float32.
+def _over_blocks(operands, given, heads, *, counts, writes, interpret):
+    """Scores [rows, 1, S] of the operands' queries [rows, G, R] and keys [L*rows, R, S], pooled over G; float32.
 
-    counts: the log-sum-exps are found first. writes: they, or those given, are taken off; else they are the result,
+    counts: the log-sum-exps are found first. writes: they, or those given, are subtracted; else they are the result,
     [rows, G rounded up, 128].
     """
+    base, bounds, queries, factor, keys = operands
     rows, group, rank = queries.shape
     size = keys.shape[-1]
     padding = ((0, 0), (0, -group % SUBLANES), (0, 0))
@@ -85,14 +83,12 @@ def _over_blocks(base, bounds, queries, factor, keys, given, heads, *, counts, w
     blocks = pl.cdiv(size, block)
     passes = counts + writes
     chunk = next((c for c in (2048, 1024, 512, 256, 128) if block % c == 0), block)
-    kernel = functools.partial(
-        _kernel, group=group, block=block, chunk=chunk, heads=heads, counts=counts, writes=writes, blocks=blocks
-    )
+    plan = Plan(group, block, chunk, blocks, heads, counts, writes)
     whole = lambda row, p, n, *_: (row, 0, 0)  # noqa: E731
     out = jax.ShapeDtypeStruct((rows, 1, size) if writes else (rows, padded, LANES), jnp.float32)
     place = pl.BlockSpec((1, 1, block), lambda row, p, n, *_: (row, 0, n * p if passes > 1 else n))
     return pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(rows, passes, blocks),
@@ -116,13 +112,11 @@ def _over_blocks(base, bounds, queries, factor, keys, given, heads, *, counts, w
         ),
         interpret=interpret,
         name="importance_scores" if writes else "importance_totals",
-    )(base, bounds, queries, factor, given, keys)
+    )(base, bounds, queries, factor.reshape(-1, 1, 1), given, keys)
 
 
-def _kernel(
-    base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_ref, top_ref, total_ref,
-    *, group, block, chunk, heads, counts, writes, blocks,
-):  # fmt: skip
+def _kernel(base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_ref, top_ref, total_ref, *, plan):
+    group, block, chunk, blocks, heads, counts, writes = plan
     del base_ref  # the index map of the keys has used it
     row, phase, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
@@ -133,14 +127,7 @@ def _kernel(
     def scores(at):
         """float32 [G, chunk], -inf for padding heads, tokens that are not seen, and NaN."""
         keys = keys_ref[0, :, pl.ds(at, chunk)]
-        kind = keys.dtype if keys.dtype == queries.dtype else jnp.float32
-        if keys.dtype == jnp.int8:
-            kind = queries.dtype  # bfloat16 holds every int8
-            keys = keys.astype(jnp.float32)
-        keys, own = keys.astype(kind), queries.astype(kind)
-        found = jax.lax.dot_general(
-            own, keys, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32, precision=exact(kind)
-        )
+        found = score_product(queries, keys)
         found = found * jnp.broadcast_to(factor, found.shape)
         position = index * block + at + jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 1)
         head = jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 0)
@@ -186,7 +173,7 @@ def _kernel(
 
     @pl.when(phase == (1 if counts else 0))
     def _():
-        off = taken_off(totals() if counts else given_ref[0])
+        off = finite_or_zero(totals() if counts else given_ref[0])
 
         def write(at, carry):
             out_ref[0, :, pl.ds(at, chunk)] = jnp.max(scores(at) - off, axis=0, keepdims=True)

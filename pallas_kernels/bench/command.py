@@ -13,24 +13,33 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import sys
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import api, checks, measuring
+from pallas_kernels import api, checks
+from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.measuring import copy_bandwidth, rows
+from pallas_kernels.bench.table import HEADER, line, peers_line, plot
 
-COLUMNS = ("context", "budget", "batch", "interval", "seconds", "dense_seconds", "speedup", "cap", "share_of_cap",
-           "gb_s", "copy_gb_s", "model_cap")  # fmt: skip
-H200 = dict(shape="llama8b", context="32768,131072,8192,4096", budget="1/16,1/64,1/4", batch="16,1", interval="1,4,16",
-            minutes=7.0, memory=45.0, json="benchmarks/h200/sparse_decode.json")  # fmt: skip  # what matters most first
+H200 = {  # what matters most first
+    "shape": "llama8b",
+    "context": "32768,131072,8192,4096",
+    "budget": "1/16,1/64,1/4",
+    "batch": "16,1",
+    "interval": "1,4,16",
+    "minutes": 7.0,
+    "memory": 45.0,
+    "json": "benchmarks/h200/sparse_decode.json",
+}
 
 
 def numbers(text: str, least: int = 1) -> tuple[int, ...]:
@@ -66,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     on_cpu = jax.default_backend() == "cpu"
     found = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__.splitlines()[0])
     add = found.add_argument
-    add("--shape", choices=tuple(measuring.SHAPES), default="llama1b" if on_cpu else "llama8b", help="whose attention")
+    add("--shape", choices=tuple(SHAPES), default="llama1b" if on_cpu else "llama8b", help="whose attention")
     add("--context", type=numbers, default=(32768,), help="tokens cached, comma-separated")
     add("--budget", type=budgets, default=(Fraction(1, 16),), help="fractions or tokens attended, comma-separated")
     add("--batch", type=numbers, default=(1,), help="rows, comma-separated")
@@ -74,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
     add("--unit", type=int, default=16 if jax.default_backend() == "tpu" else 1, help="tokens a page; 1 chooses tokens")
     add("--pooling", choices=checks.POOLINGS, default="normalised", help="of the scores of a group of query heads")
-    add("--int8", action="store_true", help="score keys in int8")
+    add("--int8", action="store_true", help="k_imp in int8")
     add("--implementation", choices=checks.IMPLEMENTATIONS, default=None, help="default: the platform's own")
     add("--repeats", type=int, default=9, help="timings, of which the median counts")
     add("--memory", type=float, default=8.0, help="GB that inputs may take")
@@ -110,62 +119,6 @@ def check_kernels(implementation: str) -> None:
         np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in outs), atol=tolerance)
 
 
-def line(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    return (
-        f"{row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
-        f"{row['seconds'] * 1e3:>9.3f} {row['dense_seconds'] * 1e3:>9.3f} {row['speedup']:>8.2f} {row['cap']:>6.1f} "
-        f"{row['share_of_cap']:>6.0%} {row['predicted_bytes'] / 1e6:>9.1f} {row['gb_s']:>7.1f} "
-        f"{row['copy_gb_s']:>7.1f} {row['model_cap']:>9.2f}"
-    )
-
-
-HEADER = (
-    f"{'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'ms':>9} {'dense ms':>9} {'speed-up':>8} {'cap':>6} "
-    f"{'share':>6} {'MB':>9} {'GB/s':>7} {'copy':>7} {'model cap':>9}"
-)
-
-
-def plot(report: dict[str, Any], path: Path) -> str:
-    """Speed-up against context with the cap drawn in, one panel an interval; says what it did."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    intervals = sorted({row["interval"] for row in report["rows"]})
-    size = dict(figsize=(4.2 * len(intervals) + 0.8, 4.2), layout="constrained")
-    figure, axes = pyplot.subplots(1, len(intervals), squeeze=False, sharey=True, **size)
-    for axis, interval in zip(axes[0], intervals, strict=True):
-        own = [row for row in report["rows"] if row["interval"] == interval]
-        for number, key in enumerate(sorted({(row["batch"], row["budget"]) for row in own})):
-            points = sorted((row["context"], row["speedup"], row["cap"]) for row in own
-                            if (row["batch"], row["budget"]) == key)  # fmt: skip
-            contexts, speedups, caps = zip(*points, strict=True)
-            label = f"batch {key[0]}, {Fraction(key[1]).limit_denominator(1024)} read"
-            axis.plot(contexts, speedups, "o-", color=f"C{number}", label=label)
-            axis.plot(contexts, caps, "--", color=f"C{number}", alpha=0.5)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        title = "every step predicts" if interval == 1 else f"one step in {interval} predicts"
-        axis.set(xlabel="tokens cached", title=title)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K"))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.3)
-    axes[0][0].plot([], [], "--", color="grey", label="if only bytes counted")
-    axes[0][0].set_ylabel("speed-up over dense attention")
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"{report['shape']}, {report['dtype']}, {report['device']}", fontsize=9)
-    figure.savefig(path, dpi=150)
-    return f"plot: {path}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     command = parser()
@@ -184,56 +137,44 @@ def main(arguments: list[str] | None = None) -> int:
     name = checks.choose_implementation(asked.implementation, None)
     device = jax.devices()[0]
     begun = time.monotonic()
-    bandwidth = measuring.copy_bandwidth(asked.repeats)
-    report = dict(
-        device=device.device_kind, platform=device.platform, processor=platform.processor() or platform.machine(),
-        jax=jax.__version__, date=datetime.date.today().isoformat(), shape=asked.shape, dtype=asked.dtype,
-        unit=asked.unit, pooling=asked.pooling, int8=asked.int8, implementation=name, repeats=asked.repeats,
-        copy_gb_s=bandwidth / 1e9, rows=[], left_out=[],
-    )  # fmt: skip
+    bandwidth = copy_bandwidth(asked.repeats)
+    settings = dict(shape=asked.shape, dtype=asked.dtype, unit=asked.unit, pooling=asked.pooling, int8=asked.int8)
+    machine = dict(device=device.device_kind, platform=device.platform, jax=jax.__version__)
+    machine |= dict(processor=platform.processor() or platform.machine(), date=datetime.date.today().isoformat())
+    report = machine | settings | dict(implementation=name, repeats=asked.repeats, copy_gb_s=bandwidth / 1e9)
+    report |= dict(rows=[], left_out=[])
     setting = f"{asked.shape}, {asked.dtype}, unit {asked.unit}, {asked.pooling} pooling, {name}"
     print(f"{report['device']}, jax {jax.__version__}, {setting}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     print(HEADER, flush=True)
     longest = 0.0
-    for context in asked.context:
-        for batch in asked.batch:
-            for budget in asked.budget:
-                tokens = budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
-                case = measuring.Case(
-                    shape=measuring.SHAPES[asked.shape], context=context, batch=batch, tokens=tokens,
-                    dtype=jnp.dtype(asked.dtype), unit=asked.unit, pooling=asked.pooling, int8=asked.int8,
-                    implementation=asked.implementation,
-                )  # fmt: skip
-                if why := unfit(case, asked.memory, begun, longest, asked.minutes):
-                    report["left_out"].append(dict(context=context, batch=batch, tokens=tokens, why=why))
-                    print(f"{context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
-                    continue
-                start = time.monotonic()
-                for row in measuring.rows(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth):
-                    report["rows"].append(row)
-                    print(line(row), flush=True)
-                longest = max(longest, time.monotonic() - start)
-                print("         " + ", ".join(
-                    f"{peer} {value * 1e3:.3f} ms" if isinstance(value, float) else f"{peer}: {value}"
-                    for peer, value in row["peers"].items()), flush=True)  # fmt: skip
-                if asked.json:
-                    asked.json.parent.mkdir(parents=True, exist_ok=True)
-                    asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    for context, batch, budget in itertools.product(asked.context, asked.batch, asked.budget):
+        tokens = budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
+        sizes = dict(context=context, batch=batch, tokens=tokens)
+        own = settings | dict(shape=SHAPES[asked.shape], dtype=jnp.dtype(asked.dtype))
+        case = Case(**sizes, **own, implementation=asked.implementation)
+        if why := unfit(case, asked.memory, begun, longest, asked.minutes):
+            report["left_out"].append(sizes | dict(why=why))
+            print(f"{context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
+            continue
+        start = time.monotonic()
+        found = rows(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth)
+        report["rows"].extend(found)
+        longest = max(longest, time.monotonic() - start)
+        print(*map(line, found), peers_line(found[-1]), sep="\n", flush=True)
+        if asked.json:
+            asked.json.parent.mkdir(parents=True, exist_ok=True)
+            asked.json.write_text(json.dumps(report, indent=1) + "\n")
     if asked.json and report["rows"]:
         print(f"rows: {asked.json}\n{plot(report, asked.json.with_suffix('.png'))}")
     return 0
 
 
-def unfit(case: measuring.Case, memory: float, begun: float, longest: float, minutes: float | None) -> str | None:
+def unfit(case: Case, memory: float, begun: float, longest: float, minutes: float | None) -> str | None:
     """Why a case cannot be run, or None."""
     if case.tokens > case.context:
         return f"{case.tokens} tokens are more than the context of {case.context}"
-    if 1.2 * measuring.dense_bytes(case) > memory * 1e9:
-        return f"its caches take {measuring.dense_bytes(case) / 1e9:.1f} GB, more than --memory allows"
+    if 1.2 * case.dense_bytes > memory * 1e9:
+        return f"its caches take {case.dense_bytes / 1e9:.1f} GB, more than --memory allows"
     if minutes is not None and time.monotonic() - begun + 1.5 * longest > 60 * minutes:
         return f"no time left of {minutes} minutes"
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.reference import wanted
-from pallas_kernels.xla_select import BARRED, candidates, token_image
+from pallas_kernels.choice import BARRED, count_of, image_of, listed
 
 LANES = 128
 SUBLANES = 8
@@ -24,29 +23,19 @@ SLOTS = 256  # slots filled at a time
 VMEM_BYTES = 48 * 2**20
 
 
-def select_top_k(scores, lengths, n, *, counts, sinks, recent, unit, first, threshold, interpret):
-    """(indices, valid) [B, K, n]; arguments as in `api.py`."""
+def select_top_k(scores, lengths, n, *, counts, rules, interpret):
+    """The choice of n units; arguments as in `api.py`."""
     batch, heads, size = scores.shape
-    if n == 0 or size == 0:
-        return jnp.zeros((batch, heads, n), jnp.int32), jnp.zeros((batch, heads, n), bool)
-    image = token_image(scores, lengths, sinks=sinks, recent=recent, first=first, threshold=threshold)
     rows = batch * heads
-    image = unit_image(image.reshape(rows, size), unit)
-    held = candidates(image.reshape(batch, heads, -1), size, lengths, unit, first, threshold)
-    taken = jnp.minimum(held, wanted(counts, n, (batch, heads)))
+    image = image_of(scores, lengths, rules)
+    count = count_of(image, size, lengths, n, counts, rules)
+    image = image.reshape(rows, -1)
     multiple = WIDE if image.shape[1] > WIDE else LANES
     padding = ((0, -rows % SUBLANES), (0, -image.shape[1] % multiple))
     image = jnp.pad(image, padding, constant_values=BARRED)
-    target = jnp.pad(taken.reshape(rows, 1), (padding[0], (0, 0)))
-    indices = _chosen(image, target, n, min(multiple, image.shape[1]), interpret)[:rows, :n].reshape(batch, heads, n)
-    valid = jnp.arange(n, dtype=jnp.int32)[None, None] < taken[..., None]
-    return jnp.where(valid, indices, 0), valid
-
-
-def unit_image(image, unit):
-    """The image of units of image [rows, S]: a reshape to [..., unit] would be padded to whole tiles of 128 lanes."""
-    image = jnp.pad(image, ((0, 0), (0, -image.shape[1] % unit)), constant_values=BARRED)
-    return jax.lax.reduce_window(image, BARRED, jax.lax.max, (1, unit), (1, unit), "VALID") if unit > 1 else image
+    target = jnp.pad(count.reshape(rows, 1), (padding[0], (0, 0)))
+    indices = _chosen(image, target, n, min(multiple, image.shape[1]), interpret)
+    return listed(indices[:rows, :n].reshape(batch, heads, n), count)
 
 
 def _chosen(image, target, n, wide, interpret):

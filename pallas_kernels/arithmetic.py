@@ -1,0 +1,58 @@
+"""Arithmetic that the implementations share: exact products, log-sum-exps, and the end of a softmax in parts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def exact(dtype):
+    """The precision of a product that multiplies float32 as float32 on every platform."""
+    return "highest" if dtype == jnp.float32 else None
+
+
+def product(a, b, contract=(1, 0)):
+    """float32 product of matrices a and b, summed over the dimension contract[0] of a and contract[1] of b."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=exact(b.dtype))
+
+
+def score_product(queries, keys):
+    """float32 product of queries [G, R] and keys [R, C] of any two dtypes, exact."""
+    if keys.dtype == jnp.int8:  # bfloat16 holds every int8, and TPUs convert it through float32
+        keys = keys.astype(jnp.float32).astype(queries.dtype)
+    elif keys.dtype != queries.dtype:
+        keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
+    return product(queries, keys)
+
+
+def total_of(top, total):
+    """The log-sum-exp of a running sum: total of exp(score - top); -inf of nothing, +inf with a score of +inf."""
+    found = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return jnp.where(top < jnp.inf, found, jnp.inf)
+
+
+def finite_or_zero(totals):
+    """What "normalised" pooling subtracts: the log-sum-exp, or 0 where it is infinite."""
+    return jnp.where(jnp.isfinite(totals), totals, 0.0)
+
+
+def finish(parts, q, new_k, new_v, scale, return_residual):
+    """The result of q [B, H, D], from (largest logit, sum of weights, weighted values) of its rows and the new token.
+
+    parts: float32 [B*K, G], [B*K, G] and [B*K, G, D]; weights are exp(logit - largest logit).
+    """
+    top, total, out = parts
+    rows, _, dim = out.shape
+    if new_k is not None:
+        queries = q.reshape(out.shape).astype(jnp.float32)
+        logit = jnp.sum(queries * new_k.reshape(rows, 1, dim).astype(jnp.float32), axis=-1) * scale
+        higher = jnp.maximum(top, logit)
+        kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
+        top, total = higher, total * kept + weight
+        out = out * kept[..., None] + weight[..., None] * new_v.reshape(rows, 1, dim).astype(jnp.float32)
+    none = total == 0  # a sum that is NaN is handed on
+    total = jnp.where(none, 1.0, total)
+    out = (out / total[..., None]).reshape(q.shape).astype(q.dtype)
+    residual = jnp.where(none, -jnp.inf, top + jnp.log(total))
+    return (out, residual.reshape(q.shape[:2])) if return_residual else out

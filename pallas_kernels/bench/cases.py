@@ -1,0 +1,70 @@
+"""The settings that are timed, and the bytes that each of them must move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Attention of one layer of a model: H query heads, K KV heads, head dimension D, rank R of k_imp."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    rank: int = 16
+    layers: int = 32
+    weights: int = 0  # parameters of the whole model
+
+
+SHAPES = {
+    "llama8b": Shape(heads=32, kv_heads=8, dim=128, layers=32, weights=8_030_261_248),
+    "llama1b": Shape(heads=32, kv_heads=8, dim=64, layers=16, weights=1_235_814_400),
+    "smollm2": Shape(heads=9, kv_heads=3, dim=64, layers=30, weights=134_515_008),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One setting of the benchmark."""
+
+    shape: Shape
+    context: int
+    batch: int
+    tokens: int  # attended of the cache, a row and KV head
+    dtype: Any
+    unit: int = 1
+    pooling: str = "normalised"
+    int8: bool = False
+    implementation: str | None = None
+
+    @property
+    def units(self) -> int:
+        """n, chosen units a row."""
+        return -(-self.tokens // self.unit)
+
+    @property
+    def dense_bytes(self) -> float:
+        """What dense decode attention reads of one layer: all keys and values."""
+        shape = self.shape
+        return 2.0 * self.batch * shape.kv_heads * self.context * shape.dim * jnp.dtype(self.dtype).itemsize
+
+    def sparse_bytes(self, interval: int) -> float:
+        """What the sparse step reads and writes of one layer on average: chosen keys and values, k_imp and scores.
+
+        k_imp is read every `interval` steps, and scores are then written and read once, in float32.
+        """
+        rows = self.batch * self.shape.kv_heads
+        item = jnp.dtype(self.dtype).itemsize
+        k_imp = rows * self.context * self.shape.rank * (1 if self.int8 else item)
+        scores = 2 * rows * self.context * 4
+        return (k_imp + scores) / interval + 2.0 * rows * self.units * self.unit * self.shape.dim * item
+
+    def model_cap(self, interval: int) -> float:
+        """The speed-up of a whole decode step if bytes alone count: the weights are read too, once for the batch."""
+        weights = self.shape.weights * jnp.dtype(self.dtype).itemsize
+        dense, sparse = (self.shape.layers * part for part in (self.dense_bytes, self.sparse_bytes(interval)))
+        return (weights + dense) / (weights + sparse)

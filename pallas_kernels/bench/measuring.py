@@ -1,0 +1,67 @@
+"""Timings: programs in turns, the rate of a copy, and the rows of one case."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.peers import peer_programs, torch_seconds
+from pallas_kernels.bench.programs import layers_that_fit, operands, sparse_programs
+
+COPIED = 2**28  # bytes of the array whose copy measures the bandwidth
+
+
+def take_turns(programs: dict[str, tuple[Any, tuple]], repeats: int) -> dict[str, float]:
+    """Median seconds of every warmed-up (program, arguments); in turns, so that a busy machine slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, (program, arguments) in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes a second, read and written, of scaling an array in place."""
+    program = jax.jit(lambda x: x * 1.0009765625, donate_argnums=0)
+    x = program(jnp.ones(COPIED // 4, jnp.float32))
+    times = []
+    for _ in range(repeats):
+        jax.block_until_ready(x)
+        start = time.perf_counter()
+        x = jax.block_until_ready(program(x))
+        times.append(time.perf_counter() - start)
+    return 2 * COPIED / statistics.median(times)
+
+
+def rows(case: Case, intervals: tuple[int, ...], repeats: int, memory: float, bandwidth: float) -> list[dict[str, Any]]:
+    """The rows of one case, one an interval."""
+    layers = layers_that_fit(case, memory)
+    given = operands(case, layers)
+    programs, chosen = sparse_programs(case, given)
+    others, missing = peer_programs(case, given, chosen)
+    timed = {name: value / layers for name, value in take_turns(programs | others, repeats).items()}
+    first, again = timed.pop("predict"), timed.pop("reuse")
+    if jax.default_backend() == "gpu":
+        found = torch_seconds(case, layers, repeats)
+        (missing if isinstance(found, str) else timed)["torch_sdpa"] = found
+    dense_name, dense = min(((n, t) for n, t in timed.items() if n != "masked"), key=lambda pair: pair[1])
+    shared = dict(budget=case.tokens / case.context, dense_seconds=dense, dense_form=dense_name, peers=timed | missing)
+    shared |= dict(predict_seconds=first, reuse_seconds=again, dense_bytes=case.dense_bytes, copy_gb_s=bandwidth / 1e9)
+    shared |= dict(dense_gb_s=case.dense_bytes / dense / 1e9)
+    shared |= dict(context=case.context, tokens=case.tokens, batch=case.batch)
+
+    def row(interval):
+        spent, read = (first + (interval - 1) * again) / interval, case.sparse_bytes(interval)
+        cap = case.dense_bytes / read
+        speeds = dict(seconds=spent, speedup=dense / spent, cap=cap, share_of_cap=dense / spent / cap)
+        rates = dict(predicted_bytes=read, gb_s=read / spent / 1e9, model_cap=case.model_cap(interval))
+        return shared | dict(interval=interval) | speeds | rates
+
+    return [row(interval) for interval in intervals]

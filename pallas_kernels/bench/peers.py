@@ -1,0 +1,101 @@
+"""Other decode attention that the kernels are held against."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.programs import chain
+
+
+def peer_programs(case: Case, given: dict[str, Any], chosen: list) -> tuple[dict[str, Any], dict[str, str]]:
+    """Other decode attention on the same inputs, and the reasons why some of it cannot run.
+
+    The dense ones read the whole cache. "masked" attends to the chosen tokens by a mask over everything.
+    """
+    shape, batch = case.shape, case.batch
+    lengths = given["lengths"]
+
+    def grouped(q, k, v, mask):
+        rows = q.reshape(batch, shape.kv_heads, -1, shape.dim)
+        logits = jnp.einsum("bkgd,bksd->bkgs", rows, k, preferred_element_type=jnp.float32) * shape.dim**-0.5
+        weights = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgs,bksd->bkgd", weights, v, preferred_element_type=jnp.float32)
+
+    def einsum(q, q_imp, layer):
+        seen = jnp.arange(case.context)[None] < lengths[:, None]
+        return grouped(q, *layer[:2], seen[:, None, None]), None
+
+    def masked(q, q_imp, layer):
+        k, v, (indices, valid) = layer
+        units = -(-case.context // case.unit)
+        rows = jnp.arange(batch)[:, None, None], jnp.arange(shape.kv_heads)[None, :, None]
+        mask = jnp.zeros((batch, shape.kv_heads, units), bool).at[*rows, indices].max(valid)
+        mask = jnp.repeat(mask, case.unit, axis=-1)[..., : case.context]
+        return grouped(q, k, v, mask[:, :, None]), None
+
+    def library(q, q_imp, layer):
+        k, v = (a.swapaxes(1, 2) for a in layer[:2])
+        return jax.nn.dot_product_attention(q[:, None], k, v, key_value_seq_lengths=lengths)[:, 0], None
+
+    layers = list(zip(given["k"], given["v"], chosen, strict=True))
+    runs = dict(einsum=(einsum, layers), masked=(masked, layers), dot_product_attention=(library, layers))
+    if jax.default_backend() == "gpu":
+        swapped = [(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v, _ in layers]
+        if jnp.dtype(case.dtype).itemsize == 2:
+            runs["dot_product_attention"] = (_cudnn, swapped)
+        runs["pallas_decode_attention"] = (_pallas_decode, swapped)
+    programs, missing = {}, {}
+    for name, (attend, own) in runs.items():
+        program = chain(attend), (given["q"], given["q_imp"], own)
+        try:
+            jax.block_until_ready(program[0](*program[1]))
+            programs[name] = program
+        except Exception as error:  # a peer's limits are no reason to end the run; the row says what they were
+            missing[name] = _reason(error)
+    return programs, missing
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def _cudnn(q, q_imp, layer):
+    out = jax.nn.dot_product_attention(q[:, None], *layer, implementation="cudnn")
+    return out[:, 0], None
+
+
+def _pallas_decode(q, q_imp, layer):
+    from jax.experimental.pallas.ops.gpu import decode_attention
+
+    return decode_attention.gqa(q, *layer), None
+
+
+def torch_seconds(case: Case, layers: int, repeats: int) -> float | str:
+    """torch's scaled_dot_product_attention on the same sizes, or why it cannot be timed."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        dtype = getattr(torch, jnp.dtype(case.dtype).name)
+        shape = case.shape
+        size = (case.batch, shape.kv_heads, case.context, shape.dim)
+        q = torch.randn(case.batch, shape.heads, 1, shape.dim, dtype=dtype, device="cuda")
+        caches = [[torch.randn(size, dtype=dtype, device="cuda") for _ in range(2)] for _ in range(layers)]
+        times = []
+        for _ in range(repeats + 1):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for k, v in caches:
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:]) / layers
+    except Exception as error:
+        return _reason(error)

@@ -1,0 +1,84 @@
+"""The timed programs: LAYERS caches attended one after the other, each with a query that depends on the one before.
+
+So inputs come from memory and nothing overlaps. The time of a layer is that of the program over its layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import api
+from pallas_kernels.bench.cases import Case
+
+LAYERS = 4
+
+
+def layers_that_fit(case: Case, memory: float) -> int:
+    """How many layers' caches there is room for in so many bytes, at most LAYERS."""
+    return max(1, min(LAYERS, int(memory // (2.5 * case.dense_bytes))))
+
+
+def operands(case: Case, layers: int) -> dict[str, Any]:
+    """Random inputs: q, q_imp, lengths, and per layer k, v, k_imp (and scales)."""
+    shape, batch = case.shape, case.batch
+    group = shape.heads // shape.kv_heads
+
+    @functools.partial(jax.jit, static_argnums=(1,))
+    def draw(key, size):
+        return jax.random.normal(key, size, jnp.float32).astype(case.dtype)
+
+    keys = iter(jax.random.split(jax.random.key(0), 3 * layers + 2))
+    cache = (batch, shape.kv_heads, case.context, shape.dim)
+    found = dict(
+        q=draw(next(keys), (batch, shape.heads, shape.dim)),
+        q_imp=draw(next(keys), (batch, shape.kv_heads, group, shape.rank)),
+        lengths=jnp.full((batch,), case.context, jnp.int32),
+        k=[draw(next(keys), cache) for _ in range(layers)],
+        v=[draw(next(keys), cache) for _ in range(layers)],
+        k_imp=[draw(next(keys), (batch, shape.kv_heads, shape.rank, case.context)) for _ in range(layers)],
+        scales=[None] * layers,
+    )
+    if case.int8:
+        pairs = [jax.jit(api.quantise_k_imp)(key) for key in found["k_imp"]]
+        found["k_imp"], found["scales"] = ([pair[i] for pair in pairs] for i in (0, 1))
+    return found
+
+
+def chain(attend: Any) -> Any:
+    """A program over layers: attend(q, q_imp, layer's inputs) -> (out, more); queries depend on the layer before."""
+
+    @jax.jit
+    def program(q, q_imp, layers):
+        more = []
+        for layer in layers:
+            out, extra = attend(q, q_imp, layer)
+            more.append(extra)
+            drift = jnp.mean(out.astype(jnp.float32)) * 1e-6
+            q, q_imp = (a + drift.astype(a.dtype) for a in (q, q_imp))
+        return q, more
+
+    return program
+
+
+def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[Any, tuple]], list]:
+    """("predict": a step that scores, chooses and attends; "reuse": one that attends to an earlier choice), choices."""
+    common = dict(unit=case.unit, implementation=case.implementation)
+
+    def whole(q, q_imp, layer):
+        k, v, k_imp, scales = layer
+        options = dict(pooling=case.pooling, scales=scales, sinks=4, recent=8, return_selection=True, **common)
+        return api.sparse_decode_attention(q, k, v, q_imp, k_imp, given["lengths"], case.units, **options)
+
+    def again(q, q_imp, layer):
+        k, v, chosen = layer
+        return api.masked_topk_decode_attention(q, k, v, *chosen, lengths=given["lengths"], **common), None
+
+    layers = list(zip(given["k"], given["v"], given["k_imp"], given["scales"], strict=True))
+    predict = chain(whole), (given["q"], given["q_imp"], layers)
+    chosen = jax.block_until_ready(predict[0](*predict[1]))[1]
+    reused = [(k, v, selection) for (k, v, *_), selection in zip(layers, chosen, strict=True)]
+    return dict(predict=predict, reuse=(chain(again), (given["q"], given["q_imp"], reused))), chosen

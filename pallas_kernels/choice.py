@@ -1,0 +1,134 @@
+"""The order of a choice as one int32 a unit, and the choice as a list.
+
+Every implementation chooses the largest entries of this image. `reference.py` defines the same order by sorting.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.reference import seen, wanted
+
+BARRED = np.int32(-(2**31))  # below the image of -inf: what may not be chosen
+TOP = np.int32(2**31 - 2)  # sinks and recent tokens take the images from here down, all above that of +inf
+
+
+class Selection(NamedTuple):
+    """Chosen units: indices int32 [B, K, N], the valid ones first and ascending, the others 0; valid bool [B, K, N]."""
+
+    indices: jax.Array
+    valid: jax.Array
+
+
+class Rules(NamedTuple):
+    """What a choice goes by besides the scores; the fields are arguments of `select_top_k`."""
+
+    sinks: int
+    recent: int
+    unit: int
+    first: jax.Array | None
+    threshold: jax.Array | None
+
+
+def ordered_image(scores: jax.Array) -> jax.Array:
+    """The int32 image of scores, which sorts as they do: -0 counts as 0, and NaN as -inf.
+
+    Args:
+      scores: floats of any shape.
+
+    Returns:
+      int32 of the same shape, above BARRED and below TOP.
+    """
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
+    return _flip_negative(jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32))
+
+
+def from_image(image: jax.Array) -> jax.Array:
+    """The float32 scores whose `ordered_image` is the given int32 image; NaN where no score has it."""
+    return jax.lax.bitcast_convert_type(_flip_negative(image), jnp.float32)
+
+
+def _flip_negative(bits):
+    """The bits with all but the sign flipped in negative numbers; it undoes itself."""
+    return jnp.where(bits < 0, bits ^ np.int32(2**31 - 1), bits)
+
+
+def rank_image(
+    scores: jax.Array,
+    seen: jax.Array,
+    age: jax.Array,
+    position: jax.Array,
+    *,
+    sinks: int,
+    recent: int,
+    threshold: jax.Array | None = None,
+) -> jax.Array:
+    """The int32 image of tokens that sorts as the choice does: recent tokens, the newest first, sinks, then scores.
+
+    Args:
+      scores: floats [..., S]; the other arrays broadcast against them.
+      seen: bool, the tokens that may be chosen; the others are BARRED.
+      age: int, how many tokens of the row are newer.
+      position: int, tokens from the start of the document.
+      sinks: the first so many positions come before every score.
+      recent: the newest so many tokens come before the sinks.
+      threshold: float; tokens that score below it, and are neither sink nor recent, are BARRED.
+
+    Returns:
+      int32 [..., S].
+    """
+    image = ordered_image(scores)
+    if threshold is not None:
+        image = jnp.where(image >= ordered_image(threshold), image, BARRED)
+    rank = jnp.where(age < recent, age, recent + position)
+    image = jnp.where((age < recent) | (position < sinks), TOP - rank, image)
+    return jnp.where(seen, image, BARRED)
+
+
+def unit_image(image: jax.Array, unit: int) -> jax.Array:
+    """The image of units, that of their best tokens: int32 [..., S] -> [..., ceil(S / unit)]."""
+    if unit == 1:
+        return image
+    # Windows, since TPUs would pad an array [..., unit] to whole tiles of 128 lanes.
+    window = (*[1] * (image.ndim - 1), unit)
+    image = pad_barred(image, unit)
+    return jax.lax.reduce_window(image, BARRED, jax.lax.max, window, window, "VALID")
+
+
+def pad_barred(image: jax.Array, multiple: int) -> jax.Array:
+    """The image [..., U] with BARRED entries appended, up to a multiple of so many."""
+    padding = -image.shape[-1] % multiple
+    return jnp.pad(image, ((0, 0),) * (image.ndim - 1) + ((0, padding),), constant_values=BARRED) if padding else image
+
+
+def image_of(scores, lengths, rules: Rules):
+    """int32 [B, K, U]: the image of the units of caches with scores [B, K, S]."""
+    position = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
+    age = lengths.astype(jnp.int32)[:, None, None] - 1 - position
+    own = seen(scores.shape[-1], lengths, rules.first)[:, None]
+    limit = None if rules.threshold is None else jnp.broadcast_to(rules.threshold, scores.shape[:2])[..., None]
+    image = rank_image(scores, own, age, position, sinks=rules.sinks, recent=rules.recent, threshold=limit)
+    return unit_image(image, rules.unit)
+
+
+def count_of(image, size, lengths, n, counts, rules: Rules):
+    """int32 [B, K]: how many units of image [B, K, U] are chosen, of caches with room for `size` tokens."""
+    rows = image.shape[:2]
+    if rules.threshold is not None:
+        held = jnp.sum(image > BARRED, axis=-1, dtype=jnp.int32)
+    else:
+        end = jnp.clip(lengths.astype(jnp.int32), 0, size)
+        start = jnp.zeros_like(end) if rules.first is None else jnp.clip(rules.first.astype(jnp.int32), 0, size)
+        held = jnp.where(end > start, (end - 1) // rules.unit - start // rules.unit + 1, 0)
+        held = jnp.broadcast_to(held[:, None], rows)
+    return jnp.minimum(held, wanted(counts, n, rows))
+
+
+def listed(indices, count) -> Selection:
+    """The choice of the first count [B, K] of indices [B, K, N]."""
+    valid = jnp.arange(indices.shape[-1], dtype=jnp.int32)[None, None] < count[..., None]
+    return Selection(jnp.where(valid, indices, 0), valid)

@@ -1,0 +1,39 @@
+"""Operands of the TPU and GPU kernels: rows of a batch and its KV heads as one axis, caches with their layers in it."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+
+def first_row(layer, rows):
+    """int32 [1]: the first row of a layer in a cache whose layers have so many rows each."""
+    return (jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)) * rows
+
+
+def bounds(lengths, first):
+    """int32 [B, 2]: the first token that a row sees, and the end of them."""
+    start = jnp.zeros(lengths.shape, jnp.int32) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
+    return jnp.stack([start, lengths.astype(jnp.int32)], axis=1)
+
+
+def score_operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
+    """(first row, bounds, queries [rows, G, R], factor [rows] of the products, keys [L*rows, R, S])."""
+    batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
+    factor = jnp.full((batch, key_heads), scale, jnp.float32)
+    if scales is not None:
+        factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
+    queries = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
+    keys = k_imp.reshape(-1, *k_imp.shape[-2:])
+    return first_row(layer, queries.shape[0]), bounds(lengths, first), queries, factor.reshape(-1), keys
+
+
+def attention_operands(q, k, v, indices, valid, *, lengths, first, layer):
+    """(first row, units [rows, N], bounds, queries [rows, G, D], keys and values [L*rows, S, D]); units may be -1."""
+    batch, heads, n = indices.shape
+    size, dim = k.shape[-2:]
+    rows = batch * heads
+    lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else jnp.minimum(lengths, size)
+    units = (indices if valid is None else jnp.where(valid, indices, -1)).reshape(rows, n)
+    queries = q.reshape(rows, -1, dim)
+    caches = (a.reshape(-1, size, dim) for a in (k, v))
+    return first_row(layer, rows), units, bounds(lengths, first), queries, *caches
