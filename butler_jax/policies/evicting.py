@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.policies.base import Policy
-from butler_jax.selection import SelectionConfig
-from pallas_kernels import BARRED, ordered_image, top_mask
+from butler_jax.selection import SelectionConfig, select_best
 
 
 class Place(NamedTuple):
@@ -105,9 +104,9 @@ def evict(
         return candidates & ~((columns == first) & free & (over > 0)[..., None])
 
     def several():
-        image = jnp.flip(jnp.where(free, ordered_image(worth), BARRED), axis=-1)
         left = jnp.sum(free, axis=-1, dtype=jnp.int32) - jnp.maximum(over, 0)
-        best = jnp.flip(top_mask(image, jnp.maximum(left, 0)), axis=-1)
+        newest_first = jnp.flip(worth, axis=-1), jnp.flip(free, axis=-1)
+        best = jnp.flip(select_best(*newest_first, jnp.maximum(left, 0)), axis=-1)
         return candidates & (protected[:, None] | best)
 
     return jax.lax.cond(jnp.any(over > 1), several, one)

@@ -16,7 +16,7 @@ from butler_jax.selection.budget import beyond, budget_table
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
-from pallas_kernels import BARRED, rank_image, top_mask, unit_image
+from pallas_kernels import BARRED, ordered_image, rank_image, top_mask, unit_image
 
 
 class Rows(NamedTuple):
@@ -142,3 +142,19 @@ def select(
     count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
     threshold = beyond(config.min_context, count[:, None], threshold)
     return select_mask(scores, allowed, rows, table[count], config, threshold=threshold)
+
+
+def select_best(
+    scores: Float[Array, "*B S"], keys: Bool[Array, "*B S"], count: Int[Array, "*B"]
+) -> Bool[Array, "*B S"]:
+    """The `count` best of each row's keys, equal scores in their order along the row.
+
+    Args:
+      scores: float32, higher is better; -inf and NaN come last.
+      keys: which of them may be chosen, of a shape that broadcasts.
+      count: at most the number of keys of each row, likewise.
+
+    Returns:
+      The mask, within `keys`.
+    """
+    return top_mask(jnp.where(keys, ordered_image(scores), BARRED), jnp.broadcast_to(count, scores.shape[:-1]))

@@ -16,12 +16,11 @@ from butler_jax.model import BaseModel, by_window, dense_mixer, embed, masked_so
 from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, budget_table
+from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import importance_walk, map_chunks, spread_rows
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.statistics import Estimate, ratio
-from pallas_kernels import BARRED, ordered_image, top_mask
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
 
@@ -253,9 +252,8 @@ def best(
     scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"], sizes: Int[Array, " N"]
 ) -> Bool[Array, "B K G C S"]:
     """The sizes[n] best of each row's n keys, ties to the earlier one."""
-    image = jnp.where(keys[:, None, None], ordered_image(scores), BARRED)
     count = sizes[jnp.sum(keys, axis=-1, dtype=jnp.int32)]
-    return top_mask(image, jnp.broadcast_to(count[:, None, None], image.shape[:-1]))
+    return select_best(scores, keys[:, None, None], count[:, None, None])
 
 
 def mean_ranks(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:

@@ -2,6 +2,6 @@
 
 import sys
 
-from pallas_kernels.bench.command import main
+from pallas_kernels.bench.benchmark import main
 
 sys.exit(main())

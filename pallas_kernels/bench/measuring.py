@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.peers import peer_programs, torch_seconds
-from pallas_kernels.bench.programs import layers_that_fit, operands, sparse_programs
+from pallas_kernels.bench.programs import layers_that_fit, make_inputs, sparse_programs
 
 COPIED = 2**28  # bytes of the array whose copy measures the bandwidth
 
@@ -43,7 +43,7 @@ def copy_bandwidth(repeats: int) -> float:
 def rows(case: Case, intervals: tuple[int, ...], repeats: int, memory: float, bandwidth: float) -> list[dict[str, Any]]:
     """The rows of one case, one an interval."""
     layers = layers_that_fit(case, memory)
-    given = operands(case, layers)
+    given = make_inputs(case, layers)
     programs, chosen = sparse_programs(case, given)
     others, missing = peer_programs(case, given, chosen)
     timed = {name: value / layers for name, value in take_turns(programs | others, repeats).items()}

@@ -22,7 +22,7 @@ def layers_that_fit(case: Case, memory: float) -> int:
     return max(1, min(LAYERS, int(memory // (2.5 * case.dense_bytes))))
 
 
-def operands(case: Case, layers: int) -> dict[str, Any]:
+def make_inputs(case: Case, layers: int) -> dict[str, Any]:
     """Random inputs: q, q_imp, lengths, and per layer k, v, k_imp (and scales)."""
     shape, batch = case.shape, case.batch
     group = shape.heads // shape.kv_heads

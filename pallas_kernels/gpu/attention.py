@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.arithmetic import finish, product
-from pallas_kernels.gpu.launch import launch, padded_size
+from pallas_kernels.gpu.triton import launch, padded_size
 from pallas_kernels.operands import attention_operands
 from pallas_kernels.reference import LOWEST
 
@@ -24,7 +24,7 @@ PROGRAMS = 528  # to have at work: four for each of 132 multiprocessors
 TOKENS = 64  # attended at a time
 
 
-class Plan(NamedTuple):
+class SplitPlan(NamedTuple):
     """Sizes that the kernel is compiled for: units of tokens, blocks a program, D, K and the scale."""
 
     unit: int
@@ -49,7 +49,7 @@ def masked_topk_decode_attention(
     padded, width = queries.shape[1:]
     blocks = pl.cdiv(n * unit, TOKENS)
     splits = max(1, min(blocks, PROGRAMS // rows))
-    plan = Plan(unit, n, pl.cdiv(blocks, splits), dim, heads, scale)
+    plan = SplitPlan(unit, n, pl.cdiv(blocks, splits), dim, heads, scale)
     stats = jax.ShapeDtypeStruct((rows, splits, padded), jnp.float32)
     out_shape = [stats, stats, jax.ShapeDtypeStruct((rows, splits, padded, width), jnp.float32)]
     options = dict(grid=(rows, splits), out_shape=out_shape, warps=4, interpret=interpret, name="attend_to_tokens")

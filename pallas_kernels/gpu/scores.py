@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
-from pallas_kernels.gpu.launch import launch, padded_size
+from pallas_kernels.gpu.triton import launch, padded_size
 from pallas_kernels.operands import score_operands
 from pallas_kernels.reference import LOWEST
 
@@ -19,7 +19,7 @@ TOKENS = 512  # scored by one program
 WARPS = 4
 
 
-class Plan(NamedTuple):
+class ScorePlan(NamedTuple):
     """Sizes that the kernels are compiled for: G queries of rank R, S tokens in blocks, K heads of the keys."""
 
     group: int
@@ -66,7 +66,7 @@ def _padded_operands(q_imp, k_imp, lengths, **options):
     base, bounds, queries, factor, keys = score_operands(q_imp, k_imp, lengths, **options)
     _, group, rank = queries.shape
     size = keys.shape[-1]
-    plan = Plan(group, rank, size, k_imp.shape[-3], pl.cdiv(size, TOKENS))
+    plan = ScorePlan(group, rank, size, k_imp.shape[-3], pl.cdiv(size, TOKENS))
     padding = ((0, 0), (0, padded_size(group) - group), (0, padded_size(rank) - rank))
     return (base, bounds, jnp.pad(queries, padding), factor, keys), plan
 

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.choice import BARRED, count_of, image_of, listed, pad_barred
-from pallas_kernels.gpu.launch import launch, padded_size
+from pallas_kernels.gpu.triton import launch, padded_size
 
 UNITS = 2048  # compared at a time
 

@@ -26,7 +26,7 @@ SUBLANES = 8
 SCALAR_BYTES = 2**18  # of the lists of pages in scalar memory, for one call
 
 
-class Plan(NamedTuple):
+class RingPlan(NamedTuple):
     """Sizes that the kernel is compiled for: `width` pages of `unit` tokens a tile, `tiles` of them a row.
 
     rows: of each core. heads: K. at: the row of the batch where this call begins. scale: the factor on the logits.
@@ -71,7 +71,7 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, inter
     pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1)
     tiles = pages.shape[1] // width
     cores = 2 if rows % 2 == 0 else 1  # of a chip that has two; others take both parts in turn
-    plan = Plan(unit, width, tiles, rows // cores, heads, at, scale)
+    plan = RingPlan(unit, width, tiles, rows // cores, heads, at, scale)
     row = lambda core, i, *_: (core * (rows // cores) + i, 0, 0)  # noqa: E731
     tile = pltpu.VMEM((SLOTS, width * unit, dim), k.dtype)
     stats = jax.ShapeDtypeStruct((rows, group, LANES), jnp.float32)

@@ -25,7 +25,7 @@ LANES = 128
 VMEM_BYTES = 48 * 2**20
 
 
-class Plan(NamedTuple):
+class BlockPlan(NamedTuple):
     """Sizes that the kernel is compiled for: `blocks` of `block` tokens, scored in chunks, for G = group queries.
 
     heads: K of the keys. counts, writes: see `_over_blocks`.
@@ -83,7 +83,7 @@ def _over_blocks(operands, given, heads, *, counts, writes, interpret):
     blocks = pl.cdiv(size, block)
     passes = counts + writes
     chunk = next((c for c in (2048, 1024, 512, 256, 128) if block % c == 0), block)
-    plan = Plan(group, block, chunk, blocks, heads, counts, writes)
+    plan = BlockPlan(group, block, chunk, blocks, heads, counts, writes)
     whole = lambda row, p, n, *_: (row, 0, 0)  # noqa: E731
     out = jax.ShapeDtypeStruct((rows, 1, size) if writes else (rows, padded, LANES), jnp.float32)
     place = pl.BlockSpec((1, 1, block), lambda row, p, n, *_: (row, 0, n * p if passes > 1 else n))

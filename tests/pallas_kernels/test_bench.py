@@ -7,8 +7,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.bench import cases
-from pallas_kernels.bench import command as bench
+from pallas_kernels.bench import benchmark, cases
 
 LLAMA = cases.SHAPES["llama8b"]
 
@@ -22,21 +21,21 @@ def case(context, **changed):
 def test_the_byte_model_gives_the_caps_worked_out_by_hand(context, cap):
     """Llama-3.1-8B in bfloat16, 2048 tokens, R = 16, scores not counted: dense 2*S*D, sparse S*R + 2*n*D numbers."""
     scores = 2 * 8 * context * 4
-    found = cases.dense_bytes(case(context)) / (cases.sparse_bytes(case(context), 1) - scores)
+    found = case(context).dense_bytes / (case(context).sparse_bytes(1) - scores)
     assert found == pytest.approx(cap, abs=0.05)
 
 
 def test_the_whole_model_gains_less_because_its_weights_are_read_too():
     """At batch 1 with attention free: (weights + cache) / weights, 1.27 at 32K."""
     one = case(32768)
-    cache = LLAMA.layers * cases.dense_bytes(one)
+    cache = LLAMA.layers * one.dense_bytes
     assert 1 + cache / (2 * LLAMA.weights) == pytest.approx(1.27, abs=0.005)
-    assert 1 < cases.model_cap(one, 1) < cases.model_cap(one, 16) < 1.27
-    assert cases.model_cap(case(32768, batch=16), 16) > 3
+    assert 1 < one.model_cap(1) < one.model_cap(16) < 1.27
+    assert case(32768, batch=16).model_cap(16) > 3
 
 
 def test_budgets_are_fractions_or_tokens():
-    assert [float(b) for b in bench.budgets("1/16,0.25,2048,1")] == [0.0625, 0.25, 2048.0, 1.0]
+    assert [float(b) for b in benchmark.budgets("1/16,0.25,2048,1")] == [0.0625, 0.25, 2048.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_budgets_are_fractions_or_tokens():
 )
 def test_bad_flags_are_told_in_a_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main(flags)
+        benchmark.main(flags)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -62,10 +61,10 @@ def test_bad_flags_are_told_in_a_line(flags, message, capsys):
 def test_a_run_writes_the_rows_it_prints(tmp_path, capsys):
     path = tmp_path / "rows" / "small.json"
     flags = "--shape smollm2 --context 256,512 --budget 1/4,384 --batch 2 --interval 1,4 --repeats 1".split()
-    assert bench.main([*flags, "--json", str(path)]) == 0
+    assert benchmark.main([*flags, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    keys = {"context", "budget", "batch", "interval", "seconds", "dense_seconds", "speedup", "cap", "share_of_cap",
-            "predicted_bytes", "gb_s", "copy_gb_s", "model_cap", "peers"}  # fmt: skip
+    keys = {"context", "budget", "batch", "interval", "seconds", "dense_seconds", "speedup", "cap", "share_of_cap"}
+    keys |= {"predicted_bytes", "gb_s", "copy_gb_s", "model_cap", "peers"}
     assert len(report["rows"]) == 6 and all(keys <= set(row) for row in report["rows"])
     assert [entry["why"] for entry in report["left_out"]] == ["384 tokens are more than the context of 256"]
     row = report["rows"][0]
