@@ -24,7 +24,8 @@ from butler_jax.selection.budget import budget_table, limits_of
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import eviction as judged
 
-simulation = importlib.import_module("butler_jax.simulation.simulator")  # the package names its function so
+simulation = importlib.import_module("butler_jax.simulation.simulator")
+choosing = importlib.import_module("butler_jax.simulation.choice")
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=4, kv_heads=2, head_dim=16, context=64
@@ -81,7 +82,7 @@ def decoded_sets(model, predictor, policy, selection, steps=None, prompts=PROMPT
 def simulated_masks(model, predictor, policy, selection):
     """Masks [L, B, heads, T, S] of the simulation's own pass."""
     batch = jax.tree.map(jnp.asarray, text_of(len(PROMPTS)))
-    seen, original = {}, simulation.chosen_mask
+    seen, original = {}, choosing.chosen_mask
     selection = policy.selection(selection)
 
     def watched(chunk, *rest):
@@ -91,7 +92,7 @@ def simulated_masks(model, predictor, policy, selection):
 
     run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulation, "chosen_mask", watched)
+        patch.setattr(choosing, "chosen_mask", watched)
         x, _ = jax.jit(run)(model, predictor, batch, limits_of(selection, model.config, TOTAL))
         x.block_until_ready()
         jax.effects_barrier()
