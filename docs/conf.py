@@ -36,9 +36,16 @@ def google_docstring(app, what, name, obj, options, lines):
         parts[::2] = [re.sub(r"([*|]|(?<=\w)_(?=\W|$))", r"\\\1", part) for part in parts[::2]]
         lines[number] = "".join(parts)
     if what not in ("attribute", "data", "property"):  # there the first colon would end a type
-        lines[:] = GoogleDocstring(lines, Config(napoleon_use_rtype=False), app, what, name, obj, options).lines()
+        config = Config(napoleon_use_rtype=False, napoleon_custom_sections=[("Attributes", "params_style")])
+        lines[:] = GoogleDocstring(lines, config, app, what, name, obj, options).lines()
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """The class's own docstring describes the fields of a named tuple."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
 def setup(app):
     """Connect the reader of docstrings."""
     app.connect("autodoc-process-docstring", google_docstring)
+    app.connect("autodoc-skip-member", skip_fields)
