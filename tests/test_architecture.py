@@ -23,19 +23,17 @@ SAME_NAME = {
 TWO_CLASSES = {"Cell", "Downstream", "Part", "Step"}
 EARLY_JAX = {"butler_jax/cli/decoding_rounds.py"}  # what bench measures, imported when it does
 LONG = {
-    "benchmarks/fuzz_targets.py": 403,
-    "butler_jax/runs/checkpoints.py": 411,
-    "butler_jax/training/losses.py": 444,
-    "tests/cli/test_info.py": 436,
-    "tests/decoding/test_generation.py": 490,
-    "tests/evaluation/analysis/test_analysis.py": 426,
-    "tests/evaluation/report/test_report.py": 462,
-    "tests/pallas_kernels/test_kernels.py": 504,
-    "tests/simulation/test_simulator.py": 571,
-    "tests/test_edge_cases.py": 440,
-    "tests/training/test_faults.py": 557,
+    "benchmarks/fuzz_targets.py",
+    "butler_jax/runs/checkpoints.py",
+    "tests/cli/test_info.py",
+    "tests/decoding/test_generation.py",
+    "tests/evaluation/analysis/test_analysis.py",
+    "tests/evaluation/report/test_report.py",
+    "tests/pallas_kernels/test_kernels.py",
+    "tests/test_edge_cases.py",
+    "tests/training/test_faults.py",
 }
-BY_HAND = 195  # files' lines that the formatter leaves alone
+BY_HAND = 172  # files' lines that the formatter leaves alone
 
 
 def name_of(path: Path) -> str:
@@ -141,7 +139,7 @@ def test_everything_public_is_explained(path):
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 def test_files_are_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= LONG.get(name_of(path), 400), f"{name_of(path)} has {lines} lines: one idea a file"
+    assert lines <= (600 if name_of(path) in LONG else 400), f"{name_of(path)} has {lines} lines: one idea a file"
 
 
 def test_the_formatter_formats_everything():
