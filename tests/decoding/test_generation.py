@@ -22,7 +22,7 @@ from butler_jax.decoding.prefilling import prefill
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel, forward
-from butler_jax.policies import make_policy
+from butler_jax.policies import Evicting, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
@@ -379,7 +379,7 @@ def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
 def test_every_policy_generates_what_it_would_have_read(base, name):
     """Policies that evict run the prompt as well; the others leave it dense, so theirs is of one token."""
     policy = make_policy(name, **{"quest": {"page": 4}, "snapkv": {"once": False}}.get(name, {}))
-    prompts = PROMPTS if policy.evicts else [[7]]
+    prompts = PROMPTS if isinstance(policy, Evicting) else [[7]]
     text = {n: np.zeros((1, 64), np.int32) for n in ("tokens", "segments", "positions")}
     text["tokens"][0] = np.random.default_rng(0).integers(0, 61, 64)
     text["segments"][:], text["positions"][0] = 1, np.arange(64)
@@ -394,7 +394,7 @@ def test_every_policy_generates_what_it_would_have_read(base, name):
         greedy = np.asarray(simulate(base.model, batch, policy, selection).greedy)[0]
         assert greedy[len(prompt) - 1 : len(whole) - 1].tolist() == tokens
     assert max(found.attended) < 1
-    if policy.evicts:
+    if isinstance(policy, Evicting):
         with pytest.raises(ValueError, match=f"{name}"):
             butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
 
