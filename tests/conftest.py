@@ -11,8 +11,12 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 
+import tests.shapes  # before the hook, which finds the checker by its name
+
+jaxtyping.install_import_hook(["butler_jax", "pallas_kernels"], f"{tests.shapes.__name__}.check_shapes")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
