@@ -83,8 +83,10 @@ def run(model, predictor, tokens) -> tuple[list[Layer], np.ndarray]:
     angle = angles(config, len(tokens))
     x, captured, found = wide(model.embedding)[tokens], None, []
     for index in range(config.layers):
-        own = {name: wide(getattr(weights, name)[index]) for name in ("attention_norm", "mlp_norm", "q", "k", "v", "o",
-                                                                      "gate", "up", "down")}  # fmt: skip
+        own = {
+            name: wide(getattr(weights, name)[index])
+            for name in ("attention_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down")
+        }
         h = rms_norm(x, own["attention_norm"], config.norm_eps)
         q, k_pre, v = (np.einsum("te,ehd->thd", h, own[name]) for name in "qkv")
         q, k = rotate(q, angle[:, None]), rotate(k_pre, angle[:, None])

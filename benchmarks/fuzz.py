@@ -43,18 +43,58 @@ from benchmarks.fuzz_targets import ALLOWED, Target, targets
 SECONDS = 5.0
 GROWTH = 512 << 20
 COUNTS = {  # inputs of each target
-    "safetensors": 15000, "index": 8000, "gguf": 10000, "config.json": 15000, "tokenizer.json": 10000,
-    "tokenizer_config.json": 8000, "samples.jsonl": 10000, "text.jsonl": 8000, "run config": 8000, "settings": 8000,
-    "cells.jsonl": 8000, "strings": 10000, "prompts": 8000, "load_base": 1000,
+    "safetensors": 15000,
+    "index": 8000,
+    "gguf": 10000,
+    "config.json": 15000,
+    "tokenizer.json": 10000,
+    "tokenizer_config.json": 8000,
+    "samples.jsonl": 10000,
+    "text.jsonl": 8000,
+    "run config": 8000,
+    "settings": 8000,
+    "cells.jsonl": 8000,
+    "strings": 10000,
+    "prompts": 8000,
+    "load_base": 1000,
     "run directory": 5000,
-}  # fmt: skip
+}
 JSON_SHARE = 0.25  # of a JSON target's inputs, made by hypothesis
 PIECES = (
-    b"NaN", b"-Infinity", b"1e400", b"-1", b"0", b"2147483648", b"10000000000", b"9" * 5000, b"null", b"true", b'"x"',
-    b'""', b"[]", b"{}", b"[" * 3000, b'{"a":' * 3000, b"\\ud800", b"\xed\xa0\x80", b"\xff\xfe", b"\0", b"../",
-    b"/etc/passwd", b"\n", b",", b'"', b"}", b"]", b"a" * 70000, b"GGUF", b"model.safetensors",
-    b"F8_E4M3", b"1/0", b"\xef\xbb\xbf",
-)  # fmt: skip
+    b"NaN",
+    b"-Infinity",
+    b"1e400",
+    b"-1",
+    b"0",
+    b"2147483648",
+    b"10000000000",
+    b"9" * 5000,
+    b"null",
+    b"true",
+    b'"x"',
+    b'""',
+    b"[]",
+    b"{}",
+    b"[" * 3000,
+    b'{"a":' * 3000,
+    b"\\ud800",
+    b"\xed\xa0\x80",
+    b"\xff\xfe",
+    b"\0",
+    b"../",
+    b"/etc/passwd",
+    b"\n",
+    b",",
+    b'"',
+    b"}",
+    b"]",
+    b"a" * 70000,
+    b"GGUF",
+    b"model.safetensors",
+    b"F8_E4M3",
+    b"1/0",
+    b"\xef\xbb\xbf",
+)
 ENDS = (0, 70, 71, 77)  # libFuzzer's statuses: nothing found, too long, too much memory, an error
 NUMBERS = (0, 1, 2, 127, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
@@ -126,11 +166,17 @@ def json_inputs(target: Target, count: int, seed: int) -> list[bytes]:
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count, database=None, deadline=None, phases=[hypothesis.Phase.generate],
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
-    @hypothesis.given(st.sampled_from(range(len(parsed))).flatmap(
-        lambda at: st.tuples(st.just(parsed[at][0]), replaced(parsed[at][1]))))  # fmt: skip
+    )
+    @hypothesis.given(
+        st.sampled_from(range(len(parsed))).flatmap(
+            lambda at: st.tuples(st.just(parsed[at][0]), replaced(parsed[at][1]))
+        )
+    )
     def collect(one: tuple[bytes, Any]) -> None:
         made.append(one[0] + json.dumps(one[1]).encode())
 
@@ -204,9 +250,11 @@ def fuzz(target: Target, count: int, seed: int, directory: Path) -> dict[str, An
     if files(directory) != there:
         findings["files"] = {"said": f"files appeared: {sorted(set(files(directory)) - set(there))[:5]}", "times": 1}
     return {
-        "inputs": done, "seconds": round(time.perf_counter() - began, 1), "longest_ms": round(1000 * longest, 1),
+        "inputs": done,
+        "seconds": round(time.perf_counter() - began, 1),
+        "longest_ms": round(1000 * longest, 1),
         "findings": list(findings.values()),
-    }  # fmt: skip
+    }
 
 
 def peak() -> int:
@@ -247,9 +295,11 @@ def note_coverage(path: Path, target: str, runs: int, seed: int) -> int:
         found = {*(before.get("findings") or ()), target} - ({target} if status == 0 else set())
         report["atheris"] = {
             "command": "python -m benchmarks.fuzz --atheris TARGET --runs RUNS --json FILE",
-            "date": datetime.date.today().isoformat(), "version": version("atheris"),
-            "runs": {**before.get("runs", {}), target: runs if status == 0 else None}, "findings": sorted(found),
-        }  # fmt: skip
+            "date": datetime.date.today().isoformat(),
+            "version": version("atheris"),
+            "runs": {**before.get("runs", {}), target: runs if status == 0 else None},
+            "findings": sorted(found),
+        }
         path.write_text(json.dumps(report, indent=2) + "\n")
     return status
 
@@ -295,12 +345,17 @@ def main() -> int:
     print(f"{total} inputs, {findings} findings")
     if arguments.json:
         about = {
-            "command": " ".join(["python -m benchmarks.fuzz", *sys.argv[1:]]), "seed": arguments.seed, "inputs": total,
-            "findings": findings, "seconds": round(sum(r["seconds"] for r in results.values()), 1),
-            "peak_memory_mib": peak() >> 20, "seconds_allowed_each": SECONDS,
-            "date": datetime.date.today().isoformat(), "python": platform.python_version(),
+            "command": " ".join(["python -m benchmarks.fuzz", *sys.argv[1:]]),
+            "seed": arguments.seed,
+            "inputs": total,
+            "findings": findings,
+            "seconds": round(sum(r["seconds"] for r in results.values()), 1),
+            "peak_memory_mib": peak() >> 20,
+            "seconds_allowed_each": SECONDS,
+            "date": datetime.date.today().isoformat(),
+            "python": platform.python_version(),
             "versions": {name: version(name) for name in ("hypothesis", "safetensors", "tokenizers", "gguf")},
-        }  # fmt: skip
+        }
         coverage = {name: block for name, block in kept(arguments.json).items() if name == "atheris"}
         arguments.json.write_text(json.dumps({**about, "targets": results, **coverage}, indent=2) + "\n")
     return 1 if findings else 0

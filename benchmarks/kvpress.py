@@ -47,8 +47,8 @@ class Step(NamedTuple):
     """A line of the comparison.
 
     form: "rows" evicts at every row, "dense rows" does so on a dense prompt, "once" evicts at its end, and "decode" is
-    what the row after it reads. always: sinks and recent. first: layer 0 is cut too. judged: the text after the prompt
-    is predicted.
+    what the row after it reads. always: sinks and recent. first: layer 0 is cut too. evaluated: the text after the
+    prompt is predicted.
     """
 
     aligned: str
@@ -56,32 +56,40 @@ class Step(NamedTuple):
     policy: Policy
     always: tuple[int, int] = (SINKS, WINDOW)
     first: bool = False
-    judged: bool = False
+    evaluated: bool = False
 
 
 def steps() -> dict[str, list[Step]]:
     """The steps from our definition to kvpress's; each keeps the changes of those before it."""
     streaming = make_policy("streaming")
-    as_decoded = Step("as decoded; then frozen", "decode", streaming, judged=True)
+    as_decoded = Step("as decoded; then frozen", "decode", streaming, evaluated=True)
     lines = {"streaming": [as_decoded, as_decoded._replace(aligned="layer 0 is cut too", first=True)]}
     for name, like, switches in (
-        ("snapkv", SnapKVLike, [
-            ("64 rows observed, 5 wide", dict(observed=64, pool=5)),
-            ("all observed rows stay, no sinks", dict(whole=True)),
-            ("observed rows left out of the pooling", dict(outside=True)),
-            ("mean for maximum", dict(mean=True)),
-        ]),
-        ("h2o", H2OLike, [
-            ("nothing recent stays, no sinks", dict(free=True)),
-            ("divided by the rows that could see it", dict(mean=True)),
-        ]),
-    ):  # fmt: skip
+        (
+            "snapkv",
+            SnapKVLike,
+            [
+                ("64 rows observed, 5 wide", dict(observed=64, pool=5)),
+                ("all observed rows stay, no sinks", dict(whole=True)),
+                ("observed rows left out of the pooling", dict(outside=True)),
+                ("mean for maximum", dict(mean=True)),
+            ],
+        ),
+        (
+            "h2o",
+            H2OLike,
+            [
+                ("nothing recent stays, no sinks", dict(free=True)),
+                ("divided by the rows that could see it", dict(mean=True)),
+            ],
+        ),
+    ):
         ours, fields, always = make_policy(name), {}, (SINKS, WINDOW)
         lines[name] = [
             Step("as simulated, row after row", "rows", ours),
             Step("on a dense prompt", "dense rows", ours),
-            Step("chosen once, at its end", "once", like(), judged=True),
-            Step("layer 0 is cut too", "once", like(), first=True, judged=True),
+            Step("chosen once, at its end", "once", like(), evaluated=True),
+            Step("layer 0 is cut too", "once", like(), first=True, evaluated=True),
         ]
         for label, switch in switches:
             fields |= switch
@@ -171,7 +179,7 @@ def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
     return ratio((mine & theirs).sum((0, 2, 3)), theirs.sum((0, 2, 3)))
 
 
-def judge(nll: np.ndarray, theirs: np.ndarray | None = None) -> dict[str, Any]:
+def evaluate(nll: np.ndarray, theirs: np.ndarray | None = None) -> dict[str, Any]:
     """Perplexity, the mean of every window, and the largest difference of a token's nll [B, M] from kvpress's."""
     nll = np.asarray(nll, np.float64)
     found = with_error("perplexity", ratio(nll.sum(1), np.full(len(nll), nll.shape[1])).exp())
@@ -192,32 +200,38 @@ def compare(
 
     def add(policy: str, aligned: str, budget: float, read: float, **found: Any) -> None:
         rows.append(dict(policy=policy, aligned=aligned, budget=budget, read=read) | found)
-        figures = [f"{found[n]:{form}}" if found.get(n) is not None else "" for n, form in
-                   (("overlap", ".4f"), ("perplexity", ".2f"), ("perplexity_error", ".2f"),
-                    ("largest_difference", ".1e"))]  # fmt: skip
+        figures = [
+            f"{found[n]:{form}}" if found.get(n) is not None else ""
+            for n, form in (
+                ("overlap", ".4f"),
+                ("perplexity", ".2f"),
+                ("perplexity_error", ".2f"),
+                ("largest_difference", ".1e"),
+            )
+        ]
         line = f"{policy:12}{aligned:39}{budget:7.4g}{read:7.0f}" + "{:>9}{:>11}{:>7}{:>13}".format(*figures)
         print(line, flush=True)
 
     print(f"{'':51}{'budget':>7}{'read':>7}{'overlap':>9}{'perplexity':>11}{'error':>7}{'nll differs':>13}")
     theirs, _ = peer("dense", tokens, 1, length)
     everything = jnp.ones((prompt.k.shape[0], tokens.shape[0], prompt.k.shape[3], length), bool)
-    add("dense", "transformers", 1, seen, **judge(theirs))
-    add("dense", "ours", 1, seen, **judge(follow(model, prompt, everything, tokens[:, length:]), theirs))
+    add("dense", "transformers", 1, seen, **evaluate(theirs))
+    add("dense", "ours", 1, seen, **evaluate(follow(model, prompt, everything, tokens[:, length:]), theirs))
     for name, lines in steps().items():
         for budget in budgets:
             read = int(budget * length) + seen - length
             theirs, kept = peer(name, tokens, budget, length)
-            add(name, "kvpress", budget, read, **judge(theirs))
+            add(name, "kvpress", budget, read, **evaluate(theirs))
             for step in lines:
                 mine = ours(model, tokens, prompt, budget, step)
                 found = with_error("overlap", overlap(mine, kept))
-                if step.judged:
-                    found |= judge(follow(model, prompt, mine, tokens[:, length:]), theirs)
+                if step.evaluated:
+                    found |= evaluate(follow(model, prompt, mine, tokens[:, length:]), theirs)
                 add(name, step.aligned, budget, read, **found)
     for budget in budgets if predictor is not None else ():
         read = int(budget * length) + seen - length
         nll, attended = decoded(model, predictor, tokens, selection=SelectionConfig(budget=round(read)), length=length)
-        add("tokenbutler", "decoded, as many read", budget, float(attended), **judge(nll))
+        add("tokenbutler", "decoded, as many read", budget, float(attended), **evaluate(nll))
     return rows
 
 

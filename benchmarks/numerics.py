@@ -284,9 +284,10 @@ def measure(spec: str, text: str, tokens: int, run: str | None, label: str) -> d
             own["next_token"] = whole(bases[dtype], predictor, batch, exact, dtype, choices["whole"], errors)
         own["errors"] = {n: {kind: e.row() for kind, e in kinds.items()} for n, kinds in errors.items()}
         own["choice"] = {
-            kind: {f"{b:g}": c.row() for b, c in budgets.items()} for kind, budgets in choices.items() if
-            next(iter(budgets.values())).equal
-        }  # fmt: skip
+            kind: {f"{b:g}": c.row() for b, c in budgets.items()}
+            for kind, budgets in choices.items()
+            if next(iter(budgets.values())).equal
+        }
         found[dtype] = own
     return found
 

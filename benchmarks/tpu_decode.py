@@ -34,9 +34,17 @@ from butler_jax.selection.config import SelectionConfig
 # Chips, and as many of them as hold the weights and the caches: 16, 95 and 32 GB a chip.
 CHIPS = {"v5e": ("v5e:2x2", 4), "v5p": ("v5p:2x2x1", 1), "v6e": ("v6e:2x2", 2)}
 LLAMA_8B = BaseConfig(
-    family="llama", vocab_size=128256, width=4096, hidden=14336, layers=32, heads=32, kv_heads=8, head_dim=128,
-    context=131072, rope=RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_context=8192),
-)  # fmt: skip
+    family="llama",
+    vocab_size=128256,
+    width=4096,
+    hidden=14336,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    context=131072,
+    rope=RopeConfig(kind="llama3", theta=500000.0, factor=8.0, original_context=8192),
+)
 SELECTION = SelectionConfig(budget=1 / 16, unit=16)
 COLLECTIVES = r"= \S+ (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 
@@ -105,7 +113,7 @@ def main() -> None:
         for score_dtype in (None, "int8"):
             found = summary(compile_decode(chip, score_dtype=score_dtype))
             print(
-                f"{chip} x {count}, score keys {score_dtype or 'bfloat16':8}: a chip keeps "
+                f"{chip} x {count}, k_imp {score_dtype or 'bfloat16':8}: a chip keeps "
                 f"{found['arguments_gib']:.2f} GiB, needs {found['temporary_gib']:.3f} GiB more; accesses "
                 f"{found['accessed_gb']:.2f} GB, {found['gigaflops']:.1f} GFLOP a step; in the program: "
                 f"{found['collectives'] or 'no collectives'}",

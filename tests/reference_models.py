@@ -42,9 +42,9 @@ MODELS = {  # name -> (family, settings)
     "mistral with a sliding_window": ("mistral", {"sliding_window": 5}),
     "mistral without": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
-    "qwen2 of mixed windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2 with sliding layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32, "num_key_value_heads": 1}),
-    "qwen3 of mixed windows": (
+    "qwen3 with sliding layers": (
         "qwen3",
         {
             "head_dim": 16,

@@ -50,7 +50,7 @@ def test_logits_equal_those_of_transformers(loaded, name):
         np.testing.assert_allclose(run(base.model, tokens), reference_models.logits(theirs, tokens), atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["llama with biases", "qwen2 of mixed windows", "qwen3", "phi3 longrope"])
+@pytest.mark.parametrize("name", ["llama with biases", "qwen2 with sliding layers", "qwen3", "phi3 longrope"])
 def test_attention_and_every_layer_equal_those_of_transformers(loaded, name):
     theirs, base = loaded(name)
     tokens = random_tokens(2, 24)
@@ -78,7 +78,9 @@ def test_attention_and_every_layer_equal_those_of_transformers(loaded, name):
         np.testing.assert_allclose(got, expected, atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral with a sliding_window", "qwen3 of mixed windows", "phi3 longrope"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope"]
+)
 def test_padded_rows_equal_their_documents_alone(loaded, name):
     theirs, base = loaded(name)
     tokens, lengths = random_tokens(3, 24), (24, 17, 5)
@@ -90,7 +92,9 @@ def test_padded_rows_equal_their_documents_alone(loaded, name):
         np.testing.assert_allclose(got[row, :length], expected[0], atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral with a sliding_window", "qwen3 of mixed windows", "phi3 longrope"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope"]
+)
 def test_packed_documents_equal_the_documents_alone(loaded, name):
     theirs, base = loaded(name)
     lengths = (9, 3, 12, 6)  # and two tokens of padding
@@ -127,14 +131,51 @@ def test_every_parameter_has_logical_axes():
 @pytest.mark.parametrize(
     ("values", "billions"),
     [
-        ({"family": "llama", "vocab_size": 128256, "width": 2048, "hidden": 8192, "layers": 16, "heads": 32,
-          "kv_heads": 8, "head_dim": 64, "context": 131072, "tied": True}, 1.235814400),
-        ({"family": "mistral", "vocab_size": 32000, "width": 4096, "hidden": 14336, "layers": 32, "heads": 32,
-          "kv_heads": 8, "head_dim": 128, "context": 32768}, 7.241732096),
-        ({"family": "phi3", "vocab_size": 32064, "width": 3072, "hidden": 8192, "layers": 32, "heads": 32,
-          "kv_heads": 32, "head_dim": 96, "context": 4096}, 3.821079552),
+        (
+            {
+                "family": "llama",
+                "vocab_size": 128256,
+                "width": 2048,
+                "hidden": 8192,
+                "layers": 16,
+                "heads": 32,
+                "kv_heads": 8,
+                "head_dim": 64,
+                "context": 131072,
+                "tied": True,
+            },
+            1.235814400,
+        ),
+        (
+            {
+                "family": "mistral",
+                "vocab_size": 32000,
+                "width": 4096,
+                "hidden": 14336,
+                "layers": 32,
+                "heads": 32,
+                "kv_heads": 8,
+                "head_dim": 128,
+                "context": 32768,
+            },
+            7.241732096,
+        ),
+        (
+            {
+                "family": "phi3",
+                "vocab_size": 32064,
+                "width": 3072,
+                "hidden": 8192,
+                "layers": 32,
+                "heads": 32,
+                "kv_heads": 32,
+                "head_dim": 96,
+                "context": 4096,
+            },
+            3.821079552,
+        ),
     ],
-)  # fmt: skip
+)
 def test_parameter_counts_of_published_models(values, billions):
     model = jax.eval_shape(lambda: BaseModel(BaseConfig(**values), jax.random.key(0)))
     assert parameter_count(model) == round(billions * 1e9)

@@ -66,7 +66,7 @@ def test_rope_theta_alone_is_the_default_kind():
     assert config().rope.theta == 10000.0
 
 
-def test_windows_follow_each_family():
+def test_sliding_windows_follow_each_family():
     assert config("llama", sliding_window=8).sliding == (False,) * 4
     assert config("mistral", sliding_window=8).sliding == (True,) * 4
     assert config("mistral", sliding_window=None).sliding_window is None

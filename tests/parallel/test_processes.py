@@ -88,16 +88,40 @@ class Place:
 
     def train(self, run: str, *more: object) -> list[str]:
         """The arguments of a training of 8 rows a step into that run directory."""
-        given = {"base": self.files["base"], "data": f"text:{self.files['text']}", "data-dir": self.files["data_dir"],
-                 "run-dir": self.directory / run, "steps": STEPS, "checkpoint-every": EVERY, "keep": 2, "length": 32,
-                 "batch-size": 8, "rank": 4, "calibration": 1, "eval-every": 0}  # fmt: skip
+        given = {
+            "base": self.files["base"],
+            "data": f"text:{self.files['text']}",
+            "data-dir": self.files["data_dir"],
+            "run-dir": self.directory / run,
+            "steps": STEPS,
+            "checkpoint-every": EVERY,
+            "keep": 2,
+            "length": 32,
+            "batch-size": 8,
+            "rank": 4,
+            "calibration": 1,
+            "eval-every": 0,
+        }
         return ["train.py", *(str(a) for name, value in given.items() for a in (f"--{name}", value)), *map(str, more)]
 
-    def judge(self, run: str, *more: object) -> list[str]:
+    def evaluate(self, run: str, *more: object) -> list[str]:
         """The arguments of an evaluation of that run."""
-        given = ["--run", self.directory / run, "--text", self.files["text"], "--context", 64, "--tokens", 256,
-                 "--tasks", "perplexity,attention", "--policies", "dense,oracle,tokenbutler",
-                 "--budgets", "1/2,1/4"]  # fmt: skip
+        given = [
+            "--run",
+            self.directory / run,
+            "--text",
+            self.files["text"],
+            "--context",
+            64,
+            "--tokens",
+            256,
+            "--tasks",
+            "perplexity,attention",
+            "--policies",
+            "dense,oracle,tokenbutler",
+            "--budgets",
+            "1/2,1/4",
+        ]
         return ["eval.py", *map(str, given), *map(str, more)]
 
     def run(
@@ -247,17 +271,17 @@ def test_all_processes_stop_at_one_step_and_go_on_in_more(place, alone):
     same(place.losses("stopped"), alone)
 
 
-def test_two_processes_judge_what_four_saved_like_one(place, deaths):
-    outs = [place.directory / "judged" / name for name in ("one", "two")]
-    place.finish(1, place.judge("four", "--out", outs[0]))
-    first, second = place.finish(2, place.judge("four", "--out", outs[1]))
+def test_two_processes_evaluate_what_four_saved_like_one(place, deaths):
+    outs = [place.directory / "evaluated" / name for name in ("one", "two")]
+    place.finish(1, place.evaluate("four", "--out", outs[0]))
+    first, second = place.finish(2, place.evaluate("four", "--out", outs[1]))
     one, two = (json.loads((out / "report.json").read_text())["rows"] for out in outs)
     assert len(one) > 20 and two == one  # a cell is computed by one process, as it would be alone
     cells = [[json.loads(line)["key"] for line in (out / "cells.jsonl").open()] for out in outs]
     assert len(cells[0]) == len(set(cells[0])) > 5 and sorted(cells[0]) == sorted(cells[1])
     assert first.said.count("perplexity   dense") == 1 and "the report is in" in first.said
     assert "perplexity " not in second.said
-    (again,) = place.finish(1, place.judge("four", "--out", outs[1]))
+    (again,) = place.finish(1, place.evaluate("four", "--out", outs[1]))
     assert again.said.count("kept") == len(cells[0])
 
 
@@ -372,9 +396,24 @@ def test_processes_agree_on_everything_that_is_wrong(place):
 
 
 def test_two_processes_pretrain_like_one(place):
-    sizes = {"steps": 6, "long-steps": 2, "checkpoint-every": 10, "batch-size": 8, "length": 32, "context": 64,
-             "vocab-size": 280, "width": 32, "inner": 32, "layers": 2, "heads": 2, "kv-heads": 1, "head-dim": 16,
-             "eval-every": 0, "data": f"text:{place.files['text']}", "data-dir": place.files["data_dir"]}  # fmt: skip
+    sizes = {
+        "steps": 6,
+        "long-steps": 2,
+        "checkpoint-every": 10,
+        "batch-size": 8,
+        "length": 32,
+        "context": 64,
+        "vocab-size": 280,
+        "width": 32,
+        "inner": 32,
+        "layers": 2,
+        "heads": 2,
+        "kv-heads": 1,
+        "head-dim": 16,
+        "eval-every": 0,
+        "data": f"text:{place.files['text']}",
+        "data-dir": place.files["data_dir"],
+    }
     command = ["train.py", "pretrain", *(str(a) for name, value in sizes.items() for a in (f"--{name}", value))]
     for count in (1, 2):
         ended = place.finish(count, [*command, "--run-dir", str(place.directory / f"base{count}")])

@@ -24,11 +24,15 @@ STARTING = {
     "longrope": {
         "family": "phi3",
         "rope": RopeConfig(
-            kind="longrope", fraction=0.5, original_context=16, factor=4.0, short_factor=(1.0,) * 4,
+            kind="longrope",
+            fraction=0.5,
+            original_context=16,
+            factor=4.0,
+            short_factor=(1.0,) * 4,
             long_factor=(1.0, 2.0, 3.0, 4.0),
         ),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STARTING)

@@ -41,9 +41,13 @@ def test_whether_a_text_starts_with_the_first_token_is_true_or_false(small_model
 
 
 PADDING = {
-    "strategy": {"Fixed": 10**12}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+    "strategy": {"Fixed": 10**12},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
     "pad_token": "<s>",
-}  # fmt: skip
+}
 
 
 def test_padding_that_a_tokenizer_asks_for_is_never_done(small_model):

@@ -180,7 +180,7 @@ def test_hub_without_its_package_or_connection_says_what_to_do(monkeypatch):
         container({"a": 1}),
         container(f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(8, 16))}}}'.encode(), bytes(16)),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_safetensors_file_is_refused(small_model, content):
     (small_model / SINGLE).write_bytes(content)
     refused(small_model, r"model\.safetensors is truncated or damaged")
@@ -212,9 +212,9 @@ def shard(small_model, **placed):
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "a/../b.safetensors", "..", "", "a.safetensors/", "x.bin", 5, None,
-             ["a"]]
-)  # fmt: skip
+    "name",
+    ["../model.safetensors", "/etc/passwd", "a/../b.safetensors", "..", "", "a.safetensors/", "x.bin", 5, None, ["a"]],
+)
 def test_an_index_names_only_files_beside_it(small_model, name):
     shard(small_model, **{EMBEDDING: name})
     refused(small_model, r"index\.json names .*, which is not a \.safetensors file beside it")

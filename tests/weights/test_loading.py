@@ -133,9 +133,12 @@ def test_bombs_are_refused_before_memory_is_taken(small_model, tmp_path):
         print(json.dumps(grown))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True,
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)
     assert len(grown) == len(bombs)
@@ -144,9 +147,16 @@ def test_bombs_are_refused_before_memory_is_taken(small_model, tmp_path):
 
 @pytest.mark.parametrize("bad", ["8", 8.0, float("nan"), float("inf"), -8, 0, True, [8], {"a": 8}, 10**10, 10**400])
 @pytest.mark.parametrize(
-    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "max_position_embeddings"]
-)  # fmt: skip
+    "key",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ],
+)
 def test_sizes_that_are_no_sizes_are_named(small_model, key, bad):
     if key == "max_position_embeddings" and bad == 0:
         return  # silent: 2048

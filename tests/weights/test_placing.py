@@ -99,9 +99,12 @@ def test_a_model_larger_than_memory_is_refused_on_simulated_devices_before_it_is
             print(error)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True,
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-    )  # fmt: skip
+    )
     said = f"{small_model} needs 64.0 GB for its weights (32.0 GB on each of 2 devices), and this machine has 25.0 GB: "
     assert done.stdout.startswith(said), done.stderr
 

@@ -50,8 +50,13 @@ def write(path, model, architecture, *, kind=TYPE.F32, metadata=None, extra=None
         writer.add_sliding_window(config.sliding_window)
     for key, value in (metadata or {}).items():
         key = f"{architecture}.{key}"
-        (writer.add_string if isinstance(value, str) else
-         writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)  # fmt: skip
+        (
+            writer.add_string
+            if isinstance(value, str)
+            else writer.add_uint32
+            if isinstance(value, int)
+            else writer.add_float32
+        )(key, value)
     for add, values in (tokenizer or {}).items():
         getattr(writer, f"add_{add}")(values)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)

@@ -47,11 +47,13 @@ ALIGNED = text("general.alignment") + struct.pack("<I", 4)
         (gguf_file(tensors=gguf_tensor("a", 31, 2, kind=8), tensor_count=1), r"shape \[2, 31\]"),
         (gguf_file(tensors=gguf_tensor("a", 4, kind=999), tensor_count=1), "999 is not a valid"),
         (gguf_file(tensors=gguf_tensor("a", 4) * 2 + bytes(64), tensor_count=2), "tensor 'a' is there twice"),
-        (gguf_file(tensors=gguf_tensor("a", 4) + gguf_tensor("b", 4, offset=8) + bytes(99), tensor_count=2),
-         "'a' and 'b' overlap"),
+        (
+            gguf_file(tensors=gguf_tensor("a", 4) + gguf_tensor("b", 4, offset=8) + bytes(99), tensor_count=2),
+            "'a' and 'b' overlap",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_a_malformed_gguf_file_is_refused(tmp_path, content, said):
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
