@@ -16,7 +16,8 @@ import pytest
 
 import tests.shapes  # before the hook, which finds the checker by its name
 
-jaxtyping.install_import_hook(["butler_jax", "pallas_kernels"], f"{tests.shapes.__name__}.check_shapes")
+CHECKED = ("data", "model", "parallel", "predictors", "text", "training", "weights")
+jaxtyping.install_import_hook([f"butler_jax.{name}" for name in CHECKED], f"{tests.shapes.__name__}.check_shapes")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
