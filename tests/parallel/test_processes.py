@@ -106,22 +106,8 @@ class Place:
 
     def evaluate(self, run: str, *more: object) -> list[str]:
         """The arguments of an evaluation of that run."""
-        given = [
-            "--run",
-            self.directory / run,
-            "--text",
-            self.files["text"],
-            "--context",
-            64,
-            "--tokens",
-            256,
-            "--tasks",
-            "perplexity,attention",
-            "--policies",
-            "dense,oracle,tokenbutler",
-            "--budgets",
-            "1/2,1/4",
-        ]
+        given = ["--run", self.directory / run, "--text", self.files["text"], "--context", 64, "--tokens", 256]
+        given += "--tasks perplexity,attention --policies dense,oracle,tokenbutler --budgets 1/2,1/4".split()
         return ["eval.py", *map(str, given), *map(str, more)]
 
     def run(
@@ -396,25 +382,10 @@ def test_processes_agree_on_everything_that_is_wrong(place):
 
 
 def test_two_processes_pretrain_like_one(place):
-    sizes = {
-        "steps": 6,
-        "long-steps": 2,
-        "checkpoint-every": 10,
-        "batch-size": 8,
-        "length": 32,
-        "context": 64,
-        "vocab-size": 280,
-        "width": 32,
-        "inner": 32,
-        "layers": 2,
-        "heads": 2,
-        "kv-heads": 1,
-        "head-dim": 16,
-        "eval-every": 0,
-        "data": f"text:{place.files['text']}",
-        "data-dir": place.files["data_dir"],
-    }
-    command = ["train.py", "pretrain", *(str(a) for name, value in sizes.items() for a in (f"--{name}", value))]
+    sizes = "--steps 6 --long-steps 2 --checkpoint-every 10 --batch-size 8 --length 32 --context 64 --vocab-size 280"
+    sizes += " --width 32 --inner 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --eval-every 0"
+    text, data_dir = place.files["text"], place.files["data_dir"]
+    command = ["train.py", "pretrain", *sizes.split(), "--data", f"text:{text}", "--data-dir", str(data_dir)]
     for count in (1, 2):
         ended = place.finish(count, [*command, "--run-dir", str(place.directory / f"base{count}")])
         assert sum("the model is in" in one.said for one in ended) == 1

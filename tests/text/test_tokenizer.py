@@ -114,5 +114,5 @@ def test_missing_and_broken_files_are_named(tmp_path, bpe):
     with pytest.raises(ValueError, match="vocab_size=100 is too small"):
         train_bpe(TEXTS, 100)
     write(tmp_path, template=False)
-    with pytest.raises(ValueError, match="no token that begins"):
+    with pytest.raises(ValueError, match="needs a token that begins a text"):
         Tokenizer.load(tmp_path).encode("a", bos=True)
