@@ -23,8 +23,9 @@ from tokenizers import models, pre_tokenizers
 from butler_jax.cli.info import inspect, show
 from butler_jax.data.batches import parse_spec
 from butler_jax.data.sources.text import read_passages
-from butler_jax.evaluation.cells import FILE, Cell, Finding, Kept
+from butler_jax.evaluation.cells import FILE, Cell, KeptCells
 from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.report.report import ReportRow
 from butler_jax.evaluation.tasks.local_tasks import FILES, read_samples
 from butler_jax.model.families import base_config
 from butler_jax.parallel.config import parse_hosts
@@ -36,7 +37,6 @@ from butler_jax.runs.digests import DIGESTS
 from butler_jax.runs.directory import RECORDS, recorded
 from butler_jax.runs.finished import METADATA
 from butler_jax.selection.config import SelectionConfig, parse_budget
-from butler_jax.simulation.statistics import Estimate
 from butler_jax.storage.json_objects import parse_object, read_object
 from butler_jax.storage.settings import from_dict, to_dict
 from butler_jax.text.prompts import encode
@@ -313,10 +313,11 @@ def _cells(root: Path) -> Target:
 
     def run(data: bytes) -> None:
         (directory / FILE).write_bytes(data)
-        for cell in Kept(directory).cells.values():
-            format(cell.findings[0].estimate.value, ".4f"), format(cell.seconds, ".0f")
+        for cell in KeptCells(directory).cells.values():
+            format(cell.rows[0].value, ".4f"), format(cell.seconds, ".0f")
 
-    cell = Cell([Finding("perplexity", Estimate(1.5, None, 3, 1), 0.5, 0.5, {"length": 8})], {"map": [[1.0]]}, 2.0)
+    given = dict(task="needle", metric="accuracy", policy="oracle", budget=0.5, value=1.5, error=None, n=3, sequences=1)
+    cell = Cell([ReportRow(**given, unit="samples", seed=0, attended=0.5, where={})], {"map": [[1.0]]}, 2.0)
     return Target("cells.jsonl", (json.dumps({"key": "k", **dataclasses.asdict(cell)}).encode() + b"\n",) * 2, run)
 
 

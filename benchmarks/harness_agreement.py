@@ -26,14 +26,13 @@ def compare(
     from lm_eval.models.huggingface import HFLM
 
     from butler_jax.evaluation.tasks.harness import ButlerLM
-    from butler_jax.evaluation.tasks.local_tasks import local_tasks
 
     settings = dict(max_length=max_length, batch_size=8)
     ours = ButlerLM.create_from_arg_obj(dict(base=str(base), dtype="float32", progress=False, **settings))
     theirs = HFLM(pretrained=str(base), device="cpu", dtype="float32", **settings)
     values, accuracies = [], []
     for model in (ours, theirs):
-        found = evaluate(model, local_tasks(evals, [task]), limit=limit, bootstrap_iters=0)
+        found = evaluate(model, make_local_tasks(evals, [task]), limit=limit, bootstrap_iters=0)
         samples = found["samples"][f"{task}_local"]
         values.append(np.asarray([[answer[0][0] for answer in sample["resps"]] for sample in samples]))
         accuracies.append([sample["acc"] for sample in samples])

@@ -33,12 +33,12 @@ from benchmarks.kvpress_forms import (
     kept_row_by_row,
 )
 from butler_jax import decode_step, load_base, load_predictor, prefill
-from butler_jax.evaluation.tasks.perplexity import read_text, text_windows
+from butler_jax.data import cut_text, read_text
 from butler_jax.model.decoder import BaseModel
 from butler_jax.policies import Policy, make_policy
 from butler_jax.selection.budget import limits_of
 from butler_jax.selection.config import SelectionConfig
-from butler_jax.simulation.statistics import Estimate, ratio
+from butler_jax.simulation.statistics import Estimate, estimate_ratio
 
 SINKS, WINDOW = 4, 8
 
@@ -176,13 +176,13 @@ def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
     counts = mine.sum(-1), theirs.sum(-1)
     if not (counts[0] == counts[1]).all():
         raise ValueError(f"{counts[0].mean()} tokens are kept, and {counts[1].mean()} by kvpress")
-    return ratio((mine & theirs).sum((0, 2, 3)), theirs.sum((0, 2, 3)))
+    return estimate_ratio((mine & theirs).sum((0, 2, 3)), theirs.sum((0, 2, 3)))
 
 
 def evaluate(nll: np.ndarray, theirs: np.ndarray | None = None) -> dict[str, Any]:
     """Perplexity, the mean of every window, and the largest difference of a token's nll [B, M] from kvpress's."""
     nll = np.asarray(nll, np.float64)
-    found = with_error("perplexity", ratio(nll.sum(1), np.full(len(nll), nll.shape[1])).exp())
+    found = with_error("perplexity", estimate_ratio(nll.sum(1), np.full(len(nll), nll.shape[1])).exp())
     found["window_nll"] = nll.mean(axis=1).tolist()
     return found if theirs is None else found | {"largest_difference": float(np.abs(nll - theirs).max())}
 
@@ -251,7 +251,7 @@ def main() -> None:
     base, peer = load_base(arguments.base), Theirs(arguments.base)
     predictor = load_predictor(arguments.run, base) if arguments.run else None
     text, tokens = read_text(arguments.text), arguments.windows * arguments.context
-    found = text_windows(base.require_tokenizer(), text, context=arguments.context, tokens=tokens)
+    found = cut_text(base.require_tokenizer(), text, context=arguments.context, tokens=tokens)
     windows = np.concatenate([batch["tokens"] for batch in found])
     rows = compare(base.model, predictor, peer, windows, arguments.budgets, arguments.prompt)
     report = {

@@ -32,8 +32,8 @@ import jax
 
 import butler_jax
 from benchmarks.watch import Watch
+from butler_jax.data import cut_windows
 from butler_jax.decoding.config import SamplingConfig
-from butler_jax.evaluation.tasks.perplexity import windows
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.provenance import versions
 from butler_jax.selection.config import SelectionConfig
@@ -91,7 +91,7 @@ def untrained(base: Any) -> Any:
     drawn = SamplingConfig(temperature=1.0)
     tokens = butler_jax.generate(base, [[1]], max_new_tokens=128, sampling=drawn, stop=()).tokens[0]
     kind = PredictorConfig(rank=min(16, base.config.head_dim))
-    return init_predictor(base, kind, batches=windows(tokens, context=len(tokens)))
+    return init_predictor(base, kind, batches=cut_windows(tokens, context=len(tokens)))
 
 
 def run(name: str, place: pathlib.Path, stories: str) -> Watch:

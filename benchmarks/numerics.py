@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks import float64
 from butler_jax import load_base, load_predictor
 from butler_jax.decoding.score_cache import rounded
-from butler_jax.evaluation.analysis.rows import row_chunk, see_rows, text_batch
+from butler_jax.evaluation.analysis.rows import batch_text, row_chunk, see_rows
 from butler_jax.model.attention import causal_attention
 from butler_jax.model.config import RopeConfig
 from butler_jax.model.decoder import forward
@@ -265,7 +265,7 @@ def measure(spec: str, text: str, tokens: int, run: str | None, label: str) -> d
     """All errors of one base and predictor on the first tokens of a text."""
     bases = {dtype: load_base(spec, dtype=dtype) for dtype in ("float32", "bfloat16")}
     base = bases["float32"]
-    batch = text_batch(base, text, tokens)
+    batch = batch_text(base, text, tokens)
     if run is None:
         kind = PredictorConfig(rank=min(16, base.config.head_dim))
         predictor = init_predictor(base, kind, batches=[batch])

@@ -107,7 +107,7 @@ def _continue_prompt(config: GenerateConfig) -> int:
     import jax
 
     from butler_jax.decoding import generate
-    from butler_jax.evaluation import prepared
+    from butler_jax.evaluation import prepare_policies
     from butler_jax.parallel import make_mesh, place, shardings_for
     from butler_jax.runs import load_predictor, run_config, run_data
     from butler_jax.text import stop_tokens
@@ -119,7 +119,7 @@ def _continue_prompt(config: GenerateConfig) -> int:
     base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype, shardings=shardings)
     policy, predictor = config.make_policy(), None
     if selection is not None:
-        (policy,) = prepared([policy], base, run_data(config.run))
+        (policy,) = prepare_policies([policy], base, run_data(config.run))
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
         predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
     stop = None if not config.stop else [*config.stop, *stop_tokens(base, None)]

@@ -1,6 +1,6 @@
-"""Judging: tasks under policies and budgets, each number with its standard error.
+"""Evaluation: tasks under policies and budgets, each number with its standard error.
 
-`tasks` measure, `analysis` looks at attention, `report` shows what was found.
+`tasks` measure, `analysis` shows how attention behaves, `report` shows the results.
 """
 
 import lazy_loader
@@ -9,25 +9,27 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "analysis.agreement": [
-            "binned",
-            "head_agreement",
-            "hit_rate_and_drift",
-            "overlap",
-            "step_agreement",
-            "token_access",
+            "bin_means",
+            "measure_access",
+            "measure_drift",
+            "measure_head_agreement",
+            "measure_overlap",
+            "measure_step_agreement",
         ],
-        "analysis.coloured": ["colour", "coloured_text"],
-        "analysis.reading": ["attention_and_scores", "reading_of"],
-        "analysis.rows": ["text_batch"],
+        "analysis.coloured": ["colour_tokens"],
+        "analysis.reading": ["compare_attention", "find_reading"],
+        "analysis.rows": ["batch_text"],
         "config": ["EvalConfig"],
-        "contenders": ["prepared"],
+        "evaluated": ["prepare_policies"],
         "evaluator": ["evaluate"],
+        "plotting": ["make_canvas"],
         "report.report": ["Report", "check_directory"],
-        "tasks.coreference": ["coreference_batches"],
+        "tasks.answers": ["Answers", "count_answers"],
+        "tasks.coreference": ["make_coreference_batches"],
         "tasks.harness": ["ButlerLM"],
         "tasks.local_tasks": ["TASKS_DIRECTORY"],
-        "tasks.perplexity": ["TextResult", "measure_perplexity", "text_windows"],
-        "tasks.retrieval": ["key_value_batches", "needle_batches", "variables_batches"],
-        "tasks.teacher_forcing": ["Answers", "answers"],
+        "tasks.passes": ["Passes"],
+        "tasks.perplexity": ["TextSums", "measure_perplexity"],
+        "tasks.retrieval": ["SampleGrid", "make_key_value_batches", "make_needle_batches", "make_variables_batches"],
     },
 )

@@ -1,30 +1,60 @@
-"""Judge a base model and its predictor: every task under every policy and budget, cell by cell.
+"""Evaluate a base model and its predictor: every task under every policy and budget, cell by cell.
 
-Several hosts take turns: each measures one of the next cells with the whole base on its first device, and the first one
-keeps what they found. A cell is computed as one host alone would, so the report is the same.
+From a number to a row of the report there are three types. A task takes sums over the sequences it runs (`TextSums`,
+`Answers` or `Recall`). A quotient of two sums is an `Estimate`: a mean with its standard error. The estimate with its
+task, metric, policy and budget is a `ReportRow`, and the report is a list of these. The rows of one task, policy and
+budget are a `Cell`: what is measured at once, kept in cells.jsonl, and exchanged between hosts.
+
+Several hosts take turns. Each measures one of the next cells with the whole base on its first device, and the first
+host keeps the results. A cell is computed as a single host computes it, so the report is the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from butler_jax.evaluation.cells import Cell, Kept, Progress, Say, cell_of, key_of
+from butler_jax.evaluation.cells import Cell, KeptCells, read_cell
+from butler_jax.evaluation.compiled import drop_programs
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.contenders import Contender, contenders, described
-from butler_jax.evaluation.programs import leave_room
+from butler_jax.evaluation.evaluated import EvaluatedPolicy, collect_policies, describe_prepared
+from butler_jax.evaluation.hashes import hash_facts
+from butler_jax.evaluation.progress import CellProgress, Say
 from butler_jax.evaluation.report.report import Report, check_directory
-from butler_jax.evaluation.tasks.registry import Task, make_tasks
+from butler_jax.evaluation.tasks.base import Task
+from butler_jax.evaluation.tasks.registry import make_tasks
 from butler_jax.parallel import agree, gather
 from butler_jax.predictors import Predictor
 from butler_jax.runs import command, run_data, versions
+from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
+
+
+class PlannedCell(NamedTuple):
+    """A cell to measure: a task, a policy and its selections by budget; key: the hash of all it depends on."""
+
+    task: Task
+    policy: EvaluatedPolicy
+    selections: dict[float | int, SelectionConfig]
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.task.name} under {self.policy.label}, {[*self.selections]}"
+
+    def measure(self) -> Cell:
+        """Measure the cell, and how long that takes."""
+        drop_programs()
+        began = time.perf_counter()
+        cell = self.task.evaluate(self.policy, self.selections)
+        return dataclasses.replace(cell, seconds=round(time.perf_counter() - began, 2))
 
 
 def evaluate(
@@ -36,15 +66,24 @@ def evaluate(
     keep: str | Path | None = None,
     say: Say | None = None,
 ) -> Report:
-    """Run the tasks of a configuration on a base from load_base; config.policies are names, or policies themselves.
+    """Run the tasks of a configuration on a base model.
 
-    predictor: needed by the policy tokenbutler; None reads it from config.run, and without a run the default policies
-    do without tokenbutler. data: as config.data. keep: a directory where finished cells are kept as they come
-    (cells.jsonl): the next evaluation there does not measure again what is the same, down to the policies' code and the
-    package's version; None keeps and writes nothing. say: receives a line of progress after each cell. Of several
-    processes, the first one keeps and says; the report is there in all. Raises ValueError for an unknown policy, one
-    that was asked for and lacks its predictor, a context beyond the base's, an empty text, where `keep` is no
-    directory, and where the processes would not measure the same.
+    Args:
+        base: From `load_base`.
+        predictor: Needed by the policy tokenbutler; None reads it from config.run. Without either, the default policies
+            leave tokenbutler out.
+        config: The configuration; config.policies are names, or policies themselves.
+        data: As config.data.
+        keep: A directory where finished cells are kept as they come (cells.jsonl). The next evaluation there does not
+            measure again what is the same, down to the policies' code and the package's version. None writes nothing.
+        say: Receives a line of progress after each cell.
+
+    Returns:
+        The report. Of several processes only the first keeps and says; the report is there in all.
+
+    Raises:
+        ValueError: A policy is unknown or lacks its predictor, the context is beyond the base's, a text is empty,
+            `keep` is a file, or the processes would not measure the same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
@@ -59,80 +98,73 @@ def evaluate(
         notes.append(line)
         say(line)
 
-    judged = contenders(base, predictor, config, data, note)
+    policies = collect_policies(base, predictor, config, data, note)
     tasks = make_tasks(base, config, data, note)
-    kept, report = Kept(Path(keep) if keep is not None and first else None), Report()
-    plan = [
-        (task, one, part) for task in tasks for one in judged if task.takes(one) for part in _parts(task, one, config)
-    ]
-    learnt, known = {one.label: one.facts() for one in judged}, versions()
-    keys = [
-        key_of({
-            "task": task.name, **task.facts, "base": base.fingerprint, "dtype": config.dtype, "of": learnt[one.label],
-            "selections": {str(b): to_dict(s) for b, s in selections.items()}, "seed": config.seed,
-            "version": known["butler-jax"],
-        })
-        for task, one, selections in plan
-    ]  # fmt: skip
+    plan = plan_cells(base, tasks, policies, config)
+    kept = KeptCells(Path(keep) if keep is not None and first else None)
     if jax.process_count() > 1:
-        agree({f"{t.name} under {one.label}, {[*s]}": key for (t, one, s), key in zip(plan, keys, strict=True)})
-        there = gather({key: asdict(kept.cells[key]) for key in keys if key in kept.cells})[0]
-        kept.cells = {key: cell_of(read) for key, read in there.items()}
-    missing = [number for number, key in enumerate(keys) if key not in kept.cells]
-    counts = {task.name: sum(plan[number][0] is task for number in missing) for task in tasks}
-    progress = Progress(counts, len(plan), say, hosts=jax.process_count())
-    for number, ((task, one, _), key) in enumerate(zip(plan, keys, strict=True)):
-        if key not in kept.cells:
-            turn = [n for n in missing if n >= number][: jax.process_count()]
-            for n, cell in zip(turn, _judge([plan[n] for n in turn]), strict=True):
-                about = {"task": plan[n][0].name, "policy": plan[n][1].label, "budgets": list(plan[n][2])}
-                kept.add(keys[n], about, cell)
-        cell = kept.cells[key]
-        _enter(report, task, one, cell, config.seed)
-        progress.add(task.name, one.label, cell, kept=number not in missing)
+        _share_kept(kept, plan)
+    missing = {cell.key: cell for cell in plan if cell.key not in kept.cells}
+    counts = {task.name: sum(cell.task is task and cell.key in missing for cell in plan) for task in tasks}
+    progress, report = CellProgress(counts, len(plan), say, hosts=jax.process_count()), Report()
+    for planned in plan:
+        if planned.key not in kept.cells:
+            turn = [cell for key, cell in missing.items() if key not in kept.cells][: jax.process_count()]
+            for cell, found in zip(turn, _measure_turn(turn), strict=True):
+                kept.add(cell.key, found)
+        cell = kept.cells[planned.key]
+        for row in cell.rows:
+            report.add(dataclasses.replace(row, policy=planned.policy.label))
+        for name, values in cell.arrays.items():
+            report.arrays.setdefault(name, {})[planned.policy.label] = values
+        progress.add(planned.task.name, planned.policy.label, cell, kept=planned.key not in missing)
+    names = dict.fromkeys(one.policy for one in policies)
     report.about.update(
         base=base.name,
         fingerprint=base.fingerprint,
-        predictors={one.label: one.about for one in judged if one.predictor is not None},
-        policies=[described(p, data) for p in dict.fromkeys(one.policy for one in judged)],
-        versions=known,
+        predictors={one.label: one.about for one in policies if one.predictor is not None},
+        policies=[describe_prepared(policy, data) for policy in names],
+        versions=versions(),
         device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         notes=notes,
-        config={
-            **to_dict(dataclasses.replace(config, policies=None)),
-            "policies": [p.name for p in dict.fromkeys(one.policy for one in judged)],
-        },
+        config={**to_dict(dataclasses.replace(config, policies=None)), "policies": [policy.name for policy in names]},
         command=command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=round(sum(kept.cells[key].seconds for key in dict.fromkeys(keys)), 1),
-        cells={"measured": len(missing), "kept": len(keys) - len(missing)},
+        seconds=round(sum(kept.cells[key].seconds for key in dict.fromkeys(cell.key for cell in plan)), 1),
+        cells={"measured": len(missing), "kept": len(plan) - len(missing)},
     )
     return report
 
 
-def _judge(turn: list[tuple[Task, Contender, dict]]) -> list[Cell]:
-    """The cells of one turn: every process measures its own, and gets those of the others."""
-    mine = None
-    if jax.process_index() < len(turn):
-        task, one, selections = turn[jax.process_index()]
-        leave_room()
-        began = time.perf_counter()
-        cell = task.judge(one, selections)
-        mine = Cell(cell.findings, cell.arrays, round(time.perf_counter() - began, 2))
+def plan_cells(
+    base: Any, tasks: Sequence[Task], policies: Sequence[EvaluatedPolicy], config: EvalConfig
+) -> list[PlannedCell]:
+    """The cells of an evaluation in the order of tasks, policies and budgets."""
+    shared = {"base": base.fingerprint, "dtype": config.dtype, "seed": config.seed, "version": versions()["butler-jax"]}
+    facts = {policy.label: policy.facts() for policy in policies}
+    plan = []
+    for task, policy in itertools.product(tasks, policies):
+        if not task.takes(policy):
+            continue
+        selections = policy.selections(config)
+        for part in [selections] if task.at_once else [{budget: s} for budget, s in selections.items()]:
+            chosen = {str(budget): to_dict(selection) for budget, selection in part.items()}
+            depends = {**shared, "task": task.name, **task.facts, "policy": facts[policy.label], "selections": chosen}
+            plan.append(PlannedCell(task, policy, part, hash_facts(depends)))
+    return plan
+
+
+def _share_kept(kept: KeptCells, plan: Sequence[PlannedCell]) -> None:
+    """Give all processes the cells that the first one has kept, and check that they plan the same."""
+    agree({str(cell): cell.key for cell in plan})
+    there = gather({cell.key: asdict(kept.cells[cell.key]) for cell in plan if cell.key in kept.cells})[0]
+    kept.cells = {key: read_cell(read) for key, read in there.items()}
+
+
+def _measure_turn(turn: Sequence[PlannedCell]) -> list[Cell]:
+    """The cells of one turn: every process measures its own, and receives those of the others."""
+    number = jax.process_index()
+    mine = turn[number].measure() if number < len(turn) else None
     if jax.process_count() == 1:
         return [mine]
-    return [cell_of(read) for read in gather(mine and asdict(mine))[: len(turn)]]
-
-
-def _parts(task: Task, one: Contender, config: EvalConfig) -> list[dict]:
-    """The selections of each cell."""
-    selections = one.selections(config)
-    return [selections] if task.at_once else [{budget: s} for budget, s in selections.items()]
-
-
-def _enter(report: Report, task: Task, one: Contender, cell: Cell, seed: int) -> None:
-    """A cell's findings as rows of the report, and its arrays."""
-    for f in cell.findings:
-        report.add(task.name, f.metric, one.label, f.budget, *f.estimate, task.unit, seed, f.attended, f.where)
-    for name, values in cell.arrays.items():
-        report.arrays.setdefault(name, {})[one.label] = values
+    return [read_cell(read) for read in gather(mine and asdict(mine))[: len(turn)]]

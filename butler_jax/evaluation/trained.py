@@ -1,4 +1,4 @@
-"""How a predictor was trained, as its run's directory tells it: what a report copies."""
+"""How a predictor was trained, from its run's directory: what a report copies."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ SETTINGS = ("data", "steps", "length", "batch_size", "learning_rate", "objective
 
 
 def load_trained(run: str | Path, base: Base) -> tuple[Predictor, dict[str, Any]]:
-    """The predictor of a run's best checkpoint, and how it was trained (`training`). Raises as load_predictor does."""
+    """Load the predictor of a run's best checkpoint, and what `read_training` says of it.
+
+    Raises:
+        ValueError, FileNotFoundError: As `load_predictor` does.
+    """
     while True:
-        step, predictor = _best(run), load_predictor(run, base)
-        if _best(run) == step:  # or else a training that goes on has just saved a better one
-            facts = training(run, step)
-            if "tokens_a_step" in facts:
-                facts.setdefault("learning_rate", predictor.learning_rate)  # the default of its kind
-            return predictor, facts
+        step, predictor = _find_best(run), load_predictor(run, base)
+        if _find_best(run) == step:  # otherwise a training under way has just saved a better one
+            training = read_training(run, step)
+            if "tokens_a_step" in training:
+                training.setdefault("learning_rate", predictor.learning_rate)  # the default of its kind
+            return predictor, training
 
 
-def training(run: str | Path, step: int | None) -> dict[str, Any]:
-    """Facts about a run, JSON-ready, what is not known left out.
+def read_training(run: str | Path, step: int | None) -> dict[str, Any]:
+    """Facts about a run, JSON-ready; unknown ones are left out.
 
-    run: its directory. step: the checkpoint's. SETTINGS are config.json's, tokens_a_step is length times batch_size;
-    command, directory and git are those of the last start in run.json. A directory of save_predictor has none of these.
+    Args:
+        run: Its directory. One that `save_predictor` wrote has no settings and no command.
+        step: The step of the checkpoint.
+
+    Returns:
+        run, step, SETTINGS as config.json has them, tokens_a_step (length times batch_size); command, directory and git
+        of the last start in run.json.
     """
     try:
         config = read_object(Path(run) / "config.json")
@@ -43,8 +52,8 @@ def training(run: str | Path, step: int | None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _best(run: str | Path) -> int | None:
-    """The step that load_predictor takes; None where it cannot be told."""
+def _find_best(run: str | Path) -> int | None:
+    """The step that load_predictor takes; None where the checkpoints do not say."""
     directory = Path(run) / "checkpoints"
     try:
         return min(steps(directory), key=lambda n: facts(directory / str(n))["metrics"]["loss"])

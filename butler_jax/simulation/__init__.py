@@ -9,10 +9,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "calibration": ["calibrate_thresholds"],
-        "chunks": ["Importance", "importance_walk", "map_chunks"],
-        "recall": ["LEAST_KEYS", "Recall", "best", "measure_recall", "top_half"],
         "choice": ["chosen_mask", "sparse_chunk", "with_rule"],
+        "chunks": ["Importance", "importance_walk", "map_chunks"],
+        "recall": ["LEAST_KEYS", "Recall", "choose_best", "choose_half", "measure_recall"],
         "simulator": ["Simulated", "count_keys", "simulate"],
-        "statistics": ["Estimate", "ratio", "share"],
+        "statistics": ["Estimate", "estimate_ratio", "estimate_share"],
     },
 )

@@ -1,8 +1,8 @@
-"""Thresholds that reach a mean budget: each row then reads what is worth it, rows that need little read little.
+"""Thresholds that reach a mean budget: rows read the tokens with high scores, and some rows need fewer than others.
 
-Scores of one layer and KV head are comparable between rows where a policy normalises them (the logarithm of a predicted
-attention weight); so one number for each (layer, head) decides, calibrated on text. The budget of the selection stays:
-it is the most that a row may read.
+Where a policy normalises its scores (to the logarithm of a predicted attention weight), those of one layer and KV head
+are comparable between rows. So one threshold for each layer and head is calibrated on text. The budget of the selection
+stays the most that a row may read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import importance_walk, map_chunks
 from pallas_kernels import BARRED, from_image
 
-PASSES = 16  # bits of a threshold that are found: a precision of 2**-7 of its value
+PASSES = 16  # bits of a threshold: a precision of 2**-7 of its value
 
 
 def calibrate_thresholds(
@@ -36,12 +36,22 @@ def calibrate_thresholds(
     *,
     policy: Policy | None = None,
 ) -> SelectionConfig:
-    """The selection with thresholds under which a row reads `mean` on average, in every layer and head.
+    """Find thresholds under which a row reads `mean` on average, in every layer and head.
 
-    batches: (tokens, segments, positions) of one shape, run densely PASSES times. selection: its budget is the most a
-    row reads. mean: a fraction of the keys that a dense query would read, or a number of tokens; where sinks and recent
-    are more already, thresholds are infinite. policy: None is the predictor's. Raises ValueError without batches, for a
-    mean that is not below the budget, and where a predictor is missing.
+    Args:
+        model: The base model.
+        predictor: Needed by policies that rank by a predictor's scores.
+        batches: tokens, segments, positions of one shape [B, T], run densely PASSES times.
+        selection: Its budget is the most that a row reads.
+        mean: A fraction of the keys that a dense query reads, or a number of tokens. Where sinks and recent tokens
+            alone exceed it, thresholds are infinite.
+        policy: Default: tokenbutler.
+
+    Returns:
+        The selection with thresholds.
+
+    Raises:
+        ValueError: There are no batches, the mean is not below the budget, or the policy lacks its predictor.
     """
     policy = policy or TokenButler()
     whole = isinstance(mean, int)
@@ -60,7 +70,7 @@ def calibrate_thresholds(
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
         trial, total, rows = (found + (1 << bit)).astype(np.int32), 0.0, 0.0
         for batch in batches:
-            part = _read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
+            part = _sum_read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
             total, rows = total + np.asarray(part[0], np.float64), rows + float(part[1])
         found = np.where(total / rows >= mean, trial, found)
     found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next above it, under which it is not exceeded
@@ -71,7 +81,7 @@ def calibrate_thresholds(
 
 
 @partial(jax.jit, static_argnames=("policy", "rule", "whole"))
-def _read(
+def _sum_read(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
@@ -82,13 +92,13 @@ def _read(
     rule: SelectionConfig,
     whole: bool,
 ) -> tuple[Float[Array, "L K"], Float[Array, ""]]:
-    """What every layer and head reads, summed over the rows that are not padding, and how many these are."""
+    """What every layer and head reads, summed over the rows that are not padding, and the number of these rows."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     limits = limits._replace(threshold=from_image(image))
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments)
     begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
-    real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end look at the last column
+    real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end take the last column
 
     def one(chunk):
         mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)

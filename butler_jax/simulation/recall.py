@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.stats import rankdata
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseModel, by_window, dense_mixer, embed, masked_softmax, run_layers
@@ -17,23 +19,26 @@ from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best
-from butler_jax.simulation.choice import chosen_mask
+from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import importance_walk, map_chunks, spread_rows
 from butler_jax.simulation.eviction import evicted_sums
-from butler_jax.simulation.statistics import Estimate, ratio
+from butler_jax.simulation.statistics import Estimate, estimate_ratio
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Means over layers 1 ..., query heads and all measured rows, per policy.
+    """Means over layers 1 ..., query heads and all measured rows, by policy.
 
-    mass[policy][budget]: the sum of the true attention weights inside the chosen set. attended[policy][budget]:
-    fraction of the causal keys chosen. hit_rate[policy]: the share of the top half by true logit that is in the top
-    half by score. spearman[policy]: correlation of the ranks by score with the ranks by true logit, equal scores with
-    their mean rank. The last two per query head, rows of at least 32 keys, not for policies that evict. by_head: the
-    hit rate of every layer from 1 on and query head.
+    Attributes:
+        mass: mass[policy][budget] is the sum of the true attention weights inside the chosen set.
+        attended: attended[policy][budget] is the fraction of the causal keys that was chosen.
+        hit_rate: The share of the top half by true logit that is in the top half by score; per query head, over rows of
+            at least LEAST_KEYS keys. Policies that evict have none.
+        spearman: The correlation of the ranks by score with the ranks by true logit, equal scores with their mean rank;
+            over the same heads and rows.
+        by_head: The hit rate of every layer from 1 on and query head.
     """
 
     mass: dict[str, dict[float, Estimate]]
@@ -43,19 +48,34 @@ class Recall:
     by_head: dict[str, Float[np.ndarray, "L H"]]
 
 
-class Sums(NamedTuple):
-    """What one pass adds up over the rows of each sequence, P policies and N budgets.
+class RecallSums(NamedTuple):
+    """What one pass adds up over the rows of each sequence, for X policies and N budgets.
 
-    mass, attended: over layers too, means over heads. hits, spearman: of every layer and query head. rows, long: how
-    many rows were measured, and how many of them have at least 32 keys.
+    Attributes:
+        mass: Over layers too, mean over heads.
+        attended: Likewise.
+        hits: Of every layer and query head.
+        spearman: Likewise.
+        rows: How many rows were measured.
+        long: How many of them have at least LEAST_KEYS keys.
     """
 
-    mass: Float[Array, "P N B"]
-    attended: Float[Array, "P N B"]
-    hits: Float[Array, "P L H B"]
-    spearman: Float[Array, "P L H B"]
+    mass: Float[Array, "X N B"]
+    attended: Float[Array, "X N B"]
+    hits: Float[Array, "X L H B"]
+    spearman: Float[Array, "X L H B"]
     rows: Float[Array, " B"]
     long: Float[Array, " B"]
+
+
+class RecallOptions(NamedTuple):
+    """What a pass is compiled for; see `measure_recall`."""
+
+    selection: SelectionConfig
+    rows: int | None
+    ranks: bool
+    score_dtype: str | None
+    implementation: str | None
 
 
 def measure_recall(
@@ -65,8 +85,7 @@ def measure_recall(
     policies: Sequence[Policy],
     budgets: Sequence[float | int],
     *,
-    sinks: int = 4,
-    recent: int = 8,
+    selection: SelectionConfig | None = None,
     rows: int | None = None,
     ranks: bool = True,
     score_dtype: str | None = None,
@@ -74,81 +93,90 @@ def measure_recall(
 ) -> Recall:
     """Measure policies on batches (tokens, segments, positions) of one shape.
 
-    rows: about how many query rows to measure in every sequence, in chunks spread evenly along it (None: all), the same
-    ones for all policies; the smaller, the cheaper, though policies that evict walk through all. ranks: whether to
-    compute spearman, which sorts every row (0 otherwise). score_dtype: see `simulate`. Raises ValueError without
-    batches, or where a policy needs a predictor and there is none.
+    Args:
+        model: The base model.
+        predictor: Needed by policies that rank by a predictor's scores.
+        batches: The text.
+        policies: The policies, each of another name.
+        budgets: Fractions of the causal keys, or numbers of tokens.
+        selection: What is read whatever its score; the budgets stand in for its own. Default: SelectionConfig().
+        rows: About how many query rows of every sequence are measured, in chunks spread evenly along it and the same
+            for all policies; None measures all. Policies that evict walk through all rows in any case.
+        ranks: Whether to compute `spearman`, which sorts every row; it is 0 otherwise.
+        score_dtype: As `simulate` takes it.
+        implementation: The attention kernel of the dense pass; None chooses.
+
+    Raises:
+        ValueError: There are no batches or no policies, or a policy lacks its predictor.
     """
     policies, budgets = tuple(policies), tuple(budgets)
     needing = [p.name for p in policies if p.needs_predictor]
     if predictor is None and needing:
         raise ValueError(f"the policy {', '.join(needing)} needs a trained predictor")
-    selections = [SelectionConfig(budget=b, sinks=sinks, recent=recent) for b in budgets]
+    selection = (selection or SelectionConfig()).rule
+    options = RecallOptions(selection, rows, ranks, score_dtype, implementation)
+    selections = [dataclasses.replace(selection, budget=b) for b in budgets]
     scoring = tuple(p for p in policies if isinstance(p, Scoring))
     groups = [scoring] * bool(scoring) + [(p,) for p in policies if isinstance(p, Evicting)]
-    parts: list[list[Sums]] = [[] for _ in groups]
+    parts: list[list[RecallSums]] = [[] for _ in groups]
     for batch in batches:
         batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
-        length = batch["tokens"].shape[1]
-        tables = jnp.asarray(np.stack([budget_table(s, length) for s in selections]))
-        options = dict(sinks=sinks, recent=recent, rows=rows, implementation=implementation)
+        tables = jnp.asarray(np.stack([budget_table(s, batch["tokens"].shape[1]) for s in selections]))
         for group, found in zip(groups, parts, strict=True):
-            evicts = group is not scoring
-            sums = measure_evicting(model, batch, tables, policy=group[0], **options) if evicts else measure(
-                model, predictor if needing else None, batch, tables, policies=group, ranks=ranks,
-                score_dtype=score_dtype, **options,
-            )  # fmt: skip
+            if isinstance(group[0], Evicting):
+                sums = _sum_evicting(model, batch, tables, policy=group[0], options=options)
+            else:
+                used = predictor if needing else None
+                sums = _sum_scoring(model, used, batch, tables, policies=group, options=options)
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
-    if not (bool(groups) and bool(parts[0])):
+    if not (groups and parts[0]):
         raise ValueError("recall needs at least one policy and one batch")
     result = Recall({}, {}, {}, {}, {})
-    layers = model.config.layers - 1
-    for found, group in zip(parts, groups, strict=True):
-        sums = Sums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
+    for group, found in zip(groups, parts, strict=True):
+        sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
         for number, policy in enumerate(group):
-            for table, values in ((result.mass, sums.mass), (result.attended, sums.attended)):
-                each = [ratio(v / layers, sums.rows) for v in values[number]]
-                table[policy.name] = dict(zip(budgets, each, strict=True))
-            if group is not scoring or not sums.long.any():
-                continue
-            for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
-                table[policy.name] = ratio(values[number].mean(axis=(0, 1)), sums.long)
-            result.by_head[policy.name] = sums.hits[number].sum(axis=-1) / sums.long.sum()
+            _enter(result, policy.name, budgets, sums, number, model.config.layers - 1)
     return result
 
 
-@partial(
-    jax.jit, static_argnames=("policies", "sinks", "recent", "rows", "ranks", "score_dtype", "implementation")
-)  # fmt: skip
-def measure(
+def _enter(
+    result: Recall, name: str, budgets: Sequence[float | int], sums: RecallSums, number: int, layers: int
+) -> None:
+    """Take the means of one policy, whose place in the sums is `number`."""
+    for table, values in ((result.mass, sums.mass), (result.attended, sums.attended)):
+        each = [estimate_ratio(v / layers, sums.rows) for v in values[number]]
+        table[name] = dict(zip(budgets, each, strict=True))
+    if not sums.long.any():
+        return
+    for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
+        table[name] = estimate_ratio(values[number].mean(axis=(0, 1)), sums.long)
+    result.by_head[name] = sums.hits[number].sum(axis=-1) / sums.long.sum()
+
+
+@partial(jax.jit, static_argnames=("policies", "options"))
+def _sum_scoring(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
     tables: Int[Array, "N S"],
     *,
-    policies: tuple[Policy, ...],
-    sinks: int,
-    recent: int,
-    rows: int | None = None,
-    ranks: bool = True,
-    score_dtype: str | None = None,
-    implementation: str | None = None,
-) -> Sums:
-    """The sums of one dense pass. tables: budget_table of N budgets."""
+    policies: tuple[Scoring, ...],
+    options: RecallOptions,
+) -> RecallSums:
+    """The sums of one dense pass. tables: `budget_table` of N budgets."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
-    dense = dense_mixer(base, segments, implementation)
-    begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
+    dense = dense_mixer(base, segments, options.implementation)
+    begun, step = importance_walk(
+        predictor, x, batch, implementation=options.implementation, score_dtype=options.score_dtype
+    )
 
     def mixer(state, view):
         state, importance = step(state, view)
 
         def look(limit):
-            apply = partial(
-                measure_chunk, segments=segments, policies=policies, tables=tables, sinks=sinks, recent=recent,
-                ranks=ranks,
-            )  # fmt: skip
-            sums, _ = map_chunks(apply, view, importance, segments, limit, rows)
+            apply = partial(_sum_chunk, segments=segments, policies=policies, tables=tables, options=options)
+            sums, _ = map_chunks(apply, view, importance, segments, limit, options.rows)
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
         return dense(None, view)[0], state, by_window(base, view.index, look)
@@ -156,26 +184,23 @@ def measure(
     found = run_layers(model, x, positions, mixer, begun)[2]
     mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
     hits, spearman = (jnp.swapaxes(a[1:], 0, 1) for a in found[2:4])
-    return Sums(mass, attended, hits, spearman, found.rows[0], found.long[1])
+    return RecallSums(mass, attended, hits, spearman, found.rows[0], found.long[1])
 
 
-@partial(jax.jit, static_argnames=("policy", "sinks", "recent", "rows", "implementation"))
-def measure_evicting(
+@partial(jax.jit, static_argnames=("policy", "options"))
+def _sum_evicting(
     model: BaseModel,
     batch: dict[str, Int[Array, "B T"]],
     tables: Int[Array, "N S"],
     *,
     policy: Evicting,
-    sinks: int,
-    recent: int,
-    rows: int | None = None,
-    implementation: str | None = None,
-) -> Sums:
-    """The sums of `measure`, over the same rows, for a policy that evicts; it has no scores, and so no hit rate."""
+    options: RecallOptions,
+) -> RecallSums:
+    """The sums of `_sum_scoring` over the same rows for a policy that evicts; without scores there is no hit rate."""
     base, segments = model.config, batch["segments"]
-    rule = policy.selection(SelectionConfig(sinks=sinks, recent=recent)).rule
-    dense = dense_mixer(base, segments, implementation)
-    counted = (segments > 0) & jnp.asarray(spread_rows(segments.shape[1], rows))[None]
+    rule = policy.selection(options.selection).rule
+    dense = dense_mixer(base, segments, options.implementation)
+    counted = (segments > 0) & jnp.asarray(spread_rows(segments.shape[1], options.rows))[None]
 
     def mixer(state, view):
         def look(limit):
@@ -187,21 +212,19 @@ def measure_evicting(
     mass, attended = (jnp.sum(a[1:], axis=0)[None] for a in sums)
     none = jnp.zeros((1, base.layers - 1, base.heads, segments.shape[0]))
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
-    return Sums(mass, attended, none, none, number, jnp.zeros_like(number))
+    return RecallSums(mass, attended, none, none, number, jnp.zeros_like(number))
 
 
-def measure_chunk(
+def _sum_chunk(
     chunk: Chunk,
     *,
     segments: Int[Array, "B T"],
-    policies: tuple[Policy, ...],
+    policies: tuple[Scoring, ...],
     tables: Int[Array, "N S"],
-    sinks: int,
-    recent: int,
-    ranks: bool,
-) -> Sums:
+    options: RecallOptions,
+) -> RecallSums:
     """The sums of one chunk of rows of one layer: no axis L."""
-    chunk = chunk._replace(sinks=sinks, recent=recent)
+    chunk = with_rule(chunk, options.selection)
     batch, kv_heads, group, size, keys = chunk.logits.shape
     allowed = jnp.broadcast_to(chunk.allowed, (batch, *chunk.allowed.shape[1:]))
     count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)
@@ -212,43 +235,45 @@ def measure_chunk(
     long = real & (count >= LEAST_KEYS)
     weights = masked_softmax(chunk.logits, allowed[:, None, None])
 
-    def mean(per_head):
+    def sum_means(per_head):
         return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)
 
-    def each(per_head):
+    def sum_heads(per_head):
         """Sums of every query head, [H, B]."""
         sums = jnp.sum(jnp.where(long[:, None, None], per_head, 0.0), axis=-1)
         return jnp.broadcast_to(sums, (batch, kv_heads, group)).reshape(batch, -1).T
 
-    def mass(pooled, rule, table):
+    def sum_mass(pooled, rule, table):
         """Recalled mass and the fraction of keys read, summed over rows."""
         mask, _ = chosen_mask(chunk, pooled, Limits(table, None, 0), rule)
         mask = mask.reshape(batch, kv_heads, -1, size, keys)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32) / jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]
-        return mean(jnp.sum(jnp.where(mask, weights, 0.0), axis=-1)), mean(read)
+        return sum_means(jnp.sum(jnp.where(mask, weights, 0.0), axis=-1)), sum_means(read)
 
-    best = top_half(chunk.logits, allowed)
-    true = mean_ranks(chunk.logits, allowed) if ranks else None
+    best = choose_half(chunk.logits, allowed)
+    true = rank_keys(chunk.logits, allowed) if options.ranks else None
     found, hits, spearman = [], [], []
     for policy in policies:
-        rule = policy.selection(SelectionConfig(sinks=sinks, recent=recent)).rule
+        rule = (policy.selection(options.selection) or options.selection).rule
         scores = policy.scores(chunk)
-        found.append(jax.lax.map(partial(mass, policy.pool(scores, chunk), rule), tables))
-        common = jnp.sum(best & top_half(scores, allowed), axis=-1, dtype=jnp.int32)
-        hits.append(each(common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]))
-        spearman.append(each(rank_correlation(scores, true, allowed)) if ranks else jnp.zeros_like(hits[-1]))
+        found.append(jax.lax.map(partial(sum_mass, policy.pool(scores, chunk), rule), tables))
+        common = jnp.sum(best & choose_half(scores, allowed), axis=-1, dtype=jnp.int32)
+        share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
+        hits.append(sum_heads(share))
+        rho = correlate_ranks(rank_keys(scores, allowed), true, allowed) if options.ranks else jnp.zeros_like(share)
+        spearman.append(sum_heads(rho))
 
     rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long))
     masses, attended = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return Sums(masses, attended, jnp.stack(hits), jnp.stack(spearman), *rows)
+    return RecallSums(masses, attended, jnp.stack(hits), jnp.stack(spearman), *rows)
 
 
-def top_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
+def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
     """The better half (rounded down) of the keys each row may see, ties to the earlier one."""
-    return best(scores, allowed, jnp.arange(allowed.shape[-1] + 1, dtype=jnp.int32) // 2)
+    return choose_best(scores, allowed, jnp.arange(allowed.shape[-1] + 1, dtype=jnp.int32) // 2)
 
 
-def best(
+def choose_best(
     scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"], sizes: Int[Array, " N"]
 ) -> Bool[Array, "B K G C S"]:
     """The sizes[n] best of each row's n keys, ties to the earlier one."""
@@ -256,34 +281,16 @@ def best(
     return select_best(scores, keys[:, None, None], count[:, None, None])
 
 
-def mean_ranks(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
+def rank_keys(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
     """Rank of every key among those its row may see, from 1 for the lowest; equal scores share their mean rank."""
-    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 4)
-    masked = jnp.where(allowed[:, None, None], scores, jnp.inf)
-    ordered, place = jax.lax.sort((masked, place), dimension=-1, num_keys=1)
-    return jax.lax.sort((place, ranks_in_order(ordered)), dimension=-1, num_keys=1)[1]
+    return rankdata(jnp.where(allowed[:, None, None], scores, jnp.inf), axis=-1)
 
 
-def ranks_in_order(ordered: Float[Array, "*B S"]) -> Float[Array, "*B S"]:
-    """Mean ranks of a row that is sorted already."""
-    index = jax.lax.broadcasted_iota(jnp.int32, ordered.shape, ordered.ndim - 1)
-    new = jnp.concatenate([jnp.ones_like(ordered[..., :1], bool), ordered[..., 1:] != ordered[..., :-1]], axis=-1)
-    ends = jnp.concatenate([new[..., 1:], jnp.ones_like(new[..., :1])], axis=-1)
-    first = jax.lax.cummax(jnp.where(new, index, 0), axis=ordered.ndim - 1)
-    last = jax.lax.cummin(jnp.where(ends, index, ordered.shape[-1]), axis=ordered.ndim - 1, reverse=True)
-    return (first + last).astype(jnp.float32) / 2 + 1
-
-
-def rank_correlation(
-    scores: Float[Array, "B K G C S"], ranks: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
+def correlate_ranks(
+    ranks: Float[Array, "B K G C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
 ) -> Float[Array, "B K G C"]:
-    """Spearman's coefficient between scores and ranks given, over the keys each row may see; 0 for equal scores."""
-    scores = jnp.broadcast_to(scores, ranks.shape)
-    masked = jnp.where(allowed[:, None, None], scores, jnp.inf)
-    ordered, other = jax.lax.sort((masked, ranks), dimension=-1, num_keys=1)
-    count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None]
-    inside = jax.lax.broadcasted_iota(jnp.int32, ranks.shape, 4) < count
-    middle = (count + 1).astype(jnp.float32) / 2
-    own, other = (jnp.where(inside, a - middle, 0.0) for a in (ranks_in_order(ordered), other))
-    spread = jnp.sum(own**2, axis=-1) * jnp.sum(other**2, axis=-1)
-    return jnp.sum(own * other, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))
+    """Spearman's coefficient of the ranks of the keys each row may see; 0 where all ranks of a row are equal."""
+    middle = (jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None] + 1).astype(jnp.float32) / 2
+    ranks, other = (jnp.where(allowed[:, None, None], a - middle, 0.0) for a in (ranks, other))
+    spread = jnp.sum(ranks**2, axis=-1) * jnp.sum(other**2, axis=-1)
+    return jnp.sum(ranks * other, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))

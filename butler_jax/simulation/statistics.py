@@ -11,9 +11,13 @@ from jaxtyping import Array, Float
 
 
 class Estimate(NamedTuple):
-    """A value, its standard error (None where a single sequence was seen), and how many items it is a mean of.
+    """A mean with its standard error.
 
-    sequences: the N windows or samples that these items lie in, over which the error is taken.
+    Attributes:
+        value: The mean.
+        error: Its standard error over the sequences; None where there is a single one.
+        n: How many items (tokens, rows or samples) it is a mean of.
+        sequences: How many windows or samples these items lie in.
     """
 
     value: float
@@ -27,16 +31,22 @@ class Estimate(NamedTuple):
         return self._replace(value=function(self.value), error=error)
 
     def exp(self) -> Estimate:
-        """Of the exponential: a perplexity from a mean negative log-likelihood."""
+        """The estimate of the exponential: a perplexity from a mean negative log-likelihood."""
         return self.through(math.exp, math.exp(self.value))
 
 
-def ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
-    """sum(sums) / sum(counts) over N sequences, and its standard error as a ratio estimator's.
+def estimate_ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
+    """Estimate sum(sums) / sum(counts) over N sequences, with the standard error of a ratio estimator.
 
-    That is sqrt(N / (N - 1) sum_i (s_i - value c_i)^2) / sum(c) (Cochran, Sampling Techniques, section 6.3): it takes
-    sequences for independent, and is too small for windows that overlap. Sequences that count nothing are left out.
-    Raises ValueError where nothing was counted.
+    The error is sqrt(N / (N - 1) sum_i (s_i - value c_i)^2) / sum(c) (Cochran, Sampling Techniques, section 6.3). It
+    takes sequences for independent, so it is too small for windows that overlap. Sequences without items are left out.
+
+    Args:
+        sums: What is summed over the items of each sequence.
+        counts: How many items each sequence has.
+
+    Raises:
+        ValueError: No sequence has an item.
     """
     sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -49,13 +59,14 @@ def ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
     return Estimate(float(value), error, int(counts.sum()), len(counts))
 
 
-def share(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
-    """`ratio` of a share whose items are all right or wrong, with an error that is not 0 where all of them agree.
+def estimate_share(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
+    """Estimate the share of items that are right, as `estimate_ratio` does, with an error that is never 0.
 
-    There the standard error knows nothing: the error is 1 / (N + 1), which is how far the Wilson interval of one
-    standard error reaches from 0 and 1 (Wilson 1927, JASA 22, 209-212; n = N sequences, z = 1).
+    Where all items are right, or all are wrong, the standard error is 0 and says nothing. There the error is
+    1 / (N + 1), which is how far the Wilson interval of one standard error reaches from 0 and 1 (Wilson 1927, JASA 22,
+    209-212; N sequences, z = 1).
     """
-    found = ratio(sums, counts)
+    found = estimate_ratio(sums, counts)
     if found.error is None or 0 < found.value < 1:
         return found
     return found._replace(error=1 / (found.sequences + 1))

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import float64, numerics
 from butler_jax import load_base
-from butler_jax.evaluation.analysis.rows import text_batch
+from butler_jax.evaluation.analysis.rows import batch_text
 from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
 from butler_jax.training.losses.squared_error import sum_squared_errors
 
@@ -63,7 +63,7 @@ def test_the_squared_error_asks_for_all_of_float32():
 
 def test_the_float64_form_is_the_model_within_float32():
     base = load_base("tiny")
-    batch = text_batch(base, README.read_text(), 40)
+    batch = batch_text(base, README.read_text(), 40)
     predictor = numerics.init_predictor(base, numerics.PredictorConfig(rank=16), batches=[batch])
     layers, logits = float64.run(base.model, predictor, batch["tokens"][0])
     found = jax.jit(numerics.forward)(base.model, jnp.asarray(batch["tokens"]))[0]

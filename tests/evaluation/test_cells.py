@@ -1,23 +1,30 @@
-"""Kept cells: damaged ones are measured anew."""
+"""Finished cells are kept in a file and read back."""
+
+from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
-from butler_jax.evaluation.cells import Kept
+from butler_jax.evaluation.cells import Cell, KeptCells
+from tests.tiny_evaluations import make_row
+
+
+def test_a_kept_cell_is_read_back_whole(tmp_path):
+    cell = Cell([make_row(where={"depth": 0.5}), make_row(budget=None, error=0.5)], {"map": [[1.0]]}, seconds=10.0)
+    kept = KeptCells(tmp_path)
+    kept.add("k", cell)
+    assert KeptCells(tmp_path).cells == {"k": cell}
 
 
 def test_damaged_cells_are_measured_anew_and_whole_ones_kept(tmp_path):
-    estimate = [1.5, None, 3, 2]
-    finding = {"metric": "m", "estimate": estimate, "budget": 0.5, "attended": 0.5, "where": {}}
-    good = {"key": "good", "findings": [finding], "arrays": {}, "seconds": 1.0}
-    bad = [
-        {**good, "findings": []}, {**good, "findings": [5]}, {**good, "seconds": "1"}, {**good, "seconds": 10**400},
-        {**good, "arrays": []},
-        {**good, "key": 5}, {**good, "findings": [{**finding, "estimate": "abc"}]},
-        {**good, "findings": [{**finding, "estimate": ["1", None, 3, 2]}]},
-        {**good, "findings": [{**finding, "estimate": estimate[:3]}]},
-        {**good, "findings": [{**finding, "more": 1}]}, {**good, "findings": [{**finding, "metric": None}]},
-    ]  # fmt: skip
+    row = asdict(make_row())
+    good = {"key": "good", "rows": [row], "arrays": {}, "seconds": 1.0}
+    fewer = {name: value for name, value in row.items() if name != "sequences"}
+    wrong = [5, {**row, "value": "abc"}, {**row, "n": "3"}, fewer, {**row, "more": 1}, {**row, "metric": None}]
+    bad = [{**good, "rows": []}, {**good, "arrays": []}, {**good, "key": 5}]
+    bad += [{**good, "seconds": seconds} for seconds in ("1", 10**400)]
+    bad += [{**good, "rows": [one]} for one in wrong]
     lines = [json.dumps({**one, "key": "bad"} if one["key"] != 5 else one).encode() for one in bad]
     lines += [b"\xff\xfe", b"[" * 200_000, b"null", b'{"key": "bad"', json.dumps(good).encode()]
     (tmp_path / "cells.jsonl").write_bytes(b"\n".join(lines))
-    assert list(Kept(tmp_path).cells) == ["good"]
+    assert list(KeptCells(tmp_path).cells) == ["good"]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from butler_jax.model import attention
-from butler_jax.model.attention import causal_attention
+from butler_jax.model.attention import causal_attention, document_starts
 
 
 def _inputs(seed, batch, length, heads, kv_heads, dim, value_dim):
@@ -224,3 +224,9 @@ def test_named_cudnn_does_not_fall_back():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in _inputs(0, 1, 8, 4, 2, 8, 8))
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
         causal_attention(q, k, v, implementation="cudnn")
+
+
+def test_document_starts_are_first_columns():
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
+    starts = document_starts(segments)
+    np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2, 5, 5], [0, 1, 1, 1, 1, 1, 1]])

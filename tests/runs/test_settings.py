@@ -80,3 +80,18 @@ def test_info_tells_how_a_run_of_former_settings_goes_on(former, capsys):
 def test_a_former_setting_of_the_wrong_type_is_a_problem(former):
     (former / "config.json").write_text(json.dumps({**json.loads(FORMER), "window": "many"}))
     assert "'selection' cannot be {'recent': 'many', 'sinks': 2}" in inspect(former)["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no run directory: it has no config.json; give the directory of a run of butler-jax train"),
+        ('{"steps": ', r"config\.json is not valid JSON"),
+        ('{"steps": 5}', r"config\.json names no base: .* is no run that trained a predictor"),
+    ],
+)
+def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_config(tmp_path)

@@ -7,8 +7,7 @@ import json
 import jax
 import pytest
 
-from butler_jax.evaluation import answers, coreference_batches
-from butler_jax.evaluation.tasks.passes import Passes
+from butler_jax.evaluation import Passes, count_answers, make_coreference_batches
 from butler_jax.model.decoder import parameter_count
 from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
@@ -51,8 +50,8 @@ def test_tokenizer_returns_the_text(tiny):
 
 @pytest.mark.slow
 def test_dense_model_knows_the_last_mention_in_unseen_samples(tiny):
-    batches = coreference_batches(tiny.tokenizer, samples=64, batch_size=8, context=tiny.config.context)
-    found = answers(Passes(tiny.model), batches, make_policy("dense"), SelectionConfig(budget=1.0))
+    batches = make_coreference_batches(tiny.tokenizer, samples=64, batch_size=8, context=tiny.config.context)
+    found = count_answers(Passes(tiny.model), batches, make_policy("dense"), SelectionConfig(budget=1.0))
     assert len(found.right) == 64
     # what the model is trained for: sparsity needs something to lose
     assert found.token_inaccuracy.value <= 0.05

@@ -1,1 +1,1 @@
-"""How attention moves, and what a row reads, as arrays and pictures."""
+"""How attention changes from step to step, and what a row reads, as arrays and pictures."""

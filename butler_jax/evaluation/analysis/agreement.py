@@ -1,9 +1,9 @@
-"""How attention moves: agreement of heads and of decode steps, overlap of the best tokens, hit rate against drift.
+"""How attention changes: agreement of heads and of decode steps, overlap of the best tokens, hit rate against drift.
 
 The analyses of TokenButler, arXiv 2503.07518, on the last N rows of each sequence (the decode steps, see rows.py), all
-from one dense pass. Where the paper leaves a definition open, ours is in the docstring. Divergences are Jensen-Shannon,
-in nats: 0 for equal distributions, log 2 for disjoint ones. Layer 0 is measured too but always dense when decoding, so
-means over layers begin with layer 1.
+from one dense pass. Where the paper leaves a definition open, the docstring has ours. Divergences are Jensen-Shannon,
+in nats: 0 for equal distributions, log 2 for disjoint ones. Layer 0 is measured too. Decoding always runs it densely,
+so means over layers begin with layer 1.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import Chunk, Evicting, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, limits_of
-from butler_jax.simulation import LEAST_KEYS, best, chosen_mask, top_half, with_rule
+from butler_jax.simulation import LEAST_KEYS, choose_best, choose_half, chosen_mask, with_rule
 
 PUBLISHED = {1: 0.667, 5: 0.548, 10: 0.503, 25: 0.463, 49: 0.407}
 """Overlap with step 0 by decode step, as published for Llama-3.1-8B (arXiv 2503.07518)."""
 
 
 class Access(NamedTuple):
-    """Which tokens N consecutive rows read; K is H for a policy that chooses per query head.
+    """Which tokens N consecutive rows read; K is H for a policy that chooses per query head, and M is N - 1.
 
-    frequency: of the rows that may see a token, the share that reads it; NaN where none may. agreement: tokens that
-    both of two rows read, over tokens that either reads; mean over KV heads and sequences. consistency: of what a row
-    reads, the share that the next row reads too.
+    Attributes:
+        frequency: The share of the rows that may see a token and read it; NaN where none may.
+        agreement: Tokens that both of two rows read, over tokens that either reads; mean over KV heads and sequences.
+        consistency: The share of the tokens a row reads that the next row reads too.
     """
 
     frequency: Float[np.ndarray, "B L K T"]
@@ -43,24 +44,27 @@ class Access(NamedTuple):
 class Overlap(NamedTuple):
     """Share of the best tokens of step 0 that are among the best of step n, for n = 0 ... N-1.
 
-    true: by the attention weights. predicted: by the predictor's scores, its own set at step n against its own at step
-    0; None without a predictor.
+    Attributes:
+        true: The best by the attention weights.
+        predicted: The best by the predictor's scores, at step n and at step 0; None without a predictor.
     """
 
     true: Float[np.ndarray, "B L H N"]
     predicted: Float[np.ndarray, "B L H N"] | None
 
     def curve(self, predicted: bool = False) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
-        """Mean over layers 1 ..., heads and sequences; its standard error over sequences, None for a single one."""
+        """The mean over layers 1 ..., heads and sequences, and its standard error over sequences (None for one)."""
         each = (self.predicted if predicted else self.true)[:, 1:].mean(axis=(1, 2))
         return each.mean(axis=0), None if len(each) < 2 else each.std(axis=0, ddof=1) / len(each) ** 0.5
 
 
 class Drift(NamedTuple):
-    """For M rows, how good the predictor is, and how far attention moved since the row `distance` earlier.
+    """For M rows, the predictor's hit rate, and how attention differs from that of the row `distance` earlier.
 
-    hit_rate: as in recall.py, per query head. moved: 1 - overlap of the best tokens of the two rows. divergence:
-    between their attention. Both over the keys that both rows see.
+    Attributes:
+        hit_rate: As `Recall` has it, per query head.
+        moved: 1 - overlap of the best tokens of the two rows, over the keys that both see.
+        divergence: Between the attention of the two rows, over the keys that both see.
     """
 
     hit_rate: Float[np.ndarray, "B L H M"]
@@ -69,7 +73,7 @@ class Drift(NamedTuple):
 
 
 class Binned(NamedTuple):
-    """Means of bins along x: mean x, mean y, its standard error (values taken as independent), number of values."""
+    """Means of bins along x: mean x, mean y, its standard error as if values were independent, number of values."""
 
     x: Float[np.ndarray, " N"]
     y: Float[np.ndarray, " N"]
@@ -77,41 +81,65 @@ class Binned(NamedTuple):
     count: Int[np.ndarray, " N"]
 
 
-def head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) -> Float[np.ndarray, "L H H"]:
-    """Divergence between the attention of every two query heads of a layer, mean over the last `rows` rows.
+def measure_head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) -> Float[np.ndarray, "L H H"]:
+    """Measure the divergence between the attention of every two query heads of a layer, mean over the last rows.
 
-    Raises ValueError as `last_rows` does, and beyond the model's context.
+    Args:
+        model: The base model.
+        batch: tokens, segments, positions [B, T].
+        rows: How many rows at the end of each sequence.
+
+    Raises:
+        ValueError: As `last_rows` does, and where the batch is longer than the model's context.
     """
-    return np.asarray(_head_agreement(model, *_prepared(model, batch, rows)))
+    return np.asarray(_head_agreement(model, *_prepare(model, batch, rows)))
 
 
-def step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -> Float[np.ndarray, "L N N"]:
-    """Divergence between the attention of every two of the last `steps` rows, mean over query heads and sequences.
+def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -> Float[np.ndarray, "L N N"]:
+    """Measure the divergence between the attention of every two of the last `steps` rows.
 
-    Over the keys that all of these rows see (the cache before step 0), where each row's attention is brought to a sum
-    of 1. Raises as head_agreement, and for a sliding window shorter than the steps.
+    It is taken over the keys that all of these rows see (the cache before step 0), where each row's attention is scaled
+    to a sum of 1, and averaged over query heads and sequences.
+
+    Args:
+        model: The base model.
+        batch: tokens, segments, positions [B, T].
+        steps: How many rows at the end of each sequence, N.
+
+    Raises:
+        ValueError: As `measure_head_agreement` does, and where the model's sliding window is shorter than the steps.
     """
-    _check_window(model, steps)
-    return np.asarray(_step_agreement(model, *_prepared(model, batch, steps)))
+    _check_sliding_window(model, steps)
+    return np.asarray(_step_agreement(model, *_prepare(model, batch, steps)))
 
 
-def overlap(
+def measure_overlap(
     model: BaseModel, predictor: Predictor | None, batch: Batch, *, steps: int = 50, fraction: float = 0.1
 ) -> Overlap:
-    """How much of the top `fraction` of step 0 is still in the top `fraction` at later steps (rows).
+    """Measure how much of the top `fraction` of step 0 is still in the top `fraction` at later steps.
 
-    Best are ceil(fraction * n) of the n keys that all steps see, ties to the earlier one: the set at step 0 can only
-    hold what was cached then. No token is a sink or in a window here. Raises as step_agreement.
+    The best are ceil(fraction * n) of the n keys that all steps see, ties to the earlier one. Sinks and recent tokens
+    are treated as all others.
+
+    Args:
+        model: The base model.
+        predictor: None leaves out `predicted`.
+        batch: tokens, segments, positions [B, T].
+        steps: How many rows at the end of each sequence, N.
+        fraction: The share of the keys that are the best.
+
+    Raises:
+        ValueError: As `measure_step_agreement` does, and for a fraction that is not between 0 and 1.
     """
     if not (0 < fraction < 1):
         raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
-    _check_window(model, steps)
-    batch, rows = _prepared(model, batch, steps)
+    _check_sliding_window(model, steps)
+    batch, rows = _prepare(model, batch, steps)
     true, predicted = _overlap(model, predictor, batch, rows, _sizes(batch, fraction))
     return Overlap(by_heads(true), None if predicted is None else by_heads(predicted))
 
 
-def hit_rate_and_drift(
+def measure_drift(
     model: BaseModel,
     predictor: Predictor,
     batch: Batch,
@@ -120,10 +148,21 @@ def hit_rate_and_drift(
     distance: int = 8,
     fraction: float = 0.1,
 ) -> Drift:
-    """The predictor's hit rate on the last `rows` rows, with each row's drift since the row `distance` earlier.
+    """Measure the predictor's hit rate on the last rows, with each row's drift since the row `distance` earlier.
 
-    If the predictor only repeated what was important before, its hit rate would fall where attention moved. The best
-    tokens are as in `overlap`. Raises as `overlap`, for rows + distance rows.
+    If the predictor only repeated what was important before, its hit rate would fall where attention changed. The best
+    tokens are those of `measure_overlap`.
+
+    Args:
+        model: The base model.
+        predictor: The predictor.
+        batch: tokens, segments, positions [B, T].
+        rows: How many rows at the end of each sequence, M.
+        distance: How many rows earlier the other row is.
+        fraction: The share of the keys that are the best.
+
+    Raises:
+        ValueError: As `measure_overlap` does, for rows + distance rows; without a predictor; for a distance below 1.
     """
     if predictor is None:
         raise ValueError("hit rate against drift needs a trained predictor")
@@ -131,13 +170,13 @@ def hit_rate_and_drift(
         raise ValueError(f"the distance must be at least 1 row, got {distance}")
     if not (0 < fraction < 1):
         raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
-    _check_window(model, distance + 1)
-    batch, columns = _prepared(model, batch, rows + distance)
+    _check_sliding_window(model, distance + 1)
+    batch, columns = _prepare(model, batch, rows + distance)
     found = _drift(model, predictor, batch, columns, _sizes(batch, fraction), distance=distance)
     return Drift(*map(by_heads, found))
 
 
-def token_access(
+def measure_access(
     model: BaseModel,
     predictor: Predictor | None,
     batch: Batch,
@@ -146,14 +185,24 @@ def token_access(
     *,
     rows: int = 50,
 ) -> Access:
-    """How consistently tokens are read: the sets that a policy chooses for the last `rows` rows, and how they agree.
+    """Measure how consistently tokens are read: the sets that a policy chooses for the last rows, and how they agree.
 
-    Every row chooses for itself, from the queries and keys of the dense pass. Layer 0 reads everything. Raises
-    ValueError as head_agreement, for a policy that evicts, and where it needs a predictor and there is none.
+    Every row chooses for itself, from the queries and keys of the dense pass. Layer 0 reads everything.
+
+    Args:
+        model: The base model.
+        predictor: Needed by policies that rank by a predictor's scores.
+        batch: tokens, segments, positions [B, T].
+        policy: The policy.
+        selection: Its selection; default: SelectionConfig().
+        rows: How many rows at the end of each sequence, N.
+
+    Raises:
+        ValueError: As `measure_head_agreement` does, for a policy that evicts, and where it lacks its predictor.
     """
     check_policy(policy, predictor)
-    selection = policy.selection(selection or SelectionConfig())
-    batch, columns = _prepared(model, batch, rows)
+    selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
+    batch, columns = _prepare(model, batch, rows)
     limits = limits_of(selection, model.config, batch["tokens"].shape[1])
     predictor = predictor if policy.needs_predictor else None
     frequency, agreement, kept = _token_access(
@@ -162,8 +211,8 @@ def token_access(
     return Access(np.swapaxes(np.asarray(frequency), 0, 1), np.asarray(agreement), np.swapaxes(np.asarray(kept), 0, 1))
 
 
-def binned(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
-    """Means of y in up to `bins` bins of about equally many values along x; equal x share a bin."""
+def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
+    """Average y in up to `bins` bins of about equally many values along x; equal x share a bin."""
     x, y = np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)
     if not (x.size == y.size > 0 and bins > 0):
         raise ValueError(f"nothing to bin: {x.size} and {y.size} values, {bins} bins")
@@ -176,19 +225,19 @@ def binned(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
 
 
 def check_policy(policy: Policy, predictor: Predictor | None) -> None:
-    """Raise ValueError for a policy whose rows do not choose for themselves, or that lacks its predictor."""
+    """Raise ValueError for a policy that evicts, or that lacks its predictor."""
     if isinstance(policy, Evicting):
         raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
     if predictor is None and policy.needs_predictor:
         raise ValueError(f"the policy {policy.name} needs a trained predictor")
 
 
-def _prepared(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array], Array]:
+def _prepare(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array], Array]:
     check_length(model.config, batch["tokens"].shape[1])
     return as_batch(batch), jnp.asarray(last_rows(batch, rows))
 
 
-def _check_window(model: BaseModel, rows: int) -> None:
+def _check_sliding_window(model: BaseModel, rows: int) -> None:
     sliding_window = model.config.sliding_window
     if sliding_window is not None and not sliding_window >= rows + LEAST_KEYS:
         raise ValueError(
@@ -201,12 +250,12 @@ def _sizes(batch: dict[str, Array], fraction: float) -> Int[Array, " S"]:
     return jnp.asarray(budget_table(SelectionConfig(budget=fraction, sinks=0, recent=1), batch["tokens"].shape[1]))
 
 
-def share(both: Bool[Array, "*B S"], of: Bool[Array, "*B S"]) -> Float[Array, "*B"]:
+def measure_share(both: Bool[Array, "*B S"], of: Bool[Array, "*B S"]) -> Float[Array, "*B"]:
     """|both and of| / |of|."""
     return jnp.sum(both & of, axis=-1, dtype=jnp.int32) / jnp.maximum(jnp.sum(of, axis=-1, dtype=jnp.int32), 1)
 
 
-def js_divergence(p: Float[Array, "*B S"], q: Float[Array, "*B S"]) -> Float[Array, "*B"]:
+def measure_divergence(p: Float[Array, "*B S"], q: Float[Array, "*B S"]) -> Float[Array, "*B"]:
     """Jensen-Shannon divergence in nats: the mean relative entropy of p and of q to their mean."""
     middle = (p + q) / 2
     found = jax.scipy.special.rel_entr(p, middle) + jax.scipy.special.rel_entr(q, middle)
@@ -217,7 +266,7 @@ def _pairwise(weights: Float[Array, "X Y S"]) -> Float[Array, "X X"]:
     """Divergence of every two entries of axis 0, mean over axis 1."""
 
     def against(one):
-        return jnp.mean(js_divergence(jnp.broadcast_to(one[None], weights.shape), weights), axis=1)
+        return jnp.mean(measure_divergence(jnp.broadcast_to(one[None], weights.shape), weights), axis=1)
 
     return jax.lax.map(against, weights)
 
@@ -253,8 +302,8 @@ def _overlap(model, predictor, batch, rows, sizes):
         def kept(scores):
             if scores is None:
                 return None
-            sets = best(scores, _common(chunk), sizes)
-            return share(sets, jnp.broadcast_to(sets[:, :, :, :1], sets.shape))
+            sets = choose_best(scores, _common(chunk), sizes)
+            return measure_share(sets, jnp.broadcast_to(sets[:, :, :, :1], sets.shape))
 
         return kept(chunk.logits), kept(chunk.predicted)
 
@@ -266,11 +315,11 @@ def _drift(model, predictor, batch, rows, sizes, *, distance):
     def look(chunk):
         keys = chunk.allowed[:, distance:] & chunk.allowed[:, :-distance]
         early, late = chunk.logits[:, :, :, :-distance], chunk.logits[:, :, :, distance:]
-        moved = 1 - share(best(late, keys, sizes), best(early, keys, sizes))
-        divergence = js_divergence(softmax(late, keys), softmax(early, keys))
+        moved = 1 - measure_share(choose_best(late, keys, sizes), choose_best(early, keys, sizes))
+        divergence = measure_divergence(softmax(late, keys), softmax(early, keys))
         seen = chunk.allowed[:, distance:]
-        halves = top_half(chunk.predicted[:, :, :, distance:], seen), top_half(late, seen)
-        return share(*halves), moved, divergence
+        halves = choose_half(chunk.predicted[:, :, :, distance:], seen), choose_half(late, seen)
+        return measure_share(*halves), moved, divergence
 
     return see_rows(model, predictor, batch, rows, look)
 
@@ -285,6 +334,6 @@ def _token_access(model, predictor, batch, rows, limits: Limits, *, policy: Poli
         both = jnp.einsum("bkns,bkms->bknm", sets, sets)
         size = jnp.sum(sets, axis=-1)
         agreement = jnp.mean(both / (size[..., None] + size[..., None, :] - both), axis=(0, 1))
-        return frequency, agreement, share(mask[:, :, 1:], mask[:, :, :-1])
+        return frequency, agreement, measure_share(mask[:, :, 1:], mask[:, :, :-1])
 
     return see_rows(model, predictor, batch, rows, look)

@@ -19,11 +19,15 @@ SHADES = (230, 223, 216, 209, 208)  # of a terminal's 256 colours, light to stro
 
 
 @dataclass(frozen=True)
-class Coloured:
-    """Pieces of a text with a number each.
+class ColouredText:
+    """Pieces of a text with a number each; notebooks show it as it is, and print() colours a terminal.
 
-    pieces: of one token, or of the few that make up a character together. counts: for each piece the mean over its
-    tokens. tokens: how many a piece has. most: the count of the strongest colour. title: a line above.
+    Attributes:
+        pieces: The text of one token, or of the few tokens that make up a character together.
+        counts: For each piece the mean of its tokens' numbers.
+        tokens: How many tokens a piece has.
+        most: The number of the strongest colour.
+        title: A line above.
     """
 
     pieces: tuple[str, ...]
@@ -31,11 +35,6 @@ class Coloured:
     tokens: tuple[int, ...]
     most: float
     title: str = ""
-
-    @property
-    def text(self) -> str:
-        """The text alone."""
-        return "".join(self.pieces)
 
     @property
     def html(self) -> str:
@@ -51,7 +50,7 @@ class Coloured:
         return f'<div style="white-space: pre-wrap; line-height: 1.6">{"".join(spans)}</div>'
 
     def ansi(self) -> str:
-        """For a terminal of 256 colours, five shades; what is hardly read keeps the terminal's own colours."""
+        """The text for a terminal of 256 colours, in five shades; rarely read pieces are not coloured."""
         out = []
         for piece, _, share, _ in self._shown():
             shade = round(share * len(SHADES))
@@ -62,7 +61,7 @@ class Coloured:
         return "".join(out)
 
     def plain(self, least: float = 0.5) -> str:
-        """Without colours: pieces that at least this share of the sets read stand in brackets."""
+        """The text without colours; pieces whose share of `most` is at least `least` stand in brackets."""
         return "".join(f"[{piece}]" if piece and share >= least else piece for piece, _, share, _ in self._shown())
 
     def _shown(self):
@@ -81,13 +80,20 @@ class Coloured:
         return f"{self.title}\n{self.ansi()}" if self.title else self.ansi()
 
 
-def colour(
+def colour_tokens(
     base: Base, tokens: Sequence[int], counts: Float[np.ndarray, " T"], *, most: float | None = None, title: str = ""
-) -> Coloured:
-    """Token ids with a number each as a coloured text, shown by notebooks as it is; print() colours a terminal.
+) -> ColouredText:
+    """Colour a text by a number for each token.
 
-    most: the number of the strongest colour, default the largest there is. Special tokens have no text. Raises
-    ValueError where there are not as many numbers as tokens, or numbers below 0.
+    Args:
+        base: Has the tokenizer. Special tokens have no text.
+        tokens: Token ids [T].
+        counts: The numbers, 0 or more.
+        most: The number of the strongest colour; default: the largest one.
+        title: A line above.
+
+    Raises:
+        ValueError: There are not as many numbers as tokens, or one is below 0.
     """
     tokens, counts = [int(t) for t in np.ravel(tokens)], np.ravel(counts).astype(np.float64)
     if not (len(tokens) == counts.size > 0):
@@ -95,21 +101,14 @@ def colour(
     if not np.all(counts >= 0):
         raise ValueError("the numbers must be 0 or more, and one is not")
     most = float(counts.max() if most is None else most) or 1.0
-    pieces = _pieces(base.require_tokenizer(), tokens)
+    pieces = _split_pieces(base.require_tokenizer(), tokens)
     ends = np.cumsum([size for _, size in pieces])
     means = [float(counts[end - size : end].mean()) for end, (_, size) in zip(ends, pieces, strict=True)]
-    return Coloured(tuple(p for p, _ in pieces), tuple(means), tuple(n for _, n in pieces), most, title)
+    return ColouredText(tuple(p for p, _ in pieces), tuple(means), tuple(n for _, n in pieces), most, title)
 
 
-def coloured_text(
-    base: Base, tokens: Sequence[int], counts: Float[np.ndarray, " T"], *, most: float | None = None
-) -> str:
-    """HTML of `coloured`: for IPython.display.HTML, or a page."""
-    return colour(base, tokens, counts, most=most).html
-
-
-def _pieces(tokenizer: Any, tokens: list[int]) -> list[tuple[str, int]]:
-    """(text, number of tokens): tokens that share a character stay together."""
+def _split_pieces(tokenizer: Any, tokens: list[int]) -> list[tuple[str, int]]:
+    """(text, number of tokens) of each piece; tokens that share a character stay together."""
     writer, found, size = Writer(tokenizer), [], 0
     for number, token in enumerate(tokens):
         piece, size = writer.add(token, last=number + 1 == len(tokens)), size + 1

@@ -1,4 +1,4 @@
-"""What is read: attention beside the predictor's scores, and which tokens a row reads under a policy and a budget."""
+"""Attention beside the predictor's scores, and the tokens that a row reads under a policy and a budget."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ LONGEST = 2048  # tokens of a T x T picture
 
 
 class Scored(NamedTuple):
-    """One query head of one layer on a text of T tokens, padding left out: rows are queries, columns are keys.
+    """One query head of one layer on a text of T tokens without padding: rows are queries, columns are keys.
 
-    attention: the true weights. predicted: the softmax of the predictor's scores over the causal keys. logits, scores:
-    what they are the softmax of, NaN where a query may not look.
+    Attributes:
+        attention: The true weights.
+        predicted: The softmax of the predictor's scores over the causal keys.
+        logits: What `attention` is the softmax of; NaN for keys that a query may not see.
+        scores: What `predicted` is the softmax of; NaN likewise.
     """
 
     attention: Float[np.ndarray, "T T"]
@@ -37,8 +40,12 @@ class Scored(NamedTuple):
 class Reading(NamedTuple):
     """What one row reads.
 
-    sets[l, k, j]: whether KV head k of layer l reads token j (H query heads in the place of K for a policy that chooses
-    for each). position: the row's column. policy, selection: what chose.
+    Attributes:
+        sets: sets[l, k, j] says whether KV head k of layer l reads token j; K is H for a policy that chooses per query
+            head.
+        position: The row's column.
+        policy: The name of the policy.
+        selection: Its selection.
     """
 
     sets: Bool[np.ndarray, "L K T"]
@@ -48,7 +55,7 @@ class Reading(NamedTuple):
 
     @property
     def counts(self) -> Int[np.ndarray, " T"]:
-        """How many of the sets of layers 1 ... hold each token; layer 0 reads everything and is left out."""
+        """How many of the sets of layers 1 ... hold each token."""
         return self.sets[1:].sum(axis=(0, 1))
 
     @property
@@ -58,15 +65,23 @@ class Reading(NamedTuple):
 
     @property
     def most(self) -> int:
-        """The largest count there could be: sets in layers 1 ..."""
+        """The largest possible count: the number of sets in layers 1 ...."""
         return self.sets[1:, :, 0].size
 
 
-def attention_and_scores(model: BaseModel, predictor: Predictor, batch: Batch, *, layer: int, head: int) -> Scored:
-    """True attention of a query head beside the predictor's scores, from a dense pass over a batch of one row.
+def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, layer: int, head: int) -> Scored:
+    """Compute the true attention of a query head beside the predictor's scores, from a dense pass.
 
-    Raises ValueError for more than 2,048 tokens (the result is T x T), more than one row, a layer or head that does not
-    exist, layer 0 (it has no scores), or without a predictor.
+    Args:
+        model: The base model.
+        predictor: The predictor.
+        batch: tokens, segments, positions [1, T], of at most LONGEST tokens: the result is T x T.
+        layer: From 1; layer 0 has no scores.
+        head: A query head.
+
+    Raises:
+        ValueError: The batch has more than one row or is too long, the layer or the head does not exist, or there is no
+            predictor.
     """
     base, length = model.config, _one_row(model, batch)
     if predictor is None:
@@ -77,12 +92,12 @@ def attention_and_scores(model: BaseModel, predictor: Predictor, batch: Batch, *
         raise ValueError(f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
     if not (0 <= head < base.heads):
         raise ValueError(f"head must be 0 ... {base.heads - 1}, got {head}")
-    found = _attention_and_scores(model, predictor, as_batch(batch), jnp.int32(layer), jnp.int32(head))
+    found = _compare_attention(model, predictor, as_batch(batch), jnp.int32(layer), jnp.int32(head))
     real = np.flatnonzero(batch["segments"][0] > 0)[-1] + 1
     return Scored(*(np.asarray(a)[:real, :real] for a in found))
 
 
-def reading_of(
+def find_reading(
     model: BaseModel,
     predictor: Predictor | None,
     batch: Batch,
@@ -91,24 +106,33 @@ def reading_of(
     *,
     position: int = -1,
 ) -> Reading:
-    """The sets that one row of a batch of one row reads, where all rows before it read sparsely too, as in `simulate`.
+    """Find the sets that one row of a text reads, where all rows before it read sparsely too, as in `simulate`.
 
-    position: the row's column; -1 is the last that is not padding, -2 the one before. Raises ValueError for a position
-    outside of the text, a policy that evicts or lacks its predictor, an interval, and more than one row.
+    Args:
+        model: The base model.
+        predictor: Needed by policies that rank by a predictor's scores.
+        batch: tokens, segments, positions [1, T].
+        policy: The policy.
+        selection: Its selection; default: SelectionConfig().
+        position: The row's column; -1 is the last one that is not padding, -2 the one before.
+
+    Raises:
+        ValueError: The position is outside of the text, the policy evicts or lacks its predictor, the selection has an
+            interval, or the batch has more than one row.
     """
     length = _one_row(model, batch)
     check_policy(policy, predictor)
     real = np.flatnonzero(batch["segments"][0] > 0)
     if not (-real.size <= position < real.size):
         raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
-    selection = policy.selection(selection or SelectionConfig())
+    selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
     if selection.interval != 1:
         raise ValueError(f"every position chooses here, the interval is {selection.interval}; use 1")
     limits = limits_of(selection, model.config, length)
     column = int(real[position])
     predictor = predictor if policy.needs_predictor else None
     rows = jnp.full((1, 1), column, jnp.int32)
-    sets = _reading(model, predictor, as_batch(batch), rows, limits, policy=policy, rule=selection.rule)
+    sets = _find_sets(model, predictor, as_batch(batch), rows, limits, policy=policy, rule=selection.rule)
     return Reading(np.asarray(sets)[:, 0, :, 0], column, policy.name, selection)
 
 
@@ -121,7 +145,7 @@ def _one_row(model: BaseModel, batch: Batch) -> int:
 
 
 @jax.jit
-def _attention_and_scores(model, predictor, batch, layer, head):
+def _compare_attention(model, predictor, batch, layer, head):
     base, segments = model.config, batch["segments"]
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments)
@@ -153,7 +177,7 @@ def _attention_and_scores(model, predictor, batch, layer, head):
 
 
 @partial(jax.jit, static_argnames=("policy", "rule"))
-def _reading(model, predictor, batch, rows, limits: Limits, *, policy: Policy, rule: SelectionConfig):
+def _find_sets(model, predictor, batch, rows, limits: Limits, *, policy: Policy, rule: SelectionConfig):
     base, segments = model.config, batch["segments"]
     x = embed(model, batch["tokens"])
     begun, step = importance_walk(predictor, x, batch)

@@ -1,7 +1,7 @@
-"""What a few query rows see in every layer, from one dense pass: memory N x S a layer, never T x T.
+"""What a few query rows see in every layer, from one dense pass; memory is N x S a layer.
 
-The rows of a text, teacher-forced, are the steps of a dense decoding of that text; the last N of them are what the
-analyses call decode steps.
+The rows of a teacher-forced text are the steps of a dense decoding of that text. The analyses call the last N of them
+decode steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.evaluation.tasks.perplexity import windows
+from butler_jax.data import Batch, cut_windows
 from butler_jax.model import (
     BaseModel,
     LayerView,
@@ -31,26 +31,26 @@ from butler_jax.selection import Rows
 from butler_jax.simulation import LEAST_KEYS, Importance, importance_walk
 from butler_jax.weights import Base
 
-Batch = dict[str, np.ndarray]
 
+def batch_text(base: Base, text: str, tokens: int | None = None) -> Batch:
+    """Make a batch of one row (tokens, segments, positions) of a text, or of its first `tokens` tokens.
 
-def text_batch(base: Base, text: str, tokens: int | None = None) -> Batch:
-    """A batch of one row (tokens, segments, positions) of a text, or of its first `tokens` tokens.
-
-    Raises ValueError for an empty text, one beyond the model's context, or a base without a tokenizer.
+    Raises:
+        ValueError: The text has fewer than 2 tokens or is beyond the model's context, or the base has no tokenizer.
     """
     ids = base.require_tokenizer().encode(text)[:tokens]
     if not len(ids) > 1:
         raise ValueError(f"the text has {len(ids)} tokens; give one of at least 2")
     check_length(base.config, len(ids))
-    return windows(ids, context=len(ids))[0]
+    return cut_windows(ids, context=len(ids))[0]
 
 
 def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B N"]:
-    """Columns of the last `count` tokens of each sequence, padding left out, in order.
+    """Columns of the last `count` tokens of each sequence without padding, in order.
 
-    Raises ValueError where a sequence's last document has fewer than count + 31 tokens: the first of the rows sees at
-    least 32 keys.
+    Raises:
+        ValueError: The last document of a sequence has fewer than count + 31 tokens; the first of the rows must see at
+            least LEAST_KEYS keys.
     """
     if not count > 0:
         raise ValueError(f"the number of rows must be at least 1, got {count}")
@@ -69,7 +69,7 @@ def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B N"]:
 
 
 def as_batch(batch: Batch) -> dict[str, Int[Array, "B T"]]:
-    """The three arrays of a batch that a pass takes, as jax arrays."""
+    """The arrays of a batch that a pass takes, as jax arrays."""
     return {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
 
 
@@ -82,10 +82,10 @@ def see_rows(
     *,
     implementation: str | None = None,
 ) -> Any:
-    """look(chunk) of every layer, stacked [L, ...], in a pass that reads everything. To be called in jitted code.
+    """Call look(chunk) in every layer of a dense pass, and stack the results [L, ...]. To be called in jitted code.
 
-    The chunk holds the N query rows of the columns `rows` and all S = T keys; its importance is None without a
-    predictor, and means nothing in layer 0.
+    The chunk holds the N query rows of the columns `rows` and all S = T keys. Its predicted scores are None without a
+    predictor, and meaningless in layer 0.
     """
     base, segments = model.config, batch["segments"]
     x = embed(model, batch["tokens"])
@@ -110,7 +110,7 @@ def row_chunk(
     rows: Int[Array, "B N"],
     sliding_window: int | None,
 ) -> Chunk:
-    """The query rows of the given columns with all keys of the sequence, as policies look at them."""
+    """The query rows of the given columns with all keys of the sequence, as policies take them."""
     kv_heads = view.k.shape[2]
 
     def queries(x):
@@ -148,7 +148,7 @@ def row_chunk(
 def visible(
     segments: Int[Array, "B T"], rows: Int[Array, "B N"], columns: Int[Array, " T"], sliding_window: int | None
 ) -> Bool[Array, "B N T"]:
-    """The keys a row may see: of its document, up to itself, and in the sliding window where there is one."""
+    """The keys a row may see: of its document, up to itself, and inside a sliding window if there is one."""
     own = jnp.take_along_axis(segments, rows, axis=1)
     seen = (columns[None, None] <= rows[:, :, None]) & (segments[:, None] == own[:, :, None])
     return seen if sliding_window is None else seen & (columns[None, None] > (rows - sliding_window)[:, :, None])
@@ -160,7 +160,7 @@ def softmax(scores: Float[Array, "B K G N S"], keys: Bool[Array, "B N S"]) -> Fl
 
 
 def by_heads(stacked: Array) -> np.ndarray:
-    """[L, B, K, G, ...] as it comes out of a pass -> numpy [B, L, H, ...]."""
+    """Reorder [L, B, K, G, ...], as a pass stacks it, to numpy [B, L, H, ...]."""
     found = np.asarray(stacked)
     layers, batch, kv_heads, group = found.shape[:4]
     return np.swapaxes(found.reshape(layers, batch, kv_heads * group, *found.shape[4:]), 0, 1)

@@ -1,1 +1,1 @@
-"""What a contender is judged on."""
+"""The tasks that measure policies."""

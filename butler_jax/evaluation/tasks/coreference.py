@@ -1,7 +1,6 @@
-"""The co-reference task: does the last mention of an invented name survive a sparse reading of the sample?
+"""The co-reference task: is the last mention of an invented name still predicted under sparse attention?
 
-TokenButler, arXiv 2503.07518, section 4. What is compared is the greedy prediction of the last mention's tokens
-(teacher_forced.py).
+TokenButler, arXiv 2503.07518, section 4. The greedy prediction of the last mention's tokens is compared with them.
 """
 
 from __future__ import annotations
@@ -11,27 +10,51 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from butler_jax.data import last_mention_mask, mention_distance, sample
-from butler_jax.evaluation.tasks.teacher_forcing import answer_batches
+from butler_jax.data import Batch, last_mention_mask, mention_distance, sample
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.tasks.answers import AnsweringTask, batch_answers, group_by_distance
+from butler_jax.weights import Base
 
 
-def coreference_batches(
+def make_coreference_batches(
     tokenizer: Any, *, samples: int, batch_size: int = 4, seed: int = 0, context: int | None = None
-) -> list[dict[str, np.ndarray]]:
-    """Unseen samples as batches of one length: tokens, segments, positions, and `asked`: the last mention.
+) -> list[Batch]:
+    """Make batches of unseen samples: tokens, segments, positions, and `asked` for the last mention, all [B, T].
 
-    Raises ValueError where a sample is longer than `context` tokens.
+    Args:
+        tokenizer: Of the model.
+        samples: How many samples.
+        batch_size: Samples of a batch.
+        seed: Of the samples.
+        context: The model's, in tokens.
+
+    Raises:
+        ValueError: A sample is longer than the context.
     """
     rows = [last_mention_mask(tokenizer, sample(seed, index, "test")) for index in range(samples)]
     longest = max(len(tokens) for tokens, _ in rows)
-    if context is not None and not longest <= context:
+    if context is not None and longest > context:
         raise ValueError(
             f"co-reference samples are up to {longest} tokens long, beyond the model's context of {context}; "
             "leave the task out with --tasks perplexity"
         )
-    return answer_batches(rows, batch_size=batch_size, context=context)
+    return batch_answers(rows, batch_size=batch_size, context=context)
 
 
-def coreference_distances(tokenizer: Any, *, samples: int, seed: int = 0) -> Int[np.ndarray, " N"]:
-    """Tokens between the first and the last mention in each of the samples of `coreference_batches`."""
+def measure_distances(tokenizer: Any, *, samples: int, seed: int = 0) -> Int[np.ndarray, " N"]:
+    """Tokens between the first and the last mention in each sample of `make_coreference_batches`."""
     return np.asarray([mention_distance(tokenizer, sample(seed, index, "test")) for index in range(samples)])
+
+
+class CoreferenceTask(AnsweringTask):
+    """The paper's co-reference task, in groups by the distance between the first and the last mention."""
+
+    name = "coreference"
+    metrics = ("miss_rate", "token_inaccuracy")
+
+    def __init__(self, base: Base, config: EvalConfig):
+        drawn = dict(samples=config.samples, seed=config.seed)
+        batches = make_coreference_batches(
+            base.tokenizer, batch_size=config.batch_size, context=base.config.context, **drawn
+        )
+        super().__init__(base, config, batches, group_by_distance(measure_distances(base.tokenizer, **drawn)))

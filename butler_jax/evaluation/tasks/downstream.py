@@ -11,25 +11,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from butler_jax.evaluation.tasks.local_tasks import local_tasks
+from butler_jax.evaluation.cells import Cell
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.hashes import hash_facts
+from butler_jax.evaluation.tasks.base import Task
+from butler_jax.evaluation.tasks.local_tasks import make_local_tasks, read_samples
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.simulation import Estimate, ratio, share
+from butler_jax.simulation import Estimate, estimate_ratio, estimate_share
 from butler_jax.weights import Base
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy_norm", "perplexity": "perplexity"}
 
 
-class Downstream(NamedTuple):
-    """(metric, estimate) of every metric of a task, samples being the independent unit, and the mean fraction read."""
+class HarnessScores(NamedTuple):
+    """The metrics of a task, with errors over its samples, and the mean fraction of the causal keys that was read."""
 
-    estimates: list[tuple[str, Estimate]]
+    estimates: dict[str, Estimate]
     attended: float
 
 
-def downstream(
+def run_harness(
     base: Base,
     policy: Policy,
     selection: SelectionConfig,
@@ -39,30 +43,42 @@ def downstream(
     task: str,
     limit: int | None = None,
     batch_size: int = 8,
-    score_dtype: str | None = None,
     progress: bool = False,
     passes: Passes | None = None,
-) -> Downstream:
-    """A task of `local_tasks` (lambada, piqa, winogrande, arc_easy) on its first `limit` samples, all by default.
+) -> HarnessScores:
+    """Run a task of `make_local_tasks`; every position attends its own choice.
 
-    accuracy: share of the samples that are right; accuracy_norm: with likelihoods divided by the choice's characters;
-    perplexity (lambada): exp of the mean negative log-likelihood of the last word. Every position attends its own
-    choice. passes: what other budgets have run already. Raises as `local_tasks` does, and ImportError where
-    lm-evaluation-harness is not installed.
+    Args:
+        base: From `load_base`.
+        policy: The policy.
+        selection: Its selection.
+        predictor: Needed by policies that rank by a predictor's scores.
+        directory: Where the task's file lies.
+        task: lambada, piqa, winogrande or arc_easy.
+        limit: The first so many samples; None takes all.
+        batch_size: Rows of a pass.
+        progress: Whether to show the harness's bars.
+        passes: Passes that other budgets have run already.
+
+    Returns:
+        accuracy, the share of right samples; accuracy_norm, with likelihoods divided by the choice's characters;
+        perplexity (lambada), exp of the mean negative log-likelihood of the last word.
+
+    Raises:
+        ImportError: lm-evaluation-harness is not installed.
+        ValueError, FileNotFoundError: As `make_local_tasks` does.
     """
     check_harness()
     from lm_eval import evaluate
 
     from butler_jax.evaluation.tasks.harness import ButlerLM
 
-    with _quiet(progress):
-        model = ButlerLM(
-            base, policy, selection, predictor, batch_size=batch_size, score_dtype=score_dtype, progress=progress,
-            passes=passes,
-        )  # fmt: skip
-        found = evaluate(model, local_tasks(directory, [task]), limit=limit, bootstrap_iters=0, log_samples=True)
+    with _quieten(progress):
+        model = ButlerLM(base, policy, selection, predictor, batch_size=batch_size, progress=progress, passes=passes)
+        tasks = make_local_tasks(directory, [task])
+        found = evaluate(model, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = found["samples"][f"{task}_local"]
-    return Downstream([(METRICS[name], _estimate(samples, name)) for name in samples[0]["metrics"]], model.attended)
+    return HarnessScores({METRICS[n]: _estimate_metric(samples, n) for n in samples[0]["metrics"]}, model.attended)
 
 
 def check_harness() -> None:
@@ -75,16 +91,46 @@ def check_harness() -> None:
         ) from None
 
 
-def _estimate(samples: list[dict], name: str) -> Estimate:
+class DownstreamTask(Task):
+    """A task of lm-evaluation-harness on a local file."""
+
+    def __init__(self, base: Base, config: EvalConfig, name: str):
+        check_harness()
+        samples = read_samples(config.downstream, name)[: config.limit]
+        super().__init__(base, config, {"samples": hash_facts({"samples": samples})})
+        self.name, self.passes = name, Passes(base.model, score_dtype=config.score_dtype)
+
+    def evaluate(self, policy, selections):
+        """Measure one budget."""
+        ((budget, selection),) = selections.items()
+        found = run_harness(
+            self.base,
+            policy.policy,
+            selection,
+            policy.predictor,
+            directory=self.config.downstream,
+            task=self.name,
+            limit=self.config.limit,
+            batch_size=self.config.batch_size,
+            passes=self.passes,
+        )
+        rows = [
+            self.make_row(policy, name, estimate, budget=budget, attended=found.attended)
+            for name, estimate in found.estimates.items()
+        ]
+        return Cell(rows)
+
+
+def _estimate_metric(samples: list[dict], name: str) -> Estimate:
     values = np.asarray([sample[name] for sample in samples], np.float64)
     if name == "perplexity":  # of a sample: its log-likelihood
-        return ratio(-values, np.ones(len(values))).exp()
-    return share(values, np.ones(len(values)))
+        return estimate_ratio(-values, np.ones(len(values))).exp()
+    return estimate_share(values, np.ones(len(values)))
 
 
 @contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
-    """Without the harness's notes on its own configuration, and without its bars unless progress is to be seen."""
+def _quieten(progress: bool) -> Iterator[None]:
+    """Hide the harness's notes on its own configuration, and its bars unless progress is to be seen."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

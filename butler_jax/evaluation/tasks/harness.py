@@ -1,9 +1,9 @@
 """The model `butler` of lm-evaluation-harness: its tasks under a policy and a budget.
 
 Tokens are split, moved and truncated as the harness's own model `hf` does it. Likelihoods come from one pass in which
-every position, those of the context among them, attends its own choice (simulate.py). Texts are generated after a dense
-prefill, every new token attending its own choice (generation.py); a policy that evicts drops tokens of the prompt too,
-while it is read or, if it cuts once, at its end. `get_model_info` puts both into the results.
+every position attends its own choice, those of the context too (`butler_jax.simulation`). Texts are generated after a
+dense prefill, and every new token attends its own choice (`butler_jax.decoding`). A policy that evicts drops tokens of
+the prompt too: while it is read or, if it cuts once, at its end. `get_model_info` puts both modes into the results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from butler_jax.data import Batch, pad_rows
 from butler_jax.decoding import SamplingConfig, bucket, check_score_dtype, generate_stream
-from butler_jax.evaluation.tasks.harness_arguments import model_arguments
+from butler_jax.evaluation.evaluated import reads_everything
+from butler_jax.evaluation.tasks.harness_arguments import read_model_arguments
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.model import parameter_count
 from butler_jax.policies import Evicting, Policy, describe
@@ -41,13 +43,9 @@ Row = tuple[tuple[int, ...], int]  # tokens, and how many of the last are asked 
 class ButlerLM(TemplateLM):
     """A base under a policy and a budget, as lm-evaluation-harness asks models.
 
-    predictor: needed by the policy tokenbutler. max_length: tokens that a prediction may look back on; at most and by
-    default the model's context less one, for the token that is predicted. batch_size: rows a pass. score_dtype: as
-    `simulate`. add_bos_token: whether a text begins with the tokenizer's first token; None: as the tokenizer says.
-    progress: whether to show bars. passes: those of the base that other models of it share (passes.py).
-
-    `read` and `rows` sum up, over the input tokens of all passes, the fraction of the causal keys that was read and the
-    tokens. Raises ValueError for what cannot be.
+    Attributes:
+        read: The fractions of the causal keys that were read, summed over the input tokens of all passes.
+        rows: How many these tokens are.
     """
 
     def __init__(
@@ -64,10 +62,29 @@ class ButlerLM(TemplateLM):
         progress: bool = True,
         passes: Passes | None = None,
     ):
+        """Make the model.
+
+        Args:
+            base: From `load_base`.
+            policy: The policy.
+            selection: Its selection.
+            predictor: Needed by the policy tokenbutler.
+            max_length: Tokens that a prediction may look back on; at most and by default the model's context less one,
+                for the token that is predicted.
+            batch_size: Rows of a pass.
+            score_dtype: As `simulate` takes it.
+            add_bos_token: Whether a text begins with the tokenizer's first token; None: as the tokenizer says.
+            progress: Whether to show bars.
+            passes: Passes that other models of the base share.
+
+        Raises:
+            ValueError: An argument cannot be.
+        """
         super().__init__()
         if predictor is None and policy.needs_predictor:
             raise ValueError(
-                f"the policy {policy.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense"
+                f"the policy {policy.name} needs a trained predictor; give run=DIR (a run of butler-jax "
+                "train), or policy=dense"
             )
         check_score_dtype(score_dtype)
         most = base.config.context - 1
@@ -77,7 +94,7 @@ class ButlerLM(TemplateLM):
                 f"predicted), got {max_length!r}"
             )
         number = int(batch_size) if str(batch_size).isdigit() else 0
-        if not number > 0:
+        if number <= 0:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.base, self.policy, self.selection = base, policy, selection
         self.predictor = predictor if policy.needs_predictor else None
@@ -89,15 +106,15 @@ class ButlerLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> ButlerLM:
-        """The model of `--model_args`; see `model_arguments`."""
+        """The model of `--model_args`; see `read_model_arguments`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict | None = None) -> ButlerLM:
-        """The model of named arguments; see `model_arguments`. They come before the command line's own options."""
+        """The model of named arguments; see `read_model_arguments`. They come before the command line's own options."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         given.pop("device", None)  # the command line says cuda:0 unasked; JAX has its own choice
-        return cls(**model_arguments(**{**given, **arg_dict}))
+        return cls(**read_model_arguments(**{**given, **arg_dict}))
 
     @property
     def eot_token_id(self) -> int | None:
@@ -160,9 +177,9 @@ class ButlerLM(TemplateLM):
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
         """Context and continuation, what is too long cut off at its left."""
-        if not len(continuation) > 0:
+        if not continuation:
             raise ValueError("a continuation has no tokens; the task asks for the likelihood of nothing")
-        if not len(continuation) <= self.max_length:
+        if len(continuation) > self.max_length:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens is longer than max_length, {self.max_length}; raise "
                 "it, or leave the task out"
@@ -170,7 +187,7 @@ class ButlerLM(TemplateLM):
         return tuple([*context, *continuation][-(self.max_length + 1) :]), len(continuation)
 
     def _score(self, rows: Sequence[Row], count: int) -> list[tuple[float, bool]]:
-        batch = scoring_batch(rows, count, self.base.config.context)
+        batch = batch_rows(rows, count, self.base.config.context)
         asked = batch.pop("asked")
         found = self.passes(batch, self.policy, self.selection, self.predictor, wanted=asked)
         following = np.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
@@ -185,10 +202,8 @@ class ButlerLM(TemplateLM):
         """Log-likelihood of whole texts in windows of max_length; every token is predicted once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            pairs = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
+            tokens, prefix = self.tok_encode(request.args[0]), self.prefix_token_id
+            pairs = get_rolling_token_windows(tokens, prefix, max_seq_len=self.max_length, context_len=1)
             found = [(None, *make_disjoint_window(pair)) for pair in pairs]
             windows += found
             owners += [number] * len(found)
@@ -234,18 +249,24 @@ class ButlerLM(TemplateLM):
         if unknown:
             raise ValueError(f"the model butler does not know {', '.join(unknown)}; it knows {', '.join(SAMPLING)}")
         room = self.max_length - new
-        if not room > 0:
+        if room <= 0:
             raise ValueError(
                 f"{new} new tokens leave no room for a prompt in max_length, {self.max_length}; lower max_gen_toks"
             )
         prompts = [(prompt or [self.prefix_token_id])[-room:] for prompt in prompts]
-        dense = self.policy.name == "dense"
+        dense = reads_everything(self.policy)
         pieces = generate_stream(
-            self.base, prompts + prompts[-1:] * spare, predictor=self.predictor,
-            selection=None if dense else self.selection, policy=None if dense else self.policy, max_new_tokens=new,
-            stop=sorted(stop_tokens(self.base, None)), seed=seeds + seeds[-1:] * spare, score_dtype=self.score_dtype,
+            self.base,
+            prompts + prompts[-1:] * spare,
+            predictor=self.predictor,
+            selection=None if dense else self.selection,
+            policy=None if dense else self.policy,
+            max_new_tokens=new,
+            stop=sorted(stop_tokens(self.base, None)),
+            seed=seeds + seeds[-1:] * spare,
+            score_dtype=self.score_dtype,
             sampling=SamplingConfig(**given),
-        )  # fmt: skip
+        )
         texts, open_rows = [""] * len(prompts), set(range(len(prompts)))
         made = [0] * len(prompts)
         for piece in pieces:
@@ -265,18 +286,17 @@ class ButlerLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: base, policy, budget, and what reads how."""
-        dense = self.policy.name == "dense"
         return {
             "model_num_parameters": parameter_count(self.base.model),
             "model_dtype": str(self.base.model.embedding[...].dtype),
             "base": self.base.name,
             "fingerprint": self.base.fingerprint,
             "policy": describe(self.policy),
-            "selection": None if dense else to_dict(self.selection),
+            "selection": None if reads_everything(self.policy) else to_dict(self.selection),
             "score_dtype": self.score_dtype,
             "max_length": self.max_length,
             "attended": self.attended,
-            **modes(self.policy),
+            **describe_modes(self.policy),
         }
 
     @property
@@ -285,31 +305,27 @@ class ButlerLM(TemplateLM):
         return self.read / self.rows if self.rows else None
 
 
-def modes(policy: Policy) -> dict[str, str]:
-    """What reads how under a policy, in words: for likelihoods, and for texts that are generated."""
-    if policy.name == "dense":
+def describe_modes(policy: Policy) -> dict[str, str]:
+    """What attends to what under a policy, in words: for likelihoods, and for generated texts."""
+    if reads_everything(policy):
         return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
     choice = "every position attends its own choice, those of the context too (decoding simulated)"
     if isinstance(policy, Evicting) and policy.once:
-        told = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
+        mode = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
     elif isinstance(policy, Evicting):
-        told = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
+        mode = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
     else:
-        told = "the prompt is prefilled densely, every new token attends its own choice"
-    return {"loglikelihood_mode": choice, "generation_mode": told}
+        mode = "the prompt is prefilled densely, every new token attends its own choice"
+    return {"loglikelihood_mode": choice, "generation_mode": mode}
 
 
-def scoring_batch(rows: Sequence[Row], count: int, context: int) -> dict[str, np.ndarray]:
+def batch_rows(rows: Sequence[Row], count: int, context: int) -> Batch:
     """Rows as a batch of `count`: tokens, segments, positions, and `asked`: where the next token is asked for.
 
     The width is the next of a few sizes, so that few shapes compile; at most `context`.
     """
     width = min(bucket(max(len(tokens) for tokens, _ in rows), LEAST), context)
-    batch = {name: np.zeros((count, width), np.int32) for name in ("tokens", "segments", "positions")}
-    batch["positions"][:] = np.arange(width, dtype=np.int32)
-    batch["asked"] = np.zeros((count, width), bool)
-    for b, (tokens, last) in enumerate(rows):
-        batch["tokens"][b, : len(tokens)] = tokens
-        batch["segments"][b, : len(tokens)] = 1
-        batch["asked"][b, len(tokens) - 1 - last : len(tokens) - 1] = True
+    rows = [*rows, *[((), 0)] * (count - len(rows))]
+    asked = [[len(row) - 1 - last <= place < len(row) - 1 for place in range(len(row))] for row, last in rows]
+    (batch,) = pad_rows([row for row, _ in rows], width, batch_size=count, asked=asked)
     return batch

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from butler_jax.evaluation.contenders import prepared
+from butler_jax.evaluation.evaluated import prepare_policies, reads_everything
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig, parse_budget
 from butler_jax.weights import load_base
 
 
-def model_arguments(
+def read_model_arguments(
     *,
     base: str | None = None,
     run: str | Path | None = None,
@@ -25,12 +25,23 @@ def model_arguments(
     max_batch_size: int | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """What `ButlerLM` takes, from what `--model_args` names.
+    """Make the arguments of `ButlerLM` from those of `--model_args`.
 
-    base: as `load_base`; default: the run's. run: directory of a training run. policy: default: tokenbutler with a run,
-    dense without. budget: a fraction (0.25 or 1/4) or a number of tokens (256). dtype: float32 or bfloat16. data_dir:
-    where prepared data sets lie, for a policy that is prepared on text. others: max_length, batch_size, score_dtype,
-    add_bos_token, progress, and the policy's own fields. Raises ValueError for what cannot be.
+    Args:
+        base: As `load_base` takes it; default: the run's.
+        run: Directory of a training run.
+        policy: Default: tokenbutler with a run, dense without.
+        budget: A fraction (0.25 or 1/4) or a number of tokens (256).
+        sinks: First tokens that are always read.
+        recent: Newest tokens that are always read.
+        dtype: float32 or bfloat16.
+        data_dir: Where prepared data sets lie, for a policy that is prepared on text.
+        device: Refused; JAX_PLATFORMS names the device.
+        max_batch_size: Refused; batch_size is a number.
+        others: max_length, batch_size, score_dtype, add_bos_token, progress, and the policy's own fields.
+
+    Raises:
+        ValueError: An argument is refused or cannot be.
     """
     if device is not None:
         raise ValueError(f"device={device} is not for the model butler: JAX_PLATFORMS (cpu, cuda, tpu) names it")
@@ -40,24 +51,27 @@ def model_arguments(
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     if base is None and run is None:
         raise ValueError(
-            "nothing to judge: give run=DIR (a run of train.py), or base=SPEC (a directory, a hub id, a .gguf file, "
-            "tiny)"
+            "nothing to evaluate: give run=DIR (a run of butler-jax train), or base=SPEC (a directory, a hub id, a "
+            ".gguf file, tiny)"
         )
     passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress")
     settings = {name: others.pop(name) for name in passed if name in others}
     chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
-    share = 1.0 if chosen.name == "dense" else parse_budget(budget)
+    share = 1.0 if reads_everything(chosen) else parse_budget(budget)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent)
     if run is None and chosen.needs_predictor:
         raise ValueError(
-            f"the policy {chosen.name} needs a trained predictor; give run=DIR (a run of train.py), or policy=dense"
+            f"the policy {chosen.name} needs a trained predictor; give run=DIR (a run of butler-jax train), or "
+            "policy=dense"
         )
     if run is not None and not (Path(str(run)) / "checkpoints").is_dir():
-        raise ValueError(f"{run} is no run directory: it has no checkpoints; give the directory of a run of train.py")
+        raise ValueError(
+            f"{run} is no run directory: it has no checkpoints; give the directory of a run of butler-jax train"
+        )
     from butler_jax.runs import load_predictor, run_config, run_data
 
     loaded = load_base(base or run_config(Path(str(run)))["base"], dtype=dtype)
     predictor = load_predictor(str(run), loaded) if chosen.needs_predictor else None
     data = run_data(None if run is None else Path(str(run)))
-    (chosen,) = prepared([chosen], loaded, data, data_dir=data_dir)
+    (chosen,) = prepare_policies([chosen], loaded, data, data_dir=data_dir)
     return dict(base=loaded, policy=chosen, selection=selection, predictor=predictor, **settings)

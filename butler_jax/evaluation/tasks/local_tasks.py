@@ -27,11 +27,16 @@ FIELDS = {
 OPTIONS = ("choices", "context_options")
 
 
-def local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, Any]:
-    """Tasks as `lm_eval.evaluate` takes them, on the files in a directory.
+def make_local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, Any]:
+    """Make tasks as `lm_eval.evaluate` takes them, on the files in a directory.
 
-    names: of FILES. Raises ValueError for an unknown name and for a line that is no sample (with file and line number),
-    FileNotFoundError for a missing file.
+    Args:
+        directory: Where the files lie.
+        names: Names of FILES.
+
+    Raises:
+        ValueError: A name is unknown, or a line is no sample.
+        FileNotFoundError: A file is missing.
     """
     from lm_eval.tasks import TaskManager
 
@@ -42,10 +47,12 @@ def local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, Any]:
     return manager.load([str(TASKS_DIRECTORY / f"{name}.yaml") for name in names])
 
 
-def documents(*, task: str, directory: str | Path | None = None, **_: Any) -> dict[str, Any]:
-    """The samples of a task as the harness's task files take them: {"test": datasets.Dataset}.
+def load_documents(*, task: str, directory: str | Path | None = None, **_: Any) -> dict[str, Any]:
+    """Load the samples of a task as the harness's task files take them: {"test": datasets.Dataset}.
 
-    directory: where the file lies; on the command line `--metadata directory=DIR`.
+    Args:
+        task: A name of FILES.
+        directory: Where the file lies; on the command line `--metadata directory=DIR`.
     """
     from datasets import Dataset
 
@@ -55,9 +62,11 @@ def documents(*, task: str, directory: str | Path | None = None, **_: Any) -> di
 
 
 def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
-    """The lines of a task's file: objects with the FIELDS of the task.
+    """Read the lines of a task's file: objects with the FIELDS of the task.
 
-    Raises FileNotFoundError for a missing file, and ValueError with file and line number for a line that is no sample.
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: A line is no sample; the message has its number.
     """
     path = Path(directory) / FILES[task]
     if not path.is_file():
@@ -69,7 +78,7 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         sample = parse_object(line, f"{path}, line {number}")
-        wrong = _fault(sample, FIELDS[task])
+        wrong = _find_fault(sample, FIELDS[task])
         if wrong is not None:
             raise ValueError(f"{path}, line {number}: {wrong}; a line has {', '.join(FIELDS[task])}")
         samples.append({field: sample[field] for field in FIELDS[task]})
@@ -78,7 +87,7 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
     return samples
 
 
-def _fault(sample: dict, fields: Sequence[str]) -> str | None:
+def _find_fault(sample: dict, fields: Sequence[str]) -> str | None:
     """What is wrong with a sample, None where nothing is."""
     for field in fields:
         if field not in sample:

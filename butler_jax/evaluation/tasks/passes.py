@@ -1,4 +1,4 @@
-"""Passes that have been run already are not run again: in short rows several budgets often mean the same tokens."""
+"""Passes that are run once: in short rows several budgets often let a row read the same number of tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from butler_jax.data import Batch
 from butler_jax.model import BaseModel
 from butler_jax.policies import Dense, Policy
 from butler_jax.predictors import Predictor
@@ -16,8 +17,14 @@ from butler_jax.selection import SelectionConfig, budget_table
 from butler_jax.simulation import simulate
 
 
-class Told(NamedTuple):
-    """What a pass says of each row's next token, and the fraction of its causal keys that a row read."""
+class RowPredictions(NamedTuple):
+    """What a pass predicts after each row.
+
+    Attributes:
+        nll: Negative log-likelihood of the next token, in nats.
+        greedy: The most likely next token.
+        attended: The fraction of the row's causal keys that was read.
+    """
 
     nll: Float[np.ndarray, "B T"]
     greedy: Int[np.ndarray, "B T"]
@@ -25,40 +32,45 @@ class Told(NamedTuple):
 
 
 class Passes:
-    """`simulate` on one model, remembering what it gave: for a batch, a policy, and the tokens its rows may read."""
+    """`simulate` on one model; results are kept by batch, policy and the number of tokens that rows may read."""
 
     def __init__(self, model: BaseModel, *, score_dtype: str | None = None, implementation: str | None = None):
         self.model, self.options = model, dict(score_dtype=score_dtype, implementation=implementation)
-        self._told: dict[Any, Told] = {}
+        self._found: dict[Any, RowPredictions] = {}
         self._predictors: dict[int, Predictor] = {}  # kept alive, so that no other takes its id
 
     def __call__(
         self,
-        batch: dict[str, np.ndarray],
+        batch: Batch,
         policy: Policy,
         selection: SelectionConfig,
         predictor: Predictor | None = None,
         *,
         wanted: Bool[np.ndarray, "B T"],
-    ) -> Told:
-        """As `simulate`; rows that are not wanted mean nothing. Where every row may read everything, dense."""
+    ) -> RowPredictions:
+        """Run a pass as `simulate` does, or return the one that was run; dense where every row may read everything.
+
+        Args:
+            batch: tokens, segments, positions [B, T].
+            policy: The policy.
+            selection: Its selection.
+            predictor: Needed by policies that rank by a predictor's scores.
+            wanted: The rows whose predictions are needed; those of other rows have no meaning.
+        """
         longest = int((batch["segments"] > 0).sum(axis=1).max())
-        limits = policy.selection(selection)
-        table = budget_table(limits, longest)
-        if limits.threshold is None and (table == np.arange(longest + 1)).all():
-            policy, predictor = Dense(), None
+        chosen, everything = policy.selection(selection), np.arange(longest + 1)
+        table = everything if chosen is None else budget_table(chosen, longest)
+        if chosen is None or (chosen.threshold is None and (table == everything).all()):
+            policy, predictor, chosen = Dense(), None, selection
         if not policy.needs_predictor:
             predictor = None
-        place = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (*_inputs(batch), wanted))).digest()
-        key = place, batch["tokens"].shape, policy, id(predictor), table.tobytes(), limits.rule
-        if key not in self._told:
+        arrays = (*(batch[name] for name in ("tokens", "segments", "positions")), wanted)
+        content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
+        key = content, batch["tokens"].shape, policy, id(predictor), table.tobytes(), chosen.rule
+        if key not in self._found:
             self._predictors[id(predictor)] = predictor
             found = simulate(
                 self.model, batch, policy, selection, predictor, wanted=jnp.asarray(wanted), **self.options
             )
-            self._told[key] = Told(*(np.asarray(a) for a in (found.nll, found.greedy, found.attended)))
-        return self._told[key]
-
-
-def _inputs(batch):
-    return (batch[name] for name in ("tokens", "segments", "positions"))
+            self._found[key] = RowPredictions(*(np.asarray(a) for a in (found.nll, found.greedy, found.attended)))
+        return self._found[key]

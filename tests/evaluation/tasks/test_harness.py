@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from tests.tiny_runs import WORDS, make_base
+from tests.tiny_evaluations import FILES, LINES
+from tests.tiny_runs import make_base
 
 pytest.importorskip("lm_eval")
 
@@ -21,24 +22,14 @@ from lm_eval.api.instance import Instance
 from benchmarks.harness_agreement import compare
 from butler_jax.cli import main
 from butler_jax.evaluation.tasks import harness, passes
-from butler_jax.evaluation.tasks.downstream import downstream
+from butler_jax.evaluation.tasks.downstream import run_harness
 from butler_jax.evaluation.tasks.harness import ButlerLM
-from butler_jax.evaluation.tasks.local_tasks import local_tasks, read_samples
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.weights import load_base
 
-LINES = {
-    "lambada": [{"context": f"the old {word} sings over a", "continuation": "bird"} for word in WORDS],
-    "piqa": [{"query": "Question: a river?\n", "choices": ["stone and hill", "quiet"], "gold": 1},
-             {"query": "Question: light  \n", "choices": ["falls", "the bird sings"], "gold": 0}],
-    "winogrande": [{"context_options": ["the bird saw the hill so the bird", "the bird saw the hill so the hill"],
-                    "continuation": "sings.", "gold": 0}],
-    "arc_easy": [{"query": "Question: what falls?", "choices": ["light", "a", "stone", "hill"], "gold": 2}],
-}  # fmt: skip
-FILES = {"lambada": "lambada_openai", "piqa": "piqa", "winogrande": "winogrande", "arc_easy": "arc_easy"}
 PAIRS = [("the river sings", " over old stone"), ("a", " bird"), ("quiet morning ", "light"), ("", "then the hill")]
 
 
@@ -97,8 +88,10 @@ def likelihoods(model, pairs):
 def test_a_likelihood_is_the_sum_of_the_continuations_log_probabilities(base, exact):
     encode, first = base.tokenizer.encode, base.tokenizer.bos
     split = [  # spaces that end a context belong to the continuation
-        ("the river sings", " over old stone"), ("a", " bird"), ("quiet morning", " light"),
-    ]  # fmt: skip
+        ("the river sings", " over old stone"),
+        ("a", " bird"),
+        ("quiet morning", " light"),
+    ]
     tokens = [(encode(c), encode(c + x)[len(encode(c)) :]) for c, x in split] + [([first], encode("then the hill"))]
     for (value, greedy), (context, continuation) in zip(likelihoods(dense(base), PAIRS), tokens, strict=True):
         rows = exact(context + continuation)[len(context) - 1 : -1]
@@ -232,9 +225,12 @@ def test_results_say_what_reads_how(base, predictor):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("h2o", "the prompt is read under the policy"), ("citrus", "the prompt is read under the policy"),
-     ("snapkv", "prefilled densely and cut once")],
-)  # fmt: skip
+    [
+        ("h2o", "the prompt is read under the policy"),
+        ("citrus", "the prompt is read under the policy"),
+        ("snapkv", "prefilled densely and cut once"),
+    ],
+)
 def test_results_say_how_a_policy_that_evicts_reads_the_prompt(base, name, said):
     told = ButlerLM(base, make_policy(name), SelectionConfig(budget=16), progress=False).get_model_info()
     assert said in told["generation_mode"] and ("densely" in told["generation_mode"]) == (name == "snapkv")
@@ -254,7 +250,7 @@ def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
         (dict(policy="dens"), "unknown policy 'dens'; known: dense, oracle"),
         (dict(policy="quest", pages=3), "policy quest has no pages"),
         (dict(policy="tokenbutler"), r"needs a trained predictor; give run=DIR"),
-        (dict(policy="tokenbutler", run="nowhere"), "nowhere is no run directory.*train.py"),
+        (dict(policy="tokenbutler", run="nowhere"), "nowhere is no run directory.*butler-jax train"),
         (dict(policy="oracle", budget="3/2"), "at most 1.0"),
         (dict(policy="oracle", budget="5"), "below 4 sinks"),
         (dict(policy="oracle", budget="half"), "not a number"),
@@ -277,67 +273,20 @@ def test_arguments_make_the_model(directory):
     assert model.policy == make_policy("quest", page=4)
     assert model.selection == SelectionConfig(budget=0.25, sinks=2, recent=3)
     assert (model.batch_size, model.max_length) == (2, 64)
-    with pytest.raises(ValueError, match="nothing to judge"):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
         ButlerLM.create_from_arg_string("policy=dense")
-
-
-def test_prompts_are_the_harness_own(data):
-    tasks = local_tasks(data, list(LINES))["tasks"]
-    made = {}
-    for name, task in tasks.items():
-        task.build_all_requests(limit=2)
-        made[name] = [instance.args for instance in task.instances]
-    assert made["lambada_local"][0] == ("the old the sings over a", " bird")
-    assert made["piqa_local"] == [
-        ("Question: a river?\nAnswer:", " stone and hill"), ("Question: a river?\nAnswer:", " quiet"),
-        ("Question: light  \nAnswer:", " falls"), ("Question: light  \nAnswer:", " the bird sings"),
-    ]  # fmt: skip
-    assert made["winogrande_local"] == [(text, " sings.") for text in LINES["winogrande"][0]["context_options"]]
-    assert made["arc_easy_local"] == [
-        ("Question: what falls?\nAnswer:", f" {choice}") for choice in ("light", "a", "stone", "hill")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("task", "line", "said"),
-    [
-        ("lambada", '{"context": "a"', "line 2 is not valid JSON"),
-        ("lambada", '{"context": "a"}', "line 2: continuation is missing; a line has context, continuation"),
-        ("lambada", '{"context": "a", "continuation": ""}', "line 2: continuation must be a text"),
-        ("lambada", "[1]", "line 2 must hold a JSON object"),
-        ("piqa", '{"query": "a", "choices": ["b"], "gold": 0}', "line 2: choices must be a list of at least 2"),
-        ("piqa", '{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 2: gold must be 0 ... 1, got 2"),
-        ("winogrande", '{"context_options": ["b", "c"], "continuation": "d", "gold": "0"}', "line 2: gold must be"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, task, line, said):
-    path = tmp_path / f"{FILES[task]}.jsonl"
-    path.write_text(json.dumps(LINES[task][0]) + "\n" + line + "\n")
-    with pytest.raises(ValueError) as error:
-        read_samples(tmp_path, task)
-    assert str(error.value).startswith(f"{path}, {said}")
-
-
-def test_a_missing_or_empty_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"lambada reads lambada_openai\.jsonl"):
-        local_tasks(tmp_path, ["lambada"])
-    (tmp_path / "piqa.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"piqa\.jsonl is empty"):
-        local_tasks(tmp_path, ["piqa"])
-    with pytest.raises(ValueError, match="unknown task 'boolq'; known: lambada"):
-        local_tasks(tmp_path, ["boolq"])
 
 
 def test_downstream_gives_means_and_standard_errors_of_its_samples(base, data):
     policy, chosen = make_policy("dense"), SelectionConfig(budget=1.0)
-    found = dict(downstream(base, policy, chosen, directory=data, task="lambada", limit=6).estimates)
+    found = run_harness(base, policy, chosen, directory=data, task="lambada", limit=6).estimates
     pairs = [(line["context"], " " + line["continuation"]) for line in LINES["lambada"][:6]]
     values, greedy = zip(*likelihoods(dense(base), pairs), strict=True)
     assert found["accuracy"].value == np.mean(greedy) and found["accuracy"].n == 6
     assert found["perplexity"].value == pytest.approx(math.exp(-np.mean(values)), rel=1e-5)
     spread = np.std(values, ddof=1) / math.sqrt(6) * math.exp(-np.mean(values))
     assert found["perplexity"].error == pytest.approx(spread, rel=1e-4)
-    both = downstream(base, policy, chosen, directory=data, task="piqa")
+    both = run_harness(base, policy, chosen, directory=data, task="piqa")
     right, norm = [], []
     for line in LINES["piqa"]:
         pairs = [(line["query"] + "Answer:", " " + choice) for choice in line["choices"]]
@@ -356,9 +305,9 @@ def test_the_command_runs_the_harness_with_the_model_and_local_tasks(directory, 
     arguments = f"base={directory},policy=oracle,budget=1/2"
     monkeypatch.setattr(multiprocessing, "Pool", None)  # the standard errors are bootstrapped without a fork
     monkeypatch.setattr(sys, "argv", sys.argv)  # the harness reads them
-    arguments = ["--model", "butler", "--model_args", arguments, "--tasks", "piqa_local,lambada_local",
-         "--metadata", f"directory={data}", "--batch_size", "2", "--output_path", str(tmp_path)]  # fmt: skip
-    assert main(["lm-eval", *arguments]) == 0
+    model = ["--model", "butler", "--model_args", arguments, "--batch_size", "2"]
+    tasks = ["--tasks", "piqa_local,lambada_local", "--metadata", f"directory={data}", "--output_path", str(tmp_path)]
+    assert main(["lm-eval", *model, *tasks]) == 0
     assert "piqa_local" in capsys.readouterr().out
     (path,) = tmp_path.rglob("results*.json")
     results = json.loads(path.read_text())

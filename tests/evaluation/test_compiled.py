@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from butler_jax.evaluation.programs import MAPS, leave_room
+from butler_jax.evaluation.compiled import MAPS, drop_programs
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux counts memory maps")
@@ -15,11 +15,11 @@ def test_programs_are_dropped_beyond_half_of_the_maps_and_compiled_again(tmp_pat
     double = jax.jit(lambda x: 2 * x)
     double(jnp.ones(3))
     most.write_text("1000000000\n")
-    assert not leave_room(most=most) and double._cache_size() == 1
+    assert not drop_programs(most=most) and double._cache_size() == 1
     most.write_text("10\n")
-    assert leave_room(most=most) and double._cache_size() == 0
+    assert drop_programs(most=most) and double._cache_size() == 0
     assert double(jnp.ones(3)).tolist() == [2, 2, 2]
 
 
 def test_where_maps_are_not_counted_nothing_is_dropped(tmp_path):
-    assert not leave_room(maps=tmp_path / "absent")
+    assert not drop_programs(maps=tmp_path / "absent")

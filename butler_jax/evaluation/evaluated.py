@@ -1,0 +1,179 @@
+"""The policies of an evaluation: each prepared on text, with its predictor and the label that reports show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.hashes import hash_arrays, hash_code
+from butler_jax.policies import Policy, describe, make_policy
+from butler_jax.predictors import Predictor
+from butler_jax.selection import SelectionConfig
+from butler_jax.storage import to_dict
+
+DEFAULT = ("dense", "oracle", "random", "streaming", "tokenbutler")
+PREPARED_TOKENS = 8192  # of text that a policy is prepared on
+
+
+class EvaluatedPolicy(NamedTuple):
+    """A policy under its label.
+
+    Attributes:
+        label: The name in reports.
+        policy: The policy, prepared.
+        predictor: None where the policy needs none.
+        training: How the predictor was trained; empty where that is not known.
+    """
+
+    label: str
+    policy: Policy
+    predictor: Predictor | None = None
+    training: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The predictor's configuration, and how it was trained."""
+        return {**to_dict(self.predictor.config), "training": dict(self.training)}
+
+    @property
+    def dense(self) -> bool:
+        """Whether the policy reads everything."""
+        return reads_everything(self.policy)
+
+    def selections(self, config: EvalConfig) -> dict[float | int, SelectionConfig]:
+        """The selections by budget; a policy that reads everything has the one budget 1."""
+        if self.dense:
+            return {1: config.selection_at(1.0)}
+        return {budget: config.selection_at(budget) for budget in config.budgets}
+
+    def facts(self) -> dict[str, Any]:
+        """What its results depend on, JSON-ready: settings, and hashes of code, of parameters and of what was found."""
+        settings = {field.name: getattr(self.policy, field.name) for field in fields(self.policy)}
+        found = {name: hash_arrays(a) for name, a in settings.items() if isinstance(a, np.ndarray)}
+        facts = {**describe(self.policy), **found, "code": hash_code(type(self.policy))}
+        if self.predictor is not None:
+            facts["predictor"] = to_dict(self.predictor.config)
+            facts["predictor_code"] = hash_code(type(self.predictor))
+            facts["parameters"] = hash_arrays(self.predictor)
+        return facts
+
+
+def reads_everything(policy: Policy) -> bool:
+    """Whether a policy reads everything, whatever the budget."""
+    return policy.selection(SelectionConfig()) is None
+
+
+def collect_policies(
+    base: Any, predictor: Predictor | None, config: EvalConfig, data: str, say: Callable[[str], None]
+) -> list[EvaluatedPolicy]:
+    """Make and prepare the policies of a configuration.
+
+    A policy that needs a predictor is there once for each: that of the run, and those of the runs to compare.
+
+    Args:
+        base: From `load_base`.
+        predictor: None reads that of config.run. Without a run, the default policies leave out those that need one.
+        config: The configuration.
+        data: The text that policies are prepared on, as `read_batches` takes it.
+        say: Receives a line where something is left out.
+
+    Raises:
+        ValueError: A policy is unknown, has the label of another, or was asked for and lacks its predictor.
+    """
+    settings = {"random": {"seed": config.seed}}
+    given = config.policies or DEFAULT
+    policies = [p if isinstance(p, Policy) else make_policy(p, **settings.get(p, {})) for p in given]
+    policies = [policy.row_by_row() for policy in policies]  # a text has no prompt
+    needing = [p.name for p in policies if p.needs_predictor]
+    predictors = list(_read_predictors(base, predictor, config)) if needing else []
+    if needing and not predictors:
+        if config.policies is not None:
+            raise ValueError(
+                f"the policy {', '.join(needing)} needs a trained predictor; give --run RUN (a run of butler-jax "
+                "train; in Python also predictor=), or leave it out of --policies"
+            )
+        say(f"{', '.join(needing)} is left out: there is no trained predictor (give a run)")
+        policies = [p for p in policies if not p.needs_predictor]
+    found, labels = [], label_policies(policies)
+    policies = prepare_policies(policies, base, data, context=config.context, data_dir=config.data_dir)
+    for label, policy in zip(labels, policies, strict=True):
+        if policy.needs_predictor:
+            found += [EvaluatedPolicy(label + suffix, policy, one, training) for suffix, one, training in predictors]
+        else:
+            found.append(EvaluatedPolicy(label, policy))
+    return found
+
+
+def label_policies(policies: list[Policy]) -> list[str]:
+    """The names of policies, followed by their settings where a name occurs twice: quest:page=8 and quest:page=16.
+
+    Raises:
+        ValueError: Two labels are the same.
+    """
+    counts, labels = Counter(p.name for p in policies), []
+    for policy in policies:
+        words = [f"{k}={v}" for k, v in describe(policy).items() if k != "name" and counts[policy.name] > 1]
+        labels.append(":".join([policy.name, *words]))
+    twice = [label for label, times in Counter(labels).items() if times > 1]
+    if twice:
+        raise ValueError(f"two policies are called {', '.join(twice)}; give them names of their own, or other settings")
+    return labels
+
+
+def prepare_policies(
+    policies: list[Policy], base: Any, data: str, *, context: int = 1024, data_dir: str | None = None
+) -> list[Policy]:
+    """Prepare policies on about PREPARED_TOKENS tokens of text.
+
+    Args:
+        policies: The policies; where none has a `prepare` of its own, no text is read.
+        base: From `load_base`.
+        data: The text, of which the training part is read.
+        context: Tokens in a row of text.
+        data_dir: Where prepared data sets lie.
+    """
+    if not any(_needs_text(policy) for policy in policies):
+        return policies
+    from butler_jax.data import read_batches
+
+    length = min(context, base.config.context)
+    rows = read_batches(data, base.require_tokenizer(), length=length, batch_size=1, seed=1, data_dir=data_dir)
+    rows = [next(rows) for _ in range(-(-PREPARED_TOKENS // length))]
+    return [policy.prepare(base.model, rows) for policy in policies]
+
+
+def describe_prepared(policy: Policy, data: str) -> dict[str, Any]:
+    """The description of a policy, with the text that it was prepared on where it was."""
+    if not _needs_text(policy):
+        return describe(policy)
+    return {**describe(policy), "found_on": f"about {PREPARED_TOKENS:,} tokens of the training part of {data}"}
+
+
+def _needs_text(policy: Policy) -> bool:
+    return type(policy).prepare is not Policy.prepare
+
+
+def _read_predictors(
+    base: Any, predictor: Predictor | None, config: EvalConfig
+) -> Iterator[tuple[str, Predictor, dict]]:
+    """(suffix of the label, predictor, its training): no suffix for the first, :KIND for those to compare."""
+    from butler_jax.evaluation.trained import load_trained
+
+    taken, training = set(), {}
+    if predictor is None and config.run is not None:
+        predictor, training = load_trained(config.run, base)
+    if predictor is not None:
+        yield "", predictor, training
+    for run in config.compare:
+        other, training = load_trained(run, base)
+        kind = other.config.kind
+        suffix = f":{kind}" if kind not in taken else f":{kind} {Path(run).name}"
+        taken.add(kind)
+        yield suffix, other, training

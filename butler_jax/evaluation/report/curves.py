@@ -1,0 +1,145 @@
+"""Curves of a report: a metric against the share of the cache that is read, or along the parts of a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from butler_jax.evaluation.plotting import WIDTH, Look, finish_panels, make_canvas
+from butler_jax.evaluation.report.tables import (
+    MINUS,
+    Metric,
+    Row,
+    at_budget,
+    format_budget,
+    format_part,
+    is_finite,
+    list_policies,
+    sort_budgets,
+    sort_key,
+    split_dense,
+)
+
+LOGARITHMIC = ("perplexity", "bytes_read")
+
+
+def draw_curves(metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], title: str) -> Any:
+    """Draw a metric against the share of the cache that was read, or against the budget where that is not known."""
+    _, sparse = split_dense(rows)
+    budgets = sort_budgets(rows)
+    shares = all(is_finite(r.get("attended")) and r["attended"] > 0 for r in sparse)
+    canvas, ((axes,),) = make_canvas(size=(WIDTH, 3.7))
+    _draw_dense(axes, rows, shown, styles)
+    for policy in list_policies(sparse):
+        own = [r for r in sparse if r["policy"] == policy]
+        points = [(100 * r["attended"] if shares else -budgets.index(r["budget"]), r) for r in own]
+        _draw_line(axes, sorted(points, key=lambda p: p[0]), shown, styles[policy], policy)
+    if shares:
+        _set_share_axis(axes, [100 * r["attended"] for r in sparse])
+    else:
+        axes.set_xticks([-i for i in range(len(budgets))], [format_budget(b) for b in budgets])
+        axes.set_xlabel("budget")
+    _set_value_axis(axes, metric, shown, rows)
+    axes.set_title(title)
+    axes.grid(axis="y")
+    _draw_legend(canvas, [axes])
+    return canvas
+
+
+def _draw_legend(canvas: Any, panels: Sequence[Any]) -> None:
+    """One legend below the axes."""
+    lines = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels(), strict=True)}
+    across = 4 if max(len(label) for label in lines) < 14 else 3
+    canvas.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=across, handlelength=2.6, columnspacing=1.4
+    )
+
+
+def _draw_line(axes: Any, points: Sequence[tuple[float, Row]], shown: Metric, look: Look, label: str) -> None:
+    x = [p for p, _ in points]
+    y = [shown.scale * r["value"] for _, r in points]
+    errors = [shown.scale * r["error"] if is_finite(r.get("error")) else 0.0 for _, r in points]
+    style = dict(color=look.color, linestyle=look.dashes, linewidth=look.width, zorder=look.above)
+    axes.plot(x, y, marker=look.marker, markersize=6.5 if look.width > 2 else 5, label=label, **style)
+    if any(errors):
+        axes.errorbar(
+            x, y, errors, fmt="none", ecolor=look.color, elinewidth=1, capsize=2, alpha=0.7, zorder=look.above
+        )
+
+
+def _draw_dense(axes: Any, rows: Sequence[Row], shown: Metric, styles: Mapping[str, Look]) -> None:
+    """The dense model as a line across, with a band of one standard error."""
+    for row in split_dense(rows)[0][:1]:
+        value, look = shown.scale * row["value"], styles["dense"]
+        axes.axhline(
+            value, color=look.color, linestyle=look.dashes, linewidth=look.width, label="dense", zorder=look.above
+        )
+        if is_finite(row.get("error")) and row["error"] > 0:
+            error = shown.scale * row["error"]
+            axes.axhspan(value - error, value + error, color=look.color, alpha=0.1, linewidth=0, zorder=0)
+
+
+def _set_share_axis(axes: Any, shares: Sequence[float]) -> None:
+    low, high = min(shares), max(shares)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low / 1.15, high * 1.15)
+    ticks = [t for t in (100 / 2**i for i in range(20)) if low / 1.15 <= t <= high * 1.15]
+    ticks = ticks if len(ticks) > 1 else sorted({low, high})
+    axes.set_xticks(ticks, [f"{t:.3g} %" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("share of the cache read, layer 0 aside")
+
+
+def _set_value_axis(axes: Any, metric: str, shown: Metric, rows: Sequence[Row]) -> None:
+    """Logarithmic where ratios count, linear elsewhere; a percentage ends at 0 and 100."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_ylim()
+    values = [shown.scale * r["value"] for r in rows]
+    if metric == "over_dense":
+        axes.set_yscale("symlog", linthresh=1.0, linscale=0.6)
+        axes.set_ylim(min(-0.3, 1.3 * min(values)), max(1.3, 1.5 * max(values)))
+        ticks = [s * t for t in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 1e5) for s in (1, -1)]
+    elif metric in LOGARITHMIC and min(values) > 0:
+        low, high = min(values) / 1.04, max(values) * 1.06
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        fine = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high) if high / low < 4 else ()
+        ticks = list(fine) or [s * 10.0**p for p in powers for s in ((1, 1.5, 2, 3, 5) if high / low < 50 else (1, 3))]
+    else:
+        axes.set_ylim(*((max(low, -2), min(high, 102)) if shown.unit == "%" else (low, high)))
+        return
+    low, high = axes.get_ylim()
+    inside = sorted({t for t in ticks if low <= t <= high}) or [low, high]
+    axes.set_yticks(inside, [f"{t:g}".replace("-", MINUS) for t in inside])
+    axes.minorticks_off()
+
+
+def draw_parts(shown: Metric, key: str, rows: Sequence[Row], styles: Mapping[str, Look], title: str) -> Any:
+    """Draw a metric along one coordinate, a panel for each budget."""
+    budgets = sort_budgets(rows) or [1]
+    values = sorted({r["where"][key] for r in rows}, key=sort_key)
+    across = min(2, len(budgets))
+    down = -(-len(budgets) // across)
+    size = (WIDTH, 1.1 + 1.75 * down + (0.8 if down == 1 else 0))
+    canvas, grid = make_canvas(down, across, size, sharex=True, sharey=True)
+    panels = list(grid.flat)
+    labels = [format_part(v) for v in values]
+    for panel, budget in zip(panels, budgets, strict=False):
+        inside = at_budget(rows, budget)
+        for policy in list_policies(inside):
+            own = [(float(values.index(r["where"][key])), r) for r in inside if r["policy"] == policy]
+            _draw_line(panel, sorted(own, key=lambda p: p[0]), shown, styles[policy], policy)
+        panel.set_title(format_budget(budget) if sort_budgets(rows) else "dense", fontsize=8.5)
+        panel.set_xticks(range(len(values)), labels, fontsize=7.5)
+        panel.tick_params(axis="x", rotation=30 if sum(map(len, labels)) > 22 else 0)
+        panel.grid(axis="y")
+    canvas.suptitle(title, fontsize=9.5, fontweight="bold", x=0.02, ha="left")
+    if shown.unit == "%":
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(max(low, -2), min(high, 104))
+    finish_panels(panels, len(budgets), across, key)
+    _draw_legend(canvas, panels)
+    return canvas

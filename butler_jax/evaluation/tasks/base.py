@@ -1,0 +1,63 @@
+"""What every task is: it is built once, and measures one policy after the other."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from butler_jax.evaluation.cells import Cell
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.evaluated import EvaluatedPolicy
+from butler_jax.evaluation.report.report import ReportRow
+from butler_jax.selection import SelectionConfig
+from butler_jax.simulation import Estimate
+from butler_jax.weights import Base
+
+
+class Task:
+    """Base class of tasks.
+
+    Attributes:
+        name: What the command line and reports call the task.
+        unit: What standard errors are taken over.
+        at_once: Whether one cell holds all budgets of a policy.
+        facts: What results depend on beside base, policy and selection, JSON-ready.
+    """
+
+    name: str
+    unit: str = "samples"
+    at_once: ClassVar[bool] = False
+
+    def __init__(self, base: Base, config: EvalConfig, facts: dict[str, Any]):
+        self.base, self.config = base, config
+        self.facts = {**facts, "score_dtype": config.score_dtype}
+
+    def takes(self, policy: EvaluatedPolicy) -> bool:
+        """Whether the task measures a policy; by default every one."""
+        return True
+
+    def evaluate(self, policy: EvaluatedPolicy, selections: dict[float | int, SelectionConfig]) -> Cell:
+        """Measure a policy under selections by budget: one of them, or all where `at_once`."""
+        raise TypeError(f"{type(self).__name__} must define evaluate")
+
+    def make_row(
+        self,
+        policy: EvaluatedPolicy,
+        metric: str,
+        estimate: Estimate,
+        *,
+        budget: float | int | None,
+        attended: float | None,
+        where: dict[str, Any] | None = None,
+    ) -> ReportRow:
+        """An estimate as a row of the report; see `ReportRow` for budget, attended and where."""
+        return ReportRow(
+            task=self.name,
+            metric=metric,
+            policy=policy.label,
+            budget=budget,
+            **estimate._asdict(),
+            unit=self.unit,
+            seed=self.config.seed,
+            attended=attended,
+            where=where or {},
+        )

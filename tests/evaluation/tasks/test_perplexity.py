@@ -1,0 +1,108 @@
+"""Perplexity against a pass position by position, and beside the dense pass."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.data.windows import cut_strided_windows, cut_windows, find_counted
+from butler_jax.evaluation import evaluate, measure_perplexity
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.report.summary import summarise
+from butler_jax.model.decoder import forward
+from butler_jax.policies import make_policy
+from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.selection.config import SelectionConfig
+from butler_jax.simulation import simulate
+from butler_jax.weights import Base
+from tests.tiny_models import BASE, SCORES, Letters, make_batch, make_model, naive, next_nll
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def test_perplexity_is_exp_of_mean_over_predicted_tokens(model):
+    batches = cut_windows(np.random.default_rng(1).integers(0, 61, 90), context=40)
+    found = measure_perplexity(model, batches, make_policy("dense"), SelectionConfig(budget=1.0))
+    nll = []
+    for batch in batches:
+        size = int(batch["segments"].sum())
+        logits, _, _ = naive(model, batch["tokens"][0, :size], SCORES["oracle"], 1.0)
+        nll.append(next_nll(logits, batch["tokens"][0, :size]))
+    # float32 likelihoods against float64
+    assert found.perplexity.value == pytest.approx(np.exp(np.concatenate(nll).mean()), rel=1e-4)
+    assert found.perplexity.n == sum(map(len, nll)) and found.mean("attended").value == 1
+
+
+def test_strided_perplexity_is_that_of_each_tokens_own_window(model):
+    ids = np.random.default_rng(3).integers(0, 61, 50)
+    found = measure_perplexity(
+        model, cut_strided_windows(ids, context=20, stride=8), make_policy("dense"), SelectionConfig(budget=1.0)
+    ).perplexity
+    nll, done = [], 1
+    for start in range(0, 38, 8):
+        window = jnp.asarray(ids[start : start + 20])[None]
+        logs = np.asarray(jax.nn.log_softmax(forward(model, window)))[0]
+        last = min(start + 20, 50)
+        nll += [-logs[t - 1 - start, ids[t]] for t in range(done, last)]
+        done = last
+    assert found.n == 49 and found.value == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+
+
+def test_comparisons_with_the_dense_pass(model):
+    batch = make_batch([[60], [40]], 60)
+    dense, oracle = make_policy("dense"), make_policy("oracle")
+    hidden = []
+    measure_perplexity(model, [batch], dense, SelectionConfig(budget=1.0), keep=hidden)
+    selection = SelectionConfig(budget=0.3)
+    found = measure_perplexity(model, [batch], oracle, selection, references=hidden)
+    same = measure_perplexity(model, [batch], oracle, SelectionConfig(budget=1.0), references=hidden)
+    assert same.mean("agrees").value == 1 and same.mean("divergence").value < 1e-6
+    sparse = simulate(model, batch, oracle, selection)
+    own = np.asarray(sparse.greedy)
+    other = np.asarray(simulate(model, batch, dense, SelectionConfig(budget=1.0)).greedy)
+    counted = find_counted(batch)
+    assert found.mean("agrees").value == pytest.approx((own == other)[counted].mean()) and found.agrees.sum() > 0
+    assert 0 < found.mean("divergence").value < math.log(2)
+    over = found.excess_over(measure_perplexity(model, [batch], dense, SelectionConfig(budget=1.0)))
+    assert over.value == pytest.approx(found.perplexity.value / same.perplexity.value - 1, abs=1e-5)
+
+
+@pytest.fixture
+def place(model, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+    config = EvalConfig(
+        tasks="perplexity",
+        text=tmp_path / "text.txt",
+        tokens=300,
+        context=100,
+        budgets="1/2,32",
+        batch_size=3,
+        policies="dense,streaming,tokenbutler",
+    )
+    return Base("letters", model, Letters(), "f"), predictor, config
+
+
+def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
+    base, predictor, config = place
+    report = evaluate(base, predictor, config)
+    mean = np.mean([t + 1 for t in range(99)])  # keys that a row could read
+    dense = report.value("perplexity", "dense", 1, "bytes_read")
+    row = 2 * BASE.head_dim * 4 * BASE.kv_heads
+    assert dense == pytest.approx(row * BASE.layers * mean)
+    read = np.mean([(t + 1) + 2 * min(max(-(-(t + 1) // 2), 12), t + 1) for t in range(99)])
+    assert report.value("perplexity", "streaming", 0.5, "bytes_read") == pytest.approx(row * read, rel=1e-5)
+    looked = 8 * 4 * BASE.kv_heads * (BASE.layers - 1) * mean  # rank 8, float32, layers from 1 on
+    found = report.value("perplexity", "tokenbutler", 0.5, "bytes_read")
+    assert found == pytest.approx(row * read + looked, rel=1e-5)
+    share = report.value("perplexity", "tokenbutler", 0.5, "bytes_of_dense")
+    assert share == pytest.approx(found / dense, rel=1e-5)
+    assert f"{100 * share:.1f}\u00a0% of the bytes that dense reads in all layers" in " ".join(summarise(report.rows))

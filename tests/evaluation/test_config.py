@@ -1,0 +1,31 @@
+"""Settings of an evaluation: what means nothing is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.training.config import TrainConfig
+
+
+def test_a_bucket_stays_a_bucket():
+    assert EvalConfig(data_dir="gs://bucket/data").data_dir == TrainConfig(data_dir="gs://bucket/data").data_dir
+    assert EvalConfig(data_dir=Path("/data")).data_dir == "/data"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(stride=5), "--stride must be 1 ... 1023, below the context, and needs --text"),
+        (dict(tasks="lambada"), "the task lambada reads local files: give their directory with --downstream"),
+        (dict(depths="1.5"), "--depths are 0 ... 1"),
+        (dict(lengths="short"), "--lengths must be numbers separated by commas, got short"),
+        (dict(budgets="0"), "budget"),
+        (dict(attention_rows=0), "--attention-rows must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_told(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**changes)

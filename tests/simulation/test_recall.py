@@ -1,0 +1,110 @@
+"""Recalled mass, hit rate and rank correlation against sorted forms in numpy."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from butler_jax.policies import make_policy
+from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.simulation import measure_recall
+from butler_jax.simulation.chunks import spread
+from butler_jax.simulation.recall import correlate_ranks, rank_keys
+from tests.tiny_models import BASE, SCORES, make_batch, make_model, naive
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def test_recall_and_hit_rate_equal_sorted_form(model):
+    batch = make_batch([[60]], 64)
+    found = measure_recall(model, None, [batch], [make_policy("oracle"), make_policy("streaming")], [0.5, 0.25])
+    for name, score in SCORES.items():
+        for budget in (0.5, 0.25):
+            # sets of the naive form at this budget, weights of the dense pass
+            mass, hits = [], []
+            _, _, dense = naive(model, batch["tokens"][0, :60], score, 1.0)
+            for layer in (1, 2):
+                for (head, t), true in dense[layer].items():
+                    group = [dense[layer][h, t] for h in range(head // 2 * 2, head // 2 * 2 + 2)]
+                    pooled = np.max([score(layer, 0, t, w) for w in group], axis=0)
+                    n = min(max(ceil(budget * (t + 1)), 12), t + 1)
+                    forced = {*range(max(0, t - 7), t + 1), *range(min(4, t + 1))}
+                    rest = sorted(set(range(t + 1)) - forced, key=lambda j: (-pooled[j], j))
+                    mass.append(true[[*forced, *rest[: n - len(forced)]]].sum())
+                    if t >= 31:
+                        half = (t + 1) // 2
+                        own = score(layer, head, t, true)
+                        tops = (set(np.argsort(-a, kind="stable")[:half]) for a in (true, own))
+                        hits.append(len(set.intersection(*tops)) / half)
+            # means of float32 weights
+            assert found.mass[name][budget].value == pytest.approx(np.mean(mass), abs=2e-5)
+        assert found.hit_rate[name].value == pytest.approx(np.mean(hits), abs=1e-5)
+        assert found.by_head[name].mean() == pytest.approx(np.mean(hits), abs=1e-5)
+        assert (found.mass[name][0.5].n, found.hit_rate[name].n) == (60, 29)
+
+
+def test_oracle_recalls_most_and_random_hits_half(model):
+    predictor = make_predictor(BASE, PredictorConfig(kind="lookahead", rank=8, stride=2))
+    names = ["oracle_head", "oracle", "random", "tokenbutler"]
+    budgets = [0.5, 0.125, 0.0625]
+    batch = make_batch([[128], [128], [100]], 128)
+    found = measure_recall(model, predictor, [batch], [make_policy(n) for n in names], budgets)
+    for budget in budgets:
+        mass = {n: found.mass[n][budget].value for n in names}
+        assert mass["oracle_head"] >= mass["oracle"] - 1e-6
+        assert mass["oracle_head"] >= max(mass.values()) - 1e-6
+        assert mass["oracle"] >= max(mass["random"], mass["tokenbutler"])
+        assert all(0 < found.attended[n][budget].value < 1 for n in names)
+    assert found.hit_rate["oracle"].value == pytest.approx(1, abs=1e-6)
+    assert found.spearman["oracle"].value == pytest.approx(1, abs=1e-6)
+    # about 260 rows x 2 layers x 2 KV heads of 16 to 64 draws each: standard error below 0.002
+    assert found.hit_rate["random"].value == pytest.approx(0.5, abs=0.01)
+    assert found.spearman["random"].value == pytest.approx(0, abs=0.02)
+
+
+def test_recall_of_some_rows_measures_only_those(model):
+    batch = make_batch([[256]], 256)
+    found = measure_recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
+    assert found.mass["streaming"][0.5].n == 128
+    assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
+
+
+@pytest.mark.parametrize("rows", [None, 128])
+def test_policies_that_evict_and_policies_that_score_are_measured_on_the_same_rows(model, rows):
+    batch = make_batch([[300], [100, 120]], 300)
+    found = measure_recall(model, None, [batch], [make_policy("streaming"), make_policy("h2o")], [0.5, 20], rows=rows)
+    column = np.arange(300)
+    own = np.stack([column + 1, np.where(column < 100, column + 1, column - 99)])  # keys a row may see
+    taken = (batch["segments"] > 0) & ((column // 128 == 1) if rows else True)
+    for budget in (0.5, 20):
+        tokens = np.minimum(budget if budget == 20 else np.maximum(np.ceil(own / 2), 12), own)
+        for policy in ("streaming", "h2o"):
+            assert found.mass[policy][budget].n == taken.sum()
+            # both fill their budget in every row; float32 means
+            assert found.attended[policy][budget].value == pytest.approx((tokens / own)[taken].mean(), rel=1e-5)
+
+
+def naive_ranks(values):
+    return np.asarray([(np.sum(values < v) + np.sum(values <= v) + 1) / 2 for v in values])
+
+
+def test_rank_correlation_is_pearsons_of_mean_ranks():
+    random = np.random.default_rng(2)
+    true, scores = random.normal(size=(1, 1, 2, 3, 40)), random.integers(0, 6, (1, 1, 2, 3, 40)).astype(float)
+    scores[0, 0, 1, 2] = 1.0  # all equal
+    allowed = np.arange(40)[None, None] <= np.asarray([7, 20, 39])[None, :, None]
+    mask = jnp.asarray(allowed)
+    ranks = rank_keys(jnp.asarray(true), mask)
+    found = np.asarray(correlate_ranks(rank_keys(jnp.asarray(scores), mask), ranks, mask))
+    for g, c in np.ndindex(2, 3):
+        a, b = (naive_ranks(x[0, 0, g, c][allowed[0, c]]) for x in (true, scores))
+        wanted = 0.0 if b.std() == 0 else np.corrcoef(a, b)[0, 1]
+        assert found[0, 0, g, c] == pytest.approx(wanted, abs=1e-5)
+        np.testing.assert_array_equal(np.asarray(ranks)[0, 0, g, c][allowed[0, c]], a)
