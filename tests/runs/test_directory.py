@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 from butler_jax.runs.directory import claim, holder, read_records, recorded, records
@@ -141,3 +142,18 @@ def test_a_lock_of_a_stranger_is_not_waited_for(tmp_path):
         assert holder(tmp_path).startswith("\ufffd on ") and len(holder(tmp_path)) == 1000
         with pytest.raises(ValueError, match="is in use by another training, process \ufffd on"), claim(tmp_path):
             pass
+
+
+def test_filelock_does_not_keep_these_promises(tmp_path, monkeypatch):
+    """To ask who holds a directory, it would leave a file there; and it fails on file systems without locks."""
+    assert holder(tmp_path) is None and list(tmp_path.iterdir()) == []
+    with filelock.FileLock(tmp_path / "lock", blocking=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="no locks available"):
+        filelock.FileLock(tmp_path / "lock", blocking=False).acquire()

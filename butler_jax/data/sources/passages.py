@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf import json_format
+from rich.console import Console
 
 PASSAGE_CHARACTERS = 16_000
 """The longest passage. A longer text is cut, at the end of a paragraph where possible."""
@@ -47,7 +50,7 @@ def numbered(passages: Iterable[tuple[str, str]]) -> Iterator[tuple[int, dict[st
 def open_prepared(
     builder_class: type[PassageBuilder], config: tfds.core.BuilderConfig, data_dir: str | None
 ) -> PassageBuilder:
-    """Open a set, and write its array_record files if they are not there yet. TFDS shows a progress bar meanwhile.
+    """Open a set, and write its array_record files if they are not there yet.
 
     Args:
       builder_class: the set.
@@ -65,7 +68,8 @@ def open_prepared(
         builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
         if not builder.is_prepared():
             try:
-                builder.download_and_prepare()
+                with _preparing(builder):
+                    builder.download_and_prepare()
             except OSError:
                 builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
                 if not builder.is_prepared():  # otherwise another process has written it meanwhile
@@ -76,6 +80,21 @@ def open_prepared(
     finally:
         logger.setLevel(level)
     return builder
+
+
+@contextlib.contextmanager
+def _preparing(builder: PassageBuilder) -> Iterator[None]:
+    """Show on stderr that a set is being written, in place of TFDS' own lines and bars."""
+    tfds.disable_progress_bar()
+    said = f"preparing {builder.info.full_name} in {builder.data_dir}"
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        if console.is_terminal:
+            with console.status(said):
+                yield
+        else:
+            console.print(said, markup=False)
+            yield
 
 
 def cut(text: str, limit: int = PASSAGE_CHARACTERS) -> Iterator[str]:

@@ -52,3 +52,14 @@ def test_a_damaged_list_of_prepared_files_is_named(tmp_path, content):
     words = rf"the prepared data in {path.parent} are damaged \(dataset_info.json.*remove that directory"
     with pytest.raises(ValueError, match=words):
         documents()
+
+
+def test_preparing_a_set_logs_one_plain_line(tmp_path, capfd):
+    (tmp_path / "book.txt").write_text("a book. " * 500)
+    text.open_builder([tmp_path / "book.txt"], tmp_path / "data")
+    out, error = capfd.readouterr()
+    (line,) = error.splitlines()
+    assert out == "" and line.startswith("preparing ") and line.endswith("/1.0.0") and str(tmp_path / "data") in line
+    assert not {"\r", "\x1b"} & {*error}
+    text.open_builder([tmp_path / "book.txt"], tmp_path / "data")
+    assert capfd.readouterr() == ("", "")
