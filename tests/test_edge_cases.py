@@ -23,9 +23,10 @@ import pytest
 
 import pallas_kernels as pk
 from benchmarks.float64 import distillation_loss
-from butler_jax.decoding.cache import DecodeState, ScoreCache, empty_kv_cache
+from butler_jax.decoding.cache import DecodeState, empty_store
 from butler_jax.decoding.cached_attention import cached_attention
 from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.score_cache import ScoreCache
 from butler_jax.decoding.scoring import empty_scores
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.attention import causal_attention, masked_softmax
@@ -299,7 +300,7 @@ def test_a_row_that_holds_nothing_begins_with_the_token_given(model, predictor, 
     assert np.asarray(state.lengths).tolist() == [1, 13] and (np.asarray(found.attended)[:, 0] == 1).all()
     if fields != dict(unit=4, interval=2):
         scores = empty_scores(predictor, model, 2, 1, jnp.float32)
-        empty = DecodeState(empty_kv_cache(BASE, 2, 1, jnp.float32), scores, jnp.zeros(2, jnp.int32), jnp.int32(0))
+        empty = DecodeState(empty_store(BASE, 2, 1, jnp.float32), scores, jnp.zeros(2, jnp.int32), jnp.int32(0))
         logits, state, _ = step(jnp.asarray([7, 9]), empty)
         np.testing.assert_allclose(logits, wanted, atol=2e-5)
         with pytest.raises(ValueError, match="the cache is full: a row holds 1 of 1 tokens"):

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.decoding import SamplingConfig, empty_chosen, generation
+from butler_jax.decoding import SamplingConfig, empty_memory, generation, make_plan
 from butler_jax.policies import Policy, make_policy
-from butler_jax.selection import SelectionConfig, room_for
+from butler_jax.selection import SelectionConfig
 
 if TYPE_CHECKING:
     from butler_jax.cli.bench import BenchConfig
@@ -71,11 +71,15 @@ def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context:
 def _fill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, context: int) -> Any:
     """The first token and the caches after a prompt."""
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
-    return generation.start(
-        base.model, predictor, jnp.asarray(prompt), jnp.full(config.batch, prompt.shape[1], jnp.int32), keys,
-        selection=None, policy=make_policy("tokenbutler"), sampling=SamplingConfig(), capacity=context,
-        chunk=generation.CHUNK,
-    )  # fmt: skip
+    how = _decoding(base, context, None, make_policy("tokenbutler"))
+    lengths = jnp.full(config.batch, prompt.shape[1], jnp.int32)
+    return generation.start(base.model, predictor, jnp.asarray(prompt), lengths, keys, how=how)
+
+
+def _decoding(base: Base, capacity: int, selection: SelectionConfig | None, policy: Policy) -> generation.Decoding:
+    """What prefill and steps compile for."""
+    plan = make_plan(base.config, capacity, selection, policy)
+    return generation.Decoding(plan, SamplingConfig(), capacity, generation.CHUNK, None)
 
 
 def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, selection: SelectionConfig | None) -> Round:
@@ -85,20 +89,16 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
     state = held.state
     if selection is None:
         predictor, state = None, dataclasses.replace(state, scores=None)
-    elif selection.interval > 1:
-        room = room_for(selection, state.kv.capacity)
-        chosen = empty_chosen(base.config, config.batch, base.config.kv_heads, room)
-        state = dataclasses.replace(state, chosen=chosen)
+    how = _decoding(base, state.kv.capacity, selection, policy)
+    state = dataclasses.replace(state, memory=empty_memory(how.plan, base.config.layers, config.batch))
     now = [made, held._replace(state=state)]
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
 
     def decode(tokens: int) -> float:
         began = time.perf_counter()
         for _ in range(tokens):
-            now[0], now[1] = generation.advance(
-                base.model, predictor, now[0].token, keys, now[1], selection=selection, policy=policy,
-                sampling=SamplingConfig(), most=None, implementation=None,
-            )  # fmt: skip
+            token, held = now[0].token, now[1]
+            now[0], now[1] = generation.advance(base.model, predictor, token, keys, held, how=how, most=None)
         jax.block_until_ready(now[0].token)
         return time.perf_counter() - began
 

@@ -8,8 +8,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "cache": ["empty_chosen"],
+        "choice": ["empty_memory"],
         "config": ["SamplingConfig"],
+        "plan": ["make_plan"],
         "eviction": ["EvictedRows", "evict_rows"],
         "generation": ["Generated", "Piece", "bucket", "generate", "generate_stream"],
         "prefilling": ["prefill"],

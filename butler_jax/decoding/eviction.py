@@ -6,7 +6,6 @@ for one token a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,12 +63,16 @@ def evict_row(
     low: Int[Array, " B"],
     budget: Int[Array, " B"],
     rule: SelectionConfig,
-    weigh: Callable[[Bool[Array, "B K S"]], Float[Array, "B K G S"]],
-) -> tuple[Eviction, Float[Array, "B K G S"]]:
-    """One row of every sequence: the row's token comes, the one worth least goes, and the attention is remembered.
+) -> Bool[Array, "B K S"]:
+    """Returns what is kept after one more row of every sequence: its token comes, the one worth least goes.
 
-    low: the first column the row may see. budget: in tokens. weigh: from what is kept, the row's own token included, to
-    its attention weights, 0 elsewhere. Returns the state after the row and the weights.
+    Args:
+        policy: What the tokens are worth.
+        state: What was kept before the row.
+        place: Where the rows stand.
+        low: First column that each row may see.
+        budget: Tokens that each row may keep.
+        rule: Sinks and recent tokens, which are never dropped.
     """
     columns = jnp.arange(state.kept.shape[-1], dtype=jnp.int32)[None]
     own = place.own[:, None]
@@ -77,9 +80,7 @@ def evict_row(
     protected = (columns > own - newest) | (columns < place.start[:, None] + rule.sinks)
     allowed = (columns >= low[:, None]) & (columns <= own)
     candidates = (state.kept | (columns == own)[:, None]) & allowed[:, None]
-    kept = evict(candidates, policy.worth(state.memory), protected, budget)
-    weights = weigh(kept)
-    return Eviction(kept, policy.observe(state.memory, jnp.sum(weights, axis=2), place, budget)), weights
+    return evict(candidates, policy.worth(state.memory), protected, budget)
 
 
 def evict_rows(
@@ -127,10 +128,10 @@ def evict_rows(
         def row(state, inputs):
             number, own, start, low, budget = inputs
             mine = repeat(jax.lax.dynamic_index_in_dim(logits, number, 3, keepdims=False))
-            state, weights = evict_row(
-                policy, state, Place(repeat(own), repeat(start)), repeat(low), budget, rule,
-                lambda kept: masked_softmax(mine, kept[:, :, None]),
-            )  # fmt: skip
+            place = Place(repeat(own), repeat(start))
+            kept = evict_row(policy, state, place, repeat(low), budget, rule)
+            weights = masked_softmax(mine, kept[:, :, None])
+            state = Eviction(kept, policy.observe(state.memory, jnp.sum(weights, axis=2), place, budget))
             read = jnp.sum(state.kept, axis=(1, 2), dtype=jnp.int32).astype(jnp.float32) / kv_heads
             inside = None
             if mass:

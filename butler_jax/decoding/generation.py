@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.config import SamplingConfig
-from butler_jax.decoding.offload import to_host
+from butler_jax.decoding.plan import Plan, check_offload, make_plan
 from butler_jax.decoding.prefilling import CHUNK, prefill
 from butler_jax.decoding.sampling import draw, penalise
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.step import decode_step
-from butler_jax.parallel import token_axis
-from butler_jax.policies import Evicting, Policy, TokenButler, make_policy
+from butler_jax.decoding.store import offload as move_to_host
+from butler_jax.policies import Policy, TokenButler, make_policy
 from butler_jax.predictors import Predictor
-from butler_jax.selection import SelectionConfig, budget_table, limits_of
+from butler_jax.selection import SelectionConfig, budget_table
 from butler_jax.text import Prompts, Writer, encode, stop_tokens
 
 if TYPE_CHECKING:
@@ -170,46 +170,44 @@ def generate_stream(
     Raises:
       ValueError: as `generate`.
     """
-    sampling = sampling or SamplingConfig()
     if predictor is not None and selection is None:
         selection = SelectionConfig()
     policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
-    selection = None if selection is None else policy.selection(selection)
-    if selection is not None and predictor is None and policy.needs_predictor:
-        raise ValueError(
-            f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
-        )
-    if offload and selection is not None and isinstance(policy, Evicting):
-        raise ValueError(f"the policy {policy.name} needs its caches on the device: leave out offload")
     if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     check_score_dtype(score_dtype)
     rows = encode(base, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
-    if offload and token_axis(capacity) is not None:
+    plan = make_plan(base.config, capacity, selection, policy, implementation=implementation)
+    if plan.needs_predictor and predictor is None:
         raise ValueError(
-            "the mesh splits the tokens of the caches, and caches in host memory stay whole: leave out offload, or the "
-            "sequence axis"
+            f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
         )
-    table = None if selection is None else budget_table(selection, capacity)
-    if selection is not None:
-        limits_of(selection, base.config, capacity)
+    if offload:
+        check_offload(plan, capacity)
     width = min(bucket(int(lengths.max()), 16), capacity)
     tokens = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
-    keys = row_keys(seed, len(rows))
-    ends = stop_tokens(base, stop)
     result = Generated() if result is None else result
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
-    return _pieces(
-        base, predictor, tokens, lengths, keys, ends, result, table,
-        selection=selection, policy=policy, sampling=sampling, max_new_tokens=max_new_tokens,
-        capacity=capacity, chunk=chunk, offload=offload, score_dtype=score_dtype,
-        implementation=implementation,
-    )  # fmt: skip
+    how = Decoding(plan, sampling or SamplingConfig(), capacity, chunk, score_dtype)
+    keys, ends = row_keys(seed, len(rows)), stop_tokens(base, stop)
+    steps = _steps(base.model, predictor, (tokens, lengths, keys), how, max_new_tokens, offload)
+    return _pieces(steps, base, ends, max_new_tokens, result)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a compiled prefill or step depends on, beside shapes; the fields are as in `generate`."""
+
+    plan: Plan
+    sampling: SamplingConfig
+    capacity: int
+    chunk: int
+    score_dtype: str | None
 
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
@@ -224,40 +222,13 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray([int(one) & 0xFFFFFFFF for one in seed], jnp.uint32))
 
 
-def _pieces(
-    base, predictor, tokens, lengths, keys, ends, result, table, *, selection, policy, sampling, max_new_tokens,
-    capacity, chunk, offload, score_dtype, implementation,
-) -> Iterator[Piece]:  # fmt: skip
-    """The work of generate_stream, whose arguments are checked before the first piece is asked for."""
-    rows = len(lengths)
+def _pieces(steps: Iterator[_Step], base: Base, ends: set[int], most: int, result: Generated) -> Iterator[Piece]:
+    """The tokens of every step as pieces; `result` is filled on the way."""
+    rows = len(result.tokens)
     writers = [Writer(base.tokenizer) for _ in range(rows)]
     done, read = np.zeros(rows, bool), np.zeros(rows)
-
-    fixed = dict(policy=policy, sampling=sampling)
     began = time.perf_counter()
-    made, held = start(
-        base.model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, selection=selection,
-        capacity=capacity, chunk=chunk, score_dtype=score_dtype, **fixed,
-    )  # fmt: skip
-    if offload:
-        near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
-        made, held = jax.device_put((made, held), near)
-        held = held._replace(state=dataclasses.replace(held.state, kv=to_host(held.state.kv)))
-    for step in range(max_new_tokens):
-        token, fraction = made
-        if step + 1 < max_new_tokens:  # the next step is under way before this one's token is looked at
-            now, most = _plan(selection, table, lengths, step, policy)
-            made, held = advance(
-                base.model,
-                predictor,
-                token,
-                keys,
-                held,
-                selection=now,
-                most=most,
-                implementation=implementation,
-                **fixed,
-            )
+    for step, (token, fraction) in enumerate(steps):
         values = np.asarray(token)
         if step == 0:
             result.prefill_seconds = time.perf_counter() - began
@@ -269,7 +240,7 @@ def _pieces(
         for b in np.flatnonzero(~done):
             value = int(values[b])
             result.tokens[b].append(value)
-            text = writers[b].add(value, last=value in ends or step + 1 == max_new_tokens)
+            text = writers[b].add(value, last=value in ends or step + 1 == most)
             result.texts[b] += text
             done[b] = value in ends
             yield Piece(int(b), value, text)
@@ -281,8 +252,27 @@ def _pieces(
             return
 
 
+def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) -> Iterator[_Step]:
+    """The steps of a batch; the next one is under way before the one before is handed out.
+
+    prompts: tokens [B, T], lengths [B] and a key for every row.
+    """
+    tokens, lengths, keys = prompts
+    made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, how=how)
+    if offload:
+        near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
+        made, held = jax.device_put((made, held), near)
+        held = held._replace(state=dataclasses.replace(held.state, kv=move_to_host(held.state.kv)))
+    for step in range(count):
+        ready = made
+        if step + 1 < count:
+            now, most = _plan_step(how, lengths, step)
+            made, held = advance(model, predictor, ready.token, keys, held, how=now, most=most)
+        yield ready
+
+
 class _Held(NamedTuple):
-    """What steps hand on and nobody looks at: the decoding state, and the tokens seen [B, V] under a penalty."""
+    """What steps hand on: the decoding state, and the tokens seen [B, V] under a penalty."""
 
     state: Any
     seen: jax.Array | None
@@ -295,40 +285,32 @@ class _Step(NamedTuple):
     attended: jax.Array
 
 
-@partial(jax.jit, static_argnames=("selection", "policy", "sampling", "capacity", "chunk", "score_dtype"))
-def start(
-    model, predictor, tokens, lengths, keys, *, selection, policy, sampling, capacity, chunk, score_dtype=None
-) -> tuple[_Step, _Held]:
-    """The caches of the prompts, and the first token of every row."""
-    logits, state = prefill(
-        model, tokens, lengths, capacity=capacity, predictor=predictor, selection=selection, policy=policy, chunk=chunk,
-        score_dtype=score_dtype,
-    )  # fmt: skip
+@partial(jax.jit, static_argnames=("how",))
+def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
+    """Returns the first token of every row and the caches of the prompts."""
+    fixed = dict(selection=how.plan.selection, policy=how.plan.policy, chunk=how.chunk, score_dtype=how.score_dtype)
+    logits, state = prefill(model, tokens, lengths, capacity=how.capacity, predictor=predictor, **fixed)
     seen = None
-    if sampling.repetition_penalty != 1:
+    if how.sampling.repetition_penalty != 1:
         batch, width = tokens.shape
         inside = jnp.arange(width)[None] < lengths[:, None]
         place = jnp.where(inside, tokens, logits.shape[-1])
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], place].set(True, mode="drop")
-    return _next(logits, state, jnp.ones(lengths.shape), seen, keys, sampling)
+    return _next(logits, state, jnp.ones(lengths.shape), seen, keys, how.sampling)
 
 
-@partial(
-    jax.jit, static_argnames=("selection", "policy", "sampling", "most", "implementation"), donate_argnames=("held",)
-)
-def advance(
-    model, predictor, token, keys, held: _Held, *, selection, policy, sampling, most, implementation
-) -> tuple[_Step, _Held]:
-    """One token more for every row."""
-    logits, state, found = decode_step(
-        model, token, held.state, predictor=predictor, selection=selection, policy=policy, most=most,
-        implementation=implementation,
-    )  # fmt: skip
+@partial(jax.jit, static_argnames=("how", "most"), donate_argnames=("held",))
+def advance(model, predictor, token, keys, held: _Held, *, how: Decoding, most: int | None) -> tuple[_Step, _Held]:
+    """Returns one more token for every row."""
+    plan = how.plan
+    fixed = dict(selection=plan.selection, policy=plan.policy, implementation=plan.implementation)
+    logits, state, found = decode_step(model, token, held.state, predictor=predictor, most=most, **fixed)
     share = jnp.mean(found.attended[1:].astype(jnp.float32), axis=(0, 2)) / state.lengths.astype(jnp.float32)
-    return _next(logits, state, share, held.seen, keys, sampling)
+    return _next(logits, state, share, held.seen, keys, how.sampling)
 
 
 def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
+    """The tokens drawn from logits."""
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     token = draw(logits, keys, state.steps, sampling)
@@ -337,20 +319,20 @@ def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
     return _Step(token, attended), _Held(state, seen)
 
 
-def _plan(
-    selection: SelectionConfig | None, table: np.ndarray | None, lengths: np.ndarray, step: int, policy: Policy
-) -> tuple[SelectionConfig | None, int | None]:
-    """(selection, most) of a step: dense while no row is beyond min_context; room for what the rows can then need."""
-    if (
-        selection is None or selection.min_context == 0 or isinstance(policy, Evicting)
-    ):  # what is kept is kept from the first token on
-        return selection, None
+def _plan_step(how: Decoding, lengths: np.ndarray, step: int) -> tuple[Decoding, int | None]:
+    """What a step compiles for, and the largest budget of a row at it where that is known.
+
+    A step is dense while no row is beyond min_context. A policy that evicts keeps from the first token on.
+    """
+    selection = how.plan.selection
+    if selection is None or selection.min_context == 0 or how.plan.when == "row_by_row":
+        return how, None
     chosen_at = lengths + step + 1 - step % selection.interval
     if (chosen_at <= selection.min_context).all():
-        return None, None
+        return dataclasses.replace(how, plan=dataclasses.replace(how.plan, selection=None)), None
     if (chosen_at <= selection.min_context).any():
-        return selection, None
-    return selection, int(table[selection.min_context + 1 :].max())
+        return how, None
+    return how, int(budget_table(selection, how.capacity)[selection.min_context + 1 :].max())
 
 
 def bucket(length: int, least: int) -> int:

@@ -1,4 +1,8 @@
-"""Fill the caches from prompts: short ones in one dense pass, long ones chunk by chunk in bounded memory."""
+"""Prefill the caches from prompts: short ones in one dense pass, long ones chunk by chunk in bounded memory.
+
+Under a policy that evicts, the prompt runs under the policy row by row, so that decoding goes on where a simulation of
+the whole text would stand. A policy that cuts once keeps the whole prompt, and its first step cuts.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.decoding.cache import DecodeState, KVCache, ScoreCache, empty_chosen, empty_kv_cache, split_state
+from butler_jax.decoding.cache import DecodeState, constrain_state, empty_store
 from butler_jax.decoding.cached_attention import cached_attention
-from butler_jax.decoding.evicting import fill_evicting
+from butler_jax.decoding.choice import empty_memory
+from butler_jax.decoding.eviction import Eviction, evict_rows, grown, nothing_kept
+from butler_jax.decoding.newest import newest_of
 from butler_jax.decoding.parts import write_chunk
-from butler_jax.decoding.score_cache import check_score_dtype, store
+from butler_jax.decoding.plan import Plan, make_plan
+from butler_jax.decoding.score_cache import SCORE_LETTERS, ScoreCache, check_score_dtype, store_scores
 from butler_jax.decoding.scoring import empty_scores
+from butler_jax.decoding.store import EvictingStore, KVStore
 from butler_jax.model import (
+    BaseConfig,
     BaseModel,
     LayerView,
+    by_window,
     causal_attention,
     dense_mixer,
     embed,
-    layer_windows,
     logits,
     run_layers,
 )
-from butler_jax.policies import Evicting, Policy, TokenButler
+from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor, walk
-from butler_jax.selection import SelectionConfig, room_for
+from butler_jax.selection import Rows, SelectionConfig, limits_of
 
 CHUNK = 512  # tokens of a prompt that run together; shorter prompts run at once
+
+Prefilled = tuple[Float[Array, "B E"], KVStore, ScoreCache | None]
+"""The last residual stream of each row, and the caches."""
 
 
 def prefill(
@@ -46,126 +58,180 @@ def prefill(
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Run prompts densely; logits after each row's last token, and the caches of `capacity` tokens a row.
+    """Runs prompts densely and keeps what decoding needs of them.
 
-    tokens: prompts, padded on the right to T. lengths: tokens of each prompt, 1 ... T. selection, policy: those of the
-    steps that follow; an interval needs them, for the room it takes, and a policy that evicts, under which the prompts
-    run then, whole and without the predictor (evicting_decode.py). chunk: prompts of more tokens run in chunks
-    of so many, as many of them as the longest row has: T may be the padding of any shorter prompt and is not paid for.
-    score_dtype: "int8" keeps the importance keys in int8 (score_cache.py); None as the predictor makes them.
-    implementation: of attention.causal_attention, for prompts that run at once. Lengths that only the device knows are
-    not looked at: one of 0 leaves its row empty, its logits mean nothing, and its next step begins it.
+    Args:
+        model: The base model.
+        tokens: Prompts, padded on the right to T.
+        lengths: Tokens of each prompt, 1 ... T. Lengths that only the device knows are not checked: a length of 0
+            leaves its row empty, its logits mean nothing, and its next step begins the row.
+        capacity: S, tokens that a row has room for.
+        predictor: Its caches are filled too.
+        selection: Of the steps that follow. An interval takes room in the state, and a policy that evicts runs the
+            prompts.
+        policy: Of the steps that follow. One that evicts reads the prompts whole and takes no predictor.
+        chunk: Prompts of more tokens run in chunks of so many, as many as the longest row has. Padding beyond the
+            longest row costs nothing.
+        score_dtype: "int8" keeps k_imp in int8 (score_cache.py); None keeps it as the predictor makes it.
+        implementation: As in `model.causal_attention`, for prompts that run at once.
 
-    Raises ValueError where T exceeds the capacity or the capacity the model's context, or a length is out of range.
+    Returns:
+        Logits after each row's last token in float32, and the state.
+
+    Raises:
+        ValueError: Where T exceeds the capacity, the capacity the model's context, or a length is out of range.
     """
     batch, length = tokens.shape
-    if not length <= capacity:
-        raise ValueError(f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
-    if not capacity <= model.config.context:
-        raise ValueError(f"a cache of {capacity} tokens is beyond the model's context of {model.config.context}")
+    _check_sizes(model.config, length, lengths, capacity, chunk)
     check_score_dtype(score_dtype)
-    if not chunk >= 1:
-        raise ValueError(f"a chunk must have at least 1 token, got {chunk}")
-    if not isinstance(lengths, jax.core.Tracer):
-        known = np.asarray(lengths)
-        least, most = int(known.min()), int(known.max())
-        if not least >= 1:
-            raise ValueError("a prompt has no tokens; give every row at least one")
-        if not most <= length:
-            raise ValueError(f"a prompt of {most} tokens does not fit the {length} columns of tokens")
     lengths = jnp.asarray(lengths).astype(jnp.int32)
-    if selection is not None and isinstance(policy, Evicting):
-        last, kv, evicted = fill_evicting(model, tokens, lengths, capacity, selection, policy, implementation)
-        return logits(model, last), DecodeState(kv, None, lengths, jnp.zeros((), jnp.int32), evicted=evicted)
-    run = _at_once if length <= chunk else partial(_in_chunks, chunk=chunk)
-    last, kv, scores = run(model, tokens, lengths, capacity, predictor, implementation)
+    plan = make_plan(model.config, capacity, selection, policy)
+    steps = jnp.zeros((), jnp.int32)
+    if plan.when == "row_by_row":
+        (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, capacity, plan, implementation)
+        return logits(model, last), DecodeState(kv, scores, lengths, steps, memory)
+    if length <= chunk:
+        last, kv, scores = _prefill_at_once(model, tokens, lengths, capacity, predictor, implementation)
+    else:
+        last, kv, scores = _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk)
     if scores is not None:
-        scores = store(scores, lengths, score_dtype)
-    chosen, policy = None, policy or TokenButler()
-    selection = None if selection is None else policy.selection(selection)
-    if selection is not None and selection.interval > 1:
-        heads = policy.choosing_heads(model.config)
-        chosen = empty_chosen(model.config, batch, heads, room_for(selection, capacity))
-    state = DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), chosen)
-    return logits(model, last), split_state(state)
+        scores = store_scores(scores, lengths, score_dtype)
+    memory = empty_memory(plan, model.config.layers, batch)
+    return logits(model, last), constrain_state(DecodeState(kv, scores, lengths, steps, memory))
 
 
-def _at_once(model, tokens, lengths, capacity, predictor, implementation):
-    """Last residual stream of each row [B, E] and the filled caches."""
+def _check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:
+    """Raises ValueError for prompts that do not fit."""
+    if length > capacity:
+        raise ValueError(f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
+    if capacity > config.context:
+        raise ValueError(f"a cache of {capacity} tokens is beyond the model's context of {config.context}")
+    if chunk < 1:
+        raise ValueError(f"a chunk must have at least 1 token, got {chunk}")
+    if isinstance(lengths, jax.core.Tracer):
+        return
+    known = np.asarray(lengths)
+    if known.min() < 1:
+        raise ValueError("a prompt has no tokens; give every row at least one")
+    if known.max() > length:
+        raise ValueError(f"a prompt of {known.max()} tokens does not fit the {length} columns of tokens")
+
+
+def _prefill_at_once(model, tokens, lengths, capacity, predictor, implementation) -> Prefilled:
+    """One dense pass over whole prompts."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     x = embed(model, tokens)
     dense = dense_mixer(model.config, None, implementation)
     room = capacity - length
 
-    def trunk_attend(_, q, k, v):
+    def attend_trunk(_, q, k, v):
         cache = tuple(jnp.pad(a, ((0, 0), (0, room), (0, 0), (0, 0))) for a in (k, v))
         return causal_attention(q, k, v, implementation=implementation), cache
 
     context = None if predictor is None else predictor.context(positions, capacity)
 
-    def mixer(state, view: LayerView):
-        state, keys = _keys(predictor, state, view, context, trunk_attend)
-        rows = tuple(a.transpose(0, 2, 1, 3) for a in (view.k, view.v))
-        return dense(None, view)[0], state, (*rows, keys)
+    def mixer(walked, view: LayerView):
+        walked, k_imp = _walk_layer(predictor, walked, view, context, attend_trunk)
+        return dense(None, view)[0], walked, (*_by_heads(view.k, view.v), k_imp)
 
-    start = scores = None
+    walked = scores = None
     if predictor is not None:
         trunk = empty_scores(predictor, model, batch, capacity, x.dtype).trunk
-        start = walk.begin(predictor, x, context, trunk)
-    x, end, (k, v, keys) = run_layers(model, x, positions, mixer, start, length=capacity)
-    kv = empty_kv_cache(model.config, batch, capacity, x.dtype)
-    kv = KVCache(*(write_chunk(a, b, 0, "-bhs-") for a, b in ((kv.k, k), (kv.v, v))))
+        walked = walk.begin(predictor, x, context, trunk)
+    x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=capacity)
+    kv = empty_store(model.config, batch, capacity, x.dtype).append_chunk(k, v, 0)
     if predictor is not None:
-        scores = ScoreCache(jnp.pad(keys, ((0, 0),) * 4 + ((0, room),)), end.cache)
-    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0], kv, scores
+        scores = ScoreCache(jnp.pad(k_imp, ((0, 0),) * 4 + ((0, room),)), walked.cache)
+    return _last(x, lengths), kv, scores
 
 
-def _in_chunks(model, tokens, lengths, capacity, predictor, implementation, *, chunk):
+def _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk) -> Prefilled:
     """The same, a chunk of tokens at a time; the last chunk is moved back where it would reach beyond T."""
     config, (batch, length) = model.config, tokens.shape
-    windows = layer_windows(config)
-    kv = empty_kv_cache(config, batch, capacity, model.embedding[...].dtype)
+    kv = empty_store(config, batch, capacity, model.embedding[...].dtype)
     scores = None if predictor is None else empty_scores(predictor, model, batch, capacity, kv.k.dtype)
 
     def one(number, carry):
         last, kv, scores = carry
         start = jnp.minimum(number * chunk, length - chunk)
-        cached = jnp.broadcast_to(start, (batch,))
+        newest = newest_of(config, jnp.broadcast_to(start, (batch,)))
         positions = start + jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32)[None], (batch, chunk))
         x = embed(model, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1))
         context = None if predictor is None else predictor.context(positions, capacity)
 
-        def trunk_attend(cache, q, k, v):
+        def attend_trunk(cache, q, k, v):
             old = (a.transpose(0, 2, 1, 3)[None] for a in cache)
-            new = tuple(
-                jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, axis=1)
-                for a, b in zip(cache, (k, v), strict=True)
-            )
-            return cached_attention(q, k, v, *old, 0, cached), new
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+            new = tuple(write(a, b.astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
+            return cached_attention(q, k, v, *old, 0, newest.cached), new
 
-        def mixer(state, view: LayerView):
-            state, keys = _keys(predictor, state, view, context, trunk_attend)
-            sliding_window = None if windows is None else jnp.asarray(windows)[view.index]
-            out = cached_attention(view.q, view.k, view.v, kv.k, kv.v, view.index, cached, sliding_window)
-            return out, state, (*(a.transpose(0, 2, 1, 3) for a in (view.k, view.v)), keys)
+        def mixer(walked, view: LayerView):
+            walked, k_imp = _walk_layer(predictor, walked, view, context, attend_trunk)
+            return kv.attend_all(view, newest), walked, (*_by_heads(view.k, view.v), k_imp)
 
-        begun = None if predictor is None else walk.begin(predictor, x, context, scores.trunk)
-        x, end, (k, v, keys) = run_layers(model, x, positions, mixer, begun, length=capacity)
-        kv = KVCache(*(write_chunk(a, b, start, "-bhs-") for a, b in ((kv.k, k), (kv.v, v))))
+        walked = None if predictor is None else walk.begin(predictor, x, context, scores.trunk)
+        x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=capacity)
+        kv = kv.append_chunk(k, v, start)
         if predictor is not None:
-            scores = ScoreCache(write_chunk(scores.k_imp, keys, start, "-bh-s"), end.cache)
+            scores = ScoreCache(write_chunk(scores.k_imp, k_imp, start, SCORE_LETTERS), walked.cache)
         at = lengths - 1 - start
-        found = jnp.take_along_axis(x, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+        found = _last(x, jnp.clip(at, 0, chunk - 1) + 1)
         return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), kv, scores
 
     last = jnp.zeros((batch, config.width), kv.k.dtype)
     return jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), one, (last, kv, scores))
 
 
-def _keys(predictor: Predictor | None, state: Any, view: LayerView, context: Any, attend: Any):
-    """The predictor's state after a layer, and the layer's importance keys [B, Q, R, T]."""
+def _prefill_evicting(model, tokens, lengths, capacity, plan: Plan, implementation) -> tuple[Prefilled, Eviction]:
+    """Prompts under a policy that evicts, and what every layer has kept.
+
+    Rows end together: a shorter one begins later, after rows that mean nothing, and keeps nothing of them. Keys and
+    values that were dropped stay in the store unread.
+    """
+    config, (batch, length), policy = model.config, tokens.shape, plan.policy
+    limits = limits_of(plan.selection, config, capacity)
+    table = jnp.arange(len(limits.table), dtype=jnp.int32) if policy.once else limits.table
+    columns = jnp.arange(length, dtype=jnp.int32)[None]
+    shift = (length - lengths)[:, None]
+    rows = Rows(columns - shift, jnp.zeros((batch, length), jnp.int32))
+    dense = dense_mixer(config, None, implementation)
+
+    def move(x, place):
+        return jnp.take_along_axis(x, jnp.clip(place, 0, length - 1)[:, :, None, None], axis=1)
+
+    def mixer(carry, view: LayerView):
+        def sparse(sliding_window):
+            q, rule = move(view.q, rows.own), plan.selection.rule
+            found = evict_rows(policy, q, view.k, view.v, rows, table[None], sliding_window, rule)
+            return move(found.output, columns + shift), grown(policy, found.state, capacity)
+
+        def everything():
+            out = dense(None, view)[0].astype(view.v.dtype)
+            return out, nothing_kept(policy, (batch, config.kv_heads, capacity))
+
+        out, memory = jax.lax.cond(view.index > 0, lambda: by_window(config, view.index, sparse), everything)
+        return out, carry, (*_by_heads(view.k, view.v), memory)
+
+    positions = jnp.broadcast_to(columns, tokens.shape)
+    x, _, (k, v, memory) = run_layers(model, embed(model, tokens), positions, mixer, None, length=capacity)
+    kv = empty_store(config, batch, capacity, x.dtype).append_chunk(k, v, 0)
+    return (_last(x, lengths), EvictingStore(kv.k, kv.v), None), memory
+
+
+def _walk_layer(predictor: Predictor | None, walked: Any, view: LayerView, context: Any, attend: Any):
+    """The predictor's walk after a layer, and the layer's k_imp [B, Q, R, T]."""
     if predictor is None:
         return None, None
-    step = walk.step(predictor, state, view, context, attend)
+    step = walk.step(predictor, walked, view, context, attend)
     return step.state, predictor.k_imp(step.head, step.features, view, context).transpose(0, 2, 3, 1)
+
+
+def _by_heads(*arrays: Float[Array, "B T K D"]) -> tuple[Float[Array, "B K T D"], ...]:
+    """Rows of tokens as a store keeps them."""
+    return tuple(a.transpose(0, 2, 1, 3) for a in arrays)
+
+
+def _last(x: Float[Array, "B T E"], lengths: Int[Array, " B"]) -> Float[Array, "B E"]:
+    """The residual stream of each row's last token."""
+    return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]

@@ -1,24 +1,44 @@
-"""Importance keys in int8, one scale a layer, row and head: a half or a quarter of the bytes that scoring reads.
+"""k_imp of the cached tokens, as the predictor makes it or in int8.
 
-A scale comes from the prompt: its largest element, and no less than WIDE times the root mean square, for a short prompt
-has not seen the largest yet. The first tokens do not count: they are attention sinks, their keys can be several times
-as large as all others, and they are read whatever their score. What exceeds the scale later saturates. A row without a
-prompt has a scale of 0, so that all its keys are equal: the earliest are read.
+int8 reads a half or a quarter of the bytes. It has one scale for each layer, row and head, found on the prompt: the
+largest element, and at least WIDE times the root mean square, since a short prompt has not seen the largest yet. The
+sinks do not count: their keys can be several times as large as all others, and they are read whatever their score.
+Later keys that exceed the scale saturate. A row without a prompt has a scale of 0. All its keys are then equal, and the
+earliest are read.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.decoding.cache import ScoreCache, write_token
+from butler_jax.decoding.store import write_token
 from butler_jax.selection import SelectionConfig
 from pallas_kernels import quantise_k_imp
 
 SINKS = SelectionConfig().sinks  # tokens that do not count for a scale
 WIDE = 5.0
+SCORE_LETTERS = "-bh-s"  # dimensions of k_imp, as parallel.by_rows_and_heads names them
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ScoreCache:
+    """k_imp of every layer, the cached tokens in the minor dimension; layer 0's is unused.
+
+    Attributes:
+        k_imp: Keys of the predictor, float or int8.
+        trunk: Cache of a predictor's own attention, stacked over producers; None where it has none.
+        scales: Value of one step of int8 keys; None where keys are floats.
+    """
+
+    k_imp: Float[Array, "L B Q R S"] | Int[Array, "L B Q R S"]
+    trunk: Any = None
+    scales: Float[Array, "L B Q"] | None = None
 
 
 def check_score_dtype(score_dtype: str | None) -> None:
@@ -27,21 +47,23 @@ def check_score_dtype(score_dtype: str | None) -> None:
         raise ValueError(f"score_dtype must be 'int8' or None, got {score_dtype!r}")
 
 
-def store(scores: ScoreCache, lengths: Int[Array, " B"], score_dtype: str | None) -> ScoreCache:
-    """A score cache filled from prompts as decoding keeps it: in int8, or as it is (None)."""
+def store_scores(scores: ScoreCache, lengths: Int[Array, " B"], score_dtype: str | None) -> ScoreCache:
+    """Returns a score cache filled from prompts as decoding keeps it: in int8, or as it is (None)."""
     if score_dtype is None:
         return scores
     held = jnp.arange(scores.k_imp.shape[-1])[None] < lengths[:, None]
-    keys = jnp.where(held[:, None, None], scores.k_imp, 0)
-    keys, scales = quantise_k_imp(keys, scales_of(keys, held))
-    return ScoreCache(keys, scores.trunk, scales)
+    k_imp = jnp.where(held[:, None, None], scores.k_imp, 0)
+    k_imp, scales = quantise_k_imp(k_imp, scales_of(k_imp, held))
+    return ScoreCache(k_imp, scores.trunk, scales)
 
 
-def write(scores: ScoreCache, new: Float[Array, "L B Q R"], lengths: Int[Array, " B"]) -> Float[Array, "L B Q R S"]:
-    """The score keys with one more token a row, at its length; in int8 what exceeds the scale saturates."""
+def append_scores(
+    scores: ScoreCache, new: Float[Array, "L B Q R"], lengths: Int[Array, " B"], trunk: Any
+) -> ScoreCache:
+    """Returns the score cache with one more token a row, at its length, and the trunk's new cache."""
     if scores.scales is not None:
         new = quantise_k_imp(new[..., None], scores.scales)[0][..., 0]
-    return write_token(scores.k_imp, new, lengths, "-bh-s")
+    return replace(scores, k_imp=write_token(scores.k_imp, new, lengths, SCORE_LETTERS), trunk=trunk)
 
 
 def scales_of(keys: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:

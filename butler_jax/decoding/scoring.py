@@ -1,153 +1,140 @@
-"""Scores of the cached tokens while decoding: those of a block of layers are issued together, before its layers run.
+"""Scores of the cached tokens: the predictor's for a block of layers before they run, and what a policy ranks by.
 
-The predictor's queries and keys come from the very functions that training differentiates. The newest token's own
-importance key is only known in its layer, where its score joins those of the cached tokens.
+q_imp and k_imp come from the very functions that training differentiates. The newest token's own k_imp is known in its
+layer only, where its score joins those of the cached tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.decoding.cache import ScoreCache
-from butler_jax.decoding.score_cache import restored
+from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.parts import part_of
+from butler_jax.decoding.plan import Plan
+from butler_jax.decoding.score_cache import ScoreCache
 from butler_jax.model import BaseModel, LayerView
+from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor, at, walk
-from butler_jax.selection import Chosen, Rows
-
-UNROLLED = 8  # layers of a block that are scored without a loop
-
-Score = Callable[[Float[Array, "B K G R"], Int[Array, ""]], Float[Array, "B K S"]]
-Choose = Callable[[Float[Array, "B P K S"], Int[Array, " P"]], Chosen]
+from butler_jax.selection import Rows
+from pallas_kernels import importance_scores, importance_totals
 
 
-class Ahead(NamedTuple):
-    """What is known of a block of P layers before they run.
+def q_imp_of_block(
+    predictor: Predictor, model: BaseModel, features: Any, context: Any, layers: Int[Array, " P"]
+) -> Float[Array, "P B H R"]:
+    """Returns q_imp of one token a row for P layers, all from one producer's features.
 
-    queries: importance queries. chosen: the units of every layer, [P, B, K, N]; None where the policy looks at more
-    than the predictor. scores: of the cached tokens, per query head and before any pooling; None where nobody asks.
-    """
-
-    queries: Float[Array, "P B H R"]
-    chosen: Chosen | None
-    scores: Float[Array, "P B Q G S"] | None
-
-
-def queries_of(predictor: Predictor, model: BaseModel, features: Any, context: Any, index: Int[Array, " P"]):
-    """Importance queries [P, B, H, R] of the layers `index`, all from one producer's features of one token a row.
-
-    A predictor's queries may look at a layer's index and weights: nothing else of it exists yet.
+    A predictor's queries may look at a layer's index and weights: nothing else of the layer exists yet.
     """
 
     def one(head, weights, layer):
         view = LayerView(layer, weights, *[None] * 5)
         return predictor.q_imp(head, features, view, context)[:, 0]
 
-    heads = jax.tree.map(lambda a: a[jnp.minimum(index - 1, a.shape[0] - 1)], predictor.heads)
-    return jax.vmap(one)(heads, jax.tree.map(lambda a: a[index], model.layers), index)
+    heads = jax.tree.map(lambda a: a[jnp.minimum(layers - 1, a.shape[0] - 1)], predictor.heads)
+    return jax.vmap(one)(heads, jax.tree.map(lambda a: a[layers], model.layers), layers)
 
 
-def issue(
-    predictor: Predictor,
-    model: BaseModel,
-    features: Any,
-    context: Any,
-    index: Int[Array, ""],
-    scores: ScoreCache,
-    *,
-    score: Score | None,
-    choose: Choose | None,
-    raw: bool,
-) -> Ahead:
-    """The block of layers that starts at `index`; what it says beyond the last layer means nothing.
+def pooled_scores(
+    q_imp: Float[Array, "B K G R"], layer: Int[Array, ""], scores: ScoreCache, newest: Newest, plan: Plan
+) -> Float[Array, "B K S"]:
+    """Returns the score of every cached token of a layer, pooled over the group.
 
-    score: pooled scores of one layer. choose: from those of the block to its units. Both None: nothing is chosen yet.
-    raw: whether scores per query head are wanted.
+    Sinks and recent tokens are read whatever their score: the log-sum-exp that pooling subtracts leaves them out. Where
+    the mesh splits the tokens, every device scores its part, and the parts agree on one log-sum-exp.
     """
-    layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), model.config.layers - 1)
-    queries = queries_of(predictor, model, features, context, layers)
-    chosen = None
-    if score is not None:
-        grouped = queries.reshape(*queries.shape[:2], model.config.kv_heads, model.config.group, -1)
-        if predictor.stride <= UNROLLED:
-            pooled = jnp.stack([score(grouped[p], layers[p]) for p in range(predictor.stride)], axis=1)
-        else:
-            pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), (grouped, layers)), 0, 1)
-        chosen = choose(pooled, layers)
-    keys = restored(scores.k_imp[layers], None if scores.scales is None else scores.scales[layers])
-    return Ahead(queries, chosen, raw_scores(queries, keys) if raw else None)
+    selection, pooling = plan.selection, plan.policy.predictor_pooling
+    _, batch, _, _, capacity = scores.k_imp.shape
+    axis = token_axis(capacity)
+    window = newest.sliding_window(layer)
+    seen = 0 if window is None else newest.total - window
+    first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(newest.total)
+    contested = jnp.maximum(newest.total - selection.recent, 0)
+    scales = None if scores.scales is None else scores.scales[layer]
+
+    def run(q_imp, k_imp, contested, first, layer, scales):
+        part = part_of(k_imp.shape[-1], axis)
+        options = dict(scales=scales, layer=layer, implementation=plan.implementation)
+        if part is not None:
+            contested, first = part.count(contested), part.count(first)
+            if pooling == "normalised":
+                totals = importance_totals(q_imp, k_imp, contested, first=first, **options)
+                options["totals"] = part.log_sum(totals)
+        return importance_scores(q_imp, k_imp, contested, first=first, pooling=pooling, **options)
+
+    operands = ("bh--", "-bh-s", "b", "b", "", "bh")
+    split = by_rows_and_heads(run, operands, "bhs", rows=batch, heads=q_imp.shape[1], tokens=capacity)
+    return split(q_imp, scores.k_imp, contested, first, layer, scales)
 
 
-def raw_scores(queries: Float[Array, "P B H R"], keys: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:
-    """query . key / sqrt(R), float32, of every place in the cache, held or not."""
-    layers, batch, _, rank = queries.shape
-    grouped = queries.reshape(layers, batch, keys.shape[2], -1, rank)
-    return jnp.einsum("pbqgr,pbqrs->pbqgs", grouped, keys, preferred_element_type=jnp.float32) * rank**-0.5
+def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:
+    """Returns q_imp . k_imp / sqrt(R), float32, of every place in the cache, held or not."""
+    layers, batch, _, rank = q_imp.shape
+    grouped = q_imp.reshape(layers, batch, k_imp.shape[2], -1, rank)
+    return jnp.einsum("pbqgr,pbqrs->pbqgs", grouped, k_imp, preferred_element_type=jnp.float32) * rank**-0.5
 
 
-def with_own(
-    scores: Float[Array, "B Q G S"],
-    query: Float[Array, "B H R"],
-    key: Float[Array, "B Q R"],
-    cached: Int[Array, " B"],
+def with_own_score(
+    scores: Float[Array, "B Q G S"], q_imp: Float[Array, "B H R"], k_imp: Float[Array, "B Q R"], newest: Newest
 ) -> Float[Array, "B Q G S"]:
-    """The scores of one layer with the newest token's own at its place."""
-    own = raw_scores(query[None], key[None, ..., None])[0]
-    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] == cached[:, None]
+    """Returns the scores of one layer with the newest token's own at its place."""
+    own = raw_scores(q_imp[None], k_imp[None, ..., None])[0]
+    place = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] == newest.cached[:, None]
     return jnp.where(place[:, None, None], own, scores)
 
 
 def chunk_of(
     view: LayerView,
-    keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
-    cached: Int[Array, " B"],
-    first: Int[Array, " B"] | None,
-    scores: Float[Array, "B Q G S"] | None,
+    k: Float[Array, "B K S D"],
+    v: Float[Array, "B K S D"],
+    newest: Newest,
+    predicted: Float[Array, "B Q G S"] | None,
 ) -> Chunk:
-    """What a policy sees of the newest token of each row: the same as it sees of a row of a whole sequence.
+    """Returns what a policy sees of the newest token of each row, as it sees a row of a whole sequence.
 
-    keys, values: of this layer, cached. scores: the predictor's, the newest token's own included.
+    Args:
+        view: The layer, with one token a row.
+        k: Cached keys of the layer.
+        v: Cached values of the layer.
+        newest: Where the new tokens stand.
+        predicted: The predictor's scores, the newest token's own included.
     """
-    size, kv_heads = keys.shape[2], keys.shape[1]
+    cached, first = newest.cached, newest.first(view.index)
+    size, kv_heads = k.shape[2], k.shape[1]
     row = jnp.arange(cached.shape[0])
-    keys = keys.astype(view.q.dtype).at[row, :, cached].set(view.k[:, 0])
-    values = values.astype(view.v.dtype).at[row, :, cached].set(view.v[:, 0])
+    k = k.astype(view.q.dtype).at[row, :, cached].set(view.k[:, 0])
+    v = v.astype(view.v.dtype).at[row, :, cached].set(view.v[:, 0])
     batch, _, heads, dim = view.q.shape
     q = view.q[:, 0].reshape(batch, kv_heads, heads // kv_heads, 1, dim)
-    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
     columns = jnp.arange(size, dtype=jnp.int32)
     allowed = columns[None] <= cached[:, None]
     if first is not None:
         allowed &= columns[None] >= first[:, None]
-    if scores is not None:
-        scores = scores.reshape(batch, kv_heads, heads // kv_heads, 1, size)
-    rows = Rows(cached[:, None], jnp.zeros_like(cached)[:, None])
-    starts = jnp.zeros((batch, size), jnp.int32)
-    q = q * jnp.asarray(dim**-0.5, q.dtype)
+    if predicted is not None:
+        predicted = predicted.reshape(batch, kv_heads, heads // kv_heads, 1, size)
     return Chunk(
         layer=view.index,
         weights=view.weights,
         x=view.x,
-        q=q,
-        k=keys,
-        v=values,
-        logits=logits,
-        predicted=scores,
-        rows=rows,
+        q=q * jnp.asarray(dim**-0.5, q.dtype),
+        k=k,
+        v=v,
+        logits=jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=jnp.float32) * dim**-0.5,
+        predicted=predicted,
+        rows=Rows(cached[:, None], jnp.zeros_like(cached)[:, None]),
         columns=columns,
         allowed=allowed[:, None],
-        starts=starts,
+        starts=jnp.zeros((batch, size), jnp.int32),
     )
 
 
 def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: int, dtype: Any) -> ScoreCache:
-    """A score cache of zeros for `capacity` tokens a row."""
+    """Returns a score cache of zeros for `capacity` tokens a row."""
     config = model.config
     token = jax.ShapeDtypeStruct((batch, 1, config.width), dtype)
 
@@ -161,6 +148,6 @@ def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: i
         return predictor.k_imp(at(predictor.heads, 0), features, view, context)[:, 0]
 
     shape = jax.eval_shape(key, token)
-    keys = jnp.zeros((config.layers, *shape.shape, capacity), shape.dtype)
+    k_imp = jnp.zeros((config.layers, *shape.shape, capacity), shape.dtype)
     trunk = predictor.trunk_cache(batch, capacity, dtype)
-    return ScoreCache(keys, jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk))
+    return ScoreCache(k_imp, jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk))

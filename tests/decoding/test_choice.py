@@ -183,9 +183,9 @@ def simulated_kept(model, policy, selection):
         return rows(view, *rest, **wanted)
 
     def watched_row(policy, state, place, *rest):
-        state, weights = row(policy, state, place, *rest)
-        jax.debug.callback(note, layer[-1], place.own, state.kept)
-        return state, weights
+        kept = row(policy, state, place, *rest)
+        jax.debug.callback(note, layer[-1], place.own, kept)
+        return kept
 
     run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
     with pytest.MonkeyPatch.context() as patch:

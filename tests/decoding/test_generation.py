@@ -17,9 +17,9 @@ from butler_jax import load_base
 from butler_jax.decoding import generation
 from butler_jax.decoding.cache import DecodeState
 from butler_jax.decoding.config import SamplingConfig
-from butler_jax.decoding.offload import to_host
 from butler_jax.decoding.prefilling import prefill
 from butler_jax.decoding.step import decode_step
+from butler_jax.decoding.store import offload
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.policies import Evicting, make_policy
@@ -363,7 +363,7 @@ def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
     fill = jax.jit(lambda t: prefill(base.model, t, jnp.asarray([24, 15]), capacity=48, **settings)[1])
     step = jax.jit(lambda t, s: decode_step(base.model, t, s, **settings))
     resident = jax.device_put(fill(tokens), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    offloaded = dataclasses.replace(resident, kv=to_host(resident.kv))
+    offloaded = dataclasses.replace(resident, kv=offload(resident.kv))
     for t in range(7):
         logits, resident, found = step(tokens[:, t], resident)
         own_logits, offloaded, own_found = step(tokens[:, t], offloaded)

@@ -12,7 +12,6 @@ import pytest
 
 import butler_jax
 from butler_jax.decoding import score_cache
-from butler_jax.decoding.cache import ScoreCache
 from butler_jax.decoding.prefilling import prefill
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.config import BaseConfig
@@ -81,7 +80,7 @@ def test_chunks_of_a_prompt_store_the_same(states):
 def test_later_keys_use_the_scale_and_saturate():
     new = jnp.asarray([[[[0.5, -3.0]]]])  # [L, B, Q, R]
     scores = ScoreCache(jnp.zeros((1, 1, 1, 2, 4), jnp.int8), None, jnp.full((1, 1, 1), 0.01))
-    keys = np.asarray(score_cache.write(scores, new, jnp.asarray([2])))[0, 0, 0]
+    keys = np.asarray(append_scores(scores, new, jnp.asarray([2]), None).k_imp)[0, 0, 0]
     assert keys[:, 2].tolist() == [50, -127] and not keys[:, [0, 1, 3]].any()
 
 

@@ -1,0 +1,173 @@
+"""Which units of its cache a layer reads for the newest token of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from butler_jax.decoding.eviction import Eviction, evict_row
+from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.plan import Plan
+from butler_jax.decoding.scoring import chunk_of
+from butler_jax.decoding.store import KVStore
+from butler_jax.model import LayerView
+from butler_jax.parallel import by_rows_and_heads
+from butler_jax.policies import Place
+from butler_jax.predictors import at
+from butler_jax.selection import (
+    Chosen,
+    Limits,
+    attended_tokens,
+    beyond,
+    choose,
+    chosen_tokens,
+    kept,
+    recent_from,
+    with_recent,
+)
+from pallas_kernels import compact
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The choices of one decode step under a plan.
+
+    Attributes:
+        plan: What is chosen, by whom and when.
+        limits: Budgets and thresholds as data; None where everything is read.
+        newest: Where the new tokens stand.
+        steps: Decode steps so far.
+        kv: Keys and values, for policies that look at them.
+        memory: What the choices before remember (`DecodeState.memory`).
+    """
+
+    plan: Plan
+    limits: Limits | None
+    newest: Newest
+    steps: Int[Array, ""]
+    kv: KVStore
+    memory: Chosen | Eviction | None
+
+    @property
+    def now(self) -> Bool[Array, ""]:
+        """Whether this step chooses; between the choices of an interval, what was chosen stays."""
+        return self.steps % self.plan.interval == 0
+
+    def choose(self, view: LayerView, known: Any) -> tuple[Chosen, Chosen | Eviction | None]:
+        """Returns the units that the layer in view reads, and what it remembers; known: a `LayerForecast`."""
+        return self.units(view.index, lambda: self._choose_now(view, known))
+
+    def units(self, layer: Int[Array, ""], fresh: Callable[[], Chosen]) -> tuple[Chosen, Chosen | None]:
+        """Returns the units of a layer and what is kept of them; fresh: makes the choice, were it made now."""
+        if self.plan.interval == 1:
+            return fresh(), None
+        selection, newest = self.plan.selection, self.newest
+        keep = jax.lax.cond(self.now, lambda: kept(fresh(), newest.total, selection), lambda: at(self.memory, layer))
+        low = recent_from(self.limits, selection, newest.total, self.steps, newest.sliding_window(layer))
+        return with_recent(keep, low, newest.total, selection, self.kv.capacity), keep
+
+    def remember(self, view: LayerView, memory: Any, weights: Float[Array, "B K S"] | None) -> Any:
+        """Returns what the layer remembers once its attention is known; memory: as `choose` gave it."""
+        return memory
+
+    def recall(self, layer: Int[Array, ""]) -> Any:
+        """Returns what a layer remembers already, where nothing was chosen."""
+        return None if self.plan.interval == 1 else at(self.memory, layer)
+
+    def choose_block(self, scores: Float[Array, "B P K S"], layers: Int[Array, " P"]) -> Chosen:
+        """Returns the units of P layers from their pooled scores, [P, B, K, N]."""
+        batch, block = scores.shape[:2]
+        total, windows = self.newest.total, self.newest.sliding_window(layers)
+        first = threshold = None
+        if windows is not None:
+            first = jnp.maximum(total[:, None] - windows[None], 0).reshape(-1)
+        if self.limits.threshold is not None:
+            threshold = jnp.tile(self.limits.threshold[layers], (batch, 1))
+        scores = scores.reshape(batch * block, *scores.shape[2:])
+        chosen = self._select(scores, jnp.repeat(total, block), first, threshold)
+        return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(batch, block, *a.shape[1:]), 0, 1), chosen)
+
+    def count_tokens(self, chosen: Chosen, layer: Int[Array, ""]) -> Int[Array, "B K"]:
+        """Returns how many tokens the units hold that the row may see."""
+        return attended_tokens(chosen, self.newest.total, self.newest.first(layer), self._unit)
+
+    def mask_tokens(self, chosen: Chosen, layer: Int[Array, ""]) -> Bool[Array, "B K S"]:
+        """Returns the set of these tokens."""
+        return chosen_tokens(chosen, self.newest.total, self.newest.first(layer), self._unit, self.kv.capacity)
+
+    @property
+    def _unit(self) -> int:
+        return self.plan.selection.unit
+
+    def _choose_now(self, view: LayerView, known: Any) -> Chosen:
+        """The choice of this step."""
+        if self.plan.when == "ahead":
+            return known.chosen
+        selection = self.plan.selection
+        chunk = chunk_of(view, *self.kv.layer(view.index), self.newest, known.scores)
+        scores = self.plan.policy(chunk._replace(sinks=selection.sinks, recent=selection.recent))[:, :, 0]
+        threshold = None if self.limits.threshold is None else self.limits.threshold[view.index][None]
+        return self._select(scores, self.newest.total, self.newest.first(view.index), threshold)
+
+    def _select(self, scores, lengths, first, threshold) -> Chosen:
+        """Units by scores [B, K, S] of rows that hold `lengths` tokens and see those from `first` on."""
+        plan, count = self.plan, lengths if first is None else lengths - first
+
+        def run(scores, lengths, tokens, first, threshold):
+            options = dict(first=first, threshold=threshold, implementation=plan.implementation)
+            return choose(scores, lengths, tokens, plan.room, plan.selection, **options)
+
+        threshold = beyond(self.limits.min_context, count[:, None], threshold)
+        if threshold is not None:
+            threshold = jnp.broadcast_to(threshold, scores.shape[:2])
+        kv_heads = self.kv.k.shape[2]
+        operands, result = ("bw-", "b", "b", "b", "bw"), Chosen("bw-", "bw-")
+        split = by_rows_and_heads(run, operands, result, rows=self.newest.cached.shape[0], heads=kv_heads)
+        return split(scores, lengths, self.limits.table[count], first, threshold)
+
+
+@dataclass(frozen=True)
+class EvictingChooser(Chooser):
+    """The choices of a policy that evicts: what it has kept, the newest token included."""
+
+    def choose(self, view, known):
+        """Returns the tokens kept, and the set of them to be remembered."""
+        keep = evict_row(
+            self.plan.policy, at(self.memory, view.index), *self._row(view.index), self.plan.selection.rule
+        )
+        return compact(keep, self.plan.room), keep
+
+    def recall(self, layer):
+        """Returns what is kept, and the policy's memory."""
+        return at(self.memory, layer)
+
+    def remember(self, view, memory, weights):
+        """Returns what is kept and the policy's memory after this row."""
+        place, _, budget = self._row(view.index)
+        before = at(self.memory, view.index)
+        return Eviction(memory, self.plan.policy.observe(before.memory, weights, place, budget))
+
+    def _row(self, layer):
+        """Place, first visible column and budget of the new row in a layer."""
+        place = Place(self.newest.cached, jnp.zeros_like(self.newest.cached))
+        first = self.newest.first(layer)
+        low = place.start if first is None else first
+        return place, low, self.limits.table[self.newest.total - low]
+
+
+def empty_memory(plan: Plan, layers: int, batch: int) -> Chosen | None:
+    """Returns room for the units that every layer keeps between the choices of an interval; None without one."""
+    if plan.interval == 1:
+        return None
+    shape = (layers, batch, plan.heads, plan.room)
+    return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+
+
+def make_chooser(plan: Plan, *parts: Any) -> Chooser:
+    """Returns the chooser of a plan; parts: the other fields of `Chooser`."""
+    return (EvictingChooser if plan.when == "row_by_row" else Chooser)(plan, *parts)

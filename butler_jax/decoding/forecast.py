@@ -1,0 +1,175 @@
+"""What the predictor says of a layer before its attention runs.
+
+The predictor walks along the layers beside the model. At the first layer of a block it scores the cached tokens for
+all P layers of the block at once; where its scores alone decide, the block's choice is made there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.choice import Chooser
+from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.score_cache import ScoreCache, restored
+from butler_jax.decoding.scoring import pooled_scores, q_imp_of_block, raw_scores, with_own_score
+from butler_jax.decoding.store import KVStore
+from butler_jax.model import BaseModel, LayerView
+from butler_jax.predictors import Predictor, at, walk
+from butler_jax.selection import Chosen
+
+UNROLLED = 8  # layers of a block that are scored without a loop
+
+
+class BlockForecast(NamedTuple):
+    """What is known of a block of P layers before they run.
+
+    Attributes:
+        q_imp: Queries of the predictor.
+        chosen: Units of every layer, [P, B, K, N]; None where the policy looks at more than the predictor.
+        scores: Of the cached tokens, per query head and before any pooling; None where nothing asks for them.
+    """
+
+    q_imp: Float[Array, "P B H R"]
+    chosen: Chosen | None
+    scores: Float[Array, "P B Q G S"] | None
+
+
+class LayerForecast(NamedTuple):
+    """What is known of one layer.
+
+    Attributes:
+        k_imp: The newest token's, to be cached; None without a predictor.
+        scores: Of all tokens, the newest one's own included; None where nothing asks for them.
+        chosen: The units that the predictor's scores choose; None where the policy looks at more.
+        rows: The rows of these units where they had to travel (`KVStore.prefetch`).
+    """
+
+    k_imp: Float[Array, "B Q R"] | None = None
+    scores: Float[Array, "B Q G S"] | None = None
+    chosen: Chosen | None = None
+    rows: Any = None
+
+
+class Forecasts(NamedTuple):
+    """What is carried from layer to layer: the predictor's walk, the block's forecast, rows that travel ahead."""
+
+    walk: Any = None
+    block: BlockForecast | None = None
+    rows: Any = None
+
+
+@dataclass(frozen=True)
+class Forecaster:
+    """The predictor beside one decode step; without a predictor it knows nothing.
+
+    Attributes:
+        model: The base model.
+        predictor: The predictor, or None.
+        scores: Its cache.
+        newest: Where the new tokens stand.
+        chooser: Chooses from its scores where they alone decide.
+        kv: Store of keys and values, from which rows are fetched ahead.
+        raw: Whether scores per query head are asked for.
+        always: Whether every step scores, also between the choices of an interval.
+    """
+
+    model: BaseModel
+    predictor: Predictor | None
+    scores: ScoreCache | None
+    newest: Newest
+    chooser: Chooser
+    kv: KVStore
+    raw: bool
+    always: bool
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the choice of a block is made before it runs."""
+        return self.chooser.plan.when == "ahead"
+
+    def begin(self, x: Float[Array, "B 1 E"]) -> Forecasts:
+        """Returns what is carried before layer 0; x: the embeddings."""
+        if self.predictor is None:
+            return Forecasts()
+        walked, block = walk.begin(self.predictor, x, self._context, self.scores.trunk), None
+        if self.ahead or self.raw:
+            features = walked.captured if walked.features is None else walked.features
+            block = _zeros(lambda: self._score_block(features, jnp.asarray(1)))
+        rows = _zeros(lambda: self._fetch(jnp.asarray(1), block, jnp.asarray(0))) if self.ahead else None
+        return Forecasts(walked, block, rows)
+
+    def enter(self, carry: Forecasts, view: LayerView) -> tuple[Forecasts, LayerForecast]:
+        """Returns what is carried on, and what is known of the layer in view."""
+        if self.predictor is None:
+            return carry, LayerForecast()
+        step = walk.step(self.predictor, carry.walk, view, self._context, partial(attend_trunk, self.newest.cached))
+        k_imp = self.predictor.k_imp(step.head, step.features, view, self._context)[:, 0]
+        block, rows, scores, chosen = carry.block, carry.rows, None, None
+        place = (view.index - 1) % self.predictor.stride
+        if block is not None:
+            now = step.place.starts if self.always else step.place.starts & self.chooser.now
+            block = jax.lax.cond(now, lambda: self._score_block(step.features, view.index), lambda: block)
+            if self.raw:
+                scores = with_own_score(block.scores[place], block.q_imp[place], k_imp, self.newest)
+        if self.ahead:
+            chosen = at(block.chosen, place)
+            if rows is not None:
+                chooses = step.place.starts & self.chooser.now
+                rows = jax.lax.cond(chooses, lambda: self._fetch(view.index, block, place), lambda: rows)
+        return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, chosen, rows)
+
+    def leave(self, carry: Forecasts, view: LayerView) -> Forecasts:
+        """Returns what is carried on, the rows of the next layer under way: known unless a new block chooses there."""
+        if carry.rows is None:
+            return carry
+        stride = self.predictor.stride
+        layer = jnp.minimum(view.index + 1, self.model.config.layers - 1)
+        place = jnp.minimum((view.index - 1) % stride + 1, stride - 1)
+        return carry._replace(rows=self._fetch(layer, carry.block, place))
+
+    @property
+    def _context(self) -> Any:
+        return self.predictor.context(self.newest.cached[:, None], self.kv.capacity)
+
+    def _fetch(self, layer: Int[Array, ""], block: BlockForecast, place: Int[Array, ""]) -> Any:
+        """The rows that a layer will attend, as far as the block knows its choice."""
+        units, _ = self.chooser.units(layer, lambda: at(block.chosen, place))
+        return self.kv.prefetch(layer, units, self.newest, self.chooser.plan.selection.unit)
+
+    def _score_block(self, features: Any, index: Int[Array, ""]) -> BlockForecast:
+        """The block that starts at layer `index`; entries beyond the last layer mean nothing."""
+        predictor, config = self.predictor, self.model.config
+        layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), config.layers - 1)
+        q_imp = q_imp_of_block(predictor, self.model, features, self._context, layers)
+        chosen = None
+        if self.ahead:
+            score = partial(pooled_scores, scores=self.scores, newest=self.newest, plan=self.chooser.plan)
+            grouped = q_imp.reshape(*q_imp.shape[:2], config.kv_heads, config.group, -1)
+            if predictor.stride <= UNROLLED:
+                pooled = jnp.stack([score(grouped[p], layers[p]) for p in range(predictor.stride)], axis=1)
+            else:
+                pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), (grouped, layers)), 0, 1)
+            chosen = self.chooser.choose_block(pooled, layers)
+        scales = None if self.scores.scales is None else self.scores.scales[layers]
+        k_imp = restored(self.scores.k_imp[layers], scales)
+        return BlockForecast(q_imp, chosen, raw_scores(q_imp, k_imp) if self.raw else None)
+
+
+def attend_trunk(cached: Int[Array, " B"], cache: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+    """Attends with one token a row over a trunk's own cache; returns the output and the cache with the token."""
+    rows = jnp.arange(cached.shape[0])
+    new = tuple(a.at[rows, cached].set(b[:, 0].astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
+    return cached_attention(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new
+
+
+def _zeros(function: Callable[[], Any]) -> Any:
+    """Zeros in the shapes of what a function would return."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function))

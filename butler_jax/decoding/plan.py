@@ -1,0 +1,160 @@
+"""What every step of a decoding does, settled before the first one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import numpy as np
+
+from butler_jax.decoding.parts import check_units
+from butler_jax.decoding.store import EvictingStore, HostStore
+from butler_jax.model import BaseConfig
+from butler_jax.parallel import current_mesh, token_axis
+from butler_jax.policies import Evicting, Policy, TokenButler
+from butler_jax.selection import SelectionConfig, limits_of, room_for
+
+if TYPE_CHECKING:
+    from butler_jax.decoding.cache import DecodeState
+    from butler_jax.predictors import Predictor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is chosen, by whom and when.
+
+    Attributes:
+        selection: The selection as the policy uses it; None where everything is read.
+        policy: Who ranks the tokens.
+        when: "never": everything is read. "ahead": the predictor's scores alone decide, so that a block of layers has
+            its choice before it runs. "in_layer": the policy ranks by the layer's own queries and keys. "row_by_row":
+            the policy evicts.
+        heads: Sets of units that a layer chooses for a row.
+        room: Units that a set has room for.
+        implementation: Of pallas_kernels; None takes the platform's.
+    """
+
+    selection: SelectionConfig | None
+    policy: Policy
+    when: Literal["never", "ahead", "in_layer", "row_by_row"]
+    heads: int
+    room: int
+    implementation: str | None = None
+
+    @property
+    def interval(self) -> int:
+        """Steps from one choice to the next."""
+        return 1 if self.selection is None else self.selection.interval
+
+    @property
+    def needs_predictor(self) -> bool:
+        """Whether a step asks a predictor which tokens to read."""
+        return self.when in ("ahead", "in_layer") and self.policy.needs_predictor
+
+
+def make_plan(
+    base: BaseConfig,
+    capacity: int,
+    selection: SelectionConfig | None,
+    policy: Policy | None = None,
+    *,
+    most: int | None = None,
+    implementation: str | None = None,
+) -> Plan:
+    """Returns the plan of a decoding.
+
+    Args:
+        base: Of the base model.
+        capacity: Tokens that a row has room for.
+        selection: Which cached tokens are read; None reads all.
+        policy: Who ranks them; None is `TokenButler()`.
+        most: The largest budget of any row, in tokens, where it is known to be below that of a full cache.
+        implementation: Of pallas_kernels.
+
+    Raises:
+        ValueError: For thresholds of another model, units that a mesh would split, and a policy that evicts on a mesh.
+    """
+    policy = policy or TokenButler()
+    selection = None if selection is None else policy.selection(selection)
+    if selection is None:
+        return Plan(None, policy, "never", base.kv_heads, 0, implementation)
+    limits_of(selection, base, capacity)
+    check_units(capacity, selection.unit)
+    if isinstance(policy, Evicting):
+        if current_mesh() is not None:
+            raise ValueError(
+                f"the policy {policy.name} decodes on one device: leave the mesh, or take a policy that does not evict"
+            )
+        when = "row_by_row"
+    else:
+        when = "in_layer" if policy.predictor_pooling is None else "ahead"
+    room = room_for(selection, capacity, most)
+    return Plan(selection, policy, when, policy.choosing_heads(base), room, implementation)
+
+
+def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> None:
+    """Raises ValueError where a step cannot be done; what only the device knows is not looked at."""
+    name = plan.policy.name
+    if not isinstance(state.lengths, jax.core.Tracer):
+        longest, capacity = int(np.max(np.asarray(state.lengths))), state.kv.capacity
+        if longest >= capacity:
+            raise ValueError(
+                f"the cache is full: a row holds {longest} of {capacity} tokens; prefill with a larger capacity"
+            )
+    if plan.when == "row_by_row":
+        _check_eviction(plan, state)
+        return
+    if isinstance(state.kv, EvictingStore):
+        raise ValueError(
+            "the state was prefilled under a policy that evicts; decode with the same selection and policy"
+        )
+    if predictor is not None and state.scores is None:
+        raise ValueError("the state has no k_imp: prefill was done without the predictor; give it there too")
+    if plan.needs_predictor and predictor is None:
+        raise ValueError(
+            f"the policy {name} needs a trained predictor; give predictor=, or selection=None to decode densely"
+        )
+    if plan.interval == 1:
+        return
+    if state.memory is None:
+        raise ValueError(
+            f"an interval of {plan.interval} keeps a choice over the steps, and the state has no room for one; give "
+            "the selection to prefill too"
+        )
+    heads, room = state.memory.indices.shape[2:]
+    if (heads, room) != (plan.heads, plan.room):
+        raise ValueError(
+            f"the state has room for {room} units of {heads} heads, and this selection chooses {plan.room} of "
+            f"{plan.heads}: prefill was done for another one; give both the same"
+        )
+
+
+def check_offload(plan: Plan, capacity: int) -> None:
+    """Raises ValueError where keys and values cannot lie in host memory."""
+    if plan.when == "row_by_row":
+        raise ValueError(f"the policy {plan.policy.name} needs its caches on the device: leave out offload")
+    if token_axis(capacity) is not None:
+        raise ValueError(
+            "the mesh splits the tokens of the caches, and caches in host memory stay whole: leave out offload, or the "
+            "sequence axis"
+        )
+
+
+def _check_eviction(plan: Plan, state: DecodeState) -> None:
+    """Raises ValueError for a state in host memory, or one that was not prefilled under this policy."""
+    name = plan.policy.name
+    if isinstance(state.kv, HostStore):
+        raise ValueError(f"the policy {name} needs its caches on the device: leave out offload")
+    fits = isinstance(state.kv, EvictingStore)
+    if fits:
+        wanted = jax.eval_shape(lambda: plan.policy.begin(state.memory.kept.shape[1:]))
+        found = state.memory.memory
+        fits = jax.tree.structure(wanted) == jax.tree.structure(found) and all(
+            a.shape == b.shape[1:] for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)
+        )
+    if not fits:
+        raise ValueError(
+            f"the state was not prefilled under the policy {name}, which has to know what was kept; give prefill the "
+            "same selection and policy"
+        )

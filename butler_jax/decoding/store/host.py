@@ -1,0 +1,150 @@
+"""Keys and values in host memory: only the rows that a step reads travel to the device.
+
+Layer 0, which is always dense, stays on the device. Gathers and writes run on the host, where the arrays lie
+(`jax.experimental.compute_on`). On a platform whose only memory is the host's, the same code runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import compute_on
+from jaxtyping import Array, Bool, Float
+
+from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.store.base import KVStore
+from butler_jax.decoding.store.resident import ResidentStore
+from butler_jax.parallel import by_rows_and_heads
+from pallas_kernels import masked_topk_decode_attention
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+KIND = "pinned_host"
+
+
+class Fetched(NamedTuple):
+    """Rows of chosen units on the device, and which of them a row attends."""
+
+    k: Float[Array, "B K M D"]
+    v: Float[Array, "B K M D"]
+    held: Bool[Array, "B K M"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class HostStore(KVStore):
+    """Keys and values of all layers in host memory.
+
+    Attributes:
+        near: Layer 0 on the device.
+    """
+
+    near: ResidentStore
+
+    def layer(self, index):
+        """Returns one layer, fetched."""
+        k, v = self._fetch_layer(index)
+        return k[0], v[0]
+
+    def attend_all(self, view, newest):
+        """Returns dense attention; the whole layer travels."""
+        k, v = self._fetch_layer(view.index)
+        window = newest.sliding_window(view.index)
+        return cached_attention(view.q, view.k, view.v, k, v, 0, newest.cached, window)
+
+    def attend_first(self, view, newest):
+        """Returns dense attention of layer 0, which is near."""
+        return self.near.attend_all(view, newest)
+
+    def prefetch(self, layer, chosen, newest, unit):
+        """Returns the rows of some units of a layer.
+
+        Tokens beyond the cached ones or before the first visible one, and invalid units, are not held.
+        """
+        layers, batch, heads, size, dim = self.k.shape
+        tokens = chosen.indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
+        held = chosen.valid[..., None] & (tokens < newest.cached[:, None, None, None])
+        first = newest.first(layer)
+        if first is not None:
+            held &= tokens >= first[:, None, None, None]
+        tokens, held = (a.reshape(batch, heads, -1) for a in (jnp.where(held, tokens, 0), held))
+        row = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1)
+        place = (layer * (batch * heads) + row) * size + tokens
+
+        @on_host
+        def gather(k, v, place):
+            k, v = (a.reshape(layers * batch * heads * size, dim) for a in (k, v))
+            return tuple(a.at[place].get(mode="promise_in_bounds") for a in (k, v))
+
+        return Fetched(*jax.device_put(gather(self.k, self.v, jax.device_put(place, HOST)), DEVICE), held)
+
+    def append(self, k, v, lengths):
+        """Returns the store with one more token a row."""
+        near = self.near.append(k[:1], v[:1], lengths)
+        *rows, size, dim = self.k.shape
+        count = math.prod(rows)
+        place = jnp.arange(count, dtype=jnp.int32).reshape(rows) * size + lengths[None, :, None]
+        place = jnp.where((lengths < size)[None, :, None], place, count * size)  # a full row takes nothing more
+
+        @on_host
+        def write(cache, new, place):
+            return cache.reshape(count * size, dim).at[place].set(new, mode="drop").reshape(cache.shape)
+
+        new_k, new_v, place = jax.device_put((k.astype(self.k.dtype), v.astype(self.v.dtype), place), HOST)
+        return HostStore(write(self.k, new_k, place), write(self.v, new_v, place), near)
+
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, rows=None):
+        rows = self.prefetch(view.index, chosen, newest, unit) if rows is None else rows
+        place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
+
+        def run(q, k, v, new_k, new_v, indices, valid):
+            options = dict(new_k=new_k, new_v=new_v, implementation=implementation)
+            return masked_topk_decode_attention(q, k, v, indices, valid, **options)
+
+        batch, kv_heads = place.shape[:2]
+        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-")
+        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=place.shape[-1])
+        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held)
+
+    def _fetch_layer(self, index):
+        """One layer on the device, [1, B, K, S, D] each."""
+
+        @on_host
+        def take(k, v, layer):
+            return tuple(jax.lax.dynamic_slice_in_dim(a, layer, 1) for a in (k, v))
+
+        def fetch():
+            return jax.device_put(take(self.k, self.v, jax.device_put(index, HOST)), DEVICE)
+
+        return jax.lax.cond(index > 0, fetch, lambda: (self.near.k, self.near.v))
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` run on the host, with operands and results in its memory."""
+    decorate = getattr(compute_on, "compute_on2", compute_on.compute_on)  # its name before jax 0.11
+    return decorate(function, compute_type="device_host", out_memory_spaces=HOST)
+
+
+def can_offload() -> bool:
+    """Returns whether the default device can address pinned host memory."""
+    return any(memory.kind == KIND for memory in jax.devices()[0].addressable_memories())
+
+
+def offload(store: ResidentStore) -> HostStore:
+    """Moves concrete arrays to host memory, outside of jit, and leaves a copy of layer 0 on the device.
+
+    Nothing is donated: drop the argument to free the device.
+
+    Raises:
+        ValueError: Where the platform has no such memory.
+    """
+    if not can_offload():
+        kinds = ", ".join(memory.kind for memory in jax.devices()[0].addressable_memories())
+        raise ValueError(f"offload needs {KIND} memory, and {jax.devices()[0].platform} has only {kinds}")
+    near = ResidentStore(store.k[:1], store.v[:1])
+    host = store.k.sharding.with_memory_kind(KIND)
+    return HostStore(*(jax.device_put(a, host) for a in (store.k, store.v)), near)
