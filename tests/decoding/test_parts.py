@@ -124,7 +124,7 @@ def test_parts_of_a_cache_decode_like_the_whole_and_never_come_together():
 
 def test_a_cache_is_not_split_inside_a_unit():
     code = (
-        "import jax; from butler_jax.decoding.parts import check_units; from butler_jax.sharding import make_mesh\n"
+        "import jax; from butler_jax.decoding.parts import check_units; from butler_jax.parallel import make_mesh\n"
         "with jax.set_mesh(make_mesh('sequence=4')):\n    check_units(64, 16); check_units(66, 32); check_units(96, 16)"
     )
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
