@@ -124,7 +124,8 @@ def test_generation_and_judgement_take_it(model, predictor, tokens):
     alone = butler_jax.generate(base, prompts[1], capacity=64, **settings)
     assert together.tokens[1] == alone.tokens[0]
     batch = {"tokens": tokens, "segments": jnp.ones_like(tokens), "positions": jnp.arange(40)[None] + 0 * tokens}
-    look = partial(measure_recall, model, predictor, [batch], [make_policy("tokenbutler")], [0.5], sinks=2, recent=3)
+    selection = SelectionConfig(sinks=2, recent=3)
+    look = partial(measure_recall, model, predictor, [batch], [make_policy("tokenbutler")], [0.5], selection=selection)
     exact, whole = (look(score_dtype=d).mass["tokenbutler"][0.5] for d in (None, "int8"))
     assert whole == pytest.approx(exact, abs=5e-3) and whole != exact
 
