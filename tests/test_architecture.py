@@ -24,7 +24,6 @@ LONG = {
     "butler_jax/runs/checkpoints.py",
     "tests/cli/test_info.py",
     "tests/decoding/test_generation.py",
-    "tests/pallas_kernels/test_kernels.py",
     "tests/test_edge_cases.py",
     "tests/training/test_faults.py",
 }

@@ -42,7 +42,7 @@ from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
 from butler_jax.training.losses.squared_error import sum_squared_errors
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import learning_schedule, make_optimiser, make_train_step, start_state
-from tests.pallas_kernels.test_kernels import KERNELS, PLAIN, run
+from tests.pallas_kernels.definitions import KERNELS, PLAIN, run
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=64

@@ -40,12 +40,17 @@ def arguments(case, key_dtype, sharding=None):
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     cache, new = array((2, batch, heads, size, dim), dtype), array((batch, heads, dim), dtype)
     return dict(
-        q=array((batch, heads * group, dim), dtype), k=cache, v=cache,
+        q=array((batch, heads * group, dim), dtype),
+        k=cache,
+        v=cache,
         q_imp=array((batch, heads, group, rank), dtype),
         k_imp=array((2, batch, heads, rank, size), key_dtype or dtype),
-        lengths=array((batch,), jnp.int32), layer=array((), jnp.int32), new_k=new, new_v=new,
+        lengths=array((batch,), jnp.int32),
+        layer=array((), jnp.int32),
+        new_k=new,
+        new_v=new,
         scales=array((heads,), jnp.float32) if key_dtype else None,
-    )  # fmt: skip
+    )
 
 
 def layer_of(case, implementation, **options):
@@ -75,7 +80,7 @@ def test_every_tpu_kernel_compiles(chip, case):
             assert f"%{kernel}" in text, f"{kernel} is not in the program"
         cost = compiled.cost_analysis()
         print(
-            f"{chip} {case[:-1]} score keys {jnp.dtype(key_dtype or case[-1])}: "
+            f"{chip} {case[:-1]} k_imp {jnp.dtype(key_dtype or case[-1])}: "
             f"arguments {memory.argument_size_in_bytes / 2**20:.1f} MiB, "
             f"temporary {memory.temp_size_in_bytes / 2**20:.1f} MiB, "
             f"bytes accessed {cost.get('bytes accessed', 0) / 2**20:.1f} MiB"
@@ -126,8 +131,9 @@ def test_every_gpu_kernel_is_lowered_for_cuda(case, key_dtype):
     mesh = AbstractMesh((1,), ("one",), (AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         exported = export.export(
-            jax.jit(layer_of(case, "gpu")), platforms=["cuda"],
+            jax.jit(layer_of(case, "gpu")),
+            platforms=["cuda"],
             disabled_checks=[export.DisabledSafetyCheck.custom_call(TRITON)],
-        )(**arguments(case, key_dtype))  # fmt: skip
+        )(**arguments(case, key_dtype))
     kernels = 4 if case[2] > 1 else 3  # normalised pooling has a kernel of its own
     assert exported.mlir_module().count(f"@{TRITON}") == kernels

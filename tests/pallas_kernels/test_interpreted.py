@@ -1,7 +1,7 @@
 """The TPU kernels under the interpreter that simulates their memories: what is not written is NaN, races are found.
 
 And both kinds of kernel on more shapes and dtypes than the fast tests have time for. Oracles and tolerances are those
-of test_pallas_kernels.py.
+of definitions.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels as pk
-from tests.pallas_kernels.test_kernels import attention_case, check_attention, check_choice, normal, oracle_scores, run
+from tests.pallas_kernels.definitions import attention_case, check_attention, check_choice, normal, oracle_scores, run
 
 SIMULATED = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
@@ -55,8 +55,9 @@ def test_simulated_tpu_memories_leak_no_nan_and_see_no_race(dim, unit, dtype):
 @pytest.mark.parametrize("dim", [80, 96, 128, 256])
 def test_attention_kernels_take_every_width_and_bfloat16(implementation, dim):
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
-        case = attention_case(4, batch=2, heads=1, group=16 if dim == 128 else 1, dim=dim, size=96, n=5, unit=16,
-                              dtype=dtype)  # fmt: skip
+        case = attention_case(
+            4, batch=2, heads=1, group=16 if dim == 128 else 1, dim=dim, size=96, n=5, unit=16, dtype=dtype
+        )
         check_attention(case, implementation, tolerance)
 
 
@@ -69,9 +70,13 @@ def test_the_gpu_kernel_attends_single_tokens_of_a_cache_of_any_length():
 @pytest.mark.slow
 @FEW
 @given(
-    implementation=st.sampled_from(["tpu", "gpu"]), size=st.integers(1, 400), unit=st.sampled_from([1, 4, 16]),
-    seed=st.integers(0, 9), share=st.floats(0, 1), ties=st.booleans(),
-)  # fmt: skip
+    implementation=st.sampled_from(["tpu", "gpu"]),
+    size=st.integers(1, 400),
+    unit=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 9),
+    share=st.floats(0, 1),
+    ties=st.booleans(),
+)
 def test_selection_kernels_choose_as_defined_at_any_size(implementation, size, unit, seed, share, ties):
     rng = np.random.default_rng(seed)
     scores = normal(seed, 2, 2, size)
@@ -86,9 +91,13 @@ def test_selection_kernels_choose_as_defined_at_any_size(implementation, size, u
 @pytest.mark.slow
 @FEW
 @given(
-    implementation=st.sampled_from(["tpu", "gpu"]), size=st.integers(1, 700), group=st.integers(1, 5),
-    rank=st.sampled_from([4, 16, 24]), pooling=st.sampled_from(["normalised", "maximum"]), seed=st.integers(0, 9),
-)  # fmt: skip
+    implementation=st.sampled_from(["tpu", "gpu"]),
+    size=st.integers(1, 700),
+    group=st.integers(1, 5),
+    rank=st.sampled_from([4, 16, 24]),
+    pooling=st.sampled_from(["normalised", "maximum"]),
+    seed=st.integers(0, 9),
+)
 def test_score_kernels_score_as_defined_at_any_size(implementation, size, group, rank, pooling, seed):
     q, keys = normal(seed, 2, 1, group, rank), normal(seed + 1, 2, 1, rank, size)
     lengths = jnp.asarray(np.random.default_rng(seed).integers(0, size + 1, 2), jnp.int32)
@@ -100,11 +109,15 @@ def test_score_kernels_score_as_defined_at_any_size(implementation, size, group,
 def test_the_whole_tpu_step_is_the_reference_under_simulated_memories():
     batch, heads, group, dim, size = 1, 2, 2, 64, 128
     arrays = (
-        normal(0, batch, heads * group, dim), *(normal(i, batch, heads, size, dim) for i in (1, 2)),
-        normal(3, batch, heads, group, 8), normal(4, batch, heads, 8, size), jnp.array([101]),
-    )  # fmt: skip
+        normal(0, batch, heads * group, dim),
+        *(normal(i, batch, heads, size, dim) for i in (1, 2)),
+        normal(3, batch, heads, group, 8),
+        normal(4, batch, heads, 8, size),
+        jnp.array([101]),
+    )
     options = dict(n=4, unit=16, sinks=2, recent=3)
-    ours = jax.jit(functools.partial(
-        pk.sparse_decode_attention, implementation="tpu", interpret=SIMULATED, **options))(*arrays)  # fmt: skip
+    ours = jax.jit(functools.partial(pk.sparse_decode_attention, implementation="tpu", interpret=SIMULATED, **options))(
+        *arrays
+    )
     theirs = run(pk.sparse_decode_attention, *arrays, implementation="reference", **options)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

@@ -1,0 +1,116 @@
+"""The three operations as one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels as pk
+from tests.pallas_kernels.definitions import (
+    PLAIN,
+    listed,
+    normal,
+    oracle_attention,
+    oracle_choice,
+    oracle_scores,
+    run,
+    wide,
+)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_the_whole_is_its_parts_and_everything_chosen_is_dense(implementation):
+    batch, heads, group, dim, size = 2, 2, 2, 16, 48
+    q, k, v = normal(0, batch, heads * group, dim), *(normal(i, batch, heads, size, dim) for i in (1, 2))
+    q_imp, keys = normal(3, batch, heads, group, 8), normal(4, batch, heads, 8, size)
+    lengths = jnp.array([48, 29])
+    out, chosen = run(
+        pk.sparse_decode_attention,
+        q,
+        k,
+        v,
+        q_imp,
+        keys,
+        lengths,
+        n=12,
+        sinks=2,
+        recent=3,
+        return_selection=True,
+        implementation=implementation,
+    )
+    scores = oracle_scores(q_imp, keys, lengths, "normalised")
+    dense = run(pk.sparse_decode_attention, q, k, v, q_imp, keys, lengths, n=size, implementation=implementation)
+    for b in range(batch):
+        for h in range(heads):
+            units = listed(chosen, b, h)
+            assert units == oracle_choice(scores[b, h], int(lengths[b]), 12, 2, 3, 1)
+            own = slice(h * group, (h + 1) * group)
+            for found, tokens in ((out, units), (dense, list(range(int(lengths[b]))))):
+                expected, _ = oracle_attention(wide(q)[b, own], wide(k)[b, h], wide(v)[b, h], tokens, dim**-0.5)
+                np.testing.assert_allclose(found[b, own], expected, atol=1e-5)
+
+
+def test_the_whole_computes_its_scores_once():
+    """Not in every pass of the selection, which is what XLA made of lengths it knows: twice the work at this size."""
+    size, n, lengths = 8192, 512, jnp.array([8192])
+    shapes = dict(q=(1, 8, 64), k=(1, 2, size, 64), v=(1, 2, size, 64), q_imp=(1, 2, 4, 16), k_imp=(1, 2, 16, size))
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def flops(function, *names):
+        return jax.jit(function).lower(*(shapes[name] for name in names)).compile().cost_analysis()["flops"]
+
+    shapes |= dict(scores=jax.ShapeDtypeStruct((1, 2, size), jnp.float32))
+    score = functools.partial(pk.importance_scores, lengths=lengths, pooling="maximum", implementation="xla")
+    whole = functools.partial(pk.sparse_decode_attention, lengths=lengths, n=n, pooling="maximum", implementation="xla")
+    once = flops(score, "q_imp", "k_imp")
+    select = flops(lambda s: pk.select_top_k(s, lengths, n, implementation="xla"), "scores")
+    everything = flops(whole, "q", "k", "v", "q_imp", "k_imp")
+    attend = 4 * 8 * n * 64
+    # The compiler's count takes the one score that a condition looks at for all of them.
+    assert everything < 2 * once + select + 1.5 * attend
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    dim=st.sampled_from([3, 16]),
+    size=st.integers(1, 40),
+    unit=st.sampled_from([1, 2, 8]),
+    seed=st.integers(0, 9),
+    share=st.floats(0, 1),
+)
+def test_any_shape_chooses_and_attends_like_the_reference(batch, heads, group, dim, size, unit, seed, share):
+    rng = np.random.default_rng(seed)
+    lengths = jnp.asarray(rng.integers(0, size + 1, batch), jnp.int32)
+    n = int(share * -(-size // unit))
+    arrays = (
+        normal(seed, batch, heads * group, dim),
+        *(normal(seed + i, batch, heads, size, dim) for i in (1, 2)),
+        normal(seed + 3, batch, heads, group, 4),
+        normal(seed + 4, batch, heads, 4, size),
+        lengths,
+    )
+    options = dict(
+        n=n,
+        sinks=int(rng.integers(0, 4)),
+        recent=int(rng.integers(0, 5)),
+        unit=unit,
+        return_residual=True,
+        return_selection=True,
+    )
+    ours, theirs = (
+        run(pk.sparse_decode_attention, *arrays, implementation=name, **options) for name in ("xla", "reference")
+    )
+    np.testing.assert_array_equal(ours[2].indices, theirs[2].indices)
+    np.testing.assert_array_equal(ours[2].valid, theirs[2].valid)
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
+    np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)

@@ -1,0 +1,60 @@
+"""Attention over chosen units, whatever computes it, against its definition."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from tests.pallas_kernels.definitions import KERNELS, PLAIN, attention_case, check_attention, normal
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("unit, size", [(1, 61), (4, 64), (4, 61)])
+def test_attention_reads_the_chosen_and_nothing_else(implementation, unit, size):
+    """Whatever must not be read is NaN in these caches."""
+    case = attention_case(6, batch=3, heads=2, group=3, dim=16, size=size, n=7, unit=unit)
+    check_attention(case, implementation, 1e-5)
+    new = normal(7, 3, 2, 16), normal(8, 3, 2, 16)
+    check_attention(case, implementation, 1e-5, new=new)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_attention_kernels_read_the_chosen_and_nothing_else(implementation):
+    case = attention_case(6, batch=2, heads=2, group=3, dim=64, size=160, n=10, unit=16, layers=2)
+    check_attention(case, implementation, 1e-5, new=(normal(7, 2, 2, 64), normal(8, 2, 2, 64)))
+
+
+@pytest.mark.parametrize("implementation", ("reference", "xla"))
+def test_bfloat16_is_attended_to_its_precision(implementation):
+    case = attention_case(9, batch=2, heads=2, group=4, dim=80, size=96, n=30, unit=1, dtype=jnp.bfloat16, layers=2)
+    check_attention(case, implementation, 2e-2)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_nothing_chosen_gives_zero_and_the_current_token_alone_gives_its_value(implementation):
+    q, k, v = normal(0, 2, 4, 8), normal(1, 2, 2, 20, 8), normal(2, 2, 2, 20, 8)
+    none = jnp.zeros((2, 2, 0), jnp.int32)
+    attend = functools.partial(pk.masked_topk_decode_attention, implementation=implementation, return_residual=True)
+    out, residual = attend(q, k, v, none)
+    assert not out.any() and bool(jnp.all(residual == -jnp.inf))
+    out, _ = attend(q, k, v, none, new_k=k[:, :, 0], new_v=v[:, :, 0])
+    np.testing.assert_allclose(out.reshape(2, 2, 2, 8), jnp.broadcast_to(v[:, :, :1], (2, 2, 2, 8)), atol=1e-6)
+
+
+def test_parts_of_a_choice_merge_by_their_residuals():
+    case = attention_case(10, batch=1, heads=2, group=2, dim=8, size=40, n=20, unit=1, poison=False)
+    attend = functools.partial(
+        pk.masked_topk_decode_attention, case.q, case.k, case.v, lengths=case.lengths, return_residual=True
+    )
+    attend = jax.jit(attend)
+    whole, residual = attend(case.indices, case.valid)
+    parts = [attend(case.indices[..., s], case.valid[..., s]) for s in (slice(0, 8), slice(8, 20))]
+    lse = jnp.logaddexp(parts[0][1], parts[1][1])
+    merged = sum(out * jnp.exp(part - lse)[..., None] for out, part in parts)
+    np.testing.assert_allclose(merged, whole, atol=1e-5)
+    np.testing.assert_allclose(lse, residual, atol=1e-5)
