@@ -16,18 +16,16 @@ EVERYTHING = sorted(path for place in [*PACKAGES, "benchmarks", "tests"] for pat
 MODULES = {path.parent.name if path.name == "__init__.py" else path.stem for path in LIBRARY}
 
 # What does not yet keep a rule: these lists become shorter, never longer.
-SAME_NAME = {"bench", "cached_attention", "facts", "generate", "passages", "prepared", "rows", "step", "training"}
-TWO_CLASSES = {"Part", "Step"}
-EARLY_JAX = {"butler_jax/cli/decoding_rounds.py"}  # what bench measures, imported when it does
+SAME_NAME = {"cached_attention", "facts", "generate", "rows", "step"}
+TWO_CLASSES = {"Plan", "Step"}
+EARLY_JAX = {"butler_jax/cli/decoding_rounds.py"}  # imported by bench where it measures
 LONG = {
     "benchmarks/fuzz_targets.py",
-    "butler_jax/runs/checkpoints.py",
     "tests/cli/test_info.py",
     "tests/decoding/test_generation.py",
-    "tests/test_edge_cases.py",
     "tests/training/test_faults.py",
 }
-BY_HAND = 103  # files' lines that the formatter leaves alone
+BY_HAND = 47  # files' lines that the formatter leaves alone
 
 
 def name_of(path: Path) -> str:
