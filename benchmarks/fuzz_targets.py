@@ -50,12 +50,24 @@ from butler_jax.weights.huggingface import INDEX, SINGLE, open_safetensors, open
 ALLOWED = (ValueError, FileNotFoundError)
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 32},
-}  # fmt: skip
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
 QWEN = {
     **CONFIG,
     "model_type": "qwen3",
@@ -64,23 +76,44 @@ QWEN = {
     "layer_types": ["full_attention"],
 }
 LONGROPE = {
-    **CONFIG, "model_type": "phi3", "sliding_window": 8, "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+    **CONFIG,
+    "model_type": "phi3",
+    "sliding_window": 8,
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 1.0,
     "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.5, 2.0]},
-}  # fmt: skip
+}
 TENSORS = {
-    "model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), **{
-        f"model.layers.0.{name}.weight": shape for name, shape in {
-            "input_layernorm": (8,), "post_attention_layernorm": (8,), "self_attn.q_proj": (8, 8),
-            "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8), "self_attn.o_proj": (8, 8),
-            "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12),
+    "model.embed_tokens.weight": (16, 8),
+    "model.norm.weight": (8,),
+    **{
+        f"model.layers.0.{name}.weight": shape
+        for name, shape in {
+            "input_layernorm": (8,),
+            "post_attention_layernorm": (8,),
+            "self_attn.q_proj": (8, 8),
+            "self_attn.k_proj": (4, 8),
+            "self_attn.v_proj": (4, 8),
+            "self_attn.o_proj": (8, 8),
+            "mlp.gate_proj": (12, 8),
+            "mlp.up_proj": (12, 8),
+            "mlp.down_proj": (8, 12),
         }.items()
     },
-}  # fmt: skip
+}
 GGUF_NAMES = {
-    "token_embd": (16, 8), "output_norm": (8,), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,), "blk.0.attn_q": (8, 8),
-    "blk.0.attn_k": (4, 8), "blk.0.attn_v": (4, 8), "blk.0.attn_output": (8, 8), "blk.0.ffn_gate": (12, 8),
-    "blk.0.ffn_up": (12, 8), "blk.0.ffn_down": (8, 12),
-}  # fmt: skip
+    "token_embd": (16, 8),
+    "output_norm": (8,),
+    "blk.0.attn_norm": (8,),
+    "blk.0.ffn_norm": (8,),
+    "blk.0.attn_q": (8, 8),
+    "blk.0.attn_k": (4, 8),
+    "blk.0.attn_v": (4, 8),
+    "blk.0.attn_output": (8, 8),
+    "blk.0.ffn_gate": (12, 8),
+    "blk.0.ffn_up": (12, 8),
+    "blk.0.ffn_down": (8, 12),
+}
 TOKENS = ["<s>", "a", "b", "c", "Ġ", "ab", "d", "e"]
 TINY = Path(__file__).parent.parent / "butler_jax" / "tiny"
 
@@ -102,12 +135,21 @@ def write_gguf(path: Path, *, architecture: str = "llama", pieces: bool = False,
     """Write the model of CONFIG as a GGUF file, with a byte-level tokenizer or one of pieces and scores."""
     writer = gguf.GGUFWriter(path, architecture)
     for add, value in (
-        ("block_count", 1), ("context_length", 64), ("embedding_length", 8), ("feed_forward_length", 12),
-        ("head_count", 2), ("head_count_kv", 1), ("layer_norm_rms_eps", 1e-5), ("rope_freq_base", 1e4),
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 8),
+        ("feed_forward_length", 12),
+        ("head_count", 2),
+        ("head_count_kv", 1),
+        ("layer_norm_rms_eps", 1e-5),
+        ("rope_freq_base", 1e4),
         ("rope_dimension_count", 4),
-        ("tokenizer_model", "llama" if pieces else "gpt2"), ("token_list", TOKENS), ("token_types", [3] + [1] * 7),
-        ("bos_token_id", 0), *([("token_scores", [0.0] * 8)] if pieces else [("token_merges", ["a b"])]),
-    ):  # fmt: skip
+        ("tokenizer_model", "llama" if pieces else "gpt2"),
+        ("token_list", TOKENS),
+        ("token_types", [3] + [1] * 7),
+        ("bos_token_id", 0),
+        *([("token_scores", [0.0] * 8)] if pieces else [("token_merges", ["a b"])]),
+    ):
         getattr(writer, f"add_{add}")(value)
     for name, shape in GGUF_NAMES.items():
         writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
@@ -143,10 +185,26 @@ class Target:
 
 def targets(directory: Path) -> list[Target]:
     """All targets. Each reads in a directory of its own below `directory`."""
-    return [make(directory) for make in (
-        _safetensors, _index, _gguf, _config, _tokenizer, _tokenizer_config, _samples, _text, _run, _settings, _cells,
-        _strings, _prompts, _model, _run_directory,
-    )]  # fmt: skip
+    return [
+        make(directory)
+        for make in (
+            _safetensors,
+            _index,
+            _gguf,
+            _config,
+            _tokenizer,
+            _tokenizer_config,
+            _samples,
+            _text,
+            _run,
+            _settings,
+            _cells,
+            _strings,
+            _prompts,
+            _model,
+            _run_directory,
+        )
+    ]
 
 
 def _encoded(*values: object) -> tuple[bytes, ...]:
@@ -230,7 +288,7 @@ def _tokenizer(root: Path) -> Target:
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-    }  # fmt: skip
+    }
     rich = {**plain, "normalizer": {"type": "Sequence", "normalizers": steps}, "post_processor": template}
     return Target("tokenizer.json", _encoded(plain, rich), run)
 
@@ -259,9 +317,10 @@ def _tokenizer_config(root: Path) -> Target:
 
 def _samples(root: Path) -> Target:
     lines = {
-        "lambada": {"context": "a b", "continuation": " c"}, "piqa": {"query": "a", "choices": ["b", "c"], "gold": 1},
+        "lambada": {"context": "a b", "continuation": " c"},
+        "piqa": {"query": "a", "choices": ["b", "c"], "gold": 1},
         "winogrande": {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
-    }  # fmt: skip
+    }
     directory = root / "samples"
     directory.mkdir(exist_ok=True)
 
@@ -323,17 +382,23 @@ def _cells(root: Path) -> Target:
 
 def _strings(root: Path) -> Target:
     readers = (
-        parse_mesh, parse_hosts, parse_spec, lambda text: SelectionConfig(budget=parse_budget(text)),
+        parse_mesh,
+        parse_hosts,
+        parse_spec,
+        lambda text: SelectionConfig(budget=parse_budget(text)),
         lambda text: EvalConfig(budgets=text, depths=text, policies=text),
-    )  # fmt: skip
+    )
 
     def run(data: bytes) -> None:
         readers[data[0] % len(readers) if data else 0](data[1:].decode("utf-8", "surrogateescape"))
 
     seeds = (
-        b"\0data=4,model=2,sequence=1", b"\1host:123,4,0", b"\2python_docs:0.7+text:a.txt,b.txt:0.3", b"\x031/4",
+        b"\0data=4,model=2,sequence=1",
+        b"\1host:123,4,0",
+        b"\2python_docs:0.7+text:a.txt,b.txt:0.3",
+        b"\x031/4",
         b"\x040.5,0.25",
-    )  # fmt: skip
+    )
     return Target("strings", seeds, run, named=False)
 
 

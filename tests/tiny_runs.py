@@ -44,10 +44,19 @@ def make_place(directory: Path) -> dict[str, Path]:
 def settings(place: dict[str, Path], run_dir: Path, **changes: Any) -> TrainConfig:
     """A short run in that place, with a small predictor."""
     given = dict(
-        base=str(place["base"]), data=f"text:{place['text']}", data_dir=place["data_dir"], run_dir=run_dir, steps=8,
-        length=32, batch_size=2, predictor=predictor_config(), calibration=1, checkpoint_every=100, eval_every=0,
+        base=str(place["base"]),
+        data=f"text:{place['text']}",
+        data_dir=place["data_dir"],
+        run_dir=run_dir,
+        steps=8,
+        length=32,
+        batch_size=2,
+        predictor=predictor_config(),
+        calibration=1,
+        checkpoint_every=100,
+        eval_every=0,
         mesh="data=1",
-    )  # fmt: skip
+    )
     return TrainConfig(**{**given, **changes})
 
 

@@ -32,9 +32,18 @@ LEVELS = 20
 """How deep the values of a run's files may lie in each other; what is written here has four levels."""
 
 FIELDS = {
-    "date": str, "host": str, "command": str, "directory": str, "ended": str, "from": int, "to": int,
-    "versions": {}, "environment": {}, "git": {"revision": str}, "devices": {"kinds": {}},
-}  # fmt: skip
+    "date": str,
+    "host": str,
+    "command": str,
+    "directory": str,
+    "ended": str,
+    "from": int,
+    "to": int,
+    "versions": {},
+    "environment": {},
+    "git": {"revision": str},
+    "devices": {"kinds": {}},
+}
 """The fields of a start that are read again, with their types; {}: an object. Any may be absent or null."""
 
 

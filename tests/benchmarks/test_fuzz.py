@@ -75,9 +75,11 @@ def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypa
 
     monkeypatch.setattr(fuzz, "version", lambda name: "3")
     for target, status, runs in (
-        ("gguf", 77, {"gguf": None}), ("strings", 1, {"gguf": None}), ("gguf", 0, {"gguf": 500}),
+        ("gguf", 77, {"gguf": None}),
+        ("strings", 1, {"gguf": None}),
+        ("gguf", 0, {"gguf": 500}),
         ("strings", 0, {"gguf": 500, "strings": 500}),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(fuzz.subprocess, "run", lambda command, status=status: SimpleNamespace(returncode=status))
         monkeypatch.setattr(sys, "argv", ["fuzz", "--json", str(path), "--atheris", target, "--runs", "500"])
         assert fuzz.main() == status

@@ -70,8 +70,9 @@ def test_prompts_of_every_length_share_few_programs(base, settings, fields):
     settings = settings | dict(selection=SelectionConfig(budget=0.3, sinks=1, recent=3, **fields))
     before = generation.start._cache_size(), generation.advance._cache_size()
     for length in range(1, 91, 1 if not fields else 4):
-        butler_jax.generate(base, [list(range(1, length % 50 + 1)) + [1] * (length - length % 50)], max_new_tokens=3,
-                            **settings)  # fmt: skip
+        butler_jax.generate(
+            base, [list(range(1, length % 50 + 1)) + [1] * (length - length % 50)], max_new_tokens=3, **settings
+        )
     after = generation.start._cache_size(), generation.advance._cache_size()
     assert after[0] - before[0] <= 7  # a prompt of 62 tokens needs the second capacity already: one width twice
     assert after[1] - before[1] <= 2 * (3 if fields else 1)  # dense, mixed and sparse steps under min_context
@@ -110,9 +111,7 @@ def test_training_and_decoding_stay_flat_and_compile_nothing_more(tmp_path):
     trained = long_runs.train(tmp_path, steps=200, every=25, data=f"text:{tmp_path}/book.txt")
     base = butler_jax.load_base("tiny")
     predictor = butler_jax.load_predictor(tmp_path / "run", base)
-    decoded = long_runs.decode(
-        base, predictor, rows=8, new=50, turns=8, every=400, capacity=64, budget=1 / 4
-    )  # fmt: skip
+    decoded = long_runs.decode(base, predictor, rows=8, new=50, turns=8, every=400, capacity=64, budget=1 / 4)
     assert trained.rows[-1]["done"] == 200 and decoded.rows[-1]["done"] == 3200
     for watch in (trained, decoded):
         later = watch.rows[2:]  # by then there was a checkpoint, a validation, a generation

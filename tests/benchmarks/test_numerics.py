@@ -45,9 +45,7 @@ def test_errors_on_a_trained_model_are_those_of_rounding():
 
 def test_bfloat16_queries_are_scaled_after_their_products():
     """The root of a head dimension that is no power of four would round every query once more."""
-    q, k, p, r = (
-        jnp.asarray(np.random.default_rng(n).normal(size=(1, 64, 2, 8)), jnp.bfloat16) for n in range(4)
-    )  # fmt: skip
+    q, k, p, r = (jnp.asarray(np.random.default_rng(n).normal(size=(1, 64, 2, 8)), jnp.bfloat16) for n in range(4))
     _, found, _ = jax.jit(attend_with_cross_entropy)(q, k, k, p, r)
     exact = float64.distillation_loss("cross entropy", *(float64.wide(a) for a in (q, k, p, r)))[0]
     assert float(found) == pytest.approx(exact, rel=1e-6)  # float32 sums; with rounded queries it is 1e-4
@@ -76,6 +74,10 @@ def test_the_float64_form_is_the_model_within_float32():
     assert (mask.sum(axis=-1) == choices.table[np.arange(40) + 1]).all()
     choices.add(mask, mask, weights)
     assert choices.row() == {
-        "equal_sets": 1.0, "equal_tokens": 1.0, "mass_lost": 0.0, "mass_lost_where_different": 0.0,
-        "mass_lost_at_worst": 0.0, "sets": 2 * int((np.ceil((np.arange(40) + 1) / 2) > 12).sum()),
-    }  # fmt: skip
+        "equal_sets": 1.0,
+        "equal_tokens": 1.0,
+        "mass_lost": 0.0,
+        "mass_lost_where_different": 0.0,
+        "mass_lost_at_worst": 0.0,
+        "sets": 2 * int((np.ceil((np.arange(40) + 1) / 2) > 12).sum()),
+    }

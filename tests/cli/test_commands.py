@@ -61,8 +61,24 @@ def fails(capfd):
 
 
 def common(place, tmp_path) -> list[object]:
-    return ["--base", place["base"], "--data", f"text:{place['text']}", "--data-dir", place["data_dir"],
-            "--run-dir", tmp_path / "run", "--rank", 4, "--length", 32, "--steps", 2, "--mesh", "data=1"]  # fmt: skip
+    return [
+        "--base",
+        place["base"],
+        "--data",
+        f"text:{place['text']}",
+        "--data-dir",
+        place["data_dir"],
+        "--run-dir",
+        tmp_path / "run",
+        "--rank",
+        4,
+        "--length",
+        32,
+        "--steps",
+        2,
+        "--mesh",
+        "data=1",
+    ]
 
 
 def test_no_such_directory(fails, tmp_path):
@@ -179,9 +195,10 @@ def test_a_policy_that_was_asked_for_is_not_left_out(fails, place):
 def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):
     given, mount = common(place, tmp_path), "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under"
     for option, value in (
-        ("--run-dir", "gs://bucket/runs/one"), ("--base", "gs://bucket/llama"),
+        ("--run-dir", "gs://bucket/runs/one"),
+        ("--base", "gs://bucket/llama"),
         ("--data", f"text:{place['text']},gs://bucket/book.txt"),
-    ):  # fmt: skip
+    ):
         line = fails("train", *given, option, value)
         assert f"{option} " in line and "bucket" in line and mount in line
     assert mount in fails("eval", "--run", "gs://bucket/runs/one")
@@ -200,10 +217,16 @@ def test_batch_not_divisible_by_the_mesh(place, tmp_path):
     arguments = [*common(place, tmp_path), "--mesh", "data=4", "--batch-size", 6]
     done = subprocess.run(
         [sys.executable, REPOSITORY / "train.py", *map(str, arguments)],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu",
-             "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = "error: batch size 6 is not divisible by the mesh's data axis (4); use a multiple of 4 or another --mesh"
     assert done.stderr.splitlines()[-1] == message
@@ -300,7 +323,7 @@ def test_heavy_packages_are_imported_only_where_they_are_used(arguments):
         (["train.py", "--run-dir", "out", "--batch-size", "1", "--log-every", "1"], "step 2/", "stopped; run the same"),
     ],
     ids=["eval", "generate", "train"],
-)  # fmt: skip
+)
 def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
     """JAX 0.10 crashes where an interrupted interpreter ends by itself, and the status is then that of the crash.
 
@@ -311,9 +334,13 @@ def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and children
     try:
         process = subprocess.Popen(
-            [sys.executable, "-u", *script], cwd=tmp_path, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-u", *script],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     shown = ""
@@ -337,8 +364,22 @@ def test_training_and_evaluating_from_the_command_line(place, tmp_path, capfd):
     out = capfd.readouterr().out
     assert f"the best predictor so far is in {run}; evaluate it with: butler-jax eval --run {run}" in out
     assert [row["step"] for row in tiny_runs.rows(run)] == [1, 2]
-    arguments = ["--run", run, "--text", place["text"], "--tasks", "perplexity", "--context", 64, "--tokens", 128,
-                 "--policies", "tokenbutler", "--budgets", "1/2"]  # fmt: skip
+    arguments = [
+        "--run",
+        run,
+        "--text",
+        place["text"],
+        "--tasks",
+        "perplexity",
+        "--context",
+        64,
+        "--tokens",
+        128,
+        "--policies",
+        "tokenbutler",
+        "--budgets",
+        "1/2",
+    ]
     assert main(["eval", *(str(a) for a in arguments)]) == 0
     assert f"the report is in {run / 'eval'}" in capfd.readouterr().out
     assert {"report.md", "report.html", "cells.jsonl"} <= {path.name for path in (run / "eval").iterdir()}

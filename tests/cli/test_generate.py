@@ -62,9 +62,33 @@ def test_what_is_wrong_is_said_in_one_line(run_dir, capfd, arguments, message):
 
 
 def test_flags_are_flat_and_their_settings_nest():
-    flags = ["--base", "tiny", "--policy", "streaming", "--budget", "1/8", "--sinks", "2", "--recent", "16", "--unit",
-             "4", "--interval", "2", "--neighbours", "--min-context", "64", "--temperature", "0.5", "--top-k", "3",
-             "--top-p", "0.9", "--repetition-penalty", "1.1"]  # fmt: skip
+    flags = [
+        "--base",
+        "tiny",
+        "--policy",
+        "streaming",
+        "--budget",
+        "1/8",
+        "--sinks",
+        "2",
+        "--recent",
+        "16",
+        "--unit",
+        "4",
+        "--interval",
+        "2",
+        "--neighbours",
+        "--min-context",
+        "64",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "3",
+        "--top-p",
+        "0.9",
+        "--repetition-penalty",
+        "1.1",
+    ]
     config = read(GenerateConfig, flags, "butler-jax generate")
     assert config.selection == SelectionConfig(
         budget=1 / 8, sinks=2, recent=16, unit=4, interval=2, neighbours=True, min_context=64

@@ -74,8 +74,16 @@ def test_a_run_explains_itself(trained, place, capsys):
     assert found["bytes"] == sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
     assert found["evaluate"] == f"butler-jax eval --run {run_dir}"
     text = shown(capsys, run_dir)
-    for words in ("finished, saved up to step 6 of 6", fingerprint, "validation_loss", jax.__version__,
-                  start["command"], found["go_on"], found["evaluate"], "predictor producer"):  # fmt: skip
+    for words in (
+        "finished, saved up to step 6 of 6",
+        fingerprint,
+        "validation_loss",
+        jax.__version__,
+        start["command"],
+        found["go_on"],
+        found["evaluate"],
+        "predictor producer",
+    ):
         assert words in text, words
 
 
@@ -160,8 +168,10 @@ def test_a_renamed_checkpoint_is_damaged(copy, report):
         (copy / "checkpoints" / name).mkdir()
     found, text = report()
     assert [(one["step"], one["damage"]) for one in found["checkpoints"]] == [
-        (2, []), (4, []), (999, ["it was saved as step 6"]),
-    ]  # fmt: skip
+        (2, []),
+        (4, []),
+        (999, ["it was saved as step 6"]),
+    ]
     assert found["state"] == "damaged since it finished, saved up to step 4 of 6" and "it was saved as step 6" in text
 
 
@@ -222,8 +232,12 @@ def test_damage_and_leftovers_are_shown(copy, capsys):
     assert found["metrics"]["step"] == 6 and found["starts"] == [] and found["config"] == {}
     assert [problem.split()[0] for problem in found["problems"]] == ["config.json", "run.json"]
     text = shown(capsys, copy)
-    for words in ("state/_METADATA is missing", "digests.json is missing", "config.json is damaged",
-                  "run.json is damaged"):  # fmt: skip
+    for words in (
+        "state/_METADATA is missing",
+        "digests.json is missing",
+        "config.json is damaged",
+        "run.json is damaged",
+    ):
         assert words in text, words
 
 
@@ -293,11 +307,21 @@ def test_a_hostile_file_of_a_checkpoint_is_its_damage(copy, report, name, kind):
 @pytest.mark.parametrize(
     "facts",
     [
-        None, 5, [], "metrics", {}, {"metrics": None}, {"metrics": []}, {"metrics": {"loss": "low"}},
-        {"metrics": {"loss": [1.0]}}, {"metrics": {"loss": 10**400}}, {"metrics": {"loss": True}}, {"metrics": {}},
+        None,
+        5,
+        [],
+        "metrics",
+        {},
+        {"metrics": None},
+        {"metrics": []},
+        {"metrics": {"loss": "low"}},
+        {"metrics": {"loss": [1.0]}},
+        {"metrics": {"loss": 10**400}},
+        {"metrics": {"loss": True}},
+        {"metrics": {}},
         {"metrics": {"loss": float("nan")}, "base": 5, "fingerprint": {}},
     ],
-)  # fmt: skip
+)
 def test_a_sealed_checkpoint_without_a_loss_is_damaged(copy, report, facts):
     path = copy / "checkpoints" / "4"
     for written in ({"custom_metadata": facts}, {"metadata": facts}, [facts]):
@@ -313,16 +337,21 @@ def test_a_sealed_checkpoint_without_a_loss_is_damaged(copy, report, facts):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"steps": "abc"}, "steps must be a whole number of at least 1, got 'abc'"), ({"steps": None}, "steps must be"),
-        ({"steps": 0}, "steps must be"), ({"steps": True}, "steps must be"), ({"steps": 1e9}, "steps must be"),
-        ({"predictor": 5}, "'predictor' cannot be 5"), ({"predictor": "x"}, "'predictor' cannot be {'kind': 'x'}"),
-        ({"base": ["a"]}, "'base' cannot be ['a']"), 
+        ({"steps": "abc"}, "steps must be a whole number of at least 1, got 'abc'"),
+        ({"steps": None}, "steps must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"steps": True}, "steps must be"),
+        ({"steps": 1e9}, "steps must be"),
+        ({"predictor": 5}, "'predictor' cannot be 5"),
+        ({"predictor": "x"}, "'predictor' cannot be {'kind': 'x'}"),
+        ({"base": ["a"]}, "'base' cannot be ['a']"),
         ({"predictor": {"kind": "producer", "rank": "4"}}, "'predictor' cannot be"),
         ({"selection": 5}, "'selection' cannot be"),
-        ({"mesh": {"a": 1}}, "'mesh' cannot be"), ({"data_dir": 5}, "'data_dir' cannot be 5"),
+        ({"mesh": {"a": 1}}, "'mesh' cannot be"),
+        ({"data_dir": 5}, "'data_dir' cannot be 5"),
         ({"more": json.loads("[" * 30 + "]" * 30)}, "'more' cannot be"),
     ],
-)  # fmt: skip
+)
 def test_settings_of_the_wrong_type_are_a_problem(copy, report, changes, words):
     whole = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**whole, **changes}))
@@ -340,11 +369,25 @@ def test_settings_that_lack_what_a_run_has_are_a_problem(copy, report, config):
 @pytest.mark.parametrize(
     "record",
     [
-        5, "a", ["ab"], {"git": "x", "devices": "y"}, {"git": {"revision": 5}}, {"devices": {"kinds": []}},
-        {"devices": []}, {"date": 5}, {"host": ["a"]}, {"ended": 1}, {"directory": 5}, {"command": {}}, {"from": "0"},
-        {"to": 1.5}, {"versions": "1"}, {"environment": [1]}, {"more": json.loads("[" * 30 + "]" * 30)},
+        5,
+        "a",
+        ["ab"],
+        {"git": "x", "devices": "y"},
+        {"git": {"revision": 5}},
+        {"devices": {"kinds": []}},
+        {"devices": []},
+        {"date": 5},
+        {"host": ["a"]},
+        {"ended": 1},
+        {"directory": 5},
+        {"command": {}},
+        {"from": "0"},
+        {"to": 1.5},
+        {"versions": "1"},
+        {"environment": [1]},
+        {"more": json.loads("[" * 30 + "]" * 30)},
     ],
-)  # fmt: skip
+)
 def test_a_start_of_the_wrong_type_is_a_problem(copy, report, record):
     (start,) = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps([start, record]))
@@ -372,11 +415,18 @@ def test_what_is_printed_does_not_steer_the_terminal(copy, report):
 @pytest.mark.parametrize(
     ("end", "problem"),
     [
-        (b"", False), (b'{"step": 7, "lo', False), (b'{"step": 7}\n', False), (b'{"step": 7, "lo\n', True),
-        (b"[" * 200_000, True), (b"[" * 200_000 + b"\n", True), (b'{"step": {}}\n', True), (b"\0" * 100_000, True),
-        (b"5\n" * 900, True), (b'{"step": 7, "loss": 1' + b"0" * 400 + b"}\n", False),
+        (b"", False),
+        (b'{"step": 7, "lo', False),
+        (b'{"step": 7}\n', False),
+        (b'{"step": 7, "lo\n', True),
+        (b"[" * 200_000, True),
+        (b"[" * 200_000 + b"\n", True),
+        (b'{"step": {}}\n', True),
+        (b"\0" * 100_000, True),
+        (b"5\n" * 900, True),
+        (b'{"step": 7, "loss": 1' + b"0" * 400 + b"}\n", False),
     ],
-)  # fmt: skip
+)
 def test_the_last_row_is_found_before_what_is_damaged(copy, report, end, problem):
     with (copy / "metrics.jsonl").open("ab") as file:
         file.write(end)
@@ -409,8 +459,13 @@ def test_other_things_where_files_are_expected(copy, report):
         for place in reversed(deep):  # pytest cannot
             place.rmdir()
     assert [(one["step"], one["state"]) for one in found["checkpoints"]] == [
-        (2, "whole"), (4, "whole"), (6, "whole"), (7, "damaged"), (8, "damaged"), (9, "damaged"),
-    ]  # fmt: skip
+        (2, "whole"),
+        (4, "whole"),
+        (6, "whole"),
+        (7, "damaged"),
+        (8, "damaged"),
+        (9, "damaged"),
+    ]
 
 
 def test_a_run_in_use_is_not_to_be_gone_on_with(copy):

@@ -57,9 +57,13 @@ def run(installed: Path, place: Path, *arguments: object) -> str:
     program, *words = map(str, arguments)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [installed / "bin" / program, *words], cwd=place, env={**environment, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [installed / "bin" / program, *words],
+        cwd=place,
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -51,9 +51,14 @@ def place(model, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
     predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
     config = EvalConfig(
-        tasks="perplexity", text=tmp_path / "text.txt", tokens=300, context=100, budgets="1/2,32", batch_size=3,
+        tasks="perplexity",
+        text=tmp_path / "text.txt",
+        tokens=300,
+        context=100,
+        budgets="1/2,32",
+        batch_size=3,
         policies="dense,streaming,tokenbutler",
-    )  # fmt: skip
+    )
     return Base("letters", model, Letters(), "f"), predictor, config
 
 

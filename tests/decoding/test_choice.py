@@ -58,9 +58,14 @@ def decoded_sets(model, predictor, policy, selection, steps=None, prompts=PROMPT
     @jax.jit
     def run(tokens):
         _, state = prefill(
-            model, tokens[:, : prompts.max()], prompts, capacity=TOTAL, predictor=predictor, selection=selection,
+            model,
+            tokens[:, : prompts.max()],
+            prompts,
+            capacity=TOTAL,
+            predictor=predictor,
+            selection=selection,
             policy=policy,
-        )  # fmt: skip
+        )
 
         def step(state, _):
             at = jnp.minimum(state.lengths, TOTAL - 1)
@@ -108,14 +113,25 @@ QUICK = [
 GRID = [
     (name, fields, budget)
     for name, fields in (
-        ("tokenbutler", {}), ("tokenbutler", {"pooling": "maximum"}), ("oracle", {}), ("oracle_head", {}),
-        ("random", {"seed": 3}), ("streaming", {}), ("lowrank", {"rank": 4}),
+        ("tokenbutler", {}),
+        ("tokenbutler", {"pooling": "maximum"}),
+        ("oracle", {}),
+        ("oracle_head", {}),
+        ("random", {"seed": 3}),
+        ("streaming", {}),
+        ("lowrank", {"rank": 4}),
     )
     for budget in (
-        dict(budget=0.25), dict(budget=12), dict(budget=0.4, unit=4), dict(budget=45, unit=16), dict(budget=1.0),
-        dict(budget=0.5, neighbours=True), dict(budget=0.5, threshold=-3.0), dict(budget=0.2, min_context=30),
+        dict(budget=0.25),
+        dict(budget=12),
+        dict(budget=0.4, unit=4),
+        dict(budget=45, unit=16),
+        dict(budget=1.0),
+        dict(budget=0.5, neighbours=True),
+        dict(budget=0.5, threshold=-3.0),
+        dict(budget=0.2, min_context=30),
     )
-]  # fmt: skip
+]
 
 
 def compare(name, fields, budget, **changes):

@@ -87,9 +87,13 @@ def test_a_budget_of_everything_gives_dense_tokens(base, predictor, dense, field
 
 def test_a_batch_gives_each_rows_own_tokens(base, predictor):
     settings = dict(
-        predictor=predictor, selection=SelectionConfig(budget=0.3, sinks=1, recent=3), max_new_tokens=25, stop=(),
-        sampling=SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.1), capacity=48,
-    )  # fmt: skip
+        predictor=predictor,
+        selection=SelectionConfig(budget=0.3, sinks=1, recent=3),
+        max_new_tokens=25,
+        stop=(),
+        sampling=SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.1),
+        capacity=48,
+    )
     together = butler_jax.generate(base, PROMPTS, seed=[4, 5, 6], **settings)
     for b, prompt in enumerate(PROMPTS):
         alone = butler_jax.generate(base, prompt, seed=4 + b, **settings)
@@ -100,9 +104,11 @@ def test_a_batch_gives_each_rows_own_tokens(base, predictor):
 
 def test_offload_gives_the_resident_tokens(base, predictor):
     settings = dict(
-        predictor=predictor, selection=SelectionConfig(budget=0.4, sinks=1, recent=3, unit=2, interval=2),
-        max_new_tokens=20, stop=(),
-    )  # fmt: skip
+        predictor=predictor,
+        selection=SelectionConfig(budget=0.4, sinks=1, recent=3, unit=2, interval=2),
+        max_new_tokens=20,
+        stop=(),
+    )
     resident = butler_jax.generate(base, PROMPTS, **settings)
     offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
     assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
@@ -314,9 +320,13 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
         )
     other = dict(policy=make_policy("random"))
     _, kept = prefill(
-        base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=60,
-        selection=SelectionConfig(budget=0.25, interval=2), **other,
-    )  # fmt: skip
+        base.model,
+        jnp.ones((1, 4), jnp.int32),
+        jnp.asarray([4]),
+        capacity=60,
+        selection=SelectionConfig(budget=0.25, interval=2),
+        **other,
+    )
     with pytest.raises(ValueError, match="room for 15 units of 2 heads, and this selection chooses 30 of 2: "):
         decode_step(base.model, jnp.asarray([1]), kept, selection=SelectionConfig(budget=0.5, interval=2), **other)
     with pytest.raises(ValueError, match="a prompt has no tokens"):

@@ -54,9 +54,11 @@ def states(model, predictor, tokens):
     return {
         name: fill(model, tokens, LENGTHS, predictor=predictor, **settings)[1]
         for name, settings in {
-            "float": {}, "int8": {"score_dtype": "int8"}, "chunks": {"score_dtype": "int8", "chunk": 16},
+            "float": {},
+            "int8": {"score_dtype": "int8"},
+            "chunks": {"score_dtype": "int8", "chunk": 16},
         }.items()
-    }  # fmt: skip
+    }
 
 
 def test_keys_of_a_prompt_are_within_half_a_step(states):

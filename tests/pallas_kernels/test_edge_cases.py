@@ -54,9 +54,17 @@ def test_decode_attention_of_logits_that_are_not_finite(implementation):
     q = jnp.ones((3, 1, 16)).at[0].set(-1e34).at[1].set(3e38)  # as good as -inf, +inf, ordinary
     pages = jnp.zeros((3, 1, 1), jnp.int32), jnp.ones((3, 1, 1), bool)
     attend = partial(
-        run, pk.masked_topk_decode_attention, q, 9 * k, v, *pages, implementation=implementation, unit=16,
-        return_residual=True, scale=1.0,
-    )  # fmt: skip
+        run,
+        pk.masked_topk_decode_attention,
+        q,
+        9 * k,
+        v,
+        *pages,
+        implementation=implementation,
+        unit=16,
+        return_residual=True,
+        scale=1.0,
+    )
     out, residual = map(np.asarray, attend(lengths=jnp.asarray([16, 16, 16])))
     assert not out[0].any() and residual[0] == -INF
     assert np.isnan(out[1]).all() and np.isnan(residual[1]).all()

@@ -105,8 +105,9 @@ def test_quest_chooses_its_pages_whole():
 
 
 def test_lowrank_scores_in_the_principal_directions_of_the_keys(chunk):
-    config = BaseConfig(family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=6, kv_heads=2, head_dim=8,
-                        context=64)  # fmt: skip
+    config = BaseConfig(
+        family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=6, kv_heads=2, head_dim=8, context=64
+    )
     model = BaseModel(config, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(1, 61, (2, 40)).astype(np.int32)
     segments = np.ones_like(tokens)

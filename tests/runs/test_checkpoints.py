@@ -22,9 +22,17 @@ from butler_jax.storage.settings import to_dict
 from butler_jax.weights import Base
 
 CONFIG = BaseConfig(
-    family="qwen2", vocab_size=61, width=64, hidden=96, layers=4, heads=4, kv_heads=2, head_dim=16, context=64,
+    family="qwen2",
+    vocab_size=61,
+    width=64,
+    hidden=96,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    context=64,
     qkv_bias=True,
-)  # fmt: skip
+)
 
 
 def base_of(name: str, fingerprint: str, config: BaseConfig = CONFIG) -> Base:

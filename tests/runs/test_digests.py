@@ -47,8 +47,10 @@ def test_what_is_missing_longer_or_shorter_is_named(sealed):
     (sealed / "empty").write_bytes(b"x")
     (sealed / "deep" / "b").write_bytes(bytes(range(15)))
     assert damage(sealed) == [
-        "a is missing", "deep/b is not as it was written", "empty is not as it was written",
-    ]  # fmt: skip
+        "a is missing",
+        "deep/b is not as it was written",
+        "empty is not as it was written",
+    ]
     assert damage(sealed, only="a") == ["a is missing"]
 
 

@@ -48,8 +48,11 @@ def test_the_revision_is_that_of_a_checkout_or_none(tmp_path):
     def git(*arguments):
         done = subprocess.run(
             ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
-            cwd=tmp_path, check=True, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip()
 
     source = tmp_path / "provenance.py"

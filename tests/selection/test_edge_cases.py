@@ -53,9 +53,11 @@ def test_special_scores_have_the_same_order_in_a_whole_pass(scores, sinks, recen
     config = SelectionConfig(budget=max(count, sinks + recent), sinks=sinks, recent=recent)
     own = jnp.full((1, 1), size - 1)
     mask = select(
-        jnp.asarray(scores, jnp.float32)[None, None, None], jnp.ones((1, 1, 1, size), bool),
-        Rows(own, jnp.zeros_like(own)), config,
-    )  # fmt: skip
+        jnp.asarray(scores, jnp.float32)[None, None, None],
+        jnp.ones((1, 1, 1, size), bool),
+        Rows(own, jnp.zeros_like(own)),
+        config,
+    )
     assert np.flatnonzero(mask).tolist() == list(wanted)
 
 

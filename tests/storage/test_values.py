@@ -18,15 +18,32 @@ from butler_jax.storage.values import fits
 @pytest.mark.parametrize(
     ("value", "hint", "wanted"),
     [
-        (1, int, True), (True, int, False), (1.0, int, False), ("1", int, False), (1, float, True),
+        (1, int, True),
+        (True, int, False),
+        (1.0, int, False),
+        ("1", int, False),
+        (1, float, True),
         (True, float, False),
-        (10**400, int, True), (10**400, float, False), ("a", Path, True), (5, Path, False), (None, int | None, True),
-        ([1, 2], tuple[int, ...], True), ([1, "a"], tuple[int, ...], False), ("ab", tuple[str, ...], False),
-        ("x", Literal["x", "y"], True), ("z", Literal["x", "y"], False), (True, Literal[1], False), ([], Any, True),
-        ({"a": 1}, dict, True), ([], dict, False), ({"rank": 4}, PredictorConfig, True),
-        ({"rank": "4"}, PredictorConfig, False), ({"more": 4}, PredictorConfig, False), (5, PredictorConfig, False),
+        (10**400, int, True),
+        (10**400, float, False),
+        ("a", Path, True),
+        (5, Path, False),
+        (None, int | None, True),
+        ([1, 2], tuple[int, ...], True),
+        ([1, "a"], tuple[int, ...], False),
+        ("ab", tuple[str, ...], False),
+        ("x", Literal["x", "y"], True),
+        ("z", Literal["x", "y"], False),
+        (True, Literal[1], False),
+        ([], Any, True),
+        ({"a": 1}, dict, True),
+        ([], dict, False),
+        ({"rank": 4}, PredictorConfig, True),
+        ({"rank": "4"}, PredictorConfig, False),
+        ({"more": 4}, PredictorConfig, False),
+        (5, PredictorConfig, False),
     ],
-)  # fmt: skip
+)
 def test_a_value_fits_a_type_or_not(value, hint, wanted):
     assert fits(value, hint) is wanted
 

@@ -33,8 +33,12 @@ FORMS = ("fused", "two_calls")
 
 
 def loss_inputs(length: int, rows: int = 1):
-    return (normal(0, rows, length, 4, 8), normal(1, rows, length, 2, 8), normal(3, rows, length, 4, 4),
-            normal(4, rows, length, 2, 4))  # fmt: skip
+    return (
+        normal(0, rows, length, 4, 8),
+        normal(1, rows, length, 2, 8),
+        normal(3, rows, length, 4, 4),
+        normal(4, rows, length, 2, 4),
+    )
 
 
 def value_and_gradients(name, q, k, p, r, **options):
