@@ -26,6 +26,7 @@ def compare(
     from lm_eval.models.huggingface import HFLM
 
     from butler_jax.evaluation.tasks.harness import ButlerLM
+    from butler_jax.evaluation.tasks.local_tasks import make_local_tasks
 
     settings = dict(max_length=max_length, batch_size=8)
     ours = ButlerLM.create_from_arg_obj(dict(base=str(base), dtype="float32", progress=False, **settings))

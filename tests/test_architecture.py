@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -137,3 +141,12 @@ def test_the_formatter_formats_everything():
     mark = "fmt: " + "skip"
     notebooks = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
     assert not [name_of(path) for path in [*EVERYTHING, *notebooks] if mark in path.read_text(encoding="utf-8")]
+
+
+def test_every_name_is_defined():
+    """ruff takes a shape such as "B T" for names, so that its rule is off: single letters alone are left out here."""
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821", "--output-format=json"]
+    command += ["--target-version=py311", *PACKAGES, "benchmarks", "tests", "notebooks", "train.py", "eval.py"]
+    found = json.loads(subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout)
+    undefined = [each for each in found if not re.search("`[A-Za-z]`", each["message"])]
+    assert not [(each["filename"], each["location"]["row"], each["message"]) for each in undefined]

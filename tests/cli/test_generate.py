@@ -13,7 +13,7 @@ from butler_jax.cli.command_line import read
 from butler_jax.cli.generate import GenerateConfig
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.policies import make_policy
-from butler_jax.predictors import make_predictor
+from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.runs.saved_predictor import save_predictor
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.storage.settings import to_dict

@@ -164,8 +164,8 @@ from butler_jax.text.tokenizer import Tokenizer
 tokenizer = Tokenizer.load({str(tmp_path)!r})
 state = json.load(open({str(tmp_path / "state.json")!r}))
 options = dict(length=64, batch_size=2, seed=1)
-next(batches({spec!r}, tokenizer, data_dir={str(tmp_path / "anew")!r}, **options))  # prepares the files anew
-iterator = batches({spec!r}, tokenizer, data_dir={data_dir!r}, start_state=state, **options)
+next(read_batches({spec!r}, tokenizer, data_dir={str(tmp_path / "anew")!r}, **options))  # prepares the files anew
+iterator = read_batches({spec!r}, tokenizer, data_dir={data_dir!r}, start_state=state, **options)
 tokens = b"".join(next(iterator)["tokens"].tobytes() for _ in range(3))
 assert "tensorflow" not in sys.modules
 print(hashlib.sha256(tokens).hexdigest())

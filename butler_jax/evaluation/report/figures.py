@@ -59,7 +59,7 @@ class PlannedFigure:
     draw: Draw
 
 
-def plan_figures(rows: Sequence[Row], arrays: Mapping[str, Any] | None = None) -> list[Figure]:
+def plan_figures(rows: Sequence[Row], arrays: Mapping[str, Any] | None = None) -> list[PlannedFigure]:
     """Plan all figures that the rows and arrays of a report give, in the order of the rows' tasks."""
     styles = assign_looks(list_policies(rows))
     usable_rows = [r for r in rows if r["metric"] in CURVES and is_finite(r["value"])]
