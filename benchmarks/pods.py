@@ -75,7 +75,7 @@ LANES = 128  # what the flash attention kernel pads heads to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class PodPlan:
     """One step to compile. batch_size: 0 is one row for each chip of the data axis. layers: None is the model's."""
 
     model: str = "llama-3.1-8b"
@@ -109,10 +109,10 @@ class Plan:
         return base if self.layers is None else dataclasses.replace(base, layers=self.layers)
 
 
-def _plans(model: str, step: str, *rows: tuple) -> list[Plan]:
+def _plans(model: str, step: str, *rows: tuple) -> list[PodPlan]:
     """Plans from rows (topology, mesh, length) or (topology, mesh, length, batch_size)."""
     names = ("topology", "mesh", "length", "batch_size")
-    return [Plan(model=model, step=step, **dict(zip(names, row, strict=False))) for row in rows]
+    return [PodPlan(model=model, step=step, **dict(zip(names, row, strict=False))) for row in rows]
 
 
 # What docs/guides/scaling.md shows.
@@ -165,7 +165,7 @@ TABLE = [
 ]
 
 
-def mesh_of(plan: Plan) -> Mesh:
+def mesh_of(plan: PodPlan) -> Mesh:
     """The plan's mesh over described chips. Raises ValueError where the topology has too few."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=plan.topology).devices
     sizes = parse_mesh(plan.mesh)
@@ -175,7 +175,7 @@ def mesh_of(plan: Plan) -> Mesh:
     return arrange(sizes, devices[:needed])
 
 
-def lower_step(plan: Plan, mesh: Mesh) -> Any:
+def lower_step(plan: PodPlan, mesh: Mesh) -> Any:
     """The plan's step, lowered for the mesh from shapes and shardings."""
     if plan.step == "decode":
         return lower_decode(mesh, base=plan.base, batch=plan.batch_size, capacity=plan.length)
@@ -209,7 +209,7 @@ class Work(NamedTuple):
     memory: float
 
 
-def work_of(plan: Plan, held: float) -> Work:
+def work_of(plan: PodPlan, held: float) -> Work:
     """The work of a step by formula, spread evenly over the chips. held: bytes of arguments on a chip.
 
     Training has the matrix products of the frozen layers once, and those of q_imp and k_imp once forward and once for
@@ -253,13 +253,13 @@ def whole_arguments(compiled: Any) -> list[str]:
     return found
 
 
-def layer_bytes(plan: Plan) -> float:
+def layer_bytes(plan: PodPlan) -> float:
     """Bytes of one frozen layer's weights in bfloat16: the part that a chip of the model axis reads."""
     layers = jax.eval_shape(lambda: BaseModel(plan.base, jax.random.key(0))).layers
     return 2 * parameter_count(layers) / plan.base.layers / parse_mesh(plan.mesh)["model"]
 
 
-def compile_plan(plan: Plan) -> tuple[dict[str, Any], Any]:
+def compile_plan(plan: PodPlan) -> tuple[dict[str, Any], Any]:
     """The report of a step and the compiled step; (the report with the error, None) where the compiler refuses it."""
     mesh = mesh_of(plan)
     began = time.perf_counter()
@@ -298,7 +298,7 @@ def compile_plan(plan: Plan) -> tuple[dict[str, Any], Any]:
 
 def line_of(report: dict[str, Any]) -> str:
     """One entry of the table as text."""
-    plan = Plan(**report["plan"])
+    plan = PodPlan(**report["plan"])
     name = f"{plan.model} {plan.step} {plan.topology} {plan.mesh} T={plan.length} B={plan.batch_size}"
     if "error" in report:
         return f"{name}: {report['error']}"
@@ -324,7 +324,7 @@ def markdown(report: dict[str, Any], step: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in report["steps"]:
-        plan = Plan(**found["plan"])
+        plan = PodPlan(**found["plan"])
         if plan.step != step:
             continue
         place = f"{plan.topology.replace(':', ' ')}, `{plan.mesh}`"
@@ -353,7 +353,7 @@ def main() -> None:
     """Compile one plan or all of TABLE, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), help="one step of this model instead of the whole table")
-    for field in dataclasses.fields(Plan):
+    for field in dataclasses.fields(PodPlan):
         if field.name != "model":
             kind = str if isinstance(field.default, str) else int
             parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
@@ -367,7 +367,7 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for chips that are not here
     plans = TABLE
     if arguments.model:
-        plans = [Plan(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Plan)})]
+        plans = [PodPlan(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(PodPlan)})]
     report = {
         "versions": {**versions(), "libtpu": importlib.metadata.version("libtpu")},
         "chips": {n: c._asdict() for n, c in CHIPS.items()},

@@ -24,11 +24,8 @@ import numpy as np
 from butler_jax.data.sources import coreference, python_docs, text
 from butler_jax.data.sources.passages import TextField
 from butler_jax.data.sources.prepared import open_prepared_set
+from butler_jax.data.windows import Batch
 from butler_jax.text import Tokenizer
-
-Batch = dict[str, np.ndarray]
-"""{"tokens", "segments", "positions"}, each int32 [B, T]. Segments number the documents of a row from 1, and 0 is
-padding. Positions start at 0 in each document."""
 
 SPECS = (
     "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG], "

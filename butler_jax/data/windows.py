@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import Bool
 
 Batch = dict[str, np.ndarray]
+"""{"tokens", "segments", "positions"}, each int32 [B, T]. Segments number the documents of a row from 1, and 0 is
+padding. Positions start at 0 in each document."""
+
 PIECE = 200_000  # characters of a text that are tokenised at a time
 
 

@@ -14,7 +14,7 @@ BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
 LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
 
 
-def cached_attention(
+def attend_cached(
     q: Float[Array, "B T H D"],
     new_k: Float[Array, "B T K D"],
     new_v: Float[Array, "B T K D"],
@@ -45,7 +45,7 @@ def cached_attention(
 
 
 def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | None):
-    """cached_attention over the tokens of one part of a cache, merged with the other parts."""
+    """attend_cached over the tokens of one part of a cache, merged with the other parts."""
     batch, count, heads, dim = q.shape
     kv_heads, size = k.shape[2:4]
     begin, here = (0, cached) if part is None else (part.begin, part.count(cached))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.choice import Chooser
 from butler_jax.decoding.newest import Newest
 from butler_jax.decoding.score_cache import ScoreCache, restored
@@ -110,7 +110,7 @@ class Forecaster:
         """Returns what is carried on, and what is known of the layer in view."""
         if self.predictor is None:
             return carry, LayerForecast()
-        step = walk.step(self.predictor, carry.walk, view, self._context, partial(attend_trunk, self.newest.cached))
+        step = walk.advance(self.predictor, carry.walk, view, self._context, partial(attend_trunk, self.newest.cached))
         k_imp = self.predictor.k_imp(step.head, step.features, view, self._context)[:, 0]
         block, rows, scores, chosen = carry.block, carry.rows, None, None
         place = (view.index - 1) % self.predictor.stride
@@ -167,7 +167,7 @@ def attend_trunk(cached: Int[Array, " B"], cache: Any, q: Array, k: Array, v: Ar
     """Attends with one token a row over a trunk's own cache; returns the output and the cache with the token."""
     rows = jnp.arange(cached.shape[0])
     new = tuple(a.at[rows, cached].set(b[:, 0].astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
-    return cached_attention(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new
+    return attend_cached(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new
 
 
 def _zeros(function: Callable[[], Any]) -> Any:

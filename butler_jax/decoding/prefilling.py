@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.cache import DecodeState, constrain_state, empty_store
-from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.choice import empty_memory
 from butler_jax.decoding.eviction import Eviction, evict_rows, grown, nothing_kept
 from butler_jax.decoding.newest import newest_of
@@ -164,7 +164,7 @@ def _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk) -> Pr
             old = (a.transpose(0, 2, 1, 3)[None] for a in cache)
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             new = tuple(write(a, b.astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
-            return cached_attention(q, k, v, *old, 0, newest.cached), new
+            return attend_cached(q, k, v, *old, 0, newest.cached), new
 
         def mixer(walked, view: LayerView):
             walked, k_imp = _walk_layer(predictor, walked, view, context, attend_trunk)
@@ -223,7 +223,7 @@ def _walk_layer(predictor: Predictor | None, walked: Any, view: LayerView, conte
     """The predictor's walk after a layer, and the layer's k_imp [B, Q, R, T]."""
     if predictor is None:
         return None, None
-    step = walk.step(predictor, walked, view, context, attend)
+    step = walk.advance(predictor, walked, view, context, attend)
     return step.state, predictor.k_imp(step.head, step.features, view, context).transpose(0, 2, 3, 1)
 
 

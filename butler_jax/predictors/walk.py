@@ -3,7 +3,7 @@
 Every pass runs a predictor by these two functions, inside a mixer of `run_layers`:
 
     state = walk.begin(predictor, x, context)                      before layer 0
-    step = walk.step(predictor, state, view, context, attend)      at every layer
+    step = walk.advance(predictor, state, view, context, attend)   at every layer
     q_imp = predictor.q_imp(step.head, step.features, view, context)
 
 A pass over whole sequences has no cache. Decoding has one where the trunk attends.
@@ -40,7 +40,7 @@ class Walk(NamedTuple):
     cache: Any
 
 
-class Step(NamedTuple):
+class WalkStep(NamedTuple):
     """The predictor at one layer: the head's parameters, the producer's features, the place and the next state."""
 
     head: Any
@@ -72,14 +72,14 @@ def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cach
     return Walk(captured, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), cache)
 
 
-def step(
+def advance(
     predictor: Predictor,
     state: Walk,
     view: LayerView,
     context: Context,
     attend: TrunkAttend,
     dropout: Key[Array, ""] | None = None,
-) -> Step:
+) -> WalkStep:
     """Run the predictor at the layer in view.
 
     Layer 0 gets head 0, whose output must not be used (place.serves is false).
@@ -109,4 +109,4 @@ def step(
         features, cache = jax.lax.cond(place.starts, fresh, lambda: (state.features, state.cache))
     captured = few_tokens(jnp.where(place.captures, predictor.capture(view), state.captured))
     kept = None if predictor.trunk is None else features
-    return Step(at(predictor.heads, place.head), features, place, Walk(captured, kept, cache))
+    return WalkStep(at(predictor.heads, place.head), features, place, Walk(captured, kept, cache))

@@ -26,7 +26,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from butler_jax.parallel import gather
 from butler_jax.runs import digests
-from butler_jax.runs.finished import METADATA, UNFINISHED, damage, facts, steps
+from butler_jax.runs.finished import METADATA, UNFINISHED, damage, read_facts, steps
 from butler_jax.storage import sync
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and what it raises with a traceback
@@ -198,7 +198,7 @@ class Checkpoints:
 
     def facts(self, step: int) -> dict:
         """What `about` held when the step was saved."""
-        return facts(self.directory / str(step))
+        return read_facts(self.directory / str(step))
 
     def wait(self, *, agree: bool = True) -> None:
         """Block until the save in flight is on disk for good. Raises OSError where it could not be written.

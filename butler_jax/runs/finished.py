@@ -36,11 +36,11 @@ def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
     if found := digests.damage(checkpoint, only=only):
         return found
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # older ones do not say it
-        if (step := facts(checkpoint)["step"]) != int(checkpoint.name):
+        if (step := read_facts(checkpoint)["step"]) != int(checkpoint.name):
             return [f"it was saved as step {shown(step)}"]
     return []
 
 
-def facts(checkpoint: Path) -> dict:
+def read_facts(checkpoint: Path) -> dict:
     """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, places in the data, metrics."""
     return read_object(checkpoint / METADATA)["custom_metadata"]

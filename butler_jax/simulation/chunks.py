@@ -133,7 +133,7 @@ def importance_walk(
         return causal_attention(q, k, v, segments=segments, implementation=implementation), None
 
     def step(state, view):
-        at = walk.step(predictor, state, view, context, attend)
+        at = walk.advance(predictor, state, view, context, attend)
         q_imp, k_imp = (f(at.head, at.features, view, context) for f in (predictor.q_imp, predictor.k_imp))
         if score_dtype is not None:
             k_imp = rounded(k_imp, segments > 0)

@@ -112,7 +112,7 @@ class LayerGradients:
 
     def mix(self, state: PassState, view: LayerView) -> tuple[Float[Array, "B T H D"], PassState, Any]:
         """The mixer of `run_layers`: attention output, state after this layer, and the gradient of its head."""
-        step = walk.step(self.predictor, state.walk, view, self.context, self.attend_in_trunk, self.dropout)
+        step = walk.advance(self.predictor, state.walk, view, self.context, self.attend_in_trunk, self.dropout)
         (loss, (output, count)), gradients = self.differentiate(step, view)
         of_features, of_trunk = state.feature_gradients, state.trunk_gradients
         if self.predictor.trunk is not None:
@@ -127,7 +127,7 @@ class LayerGradients:
         after = PassState(step.state, of_features, of_trunk, state.loss + loss, state.count + count)
         return output, after, gradients[0]
 
-    def differentiate(self, step: walk.Step, view: LayerView) -> tuple[Any, Any]:
+    def differentiate(self, step: walk.WalkStep, view: LayerView) -> tuple[Any, Any]:
         """((loss, (output, count)), gradients of the head's parameters and, with a trunk, of its features)."""
         graph, weights, constants = nnx.split(step.head, nnx.Param, ...)
         serves = step.place.serves.astype(jnp.float32) / (self.model.config.layers - 1)

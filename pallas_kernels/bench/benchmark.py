@@ -27,7 +27,7 @@ import numpy as np
 
 from pallas_kernels import api, checks
 from pallas_kernels.bench.cases import SHAPES, Case
-from pallas_kernels.bench.measuring import copy_bandwidth, rows
+from pallas_kernels.bench.measuring import copy_bandwidth, measure_case
 from pallas_kernels.bench.table import HEADER, line, peers_line, plot
 
 H200 = {  # what matters most first
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
             continue
         start = time.monotonic()
-        found = rows(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth)
+        found = measure_case(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth)
         report["rows"].extend(found)
         longest = max(longest, time.monotonic() - start)
         print(*map(line, found), peers_line(found[-1]), sep="\n", flush=True)

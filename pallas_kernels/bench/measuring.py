@@ -40,8 +40,10 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * COPIED / statistics.median(times)
 
 
-def rows(case: Case, intervals: tuple[int, ...], repeats: int, memory: float, bandwidth: float) -> list[dict[str, Any]]:
-    """The rows of one case, one an interval."""
+def measure_case(
+    case: Case, intervals: tuple[int, ...], repeats: int, memory: float, bandwidth: float
+) -> list[dict[str, Any]]:
+    """Measure one case: a row for each interval."""
     layers = layers_that_fit(case, memory)
     given = make_inputs(case, layers)
     programs, chosen = sparse_programs(case, given)

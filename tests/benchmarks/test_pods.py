@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pods
-from benchmarks.pods import Plan
+from benchmarks.pods import PodPlan
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NO_COMPILER = 'libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler'
@@ -23,19 +23,19 @@ def test_a_plan_says_what_is_wrong_with_it():
         ({"mesh": "rows=4"}, "unknown axis 'rows'"),
     ):
         with pytest.raises(ValueError, match=message):
-            Plan(**wrong)
-    assert Plan(mesh="data=32,model=8").batch_size == 32  # a row for every chip of the data axis
+            PodPlan(**wrong)
+    assert PodPlan(mesh="data=32,model=8").batch_size == 32  # a row for every chip of the data axis
 
 
 def test_work_is_what_a_transformer_does():
     """Against the counts that everybody uses: 2 operations a parameter and token, 4 H D a pair of tokens."""
-    short, long = (pods.work_of(Plan(mesh="data=64", length=length), 0).flops for length in (1024, 2048))
+    short, long = (pods.work_of(PodPlan(mesh="data=64", length=length), 0).flops for length in (1024, 2048))
     layers = 6_979_584_000  # parameters of the matrices of Llama-3.1-8B's layers
     # attention is 14 products where a forward pass has 2; of the rest 2 % is the predictor's
     attention = 32 * 7 * 2 * 1024**2 * 32 * 128
     assert short - attention == pytest.approx(2 * 1024 * layers, rel=0.03)
     assert long - 4 * attention == pytest.approx(2 * (short - attention))
-    decode = Plan(mesh="model=8", step="decode", length=32768, batch_size=8)
+    decode = PodPlan(mesh="model=8", step="decode", length=32768, batch_size=8)
     read = pods.work_of(decode, 100e9)
     cache = 2 * 32 * 8 * 8 * 32768 * 128 * 2 / 8  # bytes of keys and values on a chip
     assert read.memory == pytest.approx(100e9 - cache * (1 - (1 + 31 / 16) / 32))
@@ -44,7 +44,7 @@ def test_work_is_what_a_transformer_does():
 
 def test_the_table_of_the_docs_is_what_was_compiled():
     written = json.loads((REPOSITORY / "benchmarks/pods.json").read_text())
-    assert [Plan(**step["plan"]) for step in written["steps"]] == pods.TABLE
+    assert [PodPlan(**step["plan"]) for step in written["steps"]] == pods.TABLE
     assert not any(step.get("whole_arguments") for step in written["steps"])  # nothing that grows is on every chip
     page = (REPOSITORY / "docs/guides/scaling.md").read_text()
     for kind in ("train", "decode"):
@@ -54,7 +54,7 @@ def test_the_table_of_the_docs_is_what_was_compiled():
 @pytest.mark.slow
 def test_a_training_step_keeps_nothing_whole_that_grows_with_the_model(capsys):
     pytest.importorskip("libtpu", reason=NO_COMPILER)
-    plan = Plan(topology="v5e:2x4", mesh="data=4,model=2", length=256, layers=6)
+    plan = PodPlan(topology="v5e:2x4", mesh="data=4,model=2", length=256, layers=6)
     report, compiled = pods.compile_plan(plan)
     with capsys.disabled():
         print("\n" + pods.line_of(report))
@@ -73,7 +73,7 @@ def test_a_training_step_keeps_nothing_whole_that_grows_with_the_model(capsys):
 @pytest.mark.slow
 def test_a_decode_step_moves_a_few_numbers_and_no_weights(capsys):
     pytest.importorskip("libtpu", reason=NO_COMPILER)
-    plan = Plan(topology="v5e:2x4", mesh="data=4,model=2", step="decode", length=8192, batch_size=16, layers=6)
+    plan = PodPlan(topology="v5e:2x4", mesh="data=4,model=2", step="decode", length=8192, batch_size=16, layers=6)
     report, compiled = pods.compile_plan(plan)
     with capsys.disabled():
         print("\n" + pods.line_of(report))
@@ -97,7 +97,7 @@ def test_every_factorisation_of_a_slice_is_a_mesh_and_hosts_know_their_rows():
     known = {"v5p:4x4x4": (64, {1: 16, 2: 16, 4: 8, 8: 8}), "v6e:16x16": (256, {1: 64, 2: 64, 4: 32, 8: 16})}
     for topology, (chips, shares) in known.items():
         for model, count in shares.items():
-            mesh = pods.mesh_of(Plan(topology=topology, mesh=f"data={chips // model},model={model}"))
+            mesh = pods.mesh_of(PodPlan(topology=topology, mesh=f"data={chips // model},model={model}"))
             assert dict(mesh.shape) == {"data": chips // model, "model": model, "sequence": 1}
             found = {tuple(rows_here(256, mesh, host)) for host in range(chips // 4)}
             assert len(found) == count and sorted(row for rows in found for row in rows) == list(range(256))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from butler_jax.decoding.cache import DecodeState, empty_store
-from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.prefilling import prefill
 from butler_jax.decoding.score_cache import ScoreCache
 from butler_jax.decoding.scoring import empty_scores
@@ -47,7 +47,7 @@ def test_dense_attention_of_logits_that_are_not_finite():
     np.testing.assert_array_equal(out, wanted)
     # One token at a time over a cache, the same rows; what the cache has no tokens for is huge.
     cache = tuple(jnp.full((1, 1, 1, 24, 4), 1e30).at[0, 0, 0, :20].set(a[0, :, 0]) for a in (9 * k, v))
-    step = jax.jit(lambda q, k, v, t: cached_attention(q, k, v, *cache, 0, t))
+    step = jax.jit(lambda q, k, v, t: attend_cached(q, k, v, *cache, 0, t))
     for t in (0, 5, 7, 8, 11):
         one = step(strange[:, t : t + 1], 9 * k[:, t : t + 1], v[:, t : t + 1], jnp.asarray([t]))
         np.testing.assert_allclose(one[0, 0], wanted[0, t], atol=1e-6)  # the same sums in another order

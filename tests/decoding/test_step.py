@@ -87,7 +87,7 @@ def test_scores_of_decoding_equal_those_of_the_training_pass(kind):
     dense = dense_mixer(model.config, segments)
 
     def mixer(state, view):
-        step = walk.step(
+        step = walk.advance(
             predictor, state, view, context, lambda _, q, k, v: (causal_attention(q, k, v, segments=segments), None)
         )
         p = predictor.q_imp(step.head, step.features, view, context)

@@ -52,7 +52,7 @@ def all_scores(predictor, model, batch):
         return causal_attention(q, k, v, segments=segments), None
 
     def mixer(state, view):
-        step = walk.step(predictor, state, view, context, attend)
+        step = walk.advance(predictor, state, view, context, attend)
         p = predictor.q_imp(step.head, step.features, view, context)
         r = predictor.k_imp(step.head, step.features, view, context)
         r = jnp.repeat(r, p.shape[2] // r.shape[2], axis=2)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.newest import Newest
 from butler_jax.decoding.parts import write_chunk, write_parts
 from butler_jax.model import LayerView
@@ -46,7 +46,7 @@ class KVStore:
     def attend_all(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
         """Returns attention of new tokens over all cached tokens of their layer and themselves."""
         window = newest.sliding_window(view.index)
-        return cached_attention(view.q, view.k, view.v, self.k, self.v, view.index, newest.cached, window)
+        return attend_cached(view.q, view.k, view.v, self.k, self.v, view.index, newest.cached, window)
 
     def attend_first(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
         """Returns the same where the layer is known to be layer 0."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import compute_on
 from jaxtyping import Array, Bool, Float
 
-from butler_jax.decoding.cached_attention import cached_attention
+from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.store.base import KVStore
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import by_rows_and_heads
@@ -54,7 +54,7 @@ class HostStore(KVStore):
         """Returns dense attention; the whole layer travels."""
         k, v = self._fetch_layer(view.index)
         window = newest.sliding_window(view.index)
-        return cached_attention(view.q, view.k, view.v, k, v, 0, newest.cached, window)
+        return attend_cached(view.q, view.k, view.v, k, v, 0, newest.cached, window)
 
     def attend_first(self, view, newest):
         """Returns dense attention of layer 0, which is near."""
