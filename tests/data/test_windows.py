@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 
 from butler_jax.data.windows import cut_strided_windows, cut_text, cut_windows, find_counted
-from butler_jax.evaluation.config import EvalConfig
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.weights import Base
-from tests.tiny_models import BASE, Letters, make_model
+from tests.tiny_models import Letters
 
 
 def test_windows_do_not_overlap_and_last_is_padded():
@@ -39,27 +35,6 @@ def test_strided_windows_predict_every_token_but_the_first_once(size, context, s
             assert place + 1 >= min(token, context - stride)  # tokens before it
             seen.append(int(token))
     assert sorted(seen) == list(range(1, size))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def place(model, tmp_path):
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
-    config = EvalConfig(
-        tasks="perplexity",
-        text=tmp_path / "text.txt",
-        tokens=300,
-        context=100,
-        budgets="1/2,32",
-        batch_size=3,
-        policies="dense,streaming,tokenbutler",
-    )
-    return Base("letters", model, Letters(), "f"), predictor, config
 
 
 def test_windows_of_text_have_no_rows_left_out():

@@ -30,6 +30,7 @@ from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from butler_jax.weights import Base
 from tests import tiny_runs
+from tests.tiny_evaluations import make_perplexity_evaluation
 from tests.tiny_models import BASE, Letters, make_batch, make_model
 
 
@@ -247,18 +248,7 @@ def test_a_base_without_tokenizer_is_told(model):
 
 @pytest.fixture
 def place(model, tmp_path):
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
-    config = EvalConfig(
-        tasks="perplexity",
-        text=tmp_path / "text.txt",
-        tokens=300,
-        context=100,
-        budgets="1/2,32",
-        batch_size=3,
-        policies="dense,streaming,tokenbutler",
-    )
-    return Base("letters", model, Letters(), "f"), predictor, config
+    return make_perplexity_evaluation(model, tmp_path)
 
 
 def test_finished_cells_are_not_measured_again(place, tmp_path):

@@ -20,34 +20,13 @@ from butler_jax.evaluation.analysis.agreement import (
     measure_step_agreement,
 )
 from butler_jax.policies import make_policy
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import measure_recall
 from tests.tiny_models import BASE, SCORES, NaivePredictor, make_batch, make_model, naive, softmax
 
-SIZES = (60, 50)  # two rows of one document each
-
-
+SIZES = (60, 50)  # of the documents of the batch
 CLOSE = dict(atol=2e-5)  # float32 weights after three layers, against float64
-
-
 SETS = dict(atol=1e-6)  # shares of small sets, which are the same sets
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return make_batch([[n] for n in SIZES], 64)
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    return make_predictor(BASE, PredictorConfig(kind="producer", rank=8, stride=2, hidden=24))
 
 
 @pytest.fixture(scope="module")

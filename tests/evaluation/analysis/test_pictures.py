@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from butler_jax.evaluation.analysis import pictures
 from butler_jax.evaluation.analysis.agreement import (
@@ -15,27 +14,7 @@ from butler_jax.evaluation.analysis.agreement import (
 )
 from butler_jax.evaluation.analysis.reading import Reading, compare_attention, find_reading
 from butler_jax.policies import make_policy
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
-from tests.tiny_models import BASE, make_batch, make_model
-
-SIZES = (60, 50)  # two rows of one document each
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return make_batch([[n] for n in SIZES], 64)
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    return make_predictor(BASE, PredictorConfig(kind="producer", rank=8, stride=2, hidden=24))
 
 
 def lines(ax):

@@ -15,25 +15,7 @@ from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from tests.tiny_models import BASE, NaivePredictor, make_batch, make_model, naive, softmax
 
-SIZES = (60, 50)  # two rows of one document each
-
-
 CLOSE = dict(atol=2e-5)  # float32 weights after three layers, against float64
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def batch():
-    return make_batch([[n] for n in SIZES], 64)
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    return make_predictor(BASE, PredictorConfig(kind="producer", rank=8, stride=2, hidden=24))
 
 
 @pytest.mark.parametrize("position", [-1, 40])

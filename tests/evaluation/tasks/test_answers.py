@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import jax
 import numpy as np
 import pytest
 
-from butler_jax.data.sources import coreference
 from butler_jax.evaluation.tasks.answers import batch_answers, count_answers, group_by_distance
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.evaluation.tasks.retrieval import (
@@ -20,7 +17,8 @@ from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
-from butler_jax.text.tokenizer import Tokenizer, train_bpe
+from butler_jax.text.tokenizer import Tokenizer
+from tests.tiny_haystack import train_tokenizer
 from tests.tiny_models import make_batch, make_model
 
 
@@ -44,23 +42,9 @@ def test_answers_count_tokens_and_whole_samples(model):
     np.testing.assert_array_equal(found.take(np.asarray([1])).right, [sum(right[3:])])
 
 
-def prose(words: int, seed: int = 0) -> str:
-    """Sentences of 4 to 14 made-up words; no digits, and no capital but at the beginning."""
-    random, text, left = Random(seed), [], words
-    known = ["".join(random.choice("abcdefgh") for _ in range(random.randint(1, 7))) for _ in range(200)]
-    while left > 0:
-        count = random.randint(4, 14)
-        text.append(" ".join(random.choice(known) for _ in range(count)).capitalize() + random.choice(".?!"))
-        left -= count
-    return " ".join(text)
-
-
-HAYSTACK = prose(3000)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe([HAYSTACK, " ".join(coreference.sample(0, n).text for n in range(20))], 512)
+    return train_tokenizer()
 
 
 def test_distances_are_grouped_into_parts_of_like_size():

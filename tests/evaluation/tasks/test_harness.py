@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.tiny_evaluations import FILES, LINES
+from tests.tiny_evaluations import LINES, write_samples
 from tests.tiny_runs import make_base
 
 pytest.importorskip("lm_eval")
@@ -50,10 +50,7 @@ def predictor(base):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    for task, lines in LINES.items():
-        (path / f"{FILES[task]}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_samples(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,14 @@ import pytest
 
 from butler_jax.data.sources.text import read_passages
 from butler_jax.evaluation.tasks.local_tasks import make_local_tasks, read_samples
-from tests.tiny_evaluations import FILES, LINES
+from tests.tiny_evaluations import FILES, LINES, write_samples
 
 pytest.importorskip("lm_eval")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    for task, lines in LINES.items():
-        (path / f"{FILES[task]}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_samples(tmp_path_factory.mktemp("data"))
 
 
 def test_prompts_are_the_harness_own(data):

@@ -11,16 +11,13 @@ import pytest
 
 from butler_jax.data.windows import cut_strided_windows, cut_windows, find_counted
 from butler_jax.evaluation import evaluate, measure_perplexity
-from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.report.summary import summarise
 from butler_jax.model.decoder import forward
 from butler_jax.policies import make_policy
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
-from butler_jax.weights import Base
-from tests.tiny_models import BASE, SCORES, Letters, make_batch, make_model, naive, next_nll
+from tests.tiny_evaluations import make_perplexity_evaluation
+from tests.tiny_models import BASE, SCORES, make_batch, make_model, naive, next_nll
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +74,7 @@ def test_comparisons_with_the_dense_pass(model):
 
 @pytest.fixture
 def place(model, tmp_path):
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
-    config = EvalConfig(
-        tasks="perplexity",
-        text=tmp_path / "text.txt",
-        tokens=300,
-        context=100,
-        budgets="1/2,32",
-        batch_size=3,
-        policies="dense,streaming,tokenbutler",
-    )
-    return Base("letters", model, Letters(), "f"), predictor, config
+    return make_perplexity_evaluation(model, tmp_path)
 
 
 def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):

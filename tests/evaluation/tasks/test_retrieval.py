@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import numpy as np
 import pytest
 
-from butler_jax.data.sources import coreference
 from butler_jax.evaluation.tasks.answers import group_by_label
 from butler_jax.evaluation.tasks.retrieval import (
     SampleGrid,
@@ -15,26 +12,13 @@ from butler_jax.evaluation.tasks.retrieval import (
     make_needle_batches,
     make_variables_batches,
 )
-from butler_jax.text.tokenizer import Tokenizer, train_bpe
-
-
-def prose(words: int, seed: int = 0) -> str:
-    """Sentences of 4 to 14 made-up words; no digits, and no capital but at the beginning."""
-    random, text, left = Random(seed), [], words
-    known = ["".join(random.choice("abcdefgh") for _ in range(random.randint(1, 7))) for _ in range(200)]
-    while left > 0:
-        count = random.randint(4, 14)
-        text.append(" ".join(random.choice(known) for _ in range(count)).capitalize() + random.choice(".?!"))
-        left -= count
-    return " ".join(text)
-
-
-HAYSTACK = prose(3000)
+from butler_jax.text.tokenizer import Tokenizer
+from tests.tiny_haystack import HAYSTACK, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe([HAYSTACK, " ".join(coreference.sample(0, n).text for n in range(20))], 512)
+    return train_tokenizer()
 
 
 def test_a_grid_has_every_cell_and_one_length_a_batch(tokenizer):
