@@ -16,7 +16,19 @@ import pytest
 
 import tests.shapes  # before the hook, which finds the checker by its name
 
-CHECKED = ("data", "model", "parallel", "predictors", "text", "training", "weights")
+CHECKED = (
+    "data",
+    "decoding",
+    "model",
+    "parallel",
+    "policies",
+    "predictors",
+    "selection",
+    "simulation",
+    "text",
+    "training",
+    "weights",
+)
 jaxtyping.install_import_hook([f"butler_jax.{name}" for name in CHECKED], f"{tests.shapes.__name__}.check_shapes")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

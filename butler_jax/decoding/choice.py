@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +31,9 @@ from butler_jax.selection import (
 )
 from pallas_kernels import compact
 
+if TYPE_CHECKING:
+    from butler_jax.decoding.forecast import LayerForecast
+
 
 @dataclass(frozen=True)
 class Chooser:
@@ -58,18 +60,25 @@ class Chooser:
         """Whether this step chooses; between the choices of an interval, what was chosen stays."""
         return self.steps % self.plan.interval == 0
 
-    def choose(self, view: LayerView, known: Any) -> tuple[Chosen, Chosen | Eviction | None]:
-        """Returns the units that the layer in view reads, and what it remembers; known: a `LayerForecast`."""
-        return self.units(view.index, lambda: self._choose_now(view, known))
-
-    def units(self, layer: Int[Array, ""], fresh: Callable[[], Chosen]) -> tuple[Chosen, Chosen | None]:
-        """Returns the units of a layer and what is kept of them; fresh: makes the choice, were it made now."""
+    def choose(self, view: LayerView, known: LayerForecast) -> tuple[Chosen, Chosen | Eviction | None]:
+        """Returns the units that the layer in view reads, and what it remembers of them."""
+        if self.plan.when == "ahead":
+            return self.settle(view.index, known.chosen)
         if self.plan.interval == 1:
-            return fresh(), None
-        selection, newest = self.plan.selection, self.newest
-        keep = jax.lax.cond(self.now, lambda: kept(fresh(), newest.total, selection), lambda: at(self.memory, layer))
-        low = recent_from(self.limits, selection, newest.total, self.steps, newest.sliding_window(layer))
-        return with_recent(keep, low, newest.total, selection, self.kv.capacity), keep
+            return self._choose_in_layer(view, known), None
+        keep = jax.lax.cond(
+            self.now,
+            lambda: self._without_recent(self._choose_in_layer(view, known)),
+            lambda: at(self.memory, view.index),
+        )
+        return self._with_recent(keep, view.index), keep
+
+    def settle(self, layer: Int[Array, ""], chosen: Chosen) -> tuple[Chosen, Chosen | None]:
+        """Returns the units that a layer reads whose choice was made ahead, and what it remembers of them."""
+        if self.plan.interval == 1:
+            return chosen, None
+        keep = jax.lax.cond(self.now, lambda: self._without_recent(chosen), lambda: at(self.memory, layer))
+        return self._with_recent(keep, layer), keep
 
     def remember(self, view: LayerView, memory: Any, weights: Float[Array, "B K S"] | None) -> Any:
         """Returns what the layer remembers once its attention is known; memory: as `choose` gave it."""
@@ -104,10 +113,18 @@ class Chooser:
     def _unit(self) -> int:
         return self.plan.selection.unit
 
-    def _choose_now(self, view: LayerView, known: Any) -> Chosen:
-        """The choice of this step."""
-        if self.plan.when == "ahead":
-            return known.chosen
+    def _without_recent(self, chosen: Chosen) -> Chosen:
+        """A choice as it is kept for the next steps."""
+        return kept(chosen, self.newest.total, self.plan.selection)
+
+    def _with_recent(self, keep: Chosen, layer: Int[Array, ""]) -> Chosen:
+        """A choice that was kept, with the tokens that are recent now."""
+        selection, newest = self.plan.selection, self.newest
+        low = recent_from(self.limits, selection, newest.total, self.steps, newest.sliding_window(layer))
+        return with_recent(keep, low, newest.total, selection, self.kv.capacity)
+
+    def _choose_in_layer(self, view: LayerView, known: LayerForecast) -> Chosen:
+        """The choice of a policy that ranks by the layer's own queries, keys or values."""
         selection = self.plan.selection
         chunk = chunk_of(view, *self.kv.layer(view.index), self.newest, known.scores)
         scores = self.plan.policy(chunk._replace(sinks=selection.sinks, recent=selection.recent))[:, :, 0]

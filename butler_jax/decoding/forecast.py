@@ -141,7 +141,7 @@ class Forecaster:
 
     def _fetch(self, layer: Int[Array, ""], block: BlockForecast, place: Int[Array, ""]) -> Any:
         """The rows that a layer will attend, as far as the block knows its choice."""
-        units, _ = self.chooser.units(layer, lambda: at(block.chosen, place))
+        units, _ = self.chooser.settle(layer, at(block.chosen, place))
         return self.kv.prefetch(layer, units, self.newest, self.chooser.plan.selection.unit)
 
     def _score_block(self, features: Any, index: Int[Array, ""]) -> BlockForecast:

@@ -61,9 +61,9 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
 
 
 def beyond(
-    min_context: Int[Array, ""] | int, lengths: Int[Array, "*B"], threshold: Float[Array, "*B"] | None
-) -> Float[Array, "*B"] | None:
-    """The threshold for rows of more than min_context tokens; none passes over the others. Shapes broadcast."""
+    min_context: Int[Array, ""] | int, lengths: Int[Array, ...], threshold: Float[Array, ...] | None
+) -> Float[Array, ...] | None:
+    """Returns the threshold for rows of more than min_context tokens, -inf for the others; shapes broadcast."""
     return None if threshold is None else jnp.where(lengths > min_context, threshold, -jnp.inf)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.newest import Newest
@@ -105,11 +105,11 @@ class KVStore:
 
 
 def write_token(
-    cache: Float[Array, "L B K S D"],
-    new: Float[Array, "L B K D"],
+    cache: Shaped[Array, "L B *cached"],
+    new: Shaped[Array, "L B *token"],
     lengths: Int[Array, " B"],
     letters: str = CACHE_LETTERS,
-) -> Float[Array, "L B K S D"]:
+) -> Shaped[Array, "L B *cached"]:
     """Writes one token a row into a cache, at the row's length; a full row stays as it is.
 
     It goes row after row, so that each write is a slice. For a scatter over rows, the TPU's compiler changes the layout
