@@ -110,5 +110,5 @@ def test_the_last_line_of_every_policy_is_kvpress_s_definition():
     last = {name: lines[-1] for name, lines in steps().items()}
     assert last["snapkv"].policy == SnapKVLike(observed=64, pool=5, whole=True, outside=True, mean=True)
     assert last["h2o"].policy == H2OLike(free=True, mean=True)
-    assert all(line.first and line.judged for line in last.values())
+    assert all(line.first and line.evaluated for line in last.values())
     assert last["snapkv"].always == last["h2o"].always == (0, 0)

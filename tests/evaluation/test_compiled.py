@@ -9,6 +9,7 @@ import pytest
 from butler_jax.evaluation.compiled import MAPS, drop_programs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux counts memory maps")
 def test_programs_are_dropped_beyond_half_of_the_maps_and_compiled_again(tmp_path):
     most = tmp_path / "max_map_count"

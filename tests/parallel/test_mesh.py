@@ -225,6 +225,7 @@ def compare(found: dict[str, list[float]], cases: list[tuple[str, str]]) -> None
         assert several == pytest.approx(one, abs=1e-5), (predictor, mesh)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one(place):
     cases = [("lookahead", "data=1"), ("lookahead", "data=4,model=2")]
     compare(losses_on_8_devices(place, cases), cases)

@@ -235,7 +235,7 @@ def test_the_home_of_nobody_is_no_traceback():
 
 def test_absent_embedded_model_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "TINY", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"python train\.py pretrain"):
+    with pytest.raises(FileNotFoundError, match="make it with `butler-jax pretrain`"):
         load_base("tiny")
 
 

@@ -290,7 +290,7 @@ def test_downstream_gives_means_and_standard_errors_of_its_samples(base, data):
         scores = np.asarray([value for value, _ in likelihoods(dense(base), pairs)])
         right.append(scores.argmax() == line["gold"])
         norm.append((scores / [len(choice) for choice in line["choices"]]).argmax() == line["gold"])
-    assert {name: one.value for name, one in both.estimates} == {
+    assert {name: one.value for name, one in both.estimates.items()} == {
         "accuracy": np.mean(right),
         "accuracy_norm": np.mean(norm),
     }
