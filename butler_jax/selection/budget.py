@@ -1,4 +1,4 @@
-"""A budget in tokens: what a row of any length may read, and room for it."""
+"""A budget in tokens: how many a row of any length may read, and the room that a choice needs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from butler_jax.model import BaseConfig
 from butler_jax.selection.config import SelectionConfig
 
 
-def budget_tokens(config: SelectionConfig, length: int) -> int:
-    """Tokens attended by a query whose dense attention would read `length` keys (t+1 at position t).
-
-    ceil(budget * length) for a fraction, exact for the decimal or simple ratio that was written (0.1 of 10
-    is 1 and 1/3 of 3 is 1, whatever their binary form), but never less than `config.least` (sinks + recent, in whole
-    pages), and never more than length. Everything up to `config.min_context`.
-    """
-    return int(budget_table(config, length)[length])
-
-
 def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
-    """budget_tokens of lengths 0 ... length, int32 [length + 1]: the budget as jitted code takes it."""
+    """The budgets in tokens of rows of 0 ... length tokens, as jitted code takes them.
+
+    A fraction of n tokens is ceil(budget * n), exact for the decimal or simple ratio that was written (0.1 of 10 is 1
+    and 1/3 of 3 is 1, whatever their binary form). It is at least `config.least` (sinks and recent, in whole pages). A
+    row reads at most its n tokens, and all of them up to `config.min_context`.
+
+    Args:
+      config: the budget, sinks, recent, unit and min_context.
+      length: the longest row, in tokens.
+
+    Returns:
+      int32 [length + 1].
+    """
     lengths = np.arange(length + 1, dtype=np.int64)
     if isinstance(config.budget, int):
         wanted = np.full_like(lengths, config.budget)
@@ -36,7 +38,13 @@ def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
 
 
 class Limits(NamedTuple):
-    """What of a selection is data under jit: budget_table, thresholds or None, min_context."""
+    """The part of a selection that jitted code takes as data.
+
+    Attributes:
+      table: `budget_table`.
+      threshold: the lowest score that is read, of every layer and choosing head; None reads by the budget alone.
+      min_context: rows of up to this many tokens read everything.
+    """
 
     table: Int[Array, " N"]
     threshold: Float[Array, "L K"] | None
@@ -46,7 +54,8 @@ class Limits(NamedTuple):
 def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
     """The limits of a selection for rows of up to `length` tokens.
 
-    Raises ValueError where the thresholds are not those of a model of these sizes.
+    Raises:
+      ValueError: the thresholds are not those of a model of these sizes.
     """
     threshold = None
     if config.threshold is not None:
@@ -68,9 +77,13 @@ def beyond(
 
 
 def room_for(config: SelectionConfig, capacity: int, most: int | None = None) -> int:
-    """N: room for the units of any row of a cache; most: the largest budget there is, where that is known.
+    """The number N of units that a choice has room for, enough for any row of a cache.
 
-    A choice that is kept over several steps always gets the same room.
+    Args:
+      config: the budget, unit and interval.
+      capacity: tokens that the cache has room for.
+      most: the largest budget in tokens, where it is known. With an interval above 1 it is ignored, so that all choices
+        have the same room.
     """
     most = int(np.max(budget_table(config, capacity))) if most is None or config.interval > 1 else most
     return min(-(-most // config.unit) + (config.unit > 1), -(-capacity // config.unit))

@@ -1,4 +1,4 @@
-"""A choice of units for the newest token of each row: made, kept for later steps, counted, and as a set of tokens."""
+"""Choices of units for the newest token of each row: to make one, keep it for later steps, and count its tokens."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def choose(
       tokens: the budget of each row, as `budget_table` gives it.
       room: N, units that are listed; see `room_for`.
       config: its sinks, recent, unit and neighbours count; budget and threshold are given as data.
-      threshold: of this layer.
-      first: the first token that a row may see (a sliding window), 0 unless given.
+      threshold: the lowest score that is read, of this layer.
+      first: the first token that a row may see, under a sliding window; 0 unless given.
       implementation: of `pallas_kernels.select_top_k`.
 
     Returns:
-      The choice, of N units a row.
+      The choice of at most N units for each row and KV head.
     """
     size, held = -(-scores.shape[-1] // config.unit), lengths if first is None else lengths - first
     number = jnp.arange(size, dtype=jnp.int32)[None]
@@ -60,7 +60,7 @@ def _unit_mask(chosen: Chosen, units: int) -> Bool[Array, "B K U"]:
 
 
 def kept(chosen: Chosen, lengths: Int[Array, " B"], config: SelectionConfig) -> Chosen:
-    """The choice without its recent units, to be used again in the steps up to the next choice."""
+    """The choice without its recent units, for the steps up to the next choice."""
     low = jnp.maximum(lengths - config.recent, 0) // config.unit
     valid = chosen.valid & (chosen.indices < low[:, None, None])
     return Chosen(jnp.where(valid, chosen.indices, 0), valid)
@@ -69,7 +69,18 @@ def kept(chosen: Chosen, lengths: Int[Array, " B"], config: SelectionConfig) -> 
 def with_recent(
     keep: Chosen, low: Int[Array, " B"], lengths: Int[Array, " B"], config: SelectionConfig, capacity: int
 ) -> Chosen:
-    """A kept choice and the units of the tokens low ... lengths - 1, at most recent + interval - 1 of them."""
+    """A kept choice and the units of the recent tokens.
+
+    Args:
+      keep: the choice from `kept`.
+      low: the first recent token, from `recent_from`.
+      lengths: tokens of each row. low ... lengths - 1 are at most recent + interval - 1 tokens.
+      config: its recent, interval and unit count.
+      capacity: tokens that the cache has room for.
+
+    Returns:
+      The choice of both.
+    """
     batch, heads, _ = keep.indices.shape
     room = (config.recent + config.interval + config.unit - 3) // config.unit + 1
     units = low[:, None] // config.unit + jnp.arange(room, dtype=jnp.int32)[None]
@@ -87,7 +98,7 @@ def with_recent(
 def attended_tokens(
     chosen: Chosen, lengths: Int[Array, " B"], first: Int[Array, " B"] | None, unit: int
 ) -> Int[Array, "B K"]:
-    """How many tokens of first ... lengths - 1 the chosen units hold."""
+    """How many of the tokens first ... lengths - 1 the chosen units hold."""
     begin = chosen.indices * unit
     end = jnp.minimum(begin + unit, lengths[:, None, None])
     if first is not None:
@@ -98,7 +109,7 @@ def attended_tokens(
 def chosen_tokens(
     chosen: Chosen, lengths: Int[Array, " B"], first: Int[Array, " B"] | None, unit: int, capacity: int
 ) -> Bool[Array, "B K S"]:
-    """The set of tokens that the chosen units hold."""
+    """The tokens of first ... lengths - 1 that the chosen units hold, as a mask over the cache."""
     mask = _unit_mask(chosen, -(-capacity // unit))
     mask = jnp.repeat(mask, unit, axis=-1)[..., :capacity]
     columns = jnp.arange(capacity, dtype=jnp.int32)[None, None]
@@ -113,10 +124,17 @@ def recent_from(
     steps: Int[Array, ""],
     sliding_window: Int[Array, ""] | None,
 ) -> Int[Array, " B"]:
-    """The first token that is attended for being recent, some steps after a choice.
+    """The first token that counts as recent, some steps after a choice.
 
-    The recent tokens move on with each step. A row whose choice was everything loses nothing: all that came since is
-    recent. The same holds for a row so short that its recent tokens were also sinks, whatever its thresholds.
+    The recent tokens move on with each step. Where the choice was everything, all later tokens count as recent, so that
+    the row still reads everything. The same holds where the recent tokens were also sinks, whatever the thresholds.
+
+    Args:
+      limits: the budgets and thresholds of the choice.
+      config: its recent, interval and sinks count.
+      lengths: tokens of each row now.
+      steps: decode steps so far; every `config.interval`-th makes a choice.
+      sliding_window: of the layer, in tokens; None without one.
     """
     then = lengths - steps % config.interval
     count = then if sliding_window is None else jnp.minimum(then, sliding_window)

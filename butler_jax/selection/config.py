@@ -54,7 +54,7 @@ class SelectionConfig(AlwaysReadConfig):
     interval: int = 1
     """Decode steps from one choice to the next. The chosen tokens stay until then; the recent tokens move on."""
     neighbours: bool = False
-    """Fill half of the room by score. Each run of c consecutive units then brings the c units to its right."""
+    """Choose half of the budget by score. Each run of c chosen units then brings the c units to its right."""
     min_context: int = 0
     """Rows of up to this many tokens read everything."""
 
@@ -106,7 +106,7 @@ def parse_budget(budget: str | float | int) -> float | int:
     Raises:
       ValueError: it is none of these.
     """
-    if hasattr(budget, "item"):  # of numpy
+    if hasattr(budget, "item"):  # a number of numpy
         budget = budget.item()
     if isinstance(budget, (int, float)) and not isinstance(budget, bool):
         return budget
@@ -120,7 +120,7 @@ def parse_budget(budget: str | float | int) -> float | int:
 
 
 def _table(threshold: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    """Thresholds as tuples of floats; ValueError where they are no table."""
+    """Thresholds as tuples of floats; raises ValueError where the rows are not of one length."""
     shape = "threshold must hold one number for every layer and KV head, [L][K]"
     try:
         rows = tuple(tuple(float(value) for value in row) for row in threshold)

@@ -1,8 +1,8 @@
 """The choice of many queries of packed sequences, as masks over the keys: what the simulation reads.
 
-A query attends so many of the keys it may see: always the newest `recent` and the first `sinks` of its document, and
-the rest by score. Equal scores go to the earlier token. With pages, the unit of choice is `unit` tokens counted from
-the document's start, a page counts as its best token, and whole pages are taken as long as they fit.
+A query attends as many of the keys it may see as its budget allows. The newest `recent` and the first `sinks` tokens
+of its document come first, then the others by score. Equal scores go to the earlier token. With pages, `unit` tokens
+counted from the document's start are chosen together. A page counts as its best token, and only whole pages are taken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from pallas_kernels import BARRED, ordered_image, rank_image, top_mask, unit_ima
 
 
 class Rows(NamedTuple):
-    """Where query rows stand among the key columns: the query's own column, and the first of its document."""
+    """Columns of query rows among the keys.
+
+    Attributes:
+      own: the query's own column.
+      start: the column of the first token of its document.
+    """
 
     own: Int[Array, "B C"]
     start: Int[Array, "B C"]
@@ -29,14 +34,19 @@ class Rows(NamedTuple):
 def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, recent: int) -> Bool[Array, "B C S"]:
     """The newest `recent` columns up to each query's own, and the first `sinks` of its document.
 
-    Columns beyond the query's own, or of other documents, are for the caller to bar.
+    The caller excludes columns beyond the query's own and those of other documents.
     """
     columns = columns[None, None]
     return (columns > (rows.own - recent)[..., None]) | (columns < (rows.start + sinks)[..., None])
 
 
 class Pages(NamedTuple):
-    """How columns lie in pages of `unit` tokens; position: of the first column in each query's document."""
+    """How columns lie in pages.
+
+    Attributes:
+      unit: tokens of a page.
+      position: the place of the first column in each query's document.
+    """
 
     unit: int
     position: Int[Array, "B C"]
@@ -47,7 +57,7 @@ class Pages(NamedTuple):
         return (self.position % self.unit)[..., None]
 
     def image(self, tokens: Int[Array, "B K C S"]) -> Int[Array, "B K C U"]:
-        """The image of pages, that of their best tokens."""
+        """The image of every page, which is that of its best token."""
         if self.unit == 1:
             return tokens
         size = tokens.shape[-1]
@@ -60,7 +70,7 @@ class Pages(NamedTuple):
         return ((self.position // self.unit)[..., None] + jnp.arange(count, dtype=jnp.int32)[None, None])[:, None]
 
     def columns(self, mask: Bool[Array, "B K C U"], size: int) -> Bool[Array, "B K C S"]:
-        """The first `size` columns that the pages in the mask hold."""
+        """Which of the first `size` columns lie in the pages of the mask."""
         if self.unit == 1:
             return mask
         column = jnp.arange(size, dtype=jnp.int32)[None, None]
@@ -77,19 +87,18 @@ def select_mask(
     columns: Int[Array, " S"] | None = None,
     threshold: Float[Array, "B K C"] | None = None,
 ) -> Bool[Array, "B K C S"]:
-    """The keys that each query attends, per head: min(tokens, |allowed|) of those in `allowed`, or fewer.
+    """The keys that each query attends, per head: at most min(tokens, |allowed|) of those in `allowed`.
 
     Args:
-      scores: float32, higher is better. -inf and NaN come last, equal ones in their order along the row, so that equal
-        scores give the earliest tokens beside sinks and recent.
-      allowed: causal, same document, inside a sliding window: consecutive columns up to the query's own. The second
-        axis is 1 or K.
+      scores: float32, higher is better. -inf and NaN come last, and of equal scores the earlier token comes first.
+      allowed: the keys that a query may see: causal, of its document, inside the sliding window. They are consecutive
+        columns up to the query's own. The second axis is 1 or K.
       rows: where the queries stand.
       tokens: how many keys to attend, at least `config.least` or everything allowed, as
         `budget_table(...)[number of allowed keys]` gives it.
       config: its sinks, recent, unit and neighbours count; budget and threshold are given as data.
       columns: positions of the keys, consecutive; 0 ... S-1 unless given.
-      threshold: see SelectionConfig, of any shape that broadcasts to [B, K, C].
+      threshold: see `SelectionConfig`; any shape that broadcasts to [B, K, C].
 
     Returns:
       The mask, within `allowed`.
@@ -122,13 +131,13 @@ def select(
     config: SelectionConfig,
     threshold: Float[Array, "B K C"] | None = None,
 ) -> Bool[Array, "B K C S"]:
-    """select_mask under a configuration: its budget of the keys each row may see.
+    """The keys that each query attends under a configuration, per head; `select_mask` with the budget of each row.
 
     Args:
       scores, rows: see `select_mask`.
       allowed: see `select_mask`; the same for every head, so its second axis is 1.
       config: the budget, sinks, recent, unit, neighbours and min_context.
-      threshold: of this layer, where the configuration has thresholds.
+      threshold: the lowest score that is read, of this layer.
 
     Returns:
       The mask, within `allowed`.
@@ -147,12 +156,12 @@ def select(
 def select_best(
     scores: Float[Array, "*B S"], keys: Bool[Array, "*B S"], count: Int[Array, "*B"]
 ) -> Bool[Array, "*B S"]:
-    """The `count` best of each row's keys, equal scores in their order along the row.
+    """The `count` best of each row's keys; of equal scores the earlier one comes first.
 
     Args:
       scores: float32, higher is better; -inf and NaN come last.
-      keys: which of them may be chosen, of a shape that broadcasts.
-      count: at most the number of keys of each row, likewise.
+      keys: which of them may be chosen; broadcasts against scores.
+      count: at most the number of keys of each row; broadcasts too.
 
     Returns:
       The mask, within `keys`.

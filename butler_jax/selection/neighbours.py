@@ -1,4 +1,4 @@
-"""The paper's neighbour fetch: the step after a choice in which chosen runs bring the units to their right."""
+"""The neighbour fetch of TokenButler (arXiv 2503.07518): chosen runs bring the units to their right."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from butler_jax.selection.units import Units
 def add_neighbours(mask: Bool[Array, "B K *C U"], units: Units, config: SelectionConfig) -> Bool[Array, "B K *C U"]:
     """The chosen units, and the neighbours of those that scores chose.
 
-    Scores filled at most half of the room (`count_units`), and they bring at most as many neighbours. So the room holds
-    all of them.
+    Scores chose at most half of the budget (`count_units`), and each unit brings at most one neighbour. So all of them
+    fit into the budget.
 
     Args:
       mask: the units chosen so far, sinks and recent included.
-      units: of the rows; they broadcast against the mask.
+      units: the units of the rows; they broadcast against the mask.
       config: its unit, sinks and recent count.
 
     Returns:
-      The mask with the neighbours that a row may see set too.
+      The mask with those neighbours that a row may see.
     """
     return mask | (right_of_runs(mask & ~units.forced(config)) & units.seen(config.unit))
 
 
 def right_of_runs(mask: Bool[Array, "*B U"]) -> Bool[Array, "*B U"]:
-    """For every run of c set entries, the c entries to its right: of {3, 4, 9} it is {5, 6, 10}."""
+    """For every run of c set entries the c entries to its right: {3, 4, 9} gives {5, 6, 10}."""
     at = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
     before = jax.lax.cummax(jnp.where(mask, -1, at), axis=mask.ndim - 1)  # the last entry that is not set
     last = mask & ~jnp.pad(mask[..., 1:], ((0, 0),) * (mask.ndim - 1) + ((0, 1),))

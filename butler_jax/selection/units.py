@@ -1,4 +1,4 @@
-"""How many units a row chooses: its budget in whole units, by where its units lie and what of them it may see."""
+"""How many units a row chooses: its budget in whole units, given which tokens it may see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from butler_jax.selection.config import SelectionConfig
 class Units(NamedTuple):
     """The units of each row. Units and tokens are counted from the start of the row's document.
 
-    number: of every unit. first, end: the row may see the tokens first ... end - 1, and the last is its own.
+    Attributes:
+      number: the number of each unit; unit u holds the tokens u*unit ... u*unit+unit-1.
+      first: the first token that the row may see.
+      end: the end of the tokens that it may see; end - 1 is its own.
     """
 
     number: Int[Array, "*B U"]
@@ -38,21 +41,21 @@ class Units(NamedTuple):
 
 
 def count_units(tokens: Int[Array, "*B"], units: Units, config: SelectionConfig) -> Int[Array, "*B"]:
-    """How many units each row takes by score, sinks and recent: the most whose tokens are within its budget.
+    """How many units each row chooses, sinks and recent included: the most whose tokens are within its budget.
 
-    With neighbours, only half of the room beside sinks and recent is filled, unless the budget is everything.
+    With neighbours, only half of the budget beside sinks and recent is chosen, unless the budget is everything.
 
     Args:
       tokens: the budget of each row, at most `units.held`, and at least `config.least` or everything.
-      units: of the rows; they broadcast against tokens.
+      units: the units of the rows; they broadcast against tokens.
       config: its unit, sinks, recent and neighbours count.
 
     Returns:
-      int32, for rows of no tokens 0.
+      int32, 0 for rows of no tokens.
     """
     count, everything = tokens, tokens >= units.held
     if config.unit > 1:
-        # The newest unit may be partly filled: n units hold its tokens and (n - 1) * unit others at most.
+        # The newest unit may hold fewer tokens: n units hold its own and at most (n - 1) * unit others.
         newest = jnp.minimum((units.end - 1) % config.unit + 1, units.held)
         whole = (units.end - 1) // config.unit - units.first // config.unit + 1
         count = jnp.where(everything, whole, 1 + (tokens - newest) // config.unit)

@@ -1,6 +1,6 @@
-"""What is read from files and written to them: files that appear whole or not at all, JSON that is checked.
+"""Reading and writing files: files that appear whole or not at all, checked JSON, and settings as JSON objects.
 
-Settings become JSON objects here and are read back. Everything else in the package may import this one.
+Every other package of butler_jax may import this one.
 """
 
 import lazy_loader

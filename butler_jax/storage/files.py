@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all and stay after a power cut, and files of a directory that others filled."""
+"""Files that appear whole or not at all, even after a power cut, and safe access to files that others wrote."""
 
 from __future__ import annotations
 
@@ -19,21 +19,28 @@ REMEDIES = {
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the system into one line that names `path`, what is wrong with it and what to do."""
+    """Turn an OSError of the system into one line that names `path`, what is wrong and what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # said already
+        if error.errno is None:  # it has such a message already
             raise
         remedy = REMEDIES.get(error.errno, "choose another directory")
         raise OSError(f"{path} cannot be written ({os.strerror(error.errno)}); {remedy}") from error
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Path:
-    """Write a file under another name, then give it its own: a reader, a kill or a power cut never finds half of it.
+    """Write a file under a temporary name and rename it, so that no reader, kill or power cut finds half of it.
 
-    content may be a function that writes to the path it is given. Raises OSError naming the file where there is no room
-    or no permission; what was there before is then still there.
+    Args:
+        path: The file.
+        content: Text, bytes, or a function that writes to the path it is given.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: There is no room or no permission. The message names the file, and its old content is unchanged.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -52,21 +59,25 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Pat
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or a directory's list of names, is on the disk itself."""
+    """Wait until a file's content, or a directory's list of names, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync
             raise
     finally:
         os.close(descriptor)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, or a link to one, open for reading. ValueError naming it for a directory, a pipe or a device.
+    """Open a regular file, or a link to one, for reading.
 
-    A pipe would be waited for and a device read for ever, also one that takes the file's place meanwhile.
+    Other kinds are refused, since opening a pipe may block and reading a device may never end. Opening never blocks,
+    even where a pipe takes the file's place after the check.
+
+    Raises:
+        ValueError: It is a directory, a pipe or a device.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is no regular file; move it away")
@@ -76,10 +87,12 @@ def open_regular(path: Path) -> BinaryIO:
 def file_in(directory: Path, name: str) -> Path | None:
     """The regular file `name` of a model's directory; None where there is none.
 
-    Links are followed within the directory, and from a snapshot in the hub's cache to the blobs beside it. Raises
-    ValueError for one that leads elsewhere, and for a name with a path in it.
+    Links are followed within the directory, and from a snapshot in the hub's cache to the blobs beside it.
+
+    Raises:
+        ValueError: It is a link that leads elsewhere, or the name contains a path.
     """
-    if not ("/" not in name and "\\" not in name):
+    if "/" in name or "\\" in name:
         raise ValueError(f"{directory}: {name!r} is not a file of this directory")
     path = directory / name
     try:

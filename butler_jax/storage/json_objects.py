@@ -1,4 +1,4 @@
-"""JSON from files and lines: whatever is wrong with one is a ValueError that says where."""
+"""JSON from files and lines. Whatever is wrong with it raises a ValueError that says where."""
 
 from __future__ import annotations
 
@@ -13,14 +13,25 @@ from butler_jax.storage.files import open_regular
 from butler_jax.storage.values import shown
 
 MOST_BYTES = 32 << 20
-"""The largest configuration or index that is read: parsed, JSON may take some twenty times its size."""
+"""The largest configuration or index that is read, in bytes. In memory, JSON may take twenty times its size."""
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a surrogate pair."""
+
 LONGEST_LINE = 64 << 20
+"""The longest line that is read, in bytes."""
 
 
 def parse_value(text: str | bytes, where: str) -> Any:
-    """The JSON value in a text, in UTF-8 where it is bytes. where: file and line, for the ValueError otherwise."""
+    """The JSON value in a text.
+
+    Args:
+        text: The text; bytes hold it in UTF-8.
+        where: File and line, for the error message.
+
+    Raises:
+        ValueError: It is not valid JSON.
+    """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         values = json.loads(text)
@@ -36,7 +47,7 @@ def parse_value(text: str | bytes, where: str) -> Any:
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """The JSON object in a text, as parse_value."""
+    """The JSON object in a text. As `parse_value`, and raises ValueError for other values."""
     values = parse_value(text, where)
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold a JSON object, not {shown(values)}")
@@ -44,32 +55,44 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_value(path: Path, *, most: int = MOST_BYTES) -> Any:
-    """The JSON value that a file holds. ValueError naming it where there is none, it is larger or no regular file."""
+    """The JSON value that a file holds.
+
+    Args:
+        path: The file.
+        most: Its largest size in bytes.
+
+    Raises:
+        ValueError: It is larger, holds no valid JSON, or is not a regular file.
+    """
     return parse_value(_read(path, most), str(path))
 
 
 def read_object(path: Path, *, most: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object that a file holds, as read_value."""
+    """The JSON object that a file holds. As `read_value`, and raises ValueError for other values."""
     return parse_object(_read(path, most), str(path))
 
 
 def _read(path: Path, most: int) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if not size <= most:
+        if size > most:
             raise ValueError(f"{path} has {size} bytes; nothing of its kind has more than {most}")
         text = file.read(most + 1) or b""
-    if not len(text) <= most:
-        raise ValueError(f"{path} has more than {most} bytes; nothing of its kind has")  # it grows as it is read
+    if len(text) > most:  # it grows as it is read
+        raise ValueError(f"{path} has more than {most} bytes; nothing of its kind has")
     return text
 
 
 def read_lines(path: Path, *, longest: int = LONGEST_LINE) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, bytes with their end) of a file's lines; ValueError where one is longer than `longest` bytes."""
+    """Yield the lines of a file as (number from 1, bytes with the line's end).
+
+    Raises:
+        ValueError: A line is longer than `longest` bytes, or it is not a regular file.
+    """
     with open_regular(path) as file:
         number = 0
         while raw := file.readline(longest + 1):
             number += 1
-            if not len(raw) <= longest:
+            if len(raw) > longest:
                 raise ValueError(f"{path}, line {number}: more than {longest} bytes; cut it into lines")
             yield number, raw

@@ -1,4 +1,4 @@
-"""Configurations as JSON objects, and checks that several of them share."""
+"""Configurations as JSON objects, and checks that several configurations share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from butler_jax.storage.values import fits, shown
 
 
 def require_local(config) -> None:
-    """Raise ValueError for a setting of a configuration that names a place in a bucket; only data_dir may.
+    """Raise ValueError where a setting is the address of a bucket. Only data_dir may be one.
 
-    A path has lost a slash by then: gs://bucket/runs is gs:/bucket/runs.
+    A Path has lost a slash: gs://bucket/runs has become gs:/bucket/runs.
     """
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
@@ -29,7 +29,7 @@ def require_local(config) -> None:
 
 
 def split_list(values) -> tuple:
-    """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'); what is not text stays; repeated entries once."""
+    """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'). Other values than text stay, and repeated entries are dropped."""
     values = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else values
     parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else (v,))]
     parts = [p.strip() if isinstance(p, str) else p for p in parts]
@@ -37,7 +37,7 @@ def split_list(values) -> tuple:
 
 
 def to_dict(config) -> dict:
-    """A configuration as JSON-ready nested dicts (paths become strings)."""
+    """A configuration as nested dicts for JSON. Paths become strings."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -50,9 +50,10 @@ def to_dict(config) -> dict:
 
 
 def from_dict(cls, values: dict):
-    """Build configuration `cls` from to_dict's output.
+    """Build a configuration of class `cls` from the output of `to_dict`.
 
-    Raises ValueError naming keys that `cls` does not have, lacks, or that have a value of another type.
+    Raises:
+        ValueError: A key is unknown or missing, or a value has another type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{cls.__name__} is made from a JSON object, got {shown(values)}")

@@ -1,4 +1,4 @@
-"""Values of the types they should have: what comes from files is checked before it is reckoned with."""
+"""Checks of values that were read from files, before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def whole(value: Any, name: str, *, least: int = 1) -> int:
-    """`value`, where it is an int of at least `least`; else ValueError naming it."""
+    """`value`, if it is an int of at least `least`. Otherwise raises ValueError with its name."""
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
     return value
 
 
 def number(value: Any, name: str) -> float:
-    """`value` as a finite float; else ValueError naming it."""
+    """`value` as a finite float. Raises ValueError with its name if it is none."""
     try:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int beyond the range of float
         pass
     raise ValueError(f"{name} must be a finite number, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
-    """A value for a message: shortened where it is long, cut where it is deep."""
+    """A value as text for a message, shortened where it is long or deeply nested."""
     try:
         return reprlib.repr(value)
     except ValueError:  # an int of more digits than Python writes
@@ -37,7 +37,7 @@ def shown(value: Any) -> str:
 
 
 def deeper(value: Any, levels: int) -> bool:
-    """Whether lists and dicts lie in each other by more levels than that: what reads or writes them may not go on."""
+    """Whether lists and dicts are nested deeper than `levels`, so that reading or writing them may fail."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return inner is not None and (levels == 0 or any(deeper(one, levels - 1) for one in inner))
 
@@ -45,7 +45,7 @@ def deeper(value: Any, levels: int) -> bool:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value read from JSON can stand for an annotated type.
 
-    A list stands for a tuple, a text for a Path, an int for a float, an object for a dataclass. A bool stands for no
+    A list can stand for a tuple, a text for a Path, an int for a float, and an object for a dataclass. A bool is not a
     number.
     """
     origin, arguments = get_origin(hint), get_args(hint)
@@ -66,6 +66,6 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (None, NoneType):
         return value is None
     if hint in (int, float):
-        whole = type(value) is int and (hint is int or value.bit_length() < 1024)  # beyond, there is no such float
+        whole = type(value) is int and (hint is int or value.bit_length() < 1024)  # larger ones have no float
         return whole or (hint is float and isinstance(value, float))
     return isinstance(value, (str, Path) if hint is Path else hint)
