@@ -1,4 +1,4 @@
-"""The directory of a training run: who holds it, what it records, its settings and its checkpoints.
+"""The directory of a training run: its lock, the record of its starts, its settings and its checkpoints.
 
 Only `checkpoints` imports Orbax.
 """

@@ -1,12 +1,13 @@
 """Checkpoints through Orbax: the only file that imports it.
 
-A run directory holds `config.json`, `metrics.jsonl` and `checkpoints/`; a checkpoint holds the trained module, the
-optimiser, the step, the data iterators' state, and the fingerprint and name of the base it belongs to, never the base.
+A run directory holds `config.json`, `metrics.jsonl` and `checkpoints/`. A checkpoint holds the trained module, the
+optimiser, the step and the state of the data iterators. It names the base it belongs to and its fingerprint, and never
+holds the base itself.
 
-Orbax writes a checkpoint under another name; it is sealed before it gets its own: its files are on the disk itself,
+Orbax writes a checkpoint under a temporary name. Before it is renamed it is sealed: its files are on the disk itself,
 `digests.json` has a digest of each, and none is written again. Training sets damaged checkpoints aside and goes on from
-the newest that is whole; whoever asks for a damaged one gets an error. Processes share the directory, so the first one
-seals and looks for damage on behalf of all.
+the newest whole one. Asking for a damaged checkpoint is an error. Processes share the directory, so only the first one
+seals checkpoints and looks for damage.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from butler_jax.runs import digests
 from butler_jax.runs.finished import METADATA, UNFINISHED, damage, read_facts, steps
 from butler_jax.storage import sync
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every save, and what it raises with a traceback
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and every error with a traceback
 
 
 class DamagedCheckpoint(ValueError):
@@ -37,16 +38,22 @@ class DamagedCheckpoint(ValueError):
 
 
 LARGEST_STATE = 4
-"""Values of a checkpoint for each of its module: AdamW leaves 3, a stranger's may promise any number."""
+"""The most values of a checkpoint for each value of its module. AdamW leaves 3; a file of others may claim more."""
 
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best by the metric `loss`.
 
-    keep None only reads, and leaves a save that another process has in flight alone. Otherwise what a killed save left
-    is removed, and damaged checkpoints are moved to `damaged/` beside the directory, as the lines in `notes` say;
-    raises DamagedCheckpoint, touching nothing, where no other is left. about: JSON facts stored with every checkpoint
-    (configuration, base). Use as a context manager, or call close().
+    Opening them to write removes what a killed save left, and moves damaged checkpoints to `damaged/` beside the
+    directory; `notes` has a line for each. Use as a context manager, or call close().
+
+    Args:
+        directory: Where the checkpoints lie.
+        keep: How many of the newest are kept. None only reads and does not disturb a save of another process.
+        about: JSON facts that are stored with every checkpoint, such as the configuration and the base.
+
+    Raises:
+        DamagedCheckpoint: All checkpoints are damaged. Nothing is moved then.
     """
 
     def __init__(self, directory: Path, *, keep: int | None = None, about: dict | None = None):
@@ -66,20 +73,24 @@ class Checkpoints:
         self.close(agree=kind is None)
 
     def steps(self) -> list[int]:
-        """Steps of all finished checkpoints, in order; waits for the save in flight."""
+        """Steps of all finished checkpoints, in order. Waits for the save in flight."""
         self.wait()
         return steps(self.directory)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, None where there is none."""
+        """Step of the newest checkpoint; None where there is none."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest loss, None where there is none. Raises as loss() does."""
+        """Step of the checkpoint with the lowest loss; None where there is none. Raises as loss() does."""
         return min(self.steps(), key=self.loss, default=None)
 
     def loss(self, step: int) -> float:
-        """The loss saved with a checkpoint. Raises DamagedCheckpoint where it cannot be trusted."""
+        """The loss saved with a checkpoint.
+
+        Raises:
+            DamagedCheckpoint: The file that holds it is damaged, or has no loss.
+        """
         if found := damage(self.directory / str(step), only=METADATA):
             raise self._damaged(step, found)
         try:
@@ -88,7 +99,7 @@ class Checkpoints:
             raise self._damaged(step, ["it has no loss"]) from None
 
     def check(self, step: int) -> None:
-        """Raise DamagedCheckpoint, naming the whole ones, where a checkpoint is not what was written."""
+        """Raise DamagedCheckpoint, with the steps of whole ones, where a checkpoint is not what was written."""
         if found := damage(self.directory / str(step)):
             raise self._damaged(step, found)
 
@@ -102,10 +113,7 @@ class Checkpoints:
         return DamagedCheckpoint(f"checkpoint {step} of {self.directory.parent} is damaged ({_few(found)}); {remedy}")
 
     def _tidy(self) -> None:
-        """Move damaged checkpoints to `damaged/` beside the others, remove what is unfinished.
-
-        The first process does it, and tells the rest.
-        """
+        """Move damaged checkpoints to `damaged/` and remove unfinished ones, on the first process alone."""
         problem = ""
         if jax.process_index() == 0:
             there = steps(self.directory)
@@ -128,19 +136,27 @@ class Checkpoints:
             )
 
     def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float]) -> None:
-        """Save in the background; a step already saved is left alone. data_state: this process's, JSON.
+        """Save a checkpoint in the background. A step that is saved already is left alone.
 
-        Raises OSError where this save cannot begin or the one before it failed: nothing is saved that wait() or the
-        next save() did not return for.
+        A checkpoint is safe once wait() or the next save() has returned.
+
+        Args:
+            step: The step.
+            state: The arrays to save.
+            data_state: State of this process's data iterator, JSON.
+            metrics: Metrics of the step, `loss` among them.
+
+        Raises:
+            OSError: This save cannot begin, or the one before it failed.
         """
         if step in self.steps():
             return
         about = {**self.about, "step": step, "data": joined(gather(data_state)), "metrics": metrics}
-        copied = jax.tree.map(jnp.copy, _named(state))  # the next step is given the originals' memory
+        copied = jax.tree.map(jnp.copy, _named(state))  # the next step reuses the memory of the originals
         with self._said(step):
             there = self._unfinished(step)
             writing = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
-        # One thread asks Orbax, which keeps a thread and three open files for it until then.
+        # Orbax keeps a thread and three open files for a save until its result is asked for.
         self._written = self._background.submit(writing.result)
         self._named = self._background.submit(self._name, step)
         self._saving = step
@@ -149,7 +165,7 @@ class Checkpoints:
         return self.directory / f"{step}{UNFINISHED}"
 
     def _name(self, step: int) -> None:
-        """In the background: what all processes have written is sealed and gets its name; then older ones may go."""
+        """Seal and rename what all processes have written, then remove older checkpoints. Runs in the background."""
         self._written.result()
         if jax.process_index() == 0:
             there = self._unfinished(step)
@@ -159,9 +175,17 @@ class Checkpoints:
             self._remove_old()
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
-        """(state, the data state of all processes) at `step`, in the structure, dtypes and shardings of `state`.
+        """Restore a checkpoint, whatever the number of processes that saved it.
 
-        However many processes saved it. Raises ValueError where the base is another, or names or shapes differ.
+        Args:
+            step: The step of the checkpoint.
+            state: Arrays or shapes whose structure, dtypes and shardings the result takes.
+
+        Returns:
+            The state, and the data state of all processes.
+
+        Raises:
+            ValueError: The base is another, or names or shapes differ.
         """
         metadata = ocp.metadata(self.directory / str(step))
         saved, mine = metadata.custom_metadata, self.about
@@ -177,16 +201,21 @@ class Checkpoints:
         return _unnamed(state, loaded), saved["data"]
 
     def restore_module(self, step: int, shapes: Any) -> Any:
-        """The trained module alone, on the first device; shapes: its eval_shape.
+        """Restore the trained module alone, on the first device.
 
-        Raises ValueError where they differ.
+        Args:
+            step: The step of the checkpoint.
+            shapes: The module under jax.eval_shape.
+
+        Raises:
+            ValueError: Names or shapes differ, or the checkpoint holds more than a training saves.
         """
         saved = ocp.metadata(self.directory / str(step)).metadata
         wanted = {f"module.{name}": leaf for name, leaf in _named(shapes).items()}
         mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
         _compare(mine, wanted, self.directory / str(step))
         sizes = [sum(math.prod(leaf.shape) for leaf in leaves) for leaves in (saved.values(), mine.values())]
-        if not sizes[0] <= LARGEST_STATE * sizes[1] + 1024:
+        if sizes[0] > LARGEST_STATE * sizes[1] + 1024:
             raise ValueError(
                 f"{self.directory / str(step)} holds {sizes[0]} values with a predictor of {sizes[1]}, more "
                 "than any training leaves"
@@ -201,25 +230,29 @@ class Checkpoints:
         return read_facts(self.directory / str(step))
 
     def wait(self, *, agree: bool = True) -> None:
-        """Block until the save in flight is on disk for good. Raises OSError where it could not be written.
+        """Block until the save in flight is safe on disk.
 
-        agree False: by what this process knows, for the others may not come to this point.
+        Args:
+            agree: Whether all processes share the outcome. False where the others may not come to this point.
+
+        Raises:
+            OSError: The checkpoint could not be written.
         """
         if self._saving is None:
             return
         step, self._saving = self._saving, None
         with self._said(step):
             self._written.result()
-            failed = self._named.exception()  # the first process's alone
+            failed = self._named.exception()  # set on the first process only
             told = "" if failed is None else str(failed) or type(failed).__name__
             if told := gather(told)[0] if agree else told:
                 raise OSError(told) from failed
 
     def _remove_old(self) -> None:
-        """Remove what is neither the best nor among the newest: now that a newer one is safe, and each at once."""
+        """Remove the checkpoints that are neither the best nor among the newest `keep`."""
         losses = {}
         for step in steps(self.directory):
-            with contextlib.suppress(DamagedCheckpoint):  # since this start; the next one sets it aside
+            with contextlib.suppress(DamagedCheckpoint):  # damaged since this start: the next start sets it aside
                 losses[step] = self.loss(step)
         best = min(losses, key=losses.get)
         for step in list(losses)[: -self._keep]:
@@ -230,7 +263,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _said(self, step: int) -> Iterator[None]:
-        """Errors of a save in one line: Orbax raises whatever its parts do."""
+        """Turn errors of a save into one line. Orbax passes on whatever its parts raise."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -243,7 +276,7 @@ class Checkpoints:
             ) from error
 
     def close(self, *, agree: bool = True) -> None:
-        """Finish what is being written; agree: as for wait()."""
+        """Finish the save in flight; arguments as for wait()."""
         try:
             self.wait(agree=agree)
         finally:
@@ -286,9 +319,14 @@ def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None
 
 
 def joined(states: list[Any], name: str = "state") -> Any:
-    """One state of the data from those of all processes: dictionaries are united, lists go item by item.
+    """Join the data states of all processes into one: dictionaries are united, lists joined item by item.
 
-    Raises ValueError where anything else is not the same in all, for then they read different data.
+    Args:
+        states: One state for each process.
+        name: What the states are called in the error message.
+
+    Raises:
+        ValueError: Other values differ, so the processes read different data.
     """
     first = states[0]
     if isinstance(first, dict):

@@ -1,4 +1,4 @@
-"""Digests of a directory's files: what is read later is what was written."""
+"""Digests of a directory's files, which show later whether they still hold what was written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def seal(directory: Path) -> None:
 def damage(directory: Path, *, only: str | None = None) -> list[str]:
     """What differs from the sealed state, a few words for each file; empty where nothing does.
 
-    only: look at the file of this name alone.
+    Args:
+        directory: A directory that `seal` has sealed.
+        only: The name of the one file to check; None checks all.
     """
     try:
         sealed = read_object(directory / DIGESTS)
@@ -58,7 +60,7 @@ def damage(directory: Path, *, only: str | None = None) -> list[str]:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Regular files below a directory: no links, pipes or devices, and none that a system hides there."""
+    """The regular files below a directory, without links, pipes, devices and hidden files."""
     for place, _, names in os.walk(directory):
         for path in (Path(place) / name for name in names if not name.startswith(".")):
             with contextlib.suppress(FileNotFoundError):

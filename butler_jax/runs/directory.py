@@ -1,4 +1,4 @@
-"""A training run's directory: held by one process at a time, and with a record of every start in run.json."""
+"""The directory of a training run. One process holds it at a time, and run.json records every start."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from butler_jax.storage import deeper, fits, open_regular, read_value, shown, wr
 
 LOCK = "lock"
 LONGEST_NAME = 1000
-"""Bytes of a lock that are read, to say who holds it."""
+"""How many bytes of a lock are read to learn who holds it."""
 
 RECORDS = "run.json"
 MOST_BYTES = 8 << 20
-"""The largest run.json that is read: thousands of starts."""
+"""The largest run.json that is read, in bytes; it has room for thousands of starts."""
 
 LEVELS = 20
-"""How deep the values of a run's files may lie in each other; what is written here has four levels."""
+"""How deep the values of a run's files may be nested. What is written here has four levels."""
 
 FIELDS = {
     "date": str,
@@ -44,16 +44,19 @@ FIELDS = {
     "git": {"revision": str},
     "devices": {"kinds": {}},
 }
-"""The fields of a start that are read again, with their types; {}: an object. Any may be absent or null."""
+"""The fields of a start that are read again, with their types; {} is an object. Any may be absent or null."""
 
 
 @contextlib.contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Make a run directory and hold it: a second process that asks is refused, until this one ends or dies.
+    """Make a run directory and hold it until this process ends. A second process is refused meanwhile.
 
-    What it made is removed again if no run was begun there (config.json). The first process holds it for all; nobody
-    does on file systems without locks. Raises OSError where the directory cannot be written, and ValueError naming the
-    process that holds it, in all processes alike.
+    What was made is removed again if no run began there, that is, without a config.json. The first process holds the
+    directory for all. On file systems without locks nobody holds it.
+
+    Raises:
+        OSError: The directory cannot be written.
+        ValueError: Another process holds it; the message names it. All processes raise alike.
     """
     with contextlib.ExitStack() as stack:
         problem = None
@@ -95,7 +98,7 @@ def _hold(run_dir: Path) -> Iterator[None]:
 
 
 def holder(run_dir: Path) -> str | None:
-    """Who holds a run directory, as "PID on HOST"; None where nobody does."""
+    """The process that holds a run directory, as "PID on HOST"; None where none does."""
     try:
         with open_regular(run_dir / LOCK) as file:
             try:
@@ -128,10 +131,17 @@ def _lock(file: TextIO, run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[str, Any]]:
-    """Add this start to run.json: how it was called, on what, from which step; at the end, to which step and why.
+    """Add this start to run.json: the command, the machine, the steps, and why it ended.
 
-    Yields the record: the caller sets "to" and "ended" when it is done; an error sets "ended" by itself, and after a
-    kill it stays None. A damaged run.json is kept as run.json.damaged. The first process writes.
+    A damaged run.json is kept as run.json.damaged. Only the first process writes.
+
+    Args:
+        run_dir: The run directory, held by `claim`.
+        about: Further fields of the record.
+        start: The step at which training begins.
+
+    Yields:
+        The record. The caller sets "to" and "ended" when it is done. An error sets "ended"; after a kill it is None.
     """
     began = time.monotonic()
     record = {
@@ -173,7 +183,7 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """The starts of a run, the oldest first; none where run.json is absent or damaged."""
+    """The starts of a run, the oldest first; an empty list where run.json is absent or damaged."""
     try:
         return read_records(run_dir)
     except (OSError, ValueError):
@@ -181,7 +191,12 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """As records(), with an OSError or a ValueError naming run.json where it is absent or damaged."""
+    """The starts of a run, the oldest first.
+
+    Raises:
+        OSError: run.json is absent or unreadable.
+        ValueError: run.json is damaged.
+    """
     path = run_dir / RECORDS
     found = read_value(path, most=MOST_BYTES)
     if not (isinstance(found, list) and found):

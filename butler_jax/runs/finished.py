@@ -1,4 +1,4 @@
-"""Finished checkpoints as files: which there are, what they say of themselves, and whether they are whole."""
+"""Finished checkpoints as files: their steps, the facts saved with them, and whether they are whole."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from butler_jax.storage import read_object, shown
 METADATA = "_CHECKPOINT_METADATA"
 
 UNFINISHED = ".unfinished"
-"""Part of the names of checkpoints that are being written or removed. Without a process that does so, they are
-left-overs."""
+"""Part of the name of a checkpoint that is being written or removed, or that a killed process left behind."""
 
 STEP = re.compile("0|[1-9][0-9]{0,17}")
-"""The name of a checkpoint, whole. Everything else in their directory is not ours."""
+"""The name of a finished checkpoint. Other names in the directory are ignored."""
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the named checkpoints in a directory, in order: only they have a number for a name, as Python writes it.
+    """Steps of the finished checkpoints in a directory, in order.
 
-    What has another name, 007 or hundreds of digits, is left where it is.
+    Their names are numbers as Python writes them. Other names, such as 007 or hundreds of digits, are ignored.
     """
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in found if STEP.fullmatch(path.name))
 
 
 def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
-    """What is wrong with a checkpoint, or with one of its files: a few words each, empty where it is whole.
+    """What is wrong with a checkpoint, a few words for each fault; empty where it is whole.
 
-    One that was renamed is not whole: it is of another step than it says.
+    A renamed checkpoint is not whole, since it was saved at another step.
+
+    Args:
+        checkpoint: The directory of the checkpoint.
+        only: The name of the one file to check; None checks all.
     """
     if found := digests.damage(checkpoint, only=only):
         return found
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # older ones do not say it
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # older checkpoints do not record it
         if (step := read_facts(checkpoint)["step"]) != int(checkpoint.name):
             return [f"it was saved as step {shown(step)}"]
     return []
 
 
 def read_facts(checkpoint: Path) -> dict:
-    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, places in the data, metrics."""
+    """What was saved with a checkpoint besides the arrays: base, fingerprint, sizes, data state, metrics."""
     return read_object(checkpoint / METADATA)["custom_metadata"]

@@ -1,6 +1,6 @@
 """What a run directory holds, as data: settings, starts, checkpoints and what is damaged.
 
-Files are only read: no base, no accelerator and no Orbax is needed, and a training in that directory is not disturbed.
+Files are only read. This needs no base, no accelerator and no Orbax, and does not disturb a training in the directory.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ MOST_BYTES = 1 << 20
 """How much of the end of metrics.jsonl is read."""
 
 LONGEST_ROW = 1 << 16
-"""More bytes than a row of metrics.jsonl has: a longer line was not cut off by a kill."""
+"""The longest row of metrics.jsonl in bytes. A longer line without an end is damage, not a row that a kill cut off."""
 
 ROWS = 1000
 """How many lines of metrics.jsonl are tried, from the last."""
 
 
 def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None]) -> dict[str, Any]:
-    """All that a run directory says of itself, JSON-ready.
+    """What a run directory holds, ready for JSON.
 
     Args:
-      run_dir: directory of a training run, of save_predictor, or a copy of one.
-      kind_of: gives the configuration class of the settings in config.json; None for settings of no training.
+      run_dir: directory of a training run, of `save_predictor`, or a copy of one.
+      kind_of: gives the configuration class of the settings in config.json, or None if no training has such settings.
 
     Returns:
       A dictionary:
 
       - run: the directory.
-      - state: in words. "finished, ..." only where the last step is saved and whole.
+      - state: in words. It begins with "finished" only where the last step is saved and whole.
       - config: the settings; {} where config.json is absent or damaged.
       - starts: the records of run.json.
-      - checkpoints: for each {step, loss, bytes, state, damage, best, base, fingerprint}; state is "whole" or
-        "damaged".
+      - checkpoints: a dictionary each, with step, loss, bytes, state ("whole" or "damaged"), damage, best, base and
+        fingerprint.
       - set_aside: directories of damaged checkpoints.
       - unfinished: directories of saves that a kill cut off or that are being written.
       - metrics: the last row of metrics.jsonl; its numbers may be NaN or infinite.
@@ -166,7 +166,7 @@ def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
             loss = number(facts["metrics"]["loss"], "its loss")
         except (OSError, ValueError, KeyError, TypeError) as error:
             damage = damage or [f"what it says of itself is unreadable ({type(error).__name__}: {error})"]
-        if path.exists():  # or the training has removed it meanwhile
+        if path.exists():  # otherwise the training has removed it meanwhile
             base, fingerprint = base_of(facts)
             yield {
                 "step": step,
@@ -180,7 +180,7 @@ def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def base_of(facts: Any) -> tuple[str | None, ...]:
-    """The base's name and fingerprint, of what a checkpoint or a start says; None for what is no text."""
+    """The name and fingerprint of the base in the facts of a checkpoint or a start; None for each that is not text."""
     found = (facts.get(name) if isinstance(facts, dict) else None for name in ("base", "fingerprint"))
     return tuple(value if isinstance(value, str) else None for value in found)
 
@@ -188,7 +188,7 @@ def base_of(facts: Any) -> tuple[str | None, ...]:
 def _size(directory: Path) -> int:
     """Bytes of the files below a directory."""
     total, left = 0, [directory]
-    while left:  # and not rglob, which does not go as deep as directories may lie in each other
+    while left:  # rglob fails on directories that are nested very deeply
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, git revision, command, environment and devices, JSON-ready."""
+"""Where a result comes from: versions, git revision, command, environment and devices, ready for JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRETS = re.compile(r"TOKEN|SECRET|PASS|KEY|JWT|CREDENTIAL|AUTH", re.IGNORECASE
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """Versions of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -41,7 +41,7 @@ def revision(directory: Path = Path(__file__).parent) -> dict[str, Any] | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # and not just below another project's checkout
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it lies in another project's checkout
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -53,12 +53,12 @@ def command() -> str:
 
 
 def environment() -> dict[str, str]:
-    """The environment variables that JAX, its devices and the cluster read; none that holds a secret."""
+    """The environment variables that JAX, its devices and the cluster read, without those that may hold secrets."""
     return {n: v for n, v in sorted(os.environ.items()) if VARIABLES.match(n) and not SECRETS.search(n)}
 
 
 def devices() -> dict[str, Any]:
-    """{"platform", "kinds": how many of each kind there are, "processes"}, over all processes."""
+    """The platform, the number of devices of each kind, and the number of processes, over all processes."""
     return {
         "platform": jax.default_backend(),
         "kinds": dict(Counter(device.device_kind for device in jax.devices())),

@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
 
 def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
-    """Write a predictor alone to directory `path`, with the name and fingerprint of its base.
+    """Write a predictor alone to a directory, with the name and fingerprint of its base.
 
-    Raises FileExistsError where the directory holds one already.
+    Args:
+        path: The directory.
+        predictor: The predictor.
+        base: The base model that it was trained for.
+
+    Raises:
+        FileExistsError: The directory holds a predictor already.
     """
     path = Path(path)
     if (path / "checkpoints").exists():
@@ -29,15 +35,22 @@ def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
 
 
 def about(base: Base, config: PredictorConfig) -> dict:
-    """What a checkpoint says of its predictor and the base it belongs to."""
+    """The facts that a checkpoint stores about its predictor and its base."""
     return {"base": base.name, "fingerprint": base.fingerprint, "predictor": to_dict(config)}
 
 
 def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> Predictor:
-    """The predictor of a run directory (its best checkpoint, or `step`), or of save_predictor.
+    """Load the predictor of a run directory, or of `save_predictor`.
 
-    Raises FileNotFoundError where there is no checkpoint, ValueError where it was trained for another base, and
-    DamagedCheckpoint (a ValueError) where its files are not what was written: another is never loaded in its stead.
+    Args:
+        path: The directory.
+        base: The base model that it was trained for.
+        step: The step of the checkpoint; None takes the one with the lowest loss.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The predictor was trained for another base.
+        DamagedCheckpoint: A file is not what was written. No other checkpoint is loaded in its place.
     """
     directory = Path(path) / "checkpoints"
     if not directory.is_dir():
@@ -47,7 +60,7 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
         try:
             return _load_predictor(directory, base, step)
         except (OSError, ValueError):
-            if steps(directory) == there:  # or else a training removed what was being read
+            if steps(directory) == there:  # otherwise a training removed what was being read
                 raise
 
 
@@ -67,7 +80,7 @@ def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
 
 
 def check_base(facts: dict, base: Base, path: str | Path) -> None:
-    """Raise ValueError where a checkpoint's predictor belongs to another base; names both."""
+    """Raise ValueError, with the names of both, where a checkpoint's predictor belongs to another base."""
     if not (isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys()):
         raise ValueError(
             f"the checkpoint in {path} does not say which base and predictor it is of; give a run of butler-jax train"

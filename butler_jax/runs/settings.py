@@ -10,7 +10,7 @@ from butler_jax.storage import read_object, shown
 CONFIG = "config.json"
 
 MOST_BYTES = 1 << 20
-"""The largest config.json that is read."""
+"""The largest config.json that is read, in bytes."""
 
 FORMER_NAMES = {
     "predictor": ("predictor", "kind"),
@@ -49,7 +49,7 @@ def run_config(run: str | Path) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: it is no run directory.
-      ValueError: config.json names no base, or its data are no text.
+      ValueError: config.json names no base, or its data are not text.
     """
     path = Path(run) / CONFIG
     if not path.is_file():
@@ -68,5 +68,5 @@ def run_config(run: str | Path) -> dict[str, Any]:
 
 
 def run_data(run: str | Path | None) -> str:
-    """The data that a training run read. Without a run: python_docs."""
+    """The data that a training run read; python_docs without a run."""
     return "python_docs" if run is None else run_config(run).get("data", "python_docs")
