@@ -1,6 +1,6 @@
-"""Who says what is read: policies that score tokens, and policies that evict them.
+"""Policies decide which tokens are read. Some score the tokens of a cache, others evict them.
 
-Another policy is one more file and one more row of POLICIES.
+A new policy is one more file and one more row of POLICIES.
 """
 
 import lazy_loader

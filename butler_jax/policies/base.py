@@ -1,4 +1,4 @@
-"""What every policy has: a name, settings, and what it needs. The two kinds are in scoring.py and evicting.py."""
+"""The interface that all policies share. The two kinds of policies are in scoring.py and evicting.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Policy:
     form: ClassVar[str] = ""
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
-        """Learns from text what the policy has to know about a model.
+        """Learns from text what the policy needs to know about a model.
 
         Args:
             model: The base model.
@@ -45,7 +45,7 @@ class Policy:
         return self
 
     def selection(self, config: SelectionConfig) -> SelectionConfig | None:
-        """Returns the selection under which the policy runs, None where it reads everything; by default `config`."""
+        """Returns the selection under which the policy runs; None reads everything. By default it is `config`."""
         return config
 
     def choosing_heads(self, base: BaseConfig) -> int:
@@ -62,6 +62,6 @@ class Policy:
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """Returns the name and the hyper-parameters for reports, without what `prepare` found on text."""
+    """Returns the name and the hyper-parameters for reports, without the arrays that `prepare` found on text."""
     settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     return {"name": policy.name, **{f: value for f, value in settings.items() if not isinstance(value, np.ndarray)}}

@@ -1,4 +1,4 @@
-"""CItruS (Bai et al. 2024, arXiv 2406.12018): chunk by chunk, what the instruction looks at."""
+"""CItruS (Bai et al. 2024, arXiv 2406.12018): eviction chunk by chunk, by the attention of an instruction."""
 
 from __future__ import annotations
 
@@ -10,34 +10,42 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.policies.evicting import Evicting
 
-UNJUDGED = float(jnp.finfo(jnp.float32).max)  # above all attention
+UNRATED = float(jnp.finfo(jnp.float32).max)  # above all attention
 
 
-class Judgement(NamedTuple):
-    """The attention of this chunk's instruction so far, and what tokens are worth by that of the last border.
+class ChunkAttention(NamedTuple):
+    """Attention of the instructions of chunks.
 
-    begun: the first column of the chunk under way. size: its tokens.
+    Attributes:
+        attention: What each token got from the instruction of the current chunk so far.
+        rating: What each token is worth since the last chunk ended.
+        begun: First column of the current chunk.
+        size: Tokens of the current chunk.
     """
 
-    heard: Float[Array, "B K S"]
-    settled: Float[Array, "B K S"]
+    attention: Float[Array, "B K S"]
+    rating: Float[Array, "B K S"]
     begun: Int[Array, " B"]
     size: Int[Array, " B"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CItruS(Evicting):
-    """At the end of every chunk, the tokens before it are judged by the attention that the instruction pays to them.
+    """Rates tokens at the end of every chunk by the attention that the instruction pays to the tokens before the chunk.
 
-    Until the next border that judgement stands: a row drops the token that was worth least, so that the budget holds at
-    every row. The chunk under way and the one before it stay whole, as published, and are judged one border later.
-    There 768 states are kept, 256 tokens of a chunk and 256 of the next one beside them; so a chunk is a fifth of the
-    budget here, and never more than `chunk` tokens. The border is known when the chunk begins.
+    The ratings hold until the next chunk ends. Each row drops the token with the lowest rating, so that the budget
+    holds at every row. As published, the current chunk and the one before it stay whole; their tokens are rated one
+    chunk later. The publication keeps 768 states besides the 256 tokens of a chunk and those of the next one. So a
+    chunk is a fifth of the budget here, and at most `chunk` tokens. Its size is fixed when it begins.
 
-    The published instruction is a text of its own, which runs after every chunk and is thrown away again. Here a row
-    only knows the text before it: the instruction is the last `observed` rows of the chunk, all of them where it is
-    shorter. With `observed` at least `chunk` it is the whole chunk, as published for text without an instruction.
-    The cache is the one that is shared; tokens are kept per KV head, where the authors average over a layer's heads.
+    The published instruction is a separate text that runs after every chunk and is discarded. Here a row knows only the
+    text before it, so the instruction is the last `observed` rows of the chunk, or the whole chunk where it is shorter.
+    With `observed` at least `chunk` it is always the whole chunk, as published for text without an instruction. This is
+    the variant with a shared cache. Tokens are kept per KV head, where the authors average over the heads of a layer.
+
+    Attributes:
+        chunk: Largest number of tokens in a chunk.
+        observed: Rows at the end of a chunk that serve as the instruction.
     """
 
     name = "citrus"
@@ -48,36 +56,37 @@ class CItruS(Evicting):
     observed: int = 32
 
     def __post_init__(self):
-        if not self.chunk >= 1:
+        if self.chunk < 1:
             raise ValueError(f"a chunk of citrus must have at least 1 token, got {self.chunk}")
-        if not self.observed >= 1:
+        if self.observed < 1:
             raise ValueError(f"citrus must observe at least 1 row, got {self.observed}")
 
     def begin(self, shape):
-        """Nothing judged."""
+        """No attention and no ratings."""
         nothing, number = jnp.zeros(shape, jnp.float32), jnp.zeros(shape[:1], jnp.int32)
-        return Judgement(nothing, nothing, number, number)
+        return ChunkAttention(nothing, nothing, number, number)
 
     def observe(self, memory, weights, place, budget):
-        """Listen to the chunk's last rows; judge at its end."""
+        """Adds the attention of the chunk's last rows, and rates the tokens when the chunk ends."""
         size = jnp.clip(budget // 5, 1, self.chunk)
         first = place.own == place.start
         begun, length = jnp.where(first, place.own, memory.begun), jnp.where(first, size, memory.size)
         rows = place.own - begun + 1
-        heard = jnp.where(place.first, 0.0, memory.heard)
-        heard = heard + jnp.where((rows > length - self.observed)[:, None, None], weights, 0.0)
-        settled = jnp.where(place.first, UNJUDGED, memory.settled)
+        attention = jnp.where(place.first, 0.0, memory.attention)
+        attention = attention + jnp.where((rows > length - self.observed)[:, None, None], weights, 0.0)
+        rating = jnp.where(place.first, UNRATED, memory.rating)
         border = rows >= length
         older = (jnp.arange(weights.shape[-1], dtype=jnp.int32)[None] < begun[:, None])[:, None]
         at = border[:, None, None]
-        settled = jnp.where(at, jnp.where(older, heard, UNJUDGED), settled)
-        heard = jnp.where(at, 0.0, heard)
-        return Judgement(heard, settled, jnp.where(border, place.own + 1, begun), jnp.where(border, size, length))
+        rating = jnp.where(at, jnp.where(older, attention, UNRATED), rating)
+        attention = jnp.where(at, 0.0, attention)
+        begun, length = jnp.where(border, place.own + 1, begun), jnp.where(border, size, length)
+        return ChunkAttention(attention, rating, begun, length)
 
     def worth(self, memory):
-        """What the last border settled."""
-        return memory.settled
+        """The ratings."""
+        return memory.rating
 
     def recent(self, budget):
-        """The row's own token; the chunks that stay whole are not judged yet."""
+        """The row's own token. The chunks that stay whole are not rated yet."""
         return jnp.ones_like(budget)

@@ -1,4 +1,4 @@
-"""Everything: the reference that every budget is judged against."""
+"""Dense attention: the reference for every budget."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Dense(Scoring):
     name = "dense"
 
     def selection(self, config):
-        """Everything is read."""
+        """None: everything is read."""
         return None
 
     def scores(self, chunk: Chunk):
-        """No key before another."""
+        """Zeros, since all keys are read."""
         return jnp.zeros_like(chunk.logits[:, :, :1])

@@ -1,4 +1,4 @@
-"""Policies that evict: row after row they drop tokens, and a dropped token cannot come back."""
+"""Policies that evict: each row may drop tokens, and a dropped token does not come back."""
 
 from __future__ import annotations
 
@@ -15,27 +15,32 @@ from butler_jax.selection import SelectionConfig, select_best
 
 
 class Place(NamedTuple):
-    """Where a row of each sequence stands: its own column, and the first of its document. At own < 0 nothing began."""
+    """Columns of one row of each sequence.
+
+    Attributes:
+        own: The row's own column; negative before the first row.
+        start: Column of the first token of its document.
+    """
 
     own: Int[Array, " B"]
     start: Int[Array, " B"]
 
     @property
     def first(self) -> Bool[Array, "B 1 1"]:
-        """Whether it is the first row of its document: all memory before it is of others."""
+        """Whether it is the first row of its document. The memory then belongs to other documents."""
         return (self.own == self.start)[:, None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evicting(Policy):
-    """Base class of policies that evict: a set of tokens per KV head, from which the worst go when the budget is full.
+    """Base class of policies that evict. Each KV head keeps a set of tokens and drops the worst beyond the budget.
 
-    A subclass says what a token is worth, from the attention of earlier rows of the document among the tokens kept
-    then (`begin`, `observe`, `worth`), and how many of the newest are never dropped (`recent`).
+    A subclass defines what a token is worth by the attention that earlier rows of the document paid to the tokens kept
+    (`begin`, `observe`, `worth`), and how many of the newest tokens are never dropped (`recent`).
 
     Attributes:
-        once: Decoding reads the prompt densely; the first step after it cuts the cache down to the budget. A simulated
-            text has no prompt: every row of it drops what is beyond its budget (`row_by_row`).
+        once: Whether decoding reads the prompt densely and the first step after it cuts the cache down to the budget.
+            A simulated text has no prompt, so each of its rows drops what is beyond its budget (`row_by_row`).
     """
 
     once: ClassVar[bool] = False
@@ -44,7 +49,7 @@ class Evicting(Policy):
         """Returns the selection unchanged.
 
         Raises:
-            ValueError: For settings that mean nothing to a policy that evicts.
+            ValueError: A setting has no meaning for a policy that evicts.
         """
         if config.unit != 1 or config.threshold is not None or config.neighbours:
             raise ValueError(f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
@@ -57,9 +62,10 @@ class Evicting(Policy):
         return dataclasses.replace(self, once=False) if self.once else self
 
     def begin(self, shape: tuple[int, int, int]) -> Any:
-        """Returns the memory of attention before the first row; shape: [B, K, S].
+        """Returns the memory of attention before the first row.
 
-        The memory of a larger S holds that of a smaller one in its beginning.
+        Args:
+            shape: (B, K, S). The memory of a larger S begins with that of a smaller one.
         """
         raise TypeError(f"{type(self).__name__} must define begin")
 
@@ -67,19 +73,19 @@ class Evicting(Policy):
         """Returns the memory after a row.
 
         Args:
-            memory: What was remembered before it. At the first row of a document it is forgotten.
+            memory: The memory before the row. At the first row of a document it must have no effect.
             weights: The row's attention among the tokens kept, summed over the group.
-            place: Where the row of each sequence stands.
+            place: Columns of the row.
             budget: The row's budget in tokens.
         """
         raise TypeError(f"{type(self).__name__} must define observe")
 
     def worth(self, memory: Any) -> Float[Array, "B K S"]:
-        """Returns the worth of every token, finite; the least goes first, ties to the oldest."""
+        """Returns the worth of every token, finite. The lowest is dropped first, and of equal ones the oldest."""
         raise TypeError(f"{type(self).__name__} must define worth")
 
     def recent(self, budget: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Returns how many of the newest tokens stay, of a budget in tokens, as far as sinks leave room."""
+        """Returns how many of the newest tokens stay under a budget in tokens, as far as sinks leave room."""
         raise TypeError(f"{type(self).__name__} must define recent")
 
 
@@ -89,9 +95,16 @@ def evict(
     protected: Bool[Array, "B S"],
     budget: Int[Array, " B"],
 ) -> Bool[Array, "B K S"]:
-    """The candidates less those that are worth least, as many as there are beyond the budget.
+    """Drop the candidates beyond the budget that are worth least. One is dropped, or several where min_context ends.
 
-    That is one, but for the row where min_context ends. Protected ones stay, whatever the budget.
+    Args:
+        candidates: The tokens kept so far and the new one.
+        worth: What each token is worth.
+        protected: Tokens that stay, whatever the budget.
+        budget: The budget of each row in tokens.
+
+    Returns:
+        The tokens that stay.
     """
     free = candidates & ~protected[:, None]
     over = jnp.sum(candidates, axis=-1, dtype=jnp.int32) - budget[:, None]

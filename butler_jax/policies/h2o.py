@@ -1,4 +1,4 @@
-"""H2O (Zhang et al. 2023, arXiv 2306.14048): the heavy hitters, by accumulated attention, and the newest."""
+"""H2O (Zhang et al. 2023, arXiv 2306.14048): the newest tokens, and those with the most accumulated attention."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class H2O(Evicting):
         return jnp.zeros(shape, jnp.float32)
 
     def observe(self, memory, weights, place, budget):
-        """Add it up."""
+        """Adds the row's attention."""
         return jnp.where(place.first, 0.0, memory) + weights
 
     def worth(self, memory):
-        """The sum."""
+        """The accumulated attention."""
         return memory
 
     def recent(self, budget):

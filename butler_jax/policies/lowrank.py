@@ -1,4 +1,4 @@
-"""Loki (Singhania et al. 2024, arXiv 2406.02542): queries and keys on the first principal directions of the keys."""
+"""Loki (Singhania et al. 2024, arXiv 2406.02542): q . k in the first principal directions of the keys."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from butler_jax.policies.scoring import Chunk, Scoring
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LowRank(Scoring):
-    """Scores by q . k in the first `rank` principal directions of the cached keys (after rotary), found on text.
+    """Scores by q . k in the first `rank` principal directions of the keys after rotary, which are found on text.
 
-    rank: None is a quarter of the head dimension, as published. directions: [L, K, D, rank], from `prepare`.
+    Attributes:
+        rank: Number of directions; None takes a quarter of the head dimension, as published.
+        directions: The directions [L, K, D, rank], from `prepare`.
     """
 
     name = "lowrank"
@@ -30,10 +32,14 @@ class LowRank(Scoring):
     __hash__ = object.__hash__
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> LowRank:
-        """The policy with the directions of this text's keys. Raises ValueError for a rank beyond the dimension."""
+        """Returns the policy with the principal directions of the keys of a text.
+
+        Raises:
+            ValueError: The rank exceeds the head dimension, or there are no batches.
+        """
         dim = model.config.head_dim
         rank = dim // 4 if self.rank is None else self.rank
-        if not (1 <= rank <= dim):
+        if rank < 1 or rank > dim:
             raise ValueError(f"the rank of lowrank must be 1 ... {dim}, the head dimension, got {rank}")
         sums = None
         for batch in batches:
@@ -48,11 +54,11 @@ class LowRank(Scoring):
         return dataclasses.replace(self, rank=rank, directions=directions.astype(np.float32))
 
     def numbers_read_per_key(self, base, predictor):
-        """The first coordinates of keys that are kept in their principal directions."""
+        """The rank: keys are stored in their principal directions, and the first coordinates are read."""
         return float(base.head_dim // 4 if self.rank is None else self.rank)
 
     def scores(self, chunk: Chunk):
-        """Products in the few directions, per query head."""
+        """q . k in the first directions, per query head."""
         if self.directions is None:
             raise ValueError("lowrank has no directions yet; use what prepare(model, batches) gives")
         basis = jnp.asarray(self.directions)[chunk.layer]
@@ -66,7 +72,7 @@ class LowRank(Scoring):
 def key_moments(
     model: BaseModel, batch: dict[str, Int[Array, "B T"]]
 ) -> tuple[Float[Array, "L K D D"], Float[Array, "L K D"], Float[Array, ""]]:
-    """Sums over all tokens that are not padding: k k^T, k, and 1."""
+    """Returns the sums of k k^T, k and 1 over all tokens that are not padding."""
     dense = dense_mixer(model.config, batch["segments"])
     real = (batch["segments"] > 0).astype(jnp.float32)
 

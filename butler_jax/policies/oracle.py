@@ -1,4 +1,4 @@
-"""The true attention weights: the best that a choice for one layer and step can know."""
+"""The true attention weights: the most that a choice for one layer and step can know."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from butler_jax.policies.scoring import Chunk, Scoring, normalise, per_query_hea
 class Oracle(Scoring):
     """Scores by the true softmax weight, pooled per KV head by the maximum over its query heads.
 
-    The logarithm of the weight is used: the same order, without underflow.
+    It uses the logarithm of the weight, which has the same order and does not underflow.
     """
 
     name = "oracle"
 
     def numbers_read_per_key(self, base, predictor):
-        """Whole keys."""
+        """The head dimension: whole keys are read."""
         return float(base.head_dim)
 
     def scores(self, chunk: Chunk):
-        """True logits."""
+        """The true logits."""
         return chunk.logits
 
     def pool(self, scores, chunk: Chunk):
-        """Largest weight in the group."""
+        """The largest weight in the group."""
         return normalise(scores, chunk.allowed).max(axis=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OracleHead(Oracle):
-    """The same with a set for every query head: a bound, for heads of a group then read different keys."""
+    """The oracle with a set for every query head. It is a bound, since heads of a group then read different keys."""
 
     name = "oracle_head"
 
     def choosing_heads(self, base):
-        """Every query head."""
+        """All query heads."""
         return base.heads
 
     def pool(self, scores, chunk: Chunk):
-        """Nothing shared."""
+        """The scores of every query head."""
         return per_query_head(scores)

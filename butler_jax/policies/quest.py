@@ -1,4 +1,4 @@
-"""Quest (Tang et al. 2024, arXiv 2406.10774): whole pages, by an upper bound of every logit in the page."""
+"""Quest (Tang et al. 2024, arXiv 2406.10774): whole pages, by an upper bound of the logits in a page."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
 
 @dataclass(frozen=True, kw_only=True)
 class Quest(Scoring):
-    """Scores a page by sum_d max(q_d min_d, q_d max_d) over the range of its keys, and keeps pages whole.
+    """Scores a page by sum_d max(q_d min_d, q_d max_d) over the range of its keys, and reads whole pages.
 
-    Of the page that a row itself stands in, only the keys up to that row count. page: tokens, a power of two.
+    Of a row's own page, only the keys up to the row count.
+
+    Attributes:
+        page: Tokens of a page, a power of two.
     """
 
     name = "quest"
     page: int = 16
 
     def __post_init__(self):
-        good = self.page >= 1 and self.page & (self.page - 1) == 0
-        if not good:
+        if self.page < 1 or self.page & (self.page - 1):
             raise ValueError(f"a page of quest must be a power of two (1, 2, 4, 8, 16, ...), got {self.page}")
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
-        """Pages are chosen whole."""
+        """The selection with pages as units."""
         return dataclasses.replace(config, unit=self.page)
 
     def numbers_read_per_key(self, base, predictor):
-        """The two ends of a page's range."""
+        """The two ends of a page's range, shared by its tokens."""
         return 2 * base.head_dim / self.page
 
     def scores(self, chunk: Chunk):
@@ -57,14 +59,21 @@ class Quest(Scoring):
 def page_ranges(
     keys: Float[Array, "B K S D"], columns: Int[Array, " S"], starts: Int[Array, "B S"], page: int
 ) -> tuple[Range, Range]:
-    """(smallest, largest) of every dimension over the keys of a token's page: those up to the token, and all of them.
+    """Returns the ranges of the keys in each token's page: of those up to the token, and of all.
 
-    Pages are counted from the start of each document; its end, and that of the keys, may cut one.
+    A range is the smallest and the largest value in every dimension. Pages are counted from the start of each document.
+    The end of the document, or of the keys, may cut a page.
+
+    Args:
+        keys: Keys after rotary.
+        columns: Positions of the keys along the sequence, consecutive.
+        starts: Column at which each key's document begins.
+        page: Tokens of a page.
     """
     place = (columns[None] - starts) % page
     low = high = keys
     step = 1
-    while step < page:  # ranges of 2, 4, 8, ... tokens, as far as the page goes
+    while step < page:  # ranges of 2, 4, 8, ... tokens within the page
         inside = ((place >= step) & (columns - columns[0] >= step)[None])[:, None, :, None]
         low = jnp.where(inside, jnp.minimum(low, jnp.roll(low, step, axis=2)), low)
         high = jnp.where(inside, jnp.maximum(high, jnp.roll(high, step, axis=2)), high)

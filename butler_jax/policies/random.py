@@ -1,4 +1,4 @@
-"""Uniform scores: what a budget is worth without any knowledge."""
+"""Uniform scores: the baseline without any knowledge."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from butler_jax.policies.scoring import Chunk, Scoring
 class Random(Scoring):
     """Independent uniform scores for every layer, KV head, query and key.
 
-    They are a hash of these places (counted from the document's start) and the seed, so that a query has
-    the same scores in a pass over the sequence, in step-by-step decoding, and in any batch.
+    They are a hash of the seed and of these positions, counted from the start of the document. So a query has the same
+    scores in a pass over the sequence, in decoding step by step, and in any batch.
     """
 
     name = "random"

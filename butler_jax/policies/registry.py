@@ -1,4 +1,4 @@
-"""Policies by name. Another is one more file and one more row here."""
+"""Policies by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, **fields) -> Policy:
-    """The policy of that name; fields: its hyper-parameters. Raises ValueError naming the known ones."""
+    """Returns the policy of a name.
+
+    Args:
+        name: A key of POLICIES.
+        **fields: The policy's hyper-parameters.
+
+    Raises:
+        ValueError: The name or a hyper-parameter is unknown. The message lists the known ones.
+    """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
     if name not in POLICIES:

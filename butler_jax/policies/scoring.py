@@ -1,4 +1,4 @@
-"""Policies that score: every key of a row gets a number, and selection reads the best under the budget."""
+"""Policies that score: each key gets a score, and the selection reads the best under the budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from butler_jax.selection import Rows, always_chosen
 
 
 class Chunk(NamedTuple):
-    """C query rows of one layer and the S keys that they may see: all that a policy can rank by.
+    """C query rows of one layer and the S keys that they may see: everything a policy can score by.
 
     The G query heads of a group share one KV head.
 
@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
         q: Queries after rotary, times D**-0.5.
         k: Keys after rotary.
         v: Values.
-        logits: q . k of every key, masked or not, scaled, float32.
+        logits: Scaled q . k of every key, masked or not, float32.
         predicted: Scores of the trained predictor in the layout of `logits`; None without a predictor.
         rows: Columns of the query rows and of the first token of their documents.
         columns: Positions of the keys along the sequence.
@@ -58,10 +58,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring(Policy):
-    """Base class of policies that score.
-
-    `scores` gives a number per query head, `pool` makes of them what selection compares.
-    """
+    """Base class of policies that score. `scores` scores per query head, and `pool` combines them per choosing head."""
 
     def scores(self, chunk: Chunk) -> Float[Array, "B K _ C S"]:
         """Returns scores [B, K, G, C, S], or [B, K, 1, C, S] where a group shares them; higher is read first."""
@@ -79,17 +76,17 @@ class Scoring(Policy):
     def predictor_pooling(self) -> str | None:
         """How the predictor's scores alone are pooled, as `pallas_kernels.importance_scores` names it.
 
-        None, the default, where the policy looks at anything else. With a name, decoding scores a block of layers
-        before these layers run.
+        None, the default, where the policy needs anything else. With a name, decoding scores a block of layers before
+        these layers run.
         """
         return None
 
 
 def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
-    """Subtracts each head's log-sum-exp over the given keys of each row, so that the heads of a group compare.
+    """Subtracts each head's log-sum-exp over the given keys of a row, which makes the heads of a group comparable.
 
-    A group of one head stays as it is. So does a head whose log-sum-exp is not finite: one without keys, or with
-    scores of +inf or NaN.
+    A group of one head is unchanged. So is a head whose log-sum-exp is not finite: one without keys, or with a score of
+    +inf or NaN.
     """
     if scores.shape[2] == 1:
         return scores
@@ -98,6 +95,6 @@ def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> 
 
 
 def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:
-    """Returns one row of scores a query head, for a policy whose heads share no choice."""
+    """Returns the scores with one axis for all query heads, for a policy whose heads share no choice."""
     batch, kv_heads, group, *rest = scores.shape
     return scores.reshape(batch, kv_heads * group, *rest)

@@ -1,4 +1,4 @@
-"""SnapKV (Li et al. 2024, arXiv 2404.14469): what the newest rows look at, pooled over neighbours."""
+"""SnapKV (Li et al. 2024, arXiv 2404.14469): the attention of the newest rows, pooled over neighbours."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from butler_jax.policies.evicting import Evicting
 
 
 class Recent(NamedTuple):
-    """The attention of the last N rows, summed with additions alone, a few for each row.
+    """A running sum of the attention of the last N rows, updated with a few additions for each row.
 
-    rows: what each row gave, at its slot (position modulo N); the later slots are still of the round before, and hold
-    the sums of their own and all later ones. new: the sum of this round's rows. total: that of the last N.
+    Attributes:
+        rows: Attention of each row of this round at its slot (position modulo N). The later slots belong to the round
+            before, and each holds the sum of its own row and all later ones.
+        new: Sum over the rows of this round.
+        total: Sum over the last N rows.
     """
 
     rows: Float[Array, "N B K S"]
@@ -27,11 +30,16 @@ class Recent(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Evicting):
-    """A token is worth the attention of the last `observed` rows, the maximum over `pool` neighbours; those rows stay.
+    """A token is worth the attention of the last `observed` rows, the maximum over `pool` neighbours. Those rows stay.
 
-    As published, it chooses once, at the end of a dense prompt (there what is generated comes on top; here the budget
-    holds, and a step drops a token). Simulated, or with once=False, every row is the end of a prompt of its own, and
-    what an earlier one dropped is gone.
+    As published, it chooses once, at the end of a dense prompt. The publication keeps all generated tokens in addition;
+    here the budget holds, and each step drops a token. Simulated, or with once=False, every row chooses as if it ended
+    a prompt, among the tokens that earlier rows kept.
+
+    Attributes:
+        observed: Newest rows whose attention counts.
+        pool: Tokens over which the maximum is taken, an odd number.
+        once: See `Evicting`.
     """
 
     name = "snapkv"
@@ -41,18 +49,18 @@ class SnapKV(Evicting):
     once: bool = True
 
     def __post_init__(self):
-        if not self.observed >= 1:
+        if self.observed < 1:
             raise ValueError(f"snapkv must observe at least 1 row, got {self.observed}")
-        if not (self.pool >= 1 and self.pool % 2 == 1):
+        if self.pool < 1 or self.pool % 2 == 0:
             raise ValueError(f"snapkv pools an odd number of tokens, got {self.pool}")
 
     def begin(self, shape):
-        """No rows yet."""
+        """No attention yet."""
         nothing = jnp.zeros(shape, jnp.float32)
         return Recent(jnp.zeros((self.observed, *shape), jnp.float32), nothing, nothing)
 
     def observe(self, memory, weights, place, budget):
-        """The newest row takes the place of the oldest."""
+        """Replaces the oldest row by the newest."""
         batch = jnp.arange(weights.shape[0])
         slot = (place.own - place.start) % self.observed
         turn = (slot == 0)[:, None, None]
@@ -68,11 +76,11 @@ class SnapKV(Evicting):
         return Recent(rows.at[slot, batch].set(weights), new, new + old)
 
     def worth(self, memory):
-        """The pooled sum over the rows."""
+        """The sum over the rows, pooled over neighbours."""
         size, side = memory.total.shape[-1], self.pool // 2
         padded = jnp.pad(memory.total, ((0, 0), (0, 0), (side, side)), constant_values=-jnp.inf)
         return reduce(jnp.maximum, [padded[..., i : i + size] for i in range(self.pool)])
 
     def recent(self, budget):
-        """The observed rows, as far as half of the budget goes."""
+        """The observed rows, at most half of the budget."""
         return jnp.minimum(self.observed, budget // 2)

@@ -14,8 +14,10 @@ from butler_jax.policies.scoring import Chunk, Scoring, normalise
 class TokenButler(Scoring):
     """Scores by the predictor's importance q_imp . k_imp / sqrt(R), pooled per KV head.
 
-    pooling: "normalised" takes each head's own log-sum-exp over the contested keys (those it was trained on: neither
-    sinks nor recent) off before the maximum over the group; "maximum" is the plain maximum, as published, and cheaper.
+    Attributes:
+        pooling: How a group is pooled. "normalised" subtracts each head's log-sum-exp over the contested keys (those of
+            training: neither sinks nor recent) and takes the maximum. "maximum" is the plain maximum, as published, and
+            is cheaper.
     """
 
     name = "tokenbutler"
@@ -29,21 +31,21 @@ class TokenButler(Scoring):
 
     @property
     def predictor_pooling(self):
-        """The setting `pooling`."""
+        """The field `pooling`."""
         return self.pooling
 
     def numbers_read_per_key(self, base, predictor):
-        """Importance keys."""
+        """The numbers of k_imp, shared by the KV heads."""
         return predictor.config.rank * predictor.key_heads / base.kv_heads
 
     def scores(self, chunk: Chunk):
-        """Importance per query head; NaN counts as -inf."""
+        """The importance per query head. NaN counts as -inf."""
         if chunk.predicted is None:
             raise ValueError("the policy tokenbutler needs a trained predictor")
         return jnp.where(jnp.isnan(chunk.predicted), -jnp.inf, chunk.predicted)
 
     def pool(self, scores, chunk: Chunk):
-        """Maximum over the group."""
+        """The maximum over the group."""
         if self.pooling == "normalised":
             scores = normalise(scores, chunk.contested)
         return scores.max(axis=2)
