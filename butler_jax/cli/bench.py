@@ -1,7 +1,7 @@
 """`butler-jax bench`: tokens per second, dense and sparse, beside transformers on torch.
 
-The same weights, the same prompt, the same process. The variants take turns round by round, so that what else the
-machine does hits all of them, and the median round counts.
+All variants have the same weights, prompt and process. They take turns, so that other load on the machine slows all of
+them alike. The median round counts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BenchConfig:
     unit: int = 1
     """Tokens chosen together, a power of two."""
     pooling: Literal["normalised", "maximum"] = "normalised"
-    """How the heads of a group agree."""
+    """How the scores of a group's heads are combined."""
     batch: int = 1
     """Rows decoded together."""
     tokens: int = 16
@@ -48,7 +48,7 @@ class BenchConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision. Default: float32 on CPU, bfloat16 on accelerators."""
     json: Path | None = None
-    """File for the rows."""
+    """File to write the rows to."""
 
     def __post_init__(self):
         for name in ("batch", "tokens", "rounds"):

@@ -1,4 +1,4 @@
-"""Command lines made from configurations, and errors told in one line."""
+"""Command lines made from configurations, and errors printed in one line."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _unchecked(kind: type, flags: tuple[str, ...] | None = None) -> type:
 
 
 def _checked(kind: type, values: Any) -> Any:
-    """The configuration itself of the values that tyro read."""
+    """The configuration, with its checks, of the values that tyro read."""
     hints, given = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         value = getattr(values, field.name)
@@ -73,9 +73,9 @@ def _checked(kind: type, values: Any) -> Any:
 
 
 def run(command: Callable[[], int]) -> int:
-    """Exit status of a command; an error of the user's making becomes one line on stderr and status 1.
+    """Run a command and return its exit status; an error that a user can mend is one line on stderr and status 1.
 
-    So does the loss of another process of the run. Where there are several, an error ends this one at once.
+    So is the loss of another process of the run. In a run of several processes, an error ends this one at once.
     """
     try:
         return command()
@@ -113,7 +113,7 @@ def interrupts_end(said: str) -> Iterator[None]:
     """
 
     def end(number, frame):
-        with contextlib.suppress(OSError, RuntimeError):  # nobody reads any more, or it was being written to
+        with contextlib.suppress(OSError, RuntimeError):  # no reader is left, or the signal came during a write
             sys.stdout.flush()
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{said}\n".encode())

@@ -34,7 +34,7 @@ def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context:
         raise ValueError(f"a context of {context} tokens has no room for the {context - length} that are measured")
     prompt = np.random.default_rng(0).integers(5, base.config.vocab_size, (config.batch, length)).astype(np.int32)
     began = time.perf_counter()
-    held = _fill(config, base, predictor, prompt, context)
+    held = _prefill(config, base, predictor, prompt, context)
     variants: dict[tuple, Round] = {("dense", 1.0, 1): _decoder(config, base, predictor, held, None)}
     for selection in config.selections():
         key = ("sparse", selection.budget, selection.interval)
@@ -68,7 +68,7 @@ def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context:
     return rows
 
 
-def _fill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, context: int) -> Any:
+def _prefill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, context: int) -> Any:
     """The first token and the caches after a prompt."""
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
     how = _decoding(base, context, None, make_policy("tokenbutler"))
@@ -77,13 +77,13 @@ def _fill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, c
 
 
 def _decoding(base: Base, capacity: int, selection: SelectionConfig | None, policy: Policy) -> generation.Decoding:
-    """What prefill and steps compile for."""
+    """What prefill and decode steps are compiled for."""
     plan = make_plan(base.config, capacity, selection, policy)
     return generation.Decoding(plan, SamplingConfig(), capacity, generation.CHUNK, None)
 
 
 def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, selection: SelectionConfig | None) -> Round:
-    """Rounds of one variant, each going on where the last one stopped. Dense decoding keeps no importance keys."""
+    """Rounds of one variant, each going on where the last one stopped. Dense decoding keeps no k_imp."""
     policy: Policy = make_policy("tokenbutler", pooling=config.pooling)
     made, held = jax.tree.map(jnp.copy, start)
     state = held.state
@@ -106,7 +106,7 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
 
 
 def load_peer(config: BenchConfig, base: Base) -> Callable[[np.ndarray], Round] | None:
-    """prompt -> rounds of greedy decoding by transformers on torch; None, with a line, where that cannot be."""
+    """prompt -> rounds of greedy decoding by transformers on torch; None, with a line, where it cannot run."""
     if not Path(os.path.expanduser(config.base)).is_dir():
         print("transformers is left out: it needs --base as a Hugging Face directory", flush=True)
         return None

@@ -36,12 +36,13 @@ class GenerateConfig:
     dense: bool = False
     """Read everything, whatever the run."""
     policy: str | None = None
-    """What ranks the cached tokens, as --policies of eval. All but tokenbutler need no run. Default: tokenbutler with a
+    """What ranks the cached tokens, as --policies of eval. Only tokenbutler needs a run. Default: tokenbutler with a
     run, dense without."""
     selection: SelectionConfig = field(default=SelectionConfig())
     """How many cached tokens a step reads."""
     pooling: Literal["normalised", "maximum"] = "normalised"
-    """How the heads of a group agree: the maximum of weights, or the plain maximum of scores, which is cheaper."""
+    """How the scores of a group's heads are combined: by the maximum of their softmax weights, or by the maximum of the
+    scores, which is cheaper."""
     offload: bool = False
     """Keep keys and values in host memory. Only what is read goes to the device."""
     score_dtype: Literal["int8"] | None = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STARTS = 50
-"""How many starts are printed, the last ones."""
+"""How many of the last starts are printed."""
 
 LONGEST_CELL, LONGEST_TEXT = 500, 10_000
 """Characters printed of one value, in a table and on a line."""
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def kind_of(config: dict[str, Any]) -> type[FitConfig] | None:
-    """The configuration class that a run's settings are of; None where they are of no training."""
+    """The configuration class of a run's settings; None where the run is not a training."""
     return TrainConfig if "predictor" in config else PretrainConfig if "vocab_size" in config else None
 
 
@@ -139,14 +139,14 @@ def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _printable(value: Any, most: int = LONGEST_TEXT) -> str:
-    """A value as text without what steers a terminal or cannot be written to it, cut where it is long."""
+    """A value as text without control characters and others that a terminal cannot show, cut where it is long."""
     text = str(value)
     cut = "..." if len(text) > most else ""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text[:most]) + cut
 
 
 def _valid(value: Any) -> Any:
-    """A JSON value with NaN and the infinities, which are no JSON, as text."""
+    """A JSON value with NaN and infinities, which JSON does not have, as text."""
     if isinstance(value, dict):
         return {name: _valid(one) for name, one in value.items()}
     if isinstance(value, list):

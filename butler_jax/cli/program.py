@@ -8,7 +8,7 @@ import sys
 
 COMMANDS = {
     "train": ("train.main", "Distil a predictor from a frozen base model."),
-    "pretrain": ("train.main_pretrain", "Train the embedded base model tiny from nothing."),
+    "pretrain": ("train.main_pretrain", "Train the embedded base model tiny from scratch."),
     "eval": ("eval.main", "Evaluate a base model and trained predictors under policies and budgets."),
     "generate": ("generate.main", "Continue a prompt."),
     "bench": ("bench.main", "Time decoding, dense and sparse."),

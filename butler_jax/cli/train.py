@@ -45,7 +45,7 @@ def _train(config: Any) -> str:
 
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or default_run_dir(config)
-    with claim(run_dir):  # what would be refused is refused before anything takes long
+    with claim(run_dir):  # a run that would be refused is refused before anything slow
         check_run(run_dir, config)
     shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
     distil(load_base(config.base, dtype=config.dtype, shardings=shardings), config)

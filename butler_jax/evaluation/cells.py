@@ -19,7 +19,7 @@ class Cell:
     """What is measured at once.
 
     Attributes:
-        rows: The rows of one task under one policy, at one budget or, where a task measures them together, at all.
+        rows: The rows of one task under one policy, at one budget or, where `at_once`, at all.
         arrays: Nested lists by name, such as the hit rate of every layer and head.
         seconds: How long the measurement took.
     """
@@ -44,9 +44,9 @@ class KeptCells:
                 read = parse_object(line, f"{self.path}, line {number}")
                 key, cell = read.get("key"), read_cell(read)
                 if not isinstance(key, str):
-                    raise ValueError("no cell: key")
+                    raise ValueError("not a cell: key")
             except ValueError:
-                continue  # cut off while it was written, damaged or of another version: the cell is measured anew
+                continue  # cut off, damaged or of another version: the cell is measured again
             self.cells[key] = cell
 
     def add(self, key: str, cell: Cell) -> None:
@@ -59,13 +59,13 @@ class KeptCells:
 
 
 def read_cell(read: dict[str, Any]) -> Cell:
-    """Make a cell of the JSON of dataclasses.asdict.
+    """Make a cell from the JSON of dataclasses.asdict.
 
     Raises:
-        ValueError: The object is no cell.
+        ValueError: The object is not a cell.
     """
     kinds = {"rows": list[dict], "arrays": dict[str, list], "seconds": float}
     wrong = [name for name, kind in kinds.items() if not fits(read.get(name), kind)]
     if wrong or not read["rows"]:
-        raise ValueError(f"no cell: {', '.join(wrong) or 'no rows'}")
+        raise ValueError(f"not a cell: {', '.join(wrong) or 'no rows'}")
     return Cell([from_dict(ReportRow, row) for row in read["rows"]], read["arrays"], read["seconds"])

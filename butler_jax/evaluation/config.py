@@ -40,30 +40,30 @@ class EvalConfig(HostsConfig):
     """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
     policies: tuple[str, ...] | None = None
     """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler; in Python also
-    policies themselves. snapkv and citrus run row by row here. Default: dense, oracle, random, streaming and, where
+    Policy objects. snapkv and citrus run row by row here. Default: dense, oracle, random, streaming and, where
     there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
     tokens."""
     selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("sinks", "recent")})
-    """How tokens are chosen. Each of the budgets takes the place of its budget."""
+    """How tokens are chosen. Each of --budgets replaces its budget."""
     tokens: int = 8192
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
-    """Tokens in a window of text; windows do not overlap."""
+    """Tokens in a window of text. Windows overlap only with --stride."""
     stride: int | None = None
-    """Perplexity in overlapping windows, each so many tokens after the one before; a token is predicted once, after at
-    least context - stride others. Needs --text."""
+    """Tokens from the start of one window to the start of the next, for perplexity in overlapping windows. A token is
+    predicted once, after at least context - stride others. Needs --text."""
     attention_rows: int = 256
     """About how many rows of each window the task attention measures, spread evenly."""
     samples: int = 64
-    """Co-reference samples, key_value and variables samples of each length."""
+    """Samples of coreference, and of key_value and variables at each length."""
     lengths: tuple[str | int, ...] = (256, 512, 1024)
     """Tokens of the samples of needle, key_value and variables."""
     depths: tuple[str | float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where needles lie: 0 is the beginning of the haystack, 1 its end."""
     needles: int = 4
-    """Needle samples of each length and depth."""
+    """Samples of needle at each length and depth."""
     limit: int = 200
     """Items of each downstream task."""
     batch_size: int = 4
@@ -71,8 +71,8 @@ class EvalConfig(HostsConfig):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
     score_dtype: Literal["int8"] | None = None
-    """int8 rounds the predictor's importance keys as decoding stores them after a prompt of the whole text.
-    Default: that of the base model."""
+    """int8 rounds the predictor's k_imp as decoding stores it after a prompt of the whole text. Default: the precision
+    of the base model."""
     data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     seed: int = 0

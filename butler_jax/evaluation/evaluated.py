@@ -75,7 +75,7 @@ def collect_policies(
 ) -> list[EvaluatedPolicy]:
     """Make and prepare the policies of a configuration.
 
-    A policy that needs a predictor is there once for each: that of the run, and those of the runs to compare.
+    A policy that needs a predictor appears once for each: that of the run, and those of the runs to compare.
 
     Args:
         base: From `load_base`.
@@ -133,7 +133,7 @@ def prepare_policies(
     """Prepare policies on about PREPARED_TOKENS tokens of text.
 
     Args:
-        policies: The policies; where none has a `prepare` of its own, no text is read.
+        policies: The policies; no text is read where none overrides `prepare`.
         base: From `load_base`.
         data: The text, of which the training part is read.
         context: Tokens in a row of text.
@@ -150,7 +150,7 @@ def prepare_policies(
 
 
 def describe_prepared(policy: Policy, data: str) -> dict[str, Any]:
-    """The description of a policy, with the text that it was prepared on where it was."""
+    """Describe a policy, with the text that it was prepared on if it was."""
     if not _needs_text(policy):
         return describe(policy)
     return {**describe(policy), "found_on": f"about {PREPARED_TOKENS:,} tokens of the training part of {data}"}

@@ -1,9 +1,9 @@
 """Evaluate a base model and its predictor: every task under every policy and budget, cell by cell.
 
-From a number to a row of the report there are three types. A task takes sums over the sequences it runs (`TextSums`,
-`Answers` or `Recall`). A quotient of two sums is an `Estimate`: a mean with its standard error. The estimate with its
-task, metric, policy and budget is a `ReportRow`, and the report is a list of these. The rows of one task, policy and
-budget are a `Cell`: what is measured at once, kept in cells.jsonl, and exchanged between hosts.
+A task sums over the sequences that it runs (`TextSums`, `Answers` or `Recall`). The quotient of two sums is an
+`Estimate`: a mean with its standard error. An estimate with its task, metric, policy and budget is a `ReportRow`, and
+a report is a list of these. The rows of one task, policy and budget are a `Cell`. A cell is measured at once, kept in
+cells.jsonl and exchanged between hosts.
 
 Several hosts take turns. Each measures one of the next cells with the whole base on its first device, and the first
 host keeps the results. A cell is computed as a single host computes it, so the report is the same.
@@ -74,12 +74,13 @@ def evaluate(
             leave tokenbutler out.
         config: The configuration; config.policies are names, or policies themselves.
         data: As config.data.
-        keep: A directory where finished cells are kept as they come (cells.jsonl). The next evaluation there does not
-            measure again what is the same, down to the policies' code and the package's version. None writes nothing.
+        keep: The directory of cells.jsonl, where finished cells are kept. A later evaluation measures a cell again only
+            where something it depends on has changed, the policies' code and the package's version included. None
+            writes nothing.
         say: Receives a line of progress after each cell.
 
     Returns:
-        The report. Of several processes only the first keeps and says; the report is there in all.
+        The report, in every process. Only the first process keeps cells and calls `say`.
 
     Raises:
         ValueError: A policy is unknown or lacks its predictor, the context is beyond the base's, a text is empty,
@@ -155,7 +156,7 @@ def plan_cells(
 
 
 def _share_kept(kept: KeptCells, plan: Sequence[PlannedCell]) -> None:
-    """Give all processes the cells that the first one has kept, and check that they plan the same."""
+    """Give all processes the cells that the first one has kept, and check that their plans are equal."""
     agree({str(cell): cell.key for cell in plan})
     there = gather({cell.key: asdict(kept.cells[cell.key]) for cell in plan if cell.key in kept.cells})[0]
     kept.cells = {key: read_cell(read) for key, read in there.items()}

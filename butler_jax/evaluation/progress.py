@@ -10,10 +10,10 @@ Say = Callable[[str], None]
 
 
 class CellProgress:
-    """Says a line after each cell. The time left assumes that the cells of a task cost alike."""
+    """Reports a line after each cell. The time left assumes that all cells of a task take equally long."""
 
     def __init__(self, missing: dict[str, int], total: int, say: Say, *, hosts: int = 1):
-        """Begin.
+        """Start before the first cell.
 
         Args:
             missing: How many cells of each task are to be measured.
@@ -26,7 +26,7 @@ class CellProgress:
         self.done = 0
 
     def add(self, task: str, label: str, cell: Cell, *, kept: bool) -> None:
-        """Say that a cell is finished; kept: an earlier evaluation has measured it."""
+        """Report a finished cell; kept: an earlier evaluation has measured it."""
         self.left[task] -= not kept
         self.done += 1
         self.spent[task].append(cell.seconds)
@@ -38,7 +38,7 @@ class CellProgress:
         self.say(f"[{place}] {task:12} {label:14} {budget:8} {first.metric} {first.value:.4f}   {cost}{left}")
 
     def seconds_left(self) -> float:
-        """For each missing cell the mean of its task so far; for a task not begun, the mean of all cells."""
+        """For each missing cell the mean of its task so far; for a task without cells so far, the mean of all cells."""
         seen = [s for spent in self.spent.values() for s in spent]
         overall = sum(seen) / max(len(seen), 1)
         means = {task: sum(spent) / len(spent) if spent else overall for task, spent in self.spent.items()}

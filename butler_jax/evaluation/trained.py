@@ -1,4 +1,4 @@
-"""How a predictor was trained, from its run's directory: what a report copies."""
+"""How a predictor was trained, read from its run's directory for reports."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.budget import budget_table, limits_of
 from butler_jax.selection.config import SelectionConfig
-from butler_jax.simulation import eviction as judged
+from butler_jax.simulation import eviction as simulated
 
 simulation = importlib.import_module("butler_jax.simulation.simulator")
 choosing = importlib.import_module("butler_jax.simulation.choice")
@@ -188,7 +188,7 @@ def simulated_kept(model, policy, selection):
     """What the simulation keeps [L, B, K, T, S], in chunks of 16 rows; of layer 0, which is dense, everything."""
     batch = jax.tree.map(jnp.asarray, text_of(len(LONGER)))
     shape = (model.config.layers, len(LONGER), model.config.kv_heads, TOTAL, TOTAL)
-    seen, layer, rows, row = np.zeros(shape, bool), [], judged.rows_of, eviction.evict_row
+    seen, layer, rows, row = np.zeros(shape, bool), [], simulated.rows_of, eviction.evict_row
 
     def note(layer, own, kept):
         if own[0] >= 0:
@@ -205,7 +205,7 @@ def simulated_kept(model, policy, selection):
 
     run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judged, "rows_of", watched_rows)
+        patch.setattr(simulated, "rows_of", watched_rows)
         patch.setattr(eviction, "evict_row", watched_row)
         patch.setattr(eviction, "CHUNK", 16)
         x, _ = jax.jit(run)(model, None, batch, limits_of(selection, model.config, TOTAL))

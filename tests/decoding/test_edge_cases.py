@@ -66,8 +66,8 @@ def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, im
     assert np.flatnonzero(found.chosen[1, 0, 0]).tolist() == [0, 1, 2, 3, 4, 5, 6, 22, 23, 24]
     assert np.isfinite(logits).all()
     batch = text(25, total=25) | {"tokens": jnp.concatenate([tokens, jnp.asarray([[5]])], axis=1)}
-    judged = simulate(model, batch, make_policy("tokenbutler"), selection, broken)
-    assert np.asarray(judged.greedy)[0, -1] == np.asarray(logits)[0].argmax()
+    found = simulate(model, batch, make_policy("tokenbutler"), selection, broken)
+    assert np.asarray(found.greedy)[0, -1] == np.asarray(logits)[0].argmax()
 
 
 @pytest.mark.parametrize("implementation", PLAIN)

@@ -1,4 +1,4 @@
-"""Importance keys in int8: half a step of error at most, and decoding goes by exactly what is stored."""
+"""k_imp in int8: half a step of error at most, and decoding goes by exactly what is stored."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_decoding_chooses_by_the_stored_keys(model, predictor, tokens, states):
     assert state.scores.k_imp.dtype == jnp.int8
 
 
-def test_generation_and_judgement_take_it(model, predictor, tokens):
+def test_generation_and_evaluation_take_it(model, predictor, tokens):
     base = Base("random", model, None, "f")
     prompts = [tokens[0].tolist(), tokens[1, :23].tolist()]
     settings = dict(predictor=predictor, selection=SELECTION, max_new_tokens=12, score_dtype="int8")

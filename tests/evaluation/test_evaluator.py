@@ -204,7 +204,7 @@ class Norm(Scoring):
         return jnp.broadcast_to(norms, (*norms.shape[:3], chunk.q.shape[3], norms.shape[-1]))
 
 
-def test_policies_of_ones_own_are_judged_beside_those_with_names(model, tmp_path):
+def test_policies_of_ones_own_are_evaluated_beside_those_with_names(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
     base, settings = Base("letters", model, Letters(), "f"), dict(text=text, tokens=128, context=128, budgets="1/2")
@@ -288,7 +288,9 @@ def test_a_report_says_over_how_many_windows_errors_are_and_whether_these_overla
     }
     said = "± standard error over 3 windows"
     said = (
-        said if stride is None else "± standard error over 5 overlapping windows, which are not independent: too small"
+        said
+        if stride is None
+        else "± standard error over 5 overlapping windows, which are not independent, so it is too small"
     )
     text, whole = render_markdown(report), render_page(report)
     assert text.count(said) == whole.count(said) == len(make_tables(report.rows))
@@ -315,7 +317,7 @@ def test_a_policy_that_was_edited_is_measured_anew(place, tmp_path, monkeypatch,
     base, _, config = place
     config = dataclasses.replace(config, policies=("dense", "newest"), budgets=(0.5,))
 
-    def judged(text):
+    def evaluated(text):
         module = types.ModuleType("newest_of_a_test")  # as importing the file does it, or a notebook's cell
         (tmp_path / "newest.py").write_text(text)
         if in_a_file:
@@ -327,10 +329,10 @@ def test_a_policy_that_was_edited_is_measured_anew(place, tmp_path, monkeypatch,
         report = evaluate(base, None, config, keep=tmp_path / "out", say=said.append)
         return ["kept" in line for line in said], report.value("perplexity", "newest", 0.5)
 
-    kept, newest = judged(NEWEST.replace("SIGN", "1.0"))
+    kept, newest = evaluated(NEWEST.replace("SIGN", "1.0"))
     assert kept == [False, False]
-    assert judged(NEWEST.replace("SIGN", "1.0")) == ([True, True], newest)
-    kept, oldest = judged(NEWEST.replace("SIGN", "-1.0"))
+    assert evaluated(NEWEST.replace("SIGN", "1.0")) == ([True, True], newest)
+    kept, oldest = evaluated(NEWEST.replace("SIGN", "-1.0"))
     assert kept == [True, False] and oldest != newest
 
 

@@ -1,4 +1,4 @@
-"""Several real processes on the loopback address against one: training, stopping, dying, going on, and judging."""
+"""Several real processes on the loopback address against one: training, stopping, dying, going on, and evaluating."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_a_renamed_checkpoint_is_set_aside_and_what_has_another_name_is_left(tmp
 
 
 def test_a_damaged_predictor_is_refused_naming_the_whole_ones(tmp_path):
-    """The best is asked for: another in its stead would be judged under its name."""
+    """The best is asked for: another would be evaluated under its name."""
     from tests.runs import test_checkpoints as saved
 
     predictors = [saved.random_predictor("producer", seed=seed) for seed in range(3)]

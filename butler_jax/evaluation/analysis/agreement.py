@@ -31,9 +31,9 @@ class Access(NamedTuple):
     """Which tokens N consecutive rows read; K is H for a policy that chooses per query head, and M is N - 1.
 
     Attributes:
-        frequency: The share of the rows that may see a token and read it; NaN where none may.
+        frequency: Of the rows that may see a token, the share that reads it; NaN where no row may.
         agreement: Tokens that both of two rows read, over tokens that either reads; mean over KV heads and sequences.
-        consistency: The share of the tokens a row reads that the next row reads too.
+        consistency: Of the tokens that a row reads, the share that the next row reads too.
     """
 
     frequency: Float[np.ndarray, "B L K T"]
@@ -62,7 +62,7 @@ class Drift(NamedTuple):
     """For M rows, the predictor's hit rate, and how attention differs from that of the row `distance` earlier.
 
     Attributes:
-        hit_rate: As `Recall` has it, per query head.
+        hit_rate: As in `Recall`, per query head.
         moved: 1 - overlap of the best tokens of the two rows, over the keys that both see.
         divergence: Between the attention of the two rows, over the keys that both see.
     """
@@ -73,7 +73,7 @@ class Drift(NamedTuple):
 
 
 class Binned(NamedTuple):
-    """Means of bins along x: mean x, mean y, its standard error as if values were independent, number of values."""
+    """Means of bins along x: mean x, mean y, its standard error for independent values, number of values."""
 
     x: Float[np.ndarray, " N"]
     y: Float[np.ndarray, " N"]
@@ -119,7 +119,7 @@ def measure_overlap(
     """Measure how much of the top `fraction` of step 0 is still in the top `fraction` at later steps.
 
     The best are ceil(fraction * n) of the n keys that all steps see, ties to the earlier one. Sinks and recent tokens
-    are treated as all others.
+    are treated like all others.
 
     Args:
         model: The base model.
@@ -166,7 +166,7 @@ def measure_drift(
     """
     if predictor is None:
         raise ValueError("hit rate against drift needs a trained predictor")
-    if not distance > 0:
+    if distance <= 0:
         raise ValueError(f"the distance must be at least 1 row, got {distance}")
     if not (0 < fraction < 1):
         raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
@@ -239,7 +239,7 @@ def _prepare(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array
 
 def _check_sliding_window(model: BaseModel, rows: int) -> None:
     sliding_window = model.config.sliding_window
-    if sliding_window is not None and not sliding_window >= rows + LEAST_KEYS:
+    if sliding_window is not None and sliding_window < rows + LEAST_KEYS:
         raise ValueError(
             f"the model's sliding window is {sliding_window} tokens: {rows} rows have too few keys in common; use fewer"
         )
@@ -250,9 +250,9 @@ def _sizes(batch: dict[str, Array], fraction: float) -> Int[Array, " S"]:
     return jnp.asarray(budget_table(SelectionConfig(budget=fraction, sinks=0, recent=1), batch["tokens"].shape[1]))
 
 
-def measure_share(both: Bool[Array, "*B S"], of: Bool[Array, "*B S"]) -> Float[Array, "*B"]:
-    """|both and of| / |of|."""
-    return jnp.sum(both & of, axis=-1, dtype=jnp.int32) / jnp.maximum(jnp.sum(of, axis=-1, dtype=jnp.int32), 1)
+def measure_share(sets: Bool[Array, "*B S"], of: Bool[Array, "*B S"]) -> Float[Array, "*B"]:
+    """The share of each set of `of` that is in `sets` too."""
+    return jnp.sum(sets & of, axis=-1, dtype=jnp.int32) / jnp.maximum(jnp.sum(of, axis=-1, dtype=jnp.int32), 1)
 
 
 def measure_divergence(p: Float[Array, "*B S"], q: Float[Array, "*B S"]) -> Float[Array, "*B"]:

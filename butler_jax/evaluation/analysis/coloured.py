@@ -13,14 +13,14 @@ from jaxtyping import Float
 from butler_jax.text import Writer
 from butler_jax.weights import Base
 
-HUE = "240, 120, 0"  # orange: seen on white and on black, under text of either
+HUE = "240, 120, 0"  # orange, visible on white and on black
 STRONGEST = 0.65  # opacity of a token that every set reads; the page's own text stays readable on it
 SHADES = (230, 223, 216, 209, 208)  # of a terminal's 256 colours, light to strong; the text on them is black
 
 
 @dataclass(frozen=True)
 class ColouredText:
-    """Pieces of a text with a number each; notebooks show it as it is, and print() colours a terminal.
+    """Pieces of a text, each with a number. Notebooks show it in colour, and print() does in a terminal.
 
     Attributes:
         pieces: The text of one token, or of the few tokens that make up a character together.
@@ -54,7 +54,7 @@ class ColouredText:
         out = []
         for piece, _, share, _ in self._shown():
             shade = round(share * len(SHADES))
-            lines = piece.split("\n")  # a colour never runs across a line's end
+            lines = piece.split("\n")  # a colour ends with its line
             out.append(
                 "\n".join(f"\x1b[48;5;{SHADES[shade - 1]};38;5;16m{x}\x1b[0m" if x and shade else x for x in lines)
             )

@@ -1,6 +1,6 @@
 """Figures of the analyses: each function draws what a function of agreement.py or reading.py returns.
 
-They touch no global state of matplotlib: no style and no current figure. A notebook shows a figure as it is.
+They change no global state of matplotlib, neither style nor current figure. Notebooks show the figures.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def draw_overlap(found: Overlap, published: bool = True) -> Any:
 def draw_drift(found: Drift, bins: int = 10) -> Any:
     """Draw the hit rate by how far attention moved: means of bins with standard errors, over layers 1 ...."""
     figure, axes = make_canvas(1, 2, (9, 3.4), sharey=True)
-    names = {"moved": "best tokens that changed (share)", "divergence": "divergence from the earlier row (nats)"}
+    names = {"moved": "share of the best tokens that changed", "divergence": "divergence from the earlier row (nats)"}
     for ax, (name, label) in zip(axes[0], names.items(), strict=True):
         bars = bin_means(getattr(found, name)[:, 1:], found.hit_rate[:, 1:], bins)
         ax.errorbar(bars.x, bars.y, bars.error, color=BLUE, marker="o", ms=4, lw=1.5, capsize=3)
@@ -100,10 +100,14 @@ def draw_access(found: Access, sequence: int = 0) -> Any:
     figure.colorbar(image, ax=often)
     image = draw_matrix(agree, found.agreement[1:].mean(axis=0), (0, 1), aspect="equal")
     agree.set(xlabel="row", ylabel="row")
-    agree.set_title("read by both, over read by either")
+    agree.set_title("tokens read by both rows, over those read by either")
     figure.colorbar(image, ax=agree)
     _draw_line(
-        kept, np.arange(1, layers), found.consistency[:, 1:].mean(axis=(0, 2, 3)), "layer", "read by the next row too"
+        kept,
+        np.arange(1, layers),
+        found.consistency[:, 1:].mean(axis=(0, 2, 3)),
+        "layer",
+        "share that the next row reads too",
     )
     kept.set_ylim(0, 1.03)
     return figure
@@ -112,7 +116,7 @@ def draw_access(found: Access, sequence: int = 0) -> Any:
 def draw_scores(found: Scored) -> Any:
     """Draw true attention and the predictor's side by side in one logarithmic colour scale.
 
-    A predictor is not trained on sinks and recent tokens; its colours there mean nothing.
+    A predictor is not trained on sinks and recent tokens. Its colours there have no meaning.
     """
     from matplotlib.colors import LogNorm
 
@@ -122,9 +126,9 @@ def draw_scores(found: Scored) -> Any:
     for ax, (title, weights) in zip(axes[0], parts.items(), strict=True):
         seen = np.ma.masked_where(np.isnan(found.logits), weights)
         image = ax.imshow(np.ma.clip(seen, FAINTEST, 1), cmap="viridis", norm=norm, interpolation="antialiased")
-        ax.set_xlabel("token read")
+        ax.set_xlabel("key token")
         ax.set_title(title)
-    axes[0, 0].set_ylabel("token that reads")
+    axes[0, 0].set_ylabel("query token")
     figure.colorbar(image, ax=axes, label="weight")
     return figure
 
@@ -136,7 +140,7 @@ def draw_reading(found: Reading) -> Any:
     top.bar(tokens, found.counts[: tokens.size] / found.most, width=1.0, color=ORANGE)
     top.set(ylabel="share of the sets", ylim=(0, 1.03))
     top.set_title(
-        f"what token {found.position} reads ({found.policy}, budget {found.selection.budget:.4g})", fontsize=10
+        f"tokens that token {found.position} reads ({found.policy}, budget {found.selection.budget:.4g})", fontsize=10
     )
     image = draw_matrix(below, found.by_layer[:, : tokens.size], (0, found.sets.shape[1]))
     below.set(xlabel="token", ylabel="layer")

@@ -18,7 +18,7 @@ from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, sparse_chunk, with_rule
 
-LONGEST = 2048  # tokens of a T x T picture
+LONGEST = 2048  # tokens of a text whose T x T weights are drawn
 
 
 class Scored(NamedTuple):
@@ -86,7 +86,7 @@ def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, l
     base, length = model.config, _one_row(model, batch)
     if predictor is None:
         raise ValueError("attention beside scores needs a trained predictor")
-    if not length <= LONGEST:
+    if length > LONGEST:
         raise ValueError(f"the text has {length} tokens and the picture is T x T; give at most {LONGEST} tokens")
     if not (1 <= layer < base.layers):
         raise ValueError(f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
@@ -106,7 +106,7 @@ def find_reading(
     *,
     position: int = -1,
 ) -> Reading:
-    """Find the sets that one row of a text reads, where all rows before it read sparsely too, as in `simulate`.
+    """Find the sets that one row of a text reads when all rows before it read sparsely too, as in `simulate`.
 
     Args:
         model: The base model.
@@ -127,7 +127,7 @@ def find_reading(
         raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
     selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
     if selection.interval != 1:
-        raise ValueError(f"every position chooses here, the interval is {selection.interval}; use 1")
+        raise ValueError(f"here every position chooses; the interval must be 1, got {selection.interval}")
     limits = limits_of(selection, model.config, length)
     column = int(real[position])
     predictor = predictor if policy.needs_predictor else None

@@ -1,4 +1,4 @@
-"""What a few query rows see in every layer, from one dense pass; memory is N x S a layer.
+"""What a few query rows see in every layer of one dense pass. Memory is N x S per layer.
 
 The rows of a teacher-forced text are the steps of a dense decoding of that text. The analyses call the last N of them
 decode steps.
@@ -39,7 +39,7 @@ def batch_text(base: Base, text: str, tokens: int | None = None) -> Batch:
         ValueError: The text has fewer than 2 tokens or is beyond the model's context, or the base has no tokenizer.
     """
     ids = base.require_tokenizer().encode(text)[:tokens]
-    if not len(ids) > 1:
+    if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; give one of at least 2")
     check_length(base.config, len(ids))
     return cut_windows(ids, context=len(ids))[0]
@@ -52,14 +52,14 @@ def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B N"]:
         ValueError: The last document of a sequence has fewer than count + 31 tokens; the first of the rows must see at
             least LEAST_KEYS keys.
     """
-    if not count > 0:
+    if count <= 0:
         raise ValueError(f"the number of rows must be at least 1, got {count}")
     found = []
     for segments in np.asarray(batch["segments"]):
         real = np.flatnonzero(segments > 0)
         last = real[segments[real] == segments[real[-1]]] if real.size else real
         needed = count + LEAST_KEYS - 1
-        if not last.size >= needed:
+        if last.size < needed:
             raise ValueError(
                 f"{count} rows need a document of at least {needed} tokens, so that the first of them sees "
                 f"{LEAST_KEYS} keys, and one has {last.size}; give a longer text or fewer rows"
@@ -148,7 +148,7 @@ def row_chunk(
 def visible(
     segments: Int[Array, "B T"], rows: Int[Array, "B N"], columns: Int[Array, " T"], sliding_window: int | None
 ) -> Bool[Array, "B N T"]:
-    """The keys a row may see: of its document, up to itself, and inside a sliding window if there is one."""
+    """The keys that a row may see: those of its document up to itself, inside the sliding window if there is one."""
     own = jnp.take_along_axis(segments, rows, axis=1)
     seen = (columns[None, None] <= rows[:, :, None]) & (segments[:, None] == own[:, :, None])
     return seen if sliding_window is None else seen & (columns[None, None] > (rows - sliding_window)[:, :, None])

@@ -10,7 +10,7 @@ from butler_jax.policies import POLICIES
 
 
 def describe_predictors(about: Mapping[str, Any]) -> str:
-    """One line about the predictors: 'tokenbutler (lookahead, rank 16, stride 4)'."""
+    """Describe the predictors in one line: 'tokenbutler (lookahead, rank 16, stride 4)'."""
     found = about.get("predictors") or about.get("predictor")
     if not found:
         return "No trained predictor."
@@ -31,7 +31,7 @@ def _describe_predictor(config: Any) -> str:
 
 
 def describe_trainings(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How each predictor was trained: its label, and 'step 300 of 300, 2,048 tokens a step (...)'."""
+    """Describe how each predictor was trained: its label, and 'step 300 of 300, 2,048 tokens a step (...)'."""
     found = about.get("predictors")
     configs = found.items() if isinstance(found, Mapping) else ()
     return [
@@ -61,7 +61,7 @@ def _format_count(number: Any) -> str:
 
 
 def list_facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is known of base, device, date, time, versions, trainings, notes, and settings and forms of policies."""
+    """List base, device, date, time, versions, trainings, notes, and settings and forms of policies, where known."""
     found = [
         (name, _format_value(about[name])) for name in ("base", "fingerprint", "device", "date") if about.get(name)
     ]
@@ -95,7 +95,7 @@ def _describe_policy(described: Mapping[str, Any]) -> str:
 
 
 def list_settings(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The configuration, a pair for each setting that is set."""
+    """List the configuration, a pair for each setting that is not None."""
     return [(k, _format_value(v)) for k, v in (about.get("config") or {}).items() if v is not None]
 
 

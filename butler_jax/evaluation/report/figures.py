@@ -32,7 +32,7 @@ CURVES = {
     "js_divergence": "The divergence of next-token distributions from the dense model's; 0 means that they are equal.",
     "top1_agreement": "How often the most likely next token is the dense model's.",
     "bytes_read": "Bytes that a policy reads for a token, those for its choice included. The dashed line is dense.",
-    "recalled_mass": "The true attention weight on the chosen keys. The oracle chooses by these weights themselves.",
+    "recalled_mass": "The true attention weight on the chosen keys. The oracle chooses by these weights.",
     "accuracy": "Higher is better. The dashed line with its band is the dense model.",
     "miss_rate": "Lower is better. A miss is a name with a wrong token. The dashed line is the dense model.",
 }
@@ -47,7 +47,7 @@ class PlannedFigure:
         task: The task that it is about.
         title: Its title.
         caption: What to look at.
-        alt: What it shows, in words.
+        alt: The alternative text.
         draw: Returns the matplotlib figure.
     """
 
@@ -80,7 +80,7 @@ def plan_figures(rows: Sequence[Row], arrays: Mapping[str, Any] | None = None) -
 
 
 def _make_file_name(name: str) -> str:
-    """Letters, digits and underscores alone."""
+    """A name of letters, digits and underscores."""
     return re.sub(r"\W+", "_", name)
 
 
@@ -102,7 +102,7 @@ def _plan_curves(task: str, metric: str, rows: Sequence[Row], styles: Mapping[st
 
 
 def _plan_parts(task: str, metric: str, rows: Sequence[Row], styles: Mapping[str, Look]) -> PlannedFigure:
-    """A metric by one coordinate, a panel a budget."""
+    """A metric by one coordinate, a panel for each budget."""
     shown, key = find_metric(metric, rows), find_axis(rows)
     title = f"{make_title(task, shown)} by {key}"
     return PlannedFigure(
@@ -126,14 +126,14 @@ def _plan_grid(task: str, metric: str, rows: Sequence[Row], styles: Mapping[str,
         task=task,
         title=title,
         caption=f"One square for each policy and budget, {down} down and {across} across. "
-        "Dark patches are places with low values. Dense has no budget, so its square is repeated.",
+        "Dark cells are low values. Dense has no budget, so its square is repeated.",
         alt=f"{title}: heat maps, policies down and budgets across. The numbers are in the tables of parts.",
         draw=lambda: draw_grid(shown, down, across, rows, title),
     )
 
 
 def _plan_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> PlannedFigure:
-    """Hit rate by layer and head, a heat map a policy, tokenbutler first."""
+    """Hit rate by layer and head, a heat map for each policy, tokenbutler first."""
     policies = sorted(rates, key=lambda p: not is_butler(p))
     return PlannedFigure(
         name="hit_rate_heads",

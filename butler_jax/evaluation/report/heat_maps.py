@@ -66,7 +66,7 @@ def draw_grid(shown: Metric, down: str, across: str, rows: Sequence[Row], title:
 
 
 def draw_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> Any:
-    """Draw hit rates in percent, a panel for each policy: layers from layer 1 down, heads across; None stays empty."""
+    """Draw hit rates in percent, a panel for each policy: layers from layer 1 down, heads across; None is blank."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 

@@ -1,6 +1,6 @@
 """report.html, report.md and their pictures, from the templates beside this file.
 
-report.html is one file that fetches nothing and runs nothing, for narrow and wide, light and dark screens.
+report.html is one file without scripts and outside resources, for narrow and wide, light and dark screens.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ Pictures = Sequence[tuple[PlannedFigure, str]]
 def write_pages(report: Any, directory: str | Path) -> list[Path]:
     """Write report.md, report.html and NAME.png for each figure.
 
-    Every file appears whole or not at all. Pictures that a former report.md of ours shows, and this one does not, are
-    removed.
+    Every file appears whole or not at all. Pictures that only an earlier report.md shows are removed.
 
     Args:
         report: Has rows, arrays and about.
@@ -59,7 +58,7 @@ def render_page(report: Any, pictures: Pictures | None = None) -> str:
 
     Args:
         report: Has rows and about.
-        pictures: Figures with their <svg> elements; None says that matplotlib is missing.
+        pictures: Figures with their <svg> elements; None where matplotlib is missing.
     """
     return _render("report.html.j2", report, pictures)
 
@@ -128,7 +127,7 @@ def _pad_spread(cell: TableCell, width: int) -> str:
 
 
 def _find_pictures(path: Path) -> set[Path]:
-    """The pictures that a report.md of ours shows; none where there is no such file."""
+    """The pictures that a report.md of `write_pages` shows; none where there is no such file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -52,7 +52,7 @@ class Report:
     Attributes:
         rows: Dicts with the fields of `ReportRow`.
         arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}}.
-        about: base, predictors, policies, versions, device, notes (what was said before the first cell), configuration,
+        about: base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
             command and date; the seconds that all cells took when they were measured; and how many cells were measured
             now and how many were kept.
     """
@@ -66,7 +66,7 @@ class Report:
         self.rows.append(asdict(row))
 
     def value(self, task: str, policy: str, budget: float | None = None, metric: str | None = None) -> float:
-        """One number; the first metric of the task unless named.
+        """The value of the first row about a whole task that matches; None matches everything.
 
         Raises:
             KeyError: No row has it.

@@ -49,7 +49,7 @@ class SummaryLine:
 
 
 def make_summary_lines(rows: Sequence[Row]) -> list[SummaryLine]:
-    """Perplexity over dense and the bytes read at every budget, then the main metric of other tasks at the smallest."""
+    """Make lines of perplexity and bytes read at every budget, then the main metric of other tasks at the smallest."""
     whole = [r for r in rows if not r.get("where") and is_finite(r["value"])]
     found = []
     for task in dict.fromkeys(r["task"] for r in whole):
@@ -65,7 +65,7 @@ def make_summary_lines(rows: Sequence[Row]) -> list[SummaryLine]:
 
 
 def summarise(rows: Sequence[Row]) -> list[str]:
-    """Sentences: the perplexity of the dense model, its rise at the widest and the smallest budget, the comparisons."""
+    """Write sentences: the dense perplexity, its rise at the largest and the smallest budget, the comparisons."""
     text = [r for r in rows if r["task"] == "perplexity" and not r.get("where") and is_finite(r["value"])]
     found = []
     dense = next((r for r in split_dense(text)[0] if r["metric"] == "perplexity"), None)
@@ -81,7 +81,8 @@ def summarise(rows: Sequence[Row]) -> list[str]:
     if lines:
         leads = sum(g.butler_leads for g in lines)
         found.append(
-            f"tokenbutler has the better value in {leads} of the {len(lines)} comparisons below (errors aside)."
+            f"tokenbutler has the better value in {leads} of the {len(lines)} comparisons below "
+            "(standard errors not considered)."
         )
     return found
 
@@ -144,7 +145,9 @@ def _pick_compared(rows: Sequence[Row], budget: float | int | None) -> tuple[Row
 
 def _make_bytes_line(rows: Sequence[Row], read: Sequence[Row], budget: float | int | None) -> SummaryLine:
     """The bytes that the policies of a line of perplexity read. rows: of that metric; read: of bytes_of_dense."""
-    by_policy = {r["policy"]: {**r, "error": None} for r in read}  # an error of lengths, below what is shown
+    by_policy = {
+        r["policy"]: {**r, "error": None} for r in read
+    }  # it comes from lengths alone, and is smaller than a digit shown
     metric = find_metric("bytes_of_dense")
     butler, other, oracle = (one and by_policy.get(one["policy"]) for one in _pick_compared(rows, budget))
     return SummaryLine(

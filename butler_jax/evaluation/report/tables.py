@@ -12,16 +12,16 @@ Row = Mapping[str, Any]
 MINUS, DASH = "\u2212", "\u2013"
 
 TASKS = {
-    "perplexity": "Held-out text. Every row reads only the keys that were chosen for it.",
+    "perplexity": "Held-out text. Every row reads only the keys chosen for it.",
     "attention": "How much of the true attention the chosen keys hold, over rows of the held-out text.",
     "coreference": "The greedy prediction of the last mention of an invented name.",
-    "needle": "One sentence is hidden in a long text; the question at the end asks for it.",
-    "key_value": "Many pairs of keys and values; the question at the end asks for the value of one key.",
-    "variables": "Chains of assignments; the question at the end asks for the end of a chain.",
-    "lambada": "The last word of a passage.",
-    "piqa": "Two endings; the more likely one is the answer.",
-    "winogrande": "Two referents; the more likely one is the answer.",
-    "arc_easy": "Questions of school science; the most likely choice is the answer.",
+    "needle": "One sentence is hidden in a long text. The question at the end asks for it.",
+    "key_value": "Many pairs of keys and values. The question at the end asks for the value of one key.",
+    "variables": "Chains of assignments. The question at the end asks for the value at the end of a chain.",
+    "lambada": "The greedy prediction of the last word of a passage.",
+    "piqa": "Two endings of a text. The more likely one counts as the answer.",
+    "winogrande": "Two referents of a pronoun. The more likely one counts as the answer.",
+    "arc_easy": "Questions of school science. The most likely choice counts as the answer.",
 }
 
 
@@ -64,7 +64,7 @@ METRICS = {
     "js_divergence": Metric("Jensen-Shannon divergence from dense", "lower", "nats", digits=4),
     "top1_agreement": _percent("top-1 agreement with dense", "higher"),
     "effective_sparsity": _percent("effective sparsity", None),
-    "bytes_of_dense": _percent("bytes read for a token, of dense", None),
+    "bytes_of_dense": _percent("bytes read for a token, share of dense", None),
     "recalled_mass": _percent("recalled attention mass", "higher"),
     "hit_rate": _percent("hit rate", "higher"),
     "spearman": Metric("Spearman's rank correlation", "higher"),
@@ -76,24 +76,24 @@ METRICS = {
 
 
 ALL_OR_NONE = ("accuracy", "accuracy_norm", "miss_rate", "token_inaccuracy")
-"""Metrics whose error is not the standard error where all samples are right or all are wrong (statistics.share)."""
+"""Metrics whose error is not the standard error where all samples are right or all are wrong (`estimate_share`)."""
 
 
 def find_metric(name: str, rows: Iterable[Row] = ()) -> Metric:
-    """How to show a metric; for bytes the unit follows from the largest of the rows' values."""
+    """How to show a metric. The unit of bytes follows from the largest value of the rows."""
     if name == "bytes_read":
         power = max(
             (int(math.log2(r["value"])) // 10 for r in rows if is_finite(r["value"]) and r["value"] >= 1), default=0
         )
         power = min(power, 4)
         return Metric(
-            "read for a token", None, ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024.0**-power, 2 if power else 0
+            "bytes read for a token", None, ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024.0**-power, 2 if power else 0
         )
     return METRICS.get(name, Metric(name.replace("_", " ")))
 
 
 def make_title(task: str, metric: Metric) -> str:
-    """What a table or figure is called: needle: accuracy (%). Metrics of the text itself stand alone."""
+    """The title of a table or figure: needle: accuracy (%). Metrics of text have no task before them."""
     return metric.heading if task in ("perplexity", "attention") else f"{task.replace('_', ' ')}: {metric.heading}"
 
 
@@ -141,7 +141,7 @@ def format_budget(budget: float | int | None) -> str:
 
 
 def sort_budgets(rows: Iterable[Row]) -> list[float | int | None]:
-    """The budgets of everything but dense, by the share that was read where it is known, the widest first."""
+    """The budgets of everything but dense, by the share that was read where it is known, the largest first."""
     found: dict[float | int | None, list[Any]] = {}
     for row in split_dense(rows)[1]:
         found.setdefault(row["budget"], []).append(row.get("attended"))
@@ -151,7 +151,7 @@ def sort_budgets(rows: Iterable[Row]) -> list[float | int | None]:
 
 
 def group_by_metric(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows a (task, metric): tasks as the rows have them, metrics as METRICS has them, others at the end."""
+    """Group rows by task and metric: tasks in the order of the rows, metrics in that of METRICS, others last."""
     groups = _group(rows, lambda r: (r["task"], r["metric"]))
     tasks = list(dict.fromkeys(task for task, _ in groups))
     known = list(METRICS)
@@ -160,7 +160,7 @@ def group_by_metric(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def group_by_coordinates(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """Detail rows a set of coordinates: those by depth and length apart from those by length alone."""
+    """Group detail rows by their coordinates: those by depth and length apart from those by length alone."""
     return _group(rows, lambda r: tuple(sorted(r["where"])))
 
 
@@ -274,7 +274,7 @@ def format_part(value: Any) -> str:
 
 
 def sort_key(value: Any) -> tuple[float, str]:
-    """Sorts numbers and ranges such as '200-240' by their beginning."""
+    """A key that sorts numbers and ranges such as '200-240' by their beginning."""
     head = str(value).split("-")[0].lstrip("<>= ")
     try:
         return float(head), str(value)
@@ -328,7 +328,7 @@ def _make_cell(metric: Metric, policy: str, column: Sequence[Row]) -> TableCell 
 
 
 def find_best(metric: Metric, rows: Iterable[Row]) -> list[str]:
-    """The policies with the best value, references aside; none where fewer than two compete."""
+    """The policies with the best value, references aside; none where fewer than two are compared."""
     values = {r["policy"]: r["value"] for r in rows if not is_reference(r["policy"]) and is_finite(r["value"])}
     if metric.better is None or len(values) < 2:
         return []
@@ -347,7 +347,9 @@ def _write_note(metric: Metric, rows: Sequence[Row], shares: bool) -> str:
     words += [f"{metric.better} is better"] if metric.better else []
     words += [_write_error_note(rows)] if any(is_finite(r.get("error")) for r in rows) else []
     if rows[0]["metric"] in ALL_OR_NONE and any(r["value"] in (0, 1) and r.get("error") for r in rows):
-        words += ["at 0 and 100 %, where that is 0, ± is the reach of the Wilson interval, 1 / (samples + 1)"]
+        words += [
+            "at 0 and 100 %, where the standard error is 0, ± is the length of the Wilson interval, 1 / (samples + 1)"
+        ]
     words += ["% read: of the keys, in the layers after the first"] if shares else []
     return "; ".join(words)
 
@@ -359,7 +361,7 @@ def _write_error_note(rows: Sequence[Row]) -> str:
     if count and len(units) == 1:
         words += f" over {count} {units.pop()}"
     if any(str(r.get("unit")).startswith("overlapping") for r in rows):
-        words += ", which are not independent: too small"
+        words += ", which are not independent, so it is too small"
     return words
 
 

@@ -104,7 +104,7 @@ def count_answers(
     config: SelectionConfig,
     predictor: Predictor | None = None,
 ) -> Answers:
-    """Count what a model answers on batches of `batch_answers` under a policy and a budget. Compiles once a length."""
+    """Count the right answers on batches of `batch_answers` under a policy and a budget. Compiles once per length."""
     parts = []
     for batch in batches:
         asked, real = batch["asked"], batch["segments"] > 0

@@ -1,4 +1,4 @@
-"""What every task is: it is built once, and measures one policy after the other."""
+"""The base class of tasks. A task is built once, and measures one policy after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Task:
         name: What the command line and reports call the task.
         unit: What standard errors are taken over.
         at_once: Whether one cell holds all budgets of a policy.
-        facts: What results depend on beside base, policy and selection, JSON-ready.
+        facts: What results depend on besides base, policy and selection, JSON-ready.
     """
 
     name: str

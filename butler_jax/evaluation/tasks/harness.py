@@ -78,7 +78,7 @@ class ButlerLM(TemplateLM):
             passes: Passes that other models of the base share.
 
         Raises:
-            ValueError: An argument cannot be.
+            ValueError: An argument is invalid.
         """
         super().__init__()
         if predictor is None and policy.needs_predictor:
@@ -140,11 +140,11 @@ class ButlerLM(TemplateLM):
         return f"{self.base.name}-{self.base.fingerprint}"
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        """Raises ValueError: tokenizers are read without their templates."""
+        """Raise ValueError: tokenizers are read without their templates."""
         raise ValueError("the model butler has no chat templates; leave --apply_chat_template out")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Token ids; a text that begins with the first token's name is not given that token twice."""
+        """Token ids; a text that begins with the name of the first token does not get that token twice."""
         bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and has_bos_prefix(string, self._name(self.prefix_token_id)):
             bos = False
@@ -176,7 +176,7 @@ class ButlerLM(TemplateLM):
         return answers
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
-        """Context and continuation, what is too long cut off at its left."""
+        """Context and continuation, truncated from the left where too long."""
         if not continuation:
             raise ValueError("a continuation has no tokens; the task asks for the likelihood of nothing")
         if len(continuation) > self.max_length:
@@ -285,7 +285,7 @@ class ButlerLM(TemplateLM):
         return tqdm(total=total, desc=title, disable=disable or not self.progress)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results: base, policy, budget, and what reads how."""
+        """What the harness writes beside its results: base, policy, budget, and what attends to what."""
         return {
             "model_num_parameters": parameter_count(self.base.model),
             "model_dtype": str(self.base.model.embedding[...].dtype),

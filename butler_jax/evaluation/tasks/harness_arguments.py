@@ -1,4 +1,4 @@
-"""What `--model_args` of lm-evaluation-harness says to the model `butler`."""
+"""The arguments of the model `butler`, from `--model_args` of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_model_arguments(
         others: max_length, batch_size, score_dtype, add_bos_token, progress, and the policy's own fields.
 
     Raises:
-        ValueError: An argument is refused or cannot be.
+        ValueError: An argument is refused or invalid.
     """
     if device is not None:
         raise ValueError(f"device={device} is not for the model butler: JAX_PLATFORMS (cpu, cuda, tpu) names it")
@@ -66,7 +66,7 @@ def read_model_arguments(
         )
     if run is not None and not (Path(str(run)) / "checkpoints").is_dir():
         raise ValueError(
-            f"{run} is no run directory: it has no checkpoints; give the directory of a run of butler-jax train"
+            f"{run} is not a run directory: it has no checkpoints; give the directory of a run of butler-jax train"
         )
     from butler_jax.runs import load_predictor, run_config, run_data
 

@@ -35,7 +35,7 @@ def make_local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, A
         names: Names of FILES.
 
     Raises:
-        ValueError: A name is unknown, or a line is no sample.
+        ValueError: A name is unknown, or a line is not a sample.
         FileNotFoundError: A file is missing.
     """
     from lm_eval.tasks import TaskManager
@@ -66,12 +66,12 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: A line is no sample; the message has its number.
+        ValueError: A line is not a sample; the message has its number.
     """
     path = Path(directory) / FILES[task]
     if not path.is_file():
         raise FileNotFoundError(
-            f"no such file: {path}; the task {task} reads {FILES[task]}, a line a sample with {', '.join(FIELDS[task])}"
+            f"no such file: {path}; the task {task} reads {FILES[task]}, one sample per line: {', '.join(FIELDS[task])}"
         )
     samples = []
     for number, line in read_lines(path):

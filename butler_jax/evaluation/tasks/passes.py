@@ -1,4 +1,4 @@
-"""Passes that are run once: in short rows several budgets often let a row read the same number of tokens."""
+"""Passes that run only once: in short rows, several budgets often let a row read equally many tokens."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Passes:
             policy: The policy.
             selection: Its selection.
             predictor: Needed by policies that rank by a predictor's scores.
-            wanted: The rows whose predictions are needed; those of other rows have no meaning.
+            wanted: The rows whose predictions are needed. Those of other rows have no meaning.
         """
         longest = int((batch["segments"] > 0).sum(axis=1).max())
         chosen, everything = policy.selection(selection), np.arange(longest + 1)

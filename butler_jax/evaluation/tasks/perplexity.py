@@ -163,7 +163,7 @@ class PerplexityTask(Task):
         )
 
     def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums) -> Float[np.ndarray, " N"]:
-        """Bytes of caches read in all rows of each sequence: keys and values, and what the choice is made by."""
+        """Bytes of caches read in all rows of each sequence: keys and values, and what the policy ranks by."""
         base = self.base.config
         size = self.base.model.embedding[...].dtype.itemsize
         numbers = policy.policy.numbers_read_per_key(base, policy.predictor)

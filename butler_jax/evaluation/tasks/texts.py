@@ -12,7 +12,7 @@ from butler_jax.weights import Base
 
 
 def name_windows(config: EvalConfig) -> str:
-    """What errors over text are taken over."""
+    """The unit of standard errors over text."""
     return "windows" if config.stride is None else "overlapping windows"
 
 

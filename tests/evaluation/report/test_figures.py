@@ -19,8 +19,8 @@ from tests.tiny_reports import POLICIES, report, row, rows
 
 @pytest.fixture(scope="module")
 def drawn():
-    judged = report()
-    return [(f, *render_figure(f.draw, f.name, f.alt)) for f in plan_figures(judged.rows, judged.arrays)]
+    made = report()
+    return [(f, *render_figure(f.draw, f.name, f.alt)) for f in plan_figures(made.rows, made.arrays)]
 
 
 def test_every_figure_shows_something(drawn):

@@ -98,7 +98,7 @@ def test_markdown_has_the_same_cells():
 def test_names_are_shown_and_never_run():
     evil = '<script>alert("1")</script>|`*_[x](y)'
     found = [row(task, "accuracy", p, 0.5, 0.5) for task, p in (("needle", evil), ("needle", "quest"), (evil, "quest"))]
-    judged = report(
+    made = report(
         found,
         base=evil,
         command=evil,
@@ -109,10 +109,10 @@ def test_names_are_shown_and_never_run():
         policies=[{"name": evil, "x": evil}],
     )
     pictures = [(f, render_figure(f.draw, f.name, f.alt)[1]) for f in plan_figures(found)]
-    text = render_page(judged, pictures)
+    text = render_page(made, pictures)
     assert "script" not in Reader(text).tags and "<script" not in text
     assert sum(evil in word for word in Reader(text).words) > 5
-    assert "<script" not in re.sub(r"```.*?```", "", render_markdown(judged, pictures), flags=re.DOTALL)
+    assert "<script" not in re.sub(r"```.*?```", "", render_markdown(made, pictures), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_pictures_of_a_former_report_go_and_others_stay(tmp_path):
 
 @pytest.fixture(scope="module")
 def drawn():
-    judged = report()
-    return [(f, *render_figure(f.draw, f.name, f.alt)) for f in plan_figures(judged.rows, judged.arrays)]
+    made = report()
+    return [(f, *render_figure(f.draw, f.name, f.alt)) for f in plan_figures(made.rows, made.arrays)]
 
 
 def test_the_page_needs_nothing_from_outside(drawn):

@@ -44,7 +44,7 @@ def test_values_are_shown_in_their_unit():
 
 def test_an_accuracy_of_0_or_100_says_what_its_error_is():
     notes = [make_tables([row("needle", "accuracy", "quest", 0.5, v, 0.04)])[0].note for v in (0.0, 1.0, 0.5)]
-    assert ["the reach of the Wilson interval, 1 / (samples + 1)" in note for note in notes] == [True, True, False]
+    assert ["the length of the Wilson interval, 1 / (samples + 1)" in note for note in notes] == [True, True, False]
     assert "Wilson" not in make_tables([row("perplexity", "top1_agreement", "quest", 0.5, 1.0)])[0].note
 
 
