@@ -1,4 +1,4 @@
-"""What comes out where there is nothing to choose from, nothing to tell apart, or a number that is none.
+"""Results where there is nothing to choose from, where scores are equal, and where a number is not finite.
 
 | | result |
 |---|---|

@@ -1,4 +1,4 @@
-"""What import-linter cannot say: names, doors between packages, docstrings. Who imports whom is in pyproject.toml."""
+"""Rules that import-linter cannot check: names, imports through packages, docstrings. Its contracts: pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of annotations finds what it is for."""
+"""The check of annotations finds wrong shapes and types."""
 
 import jax.numpy as jnp
 import jaxtyping

@@ -58,7 +58,7 @@ def rows(policies=POLICIES, budgets=BUDGETS):
 
 
 def few(found):
-    """What needs few figures: perplexity, hit rate and the needle."""
+    """A report with few figures: perplexity, hit rate and the needle."""
     return [r for r in found if r["metric"] in ("perplexity", "over_dense", "hit_rate") or r["task"] == "needle"]
 
 

@@ -1,4 +1,4 @@
-"""The fuzzer finds what it is for, always with the same inputs; and a few thousand of them find nothing."""
+"""The fuzzer finds planted faults, makes the same inputs every time, and finds no fault in a few thousand of them."""
 
 import json
 import random
@@ -65,7 +65,7 @@ def test_planted_faults_are_found(tmp_path, monkeypatch, alarm, fault, said):
 
 
 def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypatch, alarm):
-    """libFuzzer ends its process with 0 where it found nothing, with 77 at an error; any other status tells nothing."""
+    """libFuzzer ends its process with 0 where it found nothing, with 77 at an error; no other status has a meaning."""
     path, before = tmp_path / "f.json", {"runs": {"gguf": 40_000}, "findings": []}
     path.write_text(json.dumps({"atheris": before}))
     monkeypatch.setattr(sys, "argv", ["fuzz", "--json", str(path), "--only", "strings", "--scale", "0.001"])

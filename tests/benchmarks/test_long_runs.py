@@ -1,4 +1,4 @@
-"""Long runs stay flat: what training and decoding compile and hold, counted, after their first steps."""
+"""After their first steps, training and decoding compile nothing new and hold no more memory."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def test_a_plan_says_what_is_wrong_with_it():
 
 
 def test_work_is_what_a_transformer_does():
-    """Against the counts that everybody uses: 2 operations a parameter and token, 4 H D a pair of tokens."""
+    """Against the usual counts: 2 operations a parameter and token, 4 H D a pair of tokens."""
     short, long = (pods.work_of(PodPlan(mesh="data=64", length=length), 0).flops for length in (1024, 2048))
     layers = 6_979_584_000  # parameters of the matrices of Llama-3.1-8B's layers
     # attention is 14 products where a forward pass has 2; of the rest 2 % is the predictor's
@@ -65,7 +65,7 @@ def test_a_training_step_keeps_nothing_whole_that_grows_with_the_model(capsys):
     parameters = 2 * (6 * 218_112_000 + 2 * 128256 * 4096)  # bytes of six layers and two tables
     # a chip holds its eighth of the model, but for the unembedding, which is not read, and the predictor in float32
     assert report["argument_bytes"] < parameters / 8 + 12 * 5 * 2_113_536 / 8 * 1.1
-    assert report["temporary_bytes"] < 1.5 * report["layer_bytes"]  # activations of 256 tokens are next to nothing
+    assert report["temporary_bytes"] < 1.5 * report["layer_bytes"]  # activations of 256 tokens are small
     assert report["largest_stack_bytes"] == 6 * 4096 * 14336 * 2 // 8  # no weight is gathered for all layers
     assert report["collectives"]["all-gather"]["bytes"] < 6 * report["layer_bytes"]
 

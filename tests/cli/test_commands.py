@@ -1,4 +1,4 @@
-"""`butler-jax` and its doors: what the commands need to be told, and what they say when it is wrong."""
+"""The commands of `butler-jax`: their options, and their messages where an option is wrong."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def place(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def fails(capfd):
-    """Runs a command that must fail; returns the one line it said."""
+    """Runs a command that must fail; returns the one line that it printed."""
 
     def run(*arguments: object) -> str:
         assert main([str(a) for a in arguments]) == 1

@@ -1,4 +1,4 @@
-"""`butler-jax generate`: what it continues, and what it says when it cannot."""
+"""`butler-jax generate`: its output, and its messages where it cannot continue a prompt."""
 
 from __future__ import annotations
 

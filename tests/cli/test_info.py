@@ -1,4 +1,4 @@
-"""`butler-jax info`: what a run directory says of itself, whatever state it is in."""
+"""`butler-jax info` on run directories in any state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained(place, tmp_path_factory) -> tuple[TrainConfig, Path]:
 
 @pytest.fixture
 def copy(trained, tmp_path) -> Path:
-    """The run, carried elsewhere."""
+    """A copy of the run."""
     return shutil.copytree(trained[1], tmp_path / "copy")
 
 
@@ -104,7 +104,7 @@ def test_the_command_to_go_on_has_the_settings_of_the_run(trained, copy):
 
 
 def started(copy: Path, **changes) -> None:
-    """Changes what run.json says of the last start."""
+    """Changes the last start in run.json."""
     starts = json.loads((copy / "run.json").read_text())
     starts[-1] |= changes
     (copy / "run.json").write_text(json.dumps(starts))
@@ -327,7 +327,7 @@ def test_a_sealed_checkpoint_without_a_loss_is_damaged(copy, report, facts):
     for written in ({"custom_metadata": facts}, {"metadata": facts}, [facts]):
         (path / "_CHECKPOINT_METADATA").write_text(json.dumps(written))
         (path / "digests.json").unlink()
-        seal(path)  # as a stranger would
+        seal(path)  # with valid digests
         found, text = report()
         one = found["checkpoints"][1]
         assert (one["state"], one["loss"], one["base"], one["best"]) == ("damaged", None, None, False)

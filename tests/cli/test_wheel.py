@@ -1,4 +1,4 @@
-"""The wheel alone has everything: who installs it trains, evaluates and generates with `butler-jax`."""
+"""The wheel is complete: an environment with the wheel alone trains, evaluates and generates with `butler-jax`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Needles, key-value lists and variable chains: what is generated, and where the answers stand."""
+"""Needles, key-value lists and variable chains: the samples, and the places of their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows of text: every token stands where it should and is predicted once."""
+"""Windows of text: every token is in its place and is predicted once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decoding reads: row t of the simulation's mask, step after step, in every row of a ragged batch."""
+"""Decoding step t reads row t of the simulation's mask, in every row of a ragged batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=4, kv_heads=2, head_dim=16, context=64
 )
 TOTAL = 60
-PROMPTS = np.asarray([1, 5, 3])  # no longer than sinks + recent: the simulation reads all of them too
+PROMPTS = np.asarray([1, 5, 3])  # at most sinks + recent, so that the simulation reads all of them too
 
 
 def make_model(**changes) -> BaseModel:

@@ -1,4 +1,4 @@
-"""The whole decode step of a Llama-3.1-8B goes through the TPU's own compiler, and what it says is within reason."""
+"""The whole decode step of a Llama-3.1-8B compiles for TPUs, within expected memory and communication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of sampling check themselves."""
+"""The settings of sampling are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding from rows that hold nothing, and with scores or logits that are no numbers."""
+"""Decoding from empty rows, and with scores or logits that are not finite."""
 
 from __future__ import annotations
 

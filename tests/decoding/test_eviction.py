@@ -1,4 +1,4 @@
-"""Policies that evict, against a form that keeps a Python list of tokens a head and goes row by row in float64."""
+"""Policies that evict, against a form that keeps a list of tokens per head, row by row in float64."""
 
 from __future__ import annotations
 

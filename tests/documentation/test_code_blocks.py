@@ -1,4 +1,4 @@
-"""What the pages tell a reader to run: Python blocks run from top to bottom, commands have options that there are."""
+"""Code of the pages: Python blocks run from top to bottom, and commands have existing options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEVICES = {"docs/guides/decode.md": 8}  # its last part uses several
 
 
 def commands(page) -> list[list[str]]:
-    """The words of every command of ours, in blocks and in lines of text."""
+    """The words of every command of this package, in blocks and in lines of text."""
     text = page.read_text(encoding="utf-8")
     lines = "\n".join(blocks(page)).replace("\\\n", " ").splitlines()
     lines += re.findall(

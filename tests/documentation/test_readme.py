@@ -1,4 +1,4 @@
-"""The tables and pictures of the README and of the measured results show what the files behind them hold."""
+"""The tables and pictures of the README and of the measured results show the figures of the files behind them."""
 
 from __future__ import annotations
 

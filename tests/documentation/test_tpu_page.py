@@ -1,4 +1,4 @@
-"""docs/guides/tpu.md: its blocks are shell text, use the values it asks for, and give options that there are."""
+"""docs/guides/tpu.md: its blocks are valid shell, use the values it asks for, and give existing options."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_value_is_one_that_the_page_asks_for(tmp_path):
 
 
 def test_hosts_are_set_up_with_the_bucket_and_the_repository(tmp_path):
-    """setup.sh as it is called, with commands that say how they were called."""
+    """Run setup.sh with commands that record how they were called."""
     calls = re.findall(r"bash setup\.sh [^\"]*", PAGE)
     assert len(calls) == 2 and set(calls) == {"bash setup.sh $BUCKET $REPOSITORY"}
     names = "curl sh git uv sudo lsb_release mountpoint gcsfuse".split()

@@ -1,4 +1,4 @@
-"""Compiled programs are dropped before they are too many."""
+"""Compiled programs are dropped before the process has too many memory maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of an evaluation: what means nothing is refused."""
+"""Settings of an evaluation: invalid ones are refused."""
 
 from __future__ import annotations
 

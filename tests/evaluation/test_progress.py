@@ -1,4 +1,4 @@
-"""Lines of progress tell the time that is left."""
+"""Lines of progress estimate the time left."""
 
 from __future__ import annotations
 

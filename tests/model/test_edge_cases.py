@@ -1,4 +1,4 @@
-"""Attention of logits that are not finite, and of windows beyond the length."""
+"""Attention of logits that are not finite, and of sliding windows beyond the length."""
 
 from __future__ import annotations
 

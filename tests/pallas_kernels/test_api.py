@@ -1,4 +1,4 @@
-"""The three operations as one."""
+"""The three operations in one call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels: its byte model, its rows, and what it says to bad flags."""
+"""The benchmark of the kernels: its byte model, its rows, and its messages for invalid flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input is refused with what is wrong and what to do."""
+"""Invalid input is refused; the messages say what is wrong and what to do."""
 
 from __future__ import annotations
 

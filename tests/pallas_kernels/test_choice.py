@@ -1,4 +1,4 @@
-"""The image by which everything is chosen."""
+"""The order-preserving image of scores by which units are chosen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels go through the compilers of chips that are not here: TPU kernels compiled by libtpu, GPU kernels lowered.
+"""The kernels compile without their chips: TPU kernels by libtpu; GPU kernels are lowered.
 
 Needs no accelerator. libtpu comes with `pip install "jax[tpu]"`; the tests that need it are skipped where it is not.
 """

@@ -1,4 +1,4 @@
-"""The TPU kernels under the interpreter that simulates their memories: what is not written is NaN, races are found.
+"""The TPU kernels under the interpreter that simulates their memories: unwritten memory is NaN, and races are found.
 
 And both kinds of kernel on more shapes and dtypes than the fast tests have time for. Oracles and tolerances are those
 of definitions.py.

@@ -1,4 +1,4 @@
-"""Meshes, hosts and data as the command line gives them."""
+"""Meshes, hosts and data from the command line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Policies: what each scores by, against formulas written out in numpy."""
+"""The scores of every policy against formulas written out in numpy."""
 
 from __future__ import annotations
 

@@ -29,5 +29,5 @@ def test_schedule_equals_a_walk_by_hand(layers, stride):
         assert (place.serves, place.starts, place.ends) == (serves, starts, ends)
         if serves:
             assert (place.producer, place.head) == (number, head)
-        if layer < layers - 1:  # what the last layer hands over, nobody reads
+        if layer < layers - 1:  # nothing reads what the last layer captures
             assert place.captures == (layer in range(0, layers - 1, stride))

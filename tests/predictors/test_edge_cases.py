@@ -1,4 +1,4 @@
-"""Calibration on batches that hold nothing."""
+"""Calibration on empty batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lookahead predictor: what it starts from and what it reads."""
+"""The lookahead predictor: its initial values and its inputs."""
 
 from __future__ import annotations
 

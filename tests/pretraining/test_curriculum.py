@@ -1,4 +1,4 @@
-"""The batches of pretraining: their shapes, and that a saved place is gone on from."""
+"""The batches of pretraining: their shapes, and that they continue from a saved place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pretraining end to end: what it writes loads again, and a stopped run goes on as if it had not been stopped."""
+"""Pretraining end to end: what it writes loads again, and a stopped run continues as if it had never stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, tied to their base, and clear about what does not fit."""
+"""Checkpoints are exact and tied to their base, and errors say what does not fit."""
 
 from __future__ import annotations
 

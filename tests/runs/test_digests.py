@@ -1,4 +1,4 @@
-"""Sealed directories: every change to a file is seen, and named."""
+"""Sealed directories: every change to a file is found, and the file named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of where it came from, and what it must not say."""
+"""The provenance that a run records, and what it must not record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen, a row at a time in Python, and the settings under which all forms of the choice are tested."""
+"""The choice of one row at a time in Python, and the settings under which all forms of the choice are tested."""
 
 from __future__ import annotations
 

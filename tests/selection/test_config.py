@@ -1,4 +1,4 @@
-"""Settings of a selection that mean nothing are refused."""
+"""Invalid settings of a selection are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen where scores are equal, infinite or no numbers, and where there is nothing to choose from."""
+"""The choice where scores are equal, infinite or NaN, and where there is nothing to choose from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thresholds that are calibrated reach their mean, and the budget stays the most a row reads."""
+"""Thresholds that are calibrated reach their mean, and no row reads more than the budget."""
 
 from __future__ import annotations
 

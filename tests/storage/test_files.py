@@ -1,4 +1,4 @@
-"""Whole files: what a full or read-only disk, or a stop half-way, leaves of them."""
+"""Files are written whole or not at all, on full and read-only disks and where a process stops half-way."""
 
 from __future__ import annotations
 

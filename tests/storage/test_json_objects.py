@@ -1,4 +1,4 @@
-"""JSON files are read whole or refused."""
+"""JSON files are read completely or refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tokenizer: borders are added once, text survives, errors say what to do."""
+"""Tokenizer: the first token is added once, decoding restores the text, errors say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded model: its size, its card, and what it can do."""
+"""The embedded model: its size, its card, and its co-reference accuracy."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_sinks_and_recent_beyond_the_length_leave_no_loss(form):
         found = value_and_gradients("cross_entropy", *loss_inputs(length), sinks=sinks, recent=recent, form=form)
         assert found[0] == (0, 0) and not any(np.asarray(g).any() for g in found[1])
     (loss, count), _ = value_and_gradients("cross_entropy", *loss_inputs(1), form=form)
-    assert count == 4 and loss == pytest.approx(0, abs=1e-6)  # a distribution over one key has no surprise
+    assert count == 4 and loss == pytest.approx(0, abs=1e-6)  # the entropy of a distribution over one key is 0
 
 
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])

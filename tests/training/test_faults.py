@@ -1,6 +1,6 @@
-"""What may happen to a training run: kills, full and read-only disks, damaged files, other data, requests to stop.
+"""Faults of training runs: kills, full and read-only disks, damaged files, other data, requests to stop.
 
-The oracle is always the run that nothing disturbed: the same numbers, bit for bit.
+The oracle is always the undisturbed run: the same numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_same(run_dir: Path, straight: Path, steps: int) -> None:
-    """The end of a run and all it wrote down on its way are those of the undisturbed one."""
+    """The end of a run, and all that it wrote on its way, are those of the undisturbed run."""
     mine, theirs = arrays(run_dir, steps), arrays(straight, steps)
     assert set(mine) == set(theirs)
     for name, value in mine.items():

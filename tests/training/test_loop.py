@@ -1,4 +1,4 @@
-"""The training loop: what it writes, what it keeps, and that a stopped run goes on as if it had not been."""
+"""The training loop: what it writes, what it keeps, and that a stopped run continues as if it had never stopped."""
 
 from __future__ import annotations
 

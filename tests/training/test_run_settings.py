@@ -1,4 +1,4 @@
-"""The settings of a run directory from somewhere else are checked."""
+"""The settings of a run directory are checked before it is used."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories: what is read, what is refused, where it lies and what it costs in memory."""
+"""Hugging Face directories: what is read and refused, on which devices it is placed, and its memory."""
 
 import json
 import os
@@ -265,7 +265,7 @@ def test_a_link_within_the_directory_and_the_cache_of_the_hub_load(small_model, 
 
 
 def test_what_is_no_regular_file_is_not_opened(small_model):
-    """A pipe would be waited for, a device read for ever."""
+    """Reading a pipe would wait, and reading a device would not end."""
     (small_model / SINGLE).unlink()
     os.mkfifo(small_model / SINGLE)
     refused(small_model, "has neither", FileNotFoundError)

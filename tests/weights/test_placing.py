@@ -1,4 +1,4 @@
-"""Stored tensors in their places: which are accepted, how they are split, and the memory they take."""
+"""Placing stored tensors: which are accepted, how they are split, and the memory that this takes."""
 
 import gc
 import json
@@ -55,7 +55,7 @@ def test_a_weight_beyond_the_type_it_is_cast_to_is_named(small_model, name, sign
 
 
 class Device:
-    """A device of a platform that says how much memory it has, or that says nothing."""
+    """A device whose platform reports its memory, or does not."""
 
     def __init__(self, platform, stats=None):
         self.platform, self.memory_stats = platform, lambda: stats

@@ -1,4 +1,4 @@
-"""How a report was made, in words."""
+"""The facts of a report about how it was made."""
 
 from __future__ import annotations
 

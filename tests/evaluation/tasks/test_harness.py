@@ -1,4 +1,4 @@
-"""The harness: likelihoods against transformers in float64, prompts and windows by hand, and the model `hf` beside."""
+"""The harness: likelihoods against transformers in float64, prompts and windows made by hand, and the model `hf`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local files of downstream tasks: the harness's own prompts, and lines that are no samples."""
+"""Local files of downstream tasks: the harness's own prompts, and lines that are not samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes that are the same are run once."""
+"""Equal passes run once."""
 
 from __future__ import annotations
 
