@@ -23,6 +23,15 @@ def make_model(config=BASE, seed=0):
     return model
 
 
+def random_documents(seed, batch, length, most=5):
+    """Up to `most` documents a row, borders anywhere, padding of different length at the end."""
+    rng = np.random.default_rng(seed)
+    segments = np.sort(rng.integers(1, most + 1, size=(batch, length)), axis=1).astype(np.int32)
+    for row in range(batch):
+        segments[row, length - rng.integers(0, length // 3 + 1) :] = 0
+    return segments
+
+
 def make_batch(lengths, total, seed=0):
     """Rows of documents of the given lengths, padded to `total`."""
     random = np.random.default_rng(seed)

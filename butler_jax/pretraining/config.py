@@ -50,11 +50,11 @@ class PretrainConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.length <= self.context:
+        if self.length > self.context:
             raise ValueError(f"--length {self.length} is beyond --context {self.context}")
         if not (0 <= self.long_steps <= self.steps):
             raise ValueError(f"--long-steps must be in 0..{self.steps}, got {self.long_steps}")
-        if not self.vocab_size > 256:
+        if self.vocab_size <= 256:
             raise ValueError(f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
         self.base_config()
 

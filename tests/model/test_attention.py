@@ -13,21 +13,13 @@ from hypothesis import strategies as st
 
 from butler_jax.model import attention
 from butler_jax.model.attention import causal_attention, document_starts
+from tests.tiny_models import random_documents
 
 
 def _inputs(seed, batch, length, heads, kv_heads, dim, value_dim):
     rng = np.random.default_rng(seed)
     shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
     return tuple(rng.normal(size=(batch, length, *shape)).astype(np.float32) for shape in shapes)
-
-
-def _documents(seed, batch, length):
-    """Rows of up to four documents with ragged padding at the end."""
-    rng = np.random.default_rng(seed)
-    segments = np.sort(rng.integers(1, 5, size=(batch, length)), axis=1).astype(np.int32)
-    for row in range(batch):
-        segments[row, length - rng.integers(0, length // 3 + 1) :] = 0
-    return segments
 
 
 def _naive(q, k, v, segments=None, sliding_window=None, scale=None):
@@ -62,7 +54,7 @@ TOLERANCE = 5e-6
 )
 def test_output_and_log_sum_exp_equal_naive_form(length, heads, dims, sliding_window, documents):
     q, k, v = _inputs(length, 2, length, *heads, *dims)
-    segments = _documents(length, 2, length) if documents else None
+    segments = random_documents(length, 2, length, most=4) if documents else None
     out, lse = causal_attention(
         q, k, v, segments=segments, sliding_window=sliding_window, implementation="xla", return_lse=True
     )
@@ -76,7 +68,7 @@ def test_output_and_log_sum_exp_equal_naive_form(length, heads, dims, sliding_wi
 def test_many_chunks_in_bands_equal_naive_form(sliding_window):
     # 700 tokens are six chunks of 128 in three bands; the windows are shorter and longer than a chunk.
     q, k, v = _inputs(0, 1, 700, 2, 1, 4, 4)
-    segments = _documents(3, 1, 700)
+    segments = random_documents(3, 1, 700, most=4)
     out = jax.jit(lambda q, k, v: causal_attention(q, k, v, segments=segments, sliding_window=sliding_window))(q, k, v)
     np.testing.assert_allclose(out, _naive(q, k, v, segments, sliding_window)[0], rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -90,7 +82,7 @@ def test_scale_replaces_the_default():
 
 def test_gradients_equal_those_of_the_whole_square():
     q, k, v = (jnp.asarray(x) for x in _inputs(1, 2, 200, 4, 2, 4, 4))
-    segments = jnp.asarray(_documents(1, 2, 200))
+    segments = jnp.asarray(random_documents(1, 2, 200, most=4))
     rows = jnp.arange(200)
     seen = (rows[:, None] >= rows[None, :]) & (rows[:, None] - rows[None, :] < 50)
     seen = seen[None, None] & (segments[:, None, :, None] == segments[:, None, None, :])
@@ -140,7 +132,7 @@ def test_bfloat16_stays_close_to_float32():
 def test_splash_equals_naive_form(sliding_window):
     # Interpreted on CPU; 200 tokens are padded to 256, widths 8 and 5 to 128.
     q, k, v = _inputs(5, 2, 200, 4, 2, 8, 5)
-    segments = _documents(5, 2, 200)
+    segments = random_documents(5, 2, 200, most=4)
     out, lse = causal_attention(
         q, k, v, segments=segments, sliding_window=sliding_window, implementation="splash", return_lse=True
     )
@@ -152,7 +144,7 @@ def test_splash_equals_naive_form(sliding_window):
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_splash_gradients_equal_xla(return_lse):
     q, k, v = _inputs(6, 1, 130, 2, 1, 8, 8)
-    segments = _documents(6, 1, 130)
+    segments = random_documents(6, 1, 130, most=4)
 
     def total(q, k, v, implementation):
         out = causal_attention(q, k, v, segments=segments, implementation=implementation, return_lse=return_lse)

@@ -24,15 +24,6 @@ def random_inputs(seed, batch, length, heads, kv_heads, key_heads, dim=8, rank=4
     return tuple(rng.normal(size=(batch, length, *shape)).astype(np.float32) for shape in shapes)
 
 
-def random_documents(seed, batch, length):
-    """Up to five documents a row, borders anywhere, padding of different length at the end."""
-    rng = np.random.default_rng(seed)
-    segments = np.sort(rng.integers(1, 6, size=(batch, length)), axis=1).astype(np.int32)
-    for row in range(batch):
-        segments[row, length - rng.integers(0, length // 3 + 1) :] = 0
-    return segments
-
-
 def assert_close(actual, expected, terms=0.0):
     """The error is small beside the largest entry or, where the terms of a sum cancel, beside the terms.
 

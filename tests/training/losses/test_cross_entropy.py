@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from butler_jax.training.losses.cross_entropy import FORMS, attend_with_cross_entropy
-from tests.training.losses.naive import HEADS, assert_close, assert_equals_naive, random_documents, random_inputs
+from tests.tiny_models import random_documents
+from tests.training.losses.naive import HEADS, assert_close, assert_equals_naive, random_inputs
 
 
 def cross_entropy(q, k, q_imp, k_imp, **options):

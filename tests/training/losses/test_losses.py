@@ -13,7 +13,8 @@ from benchmarks.float64 import distillation_loss
 from butler_jax.model.attention import causal_attention
 from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
 from butler_jax.training.losses.squared_error import attend_with_squared_error, sum_squared_errors
-from tests.training.losses.naive import assert_close, random_documents, random_inputs
+from tests.tiny_models import random_documents
+from tests.training.losses.naive import assert_close, random_inputs
 
 LOSSES = {"cross entropy": attend_with_cross_entropy, "squared error": attend_with_squared_error}
 

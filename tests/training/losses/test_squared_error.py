@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from butler_jax.training.losses.squared_error import sum_squared_errors
-from tests.training.losses.naive import HEADS, assert_equals_naive, random_documents, random_inputs
+from tests.tiny_models import random_documents
+from tests.training.losses.naive import HEADS, assert_equals_naive, random_inputs
 
 
 @settings(max_examples=6, deadline=None)
