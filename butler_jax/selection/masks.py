@@ -154,7 +154,7 @@ def select(
 
 
 def select_best(
-    scores: Float[Array, "*B S"], keys: Bool[Array, "*B S"], count: Int[Array, "*B"]
+    scores: Float[Array, "*B S"], keys: Bool[Array, "*#B S"], count: Int[Array, "*#B"]
 ) -> Bool[Array, "*B S"]:
     """The `count` best of each row's keys; of equal scores the earlier one comes first.
 

@@ -1,6 +1,6 @@
-"""A whole text in one pass in which every row reads its own choice only, as decoding would.
+"""Decoding simulated on a whole text in one pass, in which every row reads only its own choice.
 
-Recall, calibrated thresholds and the statistics of results stand beside it.
+The package also has recall, calibrated thresholds and the statistics of results.
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
-"""Thresholds that reach a mean budget: rows read the tokens with high scores, and some rows need fewer than others.
+"""Thresholds that reach a mean budget: a row reads the tokens that score above them, so some rows read fewer.
 
-Where a policy normalises its scores (to the logarithm of a predicted attention weight), those of one layer and KV head
-are comparable between rows. So one threshold for each layer and head is calibrated on text. The budget of the selection
-stays the most that a row may read.
+A policy that normalises its scores (to the logarithm of a predicted attention weight) makes those of one layer and KV
+head comparable between rows. So one threshold for each layer and head is calibrated on text. The budget of the
+selection stays the most that a row may read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def calibrate_thresholds(
 
     Args:
         model: The base model.
-        predictor: Needed by policies that rank by a predictor's scores.
+        predictor: Needed by policies with `needs_predictor`.
         batches: tokens, segments, positions of one shape [B, T], run densely PASSES times.
         selection: Its budget is the most that a row reads.
         mean: A fraction of the keys that a dense query reads, or a number of tokens. Where sinks and recent tokens
@@ -59,7 +59,7 @@ def calibrate_thresholds(
         raise ValueError("thresholds are calibrated on text: give at least one batch")
     if not (mean > 0 and (whole or mean < 1)):
         raise ValueError(f"the mean budget must be above 0 and below everything, got {mean}")
-    if isinstance(selection.budget, int) == whole and not mean < selection.budget:
+    if isinstance(selection.budget, int) == whole and mean >= selection.budget:
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
     if predictor is None and policy.needs_predictor:
         raise ValueError(f"the policy {policy.name} needs a trained predictor")
@@ -73,7 +73,7 @@ def calibrate_thresholds(
             part = _sum_read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
             total, rows = total + np.asarray(part[0], np.float64), rows + float(part[1])
         found = np.where(total / rows >= mean, trial, found)
-    found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next above it, under which it is not exceeded
+    found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next one above, at which the mean is not exceeded
     values = np.asarray(from_image(jnp.asarray(found.astype(np.int32))))
     values = np.where(np.isnan(values), np.inf, values)
     values[0] = -np.inf
@@ -111,10 +111,10 @@ def _sum_read(
     def mixer(state, view):
         state, importance = step(state, view)
 
-        def look(limit):
-            return jnp.sum(map_chunks(one, view, importance, segments, limit)[0], axis=0)
+        def measure(sliding_window):
+            return jnp.sum(map_chunks(one, view, importance, segments, sliding_window)[0], axis=0)
 
-        return dense(None, view)[0], state, by_window(base, view.index, look)
+        return dense(None, view)[0], state, by_window(base, view.index, measure)
 
     sums = run_layers(model, x, positions, mixer, begun)[2]
     return sums, jnp.sum(segments > 0).astype(jnp.float32)

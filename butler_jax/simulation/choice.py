@@ -11,7 +11,17 @@ from butler_jax.selection import Limits, SelectionConfig, beyond, select_mask
 
 
 def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig):
-    """Attention of a chunk over its chosen keys: output [B, K, M, D], fraction of causal keys read [B, C]."""
+    """Attention of a chunk over its chosen keys.
+
+    Args:
+        chunk: The chunk.
+        policy: The policy that scores the keys.
+        limits: Budgets and thresholds.
+        rule: `SelectionConfig.rule`.
+
+    Returns:
+        The output [B, K, M, D] of M = G C rows, and the fraction of its causal keys that each row read, [B, C].
+    """
     mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
     batch, kv_heads, group, size, keys = chunk.logits.shape
     read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
@@ -24,7 +34,7 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
 
 
 def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
-    """The chunk with the sinks and the recent of the selection that will choose."""
+    """The chunk with the numbers of sinks and recent tokens of the selection."""
     return chunk._replace(sinks=rule.sinks, recent=rule.recent)
 
 

@@ -1,6 +1,6 @@
-"""A layer's queries in chunks of rows, with everything that policies look at; memory linear in length.
+"""A layer's queries in chunks of rows, with everything that policies use. Memory is linear in the length.
 
-The predictor's own queries and keys come from `importance_walk`, layer by layer as the base's pass goes on.
+The predictor's q_imp and k_imp come from `importance_walk`, layer by layer during the pass of the base.
 """
 
 from __future__ import annotations
@@ -41,10 +41,18 @@ def map_chunks(
     sliding_window: int | None,
     rows: int | None = None,
 ) -> tuple[Any, int]:
-    """Results of apply(chunk) for all chunks of query rows, stacked [N, ...]; a chunk's rows.
+    """Call a function on the chunks of query rows of a layer.
 
-    importance: (q_imp, k_imp), k_imp per KV head or per query head. sliding_window: of a sliding layer, static.
-    rows: take about so many query rows, chunks evenly spread along the sequence (None: all).
+    Args:
+        apply: The function of a chunk.
+        view: Queries, keys and values of the layer.
+        importance: (q_imp, k_imp), with k_imp per KV head or per query head; None without a predictor.
+        segments: Document of each token.
+        sliding_window: Of the layer, in tokens, static; None without one.
+        rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
+
+    Returns:
+        The results, stacked [N, ...], and the number of rows of a chunk.
     """
     length, size = segments.shape[1], min(CHUNK, segments.shape[1])
     kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
@@ -99,7 +107,7 @@ def map_chunks(
 
 
 def spread(length: int, rows: int | None) -> list[int]:
-    """Numbers of the chunks of a sequence that hold about `rows` rows, evenly spread along it; None: all chunks."""
+    """The numbers of chunks that are spread evenly along a sequence and hold about `rows` rows; None takes all."""
     size = min(CHUNK, length)
     chunks = -(-length // size)
     taken = chunks if rows is None else min(max(rows // size, 1), chunks)
@@ -119,10 +127,17 @@ def importance_walk(
     implementation: str | None = None,
     score_dtype: str | None = None,
 ) -> tuple[Any, Step]:
-    """A state to begin with, and the step of a layer: (state, view) -> (state, (q_imp, k_imp)).
+    """Run a predictor along the layers of the base's pass.
 
-    x: the embeddings. score_dtype: "int8" rounds the keys as decoding stores them. Without a predictor there is nothing
-    to carry and the importance is None.
+    Args:
+        predictor: The predictor; without one the importance is None.
+        x: The embeddings.
+        batch: tokens, segments and positions.
+        implementation: As in `model.causal_attention`, for attention in the predictor.
+        score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
+
+    Returns:
+        The first state, and the step of a layer: (state, view) -> (state, (q_imp, k_imp)).
     """
     if predictor is None:
         return None, lambda state, view: (state, None)

@@ -1,4 +1,4 @@
-"""Policies that evict, simulated: a whole sequence at once, its rows in order (butler_jax/eviction.py)."""
+"""Policies that evict, simulated on whole sequences. Rows run in order, by `decoding.evict_rows`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from butler_jax.selection import Limits, Rows, SelectionConfig
 class Evicted(NamedTuple):
     """A layer under a policy that evicts.
 
-    output: attention over what was kept. fraction: of its causal keys that a row read, mean over KV heads. mass: true
-    attention weight inside the set kept, mean over query heads; None where it is not asked. kept: what the last row
-    kept, itself included.
+    Attributes:
+        output: Attention over the tokens kept.
+        fraction: Fraction of its causal keys that each row read, mean over KV heads.
+        mass: True attention weight of the tokens kept, mean over query heads; None unless asked for.
+        kept: Tokens that the last row kept, itself included.
     """
 
     output: Float[Array, "B T H D"]
@@ -38,9 +40,16 @@ def evicting_attention(
     *,
     mass: bool = False,
 ) -> Evicted:
-    """One layer, rows in order; layer 0 and rows up to min_context keep everything.
+    """One layer under a policy that evicts. Layer 0 and rows of up to min_context tokens keep everything.
 
-    sliding_window: of a sliding layer.
+    Args:
+        view: Queries, keys and values of the layer.
+        segments: Document of each token.
+        sliding_window: Of the layer, in tokens; None without one.
+        policy: The policy.
+        limits: The budgets.
+        rule: `SelectionConfig.rule`.
+        mass: Whether to return the true attention weight of the tokens kept.
     """
 
     def sparse():
@@ -66,9 +75,14 @@ def evicted_sums(
     rule: SelectionConfig,
     counted: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
-    """Recalled mass and attended fraction under N budgets at once, summed over the rows that are counted.
+    """Recalled mass and attended fraction of a layer under N budgets, summed over the rows that are counted.
 
-    All rows are walked, for each depends on those before. Of layer 0 zeros: it is dense whatever the budget.
+    All rows run, since each depends on those before it. Layer 0, which is always dense, gives zeros.
+
+    Args:
+        view, segments, sliding_window, policy, rule: See `evicting_attention`.
+        tables: `budget_table` of every budget.
+        counted: The rows of which sums are taken.
     """
 
     def sparse():
@@ -93,7 +107,7 @@ def rows_of(
     rule: SelectionConfig,
     **wanted: bool,
 ) -> tuple[EvictedRows, Float[Array, "B T"]]:
-    """evict_rows of packed sequences, and how many keys each row may see."""
+    """`decoding.evict_rows` on packed sequences, and the number of keys that each row may see."""
     starts = document_starts(segments)
     own = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
     found = evict_rows(policy, view.q, view.k, view.v, Rows(own, starts), tables, sliding_window, rule, **wanted)

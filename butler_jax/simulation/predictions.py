@@ -1,4 +1,4 @@
-"""What a pass says of the next tokens: likelihoods, the greedy token, and how both differ from another pass."""
+"""Next-token predictions of a pass: likelihoods, greedy tokens, and how they differ from another pass."""
 
 from __future__ import annotations
 
@@ -19,9 +19,18 @@ def predict_next(
     wanted: Bool[Array, "B T"] | None = None,
     reference: Float[Array, "B T E"] | None = None,
 ) -> tuple[Array, Array, Array | None, Array | None]:
-    """nll, greedy, divergence and agrees of `Simulated`; a few rows of logits at a time, and none without a wanted row.
+    """Predict the next token of every row, with the logits of a few rows at a time.
 
-    What speaks of a next token is 0 where `has_next` is false.
+    Args:
+        model: The base model.
+        x: The last residual stream.
+        tokens: The tokens.
+        segments: Document of each token.
+        wanted: Rows whose next token is asked for; None asks for all. Groups of rows without one are skipped.
+        reference: The last residual stream of another pass; None compares nothing.
+
+    Returns:
+        nll, greedy, divergence and agrees of `Simulated`. All but greedy are 0 where `has_next` is false.
     """
     batch, length = tokens.shape
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
@@ -58,13 +67,13 @@ def predict_next(
 
 
 def jensen_shannon(p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """Jensen-Shannon divergence in nats (0 ... log 2) of distributions given by their logarithms."""
+    """Jensen-Shannon divergence in nats (0 ... log 2) of two distributions, given as log-probabilities."""
     middle = jnp.logaddexp(p, q) - jnp.log(2.0)
     parts = (jnp.sum(jnp.exp(a) * (a - middle), axis=-1) for a in (p, q))
     return jnp.maximum(0.5 * sum(parts), 0.0)
 
 
 def has_next(segments: Int[Array, "B T"]) -> Array:
-    """Which tokens are followed by a token of their own document: those whose next token is predicted."""
+    """The tokens that are followed by a token of their own document, whose prediction therefore counts."""
     following = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return (segments > 0) & (segments == following)

@@ -1,4 +1,4 @@
-"""Recalled attention mass, hit rate and rank correlation of policies, all from one dense pass."""
+"""Recalled attention mass, hit rate and rank correlation of policies, from one dense pass."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Recall:
 
 
 class RecallSums(NamedTuple):
-    """What one pass adds up over the rows of each sequence, for X policies and N budgets.
+    """Sums of one pass over the rows of each sequence, for X policies and N budgets.
 
     Attributes:
-        mass: Over layers too, mean over heads.
-        attended: Likewise.
-        hits: Of every layer and query head.
-        spearman: Likewise.
+        mass: Recalled mass, summed over layers too, mean over heads.
+        attended: Fraction of the causal keys that was chosen, likewise.
+        hits: Hit rate of every layer and query head.
+        spearman: Rank correlation of every layer and query head.
         rows: How many rows were measured.
         long: How many of them have at least LEAST_KEYS keys.
     """
@@ -95,13 +95,13 @@ def measure_recall(
 
     Args:
         model: The base model.
-        predictor: Needed by policies that rank by a predictor's scores.
-        batches: The text.
-        policies: The policies, each of another name.
+        predictor: Needed by policies with `needs_predictor`.
+        batches: The text; int32 [B, T] each.
+        policies: The policies, with different names.
         budgets: Fractions of the causal keys, or numbers of tokens.
-        selection: What is read whatever its score; the budgets stand in for its own. Default: SelectionConfig().
+        selection: Sinks, recent tokens and units. `budgets` replaces its budget. Default: SelectionConfig().
         rows: About how many query rows of every sequence are measured, in chunks spread evenly along it and the same
-            for all policies; None measures all. Policies that evict walk through all rows in any case.
+            for all policies; None measures all. Policies that evict run through all rows in any case.
         ranks: Whether to compute `spearman`, which sorts every row; it is 0 otherwise.
         score_dtype: As `simulate` takes it.
         implementation: The attention kernel of the dense pass; None chooses.
@@ -129,7 +129,7 @@ def measure_recall(
                 used = predictor if needing else None
                 sums = _sum_scoring(model, used, batch, tables, policies=group, options=options)
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
-    if not (groups and parts[0]):
+    if not groups or not parts[0]:
         raise ValueError("recall needs at least one policy and one batch")
     result = Recall({}, {}, {}, {}, {})
     for group, found in zip(groups, parts, strict=True):
@@ -142,7 +142,7 @@ def measure_recall(
 def _enter(
     result: Recall, name: str, budgets: Sequence[float | int], sums: RecallSums, number: int, layers: int
 ) -> None:
-    """Take the means of one policy, whose place in the sums is `number`."""
+    """Enter the means of one policy, whose index in the sums is `number`."""
     for table, values in ((result.mass, sums.mass), (result.attended, sums.attended)):
         each = [estimate_ratio(v / layers, sums.rows) for v in values[number]]
         table[name] = dict(zip(budgets, each, strict=True))
@@ -174,12 +174,12 @@ def _sum_scoring(
     def mixer(state, view):
         state, importance = step(state, view)
 
-        def look(limit):
+        def measure(sliding_window):
             apply = partial(_sum_chunk, segments=segments, policies=policies, tables=tables, options=options)
-            sums, _ = map_chunks(apply, view, importance, segments, limit, options.rows)
+            sums, _ = map_chunks(apply, view, importance, segments, sliding_window, options.rows)
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
-        return dense(None, view)[0], state, by_window(base, view.index, look)
+        return dense(None, view)[0], state, by_window(base, view.index, measure)
 
     found = run_layers(model, x, positions, mixer, begun)[2]
     mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
@@ -203,10 +203,10 @@ def _sum_evicting(
     counted = (segments > 0) & jnp.asarray(spread_rows(segments.shape[1], options.rows))[None]
 
     def mixer(state, view):
-        def look(limit):
-            return evicted_sums(view, segments, limit, policy, tables, rule, counted)
+        def measure(sliding_window):
+            return evicted_sums(view, segments, sliding_window, policy, tables, rule, counted)
 
-        return dense(None, view)[0], state, by_window(base, view.index, look)
+        return dense(None, view)[0], state, by_window(base, view.index, measure)
 
     sums = run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
     mass, attended = (jnp.sum(a[1:], axis=0)[None] for a in sums)
@@ -269,27 +269,27 @@ def _sum_chunk(
 
 
 def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
-    """The better half (rounded down) of the keys each row may see, ties to the earlier one."""
+    """The better half (rounded down) of the keys that each row may see; of equal scores the earlier key."""
     return choose_best(scores, allowed, jnp.arange(allowed.shape[-1] + 1, dtype=jnp.int32) // 2)
 
 
 def choose_best(
     scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"], sizes: Int[Array, " N"]
 ) -> Bool[Array, "B K G C S"]:
-    """The sizes[n] best of each row's n keys, ties to the earlier one."""
+    """The sizes[n] best of each row's n keys; of equal scores the earlier key."""
     count = sizes[jnp.sum(keys, axis=-1, dtype=jnp.int32)]
     return select_best(scores, keys[:, None, None], count[:, None, None])
 
 
 def rank_keys(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
-    """Rank of every key among those its row may see, from 1 for the lowest; equal scores share their mean rank."""
+    """The rank of every key among those its row may see; 1 is the lowest, and equal scores share their mean rank."""
     return rankdata(jnp.where(allowed[:, None, None], scores, jnp.inf), axis=-1)
 
 
 def correlate_ranks(
-    ranks: Float[Array, "B K G C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
+    ranks: Float[Array, "B K _ C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
 ) -> Float[Array, "B K G C"]:
-    """Spearman's coefficient of the ranks of the keys each row may see; 0 where all ranks of a row are equal."""
+    """Spearman's coefficient of the ranks of the keys that each row may see; 0 where all ranks of a row are equal."""
     middle = (jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None] + 1).astype(jnp.float32) / 2
     ranks, other = (jnp.where(allowed[:, None, None], a - middle, 0.0) for a in (ranks, other))
     spread = jnp.sum(ranks**2, axis=-1) * jnp.sum(other**2, axis=-1)

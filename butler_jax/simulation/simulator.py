@@ -1,8 +1,8 @@
-"""Decoding simulated in one pass: every row attends to its own choice, in all layers but the first.
+"""Decoding simulated in one pass: in all layers but the first, every row attends only to its own choice.
 
     mixer of a layer:  importance_walk -> Chunk -> policy(chunk) -> chosen_mask -> attention over the mask
 
-A policy that evicts goes row by row instead (eviction.py), and one that reads everything takes the dense pass.
+A policy that evicts runs row by row instead (eviction.py). One that reads everything takes the dense pass.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from butler_jax.simulation.predictions import predict_next
 
 
 class Simulated(NamedTuple):
-    """What a pass yields.
+    """The results of a pass.
 
     Attributes:
-        nll: Negative log-likelihood of the next token in nats; 0 where that is padding or of another document.
+        nll: Negative log-likelihood of the next token in nats; 0 where it is padding or belongs to another document.
         greedy: The most likely next token.
         attended: Fraction of its causal keys that a row read, mean over layers 1 ... and choosing heads.
         read: Keys that a row read in all layers and heads, layer 0 included.
@@ -71,23 +71,23 @@ def simulate(
 ) -> Simulated:
     """Runs a batch once, every row under a policy and a budget.
 
-    It compiles once for each policy and shape: the budget is data. Rows of padding come out finite and mean nothing.
+    It compiles once for each policy and shape, since the budget is data. Rows of padding are finite but meaningless.
 
     Args:
         model: The base model.
         batch: tokens, segments (0 is padding) and positions, int32 [B, T] each.
-        policy: Who ranks the keys.
+        policy: The policy that ranks or evicts the keys.
         config: Budget, sinks, recent tokens and units.
         predictor: Needed by policies with `needs_predictor`.
-        wanted: Rows whose next token is asked for. Others may come out as 0; where none is asked for, no logits are
-            formed.
+        wanted: Rows whose next token is asked for; None asks for all. Other rows may be 0, and without a wanted row no
+            logits are computed.
         reference: `hidden` of another pass over the batch, to compare predictions with.
         score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
         implementation: As in `model.causal_attention`, for dense attention.
 
     Raises:
-        ValueError: Beyond the model's context, without a predictor that the policy needs, for thresholds of another
-            model, and for an interval, since every row chooses here.
+        ValueError: The text exceeds the model's context, the policy lacks its predictor, the thresholds are those of
+            another model, or the interval is not 1.
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
@@ -162,13 +162,13 @@ def hidden_states(
 def count_keys(
     config: BaseConfig, segments: Int[Array, "B T"], fractions: Float[Array, "L B T"], heads: int
 ) -> Float[Array, "B T"]:
-    """Returns how many keys each row reads in all layers.
+    """Returns how many keys each row reads in all layers and heads.
 
     Args:
         config: Of the base model.
         segments: Document of each token.
         fractions: Share of its causal keys that a row reads in each layer.
-        heads: Sets that a layer chooses. Layer 0 reads all keys of every KV head.
+        heads: Sets of keys that a layer chooses. Layer 0 reads all keys of every KV head.
     """
     count = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments) + 1
     windows = layer_windows(config)

@@ -1,4 +1,4 @@
-"""Estimates with standard errors. Tokens of a sequence depend on each other, so errors are taken over sequences."""
+"""Estimates with standard errors. Tokens of a sequence depend on each other, so the errors are over sequences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 
 class Estimate(NamedTuple):
@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
         value: The mean.
         error: Its standard error over the sequences; None where there is a single one.
         n: How many items (tokens, rows or samples) it is a mean of.
-        sequences: How many windows or samples these items lie in.
+        sequences: How many windows of text or samples these items lie in.
     """
 
     value: float
@@ -35,15 +35,15 @@ class Estimate(NamedTuple):
         return self.through(math.exp, math.exp(self.value))
 
 
-def estimate_ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
+def estimate_ratio(sums: ArrayLike, counts: ArrayLike) -> Estimate:
     """Estimate sum(sums) / sum(counts) over N sequences, with the standard error of a ratio estimator.
 
     The error is sqrt(N / (N - 1) sum_i (s_i - value c_i)^2) / sum(c) (Cochran, Sampling Techniques, section 6.3). It
-    takes sequences for independent, so it is too small for windows that overlap. Sequences without items are left out.
+    assumes independent sequences, so it is too small for windows that overlap. Sequences without items are left out.
 
     Args:
-        sums: What is summed over the items of each sequence.
-        counts: How many items each sequence has.
+        sums: [N], sums over the items of each sequence.
+        counts: [N], numbers of items of each sequence.
 
     Raises:
         ValueError: No sequence has an item.
@@ -59,7 +59,7 @@ def estimate_ratio(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Esti
     return Estimate(float(value), error, int(counts.sum()), len(counts))
 
 
-def estimate_share(sums: Float[Array, " N"], counts: Float[Array, " N"]) -> Estimate:
+def estimate_share(sums: ArrayLike, counts: ArrayLike) -> Estimate:
     """Estimate the share of items that are right, as `estimate_ratio` does, with an error that is never 0.
 
     Where all items are right, or all are wrong, the standard error is 0 and says nothing. There the error is
