@@ -1,6 +1,6 @@
 """Decode attention that reads only the chosen tokens of a cache: in jax.numpy, and in Pallas for TPU and GPU.
 
-It knows JAX alone. The operations are in `api.py`, and `reference.py` defines them.
+It depends on JAX alone. The operations are in `api.py`, and `reference.py` defines what they compute.
 """
 
 from pallas_kernels.api import (

@@ -2,20 +2,20 @@
 
 Letters: B batch, L layers, K KV heads, G query heads a KV head, H = K*G, S tokens that a cache has room for, D head
 dimension, R rank of q_imp and k_imp, N chosen units a row, U units of a cache. A row holds the tokens 0 ... lengths-1.
-Where `first` is given (a sliding window), it sees first ... lengths-1 of them.
+Where `first` is given, for a sliding window, it sees first ... lengths-1 of them.
 
 Every operation takes
 
 - implementation: "reference" (plain jax.numpy, for reading and testing), "xla" (the fast form on CPU), "tpu" or "gpu"
-  (Pallas kernels), or None, which takes the platform's own. A name is used or raises. It never falls back.
+  (Pallas kernels), or None, which takes the platform's own. A named implementation runs or raises. It never falls back.
 - interpret: None (the default) runs kernels on their own platform only. True, or pltpu.InterpretParams for "tpu",
-  interprets them on any platform, slowly, for tests. False lowers a kernel for its platform whatever this one is, to
-  compile ahead of time.
-- layer: an index, traced or not, into caches [L, ...] stacked over layers. So a scan over layers does not copy a layer
-  out of them.
+  interprets them on any platform, slowly, for tests. False lowers a kernel for its own platform on any, to compile
+  ahead of time.
+- layer: an index, traced or not, into caches [L, ...] stacked over layers. With it, a scan over layers does not copy a
+  layer out of the caches.
 
 Bad input raises ValueError. The message says what was given, what is wrong and what to do. The method is TokenButler,
-arXiv 2503.07518. Dense decode attention reads 2*S*K*D numbers a row, and this S*K*R + 2*N*unit*K*D.
+arXiv 2503.07518. For each row, dense decode attention reads 2*S*K*D numbers, and this S*K*R + 2*N*unit*K*D.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def importance_scores(
 
     Args:
       q_imp: float [B, K, G, R], the predictor's queries.
-      k_imp: float or int8 [B, K, R, S], keys that a group shares, or [B, K*G, R, S], keys of every query head;
-        [L, ...] with `layer`.
+      k_imp: float or int8, the predictor's keys: [B, K, R, S] shared by a group, or [B, K*G, R, S] for every query
+        head; [L, ...] with `layer`.
       lengths: int [B], tokens of each row.
-      pooling: "normalised" subtracts each query head's own log-sum-exp over the tokens seen and takes the maximum over
-        the group, so that heads compare. A group of one is left as it is, and so is a head with a product of +inf,
+      pooling: "normalised" subtracts each query head's log-sum-exp over the tokens seen and takes the maximum over the
+        group. That makes the heads comparable. A group of one is unchanged, and so is a head with a product of +inf,
         whose token comes first. "maximum" is the plain maximum, which is cheaper.
-      totals: float [B, K, G], the log-sum-exps where the keys are a part of all: `importance_totals` of every part,
-        merged.
-      scales: float [K] or [B, K] (K*G where the keys are), for int8 keys only; see `quantise_k_imp`.
+      totals: float [B, K, G], the log-sum-exps over all tokens, where k_imp holds a part of them: the merged
+        `importance_totals` of all parts.
+      scales: float [K] or [B, K], K*G in place of K where k_imp has them; for int8 only, see `quantise_k_imp`.
       scale: the factor on the products, R**-0.5 unless given.
       first: int [B], the first token that a row sees.
       layer, implementation, interpret: see the module.
@@ -93,7 +93,7 @@ def importance_totals(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Log-sum-exp of every query head's scores over the tokens seen, for keys that are split over devices.
+    """Log-sum-exp of every query head's scores over the tokens seen, for a k_imp that is split over devices.
 
     Args:
       q_imp, k_imp, lengths, scales, scale, first: see `importance_scores`, whose `totals` these are.
@@ -128,19 +128,19 @@ def select_top_k(
     implementation: str | None = None,
     interpret: Any = None,
 ) -> Selection:
-    """The n best units of every row, exactly: equal scores go to the earlier unit, so the recent, sinks, then earliest.
+    """The n best units of every row, exactly: recent tokens first, then sinks, then by score.
 
-    A row of length 0 chooses nothing.
+    Of equal scores the earlier unit is chosen. A row of length 0 chooses nothing.
 
     Args:
       scores: float [B, K, S], higher first; -inf and NaN come last.
       lengths: int [B], tokens of each row.
       n: the most units chosen, a static integer.
       counts: int [B] or [B, K], units that each row chooses, at most n, which is the default.
-      sinks, recent: the first `sinks` and the newest `recent` tokens come before every score, the newest first, as far
-        as the count goes.
+      sinks, recent: the first `sinks` and the newest `recent` tokens come before every score, the newest first. They
+        count towards n.
       unit: tokens of a unit, a power of two. Unit u holds the tokens u*unit ... u*unit+unit-1 and counts as its best
-        token. The last one of a row may reach beyond its length: attention leaves those tokens out.
+        token. The last unit of a row may reach beyond its length; attention leaves those tokens out.
       first: int [B], the first token that a row sees.
       threshold: float [K] or [B, K]; a token that scores below it is chosen only as a sink or recent token.
       implementation, interpret: see the module.
@@ -183,7 +183,7 @@ def masked_topk_decode_attention(
       q: float [B, H, D].
       k, v: float [B, K, S, D]; [L, ...] with `layer`.
       indices: int [B, K, N], the chosen units.
-      valid: bool [B, K, N], which of the indices count, as `select_top_k` gives them; None: all.
+      valid: bool [B, K, N], which of the indices count, as `select_top_k` gives them; None means all.
       unit: tokens of a unit, a power of two.
       new_k, new_v: [B, K, D], the current token. It is attended in addition and need not be in the cache yet.
       lengths: int [B]; tokens at or beyond it are left out. None is allowed where unit is 1 and every valid index is
@@ -194,8 +194,8 @@ def masked_topk_decode_attention(
       layer, implementation, interpret: see the module.
 
     Returns:
-      [B, H, D] in the dtype of q; with return_residual also the log-sum-exp of the scaled logits, float32 [B, H], by
-      which partial results merge. A row that attends nothing, or logits of -inf (-1e30 and below) alone, gives 0 and
+      [B, H, D] in the dtype of q; with return_residual also the log-sum-exp of the scaled logits, float32 [B, H], with
+      which partial results can be merged. A row that attends nothing, or only logits of -1e30 and below, gives 0 and
       -inf. A row with a logit of +inf or NaN gives NaN.
 
     Raises:
@@ -274,13 +274,12 @@ def sparse_decode_attention(
 
 
 def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """k_imp in int8 and its scales, one a head (and row, and layer): k_imp = scale * int8.
+    """Quantise k_imp to int8 with one scale for each head (and row, and layer): k_imp = scale * int8.
 
     Args:
-      k_imp: float [..., R, S]. What is unwritten of a cache that has room left must be finite. Zeros do not change the
-        scale.
-      scales: float [...] of an earlier call, under which larger values saturate: so new tokens are appended to a cache.
-        None: the largest magnitude maps to 127.
+      k_imp: float [..., R, S]. Unwritten places of a cache must be finite. Zeros do not change the scale.
+      scales: float [...] of an earlier call, to append new tokens to a cache; larger values saturate. None maps the
+        largest magnitude to 127.
 
     Returns:
       int8 [..., R, S] and float32 [...].
@@ -301,14 +300,14 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
 
 
 def _arrays(*values):
-    """Lists and numpy arrays as jax arrays; None stays."""
+    """Lists and numpy arrays as jax arrays. None stays None."""
     return tuple(None if value is None else jnp.asarray(value) for value in values)
 
 
 def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:
-    """The module of an implementation and the options that it alone takes; kernels are imported on first use.
+    """The module of an implementation, imported on first use, and the options that it alone takes.
 
-    work: 0 where an array is empty. Then the reference answers, since kernels have blocks of at least one element.
+    work is 0 where an array is empty. The reference runs then, since kernels have blocks of at least one element.
     """
     if name == "reference" or work == 0:
         return reference, {}

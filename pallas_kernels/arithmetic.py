@@ -1,4 +1,4 @@
-"""Arithmetic that the implementations share: exact products, log-sum-exps, and the end of a softmax in parts."""
+"""Arithmetic that the implementations share: exact products, log-sum-exps, and the merging of a softmax in parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def exact(dtype):
 
 
 def product(a, b, contract=(1, 0)):
-    """float32 product of matrices a and b, summed over the dimension contract[0] of a and contract[1] of b."""
+    """float32 product of matrices a and b, summed over dimension contract[0] of a and contract[1] of b."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=exact(b.dtype))
 
@@ -27,20 +27,26 @@ def score_product(queries, keys):
 
 
 def total_of(top, total):
-    """The log-sum-exp of a running sum: total of exp(score - top); -inf of nothing, +inf with a score of +inf."""
+    """The log-sum-exp, where total is the sum of exp(score - top); -inf without scores, +inf with a score of +inf."""
     found = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     return jnp.where(top < jnp.inf, found, jnp.inf)
 
 
 def finite_or_zero(totals):
-    """What "normalised" pooling subtracts: the log-sum-exp, or 0 where it is infinite."""
+    """The values that "normalised" pooling subtracts: the log-sum-exps, with 0 for those that are not finite."""
     return jnp.where(jnp.isfinite(totals), totals, 0.0)
 
 
 def finish(parts, q, new_k, new_v, scale, return_residual):
-    """The result of q [B, H, D], from (largest logit, sum of weights, weighted values) of its rows and the new token.
+    """Attention over the chosen units and the new token, from the sums over the chosen units.
 
-    parts: float32 [B*K, G], [B*K, G] and [B*K, G, D]; weights are exp(logit - largest logit).
+    Args:
+      parts: float32: the largest logit [B*K, G], the sum of weights [B*K, G] and the weighted values [B*K, G, D].
+        Weights are exp(logit - largest logit).
+      q, new_k, new_v, scale, return_residual: see `api.masked_topk_decode_attention`.
+
+    Returns:
+      [B, H, D] in the dtype of q, and the log-sum-exp [B, H] on request.
     """
     top, total, out = parts
     rows, _, dim = out.shape
@@ -51,7 +57,7 @@ def finish(parts, q, new_k, new_v, scale, return_residual):
         kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
         top, total = higher, total * kept + weight
         out = out * kept[..., None] + weight[..., None] * new_v.reshape(rows, 1, dim).astype(jnp.float32)
-    none = total == 0  # a sum that is NaN is handed on
+    none = total == 0  # NaN is not 0, so it stays
     total = jnp.where(none, 1.0, total)
     out = (out / total[..., None]).reshape(q.shape).astype(q.dtype)
     residual = jnp.where(none, -jnp.inf, top + jnp.log(total))

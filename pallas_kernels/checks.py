@@ -1,4 +1,4 @@
-"""Checks of arguments: they raise ValueError with what was given, what is wrong and what to do.
+"""Checks of arguments. They raise ValueError, which says what was given, what is wrong and what to do.
 
 The implementations do not check again.
 """
@@ -13,14 +13,13 @@ import numpy as np
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 POOLINGS = ("normalised", "maximum")
-SMALLEST_TPU_UNIT = 16  # one tile of bfloat16 rows: a copy of fewer drags its neighbours along
+SMALLEST_TPU_UNIT = 16  # one tile of bfloat16 rows; a smaller copy would read its neighbours too
 
 
 def current_platform() -> str:
-    """The platform that a call traced now will run on: of the mesh that is set, of jax_default_device, or the default.
+    """The platform that a call traced now will run on: that of the mesh, of jax_default_device, or the default.
 
-    A mesh of devices that are only described (jax.experimental.topologies) counts as theirs, so that kernels can be
-    compiled for a chip that is not there.
+    A mesh may describe devices that are absent (jax.experimental.topologies). Kernels are then compiled for those.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
@@ -31,11 +30,15 @@ def current_platform() -> str:
 
 
 def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can: bool = True) -> str:
-    """The implementation to run; None takes the platform's kernel where it can do the task, and xla otherwise.
+    """The implementation to run.
 
-    interpret: None asks the platform to fit the kernel; False lowers the kernel for its own platform whatever this
-    one is (to compile ahead of time); True or pltpu.InterpretParams interprets it anywhere. Raises ValueError for an
-    unknown name and for a kernel of another platform.
+    Args:
+      implementation: a name; None takes the platform's kernel where it supports the arguments, and "xla" otherwise.
+      interpret: as in `api`.
+      tpu_can: whether the TPU kernels support the arguments.
+
+    Raises:
+      ValueError: the name is unknown, or the kernel is another platform's.
     """
     platform = current_platform()
     if implementation is None:
@@ -53,14 +56,14 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
 
 
 def check_unit(unit: int) -> None:
-    """A power of two."""
-    good = isinstance(unit, (int, np.integer)) and not isinstance(unit, bool) and unit >= 1 and unit & (unit - 1) == 0
-    if not good:
+    """Raise ValueError unless the unit is a power of two."""
+    whole = isinstance(unit, (int, np.integer)) and not isinstance(unit, bool)
+    if not whole or unit < 1 or unit & (unit - 1):
         raise ValueError(f"unit must be a power of two (1, 2, 4, 8, 16, ...), got {unit!r}")
 
 
 def tpu_can(unit: int, size: int) -> bool:
-    """Whether the TPU kernels attend units of `unit` tokens in a cache of `size`: whole units of at least 16 tokens."""
+    """Whether the TPU kernels support this unit in a cache of `size` tokens: whole units of at least 16 tokens."""
     return unit >= SMALLEST_TPU_UNIT and size % unit == 0
 
 
@@ -79,7 +82,7 @@ def check_tpu_unit(unit: int, size: int) -> None:
 
 
 def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kinds: str = "iu") -> None:
-    """An array of one of these shapes whose dtype is of one of these kinds (i integer, u unsigned, f float)."""
+    """Raise ValueError unless an array has one of the shapes and holds integers ("iu") or numbers ("f"), or is None."""
     if value is None:
         return
     given = jnp.shape(value)
@@ -94,7 +97,17 @@ def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kin
 
 
 def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]:
-    """The shape of one layer of a cache: `array` is [dims], or [L, dims] when a layer is named."""
+    """The shape of one layer of a cache.
+
+    Args:
+      name: the argument's name, for error messages.
+      array: the cache, [dims], or [L, dims] where a layer is given.
+      layer: an index, traced or not; None for the cache of one layer.
+      dims: letters of the axes, separated by spaces.
+
+    Raises:
+      ValueError: the number of axes is wrong, or the layer is outside the cache.
+    """
     rank = len(dims.split()) + (layer is not None)
     letters = dims if layer is None else f"L {dims}"
     remedy = "drop layer=" if layer is not None else "pass layer= for a cache stacked over layers"
@@ -104,13 +117,13 @@ def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]
         if jnp.ndim(layer) != 0:
             raise ValueError(f"layer must be one index, got shape {jnp.shape(layer)}")
         number = layer if isinstance(layer, (int, np.integer)) else 0
-        if not 0 <= number < array.shape[0]:
+        if number < 0 or number >= array.shape[0]:
             raise ValueError(f"layer {number} is outside the cache's {array.shape[0]} layers")
     return tuple(array.shape[layer is not None :])
 
 
 def check_some(batch: int, heads: int) -> None:
-    """At least one row and one head."""
+    """Raise ValueError unless there is at least one row and one head."""
     if batch < 1 or heads < 1:
         raise ValueError(f"there must be at least one row and one KV head, got B = {batch}, K = {heads}")
 
@@ -141,7 +154,7 @@ def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> No
 
 def check_caches(k, q_imp, k_imp, layer) -> None:
     """Raise ValueError unless k and k_imp are those of one cache."""
-    if not (k.ndim >= 3 and k.shape[-2] == k_imp.shape[-1]):
+    if k.ndim < 3 or k.shape[-2] != k_imp.shape[-1]:
         raise ValueError(f"k {k.shape} and k_imp {k_imp.shape} must have room for the same number of tokens S")
     if layer is not None and k.shape[0] != k_imp.shape[0]:
         raise ValueError(f"k has {k.shape[0]} layers and k_imp {k_imp.shape[0]}; a cache has them for the same layers")
@@ -163,10 +176,10 @@ def check_selection(scores, lengths, n, counts, sinks, recent, unit, first, thre
 
 
 def check_counts(n, size, unit, sinks, recent) -> None:
-    """How much may be chosen of a cache of `size` tokens."""
+    """Raise ValueError unless n, sinks and recent fit a cache of `size` tokens."""
     check_unit(unit)
     units = -(-size // unit)
-    if not (isinstance(n, (int, np.integer)) and not isinstance(n, bool)):
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
         raise ValueError(f"n, the width of the list, must be a static integer, got {n!r}; what varies goes into counts")
     what = "tokens" if unit == 1 else f"units of {unit} tokens"
     if n < 0:
@@ -175,7 +188,7 @@ def check_counts(n, size, unit, sinks, recent) -> None:
         raise ValueError(f"n = {n} is more than the cache's {units} {what}; lower the budget to {units} or less")
     for name, value in (("sinks", sinks), ("recent", recent)):
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not (whole and value >= 0):
+        if not whole or value < 0:
             raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
 
 
@@ -198,7 +211,7 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
     if heads % shape[1] != 0:
         raise ValueError(f"{heads} query heads cannot share {shape[1]} KV heads; use a multiple")
     check_unit(unit)
-    if not (indices.ndim == 3 and indices.shape[:2] == shape[:2]):
+    if indices.ndim != 3 or indices.shape[:2] != shape[:2]:
         raise ValueError(f"indices must be [B, K, n] with B, K = {shape[:2]}, got shape {indices.shape}")
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError(f"indices must be integers, got {indices.dtype}")

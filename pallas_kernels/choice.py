@@ -1,6 +1,6 @@
-"""The order of a choice as one int32 a unit, and the choice as a list.
+"""The order in which units are chosen, as one int32 for each unit (its image), and the choice as a list.
 
-Every implementation chooses the largest entries of this image. `reference.py` defines the same order by sorting.
+Every implementation chooses the units with the largest images. `reference.py` defines the same order by sorting.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import numpy as np
 
 from pallas_kernels.reference import seen, wanted
 
-BARRED = np.int32(-(2**31))  # below the image of -inf: what may not be chosen
+BARRED = np.int32(-(2**31))  # the image of what may not be chosen, below that of -inf
 TOP = np.int32(2**31 - 2)  # sinks and recent tokens take the images from here down, all above that of +inf
 
 
 class Selection(NamedTuple):
-    """Chosen units: indices int32 [B, K, N], the valid ones first and ascending, the others 0; valid bool [B, K, N]."""
+    """Chosen units.
+
+    Attributes:
+      indices: int32 [B, K, N], the valid ones first and ascending, the others 0.
+      valid: bool [B, K, N].
+    """
 
     indices: jax.Array
     valid: jax.Array
 
 
 class Rules(NamedTuple):
-    """What a choice goes by besides the scores; the fields are arguments of `select_top_k`."""
+    """The rules of a choice besides the scores; the fields are arguments of `select_top_k`."""
 
     sinks: int
     recent: int
@@ -35,7 +40,7 @@ class Rules(NamedTuple):
 
 
 def ordered_image(scores: jax.Array) -> jax.Array:
-    """The int32 image of scores, which sorts as they do: -0 counts as 0, and NaN as -inf.
+    """The int32 image of scores, which sorts as they do. -0 counts as 0, and NaN as -inf.
 
     Args:
       scores: floats of any shape.
@@ -53,7 +58,7 @@ def from_image(image: jax.Array) -> jax.Array:
 
 
 def _flip_negative(bits):
-    """The bits with all but the sign flipped in negative numbers; it undoes itself."""
+    """The bits of negative numbers with all but the sign flipped. It is its own inverse."""
     return jnp.where(bits < 0, bits ^ np.int32(2**31 - 1), bits)
 
 
@@ -67,15 +72,15 @@ def rank_image(
     recent: int,
     threshold: jax.Array | None = None,
 ) -> jax.Array:
-    """The int32 image of tokens that sorts as the choice does: recent tokens, the newest first, sinks, then scores.
+    """The int32 image of tokens in the order of the choice: recent tokens, the newest first, then sinks, then scores.
 
     Args:
       scores: floats [..., S]; the other arrays broadcast against them.
       seen: bool, the tokens that may be chosen; the others are BARRED.
       age: int, how many tokens of the row are newer.
       position: int, tokens from the start of the document.
-      sinks: the first so many positions come before every score.
-      recent: the newest so many tokens come before the sinks.
+      sinks: how many of the first positions come before every score.
+      recent: how many of the newest tokens come before the sinks.
       threshold: float; tokens that score below it, and are neither sink nor recent, are BARRED.
 
     Returns:
@@ -90,23 +95,23 @@ def rank_image(
 
 
 def unit_image(image: jax.Array, unit: int) -> jax.Array:
-    """The image of units, that of their best tokens: int32 [..., S] -> [..., ceil(S / unit)]."""
+    """The image of every unit, which is that of its best token: int32 [..., S] -> [..., ceil(S / unit)]."""
     if unit == 1:
         return image
-    # Windows, since TPUs would pad an array [..., unit] to whole tiles of 128 lanes.
-    window = (*[1] * (image.ndim - 1), unit)
+    # Not by a reshape to [..., unit], which TPUs would pad to whole tiles of 128 lanes.
+    span = (*[1] * (image.ndim - 1), unit)
     image = pad_barred(image, unit)
-    return jax.lax.reduce_window(image, BARRED, jax.lax.max, window, window, "VALID")
+    return jax.lax.reduce_window(image, BARRED, jax.lax.max, span, span, "VALID")
 
 
 def pad_barred(image: jax.Array, multiple: int) -> jax.Array:
-    """The image [..., U] with BARRED entries appended, up to a multiple of so many."""
+    """The image [..., U] with BARRED entries appended, until U is a multiple of `multiple`."""
     padding = -image.shape[-1] % multiple
     return jnp.pad(image, ((0, 0),) * (image.ndim - 1) + ((0, padding),), constant_values=BARRED) if padding else image
 
 
 def image_of(scores, lengths, rules: Rules):
-    """int32 [B, K, U]: the image of the units of caches with scores [B, K, S]."""
+    """The image of the units of a cache, int32 [B, K, U], from scores [B, K, S]."""
     position = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
     age = lengths.astype(jnp.int32)[:, None, None] - 1 - position
     own = seen(scores.shape[-1], lengths, rules.first)[:, None]
@@ -116,7 +121,7 @@ def image_of(scores, lengths, rules: Rules):
 
 
 def count_of(image, size, lengths, n, counts, rules: Rules):
-    """int32 [B, K]: how many units of image [B, K, U] are chosen, of caches with room for `size` tokens."""
+    """How many units are chosen, int32 [B, K], of image [B, K, U] and a cache with room for `size` tokens."""
     rows = image.shape[:2]
     if rules.threshold is not None:
         held = jnp.sum(image > BARRED, axis=-1, dtype=jnp.int32)
@@ -129,6 +134,6 @@ def count_of(image, size, lengths, n, counts, rules: Rules):
 
 
 def listed(indices, count) -> Selection:
-    """The choice of the first count [B, K] of indices [B, K, N]."""
+    """The choice that consists of the first `count` [B, K] of the indices [B, K, N]."""
     valid = jnp.arange(indices.shape[-1], dtype=jnp.int32)[None, None] < count[..., None]
     return Selection(jnp.where(valid, indices, 0), valid)

@@ -1,4 +1,4 @@
-"""Operands of the TPU and GPU kernels: rows of a batch and its KV heads as one axis, caches with their layers in it."""
+"""Operands of the TPU and GPU kernels. Batch and KV heads become one axis of rows; in caches, layers join it too."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 
 def first_row(layer, rows):
-    """int32 [1]: the first row of a layer in a cache whose layers have so many rows each."""
+    """The first row of a layer, int32 [1], in a cache whose layers have `rows` rows each."""
     return (jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)) * rows
 
 
 def bounds(lengths, first):
-    """int32 [B, 2]: the first token that a row sees, and the end of them."""
+    """The first token that each row sees and the end of its tokens, int32 [B, 2]."""
     start = jnp.zeros(lengths.shape, jnp.int32) if first is None else jnp.maximum(first.astype(jnp.int32), 0)
     return jnp.stack([start, lengths.astype(jnp.int32)], axis=1)
 
@@ -28,7 +28,7 @@ def score_operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
 
 
 def attention_operands(q, k, v, indices, valid, *, lengths, first, layer):
-    """(first row, units [rows, N], bounds, queries [rows, G, D], keys and values [L*rows, S, D]); units may be -1."""
+    """(first row, units [rows, N], bounds, queries [rows, G, D], keys and values [L*rows, S, D]); -1 is no unit."""
     batch, heads, n = indices.shape
     size, dim = k.shape[-2:]
     rows = batch * heads

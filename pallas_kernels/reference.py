@@ -1,6 +1,6 @@
-"""What the kernels compute, written to be read: sorts, gathers and softmax in jax.numpy, with nothing clever.
+"""The definition of what the kernels compute, written for reading: sorts, gathers and softmax in jax.numpy.
 
-Arguments are those of `api.py` after its checks; every function here is the definition the others are tested against.
+Arguments are those of `api.py` after its checks. The other implementations are tested against these functions.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-LOWEST = -1e30  # logits are above it, or count as -inf; finite, so that rows that see nothing give no NaN
+LOWEST = -1e30  # logits below it count as -inf; it is finite, so that rows that see nothing give no NaN
 
 
 def take_layer(array, layer):
@@ -24,7 +24,7 @@ def seen(size, lengths, first):
 
 
 def per_head(keys, scales):
-    """int8 keys [B, Q, R, S] in float32 with their scales [Q] or [B, Q] applied; others as they are."""
+    """Keys [B, Q, R, S] in float32 with their scales [Q] or [B, Q] applied; without scales they are unchanged."""
     if scales is None:
         return keys
     scales = jnp.broadcast_to(scales, keys.shape[:2]).astype(jnp.float32)
@@ -32,7 +32,7 @@ def per_head(keys, scales):
 
 
 def head_scores(q_imp, k_imp, lengths, *, scales, scale, first, layer):
-    """float32 [B, K, G, S] of every query head; -inf where a row sees nothing, and for products that are NaN."""
+    """Scores of every query head, float32 [B, K, G, S]; -inf for tokens not seen and for products that are NaN."""
     batch, heads, group, rank = q_imp.shape
     keys = per_head(take_layer(k_imp, layer), scales)
     if keys.shape[1] == heads:  # shared by the group
@@ -44,12 +44,12 @@ def head_scores(q_imp, k_imp, lengths, *, scales, scale, first, layer):
 
 
 def importance_totals(q_imp, k_imp, lengths, **options):
-    """float32 [B, K, G]: log-sum-exps over the tokens that a row sees."""
+    """Log-sum-exps over the tokens that a row sees, float32 [B, K, G]."""
     return jax.nn.logsumexp(head_scores(q_imp, k_imp, lengths, **options), axis=-1)
 
 
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, **options):
-    """float32 [B, K, S]; -inf where a row sees nothing."""
+    """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     scores = head_scores(q_imp, k_imp, lengths, **options)
     if normalised:
         totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
@@ -58,10 +58,10 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, **options):
 
 
 def ranked(scores, lengths, rules):
-    """(forced, best, may) [B, K, U]: the order of the choice, and which units may be chosen at all.
+    """The order of the choice (forced, best), and which units may be chosen (may), each [B, K, U].
 
-    Above every score lie the newest `recent` tokens, newest first, then the first `sinks`, earliest first. A unit
-    counts as its best token; NaN counts as -inf.
+    The newest `recent` tokens come before every score, the newest first, and then the first `sinks`, the earliest
+    first. A unit counts as its best token. NaN counts as -inf.
     """
     sinks, recent, unit, first, threshold = rules
     size = scores.shape[-1]
@@ -88,7 +88,7 @@ def ranked(scores, lengths, rules):
 
 
 def select_top_k(scores, lengths, n, *, counts, rules):
-    """(indices, valid) [B, K, N]: a full sort, forced units first, then by score, ties by position."""
+    """(indices, valid) [B, K, N] by a full sort: forced units first, then by score, then by position."""
     forced, best, may = ranked(scores, lengths, rules)
     units = may.shape[-1]
     position = jnp.broadcast_to(jnp.arange(units, dtype=jnp.int32)[None, None], may.shape)
@@ -104,7 +104,7 @@ def select_top_k(scores, lengths, n, *, counts, rules):
 
 
 def wanted(counts, n, rows):
-    """int32 [B, K]: how many units each row asks for, 0 ... n."""
+    """How many units each row asks for, 0 ... n, int32 [B, K]."""
     if counts is None:
         return jnp.full(rows, n, jnp.int32)
     counts = jnp.asarray(counts, jnp.int32)
@@ -138,7 +138,7 @@ def masked_topk_decode_attention(
 
 
 def softmax_sum(logits, mask, values, q, return_residual):
-    """Softmax of logits [B, K, G, N] where mask [B, K, N] is set, times values [B, K, N, D]; float32 inside."""
+    """Softmax of logits [B, K, G, N] where mask [B, K, N] is set, times values [B, K, N, D], computed in float32."""
     mask = jnp.broadcast_to(mask[:, :, None], logits.shape)
     logits = jnp.where(mask, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)

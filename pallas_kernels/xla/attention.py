@@ -1,4 +1,4 @@
-"""Attention over chosen units with XLA, fast on CPU. Arguments are those of `api.py`, checked.
+"""Attention over chosen units with XLA, fast on CPU. Arguments are those of `api.py` after its checks.
 
 Measured on CPU: XLA's gather of rows runs three times faster when arithmetic is fused with it.
 """
@@ -48,14 +48,14 @@ def masked_topk_decode_attention(
         weights = jnp.exp(logits - top[..., None])
         return top, jnp.sum(weights, axis=-1), -jnp.einsum("rgn,rnd->rgd", weights, row_v, precision="highest")
 
-    # In groups, but for dtypes whose whole cache a loop would have widened to float32 beforehand.
+    # In groups of rows. Not for other dtypes, since XLA would convert the whole cache to float32 before the loop.
     most = max(1, TILE // (tokens.shape[-1] * dim)) if k.dtype == jnp.float32 else rows
     parts = _in_groups(attend, (queries, flat, inside), most)
     return finish(parts, q, new_k, new_v, scale, return_residual)
 
 
 def _chosen_tokens(indices, valid, unit, lengths, first, size):
-    """(positions, mask) [B, K, N*unit]: the tokens of the chosen units and which of them are attended."""
+    """The tokens of the chosen units and which of them are attended, (positions, mask) [B, K, N*unit]."""
     batch, heads, n = indices.shape
     tokens = indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
     mask = (tokens >= 0) & (tokens < size)
@@ -69,12 +69,12 @@ def _chosen_tokens(indices, valid, unit, lengths, first, size):
 
 
 def _taken(cache, rows):
-    """float32 [..., width]: rows of a cache."""
+    """Rows of a cache, float32 [..., width]."""
     return cache.at[rows].get(mode="promise_in_bounds").astype(jnp.float32)
 
 
 def _in_groups(function, arrays, size):
-    """function of arrays [rows, ...], at most `size` rows at a time (the nearest divisor of rows)."""
+    """A function of arrays [rows, ...], called with at most `size` rows at a time (a divisor of their number)."""
     rows = arrays[0].shape[0]
     size = max(d for d in range(1, min(size, rows) + 1) if rows % d == 0)
     if size == rows:

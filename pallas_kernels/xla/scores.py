@@ -1,7 +1,7 @@
-"""Importance scores with XLA, fast on CPU. Arguments are those of `api.py`, checked.
+"""Importance scores with XLA, fast on CPU. Arguments are those of `api.py` after its checks.
 
-Measured on CPU: arithmetic that is fused with the reading of the keys is nearly free, temporary arrays beyond a few MB
-cost page faults, and a slice of a cache stacked over layers must never stand alone or the layer is copied.
+Measured on CPU: arithmetic that is fused with reading k_imp is nearly free. Temporary arrays beyond a few MB cost page
+faults. A slice of a cache stacked over layers must be fused with its use, or the layer is copied.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pallas_kernels.arithmetic import exact, finite_or_zero, total_of
 from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
-MOST_TERMS = 256  # products that are written out in one fused loop
-UNROLLED = 8  # chunks written out where a loop would have its whole operand widened to float32 beforehand
+MOST_TERMS = 256  # products that are unrolled into one fused loop
+UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole operand of a loop to float32 before it
 
 
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scale, first, layer):
-    """float32 [B, K, S]; -inf where a row sees nothing."""
+    """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     size = k_imp.shape[-1]
     if normalised and totals is None:
         totals = importance_totals(q_imp, k_imp, lengths, scales=scales, scale=scale, first=first, layer=layer)
@@ -29,14 +29,14 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scal
 
 
 def importance_totals(q_imp, k_imp, lengths, *, scales, scale, first, layer):
-    """float32 [B, K, G]; -inf where a row sees nothing."""
+    """Log-sum-exps, float32 [B, K, G]; -inf where a row sees nothing."""
     factor, keys = _factor_and_keys(q_imp, k_imp, scales, scale, layer)
     mask = seen(k_imp.shape[-1], lengths, first)
     return _log_sum_exp(q_imp, factor, keys, mask, k_imp.dtype == jnp.float32)
 
 
 def _factor_and_keys(q_imp, k_imp, scales, scale, layer):
-    """What products are multiplied with, float32 [B, K, G], and keys(at, width): [B, K, 1 or G, R, width]."""
+    """The factor on the products, float32 [B, K, G], and keys(at, width), which gives [B, K, 1 or G, R, width]."""
     batch, heads, group, rank = q_imp.shape
     factor = jnp.full((batch, heads, group), scale, jnp.float32)
     shared = k_imp.shape[-3] == heads
@@ -54,7 +54,7 @@ def _factor_and_keys(q_imp, k_imp, scales, scale, layer):
 
 
 def _products(queries, keys):
-    """float32 [B, K, G, width] of queries [B, K, G, R] and keys [B, K, 1 or G, R, width]."""
+    """Products, float32 [B, K, G, width], of queries [B, K, G, R] and keys [B, K, 1 or G, R, width]."""
     if queries.dtype != keys.dtype:
         queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
     form, keys = ("bkgr,bkrs->bkgs", keys[:, :, 0]) if keys.shape[2] == 1 else ("bkgr,bkgrs->bkgs", keys)
@@ -62,14 +62,14 @@ def _products(queries, keys):
 
 
 def _pooled(queries, keys, total):
-    """float32 [B, K, S]: the maximum over the group of products, less total [B, K, G] where given."""
+    """The maximum over the group of products, less total [B, K, G] where given, float32 [B, K, S]."""
     group, rank = queries.shape[2:]
     if group * rank > MOST_TERMS:
         scores = _products(queries, keys)
         scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         return jnp.max(scores if total is None else scores - total[..., None], axis=2)
     best = None
-    for member in range(group):  # written out, so that keys are read once and nothing but the result is written
+    for member in range(group):  # unrolled, so that keys are read once and only the result is written
         own = keys[:, :, member if keys.shape[2] > 1 else 0]
         terms = [queries[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(rank)]
         score = sum(terms[1:], terms[0])
@@ -81,7 +81,7 @@ def _pooled(queries, keys, total):
 
 
 def _log_sum_exp(queries, factor, keys, mask, loops):
-    """float32 [B, K, G] over the tokens where mask [B, S] is set; chunks of S, looped over or written out."""
+    """Log-sum-exps over the tokens where mask [B, S] is set, float32 [B, K, G], by chunks of S, looped or unrolled."""
     batch, heads, group, _ = queries.shape
     size = mask.shape[-1]
     chunk = min(size, max(256, TILE // (batch * heads * group)))

@@ -1,7 +1,7 @@
 """Exact selection without sorting or scattering, for any platform that XLA compiles for.
 
-The k-th largest entry of an image is found by counting the entries that reach a trial value. A sample brackets it where
-there are many entries, and interpolation and bisection close the bracket. For a list, the mask of what was chosen is
+The k-th largest entry of an image is found by counting the entries that reach a trial value. Where there are many
+entries, a sample brackets it, and interpolation and bisection close the bracket. For a list, the mask of the choice is
 packed into words, and slot j of the list finds the j-th bit.
 """
 
@@ -16,16 +16,16 @@ import numpy as np
 from pallas_kernels.choice import BARRED, TOP, Selection, count_of, image_of, listed, pad_barred
 
 BEYOND = np.int32(TOP + 1)  # no entry reaches it
-WORD = 32  # units a word of bits
+WORD = 32  # units in a word of bits
 COLUMNS = 256  # counts are first summed in int16 down this many columns
-SAMPLE = 32  # one entry in so many brackets the k-th largest
-LARGE = 4096  # entries from which a sample pays
-GUIDED = 8  # trials that interpolate; after them, ties are the likely reason not to have ended
+SAMPLE = 32  # the sample takes one entry in so many
+LARGE = 4096  # number of entries from which a sample pays
+GUIDED = 8  # trials that interpolate; a search that goes on after them is likely held up by ties
 
 
 def select_top_k(scores, lengths, n, *, counts, rules):
     """The choice of n units; arguments as in `api.py`."""
-    # Under a condition, or XLA fuses what made the scores into every pass over the image, computing them anew in each.
+    # Without the condition XLA fuses the scores into every pass over the image and computes them again in each.
     make = partial(image_of, scores, lengths, rules)
     shape = jax.eval_shape(make)
     image = jax.lax.cond(_always(scores), make, lambda: jnp.full(shape.shape, BARRED, shape.dtype))
@@ -34,12 +34,12 @@ def select_top_k(scores, lengths, n, *, counts, rules):
 
 
 def _always(scores):
-    """True, but only when the program runs: the compiler does not see that a shifted sign is 0 or -1."""
+    """True at run time. The compiler does not know that a shifted sign is 0 or -1."""
     return jax.lax.bitcast_convert_type(scores[0, 0, 0].astype(jnp.float32), jnp.int32) >> 31 <= 0
 
 
 def top_mask(image: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count` largest entries of every row, ties to the earlier one.
+    """The `count` largest entries of every row; of equal ones the earlier.
 
     Args:
       image: int32 [..., U] from `ordered_image` or `rank_image`.
@@ -57,17 +57,17 @@ def top_mask(image: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def compact(mask: jax.Array, n: int) -> Selection:
-    """The positions of the first n entries that are set, as a choice: mask bool [B, K, U]."""
+    """The positions of the first n entries that are set in a mask, bool [B, K, U], as a choice."""
     return listed(_set_positions(mask, n), jnp.sum(mask, axis=-1, dtype=jnp.int32))
 
 
 def _positions(array):
-    """int32 [1, ..., U]: 0, 1, ... along the last axis."""
+    """0, 1, ... along the last axis, int32 [1, ..., U]."""
     return jnp.arange(array.shape[-1], dtype=jnp.int32).reshape((1,) * (array.ndim - 1) + (-1,))
 
 
 def _count_reaching(image, trial):
-    """float32 (exact to 2**24): how many entries of image [..., U] are at least trial [...]."""
+    """How many entries of image [..., U] are at least trial [...], in float32, which is exact up to 2**24."""
     if image.shape[-1] < LARGE:
         return jnp.sum((image >= trial[..., None]).astype(jnp.float32), axis=-1)
     rows = image.reshape(*image.shape[:-1], -1, COLUMNS) >= trial[..., None, None]
@@ -75,7 +75,7 @@ def _count_reaching(image, trial):
 
 
 def _kth_largest(image, target):
-    """(limit, end) [...]: the `target` largest are those above limit, and those equal to it before position end."""
+    """(limit, end) [...]. The `target` largest entries are those above limit and those equal to it before end."""
     guesses = None
     if image.shape[-1] >= LARGE:
         sample = image[..., ::SAMPLE]
@@ -97,10 +97,10 @@ def _kth_largest(image, target):
 
 
 def _search(image, target, guesses):
-    """(limit, reached, above): count(image >= limit) = reached >= target; fewer, above, reach the next trial.
+    """(limit, reached, above): `reached` >= target entries reach the limit, `above` < target the next higher trial.
 
-    It stops where reached = target, or at the exact k-th value where too many entries equal it. guesses [2, ...] are
-    tried first, the upper one before the lower; without them it is plain bisection.
+    The search stops where reached = target, or at the exact k-th value where too many entries equal it. The guesses
+    [2, ...] are tried first, the larger before the smaller. Without guesses it is plain bisection.
     """
     wanted_count = target.astype(jnp.float32)
 
@@ -131,7 +131,7 @@ def _search(image, target, guesses):
 
 
 def _end_of_ties(equal, missing):
-    """int32 [...]: the position before which the first `missing` entries of equal [..., U] lie."""
+    """The position before which the first `missing` entries of equal [..., U] lie, int32 [...]."""
     steps = equal.shape[-1].bit_length()
 
     def narrow(step, end):
@@ -143,9 +143,9 @@ def _end_of_ties(equal, missing):
 
 
 def _set_positions(mask, n):
-    """int32 [B, K, n]: entry j is the position of the j-th set entry of mask [B, K, U].
+    """The positions of the set entries of mask [B, K, U] in order, int32 [B, K, n].
 
-    A binary search over the running count of the words finds the word, five halvings find the bit in it.
+    A binary search over the running count of the words finds the word, and five halvings find the bit in it.
     """
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, -mask.shape[-1] % WORD)))
     batch, heads, units = mask.shape
