@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _bench(config: BenchConfig) -> int:
-    """Measure, show, write."""
+    """Measure, print and write the figures."""
     import jax
 
     from butler_jax.cli.decoding_rounds import load_peer, measure

@@ -14,7 +14,7 @@ import tyro
 
 
 def read(kind: type, arguments: list[str], program: str) -> Any:
-    """A configuration from command-line arguments.
+    """Read a configuration from command-line arguments.
 
     Nested configurations have flat flags. The docstrings of classes and fields are the help. The metadata of a field
     may say more: "flag" is the name of its flag where that is not the field's (None: it has no flag), and "flags" names
@@ -43,7 +43,7 @@ def flag_of(field: dataclasses.Field) -> str | None:
 
 
 def _unchecked(kind: type, flags: tuple[str, ...] | None = None) -> type:
-    """A configuration without its checks, for tyro: it would draw a box around their messages."""
+    """A configuration without its checks, for tyro, which would draw a box around their messages."""
     hints, changed = get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):
         hint, default = hints[field.name], field.default
@@ -106,7 +106,7 @@ def _lost(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def interrupts_end(said: str) -> Iterator[None]:
-    """Ctrl-C ends the program inside, at once, with a line on stderr and status 130.
+    """Inside, Ctrl-C ends the program at once, with a line on stderr and status 130.
 
     A KeyboardInterrupt is lost where it meets a callback of the garbage collection, and after one JAX 0.10 crashes
     where the interpreter ends by itself.

@@ -28,7 +28,7 @@ Round = Callable[[int], float]
 
 
 def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context: int) -> list[dict[str, Any]]:
-    """All variants at one context, in turns; prints a line of each."""
+    """Time all variants at one context in turns, and print a line about each."""
     length = context - config.tokens * (config.rounds + 1)
     if length < 1:
         raise ValueError(f"a context of {context} tokens has no room for the {context - length} that are measured")
@@ -83,7 +83,7 @@ def _decoding(base: Base, capacity: int, selection: SelectionConfig | None, poli
 
 
 def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, selection: SelectionConfig | None) -> Round:
-    """Rounds of one variant, each going on where the last one stopped. Dense decoding keeps no k_imp."""
+    """Rounds of one variant, each continuing where the last one stopped. Dense decoding keeps no k_imp."""
     policy: Policy = make_policy("tokenbutler", pooling=config.pooling)
     made, held = jax.tree.map(jnp.copy, start)
     state = held.state

@@ -88,7 +88,7 @@ class GenerateConfig:
         return self.dense or self.make_policy().name == "dense"
 
     def read_prompt(self) -> str:
-        """The prompt. Raises ValueError for a file that is missing or no text."""
+        """The prompt. Raises ValueError for a file that is missing or not text."""
         if self.prompt_file is None:
             return sys.stdin.read() if self.prompt is None else self.prompt
         try:
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _continue_prompt(config: GenerateConfig) -> int:
-    """Load, generate, show."""
+    """Load, generate and print."""
     import jax
 
     from butler_jax.decoding import generate

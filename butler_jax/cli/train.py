@@ -60,7 +60,7 @@ def _pretrain(config: Any) -> str:
 
 
 def _run(read_config: Callable[[], Any], train: Callable[[Any], str]) -> int:
-    """Run one training; returns the exit status. SIGTERM and Ctrl-C end it at once where its loop does not save."""
+    """Run one training; returns the exit status. SIGTERM and Ctrl-C end it at once, except in its loop."""
 
     def stop_at_once(number, frame):
         """On SIGTERM before and after the training; during the training, its loop saves first."""

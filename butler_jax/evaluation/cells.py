@@ -30,7 +30,7 @@ class Cell:
 
 
 class KeptCells:
-    """Finished cells by the hash of all they depend on, in a file with one JSON object a line."""
+    """Finished cells by the hash of all they depend on, in a file with one JSON object per line."""
 
     def __init__(self, directory: Path | None):
         """Read the cells of a directory; None keeps them in memory alone."""

@@ -150,7 +150,7 @@ def prepare_policies(
 
 
 def describe_prepared(policy: Policy, data: str) -> dict[str, Any]:
-    """Describe a policy, with the text that it was prepared on if it was."""
+    """Describe a policy, with the text that it was prepared on, if any."""
     if not _needs_text(policy):
         return describe(policy)
     return {**describe(policy), "found_on": f"about {PREPARED_TOKENS:,} tokens of the training part of {data}"}

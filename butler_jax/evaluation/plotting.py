@@ -156,7 +156,7 @@ def hide_spines(axes: Any) -> None:
 
 
 def render_figure(draw: Draw, name: str, label: str) -> tuple[bytes, str]:
-    """Draw a figure as PNG on white (160 dots an inch) and as an <svg> element for a page.
+    """Draw a figure as PNG on white (160 dots per inch) and as an <svg> element for a page.
 
     Args:
         draw: Returns the figure.

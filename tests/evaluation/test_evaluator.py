@@ -353,7 +353,7 @@ def test_a_haystack_that_is_repeated_is_told_and_noted(place):
     )
     said = []
     report = evaluate(base, None, config, say=said.append)
-    told = f"{config.text} has 360 tokens: needles of 400, 500 tokens lie in it repeated; give a longer text"
+    told = f"{config.text} has 360 tokens: for needles of 400, 500 tokens it is repeated; give a longer text"
     assert told in said and report.about["notes"] == [told] and told in html.unescape(render_page(report))
     assert evaluate(base, None, dataclasses.replace(config, lengths=(300,))).about["notes"] == []
 

@@ -73,7 +73,7 @@ class Drift(NamedTuple):
 
 
 class Binned(NamedTuple):
-    """Means of bins along x: mean x, mean y, its standard error for independent values, number of values."""
+    """Bins along x: mean x, mean y, its standard error for independent values, number of values."""
 
     x: Float[np.ndarray, " N"]
     y: Float[np.ndarray, " N"]
@@ -116,7 +116,7 @@ def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -
 def measure_overlap(
     model: BaseModel, predictor: Predictor | None, batch: Batch, *, steps: int = 50, fraction: float = 0.1
 ) -> Overlap:
-    """Measure how much of the top `fraction` of step 0 is still in the top `fraction` at later steps.
+    """Measure how much of the top `fraction` of the keys at step 0 is in the top `fraction` at later steps.
 
     The best are ceil(fraction * n) of the n keys that all steps see, ties to the earlier one. Sinks and recent tokens
     are treated like all others.
@@ -212,7 +212,7 @@ def measure_access(
 
 
 def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
-    """Average y in up to `bins` bins of about equally many values along x; equal x share a bin."""
+    """Average y in up to `bins` bins of about equally many values along x. Equal x share a bin."""
     x, y = np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)
     if not (x.size == y.size > 0 and bins > 0):
         raise ValueError(f"nothing to bin: {x.size} and {y.size} values, {bins} bins")

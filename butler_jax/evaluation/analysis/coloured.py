@@ -97,7 +97,7 @@ def colour_tokens(
     """
     tokens, counts = [int(t) for t in np.ravel(tokens)], np.ravel(counts).astype(np.float64)
     if not (len(tokens) == counts.size > 0):
-        raise ValueError(f"{len(tokens)} tokens and {counts.size} numbers: give one a token")
+        raise ValueError(f"{len(tokens)} tokens and {counts.size} numbers: give one for each token")
     if not np.all(counts >= 0):
         raise ValueError("the numbers must be 0 or more, and one is not")
     most = float(counts.max() if most is None else most) or 1.0

@@ -75,7 +75,7 @@ def draw_overlap(found: Overlap, published: bool = True) -> Any:
 
 
 def draw_drift(found: Drift, bins: int = 10) -> Any:
-    """Draw the hit rate by how far attention moved: means of bins with standard errors, over layers 1 ...."""
+    """Draw the hit rate against the change of attention: means of bins with standard errors, over layers 1 ...."""
     figure, axes = make_canvas(1, 2, (9, 3.4), sharey=True)
     names = {"moved": "share of the best tokens that changed", "divergence": "divergence from the earlier row (nats)"}
     for ax, (name, label) in zip(axes[0], names.items(), strict=True):
@@ -114,7 +114,7 @@ def draw_access(found: Access, sequence: int = 0) -> Any:
 
 
 def draw_scores(found: Scored) -> Any:
-    """Draw true attention and the predictor's side by side in one logarithmic colour scale.
+    """Draw true attention beside the softmax of the predictor's scores, in one logarithmic colour scale.
 
     A predictor is not trained on sinks and recent tokens. Its colours there have no meaning.
     """

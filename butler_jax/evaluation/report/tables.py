@@ -108,7 +108,7 @@ def is_dense(policy: str) -> bool:
 
 
 def is_reference(policy: str) -> bool:
-    """Whether a label is dense or an oracle: what others are compared with, and never the best of a column."""
+    """Whether a label is dense or an oracle: others are compared with it, and it is never the best of a column."""
     return is_dense(policy) or policy.startswith("oracle")
 
 
@@ -206,7 +206,7 @@ class TableLine:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """One metric of one task; part: what a table of parts is about, as words of its title."""
+    """One metric of one task; part: the part of the task that it shows, as in its title."""
 
     task: str
     metric: str
@@ -296,7 +296,7 @@ def _group(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row
 def _make_table(
     task: str, metric: str, rows: Sequence[Row], columns: Sequence[tuple[str, list[Row]]], shares: bool = True
 ) -> ReportTable:
-    """One table: `columns` are labels with the rows that stand under them."""
+    """Make a table. `columns` are labels, each with its rows."""
     shown = find_metric(metric, rows)
     lines = tuple(
         TableLine(policy, tuple(_make_cell(shown, policy, inside) for _, inside in columns))

@@ -1,4 +1,4 @@
-"""Tasks that ask for an answer: tokens of the answer are right where they are the greedy ones.
+"""Tasks that ask for an answer. A token of the answer is right where it is the greedy prediction.
 
 The model is teacher-forced through a sample in one pass. It predicts all tokens of an answer if and only if greedy
 decoding, with every position limited to its own choice, would write that answer.

@@ -82,7 +82,7 @@ def run_harness(
 
 
 def check_harness() -> None:
-    """Raise ImportError where lm-evaluation-harness cannot be imported, saying what to install."""
+    """Raise ImportError, with what to install, where lm-evaluation-harness cannot be imported."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -130,7 +130,7 @@ def _estimate_metric(samples: list[dict], name: str) -> Estimate:
 
 @contextmanager
 def _quieten(progress: bool) -> Iterator[None]:
-    """Hide the harness's notes on its own configuration, and its bars unless progress is to be seen."""
+    """Hide the harness's notes on its own configuration, and its bars where `progress` is false."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

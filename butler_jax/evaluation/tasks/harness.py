@@ -41,7 +41,7 @@ Row = tuple[tuple[int, ...], int]  # tokens, and how many of the last are asked 
 
 @register_model("butler")
 class ButlerLM(TemplateLM):
-    """A base under a policy and a budget, as lm-evaluation-harness asks models.
+    """A base under a policy and a budget, with the interface of lm-evaluation-harness.
 
     Attributes:
         read: The fractions of the causal keys that were read, summed over the input tokens of all passes.
@@ -136,7 +136,7 @@ class ButlerLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """The name under which the harness caches tokens."""
         return f"{self.base.name}-{self.base.fingerprint}"
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
@@ -239,7 +239,7 @@ class ButlerLM(TemplateLM):
         return texts
 
     def _generate(self, prompts: list[list[int]], seeds: list[int], spare: int, settings: dict) -> list[str]:
-        """Texts after prompts; `spare` more rows keep the shape of the batches before."""
+        """Texts after prompts; `spare` more rows give the batch the shape of earlier ones."""
         given = normalize_gen_kwargs(copy.deepcopy(settings), self.max_gen_toks)
         new = given.pop("max_gen_toks")
         eos = None if self.text.eos is None else self._name(self.text.eos)

@@ -66,7 +66,7 @@ def read_model_arguments(
         )
     if run is not None and not (Path(str(run)) / "checkpoints").is_dir():
         raise ValueError(
-            f"{run} is not a run directory: it has no checkpoints; give the directory of a run of butler-jax train"
+            f"{run} is no run directory: it has no checkpoints; give the directory of a run of butler-jax train"
         )
     from butler_jax.runs import load_predictor, run_config, run_data
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on local files (harness_tasks/*.yaml): LAMBADA, PIQA, WinoGrande and ARC-easy, no hub.
+"""Tasks of lm-evaluation-harness on local files (harness_tasks/*.yaml): LAMBADA, PIQA, WinoGrande and ARC-easy.
 
 The prompts are the harness's own. By name they are lambada_local, piqa_local, winogrande_local and arc_easy_local.
 """
@@ -88,7 +88,7 @@ def read_samples(directory: str | Path, task: str) -> list[dict[str, Any]]:
 
 
 def _find_fault(sample: dict, fields: Sequence[str]) -> str | None:
-    """What is wrong with a sample, None where nothing is."""
+    """What is wrong with a sample, or None."""
     for field in fields:
         if field not in sample:
             return f"{field} is missing"

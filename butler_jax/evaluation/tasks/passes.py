@@ -48,7 +48,7 @@ class Passes:
         *,
         wanted: Bool[np.ndarray, "B T"],
     ) -> RowPredictions:
-        """Run a pass as `simulate` does, or return the one that was run; dense where every row may read everything.
+        """Run a pass as `simulate` does, or return its kept result. It is dense where every row may read everything.
 
         Args:
             batch: tokens, segments, positions [B, T].

@@ -35,7 +35,7 @@ class SampleGrid:
 
 
 class LabelledBatches(NamedTuple):
-    """Batches of `batch_answers`, and the label of each sample: {"length": ...}, of needles with "depth"."""
+    """Batches of `batch_answers`, and the label of each sample: {"length": ...}, and "depth" of needles."""
 
     batches: list[Batch]
     labels: list[dict[str, float | int]]
@@ -47,7 +47,7 @@ def make_needle_batches(
     """Make needle samples for every length and depth; see data/sources/needle.py.
 
     A sample is drawn by its seed, length, depth and number. So no two share a needle, they depend on each other only
-    through the haystack, and a place of the grid is the same whatever other places there are. A batch holds one length.
+    through the haystack, and the samples of one place do not depend on the others. A batch holds one length.
 
     Args:
         tokenizer: Of the model.

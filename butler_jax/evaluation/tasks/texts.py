@@ -46,7 +46,7 @@ def read_windows(base: Base, config: EvalConfig, data: str, say: Say) -> list[Ba
 
 
 def read_haystack(base: Base, config: EvalConfig, data: str, say: Say) -> str:
-    """Read the text that needles are hidden in: config.text, or held-out documents of `data` one after the other.
+    """Read the text that needles are hidden in: config.text, or concatenated held-out documents of `data`.
 
     `say` receives a line where it has fewer tokens than a sample, which then repeats it.
 
@@ -60,10 +60,10 @@ def read_haystack(base: Base, config: EvalConfig, data: str, say: Say) -> str:
         rows = _read_held_out(base, config, data, longest, 1, 4)
         text = "\n\n".join(base.tokenizer.decode(b["tokens"][b["segments"] > 0].tolist()) for b in rows)
         source = f"the held-out part of {data}"
-    found = len(base.tokenizer.encode(text[: 64 * longest], bos=False))  # no tokenizer has 64 characters a token
+    found = len(base.tokenizer.encode(text[: 64 * longest], bos=False))  # no tokenizer has 64 characters per token
     if over := [length for length in config.lengths if length > found]:
         lengths = ", ".join(f"{length:,}" for length in over)
-        say(f"{source} has {found:,} tokens: needles of {lengths} tokens lie in it repeated; give a longer text")
+        say(f"{source} has {found:,} tokens: for needles of {lengths} tokens it is repeated; give a longer text")
     return text
 
 
