@@ -153,7 +153,7 @@ class Checkpoints:
             return
         about = {**self.about, "step": step, "data": joined(gather(data_state)), "metrics": metrics}
         copied = jax.tree.map(jnp.copy, _named(state))  # the next step reuses the memory of the originals
-        with self._said(step):
+        with self._explained(step):
             there = self._unfinished(step)
             writing = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
         # Orbax keeps a thread and three open files for a save until its result is asked for.
@@ -241,7 +241,7 @@ class Checkpoints:
         if self._saving is None:
             return
         step, self._saving = self._saving, None
-        with self._said(step):
+        with self._explained(step):
             self._written.result()
             failed = self._named.exception()  # set on the first process only
             told = "" if failed is None else str(failed) or type(failed).__name__
@@ -262,7 +262,7 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
     @contextlib.contextmanager
-    def _said(self, step: int) -> Iterator[None]:
+    def _explained(self, step: int) -> Iterator[None]:
         """Turn errors of a save into one line. Orbax passes on whatever its parts raise."""
         try:
             yield

@@ -1,12 +1,13 @@
-"""Speed of sparse decode attention beside dense: a table, a JSON file and a plot.
+"""Speed of sparse decode attention compared with dense: a table, a JSON file and a plot.
 
     python -m pallas_kernels.bench --shape llama8b --context 32768,131072 --budget 1/16 --batch 1 --interval 1,8
     python -m pallas_kernels.bench --h200        # everything a GPU with 100 GB can show in 8 minutes
 
-A row is one layer's decode attention: `seconds` a step, on average over an interval of one step that scores and
-chooses and the others that attend to that choice again; `dense_seconds` the fastest dense form run on the same inputs;
-`cap` the speed-up if only bytes counted; `share_of_cap` how much of it was reached. Rows also hold the predicted bytes,
-the rate they were read at beside that of a copy, every peer's time, and the cap of a whole model's step (`model_cap`).
+A row measures the decode attention of one layer. `seconds` is the mean time of a step over an interval, in which one
+step scores and chooses and the others attend to that choice again. `dense_seconds` is that of the fastest dense form on
+the same inputs. `cap` is the speed-up if only bytes counted, and `share_of_cap` the part of it that was reached. A row
+also has the predicted bytes, the rate at which they were read and that of a copy, the time of every peer, and the cap
+of a step of the whole model (`model_cap`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pallas_kernels.bench.cases import SHAPES, Case
 from pallas_kernels.bench.measuring import copy_bandwidth, measure_case
 from pallas_kernels.bench.table import HEADER, line, peers_line, plot
 
-H200 = {  # what matters most first
+H200 = {  # lists begin with what matters most
     "shape": "llama8b",
     "context": "32768,131072,8192,4096",
     "budget": "1/16,1/64,1/4",
@@ -43,7 +44,7 @@ H200 = {  # what matters most first
 
 
 def numbers(text: str, least: int = 1) -> tuple[int, ...]:
-    """Comma-separated whole numbers."""
+    """Comma-separated whole numbers of at least `least`. Raises ArgumentTypeError for others."""
     try:
         found = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -54,7 +55,11 @@ def numbers(text: str, least: int = 1) -> tuple[int, ...]:
 
 
 def budgets(text: str) -> tuple[Fraction | int, ...]:
-    """Comma-separated budgets: fractions of the context (1/16 or 0.0625) or numbers of tokens (2048)."""
+    """Comma-separated budgets: fractions of the context (1/16 or 0.0625) or numbers of tokens (2048).
+
+    Raises:
+      argparse.ArgumentTypeError: a part is neither.
+    """
     found: list[Fraction | int] = []
     for part in text.split(","):
         try:
@@ -126,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:]
     if "--h200" in arguments:
         flags = [f"--{name}={value}" for name, value in H200.items()]
-        arguments = flags + [a for a in arguments if a != "--h200"]  # what is given by hand counts
+        arguments = flags + [a for a in arguments if a != "--h200"]  # options given by hand come last and win
         if jax.default_backend() != "gpu":
             command.error(
                 f"--h200 needs a GPU, the platform is {jax.default_backend()}; leave it out to measure this one"
@@ -170,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def unfit(case: Case, memory: float, begun: float, longest: float, minutes: float | None) -> str | None:
-    """Why a case cannot be run, or None."""
+    """The reason why a case cannot run, or None."""
     if case.tokens > case.context:
         return f"{case.tokens} tokens are more than the context of {case.context}"
     if 1.2 * case.dense_bytes > memory * 1e9:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Attention of one layer of a model: H query heads, K KV heads, head dimension D, rank R of k_imp."""
+    """The sizes of a model's attention: query heads H, KV heads K, head dimension D and rank R of k_imp."""
 
     heads: int
     kv_heads: int
@@ -43,19 +43,19 @@ class Case:
 
     @property
     def units(self) -> int:
-        """n, chosen units a row."""
+        """N, the chosen units of a row."""
         return -(-self.tokens // self.unit)
 
     @property
     def dense_bytes(self) -> float:
-        """What dense decode attention reads of one layer: all keys and values."""
+        """Bytes that dense decode attention reads in one layer: all keys and values."""
         shape = self.shape
         return 2.0 * self.batch * shape.kv_heads * self.context * shape.dim * jnp.dtype(self.dtype).itemsize
 
     def sparse_bytes(self, interval: int) -> float:
-        """What the sparse step reads and writes of one layer on average: chosen keys and values, k_imp and scores.
+        """Bytes that a sparse step reads and writes in one layer on average: chosen keys and values, k_imp and scores.
 
-        k_imp is read every `interval` steps, and scores are then written and read once, in float32.
+        Every `interval` steps k_imp is read, and the scores are written and read once in float32.
         """
         rows = self.batch * self.shape.kv_heads
         item = jnp.dtype(self.dtype).itemsize
@@ -64,7 +64,7 @@ class Case:
         return (k_imp + scores) / interval + 2.0 * rows * self.units * self.unit * self.shape.dim * item
 
     def model_cap(self, interval: int) -> float:
-        """The speed-up of a whole decode step if bytes alone count: the weights are read too, once for the batch."""
+        """The speed-up of a whole decode step if only bytes count. It also reads the weights, once for the batch."""
         weights = self.shape.weights * jnp.dtype(self.dtype).itemsize
         dense, sparse = (self.shape.layers * part for part in (self.dense_bytes, self.sparse_bytes(interval)))
         return (weights + dense) / (weights + sparse)

@@ -1,4 +1,4 @@
-"""Timings: programs in turns, the rate of a copy, and the rows of one case."""
+"""Timings of programs that take turns, the bandwidth of a copy, and the rows of one case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COPIED = 2**28  # bytes of the array whose copy measures the bandwidth
 
 
 def take_turns(programs: dict[str, tuple[Any, tuple]], repeats: int) -> dict[str, float]:
-    """Median seconds of every warmed-up (program, arguments); in turns, so that a busy machine slows all alike."""
+    """Median seconds of every (program, arguments), which must be compiled. They take turns to share disturbances."""
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, (program, arguments) in programs.items():
@@ -28,7 +28,7 @@ def take_turns(programs: dict[str, tuple[Any, tuple]], repeats: int) -> dict[str
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes a second, read and written, of scaling an array in place."""
+    """Bytes a second that are read and written while an array is scaled in place."""
     program = jax.jit(lambda x: x * 1.0009765625, donate_argnums=0)
     x = program(jnp.ones(COPIED // 4, jnp.float32))
     times = []

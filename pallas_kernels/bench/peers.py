@@ -1,4 +1,4 @@
-"""Other decode attention that the kernels are held against."""
+"""Other forms of decode attention that the kernels are compared with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pallas_kernels.bench.programs import chain
 
 
 def peer_programs(case: Case, given: dict[str, Any], chosen: list) -> tuple[dict[str, Any], dict[str, str]]:
-    """Other decode attention on the same inputs, and the reasons why some of it cannot run.
+    """Other forms of decode attention on the same inputs, and the reasons why some of them cannot run.
 
-    The dense ones read the whole cache. "masked" attends to the chosen tokens by a mask over everything.
+    Dense forms read the whole cache. "masked" attends to the chosen tokens by a mask over all.
     """
     shape, batch = case.shape, case.batch
     lengths = given["lengths"]
@@ -56,7 +56,7 @@ def peer_programs(case: Case, given: dict[str, Any], chosen: list) -> tuple[dict
         try:
             jax.block_until_ready(program[0](*program[1]))
             programs[name] = program
-        except Exception as error:  # a peer's limits are no reason to end the run; the row says what they were
+        except Exception as error:  # the run goes on without this peer, and the row gives the reason
             missing[name] = _reason(error)
     return programs, missing
 
@@ -77,7 +77,7 @@ def _pallas_decode(q, q_imp, layer):
 
 
 def torch_seconds(case: Case, layers: int, repeats: int) -> float | str:
-    """torch's scaled_dot_product_attention on the same sizes, or why it cannot be timed."""
+    """Seconds of torch's scaled_dot_product_attention for a layer of these sizes, or the reason why it cannot run."""
     try:
         import torch
 

@@ -1,6 +1,6 @@
-"""The timed programs: LAYERS caches attended one after the other, each with a query that depends on the one before.
+"""The timed programs. They attend to LAYERS caches in turn, with queries that depend on the result before.
 
-So inputs come from memory and nothing overlaps. The time of a layer is that of the program over its layers.
+So inputs come from memory and layers do not overlap. The time of a layer is that of the program divided by its layers.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LAYERS = 4
 
 
 def layers_that_fit(case: Case, memory: float) -> int:
-    """How many layers' caches there is room for in so many bytes, at most LAYERS."""
+    """The number of layers whose caches fit in `memory` bytes, at most LAYERS."""
     return max(1, min(LAYERS, int(memory // (2.5 * case.dense_bytes))))
 
 
 def make_inputs(case: Case, layers: int) -> dict[str, Any]:
-    """Random inputs: q, q_imp, lengths, and per layer k, v, k_imp (and scales)."""
+    """Random inputs: q, q_imp and lengths, and for each layer k, v, k_imp and scales (None without int8)."""
     shape, batch = case.shape, case.batch
     group = shape.heads // shape.kv_heads
 
@@ -49,7 +49,7 @@ def make_inputs(case: Case, layers: int) -> dict[str, Any]:
 
 
 def chain(attend: Any) -> Any:
-    """A program over layers: attend(q, q_imp, layer's inputs) -> (out, more); queries depend on the layer before."""
+    """A program that calls attend(q, q_imp, layer) -> (out, extra) on every layer; queries depend on the last out."""
 
     @jax.jit
     def program(q, q_imp, layers):
@@ -65,7 +65,11 @@ def chain(attend: Any) -> Any:
 
 
 def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[Any, tuple]], list]:
-    """("predict": a step that scores, chooses and attends; "reuse": one that attends to an earlier choice), choices."""
+    """The programs "predict", which scores, chooses and attends, and "reuse", which attends to those choices.
+
+    Returns:
+      Program and arguments by name, and the choices of every layer.
+    """
     common = dict(unit=case.unit, implementation=case.implementation)
 
     def whole(q, q_imp, layer):

@@ -23,7 +23,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def peers_line(row: dict[str, Any]) -> str:
-    """The times of other attention on the inputs of a row, or why there are none."""
+    """The times of the peers on the inputs of a row, or the reasons why there are none."""
     peers = row["peers"].items()
     return "         " + ", ".join(
         f"{name} {t * 1e3:.3f} ms" if isinstance(t, float) else f"{name}: {t}" for name, t in peers
@@ -31,7 +31,7 @@ def peers_line(row: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> str:
-    """Speed-up against context with the cap drawn in, one panel an interval; says what it did."""
+    """Plot the speed-up and its cap against the context, with one panel for each interval. Returns a line about it."""
     try:
         import matplotlib
 

@@ -1,7 +1,7 @@
 """The operations as Pallas kernels for GPU, through Triton: single tokens or pages.
 
-Triton's blocks are powers of two, and its products at least 16 on every side: query heads and widths are padded, and
-what is padded is masked when it is loaded.
+Triton's blocks are powers of two, and the sides of its products are at least 16. So query heads and widths are padded,
+and loads mask the padding.
 """
 
 from pallas_kernels.gpu.attention import masked_topk_decode_attention

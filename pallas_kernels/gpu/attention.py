@@ -1,7 +1,7 @@
-"""Attention over chosen units on GPU: array-indexed loads gather single rows of the caches.
+"""Attention over chosen units on GPU. Array-indexed loads gather single rows of the caches.
 
-The chosen tokens of a row are split over programs so that rows times splits fill the chip. The splits, and the current
-token, merge by their log-sum-exps.
+The chosen tokens of a row are split over programs, so that all multiprocessors are busy. The results of the splits and
+the current token are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from pallas_kernels.gpu.triton import launch, padded_size
 from pallas_kernels.operands import attention_operands
 from pallas_kernels.reference import LOWEST
 
-PROGRAMS = 528  # to have at work: four for each of 132 multiprocessors
+PROGRAMS = 528  # the number to aim at: four for each of 132 multiprocessors
 TOKENS = 64  # attended at a time
 
 
 class SplitPlan(NamedTuple):
-    """Sizes that the kernel is compiled for: units of tokens, blocks a program, D, K and the scale."""
+    """Sizes that the kernel is compiled for.
+
+    Attributes:
+      unit: tokens of a unit.
+      n: units listed for a row.
+      share: blocks of tokens for each program.
+      dim: D.
+      heads: K.
+      scale: the factor on the logits.
+    """
 
     unit: int
     n: int
@@ -38,7 +47,7 @@ class SplitPlan(NamedTuple):
 def masked_topk_decode_attention(
     q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, interpret
 ):
-    """[B, H, D], and the log-sum-exp [B, H] on request; arguments as in `api.py`."""
+    """[B, H, D], and the log-sum-exp [B, H] on request. Arguments as in `api.py`."""
     heads, n = indices.shape[1:]
     base, units, bounds, queries, k, v = attention_operands(
         q, k, v, indices, valid, lengths=lengths, first=first, layer=layer

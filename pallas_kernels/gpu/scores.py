@@ -20,7 +20,7 @@ WARPS = 4
 
 
 class ScorePlan(NamedTuple):
-    """Sizes that the kernels are compiled for: G queries of rank R, S tokens in blocks, K heads of the keys."""
+    """Sizes that the kernels are compiled for: G, R, S, the heads of k_imp, and the number of blocks of tokens."""
 
     group: int
     rank: int
@@ -30,7 +30,7 @@ class ScorePlan(NamedTuple):
 
 
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, **options):
-    """float32 [B, K, S]; arguments as in `api.py`."""
+    """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
     batch, heads = q_imp.shape[:2]
     key_heads, _, size = k_imp.shape[-3:]
     if normalised and totals is None:
@@ -49,7 +49,7 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, *
 
 
 def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
-    """float32 [B, K, G]; arguments as in `api.py`."""
+    """Log-sum-exps, float32 [B, K, G]. Arguments as in `api.py`."""
     operands, plan = _padded_operands(q_imp, k_imp, lengths, **options)
     rows, padded = operands[2].shape[:2]
     stats = jax.ShapeDtypeStruct((rows, plan.blocks, padded), jnp.float32)
@@ -62,7 +62,7 @@ def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
 
 
 def _padded_operands(q_imp, k_imp, lengths, **options):
-    """The operands with queries padded to what products take, and the sizes of the kernel."""
+    """The operands, with queries padded to the sizes of a product, and the sizes of the kernel."""
     base, bounds, queries, factor, keys = score_operands(q_imp, k_imp, lengths, **options)
     _, group, rank = queries.shape
     size = keys.shape[-1]
@@ -72,7 +72,7 @@ def _padded_operands(q_imp, k_imp, lengths, **options):
 
 
 def _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, plan):
-    """(positions [TOKENS], float32 scores [G, TOKENS]) of a block; -inf for padding, tokens not seen, and NaN."""
+    """Positions [TOKENS] and scores, float32 [G, TOKENS], of a block; -inf for padding, tokens not seen, and NaN."""
     group, rank, size, heads, _ = plan
     row, block = pl.program_id(0), pl.program_id(1)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]

@@ -1,4 +1,4 @@
-"""Exact selection on GPU: a program finds the threshold of one row by counting, then writes what reaches it."""
+"""Exact selection on GPU: a program finds the threshold of one row by counting, then writes the units that reach it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _kernel(image_ref, target_ref, out_ref, *, blocks, block):
 
         return jax.lax.fori_loop(0, blocks, add, tuple(jnp.int32(0) for _ in trials))
 
-    def narrow(step, found):  # two bits of the threshold at a time, from the top, as an unsigned number
+    def narrow(step, found):  # two bits of the threshold at a time, the highest first, as an unsigned number
         low = jnp.int32(30) - 2 * step
         trials = tuple(found | jax.lax.shift_left(jnp.int32(bits), low) for bits in (1, 2, 3))
         for trial, reached in zip(trials, count(*(trial ^ BARRED for trial in trials)), strict=True):
@@ -60,7 +60,7 @@ def _kernel(image_ref, target_ref, out_ref, *, blocks, block):
     def above(i, total):
         return total + jnp.sum((part(i) > limit).astype(jnp.int32))
 
-    missing = target - jax.lax.fori_loop(0, blocks, above, jnp.int32(0))  # how many of those that equal it
+    missing = target - jax.lax.fori_loop(0, blocks, above, jnp.int32(0))  # how many equal entries are chosen
 
     def write(i, carry):
         slot, ties = carry
@@ -72,7 +72,7 @@ def _kernel(image_ref, target_ref, out_ref, *, blocks, block):
         place = slot + jnp.cumsum(number) - 1
         position = i * block + jnp.arange(block, dtype=jnp.int32)
         kept = chosen & (place < target)
-        last = out_ref.shape[1] - 1  # of no use to the caller: what is not kept points there, at no slot of the list
+        last = out_ref.shape[1] - 1  # not returned: units that are not kept point to it
         plgpu.store(out_ref.at[row, jnp.where(kept, place, last)], position, mask=kept)
         return slot + jnp.sum(number), ties + jnp.sum(equal)
 

@@ -1,4 +1,4 @@
-"""The one file that calls Triton: how a kernel starts, and the sizes that its blocks have."""
+"""How a Triton kernel is launched, and the sizes that its blocks have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LEAST = 16  # the smallest side of a product
 
 
 def launch(kernel, operands, *, grid, out_shape, warps, interpret, name):
-    """The results of a Triton kernel over whole arrays: every operand is a reference to all of it."""
+    """Run a Triton kernel on whole arrays. Each operand of the kernel is a reference to a whole array."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -21,5 +21,5 @@ def launch(kernel, operands, *, grid, out_shape, warps, interpret, name):
 
 
 def padded_size(number):
-    """The smallest power of two that a product takes and that is not below number."""
+    """The smallest power of two that a product allows and that is at least `number`."""
     return max(LEAST, 1 << (number - 1).bit_length())

@@ -1,7 +1,7 @@
-"""Attention over chosen pages on TPU: pages arrive by asynchronous copies, many in flight, and are attended in tiles.
+"""Attention over chosen pages on TPU. Asynchronous copies bring the pages to VMEM, where they are attended in tiles.
 
-A ring of SLOTS tiles in VMEM runs over all rows without a break: while one tile is attended, the copies of the next
-ones, of the next row too, are under way. Pages that are not valid are neither copied nor waited for.
+VMEM holds a ring of SLOTS tiles. While one tile is attended, the next ones are being copied, across the borders of rows
+too. Pages that are not valid are neither copied nor waited for.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ TILE = 128  # tokens attended at a time, or one unit where that is more
 SLOTS = 6  # tiles in flight, with one being attended
 LANES = 128
 SUBLANES = 8
-SCALAR_BYTES = 2**18  # of the lists of pages in scalar memory, for one call
+SCALAR_BYTES = 2**18  # of scalar memory for the lists of pages, in one call
 
 
 class RingPlan(NamedTuple):
-    """Sizes that the kernel is compiled for: `width` pages of `unit` tokens a tile, `tiles` of them a row.
+    """Sizes that the kernel is compiled for.
 
-    rows: of each core. heads: K. at: the row of the batch where this call begins. scale: the factor on the logits.
+    Attributes:
+      unit: tokens of a page.
+      width: pages of a tile.
+      tiles: tiles of a row.
+      rows: rows of each core.
+      heads: K.
+      at: the first row of this call.
+      scale: the factor on the logits.
     """
 
     unit: int
@@ -44,7 +51,7 @@ class RingPlan(NamedTuple):
 def masked_topk_decode_attention(
     q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, interpret
 ):
-    """[B, H, D], and the log-sum-exp [B, H] on request; arguments as in `api.py`, unit >= 16 and S of whole units."""
+    """[B, H, D], and the log-sum-exp [B, H] on request. Arguments as in `api.py`; unit >= 16 and S is whole units."""
     heads, n = indices.shape[1:]
     operands = attention_operands(q, k, v, indices, valid, lengths=lengths, first=first, layer=layer)
     base, pages, bounds, queries, *caches = operands
@@ -52,7 +59,7 @@ def masked_topk_decode_attention(
     pages = jnp.where(pages < k.shape[-2] // unit, pages, -1)
     queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0))).astype(k.dtype)
 
-    most = max(1, SCALAR_BYTES // (4 * (-(-n // LANES) * LANES)))  # rows whose lists fit, padded as they are there
+    most = max(1, SCALAR_BYTES // (4 * (-(-n // LANES) * LANES)))  # rows whose lists fit, with their padding
     found = []
     for at in range(0, rows, most):
         part = slice(at, min(at + most, rows))
@@ -70,7 +77,7 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, inter
     width = max(1, TILE // unit)  # pages a tile
     pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1)
     tiles = pages.shape[1] // width
-    cores = 2 if rows % 2 == 0 else 1  # of a chip that has two; others take both parts in turn
+    cores = 2 if rows % 2 == 0 else 1  # for chips with two cores; others run both parts in turn
     plan = RingPlan(unit, width, tiles, rows // cores, heads, at, scale)
     row = lambda core, i, *_: (core * (rows // cores) + i, 0, 0)  # noqa: E731
     tile = pltpu.VMEM((SLOTS, width * unit, dim), k.dtype)
@@ -113,7 +120,7 @@ def _kernel(
     last = rows * tiles  # steps of this core
 
     def each_copy(step, act):
-        """act on the copies of the valid pages of tile `step` of this core, counted over its rows."""
+        """Call act on every copy of a valid page of tile `step`, counted over all rows of this core."""
         own, tile = core * rows + step // tiles, step % tiles
         slot = step % SLOTS
         for u in range(width):
@@ -143,7 +150,7 @@ def _kernel(
     group, dim = queries.shape
 
     def attended(tile, shape, axis):
-        """bool of this shape, tokens along axis: which tokens of the tile are attended."""
+        """Which tokens of the tile are attended, as bool of this shape with the tokens along axis."""
         token = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         position = jnp.full(shape, -1, jnp.int32)
         for u in range(width):

@@ -1,8 +1,8 @@
-"""Importance scores on TPU: k_imp is read once, in blocks as wide as fit, and pooled on the way out.
+"""Importance scores on TPU. k_imp is read in blocks as wide as fit, and scores are pooled before they are written.
 
-"normalised" pooling needs every head's log-sum-exp before the first score is written, so a row of blocks is passed
-twice. Where one block holds all of a head's k_imp, as it does up to LONGEST bytes of them, the second pass finds it in
-VMEM and nothing is read twice.
+"normalised" pooling needs every head's log-sum-exp before the first score is written, so it takes two passes over the
+blocks of a row. If one block holds all of a head's k_imp (up to LONGEST bytes), the second pass finds it in VMEM and
+nothing is read twice.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ VMEM_BYTES = 48 * 2**20
 
 
 class BlockPlan(NamedTuple):
-    """Sizes that the kernel is compiled for: `blocks` of `block` tokens, scored in chunks, for G = group queries.
+    """Sizes that the kernel is compiled for.
 
-    heads: K of the keys. counts, writes: see `_over_blocks`.
+    Attributes:
+      group: G, queries that share a k_imp.
+      block: tokens of a block.
+      chunk: tokens scored at a time.
+      blocks: blocks of a row.
+      heads: heads of k_imp.
+      counts, writes: see `_over_blocks`.
     """
 
     group: int
@@ -41,7 +47,7 @@ class BlockPlan(NamedTuple):
 
 
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, **options):
-    """float32 [B, K, S]; arguments as in `api.py`."""
+    """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
     batch, heads = q_imp.shape[:2]
     key_heads, _, size = k_imp.shape[-3:]
     operands = score_operands(q_imp, k_imp, lengths, **options)
@@ -51,7 +57,7 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, *
 
 
 def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
-    """float32 [B, K, G]; arguments as in `api.py`."""
+    """Log-sum-exps, float32 [B, K, G]. Arguments as in `api.py`."""
     operands = score_operands(q_imp, k_imp, lengths, **options)
     members = operands[2].shape[1]
     totals = _over_blocks(operands, None, k_imp.shape[-3], counts=True, writes=False, interpret=interpret)
@@ -59,17 +65,17 @@ def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
 
 
 def _block(size, bytes_a_token):
-    """Tokens in a block: all of them, or the largest power of two of lanes that fits."""
+    """Tokens in a block: all of them, or the largest power of two that fits, at least LANES."""
     if size * bytes_a_token <= LONGEST or size <= LANES:
         return size
     return max(LANES, 1 << ((LONGEST // bytes_a_token).bit_length() - 1))
 
 
 def _over_blocks(operands, given, heads, *, counts, writes, interpret):
-    """Scores [rows, 1, S] of the operands' queries [rows, G, R] and keys [L*rows, R, S], pooled over G; float32.
+    """Scores [rows, 1, S] of queries [rows, G, R] and keys [L*rows, R, S], pooled over G, or log-sum-exps; float32.
 
-    counts: the log-sum-exps are found first. writes: they, or those given, are subtracted; else they are the result,
-    [rows, G rounded up, 128].
+    With counts, a first pass computes the log-sum-exps. With writes, they, or those given, are subtracted from the
+    scores. Without it they are the result, [rows, G rounded up, 128].
     """
     base, bounds, queries, factor, keys = operands
     rows, group, rank = queries.shape
@@ -117,7 +123,7 @@ def _over_blocks(operands, given, heads, *, counts, writes, interpret):
 
 def _kernel(base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_ref, top_ref, total_ref, *, plan):
     group, block, chunk, blocks, heads, counts, writes = plan
-    del base_ref  # the index map of the keys has used it
+    del base_ref  # only the index map of the keys uses it
     row, phase, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
     queries = q_ref[0]
@@ -125,7 +131,7 @@ def _kernel(base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_re
     factor = factor_ref[0]  # [1, 1]
 
     def scores(at):
-        """float32 [G, chunk], -inf for padding heads, tokens that are not seen, and NaN."""
+        """Scores, float32 [G, chunk]; -inf for heads of the padding, tokens not seen, and NaN."""
         keys = keys_ref[0, :, pl.ds(at, chunk)]
         found = score_product(queries, keys)
         found = found * jnp.broadcast_to(factor, found.shape)
@@ -135,13 +141,13 @@ def _kernel(base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_re
         return jnp.where(seen & (found == found), found, -jnp.inf)
 
     def each_chunk(body, carry):
-        """body(first token of a chunk, carry) over the block."""
+        """Fold body(first token of a chunk, carry) over the block."""
         if chunk == block:
             return body(0, carry)
         return jax.lax.fori_loop(0, block // chunk, lambda i, c: body(pl.multiple_of(i * chunk, chunk), c), carry)
 
     def totals():
-        """float32 [G, 1]: log-sum-exps once everything is counted."""
+        """The log-sum-exps, float32 [G, 1], once all blocks are counted."""
         return total_of(top_ref[:, :1], total_ref[:, :1])
 
     if counts:

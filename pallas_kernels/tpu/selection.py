@@ -1,7 +1,7 @@
 """Exact top-k on TPU, eight rows at a time: bisection for the threshold, then slots find their units by rank.
 
-Everything is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly:
-running counts are products with a triangle of ones, the counts of a slot's 128 units come by a one-hot product.
+All of it is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly.
+Running counts are products with a triangle of ones. A one-hot product gives the counts of the 128 units of a slot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pallas_kernels.choice import BARRED, count_of, image_of, listed
 LANES = 128
 SUBLANES = 8
 WIDE = 1024  # units counted at a time
-SLOTS = 256  # slots filled at a time
+SLOTS = 256  # slots found at a time
 VMEM_BYTES = 48 * 2**20
 
 
@@ -39,7 +39,7 @@ def select_top_k(scores, lengths, n, *, counts, rules, interpret):
 
 
 def _chosen(image, target, n, wide, interpret):
-    """int32 [rows, n rounded up]: the positions, ascending, of the target [rows, 1] largest of image [rows, units]."""
+    """The positions of the target [rows, 1] largest of image [rows, units], ascending, int32 [rows, n rounded up]."""
     rows, units = image.shape
     slots = min(SLOTS, -(-n // LANES) * LANES)
     width = -(-n // slots) * slots
@@ -68,7 +68,7 @@ def _whole(a, b, contract=(1, 0)):
 
 
 def _triangle(size):
-    """float32 [size, size], 1 where row <= column."""
+    """A matrix, float32 [size, size], of ones where row <= column and zeros elsewhere."""
     row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     return (row <= column).astype(jnp.float32)
@@ -80,7 +80,7 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
     target = target_ref[...].astype(jnp.float32)  # [8, 1]
 
     def count(compare):
-        """float32 [8, 1]: how many units the comparison holds for."""
+        """How many units the comparison holds for, float32 [8, 1]."""
 
         def add(i, total):
             part = image_ref[:, pl.ds(pl.multiple_of(i * wide, wide), wide)]
@@ -88,13 +88,13 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
 
         return jax.lax.fori_loop(0, units // wide, add, jnp.zeros((SUBLANES, 1), jnp.float32))
 
-    def narrow(step, found):  # the bits of the threshold, from the top, as an unsigned number
+    def narrow(step, found):  # one bit of the threshold at a time, the highest first, as an unsigned number
         trial = found | jax.lax.shift_left(jnp.int32(1), jnp.int32(31) - step)
         reached = count(lambda part: part >= (trial ^ BARRED))
         return jnp.where(reached >= target, trial, found)
 
     limit = jax.lax.fori_loop(0, 32, narrow, jnp.zeros((SUBLANES, 1), jnp.int32)) ^ BARRED
-    missing = target - count(lambda part: part > limit)  # how many of those that equal it
+    missing = target - count(lambda part: part > limit)  # how many entries equal to the limit are chosen
     triangle = _triangle(LANES)
 
     def mark(chunk, ties):
@@ -113,7 +113,7 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
         end = _whole(lower, running)[:, LANES - 1 :]  # [chunks, 1], counts up to a chunk's end
         begin = end - running[:, LANES - 1 :]
 
-        def fill(i, carry, row=row, running=running, begin=begin, end=end):
+        def find(i, carry, row=row, running=running, begin=begin, end=end):
             slot = (i * slots + jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1)).astype(jnp.float32)
             here = ((begin <= slot) & (slot < end)).astype(jnp.float32)  # [chunks, slots], one-hot
             chunk = jnp.sum((end <= slot).astype(jnp.float32), axis=0, keepdims=True)
@@ -124,4 +124,4 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
             out_ref[pl.ds(row, 1), pl.ds(pl.multiple_of(i * slots, slots), slots)] = found
             return carry
 
-        jax.lax.fori_loop(0, width // slots, fill, 0)
+        jax.lax.fori_loop(0, width // slots, find, 0)
