@@ -95,16 +95,9 @@ def evict(
     protected: Bool[Array, "B S"],
     budget: Int[Array, " B"],
 ) -> Bool[Array, "B K S"]:
-    """Drop the candidates beyond the budget that are worth least. One is dropped, or several where min_context ends.
+    """Returns the candidates without those beyond the budget that are worth least; protected tokens always stay.
 
-    Args:
-        candidates: The tokens kept so far and the new one.
-        worth: What each token is worth.
-        protected: Tokens that stay, whatever the budget.
-        budget: The budget of each row in tokens.
-
-    Returns:
-        The tokens that stay.
+    One is dropped, or several at the row where min_context ends.
     """
     free = candidates & ~protected[:, None]
     over = jnp.sum(candidates, axis=-1, dtype=jnp.int32) - budget[:, None]

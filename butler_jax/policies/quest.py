@@ -65,7 +65,6 @@ def page_ranges(
     The end of the document, or of the keys, may cut a page.
 
     Args:
-        keys: Keys after rotary.
         columns: Positions of the keys along the sequence, consecutive.
         starts: Column at which each key's document begins.
         page: Tokens of a page.

@@ -22,11 +22,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, **fields) -> Policy:
-    """Returns the policy of a name.
-
-    Args:
-        name: A key of POLICIES.
-        **fields: The policy's hyper-parameters.
+    """Returns the policy of a name in POLICIES with these hyper-parameters.
 
     Raises:
         ValueError: The name or a hyper-parameter is unknown. The message lists the known ones.

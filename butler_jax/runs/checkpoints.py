@@ -141,8 +141,6 @@ class Checkpoints:
         A checkpoint is safe once wait() or the next save() has returned.
 
         Args:
-            step: The step.
-            state: The arrays to save.
             data_state: State of this process's data iterator, JSON.
             metrics: Metrics of the step, `loss` among them.
 
@@ -178,7 +176,6 @@ class Checkpoints:
         """Restore a checkpoint, whatever the number of processes that saved it.
 
         Args:
-            step: The step of the checkpoint.
             state: Arrays or shapes whose structure, dtypes and shardings the result takes.
 
         Returns:
@@ -204,7 +201,6 @@ class Checkpoints:
         """Restore the trained module alone, on the first device.
 
         Args:
-            step: The step of the checkpoint.
             shapes: The module under jax.eval_shape.
 
         Raises:

@@ -34,7 +34,6 @@ def damage(directory: Path, *, only: str | None = None) -> list[str]:
     """What differs from the sealed state, a few words for each file; empty where nothing does.
 
     Args:
-        directory: A directory that `seal` has sealed.
         only: The name of the one file to check; None checks all.
     """
     try:

@@ -136,7 +136,6 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[
     A damaged run.json is kept as run.json.damaged. Only the first process writes.
 
     Args:
-        run_dir: The run directory, held by `claim`.
         about: Further fields of the record.
         start: The step at which training begins.
 
@@ -199,7 +198,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """
     path = run_dir / RECORDS
     found = read_value(path, most=MOST_BYTES)
-    if not (isinstance(found, list) and found):
+    if not isinstance(found, list) or not found:
         raise ValueError(f"{path} must hold a list of starts, not {shown(found)}")
     for number, record in enumerate(found, 1):
         _check(record, FIELDS, f"{path}: start {number}")

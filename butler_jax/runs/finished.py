@@ -33,7 +33,6 @@ def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:
     A renamed checkpoint is not whole, since it was saved at another step.
 
     Args:
-        checkpoint: The directory of the checkpoint.
         only: The name of the one file to check; None checks all.
     """
     if found := digests.damage(checkpoint, only=only):

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
     """Write a predictor alone to a directory, with the name and fingerprint of its base.
 
-    Args:
-        path: The directory.
-        predictor: The predictor.
-        base: The base model that it was trained for.
-
     Raises:
         FileExistsError: The directory holds a predictor already.
     """
@@ -43,8 +38,6 @@ def load_predictor(path: str | Path, base: Base, *, step: int | None = None) -> 
     """Load the predictor of a run directory, or of `save_predictor`.
 
     Args:
-        path: The directory.
-        base: The base model that it was trained for.
         step: The step of the checkpoint; None takes the one with the lowest loss.
 
     Raises:
@@ -81,7 +74,7 @@ def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
 
 def check_base(facts: dict, base: Base, path: str | Path) -> None:
     """Raise ValueError, with the names of both, where a checkpoint's predictor belongs to another base."""
-    if not (isinstance(facts, dict) and {"fingerprint", "base", "predictor"} <= facts.keys()):
+    if not isinstance(facts, dict) or {"fingerprint", "base", "predictor"} - facts.keys():
         raise ValueError(
             f"the checkpoint in {path} does not say which base and predictor it is of; give a run of butler-jax train"
         )

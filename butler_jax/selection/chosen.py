@@ -98,7 +98,7 @@ def with_recent(
 def attended_tokens(
     chosen: Chosen, lengths: Int[Array, " B"], first: Int[Array, " B"] | None, unit: int
 ) -> Int[Array, "B K"]:
-    """How many of the tokens first ... lengths - 1 the chosen units hold."""
+    """How many of the tokens first ... lengths - 1 the chosen units of `unit` tokens hold."""
     begin = chosen.indices * unit
     end = jnp.minimum(begin + unit, lengths[:, None, None])
     if first is not None:

@@ -13,12 +13,6 @@ from butler_jax.selection import Limits, SelectionConfig, beyond, select_mask
 def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig):
     """Attention of a chunk over its chosen keys.
 
-    Args:
-        chunk: The chunk.
-        policy: The policy that scores the keys.
-        limits: Budgets and thresholds.
-        rule: `SelectionConfig.rule`.
-
     Returns:
         The output [B, K, M, D] of M = G C rows, and the fraction of its causal keys that each row read, [B, C].
     """

@@ -44,10 +44,7 @@ def map_chunks(
     """Call a function on the chunks of query rows of a layer.
 
     Args:
-        apply: The function of a chunk.
-        view: Queries, keys and values of the layer.
         importance: (q_imp, k_imp), with k_imp per KV head or per query head; None without a predictor.
-        segments: Document of each token.
         sliding_window: Of the layer, in tokens, static; None without one.
         rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
 
@@ -130,9 +127,8 @@ def importance_walk(
     """Run a predictor along the layers of the base's pass.
 
     Args:
-        predictor: The predictor; without one the importance is None.
+        predictor: Without one the importance is None.
         x: The embeddings.
-        batch: tokens, segments and positions.
         implementation: As in `model.causal_attention`, for attention in the predictor.
         score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
 

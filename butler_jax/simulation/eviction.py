@@ -43,11 +43,7 @@ def evicting_attention(
     """One layer under a policy that evicts. Layer 0 and rows of up to min_context tokens keep everything.
 
     Args:
-        view: Queries, keys and values of the layer.
-        segments: Document of each token.
         sliding_window: Of the layer, in tokens; None without one.
-        policy: The policy.
-        limits: The budgets.
         rule: `SelectionConfig.rule`.
         mass: Whether to return the true attention weight of the tokens kept.
     """
@@ -80,7 +76,6 @@ def evicted_sums(
     All rows run, since each depends on those before it. Layer 0, which is always dense, gives zeros.
 
     Args:
-        view, segments, sliding_window, policy, rule: See `evicting_attention`.
         tables: `budget_table` of every budget.
         counted: The rows of which sums are taken.
     """

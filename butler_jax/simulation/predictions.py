@@ -22,10 +22,7 @@ def predict_next(
     """Predict the next token of every row, with the logits of a few rows at a time.
 
     Args:
-        model: The base model.
         x: The last residual stream.
-        tokens: The tokens.
-        segments: Document of each token.
         wanted: Rows whose next token is asked for; None asks for all. Groups of rows without one are skipped.
         reference: The last residual stream of another pass; None compares nothing.
 

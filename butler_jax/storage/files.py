@@ -33,11 +33,7 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Pat
     """Write a file under a temporary name and rename it, so that no reader, kill or power cut finds half of it.
 
     Args:
-        path: The file.
         content: Text, bytes, or a function that writes to the path it is given.
-
-    Returns:
-        The path.
 
     Raises:
         OSError: There is no room or no permission. The message names the file, and its old content is unchanged.

@@ -26,7 +26,7 @@ def parse_value(text: str | bytes, where: str) -> Any:
     """The JSON value in a text.
 
     Args:
-        text: The text; bytes hold it in UTF-8.
+        text: Bytes hold it in UTF-8.
         where: File and line, for the error message.
 
     Raises:
@@ -58,8 +58,7 @@ def read_value(path: Path, *, most: int = MOST_BYTES) -> Any:
     """The JSON value that a file holds.
 
     Args:
-        path: The file.
-        most: Its largest size in bytes.
+        most: The largest file that is read, in bytes.
 
     Raises:
         ValueError: It is larger, holds no valid JSON, or is not a regular file.
