@@ -85,7 +85,7 @@ def select_mask(
     config: SelectionConfig,
     *,
     columns: Int[Array, " S"] | None = None,
-    threshold: Float[Array, "B K C"] | None = None,
+    threshold: Float[Array, "#B #K #C"] | None = None,
 ) -> Bool[Array, "B K C S"]:
     """The keys that each query attends, per head: at most min(tokens, |allowed|) of those in `allowed`.
 
@@ -129,7 +129,7 @@ def select(
     allowed: Bool[Array, "B Q C S"],
     rows: Rows,
     config: SelectionConfig,
-    threshold: Float[Array, "B K C"] | None = None,
+    threshold: Float[Array, "#B #K #C"] | None = None,
 ) -> Bool[Array, "B K C S"]:
     """The keys that each query attends under a configuration, per head; `select_mask` with the budget of each row.
 
