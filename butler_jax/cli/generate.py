@@ -85,7 +85,7 @@ class GenerateConfig:
     @property
     def is_dense(self) -> bool:
         """Whether a step reads everything."""
-        return self.dense or self.make_policy().name == "dense"
+        return self.dense or self.make_policy().reads_everything
 
     def read_prompt(self) -> str:
         """The prompt. Raises ValueError for a file that is missing or not text."""

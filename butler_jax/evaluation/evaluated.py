@@ -45,7 +45,7 @@ class EvaluatedPolicy(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether the policy reads everything."""
-        return reads_everything(self.policy)
+        return self.policy.reads_everything
 
     def selections(self, config: EvalConfig) -> dict[float | int, SelectionConfig]:
         """The selections by budget; a policy that reads everything has the one budget 1."""
@@ -63,11 +63,6 @@ class EvaluatedPolicy(NamedTuple):
             facts["predictor_code"] = hash_code(type(self.predictor))
             facts["parameters"] = hash_arrays(self.predictor)
         return facts
-
-
-def reads_everything(policy: Policy) -> bool:
-    """Whether a policy reads everything, whatever the budget."""
-    return policy.selection(SelectionConfig()) is None
 
 
 def collect_policies(

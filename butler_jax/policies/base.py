@@ -48,6 +48,16 @@ class Policy:
         """Returns the selection under which the policy runs; None reads everything. By default it is `config`."""
         return config
 
+    @property
+    def reads_everything(self) -> bool:
+        """Whether every key is read, whatever the budget."""
+        return self.selection(SelectionConfig()) is None
+
+    @property
+    def generation_mode(self) -> str:
+        """How a prompt and new tokens are read in generation, for reports."""
+        return "the prompt is prefilled densely, every new token attends its own choice"
+
     def choosing_heads(self, base: BaseConfig) -> int:
         """Returns how many sets of tokens a layer chooses for a row; by default one for each KV head."""
         return base.kv_heads

@@ -19,6 +19,11 @@ class Dense(Scoring):
         """None: everything is read."""
         return None
 
+    @property
+    def generation_mode(self):
+        """Nothing is chosen."""
+        return "dense"
+
     def scores(self, chunk: Chunk):
         """Zeros, since all keys are read."""
         return jnp.zeros_like(chunk.logits[:, :, :1])

@@ -57,6 +57,13 @@ class Evicting(Policy):
             raise ValueError(f"the policy {self.name} evicts at every row: leave out the interval")
         return config
 
+    @property
+    def generation_mode(self) -> str:
+        """How a prompt and new tokens are read in generation, for reports."""
+        if self.once:
+            return "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
+        return "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
+
     def row_by_row(self) -> Evicting:
         """Returns the policy that drops tokens at every row."""
         return dataclasses.replace(self, once=False) if self.once else self

@@ -117,13 +117,13 @@ def measure_recall(
     options = RecallOptions(selection, rows, ranks, score_dtype, implementation)
     selections = [dataclasses.replace(selection, budget=b) for b in budgets]
     scoring = tuple(p for p in policies if isinstance(p, Scoring))
-    groups = [scoring] * bool(scoring) + [(p,) for p in policies if isinstance(p, Evicting)]
+    groups = [scoring] * bool(scoring) + [(p,) for p in policies if p not in scoring]
     parts: list[list[RecallSums]] = [[] for _ in groups]
     for batch in batches:
         batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
         tables = jnp.asarray(np.stack([budget_table(s, batch["tokens"].shape[1]) for s in selections]))
         for group, found in zip(groups, parts, strict=True):
-            if isinstance(group[0], Evicting):
+            if group is not scoring:
                 sums = _sum_evicting(model, batch, tables, policy=group[0], options=options)
             else:
                 used = predictor if needing else None

@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 from butler_jax.data import Batch, pad_rows
 from butler_jax.decoding import SamplingConfig, bucket, check_score_dtype, generate_stream
-from butler_jax.evaluation.evaluated import reads_everything
 from butler_jax.evaluation.tasks.harness_arguments import read_model_arguments
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.model import parameter_count
-from butler_jax.policies import Evicting, Policy, describe
+from butler_jax.policies import Policy, describe
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
@@ -254,7 +253,7 @@ class ButlerLM(TemplateLM):
                 f"{new} new tokens leave no room for a prompt in max_length, {self.max_length}; lower max_gen_toks"
             )
         prompts = [(prompt or [self.prefix_token_id])[-room:] for prompt in prompts]
-        dense = reads_everything(self.policy)
+        dense = self.policy.reads_everything
         pieces = generate_stream(
             self.base,
             prompts + prompts[-1:] * spare,
@@ -292,7 +291,7 @@ class ButlerLM(TemplateLM):
             "base": self.base.name,
             "fingerprint": self.base.fingerprint,
             "policy": describe(self.policy),
-            "selection": None if reads_everything(self.policy) else to_dict(self.selection),
+            "selection": None if self.policy.reads_everything else to_dict(self.selection),
             "score_dtype": self.score_dtype,
             "max_length": self.max_length,
             "attended": self.attended,
@@ -307,16 +306,9 @@ class ButlerLM(TemplateLM):
 
 def describe_modes(policy: Policy) -> dict[str, str]:
     """What attends to what under a policy, in words: for likelihoods, and for generated texts."""
-    if reads_everything(policy):
-        return {"loglikelihood_mode": "dense", "generation_mode": "dense"}
     choice = "every position attends its own choice, those of the context too (decoding simulated)"
-    if isinstance(policy, Evicting) and policy.once:
-        mode = "the prompt is prefilled densely and cut once, at its end; then every new token drops one"
-    elif isinstance(policy, Evicting):
-        mode = "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
-    else:
-        mode = "the prompt is prefilled densely, every new token attends its own choice"
-    return {"loglikelihood_mode": choice, "generation_mode": mode}
+    likelihoods = "dense" if policy.reads_everything else choice
+    return {"loglikelihood_mode": likelihoods, "generation_mode": policy.generation_mode}
 
 
 def batch_rows(rows: Sequence[Row], count: int, context: int) -> Batch:

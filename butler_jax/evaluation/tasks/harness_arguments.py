@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from butler_jax.evaluation.evaluated import prepare_policies, reads_everything
+from butler_jax.evaluation.evaluated import prepare_policies
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig, parse_budget
 from butler_jax.weights import load_base
@@ -57,7 +57,7 @@ def read_model_arguments(
     passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress")
     settings = {name: others.pop(name) for name in passed if name in others}
     chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
-    share = 1.0 if reads_everything(chosen) else parse_budget(budget)
+    share = 1.0 if chosen.reads_everything else parse_budget(budget)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent)
     if run is None and chosen.needs_predictor:
         raise ValueError(
