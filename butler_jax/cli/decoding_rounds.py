@@ -97,8 +97,9 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
     def decode(tokens: int) -> float:
         began = time.perf_counter()
         for _ in range(tokens):
-            token, held = now[0].token, now[1]
-            now[0], now[1] = generation.advance(base.model, predictor, token, keys, held, how=how, most=None)
+            now[0], now[1] = generation.advance(
+                base.model, predictor, now[0].token, keys, now[1], plan=how.plan, sampling=how.sampling
+            )
         jax.block_until_ready(now[0].token)
         return time.perf_counter() - began
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.decoding.eviction import Eviction, evict_row
+from butler_jax.decoding.layer_forecast import LayerForecast
 from butler_jax.decoding.newest import Newest
 from butler_jax.decoding.plan import Plan
 from butler_jax.decoding.scoring import chunk_of
@@ -30,9 +31,6 @@ from butler_jax.selection import (
     with_recent,
 )
 from pallas_kernels import compact
-
-if TYPE_CHECKING:
-    from butler_jax.decoding.forecast import LayerForecast
 
 
 @dataclass(frozen=True)
@@ -185,6 +183,6 @@ def empty_memory(plan: Plan, layers: int, batch: int) -> Chosen | None:
     return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
 
-def make_chooser(plan: Plan, *parts: Any) -> Chooser:
+def make_chooser(plan: Plan, **parts: Any) -> Chooser:
     """Returns the chooser of a plan; parts: the other fields of `Chooser`."""
-    return (EvictingChooser if plan.when == "row_by_row" else Chooser)(plan, *parts)
+    return (EvictingChooser if plan.when == "evicting" else Chooser)(plan, **parts)

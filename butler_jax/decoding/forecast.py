@@ -1,4 +1,4 @@
-"""What the predictor says of a layer before its attention runs.
+"""Score: what the predictor says of a layer before its attention runs.
 
 The predictor walks along the layers beside the model. At the first layer of a block it scores the cached tokens for
 all P layers of the block at once; where its scores alone decide, the block's choice is made there too.
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.choice import Chooser
+from butler_jax.decoding.layer_forecast import LayerForecast
 from butler_jax.decoding.newest import Newest
 from butler_jax.decoding.score_cache import ScoreCache, restored
 from butler_jax.decoding.scoring import pooled_scores, q_imp_of_block, raw_scores, with_own_score
@@ -42,22 +43,6 @@ class BlockForecast(NamedTuple):
     scores: Float[Array, "P B Q G S"] | None
 
 
-class LayerForecast(NamedTuple):
-    """What is known of one layer.
-
-    Attributes:
-        k_imp: The newest token's, to be cached; None without a predictor.
-        scores: Of all tokens, the newest one's own included; None where nothing asks for them.
-        chosen: The units that the predictor's scores choose; None where the policy looks at more.
-        rows: The rows of these units where they had to travel (`KVStore.prefetch`).
-    """
-
-    k_imp: Float[Array, "B Q R"] | None = None
-    scores: Float[Array, "B Q G S"] | None = None
-    chosen: Chosen | None = None
-    rows: Any = None
-
-
 class Forecasts(NamedTuple):
     """What is carried from layer to layer: the predictor's walk, the block's forecast, rows that travel ahead."""
 
@@ -74,21 +59,27 @@ class Forecaster:
         model: The base model.
         predictor: The predictor, or None.
         scores: Its cache.
-        newest: Where the new tokens stand.
         chooser: Chooses from its scores where they alone decide.
-        kv: Store of keys and values, from which rows are fetched ahead.
-        raw: Whether scores per query head are asked for.
-        always: Whether every step scores, also between the choices of an interval.
+        per_head: Whether scores per query head are asked for.
+        every_step: Whether every step scores, also between the choices of an interval.
     """
 
     model: BaseModel
     predictor: Predictor | None
     scores: ScoreCache | None
-    newest: Newest
     chooser: Chooser
-    kv: KVStore
-    raw: bool
-    always: bool
+    per_head: bool
+    every_step: bool
+
+    @property
+    def newest(self) -> Newest:
+        """Where the new tokens stand."""
+        return self.chooser.newest
+
+    @property
+    def kv(self) -> KVStore:
+        """Keys and values, from which rows are fetched ahead."""
+        return self.chooser.kv
 
     @property
     def ahead(self) -> bool:
@@ -100,13 +91,13 @@ class Forecaster:
         if self.predictor is None:
             return Forecasts()
         walked, block = walk.begin(self.predictor, x, self._context, self.scores.trunk), None
-        if self.ahead or self.raw:
+        if self.ahead or self.per_head:
             features = walked.captured if walked.features is None else walked.features
             block = _zeros(lambda: self._score_block(features, jnp.asarray(1)))
         rows = _zeros(lambda: self._fetch(jnp.asarray(1), block, jnp.asarray(0))) if self.ahead else None
         return Forecasts(walked, block, rows)
 
-    def enter(self, carry: Forecasts, view: LayerView) -> tuple[Forecasts, LayerForecast]:
+    def forecast(self, carry: Forecasts, view: LayerView) -> tuple[Forecasts, LayerForecast]:
         """Returns what is carried on, and what is known of the layer in view."""
         if self.predictor is None:
             return carry, LayerForecast()
@@ -115,9 +106,9 @@ class Forecaster:
         block, rows, scores, chosen = carry.block, carry.rows, None, None
         place = (view.index - 1) % self.predictor.stride
         if block is not None:
-            now = step.place.starts if self.always else step.place.starts & self.chooser.now
+            now = step.place.starts if self.every_step else step.place.starts & self.chooser.now
             block = jax.lax.cond(now, lambda: self._score_block(step.features, view.index), lambda: block)
-            if self.raw:
+            if self.per_head:
                 scores = with_own_score(block.scores[place], block.q_imp[place], k_imp, self.newest)
         if self.ahead:
             chosen = at(block.chosen, place)
@@ -126,7 +117,7 @@ class Forecaster:
                 rows = jax.lax.cond(chooses, lambda: self._fetch(view.index, block, place), lambda: rows)
         return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, chosen, rows)
 
-    def leave(self, carry: Forecasts, view: LayerView) -> Forecasts:
+    def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
         """Returns what is carried on, the rows of the next layer under way: known unless a new block chooses there."""
         if carry.rows is None:
             return carry
@@ -160,7 +151,7 @@ class Forecaster:
             chosen = self.chooser.choose_block(pooled, layers)
         scales = None if self.scores.scales is None else self.scores.scales[layers]
         k_imp = restored(self.scores.k_imp[layers], scales)
-        return BlockForecast(q_imp, chosen, raw_scores(q_imp, k_imp) if self.raw else None)
+        return BlockForecast(q_imp, chosen, raw_scores(q_imp, k_imp) if self.per_head else None)
 
 
 def attend_trunk(cached: Int[Array, " B"], cache: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:

@@ -18,14 +18,15 @@ import numpy as np
 
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.plan import Plan, check_offload, make_plan
-from butler_jax.decoding.prefilling import CHUNK, prefill
+from butler_jax.decoding.prefilling import CHUNK, run_prompts
 from butler_jax.decoding.sampling import draw, penalise
 from butler_jax.decoding.score_cache import check_score_dtype
-from butler_jax.decoding.step import decode_step
+from butler_jax.decoding.step import take_step
 from butler_jax.decoding.store import offload as move_to_host
+from butler_jax.model import BaseConfig
 from butler_jax.policies import Policy, TokenButler, make_policy
 from butler_jax.predictors import Predictor
-from butler_jax.selection import SelectionConfig, budget_table
+from butler_jax.selection import SelectionConfig, budget_table, room_for
 from butler_jax.text import Prompts, Writer, encode, stop_tokens
 
 if TYPE_CHECKING:
@@ -266,8 +267,8 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) 
     for step in range(count):
         ready = made
         if step + 1 < count:
-            now, most = _plan_step(how, lengths, step)
-            made, held = advance(model, predictor, ready.token, keys, held, how=now, most=most)
+            plan = _plan_step(model.config, how, lengths, step)
+            made, held = advance(model, predictor, ready.token, keys, held, plan=plan, sampling=how.sampling)
         yield ready
 
 
@@ -288,8 +289,8 @@ class _Step(NamedTuple):
 @partial(jax.jit, static_argnames=("how",))
 def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
     """Returns the first token of every row and the caches of the prompts."""
-    fixed = dict(selection=how.plan.selection, policy=how.plan.policy, chunk=how.chunk, score_dtype=how.score_dtype)
-    logits, state = prefill(model, tokens, lengths, capacity=how.capacity, predictor=predictor, **fixed)
+    fixed = dict(capacity=how.capacity, chunk=how.chunk, score_dtype=how.score_dtype)
+    logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, **fixed)
     seen = None
     if how.sampling.repetition_penalty != 1:
         batch, width = tokens.shape
@@ -299,14 +300,12 @@ def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_S
     return _next(logits, state, jnp.ones(lengths.shape), seen, keys, how.sampling)
 
 
-@partial(jax.jit, static_argnames=("how", "most"), donate_argnames=("held",))
-def advance(model, predictor, token, keys, held: _Held, *, how: Decoding, most: int | None) -> tuple[_Step, _Held]:
+@partial(jax.jit, static_argnames=("plan", "sampling"), donate_argnames=("held",))
+def advance(model, predictor, token, keys, held: _Held, *, plan: Plan, sampling: SamplingConfig) -> tuple[_Step, _Held]:
     """Returns one more token for every row."""
-    plan = how.plan
-    fixed = dict(selection=plan.selection, policy=plan.policy, implementation=plan.implementation)
-    logits, state, found = decode_step(model, token, held.state, predictor=predictor, most=most, **fixed)
+    logits, state, found = take_step(model, token, held.state, predictor, plan)
     share = jnp.mean(found.attended[1:].astype(jnp.float32), axis=(0, 2)) / state.lengths.astype(jnp.float32)
-    return _next(logits, state, share, held.seen, keys, how.sampling)
+    return _next(logits, state, share, held.seen, keys, sampling)
 
 
 def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
@@ -319,20 +318,21 @@ def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
     return _Step(token, attended), _Held(state, seen)
 
 
-def _plan_step(how: Decoding, lengths: np.ndarray, step: int) -> tuple[Decoding, int | None]:
-    """What a step compiles for, and the largest budget of a row at it where that is known.
+def _plan_step(config: BaseConfig, how: Decoding, lengths: np.ndarray, step: int) -> Plan:
+    """The plan of one step: dense while no row is beyond min_context, with less room where no row needs more.
 
-    A step is dense while no row is beyond min_context. A policy that evicts keeps from the first token on.
+    A policy that evicts keeps from the first token on.
     """
-    selection = how.plan.selection
-    if selection is None or selection.min_context == 0 or how.plan.when == "row_by_row":
-        return how, None
+    plan, selection = how.plan, how.plan.selection
+    if selection is None or selection.min_context == 0 or plan.when == "evicting":
+        return plan
     chosen_at = lengths + step + 1 - step % selection.interval
     if (chosen_at <= selection.min_context).all():
-        return dataclasses.replace(how, plan=dataclasses.replace(how.plan, selection=None)), None
+        return make_plan(config, how.capacity, None, plan.policy, implementation=plan.implementation)
     if (chosen_at <= selection.min_context).any():
-        return how, None
-    return how, int(budget_table(selection, how.capacity)[selection.min_context + 1 :].max())
+        return plan
+    most = int(budget_table(selection, how.capacity)[selection.min_context + 1 :].max())
+    return dataclasses.replace(plan, room=room_for(selection, how.capacity, most))
 
 
 def bucket(length: int, least: int) -> int:

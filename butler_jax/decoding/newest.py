@@ -16,11 +16,11 @@ class Newest(NamedTuple):
 
     Attributes:
         cached: Tokens before them in each row.
-        windows: Tokens that each layer sees; None where no layer slides.
+        sliding_windows: Tokens that each layer sees; None where no layer slides.
     """
 
     cached: Int[Array, " B"]
-    windows: Int[np.ndarray, " L"] | None
+    sliding_windows: Int[np.ndarray, " L"] | None
 
     @property
     def total(self) -> Int[Array, " B"]:
@@ -29,11 +29,11 @@ class Newest(NamedTuple):
 
     def sliding_window(self, layer: Int[Array, "*P"]) -> Int[Array, "*P"] | None:
         """Returns how many tokens a layer sees; None where no layer slides."""
-        return None if self.windows is None else jnp.asarray(self.windows)[layer]
+        return None if self.sliding_windows is None else jnp.asarray(self.sliding_windows)[layer]
 
     def first(self, layer: Int[Array, ""]) -> Int[Array, " B"] | None:
         """Returns the first token that each row sees in a layer; None where no layer slides."""
-        return None if self.windows is None else jnp.maximum(self.total - self.sliding_window(layer), 0)
+        return None if self.sliding_windows is None else jnp.maximum(self.total - self.sliding_window(layer), 0)
 
     def count(self, layer: Int[Array, ""]) -> Int[Array, " B"]:
         """Returns how many tokens each row sees in a layer, itself included."""

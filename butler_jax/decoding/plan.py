@@ -28,7 +28,7 @@ class Plan:
         selection: The selection as the policy uses it; None where everything is read.
         policy: Who ranks the tokens.
         when: "never": everything is read. "ahead": the predictor's scores alone decide, so that a block of layers has
-            its choice before it runs. "in_layer": the policy ranks by the layer's own queries and keys. "row_by_row":
+            its choice before it runs. "in_layer": the policy ranks by the layer's own queries and keys. "evicting":
             the policy evicts.
         heads: Sets of units that a layer chooses for a row.
         room: Units that a set has room for.
@@ -37,7 +37,7 @@ class Plan:
 
     selection: SelectionConfig | None
     policy: Policy
-    when: Literal["never", "ahead", "in_layer", "row_by_row"]
+    when: Literal["never", "ahead", "in_layer", "evicting"]
     heads: int
     room: int
     implementation: str | None = None
@@ -86,7 +86,7 @@ def make_plan(
             raise ValueError(
                 f"the policy {policy.name} decodes on one device: leave the mesh, or take a policy that does not evict"
             )
-        when = "row_by_row"
+        when = "evicting"
     else:
         when = "in_layer" if policy.predictor_pooling is None else "ahead"
     room = room_for(selection, capacity, most)
@@ -94,7 +94,7 @@ def make_plan(
 
 
 def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> None:
-    """Raises ValueError where a step cannot be done; what only the device knows is not looked at."""
+    """Raises ValueError where a step cannot be done; lengths that are still on the device are not checked."""
     name = plan.policy.name
     if not isinstance(state.lengths, jax.core.Tracer):
         longest, capacity = int(np.max(np.asarray(state.lengths))), state.kv.capacity
@@ -102,7 +102,7 @@ def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> N
             raise ValueError(
                 f"the cache is full: a row holds {longest} of {capacity} tokens; prefill with a larger capacity"
             )
-    if plan.when == "row_by_row":
+    if plan.when == "evicting":
         _check_eviction(plan, state)
         return
     if isinstance(state.kv, EvictingStore):
@@ -132,7 +132,7 @@ def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> N
 
 def check_offload(plan: Plan, capacity: int) -> None:
     """Raises ValueError where keys and values cannot lie in host memory."""
-    if plan.when == "row_by_row":
+    if plan.when == "evicting":
         raise ValueError(f"the policy {plan.policy.name} needs its caches on the device: leave out offload")
     if token_axis(capacity) is not None:
         raise ValueError(

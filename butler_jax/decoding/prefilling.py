@@ -81,13 +81,30 @@ def prefill(
     Raises:
         ValueError: Where T exceeds the capacity, the capacity the model's context, or a length is out of range.
     """
+    check_score_dtype(score_dtype)
+    plan = make_plan(model.config, capacity, selection, policy)
+    fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, implementation=implementation)
+    return run_prompts(model, tokens, lengths, predictor, plan, **fixed)
+
+
+def run_prompts(
+    model: BaseModel,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    predictor: Predictor | None,
+    plan: Plan,
+    *,
+    capacity: int,
+    chunk: int,
+    score_dtype: str | None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """Runs prompts as `prefill` does, under a plan that is made."""
     batch, length = tokens.shape
     _check_sizes(model.config, length, lengths, capacity, chunk)
-    check_score_dtype(score_dtype)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
-    plan = make_plan(model.config, capacity, selection, policy)
     steps = jnp.zeros((), jnp.int32)
-    if plan.when == "row_by_row":
+    if plan.when == "evicting":
         (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, capacity, plan, implementation)
         return logits(model, last), DecodeState(kv, scores, lengths, steps, memory)
     if length <= chunk:

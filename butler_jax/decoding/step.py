@@ -88,44 +88,55 @@ def decode_step(
     """
     plan = make_plan(model.config, state.kv.capacity, selection, policy, most=most, implementation=implementation)
     check_plan(plan, state, predictor)
-    predictor = None if plan.when == "row_by_row" else predictor
-    newest = newest_of(model.config, state.lengths)
-    limits = None if plan.selection is None else limits_of(plan.selection, model.config, state.kv.capacity)
-    chooser = make_chooser(plan, limits, newest, state.steps, state.kv, state.memory)
-    raw = predictor is not None and (details or (plan.when == "in_layer" and plan.needs_predictor))
-    forecaster = Forecaster(model, predictor, state.scores, newest, chooser, state.kv, raw, details)
+    return take_step(model, tokens, state, predictor, plan, details=details)
+
+
+def take_step(
+    model: BaseModel,
+    tokens: Int[Array, " B"],
+    state: DecodeState,
+    predictor: Predictor | None,
+    plan: Plan,
+    *,
+    details: bool = False,
+) -> tuple[Float[Array, "B V"], DecodeState, Found]:
+    """Takes the step of `decode_step` under a plan that is made."""
+    predictor = None if plan.when == "evicting" else predictor
+    newest, kv = newest_of(model.config, state.lengths), state.kv
+    limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity)
+    chooser = make_chooser(plan, limits=limits, newest=newest, steps=state.steps, kv=kv, memory=state.memory)
+    per_head = predictor is not None and (details or (plan.when == "in_layer" and plan.needs_predictor))
+    forecaster = Forecaster(model, predictor, state.scores, chooser, per_head=per_head, every_step=details)
 
     def mixer(carry, view: LayerView):
-        carry, known = forecaster.enter(carry, view)
+        carry, known = forecaster.forecast(carry, view)
 
         def sparse():
             chosen, memory = chooser.choose(view, known)
-            unit = plan.selection.unit
-            out, weights = state.kv.attend(
-                view, chosen, newest, unit=unit, rows=known.rows, implementation=implementation
-            )
+            how = dict(unit=plan.selection.unit, rows=known.rows, implementation=plan.implementation)
+            out, weights = kv.attend(view, chosen, newest, **how)
             mask = chooser.mask_tokens(chosen, view.index) if details else None
             return out, chooser.remember(view, memory, weights), (chooser.count_tokens(chosen, view.index), mask)
 
         def dense():
-            return state.kv.attend_first(view, newest), chooser.recall(view.index), read_all(chooser, view, details)
+            return kv.attend_first(view, newest), chooser.recall(view.index), read_all(chooser, view, details)
 
         if plan.selection is None:
-            out, memory, read = state.kv.attend_all(view, newest), None, read_all(chooser, view, False)
+            out, memory, read = kv.attend_all(view, newest), None, read_all(chooser, view, False)
         else:
             out, memory, read = jax.lax.cond(view.index > 0, sparse, dense)
-        found = Found(*read, scores=shown_scores(known.scores, newest.total) if details and raw else None)
+        found = Found(*read, scores=shown_scores(known.scores, newest.total) if details and per_head else None)
         result = LayerResult(view.k[:, 0], view.v[:, 0], known.k_imp, memory, found)
-        return out, forecaster.leave(carry, view), result
+        return out, forecaster.fetch_next(carry, view), result
 
     x = embed(model, tokens[:, None])
-    x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), length=state.kv.capacity)
+    x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), length=kv.capacity)
     scores = None
     if predictor is not None:
         scores = append_scores(state.scores, new.k_imp, state.lengths, carry.walk.cache)
     memory = state.memory if new.memory is None else new.memory
-    kv = state.kv.append(new.k, new.v, state.lengths)
-    state = DecodeState(kv, scores, newest.total, state.steps + 1, memory)
+    written = kv.append(new.k, new.v, state.lengths)
+    state = DecodeState(written, scores, newest.total, state.steps + 1, memory)
     return logits(model, x[:, 0]), constrain_state(state), new.found
 
 

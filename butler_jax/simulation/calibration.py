@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.model import BaseModel, by_window, dense_mixer, embed, run_layers
-from butler_jax.policies import Policy, TokenButler
+from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation.choice import chosen_mask, with_rule
@@ -61,6 +61,8 @@ def calibrate_thresholds(
         raise ValueError(f"the mean budget must be above 0 and below everything, got {mean}")
     if isinstance(selection.budget, int) == whole and mean >= selection.budget:
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
+    if not isinstance(policy, Scoring) or policy.reads_everything:
+        raise ValueError(f"the policy {policy.name} has no scores to set thresholds on; take a policy that scores")
     if predictor is None and policy.needs_predictor:
         raise ValueError(f"the policy {policy.name} needs a trained predictor")
     selection = policy.selection(selection)

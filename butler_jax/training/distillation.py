@@ -55,7 +55,7 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
       OSError: where the run directory cannot be written.
     """
     config = config or TrainConfig()
-    if config.base == "tiny" != base.name:  # the configuration was not told which base it is for
+    if config.base == "tiny" and base.name != "tiny":  # the configuration was not told which base it is for
         config = dataclasses.replace(config, base=base.name)
     base.require_tokenizer()
     check_length(base.config, config.length)
