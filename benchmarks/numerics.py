@@ -22,7 +22,6 @@ import json
 import pathlib
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ from butler_jax.decoding.score_cache import rounded
 from butler_jax.evaluation.analysis.rows import batch_text, row_chunk, see_rows
 from butler_jax.model.attention import causal_attention
 from butler_jax.model.config import RopeConfig
-from butler_jax.model.decoder import forward
+from butler_jax.model.decoder import LayerView, forward
 from butler_jax.model.layers import rope_frequencies, rotary_angles
 from butler_jax.policies import Chunk, make_policy
 from butler_jax.predictors.config import PredictorConfig
@@ -136,7 +135,7 @@ def one_layer(q, k, v, p, r, *, configs, int8):
     segments = jnp.ones(q.shape[:2], jnp.int32)
     kept = rounded(r, segments > 0) if int8 else r
     rows = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    view = SimpleNamespace(index=jnp.asarray(1), q=q, k=k)
+    view = LayerView(jnp.asarray(1), None, q[:, :, 0], q, k, k, k)  # no policy here looks at x, weights or values
     found = numbers_read_per_key(row_chunk(view, (p, kept), segments, rows, None), configs)
     if int8:
         return found
