@@ -75,7 +75,7 @@ for text in ("data=1", *sys.argv[2:]):
         predictor = place(predictor, predictor.logical_axes, mesh)
         options = {"pooling": case["pooling"]} if "pooling" in case else {}
         policy = make_policy(case.get("policy", "tokenbutler"), **options)
-        selection = SelectionConfig(budget=0.25, sinks=2, sliding_window=4)
+        selection = SelectionConfig(budget=0.25, sinks=2, recent=4)
         dtype, details = case.get("score_dtype"), case.get("details", False)
 
         def fill(model, predictor, tokens, lengths):

@@ -244,7 +244,7 @@ def test_a_killed_distillation_goes_on_bit_for_bit(tmp_path):
         assert [row[name] for row in killed] == [row[name] for row in straight]
     for name in ("validation_loss", "hit_rate", "recalled_mass"):
         assert killed[-1][name] == straight[-1][name]
-    assert json.loads((tmp_path / "killed" / "config.json").read_text())["predictor"] == "lookahead"
+    assert json.loads((tmp_path / "killed" / "config.json").read_text())["predictor"]["kind"] == "lookahead"
 
 
 @pytest.mark.slow
