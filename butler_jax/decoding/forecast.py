@@ -58,6 +58,7 @@ class Forecaster:
     Attributes:
         model: The base model.
         predictor: The predictor, or None.
+        context: The predictor's context of the new tokens, the same for every layer.
         scores: Its cache.
         chooser: Chooses from its scores where they alone decide.
         per_head: Whether scores per query head are asked for.
@@ -66,6 +67,7 @@ class Forecaster:
 
     model: BaseModel
     predictor: Predictor | None
+    context: Any
     scores: ScoreCache | None
     chooser: Chooser
     per_head: bool
@@ -90,7 +92,7 @@ class Forecaster:
         """Returns what is carried before layer 0; x: the embeddings."""
         if self.predictor is None:
             return Forecasts()
-        walked, block = walk.begin(self.predictor, x, self._context, self.scores.trunk), None
+        walked, block = walk.begin(self.predictor, x, self.context, self.scores.trunk), None
         if self.ahead or self.per_head:
             features = walked.captured if walked.features is None else walked.features
             block = _zeros(lambda: self._score_block(features, jnp.asarray(1)))
@@ -101,8 +103,8 @@ class Forecaster:
         """Returns what is carried on, and what is known of the layer in view."""
         if self.predictor is None:
             return carry, LayerForecast()
-        step = walk.advance(self.predictor, carry.walk, view, self._context, partial(attend_trunk, self.newest.cached))
-        k_imp = self.predictor.k_imp(step.head, step.features, view, self._context)[:, 0]
+        step = walk.advance(self.predictor, carry.walk, view, self.context, partial(attend_trunk, self.newest.cached))
+        k_imp = self.predictor.k_imp(step.head, step.features, view, self.context)[:, 0]
         block, rows, scores, chosen = carry.block, carry.rows, None, None
         place = (view.index - 1) % self.predictor.stride
         if block is not None:
@@ -126,10 +128,6 @@ class Forecaster:
         place = jnp.minimum((view.index - 1) % stride + 1, stride - 1)
         return carry._replace(rows=self._fetch(layer, carry.block, place))
 
-    @property
-    def _context(self) -> Any:
-        return self.predictor.context(self.newest.cached[:, None], self.kv.capacity)
-
     def _fetch(self, layer: Int[Array, ""], block: BlockForecast, place: Int[Array, ""]) -> Any:
         """The rows that a layer will attend, as far as the block knows its choice."""
         units, _ = self.chooser.settle(layer, at(block.chosen, place))
@@ -139,7 +137,7 @@ class Forecaster:
         """The block that starts at layer `index`; entries beyond the last layer mean nothing."""
         predictor, config = self.predictor, self.model.config
         layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), config.layers - 1)
-        q_imp = q_imp_of_block(predictor, self.model, features, self._context, layers)
+        q_imp = q_imp_of_block(predictor, self.model, features, self.context, layers)
         chosen = None
         if self.ahead:
             score = partial(pooled_scores, scores=self.scores, newest=self.newest, plan=self.chooser.plan)

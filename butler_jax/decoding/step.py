@@ -106,7 +106,8 @@ def take_step(
     limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity)
     chooser = make_chooser(plan, limits=limits, newest=newest, steps=state.steps, kv=kv, memory=state.memory)
     per_head = predictor is not None and (details or (plan.when == "in_layer" and plan.needs_predictor))
-    forecaster = Forecaster(model, predictor, state.scores, chooser, per_head=per_head, every_step=details)
+    context = None if predictor is None else predictor.context(state.lengths[:, None], kv.capacity)
+    forecaster = Forecaster(model, predictor, context, state.scores, chooser, per_head=per_head, every_step=details)
 
     def mixer(carry, view: LayerView):
         carry, known = forecaster.forecast(carry, view)
