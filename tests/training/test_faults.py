@@ -97,7 +97,7 @@ def files_of(checkpoint: Path) -> list[Path]:
 def test_damage_to_any_byte_is_seen_or_touches_nothing_that_is_read(straight, tmp_path):
     run_dir = shutil.copytree(straight, tmp_path / "run")
     checkpoint, wanted = run_dir / "checkpoints" / "8", arrays(run_dir, 8)
-    facts = checkpoints.facts(checkpoint)
+    facts = checkpoints.read_facts(checkpoint)
     seen = Counter()
     for path in files_of(checkpoint):
         for what in damages(path, every=5):
@@ -105,7 +105,7 @@ def test_damage_to_any_byte_is_seen_or_touches_nothing_that_is_read(straight, tm
             seen[path.name, bool(found)] += 1
             if not found:  # white space
                 assert path.name == "digests.json", (path, what)
-                assert checkpoints.facts(checkpoint) == facts
+                assert checkpoints.read_facts(checkpoint) == facts
                 got = arrays(run_dir, 8)
                 assert {n: v.tobytes() for n, v in got.items()} == {n: v.tobytes() for n, v in wanted.items()}
     assert seen["digests.json", True] > seen["digests.json", False]
