@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +33,8 @@ class BenchConfig:
     """Budgets of sparse decoding: shares of the context, or numbers of tokens."""
     intervals: str = "1,8"
     """Steps from one choice to the next."""
-    unit: int = 1
-    """Tokens chosen together, a power of two."""
+    selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("unit",)})
+    """How tokens are chosen. Each of --budgets and --intervals replaces its budget and interval."""
     pooling: Literal["normalised", "maximum"] = "normalised"
     """How the scores of a group's heads are combined."""
     batch: int = 1
@@ -66,7 +66,7 @@ class BenchConfig:
         """Every budget at every interval."""
         budgets = [parse_budget(part) for part in self.budgets.split(",") if part]
         intervals = [_whole(part, "--intervals") for part in self.intervals.split(",") if part]
-        return [SelectionConfig(budget=b, interval=i, unit=self.unit) for b in budgets for i in intervals]
+        return [replace(self.selection, budget=b, interval=i) for b in budgets for i in intervals]
 
 
 def _whole(text: str, name: str) -> int:

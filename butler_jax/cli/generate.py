@@ -69,18 +69,15 @@ class GenerateConfig:
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt-file exclude each other; give one of them")
         policy = self.make_policy()
-        if not self.dense and self.run is None and policy.needs_predictor:
-            raise ValueError(
-                f"the policy {policy.name} needs a trained predictor; give --run RUN (of butler-jax train), or another "
-                "--policy"
-            )
+        if not self.dense:
+            policy.require_predictor(self.run)
 
     def make_policy(self) -> Policy:
         """The policy. Raises ValueError for an unknown one."""
         from butler_jax.policies import make_policy
 
         name = self.policy or ("dense" if self.run is None else "tokenbutler")
-        return make_policy(name, **({"pooling": self.pooling} if name == "tokenbutler" else {}))
+        return make_policy(name, defaults={"pooling": self.pooling})
 
     @property
     def is_dense(self) -> bool:

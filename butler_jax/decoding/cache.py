@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from butler_jax.decoding.eviction import Eviction
 from butler_jax.decoding.score_cache import ScoreCache
-from butler_jax.decoding.store import HostStore, KVStore, make_store
+from butler_jax.decoding.store import KVStore, make_store
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, partition
 from butler_jax.selection import Chosen
@@ -57,7 +57,7 @@ def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
 def constrain_state(state: DecodeState) -> DecodeState:
     """Returns the state split over the devices of the current mesh, under jit; a state in host memory stays whole."""
     mesh = current_mesh()
-    if mesh is None or isinstance(state.kv, HostStore):
+    if mesh is None or state.kv.on_host:
         return state
     return jax.lax.with_sharding_constraint(state, state_partition(state, mesh))
 

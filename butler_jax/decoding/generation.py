@@ -181,10 +181,8 @@ def generate_stream(
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
     plan = make_plan(base.config, capacity, selection, policy, implementation=implementation)
-    if plan.needs_predictor and predictor is None:
-        raise ValueError(
-            f"the policy {policy.name} needs a trained predictor; give predictor=, or selection=None to decode densely"
-        )
+    if selection is not None:
+        policy.require_predictor(predictor)
     if offload:
         check_offload(plan, capacity)
     width = min(bucket(int(lengths.max()), 16), capacity)

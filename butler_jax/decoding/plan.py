@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from butler_jax.decoding.parts import check_units
-from butler_jax.decoding.store import EvictingStore, HostStore
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, token_axis
 from butler_jax.policies import Evicting, Policy, TokenButler
@@ -46,11 +45,6 @@ class Plan:
     def interval(self) -> int:
         """Steps from one choice to the next."""
         return 1 if self.selection is None else self.selection.interval
-
-    @property
-    def needs_predictor(self) -> bool:
-        """Whether a step asks a predictor which tokens to read."""
-        return self.when in ("ahead", "in_layer") and self.policy.needs_predictor
 
 
 def make_plan(
@@ -95,7 +89,6 @@ def make_plan(
 
 def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> None:
     """Raises ValueError where a step cannot be done; lengths that are still on the device are not checked."""
-    name = plan.policy.name
     if not isinstance(state.lengths, jax.core.Tracer):
         longest, capacity = int(np.max(np.asarray(state.lengths))), state.kv.capacity
         if longest >= capacity:
@@ -105,16 +98,14 @@ def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> N
     if plan.when == "evicting":
         _check_eviction(plan, state)
         return
-    if isinstance(state.kv, EvictingStore):
+    if state.kv.evicting:
         raise ValueError(
             "the state was prefilled under a policy that evicts; decode with the same selection and policy"
         )
     if predictor is not None and state.scores is None:
         raise ValueError("the state has no k_imp: prefill was done without the predictor; give it there too")
-    if plan.needs_predictor and predictor is None:
-        raise ValueError(
-            f"the policy {name} needs a trained predictor; give predictor=, or selection=None to decode densely"
-        )
+    if plan.selection is not None:
+        plan.policy.require_predictor(predictor)
     if plan.interval == 1:
         return
     if state.memory is None:
@@ -144,9 +135,9 @@ def check_offload(plan: Plan, capacity: int) -> None:
 def _check_eviction(plan: Plan, state: DecodeState) -> None:
     """Raises ValueError for a state in host memory, or one that was not prefilled under this policy."""
     name = plan.policy.name
-    if isinstance(state.kv, HostStore):
+    if state.kv.on_host:
         raise ValueError(f"the policy {name} needs its caches on the device: leave out offload")
-    fits = isinstance(state.kv, EvictingStore)
+    fits = state.kv.evicting
     if fits:
         wanted = jax.eval_shape(lambda: plan.policy.begin(state.memory.kept.shape[1:]))
         found = state.memory.memory

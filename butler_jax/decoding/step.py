@@ -105,7 +105,7 @@ def take_step(
     newest, kv = newest_of(model.config, state.lengths), state.kv
     limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity)
     chooser = make_chooser(plan, limits=limits, newest=newest, steps=state.steps, kv=kv, memory=state.memory)
-    per_head = predictor is not None and (details or (plan.when == "in_layer" and plan.needs_predictor))
+    per_head = predictor is not None and (details or (plan.when == "in_layer" and plan.policy.needs_predictor))
     context = None if predictor is None else predictor.context(state.lengths[:, None], kv.capacity)
     forecaster = Forecaster(model, predictor, context, state.scores, chooser, per_head=per_head, every_step=details)
 

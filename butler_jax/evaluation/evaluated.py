@@ -82,19 +82,15 @@ def collect_policies(
     Raises:
         ValueError: A policy is unknown, has the label of another, or was asked for and lacks its predictor.
     """
-    settings = {"random": {"seed": config.seed}}
-    given = config.policies or DEFAULT
-    policies = [p if isinstance(p, Policy) else make_policy(p, **settings.get(p, {})) for p in given]
+    given, defaults = config.policies or DEFAULT, {"seed": config.seed}
+    policies = [p if isinstance(p, Policy) else make_policy(p, defaults) for p in given]
     policies = [policy.row_by_row() for policy in policies]  # a text has no prompt
-    needing = [p.name for p in policies if p.needs_predictor]
+    needing = [p for p in policies if p.needs_predictor]
     predictors = list(_read_predictors(base, predictor, config)) if needing else []
     if needing and not predictors:
         if config.policies is not None:
-            raise ValueError(
-                f"the policy {', '.join(needing)} needs a trained predictor; give --run RUN (a run of butler-jax "
-                "train; in Python also predictor=), or leave it out of --policies"
-            )
-        say(f"{', '.join(needing)} is left out: there is no trained predictor (give a run)")
+            needing[0].require_predictor(None)
+        say(f"{', '.join(p.name for p in needing)} is left out: there is no trained predictor (give a run)")
         policies = [p for p in policies if not p.needs_predictor]
     found, labels = [], label_policies(policies)
     policies = prepare_policies(policies, base, data, context=config.context, data_dir=config.data_dir)

@@ -25,11 +25,13 @@ class Policy:
     Attributes:
         name: What the command line and reports call the policy.
         needs_predictor: Whether a trained predictor's scores are needed.
+        is_bound: Whether the policy ranks by what no choice can know beforehand. Reports never name it as the best.
         form: How the policy differs from its publication, for reports.
     """
 
     name: ClassVar[str]
     needs_predictor: ClassVar[bool] = False
+    is_bound: ClassVar[bool] = False
     form: ClassVar[str] = ""
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
@@ -43,6 +45,14 @@ class Policy:
             The prepared policy; by default the policy itself.
         """
         return self
+
+    def require_predictor(self, predictor: Any) -> None:
+        """Raises ValueError where the policy needs a predictor and neither it nor its run is given (None)."""
+        if self.needs_predictor and predictor is None:
+            raise ValueError(
+                f"the policy {self.name} needs a trained predictor; give --run RUN (a run of butler-jax train; "
+                "run=RUN in --model_args, predictor= in Python), or another policy"
+            )
 
     def selection(self, config: SelectionConfig) -> SelectionConfig | None:
         """Returns the selection under which the policy runs; None reads everything. By default it is `config`."""

@@ -15,6 +15,7 @@ class Oracle(Scoring):
     """
 
     name = "oracle"
+    is_bound = True
 
     def numbers_read_per_key(self, base, predictor):
         """The head dimension: whole keys are read."""

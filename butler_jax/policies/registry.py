@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from butler_jax.policies.base import Policy
 from butler_jax.policies.citrus import CItruS
@@ -21,8 +24,13 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def make_policy(name: str, **fields) -> Policy:
+def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> Policy:
     """Returns the policy of a name in POLICIES with these hyper-parameters.
+
+    Args:
+        name: The name.
+        defaults: Hyper-parameters for those policies that have them.
+        **fields: Hyper-parameters of this policy.
 
     Raises:
         ValueError: The name or a hyper-parameter is unknown. The message lists the known ones.
@@ -35,4 +43,4 @@ def make_policy(name: str, **fields) -> Policy:
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ValueError(f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
-    return POLICIES[name](**fields)
+    return POLICIES[name](**{f: value for f, value in defaults.items() if f in known} | fields)

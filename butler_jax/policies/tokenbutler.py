@@ -40,8 +40,7 @@ class TokenButler(Scoring):
 
     def scores(self, chunk: Chunk):
         """The importance per query head. NaN counts as -inf."""
-        if chunk.predicted is None:
-            raise ValueError("the policy tokenbutler needs a trained predictor")
+        self.require_predictor(chunk.predicted)
         return jnp.where(jnp.isnan(chunk.predicted), -jnp.inf, chunk.predicted)
 
     def pool(self, scores, chunk: Chunk):

@@ -63,8 +63,7 @@ def calibrate_thresholds(
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
     if not isinstance(policy, Scoring) or policy.reads_everything:
         raise ValueError(f"the policy {policy.name} has no scores to set thresholds on; take a policy that scores")
-    if predictor is None and policy.needs_predictor:
-        raise ValueError(f"the policy {policy.name} needs a trained predictor")
+    policy.require_predictor(predictor)
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])

@@ -110,9 +110,8 @@ def measure_recall(
         ValueError: There are no batches or no policies, or a policy lacks its predictor.
     """
     policies, budgets = tuple(policies), tuple(budgets)
-    needing = [p.name for p in policies if p.needs_predictor]
-    if predictor is None and needing:
-        raise ValueError(f"the policy {', '.join(needing)} needs a trained predictor")
+    for policy in policies:
+        policy.require_predictor(predictor)
     selection = (selection or SelectionConfig()).rule
     options = RecallOptions(selection, rows, ranks, score_dtype, implementation)
     selections = [dataclasses.replace(selection, budget=b) for b in budgets]
@@ -126,7 +125,7 @@ def measure_recall(
             if group is not scoring:
                 sums = _sum_evicting(model, batch, tables, policy=group[0], options=options)
             else:
-                used = predictor if needing else None
+                used = predictor if any(p.needs_predictor for p in group) else None
                 sums = _sum_scoring(model, used, batch, tables, policies=group, options=options)
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
     if not groups or not parts[0]:

@@ -91,8 +91,7 @@ def simulate(
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
-    if predictor is None and policy.needs_predictor:
-        raise ValueError(f"the policy {policy.name} needs a trained predictor")
+    policy.require_predictor(predictor)
     if config.interval != 1:
         raise ValueError(
             f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one"

@@ -189,7 +189,7 @@ def test_unknown_data_mesh_and_rank_are_named(fails, place, tmp_path):
 
 def test_a_policy_that_was_asked_for_is_not_left_out(fails, place):
     line = fails("eval", "--base", place["base"], "--policies", "dense,tokenbutler")
-    assert "the policy tokenbutler needs a trained predictor; give --run RUN" in line and "leave it out" in line
+    assert "the policy tokenbutler needs a trained predictor; give --run RUN" in line and "or another policy" in line
 
 
 def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):

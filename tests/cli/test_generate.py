@@ -113,8 +113,8 @@ def test_decoding_is_not_dense_where_tokenbutler_was_asked_for(capsys):
     assert main(["generate", "--base", "tiny", "--policy", "tokenbutler", "--budget", "1/8", "--prompt", "a"]) == 1
     told = capsys.readouterr()
     assert not told.out and told.err == (
-        "error: the policy tokenbutler needs a trained predictor; give --run RUN (of butler-jax train), or another "
-        "--policy\n"
+        "error: the policy tokenbutler needs a trained predictor; give --run RUN (a run of butler-jax train; "
+        "run=RUN in --model_args, predictor= in Python), or another policy\n"
     )
     assert GenerateConfig(base="tiny", run=Path("x")).make_policy() == make_policy("tokenbutler")
     assert GenerateConfig(base="tiny", policy="tokenbutler", dense=True).is_dense

@@ -7,7 +7,7 @@ donated arrays are updated in place.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,12 @@ class KVStore:
     Attributes:
         k: Keys.
         v: Values.
+        on_host: Whether they lie in host memory.
+        evicting: Whether `attend` gives the weights that eviction needs.
     """
 
+    on_host: ClassVar[bool] = False
+    evicting: ClassVar[bool] = False
     k: Float[Array, "L B K S D"]
     v: Float[Array, "L B K S D"]
 
@@ -69,7 +73,7 @@ class KVStore:
             implementation: Of `pallas_kernels.masked_topk_decode_attention`.
 
         Returns:
-            The output, and the attention weights summed over the group for stores that serve eviction, else None.
+            The output, and the attention weights summed over the group where the store is `evicting`, else None.
         """
         batch, _, heads, dim = view.q.shape
         kv_heads = view.k.shape[2]

@@ -18,6 +18,8 @@ from butler_jax.selection import Chosen
 class EvictingStore(KVStore):
     """A resident store whose attention also gives the weights, from which the policy learns what a token is worth."""
 
+    evicting = True
+
     def attend(self, view, chosen, newest, *, unit, rows, implementation):
         """Attends to the tokens kept, the new one among them; weights are summed over the group."""
         batch, _, heads, dim = view.q.shape

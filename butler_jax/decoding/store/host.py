@@ -43,6 +43,7 @@ class HostStore(KVStore):
         near: Layer 0 on the device.
     """
 
+    on_host = True
     near: ResidentStore
 
     def layer(self, index):

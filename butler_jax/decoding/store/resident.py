@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+from jaxtyping import Array, Float
 
 from butler_jax.decoding.store.base import CACHE_LETTERS, KVStore
 from butler_jax.parallel import by_rows_and_heads
+from butler_jax.selection import Chosen
 from pallas_kernels import masked_topk_decode_attention
 
 
@@ -18,16 +20,16 @@ class ResidentStore(KVStore):
 
     def _attend_set(self, view, q, chosen, newest, *, unit, implementation, rows=None):
         def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer):
-            options = dict(unit=unit, layer=layer, implementation=implementation)
-            options.update(new_k=new_k, new_v=new_v, lengths=lengths, first=first)
-            return masked_topk_decode_attention(q, k, v, indices, valid, **options)
+            where = dict(lengths=lengths, first=first, layer=layer, unit=unit, implementation=implementation)
+            return self._attend_own(q, k, v, new_k, new_v, Chosen(indices, valid), **where)
 
-        return self._split(run)(
+        _, batch, kv_heads, size, _ = self.k.shape
+        operands = ("bh-", CACHE_LETTERS, CACHE_LETTERS, "bh-", "bh-", "bh-", "bh-", "b", "b", "")
+        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=size)
+        return split(
             q, self.k, self.v, view.k[:, 0], view.v[:, 0], *chosen, newest.cached, newest.first(view.index), view.index
         )
 
-    def _split(self, run):
-        """`run` on every device's own rows and heads; see `parallel.by_rows_and_heads`."""
-        _, batch, kv_heads, size, _ = self.k.shape
-        operands = ("bh-", CACHE_LETTERS, CACHE_LETTERS, "bh-", "bh-", "bh-", "bh-", "b", "b", "")
-        return by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=size)
+    def _attend_own(self, q, k, v, new_k, new_v, chosen: Chosen, **where) -> Float[Array, "B H D"]:
+        """Attention on one device, over its own rows and heads."""
+        return masked_topk_decode_attention(q, k, v, *chosen, new_k=new_k, new_v=new_v, **where)

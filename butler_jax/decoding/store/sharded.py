@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from butler_jax.decoding.parts import part_of, with_new
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import token_axis
-from butler_jax.selection import Chosen
 from pallas_kernels import masked_topk_decode_attention
 
 
@@ -20,20 +19,12 @@ from pallas_kernels import masked_topk_decode_attention
 class ShardedStore(ResidentStore):
     """An axis of the current mesh splits the tokens of every row."""
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, rows=None):
-        axis = token_axis(self.capacity)
-
-        def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer):
-            part = part_of(k.shape[-2], axis)
-            own = part.own(Chosen(indices, valid), unit)
-            options = dict(unit=unit, layer=layer, implementation=implementation, return_residual=True)
-            options.update(lengths=part.count(lengths), first=None if first is None else part.count(first))
-            out, residual = masked_topk_decode_attention(q, k, v, *own, **options)
-            return with_new(q, new_k, new_v, *part.merged(residual[..., None], 1.0, out.astype(jnp.float32)))
-
-        return self._split(run)(
-            q, self.k, self.v, view.k[:, 0], view.v[:, 0], *chosen, newest.cached, newest.first(view.index), view.index
-        )
+    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, **where):
+        part = part_of(k.shape[-2], token_axis(self.capacity))
+        seen = dict(lengths=part.count(lengths), first=None if first is None else part.count(first))
+        own = part.own(chosen, unit)
+        out, residual = masked_topk_decode_attention(q, k, v, *own, unit=unit, return_residual=True, **seen, **where)
+        return with_new(q, new_k, new_v, *part.merged(residual[..., None], 1.0, out.astype(jnp.float32)))
 
 
 def make_store(k: Float[Array, "L B K S D"], v: Float[Array, "L B K S D"]) -> ResidentStore:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
-from butler_jax.policies import Chunk, Evicting, Policy
+from butler_jax.policies import Chunk, Evicting, Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, limits_of
 from butler_jax.simulation import LEAST_KEYS, choose_best, choose_half, chosen_mask, with_rule
@@ -164,8 +164,7 @@ def measure_drift(
     Raises:
         ValueError: As `measure_overlap` does, for rows + distance rows; without a predictor; for a distance below 1.
     """
-    if predictor is None:
-        raise ValueError("hit rate against drift needs a trained predictor")
+    TokenButler().require_predictor(predictor)
     if distance <= 0:
         raise ValueError(f"the distance must be at least 1 row, got {distance}")
     if not (0 < fraction < 1):
@@ -228,8 +227,7 @@ def check_policy(policy: Policy, predictor: Predictor | None) -> None:
     """Raise ValueError for a policy that evicts, or that lacks its predictor."""
     if isinstance(policy, Evicting):
         raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
-    if predictor is None and policy.needs_predictor:
-        raise ValueError(f"the policy {policy.name} needs a trained predictor")
+    policy.require_predictor(predictor)
 
 
 def _prepare(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array], Array]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from butler_jax.evaluation.analysis.agreement import check_policy
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, row_chunk, softmax
 from butler_jax.model import BaseModel, by_window, check_length, dense_mixer, embed, merge_queries, run_layers
-from butler_jax.policies import Policy
+from butler_jax.policies import Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, sparse_chunk, with_rule
@@ -84,8 +84,7 @@ def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, l
             predictor.
     """
     base, length = model.config, _one_row(model, batch)
-    if predictor is None:
-        raise ValueError("attention beside scores needs a trained predictor")
+    TokenButler().require_predictor(predictor)
     if length > LONGEST:
         raise ValueError(f"the text has {length} tokens and the picture is T x T; give at most {LONGEST} tokens")
     if not (1 <= layer < base.layers):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
+from butler_jax.policies import POLICIES, Policy
+
 Row = Mapping[str, Any]
 MINUS, DASH = "\u2212", "\u2013"
 
@@ -104,17 +106,22 @@ def is_finite(value: Any) -> bool:
 
 def is_dense(policy: str) -> bool:
     """Whether a label is that of the dense model."""
-    return policy == "dense"
+    return _find_policy(policy).reads_everything
 
 
 def is_reference(policy: str) -> bool:
     """Whether a label is dense or an oracle: others are compared with it, and it is never the best of a column."""
-    return is_dense(policy) or policy.startswith("oracle")
+    return is_dense(policy) or _find_policy(policy).is_bound
 
 
 def is_butler(policy: str) -> bool:
     """Whether a label is tokenbutler, or tokenbutler:NAME where several predictors are compared."""
-    return policy.split(":")[0] == "tokenbutler"
+    return _find_policy(policy).needs_predictor
+
+
+def _find_policy(label: str) -> Policy:
+    """The policy whose name begins a label, with its default settings; a plain `Policy` for a name not in POLICIES."""
+    return POLICIES.get(label.split(":")[0], Policy)()
 
 
 def split_dense(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:

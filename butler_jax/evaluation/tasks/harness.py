@@ -80,11 +80,7 @@ class ButlerLM(TemplateLM):
             ValueError: An argument is invalid.
         """
         super().__init__()
-        if predictor is None and policy.needs_predictor:
-            raise ValueError(
-                f"the policy {policy.name} needs a trained predictor; give run=DIR (a run of butler-jax "
-                "train), or policy=dense"
-            )
+        policy.require_predictor(predictor)
         check_score_dtype(score_dtype)
         most = base.config.context - 1
         if not (max_length is None or (isinstance(max_length, int) and 2 <= max_length <= most)):

@@ -59,11 +59,7 @@ def read_model_arguments(
     chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
     share = 1.0 if chosen.reads_everything else parse_budget(budget)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent)
-    if run is None and chosen.needs_predictor:
-        raise ValueError(
-            f"the policy {chosen.name} needs a trained predictor; give run=DIR (a run of butler-jax train), or "
-            "policy=dense"
-        )
+    chosen.require_predictor(run)
     if run is not None and not (Path(str(run)) / "checkpoints").is_dir():
         raise ValueError(
             f"{run} is no run directory: it has no checkpoints; give the directory of a run of butler-jax train"
