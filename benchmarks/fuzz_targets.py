@@ -39,7 +39,7 @@ from butler_jax.runs.finished import METADATA
 from butler_jax.selection.config import SelectionConfig, parse_budget
 from butler_jax.storage.json_objects import parse_object, read_object
 from butler_jax.storage.settings import from_dict, to_dict
-from butler_jax.text.prompts import encode
+from butler_jax.text import encode
 from butler_jax.text.tokenizer import Tokenizer
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import open_run
@@ -406,7 +406,11 @@ def _prompts(root: Path) -> Target:
     base = load_base("tiny")
 
     def run(data: bytes) -> None:
-        encode(base, data.decode("utf-8", "surrogateescape" if len(data) % 2 else "surrogatepass"))
+        encode(
+            base.tokenizer,
+            base.config.vocab_size,
+            data.decode("utf-8", "surrogateescape" if len(data) % 2 else "surrogatepass"),
+        )
 
     seeds = ("The file", "a <|endoftext|> b", "\0\0", "é 漢字 🎉")
     return Target("prompts", tuple(s.encode() for s in seeds), run, named=False)

@@ -9,19 +9,17 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from butler_jax.cli.bench_config import BenchConfig
 from butler_jax.decoding import SamplingConfig, empty_memory, generation, make_plan
 from butler_jax.policies import Policy, make_policy
 from butler_jax.selection import SelectionConfig
-
-if TYPE_CHECKING:
-    from butler_jax.cli.bench import BenchConfig
-    from butler_jax.weights import Base
+from butler_jax.weights import Base
 
 Round = Callable[[int], float]
 """Decodes so many tokens a row; returns the seconds it took."""

@@ -120,7 +120,7 @@ def _continue_prompt(config: GenerateConfig) -> int:
         (policy,) = prepare_policies([policy], base, run_data(config.run))
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
         predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
-    stop = None if not config.stop else [*config.stop, *stop_tokens(base, None)]
+    stop = None if not config.stop else [*config.stop, *stop_tokens(base.tokenizer, base.config.vocab_size, None)]
 
     def show(text: str) -> None:
         print(text, end="", flush=True)

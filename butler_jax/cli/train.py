@@ -38,17 +38,10 @@ def main_pretrain(arguments: list[str]) -> int:
 
 def _train(config: Any) -> str:
     """Train a predictor; returns the last line to print."""
-    from butler_jax.parallel import make_mesh, shardings_for
-    from butler_jax.runs import claim
-    from butler_jax.training import check_run, default_run_dir, distil
-    from butler_jax.weights import load_base
+    from butler_jax.training import default_run_dir, distil
 
-    mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
+    distil(None, config)
     run_dir = config.run_dir or default_run_dir(config)
-    with claim(run_dir):  # a run that would be refused is refused before anything slow
-        check_run(run_dir, config)
-    shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
-    distil(load_base(config.base, dtype=config.dtype, shardings=shardings), config)
     return f"the best predictor so far is in {run_dir}; evaluate it with: butler-jax eval --run {run_dir}"
 
 

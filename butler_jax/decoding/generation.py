@@ -177,7 +177,8 @@ def generate_stream(
     if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     check_score_dtype(score_dtype)
-    rows = encode(base, prompts)
+    known = base.tokenizer, base.config.vocab_size
+    rows = encode(*known, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
     plan = make_plan(base.config, capacity, selection, policy, implementation=implementation)
@@ -193,7 +194,7 @@ def generate_stream(
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
     how = Decoding(plan, sampling or SamplingConfig(), capacity, chunk, score_dtype)
-    keys, ends = row_keys(seed, len(rows)), stop_tokens(base, stop)
+    keys, ends = row_keys(seed, len(rows)), stop_tokens(*known, stop)
     steps = _steps(base.model, predictor, (tokens, lengths, keys), how, max_new_tokens, offload)
     return _pieces(steps, base, ends, max_new_tokens, result)
 

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from butler_jax.storage import shown
-
-if TYPE_CHECKING:
-    from butler_jax.weights import Base
+from butler_jax.text.tokenizer import Tokenizer
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
-def encode(base: Base, prompts: Prompts) -> list[list[int]]:
+def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> list[list[int]]:
     """Encode prompts as token ids.
 
     A special token that is spelled out in a text becomes that token, as with the model's own tokenizer. Give token ids
     where it must stay text.
 
     Args:
-      base: its tokenizer encodes texts, and its vocabulary bounds the ids.
+      tokenizer: encodes texts; None where the model has none.
+      vocab_size: of the model; the ids are below it.
       prompts: a text, a list of texts, a list of token ids, or a list of such lists.
 
     Returns:
       The token ids of every prompt; at least one prompt with at least one id each.
 
     Raises:
-      ValueError: a prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or the
-        base has no tokenizer for a text.
+      ValueError: a prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or
+        there is no tokenizer for a text.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -44,11 +43,11 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
     rows = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
-            if base.tokenizer is None:
-                raise ValueError(f"the base {base.name} has no tokenizer; give token ids")
-            row = base.tokenizer.encode(prompt)
-            if not row and base.tokenizer.bos is not None:
-                row = [base.tokenizer.bos]
+            if tokenizer is None:
+                raise ValueError(f"prompt {number} is a text, and the base has no tokenizer; give token ids")
+            row = tokenizer.encode(prompt)
+            if not row and tokenizer.bos is not None:
+                row = [tokenizer.bos]
         else:
             ids = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
             if not ids:
@@ -56,37 +55,34 @@ def encode(base: Base, prompts: Prompts) -> list[list[int]]:
             row = [int(token) for token in prompt]
         if not row:
             raise ValueError(f"prompt {number} is empty; give at least one token")
-        wrong = [token for token in row if not 0 <= token < base.config.vocab_size]
+        wrong = [token for token in row if not 0 <= token < vocab_size]
         if wrong:
-            raise ValueError(
-                f"prompt {number} has the token {wrong[0]}; the vocabulary is 0 ... {base.config.vocab_size - 1}"
-            )
+            raise ValueError(f"prompt {number} has the token {wrong[0]}; the vocabulary is 0 ... {vocab_size - 1}")
         rows.append(row)
     return rows
 
 
-def stop_tokens(base: Base, stop: Sequence[int | str] | int | str | None) -> set[int]:
+def stop_tokens(tokenizer: Tokenizer | None, vocab_size: int, stop: Sequence[int | str] | int | str | None) -> set[int]:
     """The ids that end a row.
 
     Args:
-      base: whose tokenizer and vocabulary are used.
+      tokenizer: of the model; None where it has none.
+      vocab_size: of the model.
       stop: token ids or texts of single tokens, or one of them; None is the tokenizer's eos, if it has one.
 
     Raises:
       ValueError: a text is not a single token, or an id is out of range.
     """
     if stop is None:
-        eos = None if base.tokenizer is None else base.tokenizer.eos
+        eos = None if tokenizer is None else tokenizer.eos
         return set() if eos is None else {eos}
     found = set()
     for one in [stop] if isinstance(stop, (str, int)) else stop:
-        token = base.tokenizer.backend.token_to_id(one) if isinstance(one, str) and base.tokenizer else one
+        token = tokenizer.backend.token_to_id(one) if isinstance(one, str) and tokenizer else one
         if not isinstance(token, (int, np.integer)):
-            raise ValueError(f"stop {one!r} is not a single token of {base.name}; give a token id")
-        if not 0 <= token < base.config.vocab_size:
-            raise ValueError(
-                f"stop {token} is no token of {base.name}; its vocabulary is 0 ... {base.config.vocab_size - 1}"
-            )
+            raise ValueError(f"stop {one!r} is not a single token; give a token id")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"stop {token} is no token; the vocabulary is 0 ... {vocab_size - 1}")
         found.add(int(token))
     return found
 

@@ -2,8 +2,8 @@
 
 From the command to the loss:
 
-    cli.train         reads the settings and loads the base
-    distil            claims the run directory and prepares the run
+    cli.train         reads the settings
+    distil            claims the run directory, loads the base and prepares the run
     loop.fit          takes the steps
     step              the jitted function that `make_train_step` returned
     DistillationObjective.differentiate     the pass; objective.py names its hops down to the loss
@@ -24,7 +24,7 @@ import optax
 
 from butler_jax.data import read_batches, read_held_out
 from butler_jax.model import LOGICAL_AXES, BaseModel, check_length, forward
-from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here
+from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import PREDICTORS, Predictor, PredictorConfig, make_predictor
 from butler_jax.runs import about, claim
 from butler_jax.training.config import TrainConfig
@@ -32,17 +32,21 @@ from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import TrainState, learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.training.validation import Validation
-from butler_jax.weights import Base
+from butler_jax.weights import Base, load_base
 
 VALIDATION_ROWS = 8
 """Held-out rows of text that a validation reads."""
 
 
-def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predictor | None = None) -> Predictor:
+def distil(
+    base: Base | None = None, config: TrainConfig | None = None, *, predictor: Predictor | None = None
+) -> Predictor:
     """Train a predictor for a base, or go on from the newest checkpoint of the same settings.
 
+    A run that would be refused is refused before anything slow.
+
     Args:
-      base: the frozen model with its tokenizer.
+      base: the frozen model with its tokenizer; default: it is loaded as the settings say.
       config: the settings; default: TrainConfig().
       predictor: where to start; default: `init_predictor`.
 
@@ -55,18 +59,22 @@ def distil(base: Base, config: TrainConfig | None = None, *, predictor: Predicto
       OSError: where the run directory cannot be written.
     """
     config = config or TrainConfig()
-    if config.base == "tiny" and base.name != "tiny":  # the configuration was not told which base it is for
+    if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
         config = dataclasses.replace(config, base=base.name)
-    base.require_tokenizer()
-    check_length(base.config, config.length)
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or default_run_dir(config)
-    with claim(run_dir), jax.set_mesh(mesh):
+    with claim(run_dir):
         check_run(run_dir, config)
-        agree({"base": base.fingerprint})
-        run, state = prepare(base, config, mesh, run_dir, predictor)
-        open_run(run_dir, config)  # only after everything else was found in order
-        return fit(run, state).module
+        if base is None:
+            shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
+            base = load_base(config.base, dtype=config.dtype, shardings=shardings)
+        base.require_tokenizer()
+        check_length(base.config, config.length)
+        with jax.set_mesh(mesh):
+            agree({"base": base.fingerprint})
+            run, state = prepare(base, config, mesh, run_dir, predictor)
+            open_run(run_dir, config)  # only after everything else was found in order
+            return fit(run, state).module
 
 
 def prepare(

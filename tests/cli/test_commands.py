@@ -16,7 +16,7 @@ import pytest
 
 from butler_jax import load_base
 from butler_jax.cli import main
-from butler_jax.cli.bench import BenchConfig
+from butler_jax.cli.bench_config import BenchConfig
 from butler_jax.cli.generate import GenerateConfig
 from butler_jax.cli.program import COMMANDS
 from butler_jax.evaluation.config import EvalConfig

@@ -276,7 +276,7 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         (None, {}, "prompts must be a text, or a list of texts or of token ids, got NoneType"),
         ([[1]], dict(score_dtype="int4"), "score_dtype must be 'int8' or None, got 'int4'"),
         ([[1]], dict(seed="a"), "the seed must be a whole number, or one for every prompt, got 'a'"),
-        ([[1]], dict(stop=[99999]), "stop 99999 is no token of letters; its vocabulary is 0 ... 60"),
+        ([[1]], dict(stop=[99999]), "stop 99999 is no token; the vocabulary is 0 ... 60"),
         ([[1] * 90], dict(max_new_tokens=20), "model's context of 96 tokens; ask for at most 7 new tokens"),
         ([[1] * 30], dict(capacity=20), "a prompt of 30 tokens does not fit a cache of 20"),
         ([[1] * 30], dict(capacity=32, max_new_tokens=9), "full after 3 new tokens of 9"),

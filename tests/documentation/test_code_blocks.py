@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from butler_jax.cli.bench import BenchConfig
+from butler_jax.cli.bench_config import BenchConfig
 from butler_jax.cli.command_line import read
 from butler_jax.cli.generate import GenerateConfig
 from butler_jax.cli.info import InfoConfig

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from benchmarks.fuzz_targets import CONFIG, tokenizer_file, write_model
 from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.model.families import base_config
-from butler_jax.text.prompts import encode
+from butler_jax.text import encode
 from butler_jax.weights import fingerprint, load_base, loading
 from butler_jax.weights.huggingface import SINGLE
 from tests.weights.hostile import (
@@ -66,7 +66,7 @@ def test_nothing_of_a_model_directory_is_executed(small_model, tmp_path):
     (small_model / "tokenizer_config.json").write_text(json.dumps(values))
     (small_model / "chat_template.jinja").write_text(template)
     base = load_base(small_model)
-    base.tokenizer.decode(encode(base, "abc")[0])
+    base.tokenizer.decode(encode(base.tokenizer, base.config.vocab_size, "abc")[0])
     assert not marker.exists()
     loaded = [getattr(m, "__file__", None) or "" for m in list(sys.modules.values())]
     assert not [file for file in loaded if file.startswith(str(small_model))]

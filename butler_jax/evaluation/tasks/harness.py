@@ -257,7 +257,7 @@ class ButlerLM(TemplateLM):
             selection=None if dense else self.selection,
             policy=None if dense else self.policy,
             max_new_tokens=new,
-            stop=sorted(stop_tokens(self.base, None)),
+            stop=sorted(stop_tokens(self.text, self.base.config.vocab_size, None)),
             seed=seeds + seeds[-1:] * spare,
             score_dtype=self.score_dtype,
             sampling=SamplingConfig(**given),
