@@ -16,7 +16,7 @@ class Layer(NamedTuple):
     """The activations of one layer for a sequence of T tokens.
 
     q [T, H, D], k and v [T, K, D]; k_pre [T, K, D] is k before rotary. h [T, E]: the normed stream that the predictor
-    reads. p [T, H, R] and r [T, K, R]: q_imp and k_imp. h, p and r are None in layer 0.
+    reads. q_imp [T, H, R], k_imp [T, K, R]. h, q_imp and k_imp are None in layer 0.
     """
 
     q: np.ndarray
@@ -24,8 +24,8 @@ class Layer(NamedTuple):
     k_pre: np.ndarray
     v: np.ndarray
     h: np.ndarray | None = None
-    p: np.ndarray | None = None
-    r: np.ndarray | None = None
+    q_imp: np.ndarray | None = None
+    k_imp: np.ndarray | None = None
 
 
 def wide(array: Any) -> np.ndarray:
@@ -64,9 +64,9 @@ def log_sum_exp(logits, seen):
 
 
 def products(q, k):
-    """Scaled products [H, T, T] of q [T, H, N] with k [T, K, N]; query heads of a group share a key head."""
+    """Scaled products [H, T, T] of q [T, H, D] with k [T, K, D]; query heads of a group share a key head."""
     k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
-    return np.einsum("ihn,jhn->hij", q, k) * q.shape[-1] ** -0.5
+    return np.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
 
 
 def attention(q, k, v):
@@ -112,27 +112,28 @@ def pair_angles(predictor, index, length):
 def looked_ahead(predictor, index, layer, h) -> Layer:
     """The layer with its q_imp and k_imp."""
     angle = pair_angles(predictor, index, len(h))
-    p = np.einsum("te,ehr->thr", h, wide(predictor.heads.query)[index - 1])
+    q_imp = np.einsum("te,ehr->thr", h, wide(predictor.heads.query)[index - 1])
     key = wide(predictor.heads.key)[index - 1]
-    r = np.einsum("tkd,kdr->tkr", layer.k_pre, key.reshape(*layer.k_pre.shape[1:], -1))
-    return layer._replace(h=h, p=rotate(p, np.repeat(angle, predictor.base.group, axis=1)), r=rotate(r, angle))
+    k_imp = np.einsum("tkd,kdr->tkr", layer.k_pre, key.reshape(*layer.k_pre.shape[1:], -1))
+    q_imp = rotate(q_imp, np.repeat(angle, predictor.base.group, axis=1))
+    return layer._replace(h=h, q_imp=q_imp, k_imp=rotate(k_imp, angle))
 
 
-def parameter_gradients(predictor, index, layer, dp, dr):
-    """Gradients of a layer's query [E, H, R] and key [KD, R] parameters from those of p and r."""
-    angle = pair_angles(predictor, index, len(dp))
-    dp, dr = rotate(dp, -np.repeat(angle, predictor.base.group, axis=1)), rotate(dr, -angle)
-    dkey = np.einsum("tkd,tkr->kdr", layer.k_pre, dr)
-    return np.einsum("te,thr->ehr", layer.h, dp), dkey.reshape(-1, dkey.shape[-1])
+def parameter_gradients(predictor, index, layer, dq_imp, dk_imp):
+    """Gradients of a layer's query [E, H, R] and key [KD, R] parameters from those of q_imp and k_imp."""
+    angle = pair_angles(predictor, index, len(dq_imp))
+    dq_imp = rotate(dq_imp, -np.repeat(angle, predictor.base.group, axis=1))
+    dkey = np.einsum("tkd,tkr->kdr", layer.k_pre, rotate(dk_imp, -angle))
+    return np.einsum("te,thr->ehr", layer.h, dq_imp), dkey.reshape(-1, dkey.shape[-1])
 
 
-def pooled(p, r, sinks, sliding_window):
+def pooled(q_imp, k_imp, sinks, sliding_window):
     """Scores [K, T, T]: less each head's log-sum-exp over the contested keys, then the maximum over the group."""
-    scores, rows = products(p, r), np.arange(len(p))
+    scores, rows = products(q_imp, k_imp), np.arange(len(q_imp))
     contested = (rows[None] >= sinks) & (rows[None] <= rows[:, None] - sliding_window)
-    if p.shape[1] > r.shape[1]:
+    if q_imp.shape[1] > k_imp.shape[1]:
         scores = scores - log_sum_exp(scores, contested)
-    return scores.reshape(r.shape[1], -1, *scores.shape[1:]).max(axis=1)
+    return scores.reshape(k_imp.shape[1], -1, *scores.shape[1:]).max(axis=1)
 
 
 def choice(scores, table, sinks, sliding_window):

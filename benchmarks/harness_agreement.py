@@ -21,7 +21,7 @@ from benchmarks.about import about
 def compare(
     base: pathlib.Path, evals: pathlib.Path, task: str, limit: int, max_length: int
 ) -> tuple[list[np.ndarray], list[list[float]]]:
-    """Likelihoods [N, choices] in nats and accuracies of N items, of `butler` and of `hf`, in float32."""
+    """Likelihoods [items, choices] in nats and accuracies of the items, of `butler` and of `hf`, in float32."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 

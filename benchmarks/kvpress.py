@@ -40,7 +40,7 @@ from butler_jax.selection.budget import limits_of
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation.statistics import Estimate, estimate_ratio
 
-SINKS, WINDOW = 4, 8
+SINKS, RECENT = 4, 8
 
 
 class Step(NamedTuple):
@@ -54,7 +54,7 @@ class Step(NamedTuple):
     aligned: str
     form: str
     policy: Policy
-    always: tuple[int, int] = (SINKS, WINDOW)
+    always: tuple[int, int] = (SINKS, RECENT)
     first: bool = False
     evaluated: bool = False
 
@@ -84,7 +84,7 @@ def steps() -> dict[str, list[Step]]:
             ],
         ),
     ):
-        ours, fields, always = make_policy(name), {}, (SINKS, WINDOW)
+        ours, fields, always = make_policy(name), {}, (SINKS, RECENT)
         lines[name] = [
             Step("as simulated, row after row", "rows", ours),
             Step("on a dense prompt", "dense rows", ours),
@@ -99,9 +99,9 @@ def steps() -> dict[str, list[Step]]:
 
 
 def ours(model: BaseModel, tokens: np.ndarray, prompt: Prompt, budget: float, step: Step) -> Any:
-    """The tokens of the prompt that are kept, [L, B, K, P]."""
+    """The tokens of the prompt that are kept, [L, B, K, S]."""
     length = prompt.k.shape[2]
-    selection = SelectionConfig(budget=budget, sinks=SINKS, recent=WINDOW)
+    selection = SelectionConfig(budget=budget, sinks=SINKS, recent=RECENT)
     if step.form == "once":
         sinks, recent = step.always
         kept = kept_once(prompt, int(budget * length), policy=step.policy, sinks=sinks, recent=recent)
@@ -171,7 +171,7 @@ class Theirs:
 
 
 def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """The mean share of `theirs` that `mine` has too ([L, B, K, P], layers 1 ...); both keep equally many tokens."""
+    """The mean share of `theirs` that `mine` has too ([L, B, K, S], layers 1 ...); both keep equally many tokens."""
     mine, theirs = np.asarray(mine)[1:], theirs[1:]
     counts = mine.sum(-1), theirs.sum(-1)
     if not (counts[0] == counts[1]).all():
@@ -180,7 +180,7 @@ def overlap(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
 
 
 def evaluate(nll: np.ndarray, theirs: np.ndarray | None = None) -> dict[str, Any]:
-    """Perplexity, the mean of every window, and the largest difference of a token's nll [B, M] from kvpress's."""
+    """Perplexity, the mean of every window, and the largest difference of a token's nll [B, T] from kvpress's."""
     nll = np.asarray(nll, np.float64)
     found = with_error("perplexity", estimate_ratio(nll.sum(1), np.full(len(nll), nll.shape[1])).exp())
     found["window_nll"] = nll.mean(axis=1).tolist()

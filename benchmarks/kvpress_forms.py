@@ -108,13 +108,13 @@ def once(
 class Prompt(NamedTuple):
     """A dense pass over prompts. k, v: as cached. weights: attention summed over the group."""
 
-    k: Float[Array, "L B P K D"]
-    v: Float[Array, "L B P K D"]
-    weights: Float[Array, "L B P K P"]
+    k: Float[Array, "L B T K D"]
+    v: Float[Array, "L B T K D"]
+    weights: Float[Array, "L B K T T"]
 
 
 @jax.jit
-def dense_prompt(model: BaseModel, tokens: Int[Array, "B P"]) -> Prompt:
+def dense_prompt(model: BaseModel, tokens: Int[Array, "B T"]) -> Prompt:
     """Read the prompts densely."""
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
@@ -128,7 +128,7 @@ def dense_prompt(model: BaseModel, tokens: Int[Array, "B P"]) -> Prompt:
 
 
 @partial(jax.jit, static_argnames=("policy", "sinks", "recent"))
-def kept_once(prompt: Prompt, budget: int, *, policy: Evicting, sinks: int, recent: int) -> Bool[Array, "L B K P"]:
+def kept_once(prompt: Prompt, budget: int, *, policy: Evicting, sinks: int, recent: int) -> Bool[Array, "L B K S"]:
     """`once` in every layer, layer 0 included; budget: tokens kept of the prompt."""
     budget = jnp.full(prompt.k.shape[1], budget, jnp.int32)
     return jax.lax.map(lambda weights: once(policy, weights, budget, sinks, recent), prompt.weights)
@@ -136,9 +136,9 @@ def kept_once(prompt: Prompt, budget: int, *, policy: Evicting, sinks: int, rece
 
 @jax.jit
 def follow(
-    model: BaseModel, prompt: Prompt, kept: Bool[Array, "L B K P"], tokens: Int[Array, "B N"]
-) -> Float[Array, "B M"]:
-    """nll in nats of the tokens 1 ... N-1 after the prompt; each attends to the kept tokens and to all new ones."""
+    model: BaseModel, prompt: Prompt, kept: Bool[Array, "L B K S"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B _"]:
+    """nll in nats of the new tokens but the first. Each attends to the kept tokens and to the new ones up to itself."""
     length, new = kept.shape[-1], tokens.shape[1]
     causal = jnp.tril(jnp.ones((new, new), bool))[None, None]
 
@@ -192,7 +192,7 @@ def kept_row_by_row(
 @partial(jax.jit, static_argnames=("selection", "length"))
 def decoded(
     model: BaseModel, predictor: Any, tokens: Int[Array, "B T"], *, selection: SelectionConfig, length: int
-) -> tuple[Float[Array, "B M"], Float[Array, ""]]:
+) -> tuple[Float[Array, "B _"], Float[Array, ""]]:
     """Decode the text after a dense prompt of `length` tokens: nll as in `follow`, and the tokens that a row reads.
 
     The mean is over rows, KV heads and layers 1 ...

@@ -47,7 +47,7 @@ from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
 from butler_jax.training.losses.squared_error import attend_with_squared_error
 from butler_jax.training.objective import DistillationObjective
 
-SINKS, WINDOW = SelectionConfig().sinks, SelectionConfig().recent
+SINKS, RECENT = SelectionConfig().sinks, SelectionConfig().recent
 BUDGETS = (1 / 4, 1 / 16)
 POLICY = make_policy("tokenbutler")
 LOSSES = {"cross entropy": "cross_entropy", "squared error": "squared_error"}
@@ -85,12 +85,12 @@ class Choices:
         self.decided = (self.config.least < self.table[rows + 1]) & (self.table[rows + 1] < rows + 1)
         if not self.decided.any():
             raise ValueError(f"{length} tokens are too few for scores to decide at a budget of {budget}; take more")
-        self.forced = (rows[None] > rows[:, None] - WINDOW) | (rows[None] < SINKS)
+        self.forced = (rows[None] > rows[:, None] - RECENT) | (rows[None] < SINKS)
         self.equal, self.common, self.lost = [], [], []
 
     def exact(self, layer: float64.Layer) -> np.ndarray:
         """The sets [K, T, T] that float64 chooses."""
-        return float64.choice(float64.pooled(layer.p, layer.r, SINKS, WINDOW), self.table, SINKS, WINDOW)
+        return float64.choice(float64.pooled(layer.q_imp, layer.k_imp, SINKS, RECENT), self.table, SINKS, RECENT)
 
     def add(self, found: np.ndarray, exact: np.ndarray, weights: np.ndarray) -> None:
         """Add one layer. weights [K, T, T]: its true attention, mean over the group."""
@@ -122,49 +122,49 @@ def mean_weights(layer: float64.Layer) -> np.ndarray:
 
 def numbers_read_per_key(chunk: Chunk, configs: tuple[SelectionConfig, ...]) -> dict[str, Any]:
     """The package's results on one chunk of all rows: scores, pooled scores, and the sets of each configuration."""
-    chunk = chunk._replace(sinks=SINKS, recent=WINDOW)
+    chunk = chunk._replace(sinks=SINKS, recent=RECENT)
     scores = POLICY(chunk)
     sets = [select(scores, chunk.allowed[:, None], chunk.rows, config)[0] for config in configs]
     return {"scores": chunk.predicted[0], "pooled": scores[0], "sets": sets}
 
 
 @partial(jax.jit, static_argnames=("configs", "int8"))
-def one_layer(q, k, v, p, r, *, configs, int8):
+def one_layer(q, k, v, q_imp, k_imp, *, configs, int8):
     """The package's functions on the activations of one layer, [T, heads, ...]."""
-    q, k, v, p, r = (a[None] for a in (q, k, v, p, r))
+    q, k, v, q_imp, k_imp = (a[None] for a in (q, k, v, q_imp, k_imp))
     segments = jnp.ones(q.shape[:2], jnp.int32)
-    kept = rounded(r, segments > 0) if int8 else r
+    kept = rounded(k_imp, segments > 0) if int8 else k_imp
     rows = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     view = LayerView(jnp.asarray(1), None, q[:, :, 0], q, k, k, k)  # no policy here looks at x, weights or values
-    found = numbers_read_per_key(row_chunk(view, (p, kept), segments, rows, None), configs)
+    found = numbers_read_per_key(row_chunk(view, (q_imp, kept), segments, rows, None), configs)
     if int8:
         return found
     found["attention output"] = causal_attention(q, k, v)[0]
     for name, attend in zip(LOSSES, (attend_with_cross_entropy, attend_with_squared_error), strict=True):
-        always = {"sinks": SINKS, "recent": WINDOW} if name == "cross entropy" else {}
+        always = {"sinks": SINKS, "recent": RECENT} if name == "cross entropy" else {}
 
-        def run(p, r, attend=attend, always=always):
-            _, value, count = attend(q, k, v, p, r, **always)
+        def run(q_imp, k_imp, attend=attend, always=always):
+            _, value, count = attend(q, k, v, q_imp, k_imp, **always)
             return value, count
 
-        (value, count), (dp, dr) = jax.value_and_grad(run, (0, 1), has_aux=True)(p, r)
-        found |= {name: value / count, f"{name}, d p": dp[0], f"{name}, d r": dr[0]}
+        (value, count), (dq_imp, dk_imp) = jax.value_and_grad(run, (0, 1), has_aux=True)(q_imp, k_imp)
+        found |= {name: value / count, f"{name}, d q_imp": dq_imp[0], f"{name}, d k_imp": dk_imp[0]}
     return found
 
 
 def exact_layer(layer: float64.Layer, losses: bool = True) -> dict[str, Any]:
     """The same in float64, without the sets."""
-    found = {"scores": float64.products(layer.p, layer.r)}
-    found["scores"] = found["scores"].reshape(layer.r.shape[1], -1, *found["scores"].shape[1:])
-    found["pooled"] = float64.pooled(layer.p, layer.r, SINKS, WINDOW)
+    found = {"scores": float64.products(layer.q_imp, layer.k_imp)}
+    found["scores"] = found["scores"].reshape(layer.k_imp.shape[1], -1, *found["scores"].shape[1:])
+    found["pooled"] = float64.pooled(layer.q_imp, layer.k_imp, SINKS, RECENT)
     if not losses:
         return found
     found["attention output"] = float64.attention(layer.q, layer.k, layer.v)
-    arrays = [a[None] for a in (layer.q, layer.k, layer.p, layer.r)]
+    arrays = [a[None] for a in (layer.q, layer.k, layer.q_imp, layer.k_imp)]
     for name in LOSSES:
-        always = {"sinks": SINKS, "recent": WINDOW} if name == "cross entropy" else {}
-        loss, count, dp, dr = float64.distillation_loss(name, *arrays, **always)
-        found |= {name: np.asarray(loss / count), f"{name}, d p": dp[0], f"{name}, d r": dr[0]}
+        always = {"sinks": SINKS, "recent": RECENT} if name == "cross entropy" else {}
+        loss, count, dq_imp, dk_imp = float64.distillation_loss(name, *arrays, **always)
+        found |= {name: np.asarray(loss / count), f"{name}, d q_imp": dq_imp[0], f"{name}, d k_imp": dk_imp[0]}
     return found
 
 
@@ -174,7 +174,7 @@ def counted(name: str, value: Any, length: int) -> np.ndarray:
     if name not in ("scores", "pooled"):
         return value
     rows = np.arange(length)
-    return value[..., (rows[None] >= SINKS) & (rows[None] <= rows[:, None] - WINDOW)]
+    return value[..., (rows[None] >= SINKS) & (rows[None] <= rows[:, None] - RECENT)]
 
 
 def given(layers: list[float64.Layer], dtype: str, choices: dict, errors: dict) -> None:
@@ -184,10 +184,12 @@ def given(layers: list[float64.Layer], dtype: str, choices: dict, errors: dict) 
     length = len(layers[0].q)
     configs = tuple(choice.config for choice in choices.values())
     for layer in layers[1:]:
-        inputs = [jnp.asarray(a, jnp.float32).astype(rounding) for a in (layer.q, layer.k, layer.v, layer.p, layer.r)]
+        inputs = [
+            jnp.asarray(a, jnp.float32).astype(rounding) for a in (layer.q, layer.k, layer.v, layer.q_imp, layer.k_imp)
+        ]
         found = one_layer(*inputs, configs=configs, int8=int8)
-        q, k, v, p, r = map(float64.wide, inputs)
-        versions_of = {"arithmetic": exact_layer(layer._replace(q=q, k=k, v=v, p=p, r=r), not int8)}
+        q, k, v, q_imp, k_imp = map(float64.wide, inputs)
+        versions_of = {"arithmetic": exact_layer(layer._replace(q=q, k=k, v=v, q_imp=q_imp, k_imp=k_imp), not int8)}
         versions_of["inputs"] = exact_layer(layer, not int8)
         for kind, exact in versions_of.items():
             for name, value in exact.items():
@@ -217,18 +219,21 @@ def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choice
             choice.add(np.asarray(mask[index]), choice.exact(layer), mean_weights(layer))
 
     for name, objective in LOSSES.items():
-        always = {"sinks": SINKS, "recent": WINDOW} if name == "cross entropy" else {}
+        always = {"sinks": SINKS, "recent": RECENT} if name == "cross entropy" else {}
         run = jax.jit(DistillationObjective(objective, **always).differentiate)
         loss, count, gradients = run(predictor, base.model, batch)
         total = terms = 0.0
         queries, keys = (float64.wide(a) for a in (gradients["heads"]["query"], gradients["heads"]["key"]))
         for index, layer in enumerate(layers[1:], start=1):
-            arrays = [a[None] for a in (layer.q, layer.k, layer.p, layer.r)]
-            value, number, dp, dr = float64.distillation_loss(name, *arrays, **always)
+            arrays = [a[None] for a in (layer.q, layer.k, layer.q_imp, layer.k_imp)]
+            value, number, dq_imp, dk_imp = float64.distillation_loss(name, *arrays, **always)
             total, terms = total + value, terms + number
             found = queries[index - 1], keys[index - 1]
             for what, one, wanted in zip(
-                ("query", "key"), found, float64.parameter_gradients(predictor, index, layer, dp[0], dr[0]), strict=True
+                ("query", "key"),
+                found,
+                float64.parameter_gradients(predictor, index, layer, dq_imp[0], dk_imp[0]),
+                strict=True,
             ):
                 own = errors.setdefault(f"{name}, d {what} parameters", {}).setdefault("whole", Errors())
                 own.add(one * (len(layers) - 1), wanted)

@@ -222,7 +222,7 @@ def work_of(plan: PodPlan, held: float) -> Work:
     """
     base, rows, length, sizes = plan.base, plan.batch_size, plan.length, parse_mesh(plan.mesh)
     chips = math.prod(sizes.values())
-    E, F, L, H, K, D = base.width, base.hidden, base.layers, base.heads, base.kv_heads, base.head_dim
+    E, hidden, L, H, K, D = base.width, base.hidden, base.layers, base.heads, base.kv_heads, base.head_dim
     R = TrainConfig().predictor.rank
     if plan.step == "decode":
         model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
@@ -233,7 +233,7 @@ def work_of(plan: PodPlan, held: float) -> Work:
         flops = 2 * rows * (parameter_count(model) - base.vocab_size * E) + attention + scores
         return Work(flops / chips, held - cache * (1 - share))
     tokens = rows * length
-    frozen = [(E, H * D), (E, K * D), (E, K * D), (H * D, E), (E, F), (E, F), (F, E)]
+    frozen = [(E, H * D), (E, K * D), (E, K * D), (H * D, E), (E, hidden), (E, hidden), (hidden, E)]
     learned = [(E, H * R), (D, K * R)]
     products = sum(a * b for a, b in frozen + 2 * learned)
     attention = (3 * 2 + 2 * 4) * tokens * length / 2 * H * LANES

@@ -17,13 +17,13 @@ def product(a, b, contract=(1, 0)):
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=exact(b.dtype))
 
 
-def score_product(queries, keys):
-    """float32 product of queries [G, R] and keys [R, C] of any two dtypes, exact."""
-    if keys.dtype == jnp.int8:  # bfloat16 holds every int8, and TPUs convert it through float32
-        keys = keys.astype(jnp.float32).astype(queries.dtype)
-    elif keys.dtype != queries.dtype:
-        keys, queries = keys.astype(jnp.float32), queries.astype(jnp.float32)
-    return product(queries, keys)
+def score_product(q_imp, k_imp):
+    """float32 product of q_imp [G, R] and k_imp [R, C] of any two dtypes, exact."""
+    if k_imp.dtype == jnp.int8:  # bfloat16 holds every int8, and TPUs convert it through float32
+        k_imp = k_imp.astype(jnp.float32).astype(q_imp.dtype)
+    elif k_imp.dtype != q_imp.dtype:
+        k_imp, q_imp = k_imp.astype(jnp.float32), q_imp.astype(jnp.float32)
+    return product(q_imp, k_imp)
 
 
 def total_of(top, total):

@@ -17,14 +17,14 @@ def bounds(lengths, first):
 
 
 def score_operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
-    """(first row, bounds, queries [rows, G, R], factor [rows] of the products, keys [L*rows, R, S])."""
+    """(first row, bounds, q_imp [rows, G, R], factor [rows] of the products, k_imp [L*rows, R, S])."""
     batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
     factor = jnp.full((batch, key_heads), scale, jnp.float32)
     if scales is not None:
         factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
-    queries = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
-    keys = k_imp.reshape(-1, *k_imp.shape[-2:])
-    return first_row(layer, queries.shape[0]), bounds(lengths, first), queries, factor.reshape(-1), keys
+    q_imp = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
+    k_imp = k_imp.reshape(-1, *k_imp.shape[-2:])
+    return first_row(layer, q_imp.shape[0]), bounds(lengths, first), q_imp, factor.reshape(-1), k_imp
 
 
 def attention_operands(q, k, v, indices, valid, *, lengths, first, layer):

@@ -23,22 +23,22 @@ def seen(size, lengths, first):
     return mask if first is None else mask & (positions >= first[:, None])
 
 
-def per_head(keys, scales):
-    """Keys [B, Q, R, S] in float32 with their scales [Q] or [B, Q] applied; without scales they are unchanged."""
+def per_head(k_imp, scales):
+    """k_imp [B, Q, R, S] in float32 with its scales [Q] or [B, Q] applied; without scales it is unchanged."""
     if scales is None:
-        return keys
-    scales = jnp.broadcast_to(scales, keys.shape[:2]).astype(jnp.float32)
-    return keys.astype(jnp.float32) * scales[:, :, None, None]
+        return k_imp
+    scales = jnp.broadcast_to(scales, k_imp.shape[:2]).astype(jnp.float32)
+    return k_imp.astype(jnp.float32) * scales[:, :, None, None]
 
 
 def head_scores(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """Scores of every query head, float32 [B, K, G, S]; -inf for tokens not seen and for products that are NaN."""
     batch, heads, group, rank = q_imp.shape
-    keys = per_head(take_layer(k_imp, layer), scales)
-    if keys.shape[1] == heads:  # shared by the group
-        keys = jnp.repeat(keys, group, axis=1)
-    keys = keys.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
-    scores = jnp.einsum("bkgr,bkgrs->bkgs", q_imp.astype(jnp.float32), keys, precision="highest") * scale
+    k_imp = per_head(take_layer(k_imp, layer), scales)
+    if k_imp.shape[1] == heads:  # shared by the group
+        k_imp = jnp.repeat(k_imp, group, axis=1)
+    k_imp = k_imp.reshape(batch, heads, group, rank, -1).astype(jnp.float32)
+    scores = jnp.einsum("bkgr,bkgrs->bkgs", q_imp.astype(jnp.float32), k_imp, precision="highest") * scale
     mask = seen(scores.shape[-1], lengths, first)[:, None, None] & ~jnp.isnan(scores)
     return jnp.where(mask, scores, -jnp.inf)
 

@@ -129,6 +129,35 @@ def test_everything_public_is_explained(path):
                     assert ast.get_docstring(method), f"{where} has no docstring"
 
 
+def shapes_in(path: Path) -> list[tuple[int, str]]:
+    """(line, shape) of the array annotations of a file, and of shapes such as [B, T] in its docstrings."""
+    found = []
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and len(node.slice.elts) == 2:
+            shape = node.slice.elts[1]
+            if isinstance(shape, ast.Constant) and isinstance(shape.value, str):
+                found.append((node.lineno, shape.value))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            found += [
+                (node.lineno, shape) for shape in re.findall(r"\[[\w*+ ./-]+(?:, [\w*+ ./-]+)+\]", node.value.value)
+            ]
+    return found
+
+
+def test_the_glossary_has_every_letter_of_a_shape():
+    """Axes are letters of the glossary, or whole words."""
+    table = (REPOSITORY / "docs" / "glossary.md").read_text(encoding="utf-8").split("## Terms")[0]
+    letters = re.findall(r"\| ([A-Z]) (?=\|)", table)
+    assert len(letters) == len(set(letters)) > 15
+    used = {}
+    for path in EVERYTHING:
+        if "tests" not in path.parts:
+            for line, shape in shapes_in(path):
+                used |= {axis: f"{name_of(path)}:{line}" for axis in re.findall(r"\b[A-Z]\b", shape)}
+    assert not {axis: place for axis, place in used.items() if axis not in letters}
+    assert set(letters) <= set(used)
+
+
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 def test_files_are_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -56,17 +56,17 @@ def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | N
     own = cached[:, None] + jnp.arange(count, dtype=jnp.int32)[None]  # [B, T]
 
     def add(state, keys, values, positions, held):
-        """One more set of keys [B, K, N, D] at positions [N] or [B, N]; held [B, 1 or T, N]: which of them exist."""
+        """One more set of keys [B, K, S, D] at positions [S] or [B, S]; held [B, 1 or T, S]: which of them exist."""
         top, total, sums = state
         seen = held & (positions[:, None] <= own[..., None])
         if sliding_window is not None:
             seen = seen & (positions[:, None] > own[..., None] - sliding_window)
-        logits = jnp.einsum("bkmd,bknd->bkmn", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
+        logits = jnp.einsum("bkmd,bksd->bkms", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
         split = logits.reshape(batch, kv_heads, -1, count, keys.shape[2])
         logits = jnp.where(seen[:, None, None], split, -jnp.inf).reshape(logits.shape)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
         weights, shrink = jnp.exp(logits - higher), jnp.exp(top - higher)
-        part = jnp.einsum("bkmn,bknd->bkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        part = jnp.einsum("bkms,bksd->bkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * shrink + jnp.sum(weights, axis=-1, keepdims=True), sums * shrink + part
 
     def one(number, state):

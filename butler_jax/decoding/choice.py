@@ -89,10 +89,10 @@ class Chooser:
     def choose_block(self, scores: Float[Array, "B P K S"], layers: Int[Array, " P"]) -> Chosen:
         """Returns the units of P layers from their pooled scores, [P, B, K, N]."""
         batch, block = scores.shape[:2]
-        total, windows = self.newest.total, self.newest.sliding_window(layers)
+        total, sliding_window = self.newest.total, self.newest.sliding_window(layers)
         first = threshold = None
-        if windows is not None:
-            first = jnp.maximum(total[:, None] - windows[None], 0).reshape(-1)
+        if sliding_window is not None:
+            first = jnp.maximum(total[:, None] - sliding_window[None], 0).reshape(-1)
         if self.limits.threshold is not None:
             threshold = jnp.tile(self.limits.threshold[layers], (batch, 1))
         scores = scores.reshape(batch * block, *scores.shape[2:])

@@ -33,15 +33,15 @@ class Eviction(NamedTuple):
 
 
 class EvictedRows(NamedTuple):
-    """A layer's rows under N budgets, N x B sequences: those of the first budget come first.
+    """A layer's rows under several budgets: the sequences of the first budget come first.
 
     output: attention over what was kept. read: tokens kept, mean over KV heads. mass: true attention weight inside the
     set kept, mean over query heads. state: after the last row. output and mass are None where they are not asked.
     """
 
-    output: Float[Array, "NB T H D"] | None
-    read: Float[Array, "NB T"]
-    mass: Float[Array, "NB T"] | None
+    output: Float[Array, "budgets*B T H D"] | None
+    read: Float[Array, "budgets*B T"]
+    mass: Float[Array, "budgets*B T"] | None
     state: Eviction
 
 
@@ -89,7 +89,7 @@ def evict_rows(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     rows: Rows,
-    tables: Int[Array, "N S"],
+    tables: Int[Array, "budgets _"],
     sliding_window: int | None,
     rule: SelectionConfig,
     *,

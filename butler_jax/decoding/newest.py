@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from butler_jax.model import BaseConfig, layer_windows
+from butler_jax.model import BaseConfig, sliding_windows
 
 
 class Newest(NamedTuple):
@@ -43,5 +43,5 @@ class Newest(NamedTuple):
 
 def newest_of(base: BaseConfig, cached: Int[Array, " B"]) -> Newest:
     """Returns where the tokens stand that follow `cached` tokens of each row."""
-    windows = layer_windows(base)
-    return Newest(cached, None if windows is None else np.asarray(windows, np.int32))
+    found = sliding_windows(base)
+    return Newest(cached, None if found is None else np.asarray(found, np.int32))

@@ -28,7 +28,7 @@ from butler_jax.model import (
     BaseConfig,
     BaseModel,
     LayerView,
-    by_window,
+    by_sliding_window,
     causal_attention,
     dense_mixer,
     embed,
@@ -227,7 +227,7 @@ def _prefill_evicting(model, tokens, lengths, capacity, plan: Plan, implementati
             out = dense(None, view)[0].astype(view.v.dtype)
             return out, nothing_kept(policy, (batch, config.kv_heads, capacity))
 
-        out, memory = jax.lax.cond(view.index > 0, lambda: by_window(config, view.index, sparse), everything)
+        out, memory = jax.lax.cond(view.index > 0, lambda: by_sliding_window(config, view.index, sparse), everything)
         return out, carry, (*_by_heads(view.k, view.v), memory)
 
     positions = jnp.broadcast_to(columns, tokens.shape)

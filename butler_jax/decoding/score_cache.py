@@ -31,9 +31,9 @@ class ScoreCache:
     """k_imp of every layer, the cached tokens in the minor dimension; layer 0's is unused.
 
     Attributes:
-        k_imp: Keys of the predictor, float or int8.
+        k_imp: As the predictor makes it, or in int8.
         trunk: Cache of a predictor's own attention, stacked over producers; None where it has none.
-        scales: Value of one step of int8 keys; None where keys are floats.
+        scales: Value of one step of int8; None where k_imp is float.
     """
 
     k_imp: Float[Array, "L B Q R S"] | Int[Array, "L B Q R S"]
@@ -42,7 +42,7 @@ class ScoreCache:
 
 
 def check_score_dtype(score_dtype: str | None) -> None:
-    """Raise ValueError for what keys cannot be kept in."""
+    """Raises ValueError for a dtype that k_imp cannot be kept in."""
     if score_dtype not in (None, "int8"):
         raise ValueError(f"score_dtype must be 'int8' or None, got {score_dtype!r}")
 
@@ -66,24 +66,24 @@ def append_scores(
     return replace(scores, k_imp=write_token(scores.k_imp, new, lengths, SCORE_LETTERS), trunk=trunk)
 
 
-def scales_of(keys: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:
-    """What one step of int8 is worth, from the keys held by each row."""
+def scales_of(k_imp: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:
+    """Returns what one step of int8 is worth, from the tokens held by each row."""
     later = jnp.arange(held.shape[1])[None] >= SINKS
     counted = held & (later | (jnp.sum(held, axis=1, keepdims=True) <= SINKS))
-    keys = jnp.where(counted[:, None, None], keys, 0).astype(jnp.float32)
-    elements = jnp.maximum(jnp.sum(counted, axis=1), 1).astype(jnp.float32) * keys.shape[-2]
-    elements = elements.reshape((1,) * (keys.ndim - 4) + (-1, 1))
-    spread = jnp.sqrt(jnp.sum(jnp.square(keys), axis=(-2, -1)) / elements)
-    return jnp.maximum(jnp.max(jnp.abs(keys), axis=(-2, -1)), WIDE * spread) / 127
+    k_imp = jnp.where(counted[:, None, None], k_imp, 0).astype(jnp.float32)
+    elements = jnp.maximum(jnp.sum(counted, axis=1), 1).astype(jnp.float32) * k_imp.shape[-2]
+    elements = elements.reshape((1,) * (k_imp.ndim - 4) + (-1, 1))
+    spread = jnp.sqrt(jnp.sum(jnp.square(k_imp), axis=(-2, -1)) / elements)
+    return jnp.maximum(jnp.max(jnp.abs(k_imp), axis=(-2, -1)), WIDE * spread) / 127
 
 
-def rounded(keys: Float[Array, "B T Q R"], held: Bool[Array, "B T"]) -> Float[Array, "B T Q R"]:
-    """Keys with the error of int8, as if the whole row had been the prompt."""
-    turned = jnp.moveaxis(keys, 1, -1)
+def rounded(k_imp: Float[Array, "B T Q R"], held: Bool[Array, "B T"]) -> Float[Array, "B T Q R"]:
+    """Returns k_imp with the error of int8, as if the whole row had been the prompt."""
+    turned = jnp.moveaxis(k_imp, 1, -1)
     whole, scales = quantise_k_imp(turned, scales_of(turned, held))
-    return jnp.moveaxis(restored(whole, scales, keys.dtype), -1, 1)
+    return jnp.moveaxis(restored(whole, scales, k_imp.dtype), -1, 1)
 
 
-def restored(keys: Array, scales: Float[Array, "*L B Q"] | None, dtype: Any = jnp.float32) -> Array:
-    """Stored keys [*L, B, Q, R, S] as numbers."""
-    return keys if scales is None else (keys * scales[..., None, None]).astype(dtype)
+def restored(k_imp: Array, scales: Float[Array, "*L B Q"] | None, dtype: Any = jnp.float32) -> Array:
+    """Returns a stored k_imp [*L, B, Q, R, S] as numbers."""
+    return k_imp if scales is None else (k_imp * scales[..., None, None]).astype(dtype)

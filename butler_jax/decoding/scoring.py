@@ -51,8 +51,8 @@ def pooled_scores(
     selection, pooling = plan.selection, plan.policy.predictor_pooling
     _, batch, _, _, capacity = scores.k_imp.shape
     axis = token_axis(capacity)
-    window = newest.sliding_window(layer)
-    seen = 0 if window is None else newest.total - window
+    sliding_window = newest.sliding_window(layer)
+    seen = 0 if sliding_window is None else newest.total - sliding_window
     first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(newest.total)
     contested = jnp.maximum(newest.total - selection.recent, 0)
     scales = None if scores.scales is None else scores.scales[layer]

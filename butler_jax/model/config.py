@@ -98,7 +98,7 @@ class BaseConfig:
 
     Attributes:
       family: a name in FAMILIES.
-      vocab_size, width, hidden: V, E and the inner width of the feed-forward block.
+      vocab_size, width, hidden: V, E and I, the hidden width of the feed-forward block.
       layers, heads, kv_heads, head_dim: L, H, K and D.
       context: the longest sequence in tokens.
       norm_eps: added to the mean square in every RMS norm.

@@ -51,7 +51,7 @@ class Layers(nnx.Module):
 
     def __init__(self, config: BaseConfig, key: Key[Array, ""], dtype: Any = jnp.float32):
         c = config
-        L, E, H, K, D, F = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.hidden
+        L, E, H, K, D, hidden = c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.hidden
         keys = iter(jax.random.split(key, 7))
 
         def dense(*shape: int, inputs: int, gain: float = 1.0) -> nnx.Param:
@@ -69,9 +69,9 @@ class Layers(nnx.Module):
         self.o_bias = vector(E, fill=0.0, when=c.output_bias)
         self.q_norm, self.k_norm = (vector(D, fill=1.0, when=c.qk_norm) for _ in range(2))
         self.mlp_norm = vector(E, fill=1.0)
-        self.gate, self.up = dense(E, F, inputs=E), dense(E, F, inputs=E)
-        self.down = dense(F, E, inputs=F, gain=quiet)
-        self.gate_bias, self.up_bias = (vector(F, fill=0.0, when=c.mlp_bias) for _ in range(2))
+        self.gate, self.up = dense(E, hidden, inputs=E), dense(E, hidden, inputs=E)
+        self.down = dense(hidden, E, inputs=hidden, gain=quiet)
+        self.gate_bias, self.up_bias = (vector(hidden, fill=0.0, when=c.mlp_bias) for _ in range(2))
         self.down_bias = vector(E, fill=0.0, when=c.mlp_bias)
 
 
@@ -216,12 +216,12 @@ def run_layers(
     return x, carry, outs
 
 
-def layer_windows(config: BaseConfig) -> tuple[int, ...] | None:
+def sliding_windows(config: BaseConfig) -> tuple[int, ...] | None:
     """Returns how many tokens each layer sees, FAR where it does not slide; None where no layer slides."""
     return tuple(config.sliding_window if s else FAR for s in config.sliding) if any(config.sliding) else None
 
 
-def by_window(config: BaseConfig, index: Int[Array, ""], attend: Callable[[int | None], Any]) -> Any:
+def by_sliding_window(config: BaseConfig, index: Int[Array, ""], attend: Callable[[int | None], Any]) -> Any:
     """Call `attend` with the static sliding window of layer `index` (None where the layer does not slide).
 
     Where layers differ, `attend` compiles for both and one of the two runs.
@@ -241,7 +241,7 @@ def dense_mixer(config: BaseConfig, segments: Int[Array, "B T"] | None, implemen
                 view.q, view.k, view.v, segments=segments, sliding_window=sliding_window, implementation=implementation
             )
 
-        return by_window(config, view.index, attend), carry, None
+        return by_sliding_window(config, view.index, attend), carry, None
 
     return mixer
 

@@ -30,7 +30,7 @@ def layer_norm(
     return (y * scale + bias).astype(x.dtype)
 
 
-def swiglu(gate: Float[Array, "*B hidden"], up: Float[Array, "*B hidden"]) -> Float[Array, "*B hidden"]:
+def swiglu(gate: Float[Array, "*B I"], up: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
     """silu(gate) * up."""
     return jax.nn.silu(gate) * up
 

@@ -14,16 +14,16 @@ from butler_jax.policies.evicting import Evicting
 
 
 class Recent(NamedTuple):
-    """A running sum of the attention of the last N rows, updated with a few additions for each row.
+    """A running sum of the attention of the last `observed` rows, updated with a few additions for each row.
 
     Attributes:
-        rows: Attention of each row of this round at its slot (position modulo N). The later slots belong to the round
-            before, and each holds the sum of its own row and all later ones.
+        rows: Attention of each row of this round at its slot, its position modulo `observed`. The later slots belong to
+            the round before, and each holds the sum of its own row and all later ones.
         new: Sum over the rows of this round.
-        total: Sum over the last N rows.
+        total: Sum over the last `observed` rows.
     """
 
-    rows: Float[Array, "N B K S"]
+    rows: Float[Array, "observed B K S"]
     new: Float[Array, "B K S"]
     total: Float[Array, "B K S"]
 

@@ -22,7 +22,7 @@ class PredictorConfig:
     """P, the number of layers that one producer serves. The contextual predictor has a single producer and ignores
     it."""
     hidden: int | None = None
-    """I, the inner width of the contextual and producer predictors. Default: 512."""
+    """Hidden width I of the predictors contextual and producer. Default: 512."""
 
     def __post_init__(self):
         if self.rank <= 0 or self.rank % 2:

@@ -33,8 +33,8 @@ class PretrainConfig(FitConfig):
     """Entries of the byte-level BPE."""
     width: int = 128
     """Model width E."""
-    inner: int = 384
-    """Width of the feed-forward block."""
+    hidden: int = 384
+    """Hidden width I of the feed-forward block."""
     layers: int = 6
     """Layers L."""
     heads: int = 8
@@ -64,7 +64,7 @@ class PretrainConfig(FitConfig):
             family="llama",
             vocab_size=self.vocab_size,
             width=self.width,
-            hidden=self.inner,
+            hidden=self.hidden,
             layers=self.layers,
             heads=self.heads,
             kv_heads=self.kv_heads,

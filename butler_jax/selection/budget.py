@@ -46,7 +46,7 @@ class Limits(NamedTuple):
       min_context: rows of up to this many tokens read everything.
     """
 
-    table: Int[Array, " N"]
+    table: Int[Array, " S+1"]
     threshold: Float[Array, "L K"] | None
     min_context: int
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.model import BaseModel, by_window, dense_mixer, embed, run_layers
+from butler_jax.model import BaseModel, by_sliding_window, dense_mixer, embed, run_layers
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
@@ -115,7 +115,7 @@ def _sum_read(
         def measure(sliding_window):
             return jnp.sum(map_chunks(one, view, importance, segments, sliding_window)[0], axis=0)
 
-        return dense(None, view)[0], state, by_window(base, view.index, measure)
+        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
 
     sums = run_layers(model, x, positions, mixer, begun)[2]
     return sums, jnp.sum(segments > 0).astype(jnp.float32)

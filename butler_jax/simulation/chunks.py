@@ -49,7 +49,7 @@ def map_chunks(
         rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
 
     Returns:
-        The results, stacked [N, ...], and the number of rows of a chunk.
+        The results, stacked [chunks, ...], and the number of rows of a chunk.
     """
     length, size = segments.shape[1], min(CHUNK, segments.shape[1])
     kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]

@@ -67,11 +67,11 @@ def evicted_sums(
     segments: Int[Array, "B T"],
     sliding_window: int | None,
     policy: Evicting,
-    tables: Int[Array, "N S"],
+    tables: Int[Array, "budgets _"],
     rule: SelectionConfig,
     counted: Bool[Array, "B T"],
-) -> tuple[Float[Array, "N B"], Float[Array, "N B"]]:
-    """Recalled mass and attended fraction of a layer under N budgets, summed over the rows that are counted.
+) -> tuple[Float[Array, "budgets B"], Float[Array, "budgets B"]]:
+    """Recalled mass and attended fraction of a layer under several budgets, summed over the rows that are counted.
 
     All rows run, since each depends on those before it. Layer 0, which is always dense, gives zeros.
 
@@ -98,7 +98,7 @@ def rows_of(
     segments: Int[Array, "B T"],
     sliding_window: int | None,
     policy: Evicting,
-    tables: Int[Array, "N S"],
+    tables: Int[Array, "budgets _"],
     rule: SelectionConfig,
     **wanted: bool,
 ) -> tuple[EvictedRows, Float[Array, "B T"]]:

@@ -38,8 +38,8 @@ def predict_next(
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
         return jnp.swapaxes(a.reshape(batch, chunks, LOGIT_ROWS, *a.shape[2:]), 0, 1)
 
-    def told(hidden, following, other):
-        values = logits(model, hidden)
+    def told(stream, following, other):
+        values = logits(model, stream)
         greedy = jnp.argmax(values, axis=-1).astype(jnp.int32)
         logs = jax.nn.log_softmax(values)
         nll = -jnp.take_along_axis(logs, following[..., None], axis=-1)[..., 0]

@@ -14,7 +14,7 @@ import numpy as np
 from jax.scipy.stats import rankdata
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import BaseModel, by_window, dense_mixer, embed, masked_softmax, run_layers
+from butler_jax.model import BaseModel, by_sliding_window, dense_mixer, embed, masked_softmax, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring
 from butler_jax.predictors import Predictor
@@ -49,7 +49,7 @@ class Recall:
 
 
 class RecallSums(NamedTuple):
-    """Sums of one pass over the rows of each sequence, for X policies and N budgets.
+    """Sums of one pass over the rows of each sequence, for several policies and budgets.
 
     Attributes:
         mass: Recalled mass, summed over layers too, mean over heads.
@@ -60,10 +60,10 @@ class RecallSums(NamedTuple):
         long: How many of them have at least LEAST_KEYS keys.
     """
 
-    mass: Float[Array, "X N B"]
-    attended: Float[Array, "X N B"]
-    hits: Float[Array, "X L H B"]
-    spearman: Float[Array, "X L H B"]
+    mass: Float[Array, "policies budgets B"]
+    attended: Float[Array, "policies budgets B"]
+    hits: Float[Array, "policies L H B"]
+    spearman: Float[Array, "policies L H B"]
     rows: Float[Array, " B"]
     long: Float[Array, " B"]
 
@@ -157,12 +157,12 @@ def _sum_scoring(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
-    tables: Int[Array, "N S"],
+    tables: Int[Array, "budgets _"],
     *,
     policies: tuple[Scoring, ...],
     options: RecallOptions,
 ) -> RecallSums:
-    """The sums of one dense pass. tables: `budget_table` of N budgets."""
+    """The sums of one dense pass. tables: `budget_table` of every budget."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments, options.implementation)
@@ -178,7 +178,7 @@ def _sum_scoring(
             sums, _ = map_chunks(apply, view, importance, segments, sliding_window, options.rows)
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
 
-        return dense(None, view)[0], state, by_window(base, view.index, measure)
+        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
 
     found = run_layers(model, x, positions, mixer, begun)[2]
     mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
@@ -190,7 +190,7 @@ def _sum_scoring(
 def _sum_evicting(
     model: BaseModel,
     batch: dict[str, Int[Array, "B T"]],
-    tables: Int[Array, "N S"],
+    tables: Int[Array, "budgets _"],
     *,
     policy: Evicting,
     options: RecallOptions,
@@ -205,7 +205,7 @@ def _sum_evicting(
         def measure(sliding_window):
             return evicted_sums(view, segments, sliding_window, policy, tables, rule, counted)
 
-        return dense(None, view)[0], state, by_window(base, view.index, measure)
+        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
 
     sums = run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
     mass, attended = (jnp.sum(a[1:], axis=0)[None] for a in sums)
@@ -219,7 +219,7 @@ def _sum_chunk(
     *,
     segments: Int[Array, "B T"],
     policies: tuple[Scoring, ...],
-    tables: Int[Array, "N S"],
+    tables: Int[Array, "budgets _"],
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one chunk of rows of one layer: no axis L."""
@@ -273,7 +273,7 @@ def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
 
 
 def choose_best(
-    scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"], sizes: Int[Array, " N"]
+    scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"], sizes: Int[Array, " S+1"]
 ) -> Bool[Array, "B K G C S"]:
     """The sizes[n] best of each row's n keys; of equal scores the earlier key."""
     count = sizes[jnp.sum(keys, axis=-1, dtype=jnp.int32)]
@@ -286,7 +286,7 @@ def rank_keys(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) 
 
 
 def correlate_ranks(
-    ranks: Float[Array, "B K _ C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
+    ranks: Float[Array, "B K #G C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
 ) -> Float[Array, "B K G C"]:
     """Spearman's coefficient of the ranks of the keys that each row may see; 0 where all ranks of a row are equal."""
     middle = (jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None] + 1).astype(jnp.float32) / 2

@@ -17,14 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.model import (
     BaseConfig,
     BaseModel,
-    by_window,
+    by_sliding_window,
     check_length,
     dense_mixer,
     document_starts,
     embed,
-    layer_windows,
     merge_queries,
     run_layers,
+    sliding_windows,
 )
 from butler_jax.policies import Evicting, Policy
 from butler_jax.predictors import Predictor
@@ -43,7 +43,7 @@ class Simulated(NamedTuple):
         greedy: The most likely next token.
         attended: Fraction of its causal keys that a row read, mean over layers 1 ... and choosing heads.
         read: Keys that a row read in all layers and heads, layer 0 included.
-        hidden: The last residual stream.
+        stream: The last residual stream.
         divergence: With a reference, the Jensen-Shannon divergence of both next-token distributions in nats.
         agrees: With a reference, 1 where both have the same greedy token.
     """
@@ -52,7 +52,7 @@ class Simulated(NamedTuple):
     greedy: Int[Array, "B T"]
     attended: Float[Array, "B T"]
     read: Float[Array, "B T"]
-    hidden: Float[Array, "B T E"]
+    stream: Float[Array, "B T E"]
     divergence: Float[Array, "B T"] | None = None
     agrees: Float[Array, "B T"] | None = None
 
@@ -81,7 +81,7 @@ def simulate(
         predictor: Needed by policies with `needs_predictor`.
         wanted: Rows whose next token is asked for; None asks for all. Other rows may be 0, and without a wanted row no
             logits are computed.
-        reference: `hidden` of another pass over the batch, to compare predictions with.
+        reference: `stream` of another pass over the batch, to compare predictions with.
         score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
         implementation: As in `model.causal_attention`, for dense attention.
 
@@ -151,7 +151,7 @@ def hidden_states(
 
     def mixer(walk, view):
         walk, importance = step(walk, view)
-        output, fractions = by_window(base, view.index, partial(attend, view, importance))
+        output, fractions = by_sliding_window(base, view.index, partial(attend, view, importance))
         return output, walk, fractions
 
     x, _, fractions = run_layers(model, x, positions, mixer, begun)
@@ -170,10 +170,10 @@ def count_keys(
         heads: Sets of keys that a layer chooses. Layer 0 reads all keys of every KV head.
     """
     count = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments) + 1
-    windows = layer_windows(config)
-    if windows is None:
+    limits = sliding_windows(config)
+    if limits is None:
         count = jnp.broadcast_to(count[None], fractions.shape)
     else:
-        count = jnp.minimum(count[None], jnp.asarray(windows)[:, None, None])
+        count = jnp.minimum(count[None], jnp.asarray(limits)[:, None, None])
     sets = jnp.where(jnp.arange(config.layers) > 0, heads, config.kv_heads).astype(jnp.float32)
     return jnp.einsum("l,lbt->bt", sets, fractions * count.astype(jnp.float32))

@@ -36,14 +36,14 @@ class Estimate(NamedTuple):
 
 
 def estimate_ratio(sums: ArrayLike, counts: ArrayLike) -> Estimate:
-    """Estimate sum(sums) / sum(counts) over N sequences, with the standard error of a ratio estimator.
+    """Estimate sum(sums) / sum(counts) over n sequences, with the standard error of a ratio estimator.
 
-    The error is sqrt(N / (N - 1) sum_i (s_i - value c_i)^2) / sum(c) (Cochran, Sampling Techniques, section 6.3). It
+    The error is sqrt(n / (n - 1) sum_i (s_i - value c_i)^2) / sum(c) (Cochran, Sampling Techniques, section 6.3). It
     assumes independent sequences, so it is too small for windows that overlap. Sequences without items are left out.
 
     Args:
-        sums: [N], sums over the items of each sequence.
-        counts: [N], numbers of items of each sequence.
+        sums: [sequences], sums over the items of each sequence.
+        counts: [sequences], numbers of items of each sequence.
 
     Raises:
         ValueError: No sequence has an item.
@@ -63,8 +63,8 @@ def estimate_share(sums: ArrayLike, counts: ArrayLike) -> Estimate:
     """Estimate the share of items that are right, as `estimate_ratio` does, with an error that is never 0.
 
     Where all items are right, or all are wrong, the standard error is 0 and says nothing. There the error is
-    1 / (N + 1), which is how far the Wilson interval of one standard error reaches from 0 and 1 (Wilson 1927, JASA 22,
-    209-212; N sequences, z = 1).
+    1 / (n + 1), which is how far the Wilson interval of one standard error reaches from 0 and 1 (Wilson 1927, JASA 22,
+    209-212; n sequences, z = 1).
     """
     found = estimate_ratio(sums, counts)
     if found.error is None or 0 < found.value < 1:

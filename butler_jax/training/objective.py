@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from butler_jax.model import BaseModel, LayerView, by_window, causal_attention, embed, run_layers
+from butler_jax.model import BaseModel, LayerView, by_sliding_window, causal_attention, embed, run_layers
 from butler_jax.predictors import PREDICTORS, Context, Predictor, at, walk
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses import attend_with_cross_entropy, attend_with_squared_error
@@ -137,7 +137,7 @@ class LayerGradients:
             q_imp = self.predictor.q_imp(head, features, view, self.context)
             k_imp = self.predictor.k_imp(head, features, view, self.context)
             attend = partial(self.attend, view, q_imp, k_imp)
-            output, loss, count = by_window(self.model.config, view.index, attend)
+            output, loss, count = by_sliding_window(self.model.config, view.index, attend)
             return loss * serves, (output, count * serves)
 
         # Without a trunk the features are the frozen stream itself.

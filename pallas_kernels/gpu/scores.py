@@ -62,44 +62,45 @@ def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
 
 
 def _padded_operands(q_imp, k_imp, lengths, **options):
-    """The operands, with queries padded to the sizes of a product, and the sizes of the kernel."""
-    base, bounds, queries, factor, keys = score_operands(q_imp, k_imp, lengths, **options)
-    _, group, rank = queries.shape
-    size = keys.shape[-1]
-    plan = ScorePlan(group, rank, size, k_imp.shape[-3], pl.cdiv(size, TOKENS))
+    """The operands, with q_imp padded to the sizes of a product, and the sizes of the kernel."""
+    heads = k_imp.shape[-3]
+    base, bounds, q_imp, factor, k_imp = score_operands(q_imp, k_imp, lengths, **options)
+    _, group, rank = q_imp.shape
+    size = k_imp.shape[-1]
+    plan = ScorePlan(group, rank, size, heads, pl.cdiv(size, TOKENS))
     padding = ((0, 0), (0, padded_size(group) - group), (0, padded_size(rank) - rank))
-    return (base, bounds, jnp.pad(queries, padding), factor, keys), plan
+    return (base, bounds, jnp.pad(q_imp, padding), factor, k_imp), plan
 
 
-def _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, plan):
+def _block_scores(base_ref, bounds_ref, q_ref, factor_ref, k_imp_ref, plan):
     """Positions [TOKENS] and scores, float32 [G, TOKENS], of a block; -inf for padding, tokens not seen, and NaN."""
     group, rank, size, heads, _ = plan
     row, block = pl.program_id(0), pl.program_id(1)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
-    queries = q_ref[row]
-    padded, width = queries.shape
+    q_imp = q_ref[row]
+    padded, width = q_imp.shape
     position = block * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
     part = jnp.arange(width, dtype=jnp.int32)
     inside = jnp.broadcast_to((position < size)[None, :], (width, TOKENS)) & (part < rank)[:, None]
     at = (jnp.broadcast_to(part[:, None], inside.shape), jnp.broadcast_to(position[None, :], inside.shape))
-    keys = plgpu.load(keys_ref.at[base_ref[0] + row, *at], mask=inside, other=0)
-    scores = score_product(queries, keys)
+    k_imp = plgpu.load(k_imp_ref.at[base_ref[0] + row, *at], mask=inside, other=0)
+    scores = score_product(q_imp, k_imp)
     seen = ((position >= begin) & (position < end))[None, :]
     seen = jnp.broadcast_to(seen, scores.shape) & (jnp.arange(padded, dtype=jnp.int32) < group)[:, None]
     scores = scores * factor_ref[row]
     return position, jnp.where(seen & (scores == scores), scores, -jnp.inf)
 
 
-def _totals_kernel(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, top_ref, total_ref, *, plan):
-    _, scores = _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, plan)
+def _totals_kernel(base_ref, bounds_ref, q_ref, factor_ref, k_imp_ref, top_ref, total_ref, *, plan):
+    _, scores = _block_scores(base_ref, bounds_ref, q_ref, factor_ref, k_imp_ref, plan)
     top = jnp.maximum(jnp.max(scores, axis=1), LOWEST)
     row, block = pl.program_id(0), pl.program_id(1)
     top_ref[row, block] = top
     total_ref[row, block] = jnp.sum(jnp.exp(scores - top[:, None]), axis=1)
 
 
-def _scores_kernel(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, totals_ref, out_ref, *, plan):
-    position, scores = _block_scores(base_ref, bounds_ref, q_ref, factor_ref, keys_ref, plan)
+def _scores_kernel(base_ref, bounds_ref, q_ref, factor_ref, k_imp_ref, totals_ref, out_ref, *, plan):
+    position, scores = _block_scores(base_ref, bounds_ref, q_ref, factor_ref, k_imp_ref, plan)
     row = pl.program_id(0)
     best = jnp.max(scores - totals_ref[row][:, None], axis=0)
     plgpu.store(out_ref.at[row, position], best, mask=position < plan.size)

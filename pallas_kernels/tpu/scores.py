@@ -29,7 +29,7 @@ class BlockPlan(NamedTuple):
     """Sizes that the kernel is compiled for.
 
     Attributes:
-      group: G, queries that share a k_imp.
+      group: G, heads of q_imp that share a head of k_imp.
       block: tokens of a block.
       chunk: tokens scored at a time.
       blocks: blocks of a row.
@@ -72,20 +72,20 @@ def _block(size, bytes_a_token):
 
 
 def _over_blocks(operands, given, heads, *, counts, writes, interpret):
-    """Scores [rows, 1, S] of queries [rows, G, R] and keys [L*rows, R, S], pooled over G, or log-sum-exps; float32.
+    """Scores [rows, 1, S] of q_imp [rows, G, R] and k_imp [L*rows, R, S], pooled over G, or log-sum-exps; float32.
 
     With counts, a first pass computes the log-sum-exps. With writes, they, or those given, are subtracted from the
     scores. Without it they are the result, [rows, G rounded up, 128].
     """
-    base, bounds, queries, factor, keys = operands
-    rows, group, rank = queries.shape
-    size = keys.shape[-1]
+    base, bounds, q_imp, factor, k_imp = operands
+    rows, group, rank = q_imp.shape
+    size = k_imp.shape[-1]
     padding = ((0, 0), (0, -group % SUBLANES), (0, 0))
-    queries = jnp.pad(queries, padding)
-    padded = queries.shape[1]
+    q_imp = jnp.pad(q_imp, padding)
+    padded = q_imp.shape[1]
     given = jnp.zeros((rows, group, 1)) if given is None else given
     given = jnp.pad(given.astype(jnp.float32).reshape(rows, group, 1), padding)
-    block = _block(size, rank * keys.dtype.itemsize)
+    block = _block(size, rank * k_imp.dtype.itemsize)
     blocks = pl.cdiv(size, block)
     passes = counts + writes
     chunk = next((c for c in (2048, 1024, 512, 256, 128) if block % c == 0), block)
@@ -114,26 +114,26 @@ def _over_blocks(operands, given, heads, *, counts, writes, interpret):
         cost_estimate=pl.CostEstimate(
             flops=2 * passes * rows * padded * rank * size,
             transcendentals=rows * padded * size * counts,
-            bytes_accessed=rows * size * (rank * keys.dtype.itemsize + 4),
+            bytes_accessed=rows * size * (rank * k_imp.dtype.itemsize + 4),
         ),
         interpret=interpret,
         name="importance_scores" if writes else "importance_totals",
-    )(base, bounds, queries, factor.reshape(-1, 1, 1), given, keys)
+    )(base, bounds, q_imp, factor.reshape(-1, 1, 1), given, k_imp)
 
 
-def _kernel(base_ref, bounds_ref, q_ref, factor_ref, given_ref, keys_ref, out_ref, top_ref, total_ref, *, plan):
+def _kernel(base_ref, bounds_ref, q_ref, factor_ref, given_ref, k_imp_ref, out_ref, top_ref, total_ref, *, plan):
     group, block, chunk, blocks, heads, counts, writes = plan
-    del base_ref  # only the index map of the keys uses it
+    del base_ref  # only the index map of k_imp uses it
     row, phase, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
-    queries = q_ref[0]
-    padded = queries.shape[0]
+    q_imp = q_ref[0]
+    padded = q_imp.shape[0]
     factor = factor_ref[0]  # [1, 1]
 
     def scores(at):
         """Scores, float32 [G, chunk]; -inf for heads of the padding, tokens not seen, and NaN."""
-        keys = keys_ref[0, :, pl.ds(at, chunk)]
-        found = score_product(queries, keys)
+        k_imp = k_imp_ref[0, :, pl.ds(at, chunk)]
+        found = score_product(q_imp, k_imp)
         found = found * jnp.broadcast_to(factor, found.shape)
         position = index * block + at + jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 1)
         head = jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 0)

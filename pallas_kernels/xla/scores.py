@@ -23,20 +23,20 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scal
     if normalised and totals is None:
         totals = importance_totals(q_imp, k_imp, lengths, scales=scales, scale=scale, first=first, layer=layer)
     totals = None if totals is None else finite_or_zero(totals)
-    factor, keys = _factor_and_keys(q_imp, k_imp, scales, scale, layer)
-    scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], keys(0, size), totals)
+    factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
+    scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], k_imp_at(0, size), totals)
     return jnp.where(seen(size, lengths, first)[:, None], scores, -jnp.inf)
 
 
 def importance_totals(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """Log-sum-exps, float32 [B, K, G]; -inf where a row sees nothing."""
-    factor, keys = _factor_and_keys(q_imp, k_imp, scales, scale, layer)
+    factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
     mask = seen(k_imp.shape[-1], lengths, first)
-    return _log_sum_exp(q_imp, factor, keys, mask, k_imp.dtype == jnp.float32)
+    return _log_sum_exp(q_imp, factor, k_imp_at, mask, k_imp.dtype == jnp.float32)
 
 
-def _factor_and_keys(q_imp, k_imp, scales, scale, layer):
-    """The factor on the products, float32 [B, K, G], and keys(at, width), which gives [B, K, 1 or G, R, width]."""
+def _factor_and_blocks(q_imp, k_imp, scales, scale, layer):
+    """The factor on the products, float32 [B, K, G], and k_imp_at(at, width), which gives [B, K, 1 or G, R, width]."""
     batch, heads, group, rank = q_imp.shape
     factor = jnp.full((batch, heads, group), scale, jnp.float32)
     shared = k_imp.shape[-3] == heads
@@ -46,32 +46,32 @@ def _factor_and_keys(q_imp, k_imp, scales, scale, layer):
     stacked = k_imp if layer is not None else k_imp[None]
     start = (0 if layer is None else layer, 0, 0, 0)
 
-    def keys(at, width):
+    def k_imp_at(at, width):
         found = jax.lax.dynamic_slice(stacked, (*start, at), (1, *k_imp.shape[-4:-1], width))
         return found.reshape(batch, heads, 1 if shared else group, rank, width)
 
-    return factor, keys
+    return factor, k_imp_at
 
 
-def _products(queries, keys):
-    """Products, float32 [B, K, G, width], of queries [B, K, G, R] and keys [B, K, 1 or G, R, width]."""
-    if queries.dtype != keys.dtype:
-        queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
-    form, keys = ("bkgr,bkrs->bkgs", keys[:, :, 0]) if keys.shape[2] == 1 else ("bkgr,bkgrs->bkgs", keys)
-    return jnp.einsum(form, queries, keys, preferred_element_type=jnp.float32, precision=exact(keys.dtype))
+def _products(q_imp, k_imp):
+    """Products, float32 [B, K, G, width], of q_imp [B, K, G, R] and k_imp [B, K, 1 or G, R, width]."""
+    if q_imp.dtype != k_imp.dtype:
+        q_imp, k_imp = q_imp.astype(jnp.float32), k_imp.astype(jnp.float32)
+    form, k_imp = ("bkgr,bkrs->bkgs", k_imp[:, :, 0]) if k_imp.shape[2] == 1 else ("bkgr,bkgrs->bkgs", k_imp)
+    return jnp.einsum(form, q_imp, k_imp, preferred_element_type=jnp.float32, precision=exact(k_imp.dtype))
 
 
-def _pooled(queries, keys, total):
+def _pooled(q_imp, k_imp, total):
     """The maximum over the group of products, less total [B, K, G] where given, float32 [B, K, S]."""
-    group, rank = queries.shape[2:]
+    group, rank = q_imp.shape[2:]
     if group * rank > MOST_TERMS:
-        scores = _products(queries, keys)
+        scores = _products(q_imp, k_imp)
         scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         return jnp.max(scores if total is None else scores - total[..., None], axis=2)
     best = None
-    for member in range(group):  # unrolled, so that keys are read once and only the result is written
-        own = keys[:, :, member if keys.shape[2] > 1 else 0]
-        terms = [queries[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(rank)]
+    for member in range(group):  # unrolled, so that k_imp is read once and only the result is written
+        own = k_imp[:, :, member if k_imp.shape[2] > 1 else 0]
+        terms = [q_imp[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(rank)]
         score = sum(terms[1:], terms[0])
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)
         if total is not None:
@@ -80,9 +80,9 @@ def _pooled(queries, keys, total):
     return best
 
 
-def _log_sum_exp(queries, factor, keys, mask, loops):
+def _log_sum_exp(q_imp, factor, k_imp_at, mask, loops):
     """Log-sum-exps over the tokens where mask [B, S] is set, float32 [B, K, G], by chunks of S, looped or unrolled."""
-    batch, heads, group, _ = queries.shape
+    batch, heads, group, _ = q_imp.shape
     size = mask.shape[-1]
     chunk = min(size, max(256, TILE // (batch * heads * group)))
     if not loops:
@@ -92,7 +92,7 @@ def _log_sum_exp(queries, factor, keys, mask, loops):
         at = jnp.minimum(index * chunk, size - chunk)  # the last chunk overlaps the one before it
         columns = at + jnp.arange(chunk, dtype=jnp.int32)
         own = jax.lax.dynamic_slice_in_dim(mask, at, chunk, axis=1) & (columns >= index * chunk)[None]
-        scores = _products(queries, keys(at, chunk)) * factor[..., None]
+        scores = _products(q_imp, k_imp_at(at, chunk)) * factor[..., None]
         scores = jnp.where(own[:, None, None] & ~jnp.isnan(scores), scores, -jnp.inf)
         top = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
         return top, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)

@@ -66,7 +66,7 @@ def test_the_float64_form_is_the_model_within_float32():
     layers, logits = float64.run(base.model, predictor, batch["tokens"][0])
     found = jax.jit(numerics.forward)(base.model, jnp.asarray(batch["tokens"]))[0]
     np.testing.assert_allclose(found, logits, atol=1e-4)  # float32 logits of size 10
-    assert len(layers) == base.config.layers and layers[0].p is None and layers[1].p.shape == (40, 8, 16)
+    assert len(layers) == base.config.layers and layers[0].q_imp is None and layers[1].q_imp.shape == (40, 8, 16)
     weights = numerics.mean_weights(layers[2])
     np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-12)
     choices = numerics.Choices(0.5, 40)

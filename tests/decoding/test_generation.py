@@ -225,7 +225,7 @@ def test_between_choices_the_chosen_stay_and_the_window_moves(base):
 
 @pytest.mark.parametrize("unit", [1, 4])
 def test_short_rows_keep_their_sinks_between_choices_whatever_thresholds_pass(base, unit):
-    """Sinks inside the window of a choice are still there when the window has moved on."""
+    """Sinks among the recent tokens of a choice are still there when the recent tokens have moved on."""
     selection = SelectionConfig(budget=1.0, sinks=4, recent=8, unit=unit, interval=8, threshold=((1e9,) * 2,) * 3)
     settings = dict(selection=selection, policy=make_policy("random"))
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 12)), jnp.int32)

@@ -383,7 +383,7 @@ def test_processes_agree_on_everything_that_is_wrong(place):
 
 def test_two_processes_pretrain_like_one(place):
     sizes = "--steps 6 --long-steps 2 --checkpoint-every 10 --batch-size 8 --length 32 --context 64 --vocab-size 280"
-    sizes += " --width 32 --inner 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --eval-every 0"
+    sizes += " --width 32 --hidden 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --eval-every 0"
     text, data_dir = place.files["text"], place.files["data_dir"]
     command = ["train.py", "pretrain", *sizes.split(), "--data", f"text:{text}", "--data-dir", str(data_dir)]
     for count in (1, 2):

@@ -22,7 +22,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def config(text: Path, **changes) -> PretrainConfig:
-    sizes = dict(vocab_size=280, width=32, inner=32, layers=2, heads=2, kv_heads=1, head_dim=16, context=64)
+    sizes = dict(vocab_size=280, width=32, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16, context=64)
     rows = dict(steps=4, long_steps=2, batch_size=4, length=32, mesh="data=1", eval_every=0)
     place = dict(data=f"text:{text}", data_dir=str(text.parent / "data"))
     return PretrainConfig(**{**sizes, **rows, **place, **changes})

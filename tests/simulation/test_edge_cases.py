@@ -42,7 +42,7 @@ def test_an_empty_row_changes_nothing_for_the_others(model, predictor):
     both, alone = text(30, 0, total=40), text(30, total=40)
     found, wanted = (simulate(model, b, policy, selection, predictor) for b in (both, alone))
     np.testing.assert_allclose(found.nll[:1], wanted.nll, atol=1e-5)  # float32 sums of another batch size
-    assert not np.asarray(found.nll)[1].any() and np.isfinite(found.hidden).all()
+    assert not np.asarray(found.nll)[1].any() and np.isfinite(found.stream).all()
     recalls = [measure_recall(model, predictor, [b], [policy], [0.5], selection=selection) for b in (both, alone)]
     masses = [recall.mass["tokenbutler"][0.5] for recall in recalls]
     assert masses[0].value == pytest.approx(masses[1].value, abs=1e-6) and masses[0].n == masses[1].n

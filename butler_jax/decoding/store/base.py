@@ -49,8 +49,8 @@ class KVStore:
 
     def attend_all(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
         """Returns attention of new tokens over all cached tokens of their layer and themselves."""
-        window = newest.sliding_window(view.index)
-        return attend_cached(view.q, view.k, view.v, self.k, self.v, view.index, newest.cached, window)
+        sliding_window = newest.sliding_window(view.index)
+        return attend_cached(view.q, view.k, view.v, self.k, self.v, view.index, newest.cached, sliding_window)
 
     def attend_first(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
         """Returns the same where the layer is known to be layer 0."""

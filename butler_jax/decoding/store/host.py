@@ -29,9 +29,9 @@ KIND = "pinned_host"
 class Fetched(NamedTuple):
     """Rows of chosen units on the device, and which of them a row attends."""
 
-    k: Float[Array, "B K M D"]
-    v: Float[Array, "B K M D"]
-    held: Bool[Array, "B K M"]
+    k: Float[Array, "B K tokens D"]
+    v: Float[Array, "B K tokens D"]
+    held: Bool[Array, "B K tokens"]
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +54,8 @@ class HostStore(KVStore):
     def attend_all(self, view, newest):
         """Returns dense attention; the whole layer travels."""
         k, v = self._fetch_layer(view.index)
-        window = newest.sliding_window(view.index)
-        return attend_cached(view.q, view.k, view.v, k, v, 0, newest.cached, window)
+        sliding_window = newest.sliding_window(view.index)
+        return attend_cached(view.q, view.k, view.v, k, v, 0, newest.cached, sliding_window)
 
     def attend_first(self, view, newest):
         """Returns dense attention of layer 0, which is near."""

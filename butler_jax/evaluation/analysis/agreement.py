@@ -1,6 +1,6 @@
 """How attention changes: agreement of heads and of decode steps, overlap of the best tokens, hit rate against drift.
 
-The analyses of TokenButler, arXiv 2503.07518, on the last N rows of each sequence (the decode steps, see rows.py), all
+The analyses of TokenButler, arXiv 2503.07518, on the last C rows of each sequence (the decode steps, see rows.py), all
 from one dense pass. Where the paper leaves a definition open, the docstring has ours. Divergences are Jensen-Shannon,
 in nats: 0 for equal distributions, log 2 for disjoint ones. Layer 0 is measured too. Decoding always runs it densely,
 so means over layers begin with layer 1.
@@ -28,7 +28,7 @@ PUBLISHED = {1: 0.667, 5: 0.548, 10: 0.503, 25: 0.463, 49: 0.407}
 
 
 class Access(NamedTuple):
-    """Which tokens N consecutive rows read; K is H for a policy that chooses per query head, and M is N - 1.
+    """Which tokens C consecutive rows read; K is H for a policy that chooses per query head.
 
     Attributes:
         frequency: Of the rows that may see a token, the share that reads it; NaN where no row may.
@@ -37,29 +37,29 @@ class Access(NamedTuple):
     """
 
     frequency: Float[np.ndarray, "B L K T"]
-    agreement: Float[np.ndarray, "L N N"]
-    consistency: Float[np.ndarray, "B L K M"]
+    agreement: Float[np.ndarray, "L C C"]
+    consistency: Float[np.ndarray, "B L K C-1"]
 
 
 class Overlap(NamedTuple):
-    """Share of the best tokens of step 0 that are among the best of step n, for n = 0 ... N-1.
+    """Share of the best tokens of step 0 that are among the best of step n, for n = 0 ... C-1.
 
     Attributes:
         true: The best by the attention weights.
         predicted: The best by the predictor's scores, at step n and at step 0; None without a predictor.
     """
 
-    true: Float[np.ndarray, "B L H N"]
-    predicted: Float[np.ndarray, "B L H N"] | None
+    true: Float[np.ndarray, "B L H C"]
+    predicted: Float[np.ndarray, "B L H C"] | None
 
-    def curve(self, predicted: bool = False) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
+    def curve(self, predicted: bool = False) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"] | None]:
         """The mean over layers 1 ..., heads and sequences, and its standard error over sequences (None for one)."""
         each = (self.predicted if predicted else self.true)[:, 1:].mean(axis=(1, 2))
         return each.mean(axis=0), None if len(each) < 2 else each.std(axis=0, ddof=1) / len(each) ** 0.5
 
 
 class Drift(NamedTuple):
-    """For M rows, the predictor's hit rate, and how attention differs from that of the row `distance` earlier.
+    """For C rows, the predictor's hit rate, and how attention differs from that of the row `distance` earlier.
 
     Attributes:
         hit_rate: As in `Recall`, per query head.
@@ -67,18 +67,18 @@ class Drift(NamedTuple):
         divergence: Between the attention of the two rows, over the keys that both see.
     """
 
-    hit_rate: Float[np.ndarray, "B L H M"]
-    moved: Float[np.ndarray, "B L H M"]
-    divergence: Float[np.ndarray, "B L H M"]
+    hit_rate: Float[np.ndarray, "B L H C"]
+    moved: Float[np.ndarray, "B L H C"]
+    divergence: Float[np.ndarray, "B L H C"]
 
 
 class Binned(NamedTuple):
     """Bins along x: mean x, mean y, its standard error for independent values, number of values."""
 
-    x: Float[np.ndarray, " N"]
-    y: Float[np.ndarray, " N"]
-    error: Float[np.ndarray, " N"]
-    count: Int[np.ndarray, " N"]
+    x: Float[np.ndarray, " bins"]
+    y: Float[np.ndarray, " bins"]
+    error: Float[np.ndarray, " bins"]
+    count: Int[np.ndarray, " bins"]
 
 
 def measure_head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) -> Float[np.ndarray, "L H H"]:
@@ -95,7 +95,7 @@ def measure_head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) ->
     return np.asarray(_head_agreement(model, *_prepare(model, batch, rows)))
 
 
-def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -> Float[np.ndarray, "L N N"]:
+def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -> Float[np.ndarray, "L C C"]:
     """Measure the divergence between the attention of every two of the last `steps` rows.
 
     It is taken over the keys that all of these rows see (the cache before step 0), where each row's attention is scaled
@@ -104,7 +104,7 @@ def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -
     Args:
         model: The base model.
         batch: tokens, segments, positions [B, T].
-        steps: How many rows at the end of each sequence, N.
+        steps: How many rows at the end of each sequence, C.
 
     Raises:
         ValueError: As `measure_head_agreement` does, and where the model's sliding window is shorter than the steps.
@@ -125,7 +125,7 @@ def measure_overlap(
         model: The base model.
         predictor: None leaves out `predicted`.
         batch: tokens, segments, positions [B, T].
-        steps: How many rows at the end of each sequence, N.
+        steps: How many rows at the end of each sequence, C.
         fraction: The share of the keys that are the best.
 
     Raises:
@@ -194,7 +194,7 @@ def measure_access(
         batch: tokens, segments, positions [B, T].
         policy: The policy.
         selection: Its selection; default: SelectionConfig().
-        rows: How many rows at the end of each sequence, N.
+        rows: How many rows at the end of each sequence, C.
 
     Raises:
         ValueError: As `measure_head_agreement` does, for a policy that evicts, and where it lacks its predictor.
@@ -260,7 +260,7 @@ def measure_divergence(p: Float[Array, "*B S"], q: Float[Array, "*B S"]) -> Floa
     return jnp.clip(jnp.sum(found, axis=-1) / 2, 0.0, jnp.log(2.0))
 
 
-def _pairwise(weights: Float[Array, "X Y S"]) -> Float[Array, "X X"]:
+def _pairwise(weights: Float[Array, "entries samples S"]) -> Float[Array, "entries entries"]:
     """Divergence of every two entries of axis 0, mean over axis 1."""
 
     def against(one):
@@ -269,7 +269,7 @@ def _pairwise(weights: Float[Array, "X Y S"]) -> Float[Array, "X X"]:
     return jax.lax.map(against, weights)
 
 
-def _common(chunk: Chunk) -> Bool[Array, "B N S"]:
+def _common(chunk: Chunk) -> Bool[Array, "B C S"]:
     """The keys that all rows of the chunk see, for each row."""
     return jnp.broadcast_to(jnp.all(chunk.allowed, axis=1, keepdims=True), chunk.allowed.shape)
 
@@ -329,7 +329,7 @@ def _token_access(model, predictor, batch, rows, limits: Limits, *, policy: Poli
         seen = jnp.sum(chunk.allowed, axis=1, dtype=jnp.int32)[:, None]
         frequency = jnp.sum(mask, axis=2, dtype=jnp.int32) / jnp.where(seen > 0, seen, jnp.nan)
         sets = mask.astype(jnp.float32)
-        both = jnp.einsum("bkns,bkms->bknm", sets, sets)
+        both = jnp.einsum("bkis,bkjs->bkij", sets, sets)
         size = jnp.sum(sets, axis=-1)
         agreement = jnp.mean(both / (size[..., None] + size[..., None, :] - both), axis=(0, 1))
         return frequency, agreement, measure_share(mask[:, :, 1:], mask[:, :, :-1])

@@ -38,7 +38,7 @@ def draw_head_agreement(divergence: Float[np.ndarray, "L H H"], shown: int = 4) 
     return figure
 
 
-def draw_step_agreement(divergence: Float[np.ndarray, "L N N"]) -> Any:
+def draw_step_agreement(divergence: Float[np.ndarray, "L C C"]) -> Any:
     """Draw the divergence of every two decode steps, mean over layers 1 ..., and its growth with their distance."""
     mean, steps = divergence[1:].mean(axis=0), divergence.shape[1]
     figure, ((left, right),) = make_canvas(1, 2, (9, 3.6))

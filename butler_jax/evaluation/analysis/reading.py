@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from butler_jax.evaluation.analysis.agreement import check_policy
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, row_chunk, softmax
-from butler_jax.model import BaseModel, by_window, check_length, dense_mixer, embed, merge_queries, run_layers
+from butler_jax.model import BaseModel, by_sliding_window, check_length, dense_mixer, embed, merge_queries, run_layers
 from butler_jax.policies import Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
@@ -157,18 +157,18 @@ def _compare_attention(model, predictor, batch, layer, head):
 
     def mixer(state, view):
         walk, found = state
-        walk, (queries, keys) = step(walk, view)
+        walk, (q_imp, k_imp) = step(walk, view)
 
         def look(sliding_window):
             chunk = row_chunk(
-                view._replace(q=one(view.q), k=one(view.k)), (one(queries), one(keys)), segments, rows, sliding_window
+                view._replace(q=one(view.q), k=one(view.k)), (one(q_imp), one(k_imp)), segments, rows, sliding_window
             )
             both = chunk.logits, chunk.predicted
             weights = (softmax(a, chunk.allowed) for a in both)
             seen = (jnp.where(chunk.allowed[:, None, None], a, jnp.nan) for a in both)
             return tuple(a[0, 0, 0] for a in (*weights, *seen))
 
-        found = jax.lax.cond(view.index == layer, lambda: by_window(base, view.index, look), lambda: found)
+        found = jax.lax.cond(view.index == layer, lambda: by_sliding_window(base, view.index, look), lambda: found)
         return dense(None, view)[0], (walk, found), None
 
     empty = (jnp.zeros((length, length), jnp.float32),) * 4
@@ -191,7 +191,7 @@ def _find_sets(model, predictor, batch, rows, limits: Limits, *, policy: Policy,
             sets, _ = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
             return merge_queries(outputs, size, segments.shape[1]), sets
 
-        output, sets = by_window(base, view.index, attend)
+        output, sets = by_sliding_window(base, view.index, attend)
         return output, state, sets
 
     return run_layers(model, x, batch["positions"], mixer, begun)[2]

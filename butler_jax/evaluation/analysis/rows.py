@@ -1,6 +1,6 @@
-"""What a few query rows see in every layer of one dense pass. Memory is N x S per layer.
+"""What a few query rows see in every layer of one dense pass. Memory is C x S per layer.
 
-The rows of a teacher-forced text are the steps of a dense decoding of that text. The analyses call the last N of them
+The rows of a teacher-forced text are the steps of a dense decoding of that text. The analyses call the last C of them
 decode steps.
 """
 
@@ -17,7 +17,7 @@ from butler_jax.data import Batch, cut_windows
 from butler_jax.model import (
     BaseModel,
     LayerView,
-    by_window,
+    by_sliding_window,
     check_length,
     dense_mixer,
     document_starts,
@@ -45,7 +45,7 @@ def batch_text(base: Base, text: str, tokens: int | None = None) -> Batch:
     return cut_windows(ids, context=len(ids))[0]
 
 
-def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B N"]:
+def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B C"]:
     """Columns of the last `count` tokens of each sequence without padding, in order.
 
     Raises:
@@ -77,14 +77,14 @@ def see_rows(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
-    rows: Int[Array, "B N"],
+    rows: Int[Array, "B C"],
     look: Callable[[Chunk], Any],
     *,
     implementation: str | None = None,
 ) -> Any:
     """Call look(chunk) in every layer of a dense pass, and stack the results [L, ...]. To be called in jitted code.
 
-    The chunk holds the N query rows of the columns `rows` and all S = T keys. Its predicted scores are None without a
+    The chunk holds the C query rows of the columns `rows` and all S = T keys. Its predicted scores are None without a
     predictor, and meaningless in layer 0.
     """
     base, segments = model.config, batch["segments"]
@@ -98,7 +98,7 @@ def see_rows(
         def at(sliding_window):
             return look(row_chunk(view, importance, segments, rows, sliding_window))
 
-        return dense(None, view)[0], state, by_window(base, view.index, at)
+        return dense(None, view)[0], state, by_sliding_window(base, view.index, at)
 
     return run_layers(model, x, batch["positions"], mixer, begun)[2]
 
@@ -107,7 +107,7 @@ def row_chunk(
     view: LayerView,
     importance: Importance | None,
     segments: Int[Array, "B T"],
-    rows: Int[Array, "B N"],
+    rows: Int[Array, "B C"],
     sliding_window: int | None,
 ) -> Chunk:
     """The query rows of the given columns with all keys of the sequence, as policies take them."""
@@ -118,10 +118,10 @@ def row_chunk(
         return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]), 1, 3)
 
     def scores(q, k):
-        """Scaled products [B, K, G, N, S]; k: [B, T, K or H, width]."""
-        form, k = "bkgnd,bksd->bkgns", jnp.moveaxis(k, 1, 2)
+        """Scaled products [B, K, G, C, S]; k: [B, T, K or H, width]."""
+        form, k = "bkgcd,bksd->bkgcs", jnp.moveaxis(k, 1, 2)
         if k.shape[1] != kv_heads:
-            form, k = "bkgnd,bkgsd->bkgns", k.reshape(k.shape[0], kv_heads, -1, *k.shape[2:])
+            form, k = "bkgcd,bkgsd->bkgcs", k.reshape(k.shape[0], kv_heads, -1, *k.shape[2:])
         return jnp.einsum(form, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
     q = queries(view.q)
@@ -146,15 +146,15 @@ def row_chunk(
 
 
 def visible(
-    segments: Int[Array, "B T"], rows: Int[Array, "B N"], columns: Int[Array, " T"], sliding_window: int | None
-) -> Bool[Array, "B N T"]:
+    segments: Int[Array, "B T"], rows: Int[Array, "B C"], columns: Int[Array, " T"], sliding_window: int | None
+) -> Bool[Array, "B C T"]:
     """The keys that a row may see: those of its document up to itself, inside the sliding window if there is one."""
     own = jnp.take_along_axis(segments, rows, axis=1)
     seen = (columns[None, None] <= rows[:, :, None]) & (segments[:, None] == own[:, :, None])
     return seen if sliding_window is None else seen & (columns[None, None] > (rows - sliding_window)[:, :, None])
 
 
-def softmax(scores: Float[Array, "B K G N S"], keys: Bool[Array, "B N S"]) -> Float[Array, "B K G N S"]:
+def softmax(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
     """Weights over the given keys of each row, 0 elsewhere."""
     return masked_softmax(scores, keys[:, None, None])
 

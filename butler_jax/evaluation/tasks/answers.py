@@ -27,12 +27,14 @@ from butler_jax.weights import Base
 
 MULTIPLE = 32  # lengths are padded to a multiple, so that other samples rarely compile anew
 
-SampleGroup = tuple[dict[str, float | int | str], Int[np.ndarray, " M"]]  # a label, and the numbers of its samples
+SampleGroup = tuple[
+    dict[str, float | int | str], Int[np.ndarray, " members"]
+]  # a label, and the numbers of its samples
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Counts of N samples, in the order of the batches' rows without padding.
+    """Counts of samples, in the order of the batches' rows without padding.
 
     Attributes:
         right: Tokens of the answer that are the greedy ones.
@@ -41,17 +43,17 @@ class Answers:
         tokens: Tokens of the sample.
     """
 
-    right: Int[np.ndarray, " N"]
-    asked: Int[np.ndarray, " N"]
-    attended: Float[np.ndarray, " N"]
-    tokens: Int[np.ndarray, " N"]
+    right: Int[np.ndarray, " samples"]
+    asked: Int[np.ndarray, " samples"]
+    attended: Float[np.ndarray, " samples"]
+    tokens: Int[np.ndarray, " samples"]
 
-    def take(self, members: Int[np.ndarray, " M"]) -> Answers:
+    def take(self, members: Int[np.ndarray, " members"]) -> Answers:
         """Some of the samples, by number."""
         return Answers(*(a[members] for a in (self.right, self.asked, self.attended, self.tokens)))
 
     @property
-    def whole(self) -> Bool[np.ndarray, " N"]:
+    def whole(self) -> Bool[np.ndarray, " samples"]:
         """Which samples are answered without a wrong token."""
         return self.right == self.asked
 

@@ -41,7 +41,7 @@ def make_coreference_batches(
     return batch_answers(rows, batch_size=batch_size, context=context)
 
 
-def measure_distances(tokenizer: Any, *, samples: int, seed: int = 0) -> Int[np.ndarray, " N"]:
+def measure_distances(tokenizer: Any, *, samples: int, seed: int = 0) -> Int[np.ndarray, " samples"]:
     """Tokens between the first and the last mention in each sample of `make_coreference_batches`."""
     return np.asarray([mention_distance(tokenizer, sample(seed, index, "test")) for index in range(samples)])
 

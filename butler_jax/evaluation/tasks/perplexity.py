@@ -29,7 +29,7 @@ from butler_jax.weights import Base
 
 @dataclass(frozen=True)
 class TextSums:
-    """Sums over the counted rows of each of N sequences; a row counts where its next token is predicted.
+    """Sums over the counted rows of each sequence; a row counts where its next token is predicted.
 
     Attributes:
         rows: How many rows count.
@@ -41,13 +41,13 @@ class TextSums:
         agrees: Agreements with a reference, likewise.
     """
 
-    rows: Float[np.ndarray, " N"]
-    nll: Float[np.ndarray, " N"]
-    attended: Float[np.ndarray, " N"]
-    read: Float[np.ndarray, " N"]
-    held: Float[np.ndarray, " N"]
-    divergence: Float[np.ndarray, " N"] | None = None
-    agrees: Float[np.ndarray, " N"] | None = None
+    rows: Float[np.ndarray, " sequences"]
+    nll: Float[np.ndarray, " sequences"]
+    attended: Float[np.ndarray, " sequences"]
+    read: Float[np.ndarray, " sequences"]
+    held: Float[np.ndarray, " sequences"]
+    divergence: Float[np.ndarray, " sequences"] | None = None
+    agrees: Float[np.ndarray, " sequences"] | None = None
 
     @property
     def perplexity(self) -> Estimate:
@@ -109,7 +109,7 @@ def measure_perplexity(
             if values is not None:
                 found[name].extend(np.where(counted, np.asarray(values, np.float64), 0).sum(axis=1))
         if keep is not None:
-            keep.append(np.asarray(result.hidden))
+            keep.append(np.asarray(result.stream))
     return TextSums(**{name: np.asarray(values) if values else None for name, values in found.items()})
 
 
@@ -126,14 +126,14 @@ class PerplexityTask(Task):
     @cached_property
     def dense(self) -> tuple[TextSums, list]:
         """The dense pass, and its last residual streams."""
-        hidden: list = []
-        sums = measure_perplexity(self.base.model, self.batches, Dense(), self.config.selection_at(1.0), keep=hidden)
-        return sums, hidden
+        streams: list = []
+        sums = measure_perplexity(self.base.model, self.batches, Dense(), self.config.selection_at(1.0), keep=streams)
+        return sums, streams
 
     def evaluate(self, policy, selections):
         """Measure one budget."""
         ((budget, selection),) = selections.items()
-        reference, hidden = self.dense
+        reference, streams = self.dense
         result = reference
         if not policy.dense:
             result = measure_perplexity(
@@ -142,7 +142,7 @@ class PerplexityTask(Task):
                 policy.policy,
                 selection,
                 policy.predictor,
-                references=hidden,
+                references=streams,
                 score_dtype=self.config.score_dtype,
             )
         found = {"perplexity": result.perplexity}
@@ -162,7 +162,7 @@ class PerplexityTask(Task):
             [self.make_row(policy, name, e, budget=budget, attended=attended.value) for name, e in found.items()]
         )
 
-    def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums) -> Float[np.ndarray, " N"]:
+    def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums) -> Float[np.ndarray, " sequences"]:
         """Bytes of caches read in all rows of each sequence: keys and values, and what the policy ranks by."""
         base = self.base.config
         size = self.base.model.embedding[...].dtype.itemsize

@@ -56,11 +56,11 @@ def test_strided_perplexity_is_that_of_each_tokens_own_window(model):
 def test_comparisons_with_the_dense_pass(model):
     batch = make_batch([[60], [40]], 60)
     dense, oracle = make_policy("dense"), make_policy("oracle")
-    hidden = []
-    measure_perplexity(model, [batch], dense, SelectionConfig(budget=1.0), keep=hidden)
+    streams = []
+    measure_perplexity(model, [batch], dense, SelectionConfig(budget=1.0), keep=streams)
     selection = SelectionConfig(budget=0.3)
-    found = measure_perplexity(model, [batch], oracle, selection, references=hidden)
-    same = measure_perplexity(model, [batch], oracle, SelectionConfig(budget=1.0), references=hidden)
+    found = measure_perplexity(model, [batch], oracle, selection, references=streams)
+    same = measure_perplexity(model, [batch], oracle, SelectionConfig(budget=1.0), references=streams)
     assert same.mean("agrees").value == 1 and same.mean("divergence").value < 1e-6
     sparse = simulate(model, batch, oracle, selection)
     own = np.asarray(sparse.greedy)
