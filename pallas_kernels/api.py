@@ -49,25 +49,25 @@ def importance_scores(
     A product that is NaN counts as -inf, in sums too.
 
     Args:
-      q_imp: float [B, K, G, R], the predictor's queries.
-      k_imp: float or int8, the predictor's keys: [B, K, R, S] shared by a group, or [B, K*G, R, S] for every query
-        head; [L, ...] with `layer`.
-      lengths: int [B], tokens of each row.
-      pooling: "normalised" subtracts each query head's log-sum-exp over the tokens seen and takes the maximum over the
-        group. That makes the heads comparable. A group of one is unchanged, and so is a head with a product of +inf,
-        whose token comes first. "maximum" is the plain maximum, which is cheaper.
-      totals: float [B, K, G], the log-sum-exps over all tokens, where k_imp holds a part of them: the merged
-        `importance_totals` of all parts.
-      scales: float [K] or [B, K], K*G in place of K where k_imp has them; for int8 only, see `quantise_k_imp`.
-      scale: the factor on the products, R**-0.5 unless given.
-      first: int [B], the first token that a row sees.
-      layer, implementation, interpret: see the module.
+        q_imp: float [B, K, G, R], the predictor's queries.
+        k_imp: float or int8, the predictor's keys: [B, K, R, S] shared by a group, or [B, K*G, R, S] for every query
+            head; [L, ...] with `layer`.
+        lengths: int [B], tokens of each row.
+        pooling: "normalised" subtracts each query head's log-sum-exp over the tokens seen and takes the maximum over
+            the group. That makes the heads comparable. A group of one is unchanged, and so is a head with a product of
+            +inf, whose token comes first. "maximum" is the plain maximum, which is cheaper.
+        totals: float [B, K, G], the log-sum-exps over all tokens, where k_imp holds a part of them: the merged
+            `importance_totals` of all parts.
+        scales: float [K] or [B, K], K*G in place of K where k_imp has them; for int8 only, see `quantise_k_imp`.
+        scale: The factor on the products, R**-0.5 unless given.
+        first: int [B], the first token that a row sees.
+        layer, implementation, interpret: See the module.
 
     Returns:
-      float32 [B, K, S], -inf for tokens that a row does not see.
+        float32 [B, K, S], -inf for tokens that a row does not see.
 
     Raises:
-      ValueError: the arguments do not fit together, or the implementation is another platform's.
+        ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first, scales, totals = _arrays(lengths, first, scales, totals)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
@@ -96,14 +96,14 @@ def importance_totals(
     """Log-sum-exp of every query head's scores over the tokens seen, for a k_imp that is split over devices.
 
     Args:
-      q_imp, k_imp, lengths, scales, scale, first: see `importance_scores`, whose `totals` these are.
-      layer, implementation, interpret: see the module.
+        q_imp, k_imp, lengths, scales, scale, first: See `importance_scores`, whose `totals` these are.
+        layer, implementation, interpret: See the module.
 
     Returns:
-      float32 [B, K, G], -inf where a row sees nothing.
+        float32 [B, K, G], -inf where a row sees nothing.
 
     Raises:
-      ValueError: as `importance_scores`.
+        ValueError: As `importance_scores`.
     """
     lengths, first, scales = _arrays(lengths, first, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
@@ -133,23 +133,23 @@ def select_top_k(
     Of equal scores the earlier unit is chosen. A row of length 0 chooses nothing.
 
     Args:
-      scores: float [B, K, S], higher first; -inf and NaN come last.
-      lengths: int [B], tokens of each row.
-      n: the most units chosen, a static integer.
-      counts: int [B] or [B, K], units that each row chooses, at most n, which is the default.
-      sinks, recent: the first `sinks` and the newest `recent` tokens come before every score, the newest first. They
-        count towards n.
-      unit: tokens of a unit, a power of two. Unit u holds the tokens u*unit ... u*unit+unit-1 and counts as its best
-        token. The last unit of a row may reach beyond its length; attention leaves those tokens out.
-      first: int [B], the first token that a row sees.
-      threshold: float [K] or [B, K]; a token that scores below it is chosen only as a sink or recent token.
-      implementation, interpret: see the module.
+        scores: float [B, K, S], higher first; -inf and NaN come last.
+        lengths: int [B], tokens of each row.
+        n: The most units chosen, a static integer.
+        counts: int [B] or [B, K], units that each row chooses, at most n, which is the default.
+        sinks, recent: The first `sinks` and the newest `recent` tokens come before every score, the newest first. They
+            count towards n.
+        unit: Tokens of a unit, a power of two. Unit u holds the tokens u*unit ... u*unit+unit-1 and counts as its best
+            token. The last unit of a row may reach beyond its length; attention leaves those tokens out.
+        first: int [B], the first token that a row sees.
+        threshold: float [K] or [B, K]; a token that scores below it is chosen only as a sink or recent token.
+        implementation, interpret: See the module.
 
     Returns:
-      The `Selection`, of which min(n, count, units that may be chosen) are valid.
+        The `Selection`, of which min(n, count, units that may be chosen) are valid.
 
     Raises:
-      ValueError: the arguments do not fit together, or the implementation is another platform's.
+        ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first, threshold, counts = _arrays(lengths, first, threshold, counts)
     checks.check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold)
@@ -180,26 +180,26 @@ def masked_topk_decode_attention(
     """Attention of one query a row over the chosen units of its cache. Nothing else of the cache is read.
 
     Args:
-      q: float [B, H, D].
-      k, v: float [B, K, S, D]; [L, ...] with `layer`.
-      indices: int [B, K, N], the chosen units.
-      valid: bool [B, K, N], which of the indices count, as `select_top_k` gives them; None means all.
-      unit: tokens of a unit, a power of two.
-      new_k, new_v: [B, K, D], the current token. It is attended in addition and need not be in the cache yet.
-      lengths: int [B]; tokens at or beyond it are left out. None is allowed where unit is 1 and every valid index is
-        in range.
-      first: int [B]; tokens before it are left out.
-      scale: the factor on the logits, D**-0.5 unless given.
-      return_residual: whether to return the log-sum-exp too.
-      layer, implementation, interpret: see the module.
+        q: float [B, H, D].
+        k, v: float [B, K, S, D]; [L, ...] with `layer`.
+        indices: int [B, K, N], the chosen units.
+        valid: bool [B, K, N], which of the indices count, as `select_top_k` gives them; None means all.
+        unit: Tokens of a unit, a power of two.
+        new_k, new_v: [B, K, D], the current token. It is attended in addition and need not be in the cache yet.
+        lengths: int [B]; tokens at or beyond it are left out. None is allowed where unit is 1 and every valid index is
+            in range.
+        first: int [B]; tokens before it are left out.
+        scale: The factor on the logits, D**-0.5 unless given.
+        return_residual: Whether to return the log-sum-exp too.
+        layer, implementation, interpret: See the module.
 
     Returns:
-      [B, H, D] in the dtype of q; with return_residual also the log-sum-exp of the scaled logits, float32 [B, H], with
-      which partial results can be merged. A row that attends nothing, or only logits of -1e30 and below, gives 0 and
-      -inf. A row with a logit of +inf or NaN gives NaN.
+        [B, H, D] in the dtype of q; with return_residual also the log-sum-exp of the scaled logits, float32 [B, H],
+        with which partial results can be merged. A row that attends nothing, or only logits of -1e30 and below, gives 0
+        and -inf. A row with a logit of +inf or NaN gives NaN.
 
     Raises:
-      ValueError: the arguments do not fit together, or the implementation is another platform's.
+        ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first = _arrays(lengths, first)
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)
@@ -243,19 +243,19 @@ def sparse_decode_attention(
     """The decode attention of one layer: scores, choice and attention, one after the other.
 
     Args:
-      q, k, v, new_k, new_v, scale, return_residual: see `masked_topk_decode_attention`. The current token, where it is
-        given as new_k and new_v, is attended besides the n units.
-      q_imp, k_imp, pooling, scales: see `importance_scores`; score_scale is its scale.
-      n, counts, sinks, recent, unit, threshold: see `select_top_k`.
-      lengths, first: int [B], for all three.
-      return_selection: whether to return the choice too, to be attended again until the next prediction.
-      layer, implementation, interpret: see the module.
+        q, k, v, new_k, new_v, scale, return_residual: See `masked_topk_decode_attention`. The current token, where it
+            is given as new_k and new_v, is attended besides the n units.
+        q_imp, k_imp, pooling, scales: See `importance_scores`; score_scale is its scale.
+        n, counts, sinks, recent, unit, threshold: See `select_top_k`.
+        lengths, first: int [B], for all three.
+        return_selection: Whether to return the choice too, to be attended again until the next prediction.
+        layer, implementation, interpret: See the module.
 
     Returns:
-      [B, H, D]; with return_residual also the log-sum-exp [B, H]; with return_selection also the `Selection`.
+        [B, H, D]; with return_residual also the log-sum-exp [B, H]; with return_selection also the `Selection`.
 
     Raises:
-      ValueError: the arguments do not fit together, or the implementation is another platform's.
+        ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
     lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
@@ -277,15 +277,15 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     """Quantise k_imp to int8 with one scale for each head (and row, and layer): k_imp = scale * int8.
 
     Args:
-      k_imp: float [..., R, S]. Unwritten places of a cache must be finite. Zeros do not change the scale.
-      scales: float [...] of an earlier call, to append new tokens to a cache; larger values saturate. None maps the
-        largest magnitude to 127.
+        k_imp: float [..., R, S]. Unwritten places of a cache must be finite. Zeros do not change the scale.
+        scales: float [...] of an earlier call, to append new tokens to a cache; larger values saturate. None maps the
+            largest magnitude to 127.
 
     Returns:
-      int8 [..., R, S] and float32 [...].
+        int8 [..., R, S] and float32 [...].
 
     Raises:
-      ValueError: k_imp has fewer than two dimensions, or the scales are not those of its heads.
+        ValueError: k_imp has fewer than two dimensions, or the scales are not those of its heads.
     """
     if k_imp.ndim < 2:
         raise ValueError(f"k_imp must be [..., R, S], got shape {k_imp.shape}")

@@ -40,13 +40,8 @@ def finite_or_zero(totals):
 def finish(parts, q, new_k, new_v, scale, return_residual):
     """Attention over the chosen units and the new token, from the sums over the chosen units.
 
-    Args:
-      parts: float32: the largest logit [B*K, G], the sum of weights [B*K, G] and the weighted values [B*K, G, D].
-        Weights are exp(logit - largest logit).
-      q, new_k, new_v, scale, return_residual: see `api.masked_topk_decode_attention`.
-
-    Returns:
-      [B, H, D] in the dtype of q, and the log-sum-exp [B, H] on request.
+    parts: float32, the largest logit [B*K, G], the sum of weights exp(logit - largest logit) [B*K, G], and the weighted
+    values [B*K, G, D]. The result is [B, H, D] in the dtype of q, and the log-sum-exp [B, H] on request.
     """
     top, total, out = parts
     rows, _, dim = out.shape

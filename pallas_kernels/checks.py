@@ -30,15 +30,10 @@ def current_platform() -> str:
 
 
 def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can: bool = True) -> str:
-    """The implementation to run.
-
-    Args:
-      implementation: a name; None takes the platform's kernel where it supports the arguments, and "xla" otherwise.
-      interpret: as in `api`.
-      tpu_can: whether the TPU kernels support the arguments.
+    """The implementation to run; None takes the platform's kernel where the arguments suit it, and "xla" otherwise.
 
     Raises:
-      ValueError: the name is unknown, or the kernel is another platform's.
+        ValueError: The name is unknown, or the kernel is another platform's.
     """
     platform = current_platform()
     if implementation is None:
@@ -97,16 +92,10 @@ def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kin
 
 
 def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]:
-    """The shape of one layer of a cache.
-
-    Args:
-      name: the argument's name, for error messages.
-      array: the cache, [dims], or [L, dims] where a layer is given.
-      layer: an index, traced or not; None for the cache of one layer.
-      dims: letters of the axes, separated by spaces.
+    """The shape of one layer of a cache [dims], or [L, dims] where a layer is given; dims: letters separated by spaces.
 
     Raises:
-      ValueError: the number of axes is wrong, or the layer is outside the cache.
+        ValueError: The number of axes of the argument `name` is wrong, or the layer is outside the cache.
     """
     rank = len(dims.split()) + (layer is not None)
     letters = dims if layer is None else f"L {dims}"

@@ -21,8 +21,8 @@ class Selection(NamedTuple):
     """Chosen units.
 
     Attributes:
-      indices: int32 [B, K, N], the valid ones first and ascending, the others 0.
-      valid: bool [B, K, N].
+        indices: int32 [B, K, N], the valid ones first and ascending, the others 0.
+        valid: bool [B, K, N].
     """
 
     indices: jax.Array
@@ -40,14 +40,7 @@ class Rules(NamedTuple):
 
 
 def ordered_image(scores: jax.Array) -> jax.Array:
-    """The int32 image of scores, which sorts as they do. -0 counts as 0, and NaN as -inf.
-
-    Args:
-      scores: floats of any shape.
-
-    Returns:
-      int32 of the same shape, above BARRED and below TOP.
-    """
+    """The int32 image of scores, which sorts as they do, between BARRED and TOP. -0 counts as 0, and NaN as -inf."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
     return _flip_negative(jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32))
 
@@ -72,19 +65,16 @@ def rank_image(
     recent: int,
     threshold: jax.Array | None = None,
 ) -> jax.Array:
-    """The int32 image of tokens in the order of the choice: recent tokens, the newest first, then sinks, then scores.
+    """The int32 image [..., S] of tokens in the order of the choice: recent ones, the newest first, sinks, then scores.
 
     Args:
-      scores: floats [..., S]; the other arrays broadcast against them.
-      seen: bool, the tokens that may be chosen; the others are BARRED.
-      age: int, how many tokens of the row are newer.
-      position: int, tokens from the start of the document.
-      sinks: how many of the first positions come before every score.
-      recent: how many of the newest tokens come before the sinks.
-      threshold: float; tokens that score below it, and are neither sink nor recent, are BARRED.
-
-    Returns:
-      int32 [..., S].
+        scores: Floats [..., S]; the other arrays broadcast against them.
+        seen: bool, the tokens that may be chosen; the others are BARRED.
+        age: int, how many tokens of the row are newer.
+        position: int, tokens from the start of the document.
+        sinks: How many of the first positions come before every score.
+        recent: How many of the newest tokens come before the sinks.
+        threshold: float; tokens that score below it, and are neither sink nor recent, are BARRED.
     """
     image = ordered_image(scores)
     if threshold is not None:

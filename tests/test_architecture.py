@@ -158,6 +158,17 @@ def test_the_glossary_has_every_letter_of_a_shape():
     assert set(letters) <= set(used)
 
 
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_docstrings_have_one_style(path):
+    """Sections are indented by four spaces, and functions are described in the imperative or by their result."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            text, where = ast.get_docstring(node) or "", f"{name_of(path)}:{node.body[0].lineno if node.body else 1}"
+            assert not re.search(r"^(Args|Attributes|Raises|Returns|Yields):\n(?!    \S)", text, re.M), where
+            if isinstance(node, ast.FunctionDef):
+                assert not re.match(r"(Returns|Raises|Writes|Reads|Makes|Runs|Takes|Gives) ", text), where
+
+
 @pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 def test_files_are_short(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())

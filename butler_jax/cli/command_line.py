@@ -14,23 +14,15 @@ import tyro
 
 
 def read(kind: type, arguments: list[str], program: str) -> Any:
-    """Read a configuration from command-line arguments.
+    """Read a configuration of class `kind` from command-line arguments; `program` is the name that the help shows.
 
     Nested configurations have flat flags. The docstrings of classes and fields are the help. The metadata of a field
     may say more: "flag" is the name of its flag where that is not the field's (None: it has no flag), and "flags" names
     the fields of a nested configuration that have flags (default: all).
 
-    Args:
-      kind: the configuration's dataclass.
-      arguments: the words after the program's name.
-      program: the name that the help shows.
-
-    Returns:
-      An instance of `kind`.
-
     Raises:
-      ValueError: the configuration's own checks refuse a value.
-      SystemExit: an option is unknown, or its value has the wrong type; a message is printed.
+        ValueError: The configuration's own checks refuse a value.
+        SystemExit: An option is unknown, or its value has the wrong type; a message is printed.
     """
     values = tyro.cli(_unchecked(kind), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
     return _checked(kind, values)

@@ -67,14 +67,7 @@ def kind_of(config: dict[str, Any]) -> type[FitConfig] | None:
 
 
 def inspect(run_dir: Path) -> dict[str, Any]:
-    """What `inspect_run` finds, with the commands that go on with it.
-
-    Returns:
-      As `inspect_run`, with go_on and evaluate: commands, None where there is nothing to go on with.
-
-    Raises:
-      FileNotFoundError: the directory holds no run.
-    """
+    """What `inspect_run` finds, with the commands to go on and to evaluate; None where there is none."""
     from butler_jax.runs import inspect_run
 
     found = inspect_run(run_dir, kind_of)

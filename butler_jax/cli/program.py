@@ -19,13 +19,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand.
-
-    Args:
-      arguments: the subcommand and its options. Default: those of this process.
+    """Run one subcommand, by default that of this process's arguments.
 
     Returns:
-      The exit status: 0, 1 after an error, 2 for a command line that cannot be read.
+        The exit status: 0, 1 after an error, 2 for a command line that cannot be read.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h"):

@@ -59,7 +59,7 @@ def parse_spec(spec: str) -> tuple[SourceShare, ...]:
     """Read a data specification such as "python_docs:0.7+coreference:0.3".
 
     Raises:
-      ValueError: a part is none of SPECS, or its weight is 0, infinite, or missing beside other weights.
+        ValueError: A part is none of SPECS, or its weight is 0, infinite, or missing beside other weights.
     """
     parts = []
     for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
@@ -82,13 +82,13 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
     """Open the documents of one source. A source that TFDS stores is prepared on first use.
 
     Args:
-      spec: one of SPECS, without "+".
-      split: "train" or "test". No document is in both.
-      seed: of `coreference`; the other sources do not depend on it.
-      data_dir: where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
+        spec: One of SPECS, without "+".
+        split: "train" or "test". No document is in both.
+        seed: Of `coreference`; the other sources do not depend on it.
+        data_dir: Where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
 
     Raises:
-      ValueError, FileNotFoundError: says what is wrong with the source.
+        ValueError, FileNotFoundError: Says what is wrong with the source.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
@@ -155,13 +155,10 @@ class BatchIterator:
         return json.loads(json.dumps({**self._identity, "rows": rows}))
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a place that `get_state` returned in this or another process.
-
-        Args:
-          state: the place. It may hold more rows than this iterator reads.
+        """Go to a place that `get_state` returned in this or another process. It may hold more rows than are read here.
 
         Raises:
-          ValueError: the state is of other data or settings, or lacks a row; the difference is named.
+            ValueError: The state is of other data or settings, or lacks a row; the difference is named.
         """
         was = state.get("content", self._identity["content"])  # older states do not have it
         if was != self._identity["content"]:
@@ -198,24 +195,23 @@ def read_batches(
     """Read endless batches of packed documents, in another order in each epoch.
 
     Args:
-      spec: one of SPECS. Weights are shares of the text in characters.
-      tokenizer: a document begins with its `bos` where `add_bos` is set, and ends with its `eos` where it has one.
-      length: T, tokens in a row. A document that does not fit is cut. The rest is a segment of its own in the same row
-        of the next batch.
-      batch_size: B, rows of the global batch.
-      seed: determines the order of the documents and the samples of `coreference`.
-      split: "train" or "test".
-      data_dir: where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
-      whole: keep each document that fits into a row in one piece. Rows then have some padding.
-      rows: the rows of the global batch to read, where several processes share it; None is all. The content of a row
-        does not depend on them.
-      start_state: the place to start from, as `get_state` returns it, with these rows or more.
+        spec: One of SPECS. Weights are shares of the text in characters.
+        tokenizer: A document begins with its `bos` where `add_bos` is set, and ends with its `eos` where it has one.
+        length: T, tokens in a row. A document that does not fit is cut. The rest is a segment of its own in the same
+            row of the next batch.
+        seed: Determines the order of the documents and the samples of `coreference`.
+        split: "train" or "test".
+        data_dir: Where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
+        whole: Keep each document that fits into a row in one piece. Rows then have some padding.
+        rows: The rows of the global batch to read, where several processes share it; None is all. The content of a row
+            does not depend on them.
+        start_state: The place to start from, as `get_state` returns it, with these rows or more.
 
     Returns:
-      An iterator of batches with the given rows.
+        An iterator of batches with the given rows.
 
     Raises:
-      ValueError, FileNotFoundError: says what is wrong with the data or the sizes.
+        ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.
     """
     if length < 2:
         raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
@@ -268,16 +264,13 @@ def read_held_out(
     seed: int = 0,
     data_dir: str | None = None,
 ) -> list[Batch]:
-    """Read the first `count` batches of the split "test", for validation. Every call returns the same batches.
+    """Read the first `count` batches [batch_size, length] of the split "test"; every call returns the same ones.
 
-    Arguments are those of `read_batches`.
-
-    Returns:
-      The batches [batch_size, length]. There are fewer where the held-out text ends, and the last may have rows of
-      padding.
+    There are fewer where the held-out text ends, and the last may have rows of padding. Arguments are those of
+    `read_batches`.
 
     Raises:
-      ValueError, FileNotFoundError: says what is wrong with the data or the sizes.
+        ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.
     """
     if count < 1 or batch_size < 1 or length < 2:
         raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")

@@ -52,11 +52,8 @@ def cut_windows(ids: Sequence[int], *, context: int, batch_size: int = 1) -> lis
 def cut_strided_windows(ids: Sequence[int], *, context: int, stride: int, batch_size: int = 1) -> list[Batch]:
     """Cut token ids into windows of `context` tokens, each `stride` tokens after the one before.
 
-    A token is predicted in the first window that holds it. From the second window on, at least context - stride tokens
-    stand before it. Every token but the first is predicted once.
-
-    Returns:
-        Batches as those of `pad_rows`; `counted` marks the tokens whose next token is predicted.
+    A token is predicted in the first window that holds it; `counted` of the batches marks the tokens whose next token
+    is. From the second window on, at least context - stride tokens stand before it.
 
     Raises:
         ValueError: The stride is not 1 ... context - 1.
@@ -86,12 +83,8 @@ def cut_text(
 
     Args:
         tokenizer: Encodes the text, in pieces that end at line breaks and only as far as is needed.
-        text: The text.
-        context: Tokens of a window.
         tokens: Tokens of the text that are used, at most.
-        batch_size: Windows of a batch.
         stride: None for windows that do not overlap, else as `cut_strided_windows` takes it.
-        source: The name of the text in messages.
 
     Raises:
         ValueError: The text has fewer than two tokens, or the stride is not below the context.

@@ -39,7 +39,7 @@ class DecodeState:
 
 
 def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
-    """Returns the PartitionSpec of every array of a state: the mesh splits rows, KV heads and tokens it divides."""
+    """The PartitionSpec of every array of a state: the mesh splits rows, KV heads and tokens it divides."""
 
     def spec(path, array):
         fields = {getattr(part, "name", None) for part in path}
@@ -55,7 +55,7 @@ def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
 
 
 def constrain_state(state: DecodeState) -> DecodeState:
-    """Returns the state split over the devices of the current mesh, under jit; a state in host memory stays whole."""
+    """The state split over the devices of the current mesh, under jit; a state in host memory stays whole."""
     mesh = current_mesh()
     if mesh is None or state.kv.on_host:
         return state
@@ -63,6 +63,6 @@ def constrain_state(state: DecodeState) -> DecodeState:
 
 
 def empty_store(config: BaseConfig, batch: int, capacity: int, dtype: Any) -> KVStore:
-    """Returns a store of zeros for `capacity` tokens a row."""
+    """A store of zeros for `capacity` tokens a row."""
     shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
     return make_store(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

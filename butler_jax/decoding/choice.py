@@ -59,7 +59,7 @@ class Chooser:
         return self.steps % self.plan.interval == 0
 
     def choose(self, view: LayerView, known: LayerForecast) -> tuple[Chosen, Chosen | Eviction | None]:
-        """Returns the units that the layer in view reads, and what it remembers of them."""
+        """The units that the layer in view reads, and what it remembers of them."""
         if self.plan.when == "ahead":
             return self.settle(view.index, known.chosen)
         if self.plan.interval == 1:
@@ -72,22 +72,22 @@ class Chooser:
         return self._with_recent(keep, view.index), keep
 
     def settle(self, layer: Int[Array, ""], chosen: Chosen) -> tuple[Chosen, Chosen | None]:
-        """Returns the units that a layer reads whose choice was made ahead, and what it remembers of them."""
+        """The units that a layer reads whose choice was made ahead, and what it remembers of them."""
         if self.plan.interval == 1:
             return chosen, None
         keep = jax.lax.cond(self.now, lambda: self._without_recent(chosen), lambda: at(self.memory, layer))
         return self._with_recent(keep, layer), keep
 
     def remember(self, view: LayerView, memory: Any, weights: Float[Array, "B K S"] | None) -> Any:
-        """Returns what the layer remembers once its attention is known; memory: as `choose` gave it."""
+        """What the layer remembers once its attention is known; memory: as `choose` gave it."""
         return memory
 
     def recall(self, layer: Int[Array, ""]) -> Any:
-        """Returns what a layer remembers already, where nothing was chosen."""
+        """What a layer remembers already, where nothing was chosen."""
         return None if self.plan.interval == 1 else at(self.memory, layer)
 
     def choose_block(self, scores: Float[Array, "B P K S"], layers: Int[Array, " P"]) -> Chosen:
-        """Returns the units of P layers from their pooled scores, [P, B, K, N]."""
+        """The units of P layers from their pooled scores, [P, B, K, N]."""
         batch, block = scores.shape[:2]
         total, sliding_window = self.newest.total, self.newest.sliding_window(layers)
         first = threshold = None
@@ -100,11 +100,11 @@ class Chooser:
         return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(batch, block, *a.shape[1:]), 0, 1), chosen)
 
     def count_tokens(self, chosen: Chosen, layer: Int[Array, ""]) -> Int[Array, "B K"]:
-        """Returns how many tokens the units hold that the row may see."""
+        """How many tokens the units hold that the row may see."""
         return attended_tokens(chosen, self.newest.total, self.newest.first(layer), self._unit)
 
     def mask_tokens(self, chosen: Chosen, layer: Int[Array, ""]) -> Bool[Array, "B K S"]:
-        """Returns the set of these tokens."""
+        """The set of these tokens."""
         return chosen_tokens(chosen, self.newest.total, self.newest.first(layer), self._unit, self.kv.capacity)
 
     @property
@@ -151,18 +151,18 @@ class EvictingChooser(Chooser):
     """The choices of a policy that evicts: what it has kept, the newest token included."""
 
     def choose(self, view, known):
-        """Returns the tokens kept, and the set of them to be remembered."""
+        """The tokens kept, and the set of them to be remembered."""
         keep = evict_row(
             self.plan.policy, at(self.memory, view.index), *self._row(view.index), self.plan.selection.rule
         )
         return compact(keep, self.plan.room), keep
 
     def recall(self, layer):
-        """Returns what is kept, and the policy's memory."""
+        """What is kept, and the policy's memory."""
         return at(self.memory, layer)
 
     def remember(self, view, memory, weights):
-        """Returns what is kept and the policy's memory after this row."""
+        """What is kept and the policy's memory after this row."""
         place, _, budget = self._row(view.index)
         before = at(self.memory, view.index)
         return Eviction(memory, self.plan.policy.observe(before.memory, weights, place, budget))
@@ -176,7 +176,7 @@ class EvictingChooser(Chooser):
 
 
 def empty_memory(plan: Plan, layers: int, batch: int) -> Chosen | None:
-    """Returns room for the units that every layer keeps between the choices of an interval; None without one."""
+    """Return room for the units that every layer keeps between the choices of an interval; None without one."""
     if plan.interval == 1:
         return None
     shape = (layers, batch, plan.heads, plan.room)
@@ -184,5 +184,5 @@ def empty_memory(plan: Plan, layers: int, batch: int) -> Chosen | None:
 
 
 def make_chooser(plan: Plan, **parts: Any) -> Chooser:
-    """Returns the chooser of a plan; parts: the other fields of `Chooser`."""
+    """The chooser of a plan; parts: the other fields of `Chooser`."""
     return (EvictingChooser if plan.when == "evicting" else Chooser)(plan, **parts)

@@ -10,7 +10,7 @@ class SamplingConfig:
     """How the next token is drawn. The defaults decode greedily.
 
     Raises:
-      ValueError: a setting is out of its range.
+        ValueError: A setting is out of its range.
     """
 
     temperature: float = 0.0

@@ -64,15 +64,10 @@ def evict_row(
     budget: Int[Array, " B"],
     rule: SelectionConfig,
 ) -> Bool[Array, "B K S"]:
-    """Returns what is kept after one more row of every sequence: its token comes, the one worth least goes.
+    """What is kept after one more row of every sequence: its token comes, the one worth least goes.
 
-    Args:
-        policy: What the tokens are worth.
-        state: What was kept before the row.
-        place: Where the rows stand.
-        low: First column that each row may see.
-        budget: Tokens that each row may keep.
-        rule: Sinks and recent tokens, which are never dropped.
+    low: the first column that each row may see. budget: tokens that it may keep. rule: its sinks and recent tokens are
+    never dropped.
     """
     columns = jnp.arange(state.kept.shape[-1], dtype=jnp.int32)[None]
     own = place.own[:, None]

@@ -1,7 +1,7 @@
 """Score: what the predictor says of a layer before its attention runs.
 
-The predictor walks along the layers beside the model. At the first layer of a block it scores the cached tokens for
-all P layers of the block at once; where its scores alone decide, the block's choice is made there too.
+The predictor walks along the layers beside the model. At the first layer of a block it scores the cached tokens for all
+P layers of the block at once; where its scores alone decide, the block's choice is made there too.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Forecaster:
         return self.chooser.plan.when == "ahead"
 
     def begin(self, x: Float[Array, "B 1 E"]) -> Forecasts:
-        """Returns what is carried before layer 0; x: the embeddings."""
+        """What is carried before layer 0; x: the embeddings."""
         if self.predictor is None:
             return Forecasts()
         walked, block = walk.begin(self.predictor, x, self.context, self.scores.trunk), None
@@ -100,7 +100,7 @@ class Forecaster:
         return Forecasts(walked, block, rows)
 
     def forecast(self, carry: Forecasts, view: LayerView) -> tuple[Forecasts, LayerForecast]:
-        """Returns what is carried on, and what is known of the layer in view."""
+        """What is carried on, and what is known of the layer in view."""
         if self.predictor is None:
             return carry, LayerForecast()
         step = walk.advance(self.predictor, carry.walk, view, self.context, partial(attend_trunk, self.newest.cached))
@@ -120,7 +120,7 @@ class Forecaster:
         return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, chosen, rows)
 
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
-        """Returns what is carried on, the rows of the next layer under way: known unless a new block chooses there."""
+        """What is carried on, the rows of the next layer under way: known unless a new block chooses there."""
         if carry.rows is None:
             return carry
         stride = self.predictor.stride
@@ -153,7 +153,7 @@ class Forecaster:
 
 
 def attend_trunk(cached: Int[Array, " B"], cache: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-    """Attends with one token a row over a trunk's own cache; returns the output and the cache with the token."""
+    """Attend with one token a row over a trunk's own cache; returns the output and the cache with the token."""
     rows = jnp.arange(cached.shape[0])
     new = tuple(a.at[rows, cached].set(b[:, 0].astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
     return attend_cached(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new

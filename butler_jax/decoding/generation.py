@@ -91,30 +91,28 @@ def generate(
     A base with longrope picks its rotary factors by the capacity: give one for rows that are to agree with longer ones.
 
     Args:
-      base: the model and tokenizer, as `load_base` returns them.
-      prompts: a text, several texts, token ids, or several lists of token ids.
-      predictor: a trained predictor for this base. With a predictor and no selection, SelectionConfig() is taken.
-      selection: how many cached tokens a step reads. With neither predictor nor selection, decoding is dense.
-      policy: what ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
-        Default: tokenbutler.
-      max_new_tokens: the most tokens added to a row.
-      sampling: how tokens are drawn. Default: greedy.
-      stop: token ids, or texts of single tokens, that end a row. Default: the tokenizer's end of text.
-      seed: the seed of row 0, from which the other rows count on; or one seed a row.
-      capacity: tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
-        compilation.
-      chunk: prompt tokens processed together, see `prefill`.
-      offload: whether keys and values move to host memory after the prefill; only what a step reads comes back.
-      score_dtype: "int8" stores k_imp in int8. Default: the precision of the base.
-      implementation: of the kernels of pallas_kernels. Default: what suits the device.
-      stream: called with every new `Piece` as it comes, rows interleaved.
+        prompts: A text, several texts, token ids, or several lists of token ids.
+        predictor: A trained predictor for this base. With a predictor and no selection, SelectionConfig() is taken.
+        selection: How many cached tokens a step reads. With neither predictor nor selection, decoding is dense.
+        policy: What ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
+            Default: tokenbutler.
+        sampling: How tokens are drawn. Default: greedy.
+        stop: Token ids, or texts of single tokens, that end a row. Default: the tokenizer's end of text.
+        seed: The seed of row 0, from which the other rows count on; or one seed a row.
+        capacity: Tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
+            compilation.
+        chunk: Prompt tokens processed together, see `prefill`.
+        offload: Whether keys and values move to host memory after the prefill; only what a step reads comes back.
+        score_dtype: "int8" stores k_imp in int8. Default: the precision of the base.
+        implementation: Of the kernels of pallas_kernels. Default: what suits the device.
+        stream: Called with every new `Piece` as it comes, rows interleaved.
 
     Returns:
-      The new tokens and texts of every row, with timings.
+        The new tokens and texts of every row, with timings.
 
     Raises:
-      ValueError: a prompt is empty, an id is out of range, or prompt and new tokens fit neither the capacity nor the
-        context.
+        ValueError: A prompt is empty, an id is out of range, or prompt and new tokens fit neither the capacity nor the
+            context.
     """
     result = Generated()
     pieces = generate_stream(
@@ -158,18 +156,15 @@ def generate_stream(
     implementation: str | None = None,
     result: Generated | None = None,
 ) -> Iterator[Piece]:
-    """Continue prompts, yielding every new token as it comes.
+    """Continue prompts, yielding every new `Piece` as it comes, the rows interleaved.
 
-    The settings are checked before the first piece is asked for. They are those of `generate`, without `stream`.
+    The settings are those of `generate`, without `stream`. They are checked before the first piece is asked for.
 
     Args:
-      result: filled while the pieces come.
-
-    Returns:
-      An iterator over the pieces of all rows, interleaved.
+        result: Filled while the pieces come.
 
     Raises:
-      ValueError: as `generate`.
+        ValueError: As `generate`.
     """
     if predictor is not None and selection is None:
         selection = SelectionConfig()
@@ -287,7 +282,7 @@ class _Step(NamedTuple):
 
 @partial(jax.jit, static_argnames=("how",))
 def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
-    """Returns the first token of every row and the caches of the prompts."""
+    """The first token of every row and the caches of the prompts."""
     fixed = dict(capacity=how.capacity, chunk=how.chunk, score_dtype=how.score_dtype)
     logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, **fixed)
     seen = None
@@ -301,7 +296,7 @@ def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_S
 
 @partial(jax.jit, static_argnames=("plan", "sampling"), donate_argnames=("held",))
 def advance(model, predictor, token, keys, held: _Held, *, plan: Plan, sampling: SamplingConfig) -> tuple[_Step, _Held]:
-    """Returns one more token for every row."""
+    """One more token for every row."""
     logits, state, found = take_step(model, token, held.state, predictor, plan)
     share = jnp.mean(found.attended[1:].astype(jnp.float32), axis=(0, 2)) / state.lengths.astype(jnp.float32)
     return _next(logits, state, share, held.seen, keys, sampling)

@@ -10,12 +10,12 @@ from butler_jax.selection import Chosen
 
 
 class LayerForecast(NamedTuple):
-    """What is known of one layer.
+    """What is known of one layer before its attention; None where it is not.
 
     Attributes:
-        k_imp: The newest token's, to be cached; None without a predictor.
-        scores: Of all tokens, the newest one's own included; None where nothing asks for them.
-        chosen: The units that the predictor's scores choose; None where the policy looks at more.
+        k_imp: The newest token's, to be cached.
+        scores: Of all tokens, the newest one's own included.
+        chosen: The units that the predictor's scores choose.
         rows: The rows of these units where they had to travel (`KVStore.prefetch`).
     """
 

@@ -28,20 +28,20 @@ class Newest(NamedTuple):
         return self.cached + 1
 
     def sliding_window(self, layer: Int[Array, "*P"]) -> Int[Array, "*P"] | None:
-        """Returns how many tokens a layer sees; None where no layer slides."""
+        """How many tokens a layer sees; None where no layer slides."""
         return None if self.sliding_windows is None else jnp.asarray(self.sliding_windows)[layer]
 
     def first(self, layer: Int[Array, ""]) -> Int[Array, " B"] | None:
-        """Returns the first token that each row sees in a layer; None where no layer slides."""
+        """The first token that each row sees in a layer; None where no layer slides."""
         return None if self.sliding_windows is None else jnp.maximum(self.total - self.sliding_window(layer), 0)
 
     def count(self, layer: Int[Array, ""]) -> Int[Array, " B"]:
-        """Returns how many tokens each row sees in a layer, itself included."""
+        """How many tokens each row sees in a layer, itself included."""
         first = self.first(layer)
         return self.total if first is None else self.total - first
 
 
 def newest_of(base: BaseConfig, cached: Int[Array, " B"]) -> Newest:
-    """Returns where the tokens stand that follow `cached` tokens of each row."""
+    """Where the tokens stand that follow `cached` tokens of each row."""
     found = sliding_windows(base)
     return Newest(cached, None if found is None else np.asarray(found, np.int32))

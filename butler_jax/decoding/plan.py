@@ -27,8 +27,8 @@ class Plan:
         selection: The selection as the policy uses it; None where everything is read.
         policy: Who ranks the tokens.
         when: "never": everything is read. "ahead": the predictor's scores alone decide, so that a block of layers has
-            its choice before it runs. "in_layer": the policy ranks by the layer's own queries and keys. "evicting":
-            the policy evicts.
+            its choice before it runs. "in_layer": the policy ranks by the layer's own queries and keys. "evicting": the
+            policy evicts.
         heads: Sets of units that a layer chooses for a row.
         room: Units that a set has room for.
         implementation: Of pallas_kernels; None takes the platform's.
@@ -56,15 +56,12 @@ def make_plan(
     most: int | None = None,
     implementation: str | None = None,
 ) -> Plan:
-    """Returns the plan of a decoding.
+    """The plan of a decoding.
 
     Args:
-        base: Of the base model.
-        capacity: Tokens that a row has room for.
         selection: Which cached tokens are read; None reads all.
         policy: Who ranks them; None is `TokenButler()`.
         most: The largest budget of any row, in tokens, where it is known to be below that of a full cache.
-        implementation: Of pallas_kernels.
 
     Raises:
         ValueError: For thresholds of another model, units that a mesh would split, and a policy that evicts on a mesh.
@@ -88,7 +85,7 @@ def make_plan(
 
 
 def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> None:
-    """Raises ValueError where a step cannot be done; lengths that are still on the device are not checked."""
+    """Raise ValueError where a step cannot be done; lengths that are still on the device are not checked."""
     if not isinstance(state.lengths, jax.core.Tracer):
         longest, capacity = int(np.max(np.asarray(state.lengths))), state.kv.capacity
         if longest >= capacity:
@@ -122,7 +119,7 @@ def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> N
 
 
 def check_offload(plan: Plan, capacity: int) -> None:
-    """Raises ValueError where keys and values cannot lie in host memory."""
+    """Raise ValueError where keys and values cannot lie in host memory."""
     if plan.when == "evicting":
         raise ValueError(f"the policy {plan.policy.name} needs its caches on the device: leave out offload")
     if token_axis(capacity) is not None:
@@ -133,7 +130,7 @@ def check_offload(plan: Plan, capacity: int) -> None:
 
 
 def _check_eviction(plan: Plan, state: DecodeState) -> None:
-    """Raises ValueError for a state in host memory, or one that was not prefilled under this policy."""
+    """Raise ValueError for a state in host memory, or one that was not prefilled under this policy."""
     name = plan.policy.name
     if state.kv.on_host:
         raise ValueError(f"the policy {name} needs its caches on the device: leave out offload")

@@ -58,14 +58,12 @@ def prefill(
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Runs prompts densely and keeps what decoding needs of them.
+    """Run prompts densely and keep what decoding needs of them.
 
     Args:
-        model: The base model.
         tokens: Prompts, padded on the right to T.
         lengths: Tokens of each prompt, 1 ... T. Lengths that only the device knows are not checked: a length of 0
             leaves its row empty, its logits mean nothing, and its next step begins the row.
-        capacity: S, tokens that a row has room for.
         predictor: Its caches are filled too.
         selection: Of the steps that follow. An interval takes room in the state, and a policy that evicts runs the
             prompts.
@@ -79,7 +77,7 @@ def prefill(
         Logits after each row's last token in float32, and the state.
 
     Raises:
-        ValueError: Where T exceeds the capacity, the capacity the model's context, or a length is out of range.
+        ValueError: T exceeds the capacity, the capacity the model's context, or a length is out of range.
     """
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy)
@@ -99,7 +97,7 @@ def run_prompts(
     score_dtype: str | None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Runs prompts as `prefill` does, under a plan that is made."""
+    """Run prompts as `prefill` does, under a plan that is made."""
     batch, length = tokens.shape
     _check_sizes(model.config, length, lengths, capacity, chunk)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
@@ -118,7 +116,7 @@ def run_prompts(
 
 
 def _check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:
-    """Raises ValueError for prompts that do not fit."""
+    """Raise ValueError for prompts that do not fit."""
     if length > capacity:
         raise ValueError(f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
     if capacity > config.context:

@@ -42,13 +42,13 @@ class ScoreCache:
 
 
 def check_score_dtype(score_dtype: str | None) -> None:
-    """Raises ValueError for a dtype that k_imp cannot be kept in."""
+    """Raise ValueError for a dtype that k_imp cannot be kept in."""
     if score_dtype not in (None, "int8"):
         raise ValueError(f"score_dtype must be 'int8' or None, got {score_dtype!r}")
 
 
 def store_scores(scores: ScoreCache, lengths: Int[Array, " B"], score_dtype: str | None) -> ScoreCache:
-    """Returns a score cache filled from prompts as decoding keeps it: in int8, or as it is (None)."""
+    """A score cache filled from prompts as decoding keeps it: in int8, or as it is (None)."""
     if score_dtype is None:
         return scores
     held = jnp.arange(scores.k_imp.shape[-1])[None] < lengths[:, None]
@@ -60,14 +60,14 @@ def store_scores(scores: ScoreCache, lengths: Int[Array, " B"], score_dtype: str
 def append_scores(
     scores: ScoreCache, new: Float[Array, "L B Q R"], lengths: Int[Array, " B"], trunk: Any
 ) -> ScoreCache:
-    """Returns the score cache with one more token a row, at its length, and the trunk's new cache."""
+    """The score cache with one more token a row, at its length, and the trunk's new cache."""
     if scores.scales is not None:
         new = quantise_k_imp(new[..., None], scores.scales)[0][..., 0]
     return replace(scores, k_imp=write_token(scores.k_imp, new, lengths, SCORE_LETTERS), trunk=trunk)
 
 
 def scales_of(k_imp: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:
-    """Returns what one step of int8 is worth, from the tokens held by each row."""
+    """What one step of int8 is worth, from the tokens held by each row."""
     later = jnp.arange(held.shape[1])[None] >= SINKS
     counted = held & (later | (jnp.sum(held, axis=1, keepdims=True) <= SINKS))
     k_imp = jnp.where(counted[:, None, None], k_imp, 0).astype(jnp.float32)
@@ -78,12 +78,12 @@ def scales_of(k_imp: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Fl
 
 
 def rounded(k_imp: Float[Array, "B T Q R"], held: Bool[Array, "B T"]) -> Float[Array, "B T Q R"]:
-    """Returns k_imp with the error of int8, as if the whole row had been the prompt."""
+    """Return k_imp with the error of int8, as if the whole row had been the prompt."""
     turned = jnp.moveaxis(k_imp, 1, -1)
     whole, scales = quantise_k_imp(turned, scales_of(turned, held))
     return jnp.moveaxis(restored(whole, scales, k_imp.dtype), -1, 1)
 
 
 def restored(k_imp: Array, scales: Float[Array, "*L B Q"] | None, dtype: Any = jnp.float32) -> Array:
-    """Returns a stored k_imp [*L, B, Q, R, S] as numbers."""
+    """A stored k_imp [*L, B, Q, R, S] as numbers."""
     return k_imp if scales is None else (k_imp * scales[..., None, None]).astype(dtype)

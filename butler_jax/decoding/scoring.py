@@ -27,7 +27,7 @@ from pallas_kernels import importance_scores, importance_totals
 def q_imp_of_block(
     predictor: Predictor, model: BaseModel, features: Any, context: Any, layers: Int[Array, " P"]
 ) -> Float[Array, "P B H R"]:
-    """Returns q_imp of one token a row for P layers, all from one producer's features.
+    """q_imp of one token a row for P layers, all from one producer's features.
 
     A predictor's queries may look at a layer's index and weights: nothing else of the layer exists yet.
     """
@@ -43,7 +43,7 @@ def q_imp_of_block(
 def pooled_scores(
     q_imp: Float[Array, "B K G R"], layer: Int[Array, ""], scores: ScoreCache, newest: Newest, plan: Plan
 ) -> Float[Array, "B K S"]:
-    """Returns the score of every cached token of a layer, pooled over the group.
+    """The score of every cached token of a layer, pooled over the group.
 
     Sinks and recent tokens are read whatever their score: the log-sum-exp that pooling subtracts leaves them out. Where
     the mesh splits the tokens, every device scores its part, and the parts agree on one log-sum-exp.
@@ -73,7 +73,7 @@ def pooled_scores(
 
 
 def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:
-    """Returns q_imp . k_imp / sqrt(R), float32, of every place in the cache, held or not."""
+    """q_imp . k_imp / sqrt(R), float32, of every place in the cache, held or not."""
     layers, batch, _, rank = q_imp.shape
     grouped = q_imp.reshape(layers, batch, k_imp.shape[2], -1, rank)
     return jnp.einsum("pbqgr,pbqrs->pbqgs", grouped, k_imp, preferred_element_type=jnp.float32) * rank**-0.5
@@ -82,7 +82,7 @@ def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"])
 def with_own_score(
     scores: Float[Array, "B Q G S"], q_imp: Float[Array, "B H R"], k_imp: Float[Array, "B Q R"], newest: Newest
 ) -> Float[Array, "B Q G S"]:
-    """Returns the scores of one layer with the newest token's own at its place."""
+    """The scores of one layer with the newest token's own at its place."""
     own = raw_scores(q_imp[None], k_imp[None, ..., None])[0]
     place = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] == newest.cached[:, None]
     return jnp.where(place[:, None, None], own, scores)
@@ -95,13 +95,9 @@ def chunk_of(
     newest: Newest,
     predicted: Float[Array, "B Q G S"] | None,
 ) -> Chunk:
-    """Returns what a policy sees of the newest token of each row, as it sees a row of a whole sequence.
+    """What a policy sees of the newest token of each row, as it sees a row of a whole sequence.
 
     Args:
-        view: The layer, with one token a row.
-        k: Cached keys of the layer.
-        v: Cached values of the layer.
-        newest: Where the new tokens stand.
         predicted: The predictor's scores, the newest token's own included.
     """
     cached, first = newest.cached, newest.first(view.index)
@@ -134,7 +130,7 @@ def chunk_of(
 
 
 def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: int, dtype: Any) -> ScoreCache:
-    """Returns a score cache of zeros for `capacity` tokens a row."""
+    """A score cache of zeros for `capacity` tokens a row."""
     config = model.config
     token = jax.ShapeDtypeStruct((batch, 1, config.width), dtype)
 

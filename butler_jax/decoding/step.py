@@ -63,28 +63,25 @@ def decode_step(
     implementation: str | None = None,
     details: bool = False,
 ) -> tuple[Float[Array, "B V"], DecodeState, Found]:
-    """Feeds one token a row and returns the logits after it.
+    """Feed one token a row and return the logits after it.
 
     Donate `state` under jit. Everything that is not an array is static there.
 
     Args:
-        model: The base model.
-        tokens: Token ids, int32.
         state: As `prefill` or the step before left it.
         predictor: Keeps its caches up to date, whoever chooses.
         selection: Which cached tokens are read; None reads all.
         policy: Who ranks them; None is `TokenButler()`, the predictor. A policy that evicts goes on from a prefill
             under the same policy and takes no predictor.
         most: The largest budget of any row at this step, in tokens, where it is known to be below that of a full cache.
-        implementation: Of the kernels of pallas_kernels.
         details: Whether `Found` has the chosen sets and the predictor's scores.
 
     Returns:
         Logits in float32, the state with the token, and what was read.
 
     Raises:
-        ValueError: Where the cache is known to be full, a needed predictor is missing, thresholds are another model's,
-            or `prefill` did not make the state for this interval or policy.
+        ValueError: The cache is known to be full, a needed predictor is missing, thresholds are another model's, or
+            `prefill` did not make the state for this interval or policy.
     """
     plan = make_plan(model.config, state.kv.capacity, selection, policy, most=most, implementation=implementation)
     check_plan(plan, state, predictor)
@@ -100,7 +97,7 @@ def take_step(
     *,
     details: bool = False,
 ) -> tuple[Float[Array, "B V"], DecodeState, Found]:
-    """Takes the step of `decode_step` under a plan that is made."""
+    """Take the step of `decode_step` under a plan that is made."""
     predictor = None if plan.when == "evicting" else predictor
     newest, kv = newest_of(model.config, state.lengths), state.kv
     limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity)
@@ -142,7 +139,7 @@ def take_step(
 
 
 def read_all(chooser: Chooser, view: LayerView, details: bool) -> tuple[Int[Array, "B K"], Bool[Array, "B K S"] | None]:
-    """Returns how many tokens a layer reads that reads everything, and with details the set of them."""
+    """How many tokens a layer reads that reads everything, and with details the set of them."""
     newest, heads = chooser.newest, chooser.plan.heads
     first, count = newest.first(view.index), newest.count(view.index)
     count = jnp.broadcast_to(count[:, None], (count.shape[0], heads))
@@ -154,7 +151,7 @@ def read_all(chooser: Chooser, view: LayerView, details: bool) -> tuple[Int[Arra
 
 
 def shown_scores(scores: Float[Array, "B Q G S"], total: Int[Array, " B"]) -> Float[Array, "B H S"]:
-    """Returns scores per query head, -inf where a row holds no token."""
+    """Scores per query head, -inf where a row holds no token."""
     batch, capacity = scores.shape[0], scores.shape[-1]
     held = jnp.arange(capacity, dtype=jnp.int32)[None] < total[:, None]
     return jnp.where(held[:, None], scores.reshape(batch, -1, capacity), -jnp.inf)

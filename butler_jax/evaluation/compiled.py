@@ -11,14 +11,7 @@ MAPS, MOST = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 
 def drop_programs(maps: Path = MAPS, most: Path = MOST) -> bool:
-    """Drop all compiled programs where the process uses half of the memory maps that Linux allows.
-
-    On CPU, XLA takes several maps for each program. At the limit (65,530 by default) it fails with "LLVM compilation
-    error: Cannot allocate memory". Programs that are needed again are compiled again.
-
-    Returns:
-        Whether they were dropped; False where the system does not count maps.
-    """
+    """Drop all compiled programs where the process uses half of the memory maps that Linux allows it."""
     try:
         with maps.open("rb") as lines:
             taken = sum(1 for _ in lines)

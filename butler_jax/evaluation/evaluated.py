@@ -73,9 +73,7 @@ def collect_policies(
     A policy that needs a predictor appears once for each: that of the run, and those of the runs to compare.
 
     Args:
-        base: From `load_base`.
         predictor: None reads that of config.run. Without a run, the default policies leave out those that need one.
-        config: The configuration.
         data: The text that policies are prepared on, as `read_batches` takes it.
         say: Receives a line where something is left out.
 
@@ -125,7 +123,6 @@ def prepare_policies(
 
     Args:
         policies: The policies; no text is read where none overrides `prepare`.
-        base: From `load_base`.
         data: The text, of which the training part is read.
         context: Tokens in a row of text.
         data_dir: Where prepared data sets lie.

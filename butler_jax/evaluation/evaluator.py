@@ -1,8 +1,8 @@
 """Evaluate a base model and its predictor: every task under every policy and budget, cell by cell.
 
 A task sums over the sequences that it runs (`TextSums`, `Answers` or `Recall`). The quotient of two sums is an
-`Estimate`: a mean with its standard error. An estimate with its task, metric, policy and budget is a `ReportRow`, and
-a report is a list of these. The rows of one task, policy and budget are a `Cell`. A cell is measured at once, kept in
+`Estimate`: a mean with its standard error. An estimate with its task, metric, policy and budget is a `ReportRow`, and a
+report is a list of these. The rows of one task, policy and budget are a `Cell`. A cell is measured at once, kept in
 cells.jsonl and exchanged between hosts.
 
 Several hosts take turns. Each measures one of the next cells with the whole base on its first device, and the first
@@ -69,7 +69,6 @@ def evaluate(
     """Run the tasks of a configuration on a base model.
 
     Args:
-        base: From `load_base`.
         predictor: Needed by the policy tokenbutler; None reads it from config.run. Without either, the default policies
             leave tokenbutler out.
         config: The configuration; config.policies are names, or policies themselves.

@@ -36,7 +36,7 @@ def read_training(run: str | Path, step: int | None) -> dict[str, Any]:
         step: The step of the checkpoint.
 
     Returns:
-        run, step, SETTINGS as config.json has them, tokens_a_step (length times batch_size); command, directory and git
+        Run, step, SETTINGS as config.json has them, tokens_a_step (length times batch_size); command, directory and git
         of the last start in run.json.
     """
     try:

@@ -37,27 +37,25 @@ def causal_attention(
     affects all rows of its head.
 
     Args:
-      q: queries, after rotary.
-      k: keys, after rotary.
-      v: values; Dv, their dimension, may differ from D.
-      segments: the document of each token; a token attends within its document only. 0 is padding, whose rows are
-        finite and arbitrary.
-      key_segments: the document of each key, where it differs from that of the query at the same position. A row
-        without a key in its document is finite and arbitrary.
-      sliding_window: a query sees itself and the sliding_window-1 tokens before it; static.
-      scale: factor on the logits; default D**-0.5.
-      implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated. "cudnn" is
-        `jax.nn.dot_product_attention` on NVIDIA GPUs for bfloat16 and float16, without segments. "splash" is the TPU
-        kernel of `jax.experimental.pallas`, which is interpreted (slowly) on CPU; a mesh splits it by rows and KV
-        heads. None chooses splash on TPU, cudnn on GPU where it applies, and xla otherwise.
-      return_lse: also return the log-sum-exp of the scaled logits.
+        v: Values; Dv, their dimension, may differ from D.
+        segments: The document of each token; a token attends within its document only. 0 is padding, whose rows are
+            finite and arbitrary.
+        key_segments: The document of each key, where it differs from that of the query at the same position. A row
+            without a key in its document is finite and arbitrary.
+        sliding_window: A query sees itself and the sliding_window-1 tokens before it; static.
+        scale: Factor on the logits; default D**-0.5.
+        implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated. "cudnn" is
+            `jax.nn.dot_product_attention` on NVIDIA GPUs for bfloat16 and float16, without segments. "splash" is the
+            TPU kernel of `jax.experimental.pallas`, which is interpreted (slowly) on CPU; a mesh splits it by rows and
+            KV heads. None chooses splash on TPU, cudnn on GPU where it applies, and xla otherwise.
+        return_lse: Also return the log-sum-exp of the scaled logits.
 
     Returns:
-      The output, and with return_lse the log-sum-exp in nats, float32. It carries no gradient. cuDNN rounds it to the
-      dtype of q.
+        The output, and with return_lse the log-sum-exp in nats, float32. It carries no gradient. cuDNN rounds it to the
+        dtype of q.
 
     Raises:
-      ValueError: the shapes do not fit, or the named implementation is unknown or cannot take these inputs.
+        ValueError: The shapes do not fit, or the named implementation is unknown or cannot take these inputs.
     """
     check_shapes(q, k, v, segments, sliding_window)
     if key_segments is None:
@@ -200,19 +198,10 @@ def chunk_mask(
     chunk: int,
     key_segments: Int[Array, "B S"] | None = None,
 ) -> Bool[Array, "#B C {keys}"]:
-    """Which of the keys first ... first+keys-1 the rows of chunk `index` attend to.
+    """Which of the keys first ... first+keys-1 the rows of chunk `index` attend to; B is 1 without segments.
 
-    Args:
-      index: number of the chunk.
-      first: position of the first key.
-      keys: number of keys.
-      segments: documents of the queries, padded to whole chunks; None where all tokens are of one document.
-      sliding_window: of the model, or None.
-      chunk: rows of a chunk.
-      key_segments: documents of the keys; default those of the queries.
-
-    Returns:
-      The mask; B is 1 without segments.
+    segments: documents of the queries, padded to whole chunks; None where all tokens are of one document. key_segments:
+    of the keys, by default those of the queries.
     """
     rows = (index * chunk + jnp.arange(chunk))[:, None]
     columns = (first + jnp.arange(keys))[None, :]

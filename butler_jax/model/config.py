@@ -14,17 +14,17 @@ class RopeConfig:
     """Rotary position embedding of a model.
 
     Attributes:
-      kind: one of ROPE_KINDS.
-      theta: base of the wavelengths.
-      fraction: share of the head dimension that is rotated.
-      factor: context extension of linear, llama3, yarn and longrope.
-      original_context: context in tokens before the extension.
-      attention_factor: multiplies cosine and sine; None is the kind's own default.
-      low_frequency_factor, high_frequency_factor: llama3's range of smoothing, in turns of the original context.
-      beta_fast, beta_slow: YaRN's range of interpolation, in turns of the original context.
-      mscale, mscale_all_dim: YaRN's two scales, whose ratio gives its attention factor.
-      truncate: whether YaRN rounds its range to whole dimensions.
-      short_factor, long_factor: longrope's divisors of the frequencies, up to and beyond the original context.
+        kind: One of ROPE_KINDS.
+        theta: Base of the wavelengths.
+        fraction: Share of the head dimension that is rotated.
+        factor: Context extension of linear, llama3, yarn and longrope.
+        original_context: Context in tokens before the extension.
+        attention_factor: Multiplies cosine and sine; None is the kind's own default.
+        low_frequency_factor, high_frequency_factor: llama3's range of smoothing, in turns of the original context.
+        beta_fast, beta_slow: YaRN's range of interpolation, in turns of the original context.
+        mscale, mscale_all_dim: YaRN's two scales, whose ratio gives its attention factor.
+        truncate: Whether YaRN rounds its range to whole dimensions.
+        short_factor, long_factor: longrope's divisors of the frequencies, up to and beyond the original context.
     """
 
     kind: str = "default"
@@ -97,17 +97,17 @@ class BaseConfig:
     """A decoder of any supported family.
 
     Attributes:
-      family: a name in FAMILIES.
-      vocab_size, width, hidden: V, E and I, the hidden width of the feed-forward block.
-      layers, heads, kv_heads, head_dim: L, H, K and D.
-      context: the longest sequence in tokens.
-      norm_eps: added to the mean square in every RMS norm.
-      tied: the unembedding is the embedding.
-      qkv_bias, output_bias, mlp_bias: which projections have biases.
-      qk_norm: queries and keys have an RMS norm per head.
-      sliding_window: tokens that a query of a sliding layer sees, itself included; None where no layer slides.
-      sliding_layers: which layers slide; empty for all of them.
-      rope: the rotary embedding.
+        family: A name in FAMILIES.
+        vocab_size, width, hidden: V, E and I, the hidden width of the feed-forward block.
+        layers, heads, kv_heads, head_dim: L, H, K and D.
+        context: The longest sequence in tokens.
+        norm_eps: Added to the mean square in every RMS norm.
+        tied: The unembedding is the embedding.
+        qkv_bias, output_bias, mlp_bias: Which projections have biases.
+        qk_norm: Queries and keys have an RMS norm per head.
+        sliding_window: Tokens that a query of a sliding layer sees, itself included; None where no layer slides.
+        sliding_layers: Which layers slide; empty for all of them.
+        rope: The rotary embedding.
     """
 
     family: str

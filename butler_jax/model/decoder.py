@@ -96,12 +96,12 @@ class LayerView(NamedTuple):
     """A layer as its mixer sees it.
 
     Attributes:
-      index: the layer, from 0.
-      weights: the layer's parameters, without the layer axis.
-      x: the residual stream that enters the layer.
-      q, k: queries and keys after per-head norm and rotary.
-      k_pre: keys after per-head norm and before rotary.
-      v: values.
+        index: The layer, from 0.
+        weights: The layer's parameters, without the layer axis.
+        x: The residual stream that enters the layer.
+        q, k: Queries and keys after per-head norm and rotary.
+        k_pre: Keys after per-head norm and before rotary.
+        v: Values.
     """
 
     index: Int[Array, ""]
@@ -185,15 +185,12 @@ def run_layers(
     """Scan x through all layers; `mixer` computes the attention of each.
 
     Args:
-      model: the base model.
-      x: the embeddings.
-      positions: of the tokens in their documents.
-      mixer: (carry, view) -> (attention output, carry, value).
-      carry: the mixer's first carry.
-      length: tokens that the rotary frequencies are planned for; default T. In decoding, give the cache's capacity.
+        positions: Of the tokens in their documents.
+        mixer: (carry, view) -> (attention output, carry, value).
+        length: Tokens that the rotary frequencies are planned for; default T. In decoding, give the cache's capacity.
 
     Returns:
-      The residual stream after the last layer, the mixer's last carry, and its values stacked over the layers.
+        The residual stream after the last layer, the mixer's last carry, and its values stacked over the layers.
     """
     config = model.config
     cos, sin = (a[:, :, None] for a in rope_angles(config, positions, length or x.shape[1]))
@@ -217,7 +214,7 @@ def run_layers(
 
 
 def sliding_windows(config: BaseConfig) -> tuple[int, ...] | None:
-    """Returns how many tokens each layer sees, FAR where it does not slide; None where no layer slides."""
+    """How many tokens each layer sees, FAR where it does not slide; None where no layer slides."""
     return tuple(config.sliding_window if s else FAR for s in config.sliding) if any(config.sliding) else None
 
 
@@ -254,20 +251,15 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T V"]:
-    """Next-token logits of a dense causal pass.
+    """Next-token logits of a dense causal pass, float32.
 
     Args:
-      model: the base model.
-      tokens: token ids.
-      positions: of the tokens in their documents; default 0 ... T-1.
-      segments: the document of each token, 0 for padding; None where each row is one document.
-      implementation: as in causal_attention.
-
-    Returns:
-      The logits, float32.
+        positions: Of the tokens in their documents; default 0 ... T-1.
+        segments: The document of each token, 0 for padding; None where each row is one document.
+        implementation: As in causal_attention.
 
     Raises:
-      ValueError: T exceeds the model's context.
+        ValueError: T exceeds the model's context.
     """
     check_length(model.config, tokens.shape[1])
     if positions is None:

@@ -14,12 +14,12 @@ class Family:
     """How a family differs from plain Llama.
 
     Attributes:
-      qkv_bias, output_bias, mlp_bias: True, False, or the configuration key that holds the answer.
-      qk_norm: queries and keys have an RMS norm per head.
-      fused: the projections are stored as qkv_proj and gate_up_proj.
-      sliding: which layers slide: "never", "always" (all, where sliding_window is set) or "switched" (as
-        use_sliding_window, layer_types and max_window_layers say).
-      defaults: values of keys that a configuration of the family leaves out.
+        qkv_bias, output_bias, mlp_bias: True, False, or the configuration key that holds the answer.
+        qk_norm: Queries and keys have an RMS norm per head.
+        fused: The projections are stored as qkv_proj and gate_up_proj.
+        sliding: Which layers slide: "never", "always" (all, where sliding_window is set) or "switched" (as
+            use_sliding_window, layer_types and max_window_layers say).
+        defaults: Values of keys that a configuration of the family leaves out.
     """
 
     qkv_bias: bool | str = False
@@ -76,11 +76,11 @@ def base_config(values: dict) -> BaseConfig:
     """Read a Hugging Face configuration.
 
     Args:
-      values: the content of config.json. Rotary settings may be given as rope_theta with rope_scaling, or as
-        rope_parameters.
+        values: The content of config.json. Rotary settings may be given as rope_theta with rope_scaling, or as
+            rope_parameters.
 
     Raises:
-      ValueError: the family, rope type or activation is unknown, or a value is missing or invalid; the key is named.
+        ValueError: The family, rope type or activation is unknown, or a value is missing or invalid; the key is named.
     """
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:

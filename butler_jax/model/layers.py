@@ -42,14 +42,11 @@ def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -
     2023, sections 3.2 and 3.4), LongRoPE (Ding et al. 2024).
 
     Args:
-      rope: the kind of rotary embedding and its settings.
-      dim: number of rotated dimensions.
-      context: the model's context in tokens.
-      length: tokens that the computation is planned for. longrope has one set of frequencies up to the original context
-        and another beyond, so a cache and the pass that fills it need the same length.
+        length: Tokens that the computation is planned for. longrope has one set of frequencies up to the original
+            context and another beyond, so a cache and the pass that fills it need the same length.
 
     Returns:
-      The frequencies in radians a token (F = dim/2), and the factor on cosine and sine.
+        The frequencies in radians a token (F = dim/2), and the factor on cosine and sine.
     """
     frequencies = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
     factor = rope.factor
@@ -101,11 +98,8 @@ def rotary_angles(
 def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*#B F"], sin: Float[Array, "*#B F"]) -> Float[Array, "*B D"]:
     """Rotate the first 2F of D dimensions in half layout: pair f is the dimensions f and F+f. The rest is unchanged.
 
-    The rotation is computed in float32 and rounded once to the dtype of x.
-
-    Args:
-      x: queries or keys.
-      cos, sin: of the rank of x; an axis of size 1 is broadcast.
+    The rotation is computed in float32 and rounded once to the dtype of x. An axis of size 1 of cos and sin is
+    broadcast.
     """
     half = cos.shape[-1]
     a, b, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]

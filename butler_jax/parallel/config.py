@@ -16,16 +16,10 @@ class Host(NamedTuple):
 
 
 def parse_hosts(text: str) -> Host | None:
-    """Read the value of --distributed.
-
-    Args:
-      text: "auto" or "HOST:PORT,COUNT,INDEX".
-
-    Returns:
-      The host, or None for "auto".
+    """Read the value of --distributed, "auto" (None) or "HOST:PORT,COUNT,INDEX".
 
     Raises:
-      ValueError: the text is neither, the port is out of range, or INDEX is not below COUNT.
+        ValueError: The text is neither, the port is out of range, or INDEX is not below COUNT.
     """
     if text == "auto":
         return None

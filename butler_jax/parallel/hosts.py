@@ -29,15 +29,12 @@ LOST = re.compile(r"gloo|nccl|barrier|coordination service", re.IGNORECASE)
 def join_hosts(config: HostsConfig) -> None:
     """Join the run that `config` describes; do nothing where config.distributed is empty.
 
-    Returns once all processes are connected and have the same settings and versions. From then on they end together:
+    It returns once all processes are connected and have the same settings and versions. From then on they end together:
     `host_timeout` seconds after the last heartbeat of one process, JAX's coordination service ends the others. If a
     process is missing after `start_timeout` seconds, this one ends with a message and status 1.
 
-    Args:
-      config: the address and the two timeouts in seconds.
-
     Raises:
-      ValueError: no cluster is found, or settings, versions or numbers of devices differ. Every process raises it.
+        ValueError: No cluster is found, or settings, versions or numbers of devices differ. Every process raises it.
     """
     if not config.distributed:
         return
@@ -92,10 +89,10 @@ def gather(value: Any) -> list[Any]:
     """Collect one value from every process. All processes have to call it; they wait for each other.
 
     Args:
-      value: anything that JSON can hold.
+        value: Anything that JSON can hold.
 
     Returns:
-      The values in process order, the same list in every process.
+        The values in process order, the same list in every process.
     """
     if jax.process_count() == 1:
         return [value]
@@ -107,13 +104,10 @@ def gather(value: Any) -> list[Any]:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Check that all processes pass the same facts. All have to call it.
-
-    Args:
-      facts: values that JSON can hold, by name.
+    """Check that all processes pass the same facts, JSON values by name. All have to call it.
 
     Raises:
-      ValueError: names the facts that differ, with their values. Every process raises it.
+        ValueError: Names the facts that differ, with their values. Every process raises it.
     """
     found = gather(facts)
     different = []
@@ -134,15 +128,12 @@ def agree(facts: dict[str, Any]) -> None:
 def check_shared(directory: Path, *, seconds: float = 10.0) -> None:
     """Check that a directory is the same one for all processes. All have to call it; nothing is left behind.
 
-    Process 0 creates the directory if need be and a file in it. The others wait until they see that file.
-
-    Args:
-      directory: may exist or not.
-      seconds: how long the others wait, since a shared file system may show a new file late.
+    Process 0 creates the directory if need be and a file in it. The others wait up to `seconds` until they see that
+    file, since a shared file system may show it late.
 
     Raises:
-      ValueError: names the processes that do not see the file. Every process raises it.
-      OSError: process 0 cannot write there. Every process raises it.
+        ValueError: Names the processes that do not see the file. Every process raises it.
+        OSError: Process 0 cannot write there. Every process raises it.
     """
     mark = directory / f".shared-{gather(uuid.uuid4().hex)[0]}"
     made, problem = [], ""
@@ -182,12 +173,7 @@ def lost(error: BaseException) -> bool:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Print the error as one line and end at once with status 1. A regular exit would wait for the other processes.
-
-    Args:
-      error: where it says that another process is gone, the line says so too. Otherwise the others end because this
-        one does.
-    """
+    """Print the error as one line and end at once with status 1. A regular exit would wait for the other processes."""
     words = str(error)
     if lost(error):
         reason = (words.splitlines() or [""])[0]

@@ -43,16 +43,10 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read a mesh such as "data=4,model=2".
-
-    Args:
-      text: axis=size, separated by commas.
-
-    Returns:
-      The size of every axis; 1 for an axis that the text leaves out.
+    """Read a mesh such as "data=4,model=2" as the size of every axis; 1 for an axis that the text leaves out.
 
     Raises:
-      ValueError: a part has another form, an unknown axis or a size below 1.
+        ValueError: A part has another form, an unknown axis or a size below 1.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -72,13 +66,13 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
     """Make the mesh that `text` describes over the first devices.
 
     Args:
-      text: as `parse_mesh` reads it. "" gives the data axis as many devices as divide the batch, and all devices where
-        several hosts run together.
-      batch_size: rows of a training batch; None for decoding.
+        text: As `parse_mesh` reads it. "" gives the data axis as many devices as divide the batch, and all devices
+            where several hosts run together.
+        batch_size: Rows of a training batch; None for decoding.
 
     Raises:
-      ValueError: the mesh needs more devices than there are, does not divide the batch, has a sequence axis in
-        training, or leaves devices of a multi-host run idle.
+        ValueError: The mesh needs more devices than there are, does not divide the batch, has a sequence axis in
+            training, or leaves devices of a multi-host run idle.
     """
     devices = jax.devices()
     count = len(devices)
@@ -117,14 +111,9 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
 
 
 def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Choose the mesh axes of an array.
+    """Choose the mesh axes of an array, given a logical axis for each dimension and its shape.
 
     A mesh axis splits the first dimension that RULES gives it and whose size it divides. Other dimensions stay whole.
-
-    Args:
-      logical: a logical axis for each dimension; names that RULES lacks are never split.
-      shape: the array's shape.
-      mesh: a Mesh or an AbstractMesh.
     """
     free, chosen = set(mesh.shape), []
     for name, size in zip(logical, shape, strict=True):
@@ -160,12 +149,9 @@ def module_shardings(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh
 
 
 def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Any) -> Any:
-    """A pytree of PartitionSpecs with the structure of `module`.
+    """A pytree of PartitionSpecs with the structure of `module`, or of any tree that names arrays as it does.
 
-    Args:
-      module: a module, or any tree that keeps arrays under the parameters' names (an optimiser's state).
-      logical_axes: a parameter's logical axes by its name, or by its dotted path where two parameters share a name.
-      mesh: a Mesh or an AbstractMesh.
+    logical_axes: by a parameter's name, or by its dotted path where two parameters share a name.
     """
 
     def one(path, leaf):
@@ -198,12 +184,9 @@ def check_batch(batch_size: int, mesh: Mesh, *, what: str = "batch size") -> Non
 
 
 def rows_here(batch_size: int, mesh: Mesh, process: int | None = None) -> list[int]:
-    """The rows of a batch that a process holds on its devices, in order.
+    """The rows of a batch that a process (None: this one) holds on its devices, in order.
 
-    Args:
-      batch_size: rows of the global batch.
-      mesh: the mesh that splits the batch. Several processes hold the same rows where it replicates them.
-      process: index of the process; None is this one.
+    Several processes hold the same rows where the mesh replicates them.
     """
     process = jax.process_index() if process is None else process
     parts = {at[AXES.index(DATA)] for at, device in np.ndenumerate(mesh.devices) if device.process_index == process}
@@ -241,12 +224,8 @@ def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Me
 def any_process(flag: bool, mesh: Mesh, after: jax.Array) -> jax.Array:
     """Whether `flag` is set in any process, as a scalar bool that is the same in all processes.
 
-    The call does not wait. It reduces one byte for each device.
-
-    Args:
-      flag: of this process.
-      mesh: the mesh of all processes.
-      after: the reduction starts once this array is computed, so that two reductions never run at the same time.
+    The call does not wait. It reduces one byte for each device, once `after` is computed: two reductions never run at
+    the same time.
     """
     flags = jax.make_array_from_callback(
         (mesh.size,), NamedSharding(mesh, PartitionSpec(AXES)), lambda _: np.full(1, flag)
@@ -289,14 +268,12 @@ def by_rows_and_heads(
     Nothing is communicated. Outside of a mesh the function is returned as it is.
 
     Args:
-      function: takes the operands and returns an array or a tuple of arrays.
-      operands: for each operand one letter per dimension: "b" for rows or a multiple of them, "h" for KV heads or a
-        multiple of them, "w" for KV heads that the sequence axis splits too, "s" for cached tokens (the function has to
-        merge the parts), "-" for a dimension that stays whole.
-      result: the letters of the result, or a tuple of them.
-      rows: number of rows. A mesh axis that does not divide it does not split it; likewise below.
-      heads: number of KV heads.
-      tokens: number of cached tokens.
+        function: Takes the operands and returns an array or a tuple of arrays.
+        operands: For each operand one letter per dimension: "b" for rows or a multiple of them, "h" for KV heads or a
+            multiple of them, "w" for KV heads that the sequence axis splits too, "s" for cached tokens (the function
+            has to merge the parts), "-" for a dimension that stays whole.
+        result: The letters of the result, or a tuple of them.
+        rows: Number of rows. A mesh axis that does not divide it does not split it; likewise below.
     """
     mesh = current_mesh()
     if mesh is None:

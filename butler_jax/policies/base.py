@@ -35,14 +35,9 @@ class Policy:
     form: ClassVar[str] = ""
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
-        """Learns from text what the policy needs to know about a model.
+        """Learn from text what the policy needs to know about a model; by default nothing.
 
-        Args:
-            model: The base model.
-            batches: tokens, segments and positions, int32 [B, T] each.
-
-        Returns:
-            The prepared policy; by default the policy itself.
+        batches: tokens, segments and positions, int32 [B, T] each.
         """
         return self
 
@@ -55,7 +50,7 @@ class Policy:
             )
 
     def selection(self, config: SelectionConfig) -> SelectionConfig | None:
-        """Returns the selection under which the policy runs; None reads everything. By default it is `config`."""
+        """The selection under which the policy runs; None reads everything. By default it is `config`."""
         return config
 
     @property
@@ -69,19 +64,19 @@ class Policy:
         return "the prompt is prefilled densely, every new token attends its own choice"
 
     def choosing_heads(self, base: BaseConfig) -> int:
-        """Returns how many sets of tokens a layer chooses for a row; by default one for each KV head."""
+        """How many sets of tokens a layer chooses for a row; by default one for each KV head."""
         return base.kv_heads
 
     def numbers_read_per_key(self, base: BaseConfig, predictor: Predictor | None) -> float:
-        """Returns the numbers read per cached token and KV head to make a choice; by default 0."""
+        """The numbers read per cached token and KV head to make a choice; by default 0."""
         return 0.0
 
     def row_by_row(self) -> Policy:
-        """Returns the form of the policy that runs on a text without a prompt; by default the policy itself."""
+        """The form of the policy that runs on a text without a prompt; by default the policy itself."""
         return self
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """Returns the name and the hyper-parameters for reports, without the arrays that `prepare` found on text."""
+    """The name and the hyper-parameters for reports, without the arrays that `prepare` found on text."""
     settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     return {"name": policy.name, **{f: value for f, value in settings.items() if not isinstance(value, np.ndarray)}}

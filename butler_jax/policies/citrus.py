@@ -67,7 +67,7 @@ class CItruS(Evicting):
         return ChunkAttention(nothing, nothing, number, number)
 
     def observe(self, memory, weights, place, budget):
-        """Adds the attention of the chunk's last rows, and rates the tokens when the chunk ends."""
+        """Add the attention of the chunk's last rows, and rates the tokens when the chunk ends."""
         size = jnp.clip(budget // 5, 1, self.chunk)
         first = place.own == place.start
         begun, length = jnp.where(first, place.own, memory.begun), jnp.where(first, size, memory.size)

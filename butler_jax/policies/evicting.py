@@ -39,14 +39,14 @@ class Evicting(Policy):
     (`begin`, `observe`, `worth`), and how many of the newest tokens are never dropped (`recent`).
 
     Attributes:
-        once: Whether decoding reads the prompt densely and the first step after it cuts the cache down to the budget.
-            A simulated text has no prompt, so each of its rows drops what is beyond its budget (`row_by_row`).
+        once: Whether decoding reads the prompt densely and the first step after it cuts the cache down to the budget. A
+            simulated text has no prompt, so each of its rows drops what is beyond its budget (`row_by_row`).
     """
 
     once: ClassVar[bool] = False
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
-        """Returns the selection unchanged.
+        """The selection unchanged.
 
         Raises:
             ValueError: A setting has no meaning for a policy that evicts.
@@ -65,34 +65,28 @@ class Evicting(Policy):
         return "the prompt is read under the policy, which drops its tokens row after row, and so is every new token"
 
     def row_by_row(self) -> Evicting:
-        """Returns the policy that drops tokens at every row."""
+        """The policy that drops tokens at every row."""
         return dataclasses.replace(self, once=False) if self.once else self
 
     def begin(self, shape: tuple[int, int, int]) -> Any:
-        """Returns the memory of attention before the first row.
-
-        Args:
-            shape: (B, K, S). The memory of a larger S begins with that of a smaller one.
-        """
+        """The memory of attention before the first row, for a shape (B, K, S); a larger S only appends to it."""
         raise TypeError(f"{type(self).__name__} must define begin")
 
     def observe(self, memory: Any, weights: Float[Array, "B K S"], place: Place, budget: Int[Array, " B"]) -> Any:
-        """Returns the memory after a row.
+        """The memory after a row.
 
         Args:
             memory: The memory before the row. At the first row of a document it must have no effect.
             weights: The row's attention among the tokens kept, summed over the group.
-            place: Columns of the row.
-            budget: The row's budget in tokens.
         """
         raise TypeError(f"{type(self).__name__} must define observe")
 
     def worth(self, memory: Any) -> Float[Array, "B K S"]:
-        """Returns the worth of every token, finite. The lowest is dropped first, and of equal ones the oldest."""
+        """The worth of every token, finite. The lowest is dropped first, and of equal ones the oldest."""
         raise TypeError(f"{type(self).__name__} must define worth")
 
     def recent(self, budget: Int[Array, " B"]) -> Int[Array, " B"]:
-        """Returns how many of the newest tokens stay under a budget in tokens, as far as sinks leave room."""
+        """How many of the newest tokens stay under a budget in tokens, as far as sinks leave room."""
         raise TypeError(f"{type(self).__name__} must define recent")
 
 
@@ -102,7 +96,7 @@ def evict(
     protected: Bool[Array, "B S"],
     budget: Int[Array, " B"],
 ) -> Bool[Array, "B K S"]:
-    """Returns the candidates without those beyond the budget that are worth least; protected tokens always stay.
+    """The candidates without those beyond the budget that are worth least; protected tokens always stay.
 
     One is dropped, or several at the row where min_context ends.
     """

@@ -20,7 +20,7 @@ class H2O(Evicting):
         return jnp.zeros(shape, jnp.float32)
 
     def observe(self, memory, weights, place, budget):
-        """Adds the row's attention."""
+        """Add the row's attention."""
         return jnp.where(place.first, 0.0, memory) + weights
 
     def worth(self, memory):

@@ -32,7 +32,7 @@ class LowRank(Scoring):
     __hash__ = object.__hash__
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> LowRank:
-        """Returns the policy with the principal directions of the keys of a text.
+        """The policy with the principal directions of the keys of a text.
 
         Raises:
             ValueError: The rank exceeds the head dimension, or there are no batches.
@@ -72,7 +72,7 @@ class LowRank(Scoring):
 def key_moments(
     model: BaseModel, batch: dict[str, Int[Array, "B T"]]
 ) -> tuple[Float[Array, "L K D D"], Float[Array, "L K D"], Float[Array, ""]]:
-    """Returns the sums of k k^T, k and 1 over all tokens that are not padding."""
+    """The sums of k k^T, k and 1 over all tokens that are not padding."""
     dense = dense_mixer(model.config, batch["segments"])
     real = (batch["segments"] > 0).astype(jnp.float32)
 

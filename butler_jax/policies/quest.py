@@ -59,15 +59,10 @@ class Quest(Scoring):
 def page_ranges(
     keys: Float[Array, "B K S D"], columns: Int[Array, " S"], starts: Int[Array, "B S"], page: int
 ) -> tuple[Range, Range]:
-    """Returns the ranges of the keys in each token's page: of those up to the token, and of all.
+    """The ranges of the keys in each token's page: of those up to the token, and of all.
 
-    A range is the smallest and the largest value in every dimension. Pages are counted from the start of each document.
-    The end of the document, or of the keys, may cut a page.
-
-    Args:
-        columns: Positions of the keys along the sequence, consecutive.
-        starts: Column at which each key's document begins.
-        page: Tokens of a page.
+    A range is the smallest and the largest value in every dimension. Pages are counted from the column where each key's
+    document begins, `starts`. The end of the document, or of the keys, may cut a page. `columns` are consecutive.
     """
     place = (columns[None] - starts) % page
     low = high = keys

@@ -25,7 +25,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> Policy:
-    """Returns the policy of a name in POLICIES with these hyper-parameters.
+    """The policy of a name in POLICIES with these hyper-parameters.
 
     Args:
         name: The name.

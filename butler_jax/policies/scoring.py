@@ -61,15 +61,15 @@ class Scoring(Policy):
     """Base class of policies that score. `scores` scores per query head, and `pool` combines them per choosing head."""
 
     def scores(self, chunk: Chunk) -> Float[Array, "B K _ C S"]:
-        """Returns scores [B, K, G, C, S], or [B, K, 1, C, S] where a group shares them; higher is read first."""
+        """Scores [B, K, G, C, S], or [B, K, 1, C, S] where a group shares them; higher is read first."""
         raise TypeError(f"{type(self).__name__} must define scores")
 
     def pool(self, scores: Float[Array, "B K _ C S"], chunk: Chunk) -> Float[Array, "B _ C S"]:
-        """Returns scores per choosing head, [B, K, C, S] or [B, H, C, S]; by default the maximum over the group."""
+        """Scores per choosing head, [B, K, C, S] or [B, H, C, S]; by default the maximum over the group."""
         return jnp.max(scores, axis=2)
 
     def __call__(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
-        """Returns the pooled scores that selection compares."""
+        """The pooled scores that selection compares."""
         return self.pool(self.scores(chunk), chunk)
 
     @property
@@ -83,7 +83,7 @@ class Scoring(Policy):
 
 
 def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
-    """Subtracts each head's log-sum-exp over the given keys of a row, which makes the heads of a group comparable.
+    """Subtract each head's log-sum-exp over the given keys of a row, which makes the heads of a group comparable.
 
     A group of one head is unchanged. So is a head whose log-sum-exp is not finite: one without keys, or with a score of
     +inf or NaN.
@@ -95,6 +95,6 @@ def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> 
 
 
 def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:
-    """Returns the scores with one axis for all query heads, for a policy whose heads share no choice."""
+    """The scores with one axis for all query heads, for a policy whose heads share no choice."""
     batch, kv_heads, group, *rest = scores.shape
     return scores.reshape(batch, kv_heads * group, *rest)

@@ -60,7 +60,7 @@ class SnapKV(Evicting):
         return Recent(jnp.zeros((self.observed, *shape), jnp.float32), nothing, nothing)
 
     def observe(self, memory, weights, place, budget):
-        """Replaces the oldest row by the newest."""
+        """Replace the oldest row by the newest."""
         batch = jnp.arange(weights.shape[0])
         slot = (place.own - place.start) % self.observed
         turn = (slot == 0)[:, None, None]

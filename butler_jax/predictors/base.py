@@ -42,14 +42,14 @@ class Context(NamedTuple):
 class Predictor(nnx.Module):
     """Base class of the predictors.
 
-    A subclass sets two attributes in its constructor: `trunk`, a module whose parameters are stacked over the
-    producers (None where it has none), and `heads`, a module whose parameters are stacked over the layers 1 ... L-1.
+    A subclass sets two attributes in its constructor: `trunk`, a module whose parameters are stacked over the producers
+    (None where it has none), and `heads`, a module whose parameters are stacked over the layers 1 ... L-1.
 
-    Class attributes:
-      kind: the name in PredictorConfig and PREDICTORS.
-      objective: the default loss of distillation.
-      learning_rate: the default peak learning rate.
-      logical_axes: the logical axes of every parameter by name, for sharding.
+    Attributes:
+        kind: The name in PredictorConfig and PREDICTORS.
+        objective: The default loss of distillation.
+        learning_rate: The default peak learning rate.
+        logical_axes: The logical axes of every parameter by name, for sharding.
     """
 
     kind: ClassVar[str]
@@ -95,14 +95,12 @@ class Predictor(nnx.Module):
         """Features of one producer. Default: the captured stream itself.
 
         Args:
-          trunk: the producer's parameters, an entry of `self.trunk`.
-          captured: what `capture` returned at the producer's layer.
-          context: of the same tokens.
-          attend: the trunk's attention over the tokens so far, for a trunk that has one.
-          dropout: a key in training, otherwise None.
+            trunk: The producer's parameters, an entry of `self.trunk`.
+            captured: What `capture` returned at the producer's layer.
+            attend: The trunk's attention over the tokens so far, for a trunk that has one.
 
         Returns:
-          The features, any pytree of arrays [B, T, ...], and the cache that `attend` returned (None without a cache).
+            The features, any pytree of arrays [B, T, ...], and the cache that `attend` returned (None without a cache).
         """
         return captured, None
 
@@ -122,8 +120,7 @@ class Predictor(nnx.Module):
         """The predictor before the first training step on this base. Default: as constructed.
 
         Args:
-          model: the base model.
-          batches: calibration text; dictionaries with "tokens", "segments" and "positions", int32 [B, T].
+            batches: calibration text; dictionaries with "tokens", "segments" and "positions", int32 [B, T].
         """
         return self
 
@@ -137,12 +134,12 @@ class Schedule(NamedTuple):
     """A layer's place among the blocks of a predictor.
 
     Attributes:
-      serves: whether the layer belongs to a block; false for layer 0 alone.
-      producer: index of the block's producer.
-      head: index of the layer's head.
-      starts: the layer is the first of its block.
-      ends: the layer is the last of its block.
-      captures: the layer carries the producer of the next block.
+        serves: Whether the layer belongs to a block; false for layer 0 alone.
+        producer: Index of the block's producer.
+        head: Index of the layer's head.
+        starts: The layer is the first of its block.
+        ends: The layer is the last of its block.
+        captures: The layer carries the producer of the next block.
     """
 
     serves: Bool[Array, "*layers"]

@@ -11,7 +11,7 @@ class PredictorConfig:
     """The kind of a predictor and its sizes.
 
     Raises:
-      ValueError: a size is out of its range.
+        ValueError: A size is out of its range.
     """
 
     kind: Literal["lookahead", "producer", "contextual"] = field(default="lookahead", metadata={"flag": "predictor"})

@@ -55,7 +55,7 @@ class Contextual(Predictor):
     the slots of layer 0, which is always dense (2 I H R).
 
     Raises:
-      ValueError: the base's width is not a multiple of 16.
+        ValueError: The base's width is not a multiple of 16.
     """
 
     kind = "contextual"

@@ -53,7 +53,7 @@ class Lookahead(Predictor):
     """q_imp = rot(norm_l(x_p) W_l) and k_imp = rot(k_pre U_l); x_p is the residual stream that enters producer layer p.
 
     Raises:
-      ValueError: the rank exceeds the base's head dimension.
+        ValueError: The rank exceeds the base's head dimension.
     """
 
     kind = "lookahead"
@@ -97,7 +97,7 @@ class Lookahead(Predictor):
         """Choose the rotary pairs on calibration text and copy the matching rows of the frozen projections.
 
         Raises:
-          ValueError: there are no batches.
+            ValueError: There are no batches.
         """
         if not batches:
             raise ValueError(

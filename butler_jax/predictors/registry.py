@@ -18,7 +18,7 @@ def make_predictor(base: BaseConfig, config: PredictorConfig, seed: int = 0) -> 
     """Make a predictor with random parameters. Under jax.eval_shape it takes no memory.
 
     Raises:
-      ValueError: PREDICTORS lacks config.kind, or the base's sizes do not suit the predictor.
+        ValueError: PREDICTORS lacks config.kind, or the base's sizes do not suit the predictor.
     """
     if config.kind not in PREDICTORS:
         raise ValueError(f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")

@@ -30,9 +30,9 @@ class Walk(NamedTuple):
     """The predictor's state from layer to layer.
 
     Attributes:
-      captured: what `capture` returned at the latest producer layer.
-      features: of the block's producer; None where they are the captured stream itself.
-      cache: of the trunks' attention, stacked over the producers; None without a cache.
+        captured: What `capture` returned at the latest producer layer.
+        features: Of the block's producer; None where they are the captured stream itself.
+        cache: Of the trunks' attention, stacked over the producers; None without a cache.
     """
 
     captured: Float[Array, "B T E"]
@@ -52,11 +52,8 @@ class WalkStep(NamedTuple):
 def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cache: Any = None) -> Walk:
     """The state before layer 0.
 
-    Args:
-      predictor: the predictor to run.
-      x: any array of the residual stream's shape and dtype.
-      context: of the tokens of this pass.
-      cache: in decoding, predictor.trunk_cache stacked over the producers; otherwise None.
+    x: any array of the residual stream's shape and dtype. cache: in decoding, predictor.trunk_cache stacked over the
+    producers.
     """
     captured = jnp.zeros_like(x)
     if predictor.trunk is None:
@@ -80,17 +77,9 @@ def advance(
     attend: TrunkAttend,
     dropout: Key[Array, ""] | None = None,
 ) -> WalkStep:
-    """Run the predictor at the layer in view.
+    """Run the predictor at the layer in view; `attend` is called once for each block, for a trunk that attends.
 
-    Layer 0 gets head 0, whose output must not be used (place.serves is false).
-
-    Args:
-      predictor: the predictor to run.
-      state: from `begin` or from the layer before.
-      view: the layer.
-      context: of the tokens of this pass.
-      attend: the attention of a trunk that has one; called once for each block.
-      dropout: a key in training, otherwise None.
+    Layer 0 gets head 0, whose output must not be used (place.serves is false). dropout: a key in training.
     """
     place = schedule(predictor, view.index)
     features, cache = state.captured, state.cache

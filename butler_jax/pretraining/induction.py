@@ -17,8 +17,8 @@ def wire_induction(model: BaseModel) -> BaseModel:
     current token in this subspace, by the slow pairs, and raises the logit of the token that it finds there.
 
     Models of this size form the circuit late, after far more text than this recipe reads (Olsson et al. 2022,
-    "In-context learning and induction heads"). The strengths are those with the best accuracy on repeated random
-    tokens at step 0.
+    "In-context learning and induction heads"). The strengths are those with the best accuracy on repeated random tokens
+    at step 0.
     """
     config = model.config
     width, dim, half = config.width, config.head_dim, config.head_dim // 2

@@ -42,20 +42,17 @@ VALIDATION_BATCHES = 4
 
 
 def pretrain(config: PretrainConfig | None = None) -> Path:
-    """Train a base model, or go on where a run with the same settings stopped.
+    """Train a base model, or go on where a run with the same settings stopped. The defaults are the recipe of `tiny`.
 
     Rows are short first and as long as the context for the last `long_steps` steps.
 
-    Args:
-      config: the settings; default: PretrainConfig(), the recipe of `tiny`.
-
     Returns:
-      The directory that holds the model in Hugging Face layout. model.safetensors is bfloat16. card.json beside it
-      says how it was made.
+        The directory that holds the model in Hugging Face layout: model.safetensors in bfloat16, and card.json, which
+        says how it was made.
 
     Raises:
-      ValueError: where another process trains in the run directory.
-      OSError: where the run directory cannot be written.
+        ValueError: Another process trains in the run directory.
+        OSError: The run directory cannot be written.
     """
     config = config or PretrainConfig()
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)

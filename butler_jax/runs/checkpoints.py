@@ -48,7 +48,6 @@ class Checkpoints:
     directory; `notes` has a line for each. Use as a context manager, or call close().
 
     Args:
-        directory: Where the checkpoints lie.
         keep: How many of the newest are kept. None only reads and does not disturb a save of another process.
         about: JSON facts that are stored with every checkpoint, such as the configuration and the base.
 
@@ -226,10 +225,7 @@ class Checkpoints:
         return read_facts(self.directory / str(step))
 
     def wait(self, *, agree: bool = True) -> None:
-        """Block until the save in flight is safe on disk.
-
-        Args:
-            agree: Whether all processes share the outcome. False where the others may not come to this point.
+        """Block until the save in flight is safe on disk. agree: whether all processes share the outcome.
 
         Raises:
             OSError: The checkpoint could not be written.
@@ -315,11 +311,7 @@ def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None
 
 
 def joined(states: list[Any], name: str = "state") -> Any:
-    """Join the data states of all processes into one: dictionaries are united, lists joined item by item.
-
-    Args:
-        states: One state for each process.
-        name: What the states are called in the error message.
+    """Join the data states of all processes, called `name` in the error, into one: lists are joined item by item.
 
     Raises:
         ValueError: Other values differ, so the processes read different data.

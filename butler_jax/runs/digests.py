@@ -31,11 +31,7 @@ def seal(directory: Path) -> None:
 
 
 def damage(directory: Path, *, only: str | None = None) -> list[str]:
-    """What differs from the sealed state, a few words for each file; empty where nothing does.
-
-    Args:
-        only: The name of the one file to check; None checks all.
-    """
+    """What differs from the sealed state (of one file with `only`), a few words for each; empty where nothing does."""
     try:
         sealed = read_object(directory / DIGESTS)
     except FileNotFoundError:

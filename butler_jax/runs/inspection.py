@@ -33,28 +33,28 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
     """What a run directory holds, ready for JSON.
 
     Args:
-      run_dir: directory of a training run, of `save_predictor`, or a copy of one.
-      kind_of: gives the configuration class of the settings in config.json, or None if no training has such settings.
+        run_dir: Directory of a training run, of `save_predictor`, or a copy of one.
+        kind_of: Gives the configuration class of the settings in config.json, or None if no training has such settings.
 
     Returns:
-      A dictionary:
+        A dictionary:
 
-      - run: the directory.
-      - state: in words. It begins with "finished" only where the last step is saved and whole.
-      - config: the settings; {} where config.json is absent or damaged.
-      - starts: the records of run.json.
-      - checkpoints: a dictionary each, with step, loss, bytes, state ("whole" or "damaged"), damage, best, base and
-        fingerprint.
-      - set_aside: directories of damaged checkpoints.
-      - unfinished: directories of saves that a kill cut off or that are being written.
-      - metrics: the last row of metrics.jsonl; its numbers may be NaN or infinite.
-      - bytes: of all files.
-      - held: the process that trains now, as "PID on HOST"; None where there is none.
-      - done: the newest step that is saved and whole.
-      - problems: what else is damaged.
+        - run: the directory.
+        - state: in words. It begins with "finished" only where the last step is saved and whole.
+        - config: the settings; {} where config.json is absent or damaged.
+        - starts: the records of run.json.
+        - checkpoints: a dictionary each, with step, loss, bytes, state ("whole" or "damaged"), damage, best, base and
+          fingerprint.
+        - set_aside: directories of damaged checkpoints.
+        - unfinished: directories of saves that a kill cut off or that are being written.
+        - metrics: the last row of metrics.jsonl; its numbers may be NaN or infinite.
+        - bytes: of all files.
+        - held: the process that trains now, as "PID on HOST"; None where there is none.
+        - done: the newest step that is saved and whole.
+        - problems: what else is damaged.
 
     Raises:
-      FileNotFoundError: the directory holds no run.
+        FileNotFoundError: The directory holds no run.
     """
     if not any((run_dir / part).exists() for part in PARTS):
         raise FileNotFoundError(

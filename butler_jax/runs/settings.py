@@ -27,8 +27,8 @@ def read_settings(run: str | Path) -> dict[str, Any]:
     """The settings of a run directory, under their present names.
 
     Raises:
-      FileNotFoundError: the directory has no config.json.
-      ValueError: config.json holds no JSON object.
+        FileNotFoundError: The directory has no config.json.
+        ValueError: config.json holds no JSON object.
     """
     return with_present_names(read_object(Path(run) / CONFIG, most=MOST_BYTES))
 
@@ -48,8 +48,8 @@ def run_config(run: str | Path) -> dict[str, Any]:
     """The settings of a run that trained a predictor.
 
     Raises:
-      FileNotFoundError: it is no run directory.
-      ValueError: config.json names no base, or its data are not text.
+        FileNotFoundError: It is no run directory.
+        ValueError: config.json names no base, or its data are not text.
     """
     path = Path(run) / CONFIG
     if not path.is_file():

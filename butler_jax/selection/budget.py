@@ -14,18 +14,11 @@ from butler_jax.selection.config import SelectionConfig
 
 
 def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
-    """The budgets in tokens of rows of 0 ... length tokens, as jitted code takes them.
+    """The budgets in tokens of rows of 0 ... length tokens, int32 [length + 1], as jitted code takes them.
 
     A fraction of n tokens is ceil(budget * n), exact for the decimal or simple ratio that was written (0.1 of 10 is 1
     and 1/3 of 3 is 1, whatever their binary form). It is at least `config.least` (sinks and recent, in whole pages). A
     row reads at most its n tokens, and all of them up to `config.min_context`.
-
-    Args:
-      config: the budget, sinks, recent, unit and min_context.
-      length: the longest row, in tokens.
-
-    Returns:
-      int32 [length + 1].
     """
     lengths = np.arange(length + 1, dtype=np.int64)
     if isinstance(config.budget, int):
@@ -41,9 +34,9 @@ class Limits(NamedTuple):
     """The part of a selection that jitted code takes as data.
 
     Attributes:
-      table: `budget_table`.
-      threshold: the lowest score that is read, of every layer and choosing head; None reads by the budget alone.
-      min_context: rows of up to this many tokens read everything.
+        table: `budget_table`.
+        threshold: The lowest score that is read, of every layer and choosing head; None reads by the budget alone.
+        min_context: Rows of up to this many tokens read everything.
     """
 
     table: Int[Array, " S+1"]
@@ -55,7 +48,7 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
     """The limits of a selection for rows of up to `length` tokens.
 
     Raises:
-      ValueError: the thresholds are not those of a model of these sizes.
+        ValueError: The thresholds are not those of a model of these sizes.
     """
     threshold = None
     if config.threshold is not None:
@@ -72,18 +65,15 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
 def beyond(
     min_context: Int[Array, ""] | int, lengths: Int[Array, ...], threshold: Float[Array, ...] | None
 ) -> Float[Array, ...] | None:
-    """Returns the threshold for rows of more than min_context tokens, -inf for the others; shapes broadcast."""
+    """The threshold for rows of more than min_context tokens, -inf for the others; shapes broadcast."""
     return None if threshold is None else jnp.where(lengths > min_context, threshold, -jnp.inf)
 
 
 def room_for(config: SelectionConfig, capacity: int, most: int | None = None) -> int:
-    """The number N of units that a choice has room for, enough for any row of a cache.
+    """The number N of units that a choice has room for, enough for any row of a cache of `capacity` tokens.
 
-    Args:
-      config: the budget, unit and interval.
-      capacity: tokens that the cache has room for.
-      most: the largest budget in tokens, where it is known. With an interval above 1 it is ignored, so that all choices
-        have the same room.
+    most: the largest budget in tokens, where it is known. With an interval above 1 it is ignored, so that all choices
+    have the same room.
     """
     most = int(np.max(budget_table(config, capacity))) if most is None or config.interval > 1 else most
     return min(-(-most // config.unit) + (config.unit > 1), -(-capacity // config.unit))

@@ -27,17 +27,13 @@ def choose(
     """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
 
     Args:
-      scores: of the cached tokens, ordered as in `select_mask`. The newest one's does not matter: it is recent.
-      lengths: tokens of each row, the newest included. A row of 0 chooses nothing.
-      tokens: the budget of each row, as `budget_table` gives it.
-      room: N, units that are listed; see `room_for`.
-      config: its sinks, recent, unit and neighbours count; budget and threshold are given as data.
-      threshold: the lowest score that is read, of this layer.
-      first: the first token that a row may see, under a sliding window; 0 unless given.
-      implementation: of `pallas_kernels.select_top_k`.
-
-    Returns:
-      The choice of at most N units for each row and KV head.
+        scores: Of the cached tokens, ordered as in `select_mask`. The newest one's does not matter: it is recent.
+        lengths: Tokens of each row, the newest included. A row of 0 chooses nothing.
+        tokens: The budget of each row, as `budget_table` gives it.
+        room: N, units that are listed for each row and KV head; see `room_for`.
+        config: Its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+        threshold: The lowest score that is read, of this layer.
+        first: The first token that a row may see, under a sliding window; 0 unless given.
     """
     size, held = -(-scores.shape[-1] // config.unit), lengths if first is None else lengths - first
     number = jnp.arange(size, dtype=jnp.int32)[None]
@@ -69,18 +65,7 @@ def kept(chosen: Chosen, lengths: Int[Array, " B"], config: SelectionConfig) -> 
 def with_recent(
     keep: Chosen, low: Int[Array, " B"], lengths: Int[Array, " B"], config: SelectionConfig, capacity: int
 ) -> Chosen:
-    """A kept choice and the units of the recent tokens.
-
-    Args:
-      keep: the choice from `kept`.
-      low: the first recent token, from `recent_from`.
-      lengths: tokens of each row. low ... lengths - 1 are at most recent + interval - 1 tokens.
-      config: its recent, interval and unit count.
-      capacity: tokens that the cache has room for.
-
-    Returns:
-      The choice of both.
-    """
+    """A choice from `kept` and the units of the recent tokens low ... lengths - 1."""
     batch, heads, _ = keep.indices.shape
     room = (config.recent + config.interval + config.unit - 3) // config.unit + 1
     units = low[:, None] // config.unit + jnp.arange(room, dtype=jnp.int32)[None]
@@ -124,17 +109,10 @@ def recent_from(
     steps: Int[Array, ""],
     sliding_window: Int[Array, ""] | None,
 ) -> Int[Array, " B"]:
-    """The first token that counts as recent, some steps after a choice.
+    """The first token that counts as recent, some steps after a choice; every `config.interval`-th step makes one.
 
     The recent tokens move on with each step. Where the choice was everything, all later tokens count as recent, so that
     the row still reads everything. The same holds where the recent tokens were also sinks, whatever the thresholds.
-
-    Args:
-      limits: the budgets and thresholds of the choice.
-      config: its recent, interval and sinks count.
-      lengths: tokens of each row now.
-      steps: decode steps so far; every `config.interval`-th makes a choice.
-      sliding_window: of the layer, in tokens; None without one.
     """
     then = lengths - steps % config.interval
     count = then if sliding_window is None else jnp.minimum(then, sliding_window)

@@ -11,7 +11,7 @@ class AlwaysReadConfig:
     """The tokens that a query reads whatever their scores.
 
     Raises:
-      ValueError: a number is not a whole number, or negative.
+        ValueError: A number is not a whole number, or negative.
     """
 
     sinks: int = 4
@@ -40,7 +40,7 @@ class SelectionConfig(AlwaysReadConfig):
     """How many cached tokens a query reads, and how they are chosen.
 
     Raises:
-      ValueError: a setting is out of its range, or the budget does not cover sinks and recent tokens.
+        ValueError: A setting is out of its range, or the budget does not cover sinks and recent tokens.
     """
 
     budget: int | float | str = 0.25
@@ -98,13 +98,10 @@ class SelectionConfig(AlwaysReadConfig):
 
 
 def parse_budget(budget: str | float | int) -> float | int:
-    """A budget as a number.
-
-    Args:
-      budget: "0.25" or "1/4" (a fraction), "256" (tokens), or a number.
+    """A budget as a number, from "0.25" or "1/4" (a fraction), "256" (tokens), or a number.
 
     Raises:
-      ValueError: it is none of these.
+        ValueError: It is none of these.
     """
     if hasattr(budget, "item"):  # a number of numpy
         budget = budget.item()

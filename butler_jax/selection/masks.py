@@ -1,7 +1,7 @@
 """The choice of many queries of packed sequences, as masks over the keys: what the simulation reads.
 
-A query attends as many of the keys it may see as its budget allows. The newest `recent` and the first `sinks` tokens
-of its document come first, then the others by score. Equal scores go to the earlier token. With pages, `unit` tokens
+A query attends as many of the keys it may see as its budget allows. The newest `recent` and the first `sinks` tokens of
+its document come first, then the others by score. Equal scores go to the earlier token. With pages, `unit` tokens
 counted from the document's start are chosen together. A page counts as its best token, and only whole pages are taken.
 """
 
@@ -23,8 +23,8 @@ class Rows(NamedTuple):
     """Columns of query rows among the keys.
 
     Attributes:
-      own: the query's own column.
-      start: the column of the first token of its document.
+        own: The query's own column.
+        start: The column of the first token of its document.
     """
 
     own: Int[Array, "B C"]
@@ -44,8 +44,8 @@ class Pages(NamedTuple):
     """How columns lie in pages.
 
     Attributes:
-      unit: tokens of a page.
-      position: the place of the first column in each query's document.
+        unit: Tokens of a page.
+        position: The place of the first column in each query's document.
     """
 
     unit: int
@@ -90,18 +90,17 @@ def select_mask(
     """The keys that each query attends, per head: at most min(tokens, |allowed|) of those in `allowed`.
 
     Args:
-      scores: float32, higher is better. -inf and NaN come last, and of equal scores the earlier token comes first.
-      allowed: the keys that a query may see: causal, of its document, inside the sliding window. They are consecutive
-        columns up to the query's own. The second axis is 1 or K.
-      rows: where the queries stand.
-      tokens: how many keys to attend, at least `config.least` or everything allowed, as
-        `budget_table(...)[number of allowed keys]` gives it.
-      config: its sinks, recent, unit and neighbours count; budget and threshold are given as data.
-      columns: positions of the keys, consecutive; 0 ... S-1 unless given.
-      threshold: see `SelectionConfig`; any shape that broadcasts to [B, K, C].
+        scores: float32, higher is better. -inf and NaN come last, and of equal scores the earlier token comes first.
+        allowed: The keys that a query may see: causal, of its document, inside the sliding window. They are consecutive
+            columns up to the query's own. The second axis is 1 or K.
+        tokens: How many keys to attend, at least `config.least` or everything allowed, as `budget_table(...)[number of
+            allowed keys]` gives it.
+        config: Its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+        columns: Positions of the keys, consecutive; 0 ... S-1 unless given.
+        threshold: See `SelectionConfig`; any shape that broadcasts to [B, K, C].
 
     Returns:
-      The mask, within `allowed`.
+        The mask, within `allowed`.
     """
     size = scores.shape[-1]
     columns = jnp.arange(size, dtype=jnp.int32) if columns is None else columns
@@ -133,17 +132,10 @@ def select(
 ) -> Bool[Array, "B K C S"]:
     """The keys that each query attends under a configuration, per head; `select_mask` with the budget of each row.
 
-    Args:
-      scores, rows: see `select_mask`.
-      allowed: see `select_mask`; the same for every head, so its second axis is 1.
-      config: the budget, sinks, recent, unit, neighbours and min_context.
-      threshold: the lowest score that is read, of this layer.
-
-    Returns:
-      The mask, within `allowed`.
+    Scores, rows and the mask are as there; `allowed` is the same for every head, so its second axis is 1.
 
     Raises:
-      ValueError: allowed differs between heads.
+        ValueError: allowed differs between heads.
     """
     if allowed.shape[1] != 1:
         raise ValueError(f"select needs one set of allowed keys a row, got {allowed.shape[1]} heads of them")
@@ -156,14 +148,8 @@ def select(
 def select_best(
     scores: Float[Array, "*B S"], keys: Bool[Array, "*#B S"], count: Int[Array, "*#B"]
 ) -> Bool[Array, "*B S"]:
-    """The `count` best of each row's keys; of equal scores the earlier one comes first.
+    """The mask of the `count` best of each row's keys; of equal scores the earlier one, and NaN counts as -inf.
 
-    Args:
-      scores: float32, higher is better; -inf and NaN come last.
-      keys: which of them may be chosen; broadcasts against scores.
-      count: at most the number of keys of each row; broadcasts too.
-
-    Returns:
-      The mask, within `keys`.
+    count: at most the number of keys of the row.
     """
     return top_mask(jnp.where(keys, ordered_image(scores), BARRED), jnp.broadcast_to(count, scores.shape[:-1]))

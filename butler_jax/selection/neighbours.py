@@ -11,18 +11,10 @@ from butler_jax.selection.units import Units
 
 
 def add_neighbours(mask: Bool[Array, "B K *C U"], units: Units, config: SelectionConfig) -> Bool[Array, "B K *C U"]:
-    """The chosen units, and the neighbours of those that scores chose.
+    """The chosen units, and the neighbours, which a row may see, of those that scores chose.
 
     Scores chose at most half of the budget (`count_units`), and each unit brings at most one neighbour. So all of them
     fit into the budget.
-
-    Args:
-      mask: the units chosen so far, sinks and recent included.
-      units: the units of the rows; they broadcast against the mask.
-      config: its unit, sinks and recent count.
-
-    Returns:
-      The mask with those neighbours that a row may see.
     """
     return mask | (right_of_runs(mask & ~units.forced(config)) & units.seen(config.unit))
 

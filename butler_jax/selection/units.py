@@ -14,9 +14,9 @@ class Units(NamedTuple):
     """The units of each row. Units and tokens are counted from the start of the row's document.
 
     Attributes:
-      number: the number of each unit; unit u holds the tokens u*unit ... u*unit+unit-1.
-      first: the first token that the row may see.
-      end: the end of the tokens that it may see; end - 1 is its own.
+        number: The number of each unit; unit u holds the tokens u*unit ... u*unit+unit-1.
+        first: The first token that the row may see.
+        end: The end of the tokens that it may see; end - 1 is its own.
     """
 
     number: Int[Array, "*B U"]
@@ -43,15 +43,8 @@ class Units(NamedTuple):
 def count_units(tokens: Int[Array, "*B"], units: Units, config: SelectionConfig) -> Int[Array, "*B"]:
     """How many units each row chooses, sinks and recent included: the most whose tokens are within its budget.
 
-    With neighbours, only half of the budget beside sinks and recent is chosen, unless the budget is everything.
-
-    Args:
-      tokens: the budget of each row, at most `units.held`, and at least `config.least` or everything.
-      units: the units of the rows; they broadcast against tokens.
-      config: its unit, sinks, recent and neighbours count.
-
-    Returns:
-      int32, 0 for rows of no tokens.
+    With neighbours, only half of the budget beside sinks and recent is chosen, unless the budget is everything. tokens:
+    the budget of each row, at most `units.held`, and at least `config.least` or everything.
     """
     count, everything = tokens, tokens >= units.held
     if config.unit > 1:

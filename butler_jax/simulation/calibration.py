@@ -39,7 +39,6 @@ def calibrate_thresholds(
     """Find thresholds under which a row reads `mean` on average, in every layer and head.
 
     Args:
-        model: The base model.
         predictor: Needed by policies with `needs_predictor`.
         batches: tokens, segments, positions of one shape [B, T], run densely PASSES times.
         selection: Its budget is the most that a row reads.

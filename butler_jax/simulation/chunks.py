@@ -128,7 +128,6 @@ def importance_walk(
 
     Args:
         predictor: Without one the importance is None.
-        x: The embeddings.
         implementation: As in `model.causal_attention`, for attention in the predictor.
         score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
 

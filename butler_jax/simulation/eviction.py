@@ -42,10 +42,7 @@ def evicting_attention(
 ) -> Evicted:
     """One layer under a policy that evicts. Layer 0 and rows of up to min_context tokens keep everything.
 
-    Args:
-        sliding_window: Of the layer, in tokens; None without one.
-        rule: `SelectionConfig.rule`.
-        mass: Whether to return the true attention weight of the tokens kept.
+    mass: whether to return the true attention weight of the tokens kept.
     """
 
     def sparse():
@@ -74,10 +71,6 @@ def evicted_sums(
     """Recalled mass and attended fraction of a layer under several budgets, summed over the rows that are counted.
 
     All rows run, since each depends on those before it. Layer 0, which is always dense, gives zeros.
-
-    Args:
-        tables: `budget_table` of every budget.
-        counted: The rows of which sums are taken.
     """
 
     def sparse():

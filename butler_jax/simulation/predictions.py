@@ -27,7 +27,7 @@ def predict_next(
         reference: The last residual stream of another pass; None compares nothing.
 
     Returns:
-        nll, greedy, divergence and agrees of `Simulated`. All but greedy are 0 where `has_next` is false.
+        Nll, greedy, divergence and agrees of `Simulated`. All but greedy are 0 where `has_next` is false.
     """
     batch, length = tokens.shape
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))

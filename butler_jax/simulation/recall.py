@@ -94,7 +94,6 @@ def measure_recall(
     """Measure policies on batches (tokens, segments, positions) of one shape.
 
     Args:
-        model: The base model.
         predictor: Needed by policies with `needs_predictor`.
         batches: The text; int32 [B, T] each.
         policies: The policies, with different names.

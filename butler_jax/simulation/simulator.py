@@ -69,12 +69,11 @@ def simulate(
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Simulated:
-    """Runs a batch once, every row under a policy and a budget.
+    """Run a batch once, every row under a policy and a budget.
 
     It compiles once for each policy and shape, since the budget is data. Rows of padding are finite but meaningless.
 
     Args:
-        model: The base model.
         batch: tokens, segments (0 is padding) and positions, int32 [B, T] each.
         policy: The policy that ranks or evicts the keys.
         config: Budget, sinks, recent tokens and units.
@@ -123,7 +122,7 @@ def hidden_states(
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], Float[Array, "L B T"]]:
-    """Returns the last residual stream under a policy and the fraction of its causal keys that each row read.
+    """The last residual stream under a policy and the fraction of its causal keys that each row read.
 
     Args:
         limits: Budgets as data; None where everything is read.
@@ -161,11 +160,9 @@ def hidden_states(
 def count_keys(
     config: BaseConfig, segments: Int[Array, "B T"], fractions: Float[Array, "L B T"], heads: int
 ) -> Float[Array, "B T"]:
-    """Returns how many keys each row reads in all layers and heads.
+    """How many keys each row reads in all layers and heads.
 
     Args:
-        config: Of the base model.
-        segments: Document of each token.
         fractions: Share of its causal keys that a row reads in each layer.
         heads: Sets of keys that a layer chooses. Layer 0 reads all keys of every KV head.
     """

@@ -62,9 +62,9 @@ def estimate_ratio(sums: ArrayLike, counts: ArrayLike) -> Estimate:
 def estimate_share(sums: ArrayLike, counts: ArrayLike) -> Estimate:
     """Estimate the share of items that are right, as `estimate_ratio` does, with an error that is never 0.
 
-    Where all items are right, or all are wrong, the standard error is 0 and says nothing. There the error is
-    1 / (n + 1), which is how far the Wilson interval of one standard error reaches from 0 and 1 (Wilson 1927, JASA 22,
-    209-212; n sequences, z = 1).
+    Where all items are right, or all are wrong, the standard error is 0 and says nothing. There the error is 1 / (n +
+    1), which is how far the Wilson interval of one standard error reaches from 0 and 1 (Wilson 1927, JASA 22, 209-212;
+    n sequences, z = 1).
     """
     found = estimate_ratio(sums, counts)
     if found.error is None or 0 < found.value < 1:

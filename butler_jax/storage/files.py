@@ -32,8 +32,7 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, content: str | bytes | Callable[[Path], Any]) -> Path:
     """Write a file under a temporary name and rename it, so that no reader, kill or power cut finds half of it.
 
-    Args:
-        content: Text, bytes, or a function that writes to the path it is given.
+    content: text, bytes, or a function that writes to the path it is given.
 
     Raises:
         OSError: There is no room or no permission. The message names the file, and its old content is unchanged.

@@ -23,11 +23,7 @@ LONGEST_LINE = 64 << 20
 
 
 def parse_value(text: str | bytes, where: str) -> Any:
-    """The JSON value in a text.
-
-    Args:
-        text: Bytes hold it in UTF-8.
-        where: File and line, for the error message.
+    """The JSON value in a text or in UTF-8 bytes; `where` names file and line for the error.
 
     Raises:
         ValueError: It is not valid JSON.
@@ -55,10 +51,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_value(path: Path, *, most: int = MOST_BYTES) -> Any:
-    """The JSON value that a file holds.
-
-    Args:
-        most: The largest file that is read, in bytes.
+    """The JSON value that a file of at most `most` bytes holds.
 
     Raises:
         ValueError: It is larger, holds no valid JSON, or is not a regular file.

@@ -14,22 +14,19 @@ Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
 def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> list[list[int]]:
-    """Encode prompts as token ids.
+    """Encode prompts as token ids: at least one prompt with at least one id each.
 
     A special token that is spelled out in a text becomes that token, as with the model's own tokenizer. Give token ids
     where it must stay text.
 
     Args:
-      tokenizer: encodes texts; None where the model has none.
-      vocab_size: of the model; the ids are below it.
-      prompts: a text, a list of texts, a list of token ids, or a list of such lists.
-
-    Returns:
-      The token ids of every prompt; at least one prompt with at least one id each.
+        tokenizer: Encodes texts; None where the model has none.
+        vocab_size: Of the model; the ids are below it.
+        prompts: A text, a list of texts, a list of token ids, or a list of such lists.
 
     Raises:
-      ValueError: a prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or
-        there is no tokenizer for a text.
+        ValueError: A prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or
+            there is no tokenizer for a text.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -63,15 +60,10 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
 
 
 def stop_tokens(tokenizer: Tokenizer | None, vocab_size: int, stop: Sequence[int | str] | int | str | None) -> set[int]:
-    """The ids that end a row.
-
-    Args:
-      tokenizer: of the model; None where it has none.
-      vocab_size: of the model.
-      stop: token ids or texts of single tokens, or one of them; None is the tokenizer's eos, if it has one.
+    """The ids that end a row: token ids or texts of single tokens, or one of them; None is the tokenizer's eos, if any.
 
     Raises:
-      ValueError: a text is not a single token, or an id is out of range.
+        ValueError: A text is not a single token, or an id is out of range.
     """
     if stop is None:
         eos = None if tokenizer is None else tokenizer.eos

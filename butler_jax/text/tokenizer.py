@@ -29,10 +29,10 @@ class Tokenizer:
     """A tokenizer together with the tokens that begin and end a document.
 
     Attributes:
-      backend: the tokenizer of the `tokenizers` library.
-      bos: id of the token that begins a document, or None.
-      eos: id of the token that ends a document, or None.
-      add_bos: whether `encode` puts `bos` first by default.
+        backend: The tokenizer of the `tokenizers` library.
+        bos: Id of the token that begins a document, or None.
+        eos: Id of the token that ends a document, or None.
+        add_bos: Whether `encode` puts `bos` first by default.
     """
 
     backend: tokenizers.Tokenizer
@@ -48,13 +48,10 @@ class Tokenizer:
         `add_bos_token`, or follows from the post-processor of tokenizer.json. The dropout of merges is turned off, so
         that a text has one encoding.
 
-        Args:
-          directory: the directory, or the path of its tokenizer.json.
-
         Raises:
-          FileNotFoundError: the directory or its tokenizer.json does not exist.
-          ValueError: a file is invalid, is a link that leaves the directory, or names a token that the vocabulary
-            lacks.
+            FileNotFoundError: The directory or its tokenizer.json does not exist.
+            ValueError: A file is invalid, is a link that leaves the directory, or names a token that the vocabulary
+                lacks.
         """
         directory = Path(os.path.expanduser(directory))
         path = directory if directory.name == "tokenizer.json" else directory / "tokenizer.json"
@@ -105,16 +102,12 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=0)
 
     def encode(self, text: str, bos: bool | None = None) -> list[int]:
-        """Encode a text as token ids.
+        """Encode a text as token ids. bos: whether the token `bos` comes first; None is `add_bos`.
 
         A special token that is spelled out in the text becomes that token, as with the model's own tokenizer.
 
-        Args:
-          text: the text.
-          bos: whether the token `bos` comes first; None is `add_bos`.
-
         Raises:
-          ValueError: bos=True and the tokenizer has no such token, or the text contains a lone surrogate.
+            ValueError: bos=True and the tokenizer has no such token, or the text contains a lone surrogate.
         """
         return [*self._first(bos), *self._encode(text).ids]
 
@@ -164,12 +157,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (E
     """Train a byte-level BPE. It encodes any text, keeps letter case, and gives each digit a token.
 
     Args:
-      texts: the training texts, read once.
-      vocab_size: number of ids, special tokens and the 256 bytes included.
-      special: special tokens, which get the first ids. The first of them begins and ends documents.
+        vocab_size: Number of ids, special tokens and the 256 bytes included.
+        special: Special tokens, which get the first ids. The first of them begins and ends documents.
 
     Raises:
-      ValueError: vocab_size is below the number of bytes and special tokens.
+        ValueError: vocab_size is below the number of bytes and special tokens.
     """
     least = 256 + len(special)
     if vocab_size < least:

@@ -2,11 +2,14 @@
 
 From the command to the loss:
 
-    cli.train         reads the settings
-    distil            claims the run directory, loads the base and prepares the run
-    loop.fit          takes the steps
-    step              the jitted function that `make_train_step` returned
-    DistillationObjective.differentiate     the pass; objective.py names its hops down to the loss
+    cli.train                                  reads the settings
+    distil                                     claims the run directory, loads the base and prepares the run
+    loop.fit                                   restores the newest checkpoint
+    Loop.train                                 counts the steps, validates and saves
+    Loop.take_step                             reads a batch and dispatches the step
+    step                                       jitted, made by step.make_train_step: divides, clips and updates
+    accumulate                                 only with --accumulate: the parts of the batch
+    DistillationObjective.differentiate        the pass; objective.py names its hops down to the loss
 """
 
 from __future__ import annotations
@@ -46,17 +49,17 @@ def distil(
     A run that would be refused is refused before anything slow.
 
     Args:
-      base: the frozen model with its tokenizer; default: it is loaded as the settings say.
-      config: the settings; default: TrainConfig().
-      predictor: where to start; default: `init_predictor`.
+        base: The frozen model with its tokenizer; default: it is loaded as the settings say.
+        config: The settings; default: TrainConfig().
+        predictor: Where to start; default: `init_predictor`.
 
     Returns:
-      The trained predictor. The run's directory holds its checkpoints and metrics.
+        The trained predictor. The run's directory holds its checkpoints and metrics.
 
     Raises:
-      ValueError: for settings that do not fit the base, the data or the devices, and where another process trains in
-        the run directory.
-      OSError: where the run directory cannot be written.
+        ValueError: For settings that do not fit the base, the data or the devices, and where another process trains in
+            the run directory.
+        OSError: Where the run directory cannot be written.
     """
     config = config or TrainConfig()
     if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
@@ -128,13 +131,13 @@ def init_predictor(
     """The predictor that a training run starts from.
 
     Args:
-      base: the model whose tokens it scores.
-      config: its kind and sizes; default: PredictorConfig().
-      batches: as `read_batches` gives them. The lookahead predictor chooses its rotary pairs on them.
-      seed: of the random parameters of the other kinds.
+        base: The model whose tokens it scores.
+        config: Its kind and sizes; default: PredictorConfig().
+        batches: as `read_batches` gives them. The lookahead predictor chooses its rotary pairs on them.
+        seed: Of the random parameters of the other kinds.
 
     Raises:
-      ValueError: where the lookahead predictor has no batches.
+        ValueError: Where the lookahead predictor has no batches.
     """
     return make_predictor(base.config, config or PredictorConfig(), seed).initialise(base.model, list(batches))
 

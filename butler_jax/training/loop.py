@@ -1,7 +1,6 @@
 """The training loop: dispatch a step, read the metrics of the one before, validate, save, go on where it stopped.
 
-One step: `Loop.take_step` calls the jitted function that `make_train_step` returned; that calls the objective's
-`differentiate`. With several processes, what one of them must tell the others travels with the step's metrics.
+With several processes, what one of them must tell the others travels with the step's metrics.
 """
 
 from __future__ import annotations
@@ -95,15 +94,15 @@ class Run:
     """The pieces of a training run, prepared.
 
     Attributes:
-      config: its settings.
-      directory: where checkpoints, metrics and records go; this process holds it.
-      mesh: the devices; set while it trains.
-      step: (state, model, batch) -> (state, metrics), as `make_train_step` returns it.
-      model: the frozen base; None where the trained module is the whole model.
-      batches: next() gives this process's rows of a batch; get_state() and set_state() its place.
-      validate: the trained module -> metrics, among them `validation_loss`, which names the best checkpoint.
-      about: facts stored with every checkpoint and start, JSON.
-      forward_seconds: of the base's own forward pass on such a batch; None where it was not measured.
+        config: Its settings.
+        directory: Where checkpoints, metrics and records go; this process holds it.
+        mesh: The devices; set while it trains.
+        step: (state, model, batch) -> (state, metrics), as `make_train_step` returns it.
+        model: The frozen base; None where the trained module is the whole model.
+        batches: next() gives this process's rows of a batch; get_state() and set_state() its place.
+        validate: The trained module -> metrics, among them `validation_loss`, which names the best checkpoint.
+        about: Facts stored with every checkpoint and start, JSON.
+        forward_seconds: Of the base's own forward pass on such a batch; None where it was not measured.
     """
 
     config: FitConfig
@@ -128,16 +127,15 @@ def fit(run: Run, state: TrainState) -> TrainState:
     train, one of them needs to be asked, and all stop at the same step, the one after.
 
     Args:
-      run: the pieces.
-      state: the state before the first step; donated.
+        state: The state before the first step; donated.
 
     Returns:
-      The state after the last step taken.
+        The state after the last step taken.
 
     Raises:
-      NonFiniteLoss: naming step and batch; the last checkpoint before it stays.
-      OSError: where a file or a checkpoint cannot be written.
-      DamagedCheckpoint: where there are checkpoints and none is whole.
+        NonFiniteLoss: Naming step and batch; the last checkpoint before it stays.
+        OSError: Where a file or a checkpoint cannot be written.
+        DamagedCheckpoint: Where there are checkpoints and none is whole.
     """
     config, directory = run.config, run.directory
     with Checkpoints(directory / "checkpoints", keep=config.keep, about=run.about) as checkpoints:

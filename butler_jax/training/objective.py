@@ -6,10 +6,14 @@ the gradients themselves.
 
 From a batch to the loss:
 
-    DistillationObjective.differentiate     embeds the batch and scans the layers
-      LayerGradients.mix                    per layer: the predictor's walk, and the sums so far
-        LayerGradients.differentiate        per layer: q_imp and k_imp, and the gradient
-          attend_with_cross_entropy, or attend_with_squared_error
+    DistillationObjective.differentiate        embeds the batch and begins the predictor's walk
+    model.run_layers                           scans the layers
+    LayerGradients.mix                         per layer: advances the walk, adds up losses and gradients
+    LayerGradients.differentiate               value_and_grad of layer_loss: q_imp, k_imp and the loss from them
+    model.by_sliding_window                    compiles for the layer's sliding window
+    LayerGradients.attend                      calls the loss that the settings name
+    attend_with_cross_entropy                  run_fused or run_two_calls, with the gradient in closed form
+    attend_with_squared_error                  causal_attention, and sum_squared_errors
 """
 
 from __future__ import annotations
@@ -36,9 +40,9 @@ class DistillationObjective:
     """What a predictor is trained for.
 
     Attributes:
-      loss: one of LOSSES.
-      sinks, recent: tokens that are always read; the cross entropy is about the other ones.
-      implementation: of the attention, as in `attention.causal_attention`.
+        loss: One of LOSSES.
+        sinks, recent: Tokens that are always read; the cross entropy is about the other ones.
+        implementation: Of the attention, as in `attention.causal_attention`.
     """
 
     loss: str
@@ -66,15 +70,12 @@ class DistillationObjective:
         """The summed loss, its count and the gradient of the sum.
 
         Args:
-          predictor: what is differentiated.
-          model: the frozen base.
-          batch: tokens, segments and positions [B, T] as `read_batches` gives them.
-          dropout: the key of dropout; None for none.
+            batch: tokens, segments and positions [B, T] as `read_batches` gives them.
 
         Returns:
-          The loss, summed over rows and heads (cross entropy, in nats) or over pairs and heads (squared error) and
-          averaged over layers 1 ... L-1; the number of these terms; and the gradient, in the shape of
-          nnx.state(predictor, nnx.Param). Divide loss and gradient by the count.
+            The loss, summed over rows and heads (cross entropy, in nats) or over pairs and heads (squared error) and
+            averaged over layers 1 ... L-1; the number of these terms; and the gradient, in the shape of
+            nnx.state(predictor, nnx.Param). Divide loss and gradient by the count.
         """
         positions = batch["positions"]
         context = predictor.context(positions, positions.shape[1])

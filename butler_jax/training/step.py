@@ -66,15 +66,12 @@ def make_train_step(
     """The jitted step of a training.
 
     Args:
-      differentiate: the objective's gradient.
-      config: its `accumulate` splits the batch, its `seed` makes the keys.
-      optimiser: what turns gradients into updates.
-      rate: the learning rate that the metrics report.
-      logical_axes: of the module's parameters. On a mesh the gradients and the new state are split by them.
+        config: Its `accumulate` splits the batch, its `seed` makes the keys.
+        logical_axes: Of the module's parameters. On a mesh the gradients and the new state are split by them.
 
     Returns:
-      (state, model, batch) -> (state, metrics). The state is donated. The metrics are loss, gradient_norm and
-      learning_rate.
+        (state, model, batch) -> (state, metrics). The state is donated. The metrics are loss, gradient_norm and
+        learning_rate.
     """
 
     @partial(jax.jit, donate_argnums=0)

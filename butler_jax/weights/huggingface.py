@@ -37,14 +37,11 @@ class Source:
 
 
 def open_directory(directory: Path) -> Source:
-    """Read the configuration and the headers of a Hugging Face directory. Weights are read later, from its tensors.
-
-    Args:
-      directory: holds config.json, and model.safetensors or an index with its shards.
+    """Read config.json and the headers of model.safetensors or its shards. Weights are read later, from the tensors.
 
     Raises:
-      FileNotFoundError: the directory, config.json or a safetensors file is missing; it is named.
-      ValueError: a file is damaged or not supported; it is named.
+        FileNotFoundError: The directory, config.json or a safetensors file is missing; it is named.
+        ValueError: A file is damaged or not supported; it is named.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no such directory: {directory}")
@@ -142,16 +139,10 @@ def _unsupported(path: Path, name: str, kind: str, start: int, stop: int) -> np.
 
 
 def download(name: str) -> Path:
-    """Download the configuration, tokenizer and safetensors files of a model of the Hugging Face hub.
-
-    Args:
-      name: "organisation/name".
-
-    Returns:
-      The local directory.
+    """Download the configuration, tokenizer and safetensors files of "organisation/name" from the hub to a directory.
 
     Raises:
-      FileNotFoundError: the package huggingface_hub is missing, or the hub does not deliver the model.
+        FileNotFoundError: The package huggingface_hub is missing, or the hub does not deliver the model.
     """
     try:
         import huggingface_hub

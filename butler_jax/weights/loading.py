@@ -33,10 +33,10 @@ class Base:
     """A frozen language model.
 
     Attributes:
-      name: of its directory or file, its hub id, or "tiny".
-      model: the parameters.
-      tokenizer: None where the model comes without one.
-      fingerprint: the digest that checkpoints of predictors refer to.
+        name: Of its directory or file, its hub id, or "tiny".
+        model: The parameters.
+        tokenizer: None where the model comes without one.
+        fingerprint: The digest that checkpoints of predictors refer to.
     """
 
     name: str
@@ -63,16 +63,16 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
     parameters that it places on its own devices. Pickle files and code that come with a model are never opened.
 
     Args:
-      spec: a Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name", a .gguf file, or
-        "tiny", the model in this package.
-      dtype: of the parameters; None is float32 on CPU and bfloat16 on accelerators.
-      shardings: (logical axes, shape) -> Sharding of a parameter, as from parallel.shardings_for(mesh); None puts all
-        parameters on the default device.
+        spec: A Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name", a .gguf file, or
+            "tiny", the model in this package.
+        dtype: Of the parameters; None is float32 on CPU and bfloat16 on accelerators.
+        shardings: (logical axes, shape) -> Sharding of a parameter, as from parallel.shardings_for(mesh); None puts all
+            parameters on the default device.
 
     Raises:
-      FileNotFoundError: a file does not exist.
-      ValueError: a file is damaged, not supported, or does not match the configuration. Headers, shapes and sizes are
-        checked before memory is taken for weights.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file is damaged, not supported, or does not match the configuration. Headers, shapes and sizes are
+            checked before memory is taken for weights.
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

@@ -105,15 +105,12 @@ def build_model(
     The host needs memory for one layer besides the parameters that it places on its own devices.
 
     Args:
-      config: of the model.
-      tensors: by their Hugging Face names.
-      dtype: of the parameters.
-      shardings: (logical axes, shape) -> Sharding; None puts all parameters on the default device.
-      source: the model's name in error messages.
+        tensors: By their Hugging Face names.
+        shardings: (logical axes, shape) -> Sharding; None puts all parameters on the default device.
 
     Raises:
-      ValueError: before anything is read: a tensor is missing, unexpected or misshapen, or the model exceeds the memory
-        of the devices or the machine. While reading: a value is not finite, or is not finite in dtype.
+        ValueError: Before anything is read: a tensor is missing, unexpected or misshapen, or the model exceeds the
+            memory of the devices or the machine. While reading: a value is not finite, or is not finite in dtype.
     """
     abstract = jax.eval_shape(partial(BaseModel, config, dtype=dtype), jax.random.key(0))
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)

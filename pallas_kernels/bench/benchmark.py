@@ -58,7 +58,7 @@ def budgets(text: str) -> tuple[Fraction | int, ...]:
     """Comma-separated budgets: fractions of the context (1/16 or 0.0625) or numbers of tokens (2048).
 
     Raises:
-      argparse.ArgumentTypeError: a part is neither.
+        argparse.ArgumentTypeError: A part is neither.
     """
     found: list[Fraction | int] = []
     for part in text.split(","):

@@ -65,10 +65,9 @@ def chain(attend: Any) -> Any:
 
 
 def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[Any, tuple]], list]:
-    """The programs "predict", which scores, chooses and attends, and "reuse", which attends to those choices.
+    """The programs "predict" and "reuse" with their arguments, and the choices of every layer.
 
-    Returns:
-      Program and arguments by name, and the choices of every layer.
+    "predict" scores, chooses and attends; "reuse" attends to those choices.
     """
     common = dict(unit=case.unit, implementation=case.implementation)
 

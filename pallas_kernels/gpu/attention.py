@@ -28,12 +28,12 @@ class SplitPlan(NamedTuple):
     """Sizes that the kernel is compiled for.
 
     Attributes:
-      unit: tokens of a unit.
-      n: units listed for a row.
-      share: blocks of tokens for each program.
-      dim: D.
-      heads: K.
-      scale: the factor on the logits.
+        unit: Tokens of a unit.
+        n: Units listed for a row.
+        share: Blocks of tokens for each program.
+        dim: D.
+        heads: K.
+        scale: The factor on the logits.
     """
 
     unit: int

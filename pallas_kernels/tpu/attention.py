@@ -27,16 +27,9 @@ SCALAR_BYTES = 2**18  # of scalar memory for the lists of pages, in one call
 
 
 class RingPlan(NamedTuple):
-    """Sizes that the kernel is compiled for.
+    """Sizes that the kernel is compiled for: tokens of a page, pages of a tile, tiles of a row, rows of each core, K.
 
-    Attributes:
-      unit: tokens of a page.
-      width: pages of a tile.
-      tiles: tiles of a row.
-      rows: rows of each core.
-      heads: K.
-      at: the first row of this call.
-      scale: the factor on the logits.
+    `at` is the first row of this call, and `scale` the factor on the logits.
     """
 
     unit: int

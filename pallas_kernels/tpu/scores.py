@@ -26,15 +26,9 @@ VMEM_BYTES = 48 * 2**20
 
 
 class BlockPlan(NamedTuple):
-    """Sizes that the kernel is compiled for.
+    """Sizes that the kernel is compiled for: heads of q_imp that share one of k_imp, tokens of a block and of a chunk.
 
-    Attributes:
-      group: G, heads of q_imp that share a head of k_imp.
-      block: tokens of a block.
-      chunk: tokens scored at a time.
-      blocks: blocks of a row.
-      heads: heads of k_imp.
-      counts, writes: see `_over_blocks`.
+    Then blocks of a row, heads of k_imp, and `counts` and `writes` of `_over_blocks`.
     """
 
     group: int

@@ -39,14 +39,9 @@ def _always(scores):
 
 
 def top_mask(image: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count` largest entries of every row; of equal ones the earlier.
+    """The `count` largest entries of every row of an int32 image [..., U], bool [..., U]; of equal ones the earlier.
 
-    Args:
-      image: int32 [..., U] from `ordered_image` or `rank_image`.
-      count: int32 [...], from 0 to the number of the row's entries that are not BARRED.
-
-    Returns:
-      bool [..., U] with `count` entries set in each row.
+    count: int32 [...], from 0 to the number of the row's entries that are not BARRED.
     """
     units = image.shape[-1]
     if units >= LARGE:
@@ -99,8 +94,8 @@ def _kth_largest(image, target):
 def _search(image, target, guesses):
     """(limit, reached, above): `reached` >= target entries reach the limit, `above` < target the next higher trial.
 
-    The search stops where reached = target, or at the exact k-th value where too many entries equal it. The guesses
-    [2, ...] are tried first, the larger before the smaller. Without guesses it is plain bisection.
+    The search stops where reached = target, or at the exact k-th value where too many entries equal it. The guesses [2,
+    ...] are tried first, the larger before the smaller. Without guesses it is plain bisection.
     """
     wanted_count = target.astype(jnp.float32)
 

@@ -15,10 +15,10 @@ class AskedSample:
     """A text and the answers that a model has to predict in it.
 
     Attributes:
-      text: the text, answers included.
-      spans: half-open ranges of characters; text[start:end] is an answer.
-      tokens: the token ids of the text, with `bos` where the tokenizer adds it.
-      asked: for each token, whether it belongs to an answer.
+        text: The text, answers included.
+        spans: Half-open ranges of characters; text[start:end] is an answer.
+        tokens: The token ids of the text, with `bos` where the tokenizer adds it.
+        asked: For each token, whether it belongs to an answer.
     """
 
     text: str
@@ -48,10 +48,7 @@ def asked_tokens(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tupl
 def find_largest(size: Callable[[int], int], most: int, length: int) -> int:
     """The largest number in 0 ... most with size(number) <= length, found by interpolation; -1 where there is none.
 
-    Args:
-      size: grows with the number, nearly in proportion. Where it shrinks in between, a smaller number may be found.
-      most: the largest number to try.
-      length: the bound of the size.
+    `size` grows nearly in proportion. Where it shrinks in between, a smaller number may be found.
     """
     low, high = 0, most
     small, great = size(low), size(high)

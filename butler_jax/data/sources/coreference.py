@@ -34,10 +34,10 @@ class CoreferenceSample:
     """One sample.
 
     Attributes:
-      text: the text, with the name at its end.
-      name: the place.
-      name_start: the character where the name begins for the first time.
-      last_start: the character where it begins for the last time; text[last_start:] is the name.
+        text: The text, with the name at its end.
+        name: The place.
+        name_start: The character where the name begins for the first time.
+        last_start: The character where it begins for the last time; text[last_start:] is the name.
     """
 
     text: str
@@ -81,14 +81,13 @@ def sample(seed: int, index: int, split: str = "train", *, short: bool = False) 
     """Make the sample with this index.
 
     Args:
-      seed: with `index` and `split`, determines the sample.
-      index: of the sample.
-      split: "train" or "test", whose names are disjoint.
-      short: make an easier sample, from which a model that is trained from scratch learns first: up to five facts of
-        the place, each asked back at once, and at most a few sentences before the last question.
+        seed: With `index` and `split`, determines the sample.
+        split: "train" or "test", whose names are disjoint.
+        short: Make an easier sample, from which a model that is trained from scratch learns first: up to five facts of
+            the place, each asked back at once, and at most a few sentences before the last question.
 
     Raises:
-      ValueError: the split is neither of the two.
+        ValueError: The split is neither of the two.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
@@ -152,8 +151,8 @@ def invented_word(random: Random, syllables: int) -> str:
 def arithmetic_sentence(random: Random, operation: str, template: str) -> str:
     """Fill a template with random numbers that make it true.
 
-    Operations: add (a+b=c), sub (a-b=c), mul (a*b=c), div (a/b=c), rest (a = b*c + d with 0 < d < b),
-    three (a+b+c=d), net (a+b-c=d), double (2a=b), square (a*a=b), percent (b per cent of a is c).
+    Operations: add (a+b=c), sub (a-b=c), mul (a*b=c), div (a/b=c), rest (a = b*c + d with 0 < d < b), three (a+b+c=d),
+    net (a+b-c=d), double (2a=b), square (a*a=b), percent (b per cent of a is c).
     """
     between = random.randint
     if operation == "add":

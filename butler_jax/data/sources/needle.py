@@ -52,10 +52,10 @@ class NeedleSample(AskedSample):
     """A sample with its needle.
 
     Attributes:
-      kind: one of KINDS.
-      statement: the needle.
-      place: tokens before the needle.
-      depth: the share of the haystack's tokens before the needle, as reached.
+        kind: One of KINDS.
+        statement: The needle.
+        place: Tokens before the needle.
+        depth: The share of the haystack's tokens before the needle, as reached.
     """
 
     kind: str
@@ -77,21 +77,18 @@ def sample(
     """Make the sample of this index. It is at most `length` tokens long, and shorter by at most one word.
 
     Args:
-      tokenizer: counts the tokens.
-      haystack: text. It is read from a random sentence on, and from its beginning again where it ends.
-      length: of the whole sample in tokens.
-      depth: share of the haystack's tokens before the needle, from 0 to 1. The needle goes between the two sentences
-        nearest to it, or between two words where no sentence ends near.
-      seed: with `index`, determines the sample.
-      index: of the sample.
-      kind: one of KINDS; None takes them in turn.
+        haystack: Text. It is read from a random sentence on, and from its beginning again where it ends.
+        depth: Share of the haystack's tokens before the needle, from 0 to 1. The needle goes between the two sentences
+            nearest to it, or between two words where no sentence ends near.
+        seed: With `index`, determines the sample.
+        kind: One of KINDS; None takes them in turn.
 
     Returns:
-      The sample. Its answer does not occur in the haystack.
+        The sample. Its answer does not occur in the haystack.
 
     Raises:
-      ValueError: the haystack is empty, the length is too short for the needle and LEAST_HAYSTACK tokens around it, or
-        the depth or kind is invalid.
+        ValueError: The haystack is empty, the length is too short for the needle and LEAST_HAYSTACK tokens around it,
+            or the depth or kind is invalid.
     """
     haystack = haystack.strip()
     if not haystack:

@@ -52,14 +52,9 @@ def open_prepared(
 ) -> PassageBuilder:
     """Open a set, and write its array_record files if they are not there yet.
 
-    Args:
-      builder_class: the set.
-      config: its configuration.
-      data_dir: where prepared sets are kept; None is TFDS_DATA_DIR or TFDS's default.
-
     Raises:
-      ValueError: the prepared files are damaged.
-      OSError: they cannot be written.
+        ValueError: The prepared files are damaged.
+        OSError: They cannot be written.
     """
     logger = logging.getLogger("absl")
     level = logger.level

@@ -17,14 +17,14 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
     """Open the documents of a prepared TFDS set.
 
     Args:
-      name: NAME, NAME/CONFIG or NAME:VERSION, as TFDS writes it.
-      split: "train" or "test". Test documents are the set's split "test" or "validation". A set with neither gives the
-        last 2 % of "train", and training uses the rest.
-      data_dir: where the set was prepared, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
+        name: NAME, NAME/CONFIG or NAME:VERSION, as TFDS writes it.
+        split: "train" or "test". Test documents are the set's split "test" or "validation". A set with neither gives
+            the last 2 % of "train", and training uses the rest.
+        data_dir: Where the set was prepared, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
 
     Raises:
-      FileNotFoundError: the set is not prepared there.
-      ValueError: it has no text feature, no split to read, or its format has no random access.
+        FileNotFoundError: The set is not prepared there.
+        ValueError: It has no text feature, no split to read, or its format has no random access.
     """
     if not re.fullmatch(r"\w+(/\w[\w.+-]*)*(:[\d.*]+)?", name, re.ASCII):  # TFDS would run foreign code for a namespace
         raise ValueError(f"tfds:{name} is no name of a TFDS set; write NAME, NAME/CONFIG or NAME:VERSION.")

@@ -38,15 +38,11 @@ def key_value(
     All lines have the same form, so only its key distinguishes an asked pair from the others.
 
     Args:
-      tokenizer: counts the tokens.
-      length: of the sample in tokens. The sample is shorter by at most one line.
-      seed: with `index` and the settings, determines the sample.
-      index: of the sample.
-      value: one of VALUES.
-      queries: number of keys that are asked for.
+        length: Of the sample in tokens. The sample is shorter by at most one line.
+        seed: With `index` and the settings, determines the sample.
 
     Raises:
-      ValueError: the length has no room for the asked pairs and one other, or a setting is invalid.
+        ValueError: The length has no room for the asked pairs and one other, or a setting is invalid.
     """
     if value not in VALUES:
         raise ValueError(f"unknown value {value!r}; known: {', '.join(VALUES)}")
@@ -82,15 +78,11 @@ def variables(
     be cut. The lines of all chains are mixed, and those of one chain stay in order.
 
     Args:
-      tokenizer: counts the tokens.
-      length: of the sample in tokens. The sample is shorter by at most one line.
-      seed: with `index` and `hops`, determines the sample.
-      index: of the sample.
-      hops: assignments from one variable to the next.
-      question: one of QUESTIONS.
+        length: Of the sample in tokens. The sample is shorter by at most one line.
+        seed: With `index` and `hops`, determines the sample.
 
     Raises:
-      ValueError: the length has no room for the chain and one other line, or a setting is invalid.
+        ValueError: The length has no room for the chain and one other line, or a setting is invalid.
     """
     if question not in QUESTIONS:
         raise ValueError(f"unknown question {question!r}; known: {', '.join(QUESTIONS)}")

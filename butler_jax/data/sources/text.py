@@ -53,15 +53,15 @@ def open_builder(paths: Sequence[str | os.PathLike[str]], data_dir: str | None =
     """Open the set of these files. It is prepared on first use and found again by the content of the files.
 
     Args:
-      paths: files and directories. A file is read whatever its suffix. In a directory, the files *.txt, *.md and
-        *.jsonl are read (.jsonl: each line is a JSON object with a string "text"). Text is UTF-8, and "<|endoftext|>"
-        ends a document.
-      data_dir: where prepared sets are kept; None is TFDS_DATA_DIR or TFDS's default.
+        paths: Files and directories. A file is read whatever its suffix. In a directory, the files *.txt, *.md and
+            *.jsonl are read (.jsonl: each line is a JSON object with a string "text"). Text is UTF-8, and
+            "<|endoftext|>" ends a document.
+        data_dir: Where prepared sets are kept; None is TFDS_DATA_DIR or TFDS's default.
 
     Raises:
-      FileNotFoundError: a path does not exist.
-      ValueError: a file is empty, is not UTF-8, or has a line that is no such JSON object; the file and the byte or
-        line are named.
+        FileNotFoundError: A path does not exist.
+        ValueError: A file is empty, is not UTF-8, or has a line that is no such JSON object; the file and the byte or
+            line are named.
     """
     files = find_files(paths)
     return open_prepared(TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir)

@@ -44,33 +44,29 @@ class KVStore:
         return self.k.shape[3]
 
     def layer(self, index: Int[Array, ""]) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]:
-        """Returns keys and values of one layer, for policies that look at them."""
+        """Return keys and values of one layer, for policies that look at them."""
         return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (self.k, self.v))
 
     def attend_all(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
-        """Returns attention of new tokens over all cached tokens of their layer and themselves."""
+        """Return attention of new tokens over all cached tokens of their layer and themselves."""
         sliding_window = newest.sliding_window(view.index)
         return attend_cached(view.q, view.k, view.v, self.k, self.v, view.index, newest.cached, sliding_window)
 
     def attend_first(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
-        """Returns the same where the layer is known to be layer 0."""
+        """The same where the layer is known to be layer 0."""
         return self.attend_all(view, newest)
 
     def attend(
         self, view: LayerView, chosen: Chosen, newest: Newest, *, unit: int, rows: Any, implementation: str | None
     ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B K S"] | None]:
-        """Attends to chosen units of the layer in view, and to the new token.
+        """Attend to chosen units of the layer in view, and to the new token.
 
-        Where every query head has a set of its own, one head of each group goes at a time, so that nothing of the
-        store is repeated.
+        Where every query head has a set of its own, one head of each group goes at a time, so that nothing of the store
+        is repeated.
 
         Args:
-            view: The layer, with one token a row.
             chosen: Units to read, [B, K, N] or [B, H, N].
-            newest: Where the new tokens stand.
-            unit: Tokens of a unit.
             rows: What `prefetch` gave for these units; None where nothing was fetched.
-            implementation: Of `pallas_kernels.masked_topk_decode_attention`.
 
         Returns:
             The output, and the attention weights summed over the group where the store is `evicting`, else None.
@@ -94,16 +90,16 @@ class KVStore:
         raise TypeError(f"{type(self).__name__} must define _attend_set")
 
     def prefetch(self, layer: Int[Array, ""], chosen: Chosen, newest: Newest, unit: int) -> Any:
-        """Returns the rows of chosen units where they have to travel before they are attended; None elsewhere."""
+        """The rows of chosen units where they have to travel before they are attended; None elsewhere."""
         return None
 
     def append(self, k: Float[Array, "L B K D"], v: Float[Array, "L B K D"], lengths: Int[Array, " B"]) -> Self:
-        """Returns the store with one more token a row, at its length; a full row stays as it is."""
+        """The store with one more token a row, at its length; a full row stays as it is."""
         written = (write_token(a, b, lengths) for a, b in ((self.k, k), (self.v, v)))
         return replace(self, **dict(zip("kv", written, strict=True)))
 
     def append_chunk(self, k: Float[Array, "L B K T D"], v: Float[Array, "L B K T D"], start: Any) -> Self:
-        """Returns the store with the tokens start ... start + T - 1 of all rows."""
+        """The store with the tokens start ... start + T - 1 of all rows."""
         written = (write_chunk(a, b, start, CACHE_LETTERS) for a, b in ((self.k, k), (self.v, v)))
         return replace(self, **dict(zip("kv", written, strict=True)))
 
@@ -114,16 +110,10 @@ def write_token(
     lengths: Int[Array, " B"],
     letters: str = CACHE_LETTERS,
 ) -> Shaped[Array, "L B *cached"]:
-    """Writes one token a row into a cache, at the row's length; a full row stays as it is.
+    """Write one token a row into a cache, at the row's length; a full row stays as it is.
 
     It goes row after row, so that each write is a slice. For a scatter over rows, the TPU's compiler changes the layout
-    of the whole cache and back.
-
-    Args:
-        cache: A cache whose dimensions `letters` names.
-        new: The tokens, without the dimension of tokens.
-        lengths: Tokens that each row holds.
-        letters: Of the cache, as in `parallel.by_rows_and_heads`.
+    of the whole cache and back. `letters` names the cache's dimensions, as in `parallel.by_rows_and_heads`.
     """
     axis = letters.index("s")
 

@@ -21,7 +21,7 @@ class EvictingStore(KVStore):
     evicting = True
 
     def attend(self, view, chosen, newest, *, unit, rows, implementation):
-        """Attends to the tokens kept, the new one among them; weights are summed over the group."""
+        """Attend to the tokens kept, the new one among them; weights are summed over the group."""
         batch, _, heads, dim = view.q.shape
         kv_heads = view.k.shape[2]
         k, v = (self._rows(a, b, view.index, chosen, newest.cached) for a, b in ((self.k, view.k), (self.v, view.v)))

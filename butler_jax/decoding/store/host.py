@@ -47,22 +47,22 @@ class HostStore(KVStore):
     near: ResidentStore
 
     def layer(self, index):
-        """Returns one layer, fetched."""
+        """One layer, fetched."""
         k, v = self._fetch_layer(index)
         return k[0], v[0]
 
     def attend_all(self, view, newest):
-        """Returns dense attention; the whole layer travels."""
+        """Return dense attention; the whole layer travels."""
         k, v = self._fetch_layer(view.index)
         sliding_window = newest.sliding_window(view.index)
         return attend_cached(view.q, view.k, view.v, k, v, 0, newest.cached, sliding_window)
 
     def attend_first(self, view, newest):
-        """Returns dense attention of layer 0, which is near."""
+        """Return dense attention of layer 0, which is near."""
         return self.near.attend_all(view, newest)
 
     def prefetch(self, layer, chosen, newest, unit):
-        """Returns the rows of some units of a layer.
+        """The rows of some units of a layer.
 
         Tokens beyond the cached ones or before the first visible one, and invalid units, are not held.
         """
@@ -84,7 +84,7 @@ class HostStore(KVStore):
         return Fetched(*jax.device_put(gather(self.k, self.v, jax.device_put(place, HOST)), DEVICE), held)
 
     def append(self, k, v, lengths):
-        """Returns the store with one more token a row."""
+        """The store with one more token a row."""
         near = self.near.append(k[:1], v[:1], lengths)
         *rows, size, dim = self.k.shape
         count = math.prod(rows)
@@ -125,23 +125,23 @@ class HostStore(KVStore):
 
 
 def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` run on the host, with operands and results in its memory."""
+    """Return `function` run on the host, with operands and results in its memory."""
     decorate = getattr(compute_on, "compute_on2", compute_on.compute_on)  # its name before jax 0.11
     return decorate(function, compute_type="device_host", out_memory_spaces=HOST)
 
 
 def can_offload() -> bool:
-    """Returns whether the default device can address pinned host memory."""
+    """Whether the default device can address pinned host memory."""
     return any(memory.kind == KIND for memory in jax.devices()[0].addressable_memories())
 
 
 def offload(store: ResidentStore) -> HostStore:
-    """Moves concrete arrays to host memory, outside of jit, and leaves a copy of layer 0 on the device.
+    """Move concrete arrays to host memory, outside of jit, and leave a copy of layer 0 on the device.
 
     Nothing is donated: drop the argument to free the device.
 
     Raises:
-        ValueError: Where the platform has no such memory.
+        ValueError: The platform has no such memory.
     """
     if not can_offload():
         kinds = ", ".join(memory.kind for memory in jax.devices()[0].addressable_memories())

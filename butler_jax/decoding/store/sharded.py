@@ -28,6 +28,6 @@ class ShardedStore(ResidentStore):
 
 
 def make_store(k: Float[Array, "L B K S D"], v: Float[Array, "L B K S D"]) -> ResidentStore:
-    """Returns the store of these arrays: sharded where the current mesh splits their tokens, resident elsewhere."""
+    """The store of these arrays: sharded where the current mesh splits their tokens, resident elsewhere."""
     kind = ResidentStore if token_axis(k.shape[3]) is None else ShardedStore
     return kind(k, v)

@@ -84,11 +84,6 @@ class Binned(NamedTuple):
 def measure_head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) -> Float[np.ndarray, "L H H"]:
     """Measure the divergence between the attention of every two query heads of a layer, mean over the last rows.
 
-    Args:
-        model: The base model.
-        batch: tokens, segments, positions [B, T].
-        rows: How many rows at the end of each sequence.
-
     Raises:
         ValueError: As `last_rows` does, and where the batch is longer than the model's context.
     """
@@ -96,15 +91,10 @@ def measure_head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) ->
 
 
 def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -> Float[np.ndarray, "L C C"]:
-    """Measure the divergence between the attention of every two of the last `steps` rows.
+    """Measure the divergence between the attention of every two of the last `steps` rows, C.
 
     It is taken over the keys that all of these rows see (the cache before step 0), where each row's attention is scaled
     to a sum of 1, and averaged over query heads and sequences.
-
-    Args:
-        model: The base model.
-        batch: tokens, segments, positions [B, T].
-        steps: How many rows at the end of each sequence, C.
 
     Raises:
         ValueError: As `measure_head_agreement` does, and where the model's sliding window is shorter than the steps.
@@ -116,17 +106,10 @@ def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -
 def measure_overlap(
     model: BaseModel, predictor: Predictor | None, batch: Batch, *, steps: int = 50, fraction: float = 0.1
 ) -> Overlap:
-    """Measure how much of the top `fraction` of the keys at step 0 is in the top `fraction` at later steps.
+    """Measure how much of the top `fraction` of the keys at step 0 is in the top `fraction` at later steps, C in all.
 
     The best are ceil(fraction * n) of the n keys that all steps see, ties to the earlier one. Sinks and recent tokens
-    are treated like all others.
-
-    Args:
-        model: The base model.
-        predictor: None leaves out `predicted`.
-        batch: tokens, segments, positions [B, T].
-        steps: How many rows at the end of each sequence, C.
-        fraction: The share of the keys that are the best.
+    are treated like all others. Without a predictor, `predicted` is left out.
 
     Raises:
         ValueError: As `measure_step_agreement` does, and for a fraction that is not between 0 and 1.
@@ -148,18 +131,10 @@ def measure_drift(
     distance: int = 8,
     fraction: float = 0.1,
 ) -> Drift:
-    """Measure the predictor's hit rate on the last rows, with each row's drift since the row `distance` earlier.
+    """Measure the predictor's hit rate on the last C rows, with each row's drift since the row `distance` earlier.
 
     If the predictor only repeated what was important before, its hit rate would fall where attention changed. The best
     tokens are those of `measure_overlap`.
-
-    Args:
-        model: The base model.
-        predictor: The predictor.
-        batch: tokens, segments, positions [B, T].
-        rows: How many rows at the end of each sequence, M.
-        distance: How many rows earlier the other row is.
-        fraction: The share of the keys that are the best.
 
     Raises:
         ValueError: As `measure_overlap` does, for rows + distance rows; without a predictor; for a distance below 1.
@@ -184,17 +159,10 @@ def measure_access(
     *,
     rows: int = 50,
 ) -> Access:
-    """Measure how consistently tokens are read: the sets that a policy chooses for the last rows, and how they agree.
+    """Measure how consistently tokens are read: the sets that a policy chooses for the last C rows, and how they agree.
 
-    Every row chooses for itself, from the queries and keys of the dense pass. Layer 0 reads everything.
-
-    Args:
-        model: The base model.
-        predictor: Needed by policies that rank by a predictor's scores.
-        batch: tokens, segments, positions [B, T].
-        policy: The policy.
-        selection: Its selection; default: SelectionConfig().
-        rows: How many rows at the end of each sequence, C.
+    Every row chooses for itself, from the queries and keys of the dense pass. Layer 0 reads everything. The default
+    selection is SelectionConfig().
 
     Raises:
         ValueError: As `measure_head_agreement` does, for a policy that evicts, and where it lacks its predictor.

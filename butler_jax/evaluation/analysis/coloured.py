@@ -83,12 +83,10 @@ class ColouredText:
 def colour_tokens(
     base: Base, tokens: Sequence[int], counts: Float[np.ndarray, " T"], *, most: float | None = None, title: str = ""
 ) -> ColouredText:
-    """Colour a text by a number for each token.
+    """Colour a text by a number of 0 or more for each token.
 
     Args:
         base: Has the tokenizer. Special tokens have no text.
-        tokens: Token ids [T].
-        counts: The numbers, 0 or more.
         most: The number of the strongest colour; default: the largest one.
         title: A line above.
 

@@ -73,11 +73,8 @@ def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, l
     """Compute the true attention of a query head beside the predictor's scores, from a dense pass.
 
     Args:
-        model: The base model.
-        predictor: The predictor.
         batch: tokens, segments, positions [1, T], of at most LONGEST tokens: the result is T x T.
         layer: From 1; layer 0 has no scores.
-        head: A query head.
 
     Raises:
         ValueError: The batch has more than one row or is too long, the layer or the head does not exist, or there is no
@@ -108,10 +105,7 @@ def find_reading(
     """Find the sets that one row of a text reads when all rows before it read sparsely too, as in `simulate`.
 
     Args:
-        model: The base model.
-        predictor: Needed by policies that rank by a predictor's scores.
         batch: tokens, segments, positions [1, T].
-        policy: The policy.
         selection: Its selection; default: SelectionConfig().
         position: The row's column; -1 is the last one that is not padding, -2 the one before.
 

@@ -52,7 +52,7 @@ class Report:
     Attributes:
         rows: Dicts with the fields of `ReportRow`.
         arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}}.
-        about: base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
+        about: Base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
             command and date; the seconds that all cells took when they were measured; and how many cells were measured
             now and how many were kept.
     """

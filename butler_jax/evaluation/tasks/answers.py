@@ -81,16 +81,10 @@ class Answers:
 def batch_answers(
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, batch_size: int = 4, context: int | None = None
 ) -> list[Batch]:
-    """Make batches of one length from samples.
+    """Make batches of one length from samples: their tokens, and which of them are asked for.
 
-    Args:
-        rows: The tokens of each sample, and which of them are asked for.
-        batch_size: Samples of a batch, B.
-        context: The model's; no sample is padded beyond it.
-
-    Returns:
-        Batches of tokens, segments, positions and `asked`, all [B, T]. T is the longest sample's length, padded to a
-        multiple of MULTIPLE.
+    The batches hold tokens, segments, positions and `asked`, all [B, T]. T is the longest sample's length, padded to a
+    multiple of MULTIPLE but not beyond the model's `context`.
     """
     longest = max(len(tokens) for tokens, _ in rows)
     length = -(-longest // MULTIPLE) * MULTIPLE

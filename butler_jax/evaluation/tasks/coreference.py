@@ -21,13 +21,6 @@ def make_coreference_batches(
 ) -> list[Batch]:
     """Make batches of unseen samples: tokens, segments, positions, and `asked` for the last mention, all [B, T].
 
-    Args:
-        tokenizer: Of the model.
-        samples: How many samples.
-        batch_size: Samples of a batch.
-        seed: Of the samples.
-        context: The model's, in tokens.
-
     Raises:
         ValueError: A sample is longer than the context.
     """

@@ -49,19 +49,13 @@ def run_harness(
     """Run a task of `make_local_tasks`; every position attends its own choice.
 
     Args:
-        base: From `load_base`.
-        policy: The policy.
-        selection: Its selection.
         predictor: Needed by policies that rank by a predictor's scores.
-        directory: Where the task's file lies.
         task: lambada, piqa, winogrande or arc_easy.
         limit: The first so many samples; None takes all.
-        batch_size: Rows of a pass.
-        progress: Whether to show the harness's bars.
         passes: Passes that other budgets have run already.
 
     Returns:
-        accuracy, the share of right samples; accuracy_norm, with likelihoods divided by the choice's characters;
+        Accuracy, the share of right samples; accuracy_norm, with likelihoods divided by the choice's characters;
         perplexity (lambada), exp of the mean negative log-likelihood of the last word.
 
     Raises:

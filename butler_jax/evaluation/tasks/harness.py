@@ -64,16 +64,11 @@ class ButlerLM(TemplateLM):
         """Make the model.
 
         Args:
-            base: From `load_base`.
-            policy: The policy.
-            selection: Its selection.
             predictor: Needed by the policy tokenbutler.
             max_length: Tokens that a prediction may look back on; at most and by default the model's context less one,
                 for the token that is predicted.
-            batch_size: Rows of a pass.
             score_dtype: As `simulate` takes it.
             add_bos_token: Whether a text begins with the tokenizer's first token; None: as the tokenizer says.
-            progress: Whether to show bars.
             passes: Passes that other models of the base share.
 
         Raises:

@@ -29,12 +29,10 @@ def read_model_arguments(
 
     Args:
         base: As `load_base` takes it; default: the run's.
-        run: Directory of a training run.
         policy: Default: tokenbutler with a run, dense without.
         budget: A fraction (0.25 or 1/4) or a number of tokens (256).
         sinks: First tokens that are always read.
         recent: Newest tokens that are always read.
-        dtype: float32 or bfloat16.
         data_dir: Where prepared data sets lie, for a policy that is prepared on text.
         device: Refused; JAX_PLATFORMS names the device.
         max_batch_size: Refused; batch_size is a number.

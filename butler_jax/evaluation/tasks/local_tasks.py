@@ -30,10 +30,6 @@ OPTIONS = ("choices", "context_options")
 def make_local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, Any]:
     """Make tasks as `lm_eval.evaluate` takes them, on the files in a directory.
 
-    Args:
-        directory: Where the files lie.
-        names: Names of FILES.
-
     Raises:
         ValueError: A name is unknown, or a line is not a sample.
         FileNotFoundError: A file is missing.
@@ -50,9 +46,7 @@ def make_local_tasks(directory: str | Path, names: Sequence[str]) -> dict[str, A
 def load_documents(*, task: str, directory: str | Path | None = None, **_: Any) -> dict[str, Any]:
     """Load the samples of a task as the harness's task files take them: {"test": datasets.Dataset}.
 
-    Args:
-        task: A name of FILES.
-        directory: Where the file lies; on the command line `--metadata directory=DIR`.
+    On the command line, `--metadata directory=DIR` names the directory.
     """
     from datasets import Dataset
 

@@ -52,8 +52,6 @@ class Passes:
 
         Args:
             batch: tokens, segments, positions [B, T].
-            policy: The policy.
-            selection: Its selection.
             predictor: Needed by policies that rank by a predictor's scores.
             wanted: The rows whose predictions are needed. Those of other rows have no meaning.
         """

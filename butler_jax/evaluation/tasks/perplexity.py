@@ -79,15 +79,11 @@ def measure_perplexity(
     """Run batches under a policy and a budget.
 
     Args:
-        model: The base model.
         batches: tokens, segments, positions [B, T], and `counted` where not every token is predicted.
-        policy: The policy.
-        config: Its selection.
         predictor: Needed by policies that rank by a predictor's scores.
         references: The last residual streams of another pass over the batches, to compare predictions with.
         keep: A list that receives the last residual streams of this pass.
         score_dtype: As `simulate` takes it.
-        implementation: Likewise.
 
     Raises:
         ValueError: There is no token to predict, or a window is longer than the model's context.

@@ -19,8 +19,6 @@ def make_tasks(base: Base, config: EvalConfig, data: str, say: Say) -> list[Task
     """Make the tasks of a configuration, in its order.
 
     Args:
-        base: From `load_base`.
-        config: The configuration.
         data: The data set whose held-out part is read where config.text is None.
         say: Receives a line where a text is shorter than asked for.
 

@@ -50,8 +50,6 @@ def make_needle_batches(
     through the haystack, and the samples of one place do not depend on the others. A batch holds one length.
 
     Args:
-        tokenizer: Of the model.
-        haystack: The text that needles are hidden in.
         grid: Lengths and numbers of samples.
         depths: Where needles lie: 0 is the beginning of the haystack, 1 its end.
         kind: What a needle says; None draws it.

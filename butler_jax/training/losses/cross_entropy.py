@@ -32,32 +32,32 @@ def attend_with_cross_entropy(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, ""], Float[Array, ""]]:
     """The layer's attention output and the cross entropy of a predictor's scores.
 
-    Let A = softmax(q.k / sqrt(D)) over the causal keys of a row's document, and B = softmax(q_imp.k_imp / sqrt(R))
-    over the contested ones among them. The loss of the row is -sum_j A_ij log B_ij over the contested keys j. With
-    sinks and recent of 0 every key is contested, and this is the loss of TokenButler (arXiv 2503.07518, second
-    version), which samples rows. Here every row counts that has a contested key and is not padding.
+    Let A = softmax(q.k / sqrt(D)) over the causal keys of a row's document, and B = softmax(q_imp.k_imp / sqrt(R)) over
+    the contested ones among them. The loss of the row is -sum_j A_ij log B_ij over the contested keys j. With sinks and
+    recent of 0 every key is contested, and this is the loss of TokenButler (arXiv 2503.07518, second version), which
+    samples rows. Here every row counts that has a contested key and is not padding.
 
     Only q_imp and k_imp get gradients; the output carries none.
 
-    Rows that do not count add nothing to the loss and its gradients. With "fused" neither do rows whose true logits
-    are all -inf. True logits of NaN or +inf give a loss that is not finite, and so do scores of -inf where the
-    attention is positive.
+    Rows that do not count add nothing to the loss and its gradients. With "fused" neither do rows whose true logits are
+    all -inf. True logits of NaN or +inf give a loss that is not finite, and so do scores of -inf where the attention is
+    positive.
 
     Args:
-      q: queries after rotary; k, v: keys after rotary and values. The frozen model's.
-      q_imp, k_imp: the predictor's queries and keys. k_imp has the K KV heads or all H query heads.
-      segments: the document of each token, 0 for padding. None: one document a row.
-      sliding_window: of the layer, in tokens.
-      sinks, recent: how many first tokens of a document and newest tokens of a row are always read, and not contested.
-      implementation: of the attention, as in `attention.causal_attention`.
-      form: "fused" (XLA only) makes one pass over chunks of 128 query rows. "two_calls" calls attention kernels with
-        k_imp among the values. None takes the form that suits the implementation.
+        q: Queries after rotary; k, v: keys after rotary and values. The frozen model's.
+        q_imp, k_imp: The predictor's queries and keys. k_imp has the K KV heads or all H query heads.
+        segments: The document of each token, 0 for padding. None: one document a row.
+        sinks, recent: How many first tokens of a document and newest tokens of a row are always read, and not
+            contested.
+        implementation: Of the attention, as in `attention.causal_attention`.
+        form: "fused" (XLA only) makes one pass over chunks of 128 query rows. "two_calls" calls attention kernels with
+            k_imp among the values. None takes the form that suits the implementation.
 
     Returns:
-      The output [B, T, H, D]; the loss summed over rows and heads, in nats; and the number of rows times heads.
+        The output [B, T, H, D]; the loss summed over rows and heads, in nats; and the number of rows times heads.
 
     Raises:
-      ValueError: for shapes that do not fit, or an implementation that cannot do what was asked.
+        ValueError: For shapes that do not fit, or an implementation that cannot do what was asked.
     """
     check_shapes(q, k, v, q_imp, k_imp, segments, sliding_window)
     if min(sinks, recent) < 0:

@@ -1,8 +1,8 @@
 """The cross entropy in one pass over chunks of query rows, in XLA.
 
-A chunk forms its rows of both weight matrices once. They give the attention output, the loss and the gradients of
-q_imp and k_imp, so the backward pass only scales. Letters beside the alphabet: a tile has M rows, the C query rows of
-a chunk times the query heads that share a key head.
+A chunk forms its rows of both weight matrices once. They give the attention output, the loss and the gradients of q_imp
+and k_imp, so the backward pass only scales. Letters beside the alphabet: a tile has M rows, the C query rows of a chunk
+times the query heads that share a key head.
 """
 
 from __future__ import annotations

@@ -25,20 +25,11 @@ def attend_with_squared_error(
     sliding_window: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, ""], Float[Array, ""]]:
-    """The layer's attention output and the squared error of a predictor's scores.
+    """The layer's attention output [B, T, H, D], and the squared error and its number of terms of `sum_squared_errors`.
 
-    sliding_window and implementation concern the output only. The squared error takes all causal pairs of a document
-    even where the layer has a sliding window, because its logits are defined for all of them. The output carries no
-    gradient.
-
-    Args:
-      q, k, v, q_imp, k_imp, segments, sliding_window, implementation: as in `attend_with_cross_entropy`.
-
-    Returns:
-      The output [B, T, H, D], and the loss sum and its number of terms as `sum_squared_errors` gives them.
-
-    Raises:
-      ValueError: for shapes that do not fit, or an implementation that cannot do what was asked.
+    Arguments and errors are those of `attend_with_cross_entropy`. sliding_window and implementation concern the output
+    only: the squared error takes all causal pairs of a document even where the layer has a sliding window, because its
+    logits are defined for all of them. The output carries no gradient.
     """
     output = attention.causal_attention(
         q, k, v, segments=segments, sliding_window=sliding_window, implementation=implementation
@@ -58,20 +49,20 @@ def sum_squared_errors(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum over heads and causal pairs of (q_i.k_j / sqrt(D) - q_imp_i.k_imp_j / sqrt(R))^2, and the number of terms.
 
-    TokenButler, arXiv 2503.07518, first version, equation of the training loss, but over the causal pairs of a
-    document alone. Time and memory are linear in T. Pairs inside a chunk of rows are formed. Those with earlier chunks
-    come from the Gram matrix of [k ; k_imp] so far, (D+R) x (D+R), summed in float32. It starts anew with each
-    document, whose tokens must be contiguous.
+    TokenButler, arXiv 2503.07518, first version, equation of the training loss, but over the causal pairs of a document
+    alone. Time and memory are linear in T. Pairs inside a chunk of rows are formed. Those with earlier chunks come from
+    the Gram matrix of [k ; k_imp] so far, (D+R) x (D+R), summed in float32. It starts anew with each document, whose
+    tokens must be contiguous.
 
     Only q_imp and k_imp get gradients, which are formed in the forward pass. The value is a difference of sums of
     squared logits, exact to about 1e-6 of these sums.
 
     Args:
-      q, k, q_imp, k_imp, segments: as in `attend_with_cross_entropy`.
-      chunk: query rows of a chunk, C.
+        q, k, q_imp, k_imp, segments: As in `attend_with_cross_entropy`.
+        chunk: Query rows of a chunk, C.
 
     Raises:
-      ValueError: for shapes that do not fit, or a chunk below 1.
+        ValueError: For shapes that do not fit, or a chunk below 1.
     """
     check_shapes(q, k, k, q_imp, k_imp, segments, None)
     if chunk < 1:

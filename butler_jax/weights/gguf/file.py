@@ -62,15 +62,12 @@ def import_library() -> ModuleType:
 def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
     """Read the metadata of a GGUF file. Weights are read later, from the tensors of the source.
 
-    Args:
-      path: a .gguf file.
-
     Returns:
-      The configuration with the tensors, and the tokenizer (None where the file holds none).
+        The configuration with the tensors, and the tokenizer (None where the file holds none).
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, or its architecture or a tensor type is not supported; the file is named.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or its architecture or a tensor type is not supported; the file is named.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")

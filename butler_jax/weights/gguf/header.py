@@ -25,14 +25,11 @@ ALIGNMENT = 32
 def check_header(path: Path, gguf: ModuleType) -> None:
     """Check that the counts, lengths and tensors of a GGUF file fit into it, and that tensors do not overlap.
 
-    The check keeps nothing in memory and reads the header once.
-
-    Args:
-      path: the file.
-      gguf: the library, for the sizes of its tensor types.
+    The check keeps nothing in memory and reads the header once. `gguf` is the library, for the sizes of its tensor
+    types.
 
     Raises:
-      ValueError: says what does not fit. Unknown tensor types and undecodable names raise ValueError or KeyError too.
+        ValueError: Says what does not fit. Unknown tensor types and undecodable names raise ValueError or KeyError too.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         walk = _Walk(data)

@@ -41,16 +41,10 @@ WORD_SPLITTERS = {
 
 
 def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
-    """Make the tokenizer that the metadata of a GGUF file describes.
-
-    Args:
-      fields: the metadata by key.
-
-    Returns:
-      The tokenizer; None where the metadata has none.
+    """Make the tokenizer that the metadata of a GGUF file describes; None where it has none.
 
     Raises:
-      ValueError: the kind of tokenizer or word splitting is not supported, or a field is missing or invalid.
+        ValueError: The kind of tokenizer or word splitting is not supported, or a field is missing or invalid.
     """
     from butler_jax.text import Tokenizer, named_errors
 
