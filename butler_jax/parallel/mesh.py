@@ -273,7 +273,7 @@ def by_rows_and_heads(
             multiple of them, "w" for KV heads that the sequence axis splits too, "s" for cached tokens (the function
             has to merge the parts), "-" for a dimension that stays whole.
         result: The letters of the result, or a tuple of them.
-        rows: Number of rows. A mesh axis that does not divide it does not split it; likewise below.
+        rows, heads, tokens: Their numbers. A mesh axis that does not divide a number does not split it.
     """
     mesh = current_mesh()
     if mesh is None:
