@@ -42,7 +42,7 @@ class Policy:
         return self
 
     def require_predictor(self, predictor: Any) -> None:
-        """Raises ValueError where the policy needs a predictor and neither it nor its run is given (None)."""
+        """Raise ValueError where the policy needs a predictor and neither it nor its run is given (None)."""
         if self.needs_predictor and predictor is None:
             raise ValueError(
                 f"the policy {self.name} needs a trained predictor; give --run RUN (a run of butler-jax train; "
