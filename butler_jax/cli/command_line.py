@@ -46,6 +46,8 @@ def _unchecked(kind: type, flags: tuple[str, ...] | None = None) -> type:
         elif dataclasses.is_dataclass(hint):
             hint = _unchecked(hint, field.metadata.get("flags"))
             default = hint(**{one.name: getattr(default, one.name) for one in dataclasses.fields(default)})
+        elif default is None:  # the docstring says what is taken then
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         else:
             continue
         changed.append((field.name, hint, dataclasses.field(default=default)))
