@@ -1,4 +1,4 @@
-"""Errors of float32, bfloat16 and int8 keys against float64, on the activations of real models on a real text.
+"""Errors of float32, bfloat16 and an int8 k_imp against float64, on the activations of real models on a real text.
 
     python -m benchmarks.numerics --json benchmarks/numerics.json
     python -m benchmarks.numerics --base DIR --text FILE [--run RUN] --json ...    # further bases
