@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import itertools
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -102,37 +103,15 @@ def evaluate(
     tasks = make_tasks(base, config, data, note)
     plan = plan_cells(base, tasks, policies, config)
     kept = KeptCells(Path(keep) if keep is not None and first else None)
-    if jax.process_count() > 1:
-        _share_kept(kept, plan)
-    missing = {cell.key: cell for cell in plan if cell.key not in kept.cells}
-    counts = {task.name: sum(cell.task is task and cell.key in missing for cell in plan) for task in tasks}
-    progress, report = CellProgress(counts, len(plan), say, hosts=jax.process_count()), Report()
+    counts = _measure_missing(plan, kept, say)
+    report = Report(about={**_describe(base, policies, config, data), "notes": notes, "cells": counts})
     for planned in plan:
-        if planned.key not in kept.cells:
-            turn = [cell for key, cell in missing.items() if key not in kept.cells][: jax.process_count()]
-            for cell, found in zip(turn, _measure_turn(turn), strict=True):
-                kept.add(cell.key, found)
         cell = kept.cells[planned.key]
         for row in cell.rows:
             report.add(dataclasses.replace(row, policy=planned.policy.label))
         for name, values in cell.arrays.items():
             report.arrays.setdefault(name, {})[planned.policy.label] = values
-        progress.add(planned.task.name, planned.policy.label, cell, kept=planned.key not in missing)
-    names = dict.fromkeys(one.policy for one in policies)
-    report.about.update(
-        base=base.name,
-        fingerprint=base.fingerprint,
-        predictors={one.label: one.about for one in policies if one.predictor is not None},
-        policies=[describe_prepared(policy, data) for policy in names],
-        versions=versions(),
-        device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
-        notes=notes,
-        config={**to_dict(dataclasses.replace(config, policies=None)), "policies": [policy.name for policy in names]},
-        command=command(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seconds=round(sum(kept.cells[key].seconds for key in dict.fromkeys(cell.key for cell in plan)), 1),
-        cells={"measured": len(missing), "kept": len(plan) - len(missing)},
-    )
+    report.about["seconds"] = round(sum(kept.cells[key].seconds for key in {cell.key: None for cell in plan}), 1)
     return report
 
 
@@ -152,6 +131,43 @@ def plan_cells(
             depends = {**shared, "task": task.name, **task.facts, "policy": facts[policy.label], "selections": chosen}
             plan.append(PlannedCell(task, policy, part, hash_facts(depends)))
     return plan
+
+
+def _measure_missing(plan: Sequence[PlannedCell], kept: KeptCells, say: Say) -> dict[str, int]:
+    """Measure and keep the cells that are not kept, every host one of the next ones in each turn.
+
+    Returns how many cells were measured, and how many were kept.
+    """
+    hosts = jax.process_count()
+    if hosts > 1:
+        _share_kept(kept, plan)
+    missing = {cell.key: cell for cell in plan if cell.key not in kept.cells}
+    counts = Counter(cell.task.name for cell in plan if cell.key in missing)
+    progress = CellProgress({cell.task.name: counts[cell.task.name] for cell in plan}, len(plan), say, hosts=hosts)
+    for planned in plan:
+        if planned.key not in kept.cells:
+            turn = [cell for key, cell in missing.items() if key not in kept.cells][:hosts]
+            for cell, found in zip(turn, _measure_turn(turn), strict=True):
+                kept.add(cell.key, found)
+        done = kept.cells[planned.key]
+        progress.add(planned.task.name, planned.policy.label, done, kept=planned.key not in missing)
+    return {"measured": len(missing), "kept": len(plan) - len(missing)}
+
+
+def _describe(base: Any, policies: Sequence[EvaluatedPolicy], config: EvalConfig, data: str) -> dict[str, Any]:
+    """What a report tells about its evaluation."""
+    names = dict.fromkeys(one.policy for one in policies)
+    return dict(
+        base=base.name,
+        fingerprint=base.fingerprint,
+        predictors={one.label: one.about for one in policies if one.predictor is not None},
+        policies=[describe_prepared(policy, data) for policy in names],
+        versions=versions(),
+        device=f"{jax.default_backend()} {jax.devices()[0].device_kind}",
+        config={**to_dict(dataclasses.replace(config, policies=None)), "policies": [policy.name for policy in names]},
+        command=command(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _share_kept(kept: KeptCells, plan: Sequence[PlannedCell]) -> None:
