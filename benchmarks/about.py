@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
-from butler_jax.runs.provenance import versions
+from butler_jax.runs import versions
 
 
 def about(name: str, *peers: str) -> dict[str, Any]:

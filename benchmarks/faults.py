@@ -30,7 +30,7 @@ from benchmarks.about import about
 from benchmarks.training_process import TrainingProcess, starts
 from butler_jax import load_base, load_predictor
 from butler_jax.runs import checkpoints
-from butler_jax.storage.json_objects import read_lines
+from butler_jax.storage import read_lines
 
 STEPS, EVERY = 900, 30
 PLAN = ("start",) * 5 + ("training",) * 7 + ("saving",) * 8

@@ -21,28 +21,24 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from butler_jax.cli.info import inspect, show
-from butler_jax.data.batches import parse_spec
+from butler_jax.data import parse_spec
 from butler_jax.data.sources.text import read_passages
+from butler_jax.evaluation import EvalConfig
 from butler_jax.evaluation.cells import FILE, Cell, KeptCells
-from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.report.report import ReportRow
 from butler_jax.evaluation.tasks.local_tasks import FILES, read_samples
-from butler_jax.model.families import base_config
-from butler_jax.parallel.config import parse_hosts
+from butler_jax.model import base_config
+from butler_jax.parallel import parse_hosts
 from butler_jax.parallel.mesh import parse_mesh
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs import checkpoints, run_config, saved_predictor
+from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.runs import checkpoints, recorded, run_config, saved_predictor
 from butler_jax.runs.digests import DIGESTS
-from butler_jax.runs.directory import RECORDS, recorded
+from butler_jax.runs.directory import RECORDS
 from butler_jax.runs.finished import METADATA
-from butler_jax.selection.config import SelectionConfig, parse_budget
-from butler_jax.storage.json_objects import parse_object, read_object
-from butler_jax.storage.settings import from_dict, to_dict
-from butler_jax.text import encode
-from butler_jax.text.tokenizer import Tokenizer
-from butler_jax.training.config import TrainConfig
-from butler_jax.training.loop import open_run
+from butler_jax.selection import SelectionConfig, parse_budget
+from butler_jax.storage import from_dict, parse_object, read_object, to_dict
+from butler_jax.text import Tokenizer, encode
+from butler_jax.training import TrainConfig, open_run
 from butler_jax.weights import Base, load_base
 from butler_jax.weights.gguf import open_file
 from butler_jax.weights.huggingface import INDEX, SINGLE, open_safetensors, open_tensors

@@ -25,7 +25,7 @@ def compare(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from butler_jax.evaluation.tasks.harness import ButlerLM
+    from butler_jax.evaluation import ButlerLM
     from butler_jax.evaluation.tasks.local_tasks import make_local_tasks
 
     settings = dict(max_length=max_length, batch_size=8)

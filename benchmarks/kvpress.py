@@ -34,11 +34,10 @@ from benchmarks.kvpress_forms import (
 )
 from butler_jax import decode_step, load_base, load_predictor, prefill
 from butler_jax.data import cut_text, read_text
-from butler_jax.model.decoder import BaseModel
+from butler_jax.model import BaseModel
 from butler_jax.policies import Policy, make_policy
-from butler_jax.selection.budget import limits_of
-from butler_jax.selection.config import SelectionConfig
-from butler_jax.simulation.statistics import Estimate, estimate_ratio
+from butler_jax.selection import SelectionConfig, limits_of
+from butler_jax.simulation import Estimate, estimate_ratio
 
 SINKS, RECENT = 4, 8
 

@@ -15,13 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax import decode_step, prefill
-from butler_jax.model.decoder import BaseModel, dense_mixer, embed, run_layers
-from butler_jax.policies.evicting import Evicting, Place, evict
-from butler_jax.policies.h2o import H2O
-from butler_jax.policies.snapkv import SnapKV
-from butler_jax.selection.budget import Limits
-from butler_jax.selection.config import SelectionConfig
-from butler_jax.selection.masks import Rows, always_chosen
+from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
+from butler_jax.policies import H2O, Evicting, Place, SnapKV, evict
+from butler_jax.selection import Limits, Rows, SelectionConfig, always_chosen
 from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.predictions import predict_next
 

@@ -33,13 +33,11 @@ import jax
 import butler_jax
 from benchmarks.watch import Watch
 from butler_jax.data import cut_windows
-from butler_jax.decoding.config import SamplingConfig
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.provenance import versions
-from butler_jax.selection.config import SelectionConfig
-from butler_jax.training import loop
-from butler_jax.training.config import TrainConfig
-from butler_jax.training.distillation import init_predictor
+from butler_jax.decoding import SamplingConfig
+from butler_jax.predictors import PredictorConfig
+from butler_jax.runs import versions
+from butler_jax.selection import SelectionConfig
+from butler_jax.training import TrainConfig, init_predictor, loop
 
 
 def train(place: pathlib.Path, steps: int = 5000, every: int = 250, **changes: Any) -> Watch:

@@ -30,19 +30,15 @@ import numpy as np
 
 from benchmarks import float64
 from butler_jax import load_base, load_predictor
-from butler_jax.decoding.score_cache import rounded
-from butler_jax.evaluation.analysis.rows import batch_text, row_chunk, see_rows
-from butler_jax.model.attention import causal_attention
-from butler_jax.model.config import RopeConfig
-from butler_jax.model.decoder import LayerView, forward
-from butler_jax.model.layers import rope_frequencies, rotary_angles
+from butler_jax.decoding import rounded
+from butler_jax.evaluation import batch_text
+from butler_jax.evaluation.analysis.rows import row_chunk, see_rows
+from butler_jax.model import LayerView, RopeConfig, causal_attention, forward, rope_frequencies, rotary_angles
 from butler_jax.policies import Chunk, make_policy
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.provenance import versions
-from butler_jax.selection.budget import budget_table
-from butler_jax.selection.config import SelectionConfig
-from butler_jax.selection.masks import select
-from butler_jax.training.distillation import init_predictor
+from butler_jax.predictors import PredictorConfig
+from butler_jax.runs import versions
+from butler_jax.selection import SelectionConfig, budget_table, select_mask
+from butler_jax.training import init_predictor
 from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
 from butler_jax.training.losses.squared_error import attend_with_squared_error
 from butler_jax.training.objective import DistillationObjective
@@ -124,7 +120,12 @@ def numbers_read_per_key(chunk: Chunk, configs: tuple[SelectionConfig, ...]) -> 
     """The package's results on one chunk of all rows: scores, pooled scores, and the sets of each configuration."""
     chunk = chunk._replace(sinks=SINKS, recent=RECENT)
     scores = POLICY(chunk)
-    sets = [select(scores, chunk.allowed[:, None], chunk.rows, config)[0] for config in configs]
+    count = jnp.sum(chunk.allowed, axis=-1, dtype=jnp.int32)
+    tables = (jnp.asarray(budget_table(config, chunk.columns.size)) for config in configs)
+    sets = [
+        select_mask(scores, chunk.allowed[:, None], chunk.rows, table[count], config)[0]
+        for table, config in zip(tables, configs, strict=True)
+    ]
     return {"scores": chunk.predicted[0], "pooled": scores[0], "sets": sets}
 
 

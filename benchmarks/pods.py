@@ -39,16 +39,14 @@ from jax.sharding import Mesh
 
 from benchmarks import hlo
 from benchmarks.tpu_decode import LLAMA_8B, SELECTION, lower_decode
-from butler_jax.model.config import BaseConfig
-from butler_jax.model.decoder import LOGICAL_AXES, BaseModel, parameter_count
-from butler_jax.parallel.mesh import arrange, batch_sharding, check_batch, module_shardings, parse_mesh
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.provenance import versions
-from butler_jax.storage.files import write_whole
-from butler_jax.training.config import TrainConfig
+from butler_jax.model import LOGICAL_AXES, BaseConfig, BaseModel, parameter_count
+from butler_jax.parallel import check_batch, module_shardings
+from butler_jax.parallel.mesh import arrange, batch_sharding, parse_mesh
+from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.runs import versions
+from butler_jax.storage import write_whole
+from butler_jax.training import TrainConfig, start_state
 from butler_jax.training.distillation import distil_step
-from butler_jax.training.step import start_state
 
 MODELS = {
     "llama-3.1-8b": LLAMA_8B,

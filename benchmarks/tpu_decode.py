@@ -19,17 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from butler_jax.decoding import decode_step, prefill
 from butler_jax.decoding.cache import state_partition
-from butler_jax.decoding.prefilling import prefill
-from butler_jax.decoding.step import decode_step
-from butler_jax.model.config import BaseConfig, RopeConfig
-from butler_jax.model.decoder import LOGICAL_AXES, BaseModel
-from butler_jax.parallel.mesh import arrange, module_shardings, parse_mesh, replicated
-from butler_jax.predictors import make_predictor
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.selection.config import SelectionConfig
+from butler_jax.model import LOGICAL_AXES, BaseConfig, BaseModel, RopeConfig
+from butler_jax.parallel import module_shardings
+from butler_jax.parallel.mesh import arrange, parse_mesh
+from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.selection import SelectionConfig
 
 # Chips, and as many of them as hold the weights and the caches: 16, 95 and 32 GB a chip.
 CHIPS = {"v5e": ("v5e:2x2", 4), "v5p": ("v5p:2x2x1", 1), "v6e": ("v6e:2x2", 2)}
@@ -81,7 +79,7 @@ def lower_decode(mesh: Mesh, *, base: BaseConfig, batch: int, capacity: int, **o
     split = jax.tree.map(partial(NamedSharding, mesh), state_partition(state, mesh))
     model = described(model, module_shardings(model, LOGICAL_AXES, mesh))
     predictor = described(predictor, module_shardings(predictor, predictor.logical_axes, mesh))
-    lengths = described(lengths, replicated(mesh))
+    lengths = described(lengths, NamedSharding(mesh, PartitionSpec()))
 
     def step(model, predictor, tokens, state):
         return decode_step(model, tokens, state, predictor=predictor, **options)

@@ -23,14 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.losses import processor
-from butler_jax.model.config import BaseConfig
-from butler_jax.model.decoder import BaseModel, dense_mixer, embed, logits, run_layers
-from butler_jax.predictors import PREDICTORS, make_predictor
-from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.provenance import versions
-from butler_jax.training.config import TrainConfig
+from butler_jax.model import BaseConfig, BaseModel, dense_mixer, embed, logits, run_layers
+from butler_jax.predictors import PREDICTORS, PredictorConfig, make_predictor
+from butler_jax.runs import versions
+from butler_jax.training import TrainConfig, start_state
 from butler_jax.training.distillation import distil_step
-from butler_jax.training.step import start_state
 from butler_jax.weights import load_base
 
 LLAMA = dict(family="llama", context=8192)

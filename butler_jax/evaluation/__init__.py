@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "analysis.agreement": [
-            "bin_means",
             "measure_access",
             "measure_drift",
             "measure_head_agreement",

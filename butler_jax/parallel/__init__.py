@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "constrain_module",
             "current_mesh",
             "make_mesh",
+            "module_shardings",
             "on_host",
             "own_rows",
             "partition",

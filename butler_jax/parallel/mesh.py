@@ -163,11 +163,6 @@ def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh
     return jax.tree_util.tree_map_with_path(one, module)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batches [B, T] split over the data axis."""
     return NamedSharding(mesh, PartitionSpec(DATA))

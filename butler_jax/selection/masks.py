@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.selection.budget import beyond, budget_table
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
@@ -121,28 +120,6 @@ def select_mask(
     if config.neighbours:
         mask = add_neighbours(mask, units, config)
     return mask if config.unit == 1 else pages.columns(mask, size) & allowed
-
-
-def select(
-    scores: Float[Array, "B K C S"],
-    allowed: Bool[Array, "B Q C S"],
-    rows: Rows,
-    config: SelectionConfig,
-    threshold: Float[Array, "#B #K #C"] | None = None,
-) -> Bool[Array, "B K C S"]:
-    """The keys that each query attends under a configuration, per head; `select_mask` with the budget of each row.
-
-    Scores, rows and the mask are as there; `allowed` is the same for every head, so its second axis is 1.
-
-    Raises:
-        ValueError: allowed differs between heads.
-    """
-    if allowed.shape[1] != 1:
-        raise ValueError(f"select needs one set of allowed keys a row, got {allowed.shape[1]} heads of them")
-    table = jnp.asarray(budget_table(config, scores.shape[-1]))
-    count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
-    threshold = beyond(config.min_context, count[:, None], threshold)
-    return select_mask(scores, allowed, rows, table[count], config, threshold=threshold)
 
 
 def select_best(

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
+
+from butler_jax.selection import beyond, budget_table, select_mask
+
+
+def select(scores, allowed, rows, config, threshold=None):
+    """`select_mask` under the budget of each row, where all heads may see the same keys."""
+    count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
+    tokens = jnp.asarray(budget_table(config, scores.shape[-1]))[count]
+    threshold = beyond(config.min_context, count[:, None], threshold)
+    return select_mask(scores, allowed, rows, tokens, config, threshold=threshold)
 
 
 def sorted_choice(scores, allowed, own, start, tokens, sinks, recent):

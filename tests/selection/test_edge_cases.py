@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from butler_jax.selection import Rows, SelectionConfig, choose, room_for, select
+from butler_jax.selection import Rows, SelectionConfig, choose, room_for
 from tests.edge_cases import INF, NAN, normal
 from tests.pallas_kernels.definitions import KERNELS, PLAIN
+from tests.selection.definitions import select
 
 SPECIAL = [3.0, -INF, INF, NAN, 2.0, INF, 1.0, 2.0, -INF, NAN, 0.0, -1.0]
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from butler_jax.selection import Rows, SelectionConfig, budget_table, select, select_mask
-from tests.selection.definitions import CASES, IDS, paged_choice, sorted_choice
+from butler_jax.selection import Rows, SelectionConfig, budget_table, select_mask
+from tests.selection.definitions import CASES, IDS, paged_choice, select, sorted_choice
 
 masked = jax.jit(select_mask, static_argnames="config")
 
