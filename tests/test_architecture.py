@@ -24,7 +24,6 @@ EARLY_JAX = {"butler_jax/cli/decoding_rounds.py"}  # imported by bench where it 
 LONG = {
     "benchmarks/fuzz_targets.py",
     "tests/cli/test_info.py",
-    "tests/decoding/test_generation.py",
     "tests/training/test_faults.py",
 }
 

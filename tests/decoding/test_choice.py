@@ -264,17 +264,3 @@ def test_snapkv_cuts_once_at_the_end_of_a_dense_prompt():
     np.put_along_axis(wanted, best, True, axis=-1)
     np.testing.assert_array_equal(np.asarray(found.chosen)[1:, ..., : length + 1], wanted[1:])
     assert not np.asarray(found.chosen)[..., length + 1 :].any()
-
-
-def test_a_state_of_another_policy_is_a_clear_error():
-    model, selection = make_model(), SelectionConfig(budget=12)
-    tokens = jnp.asarray(rows_of())[:, :5]
-    fill = partial(prefill, model, tokens, PROMPTS, capacity=TOTAL, selection=selection)
-    step = partial(decode_step, model, tokens[:, 0], selection=selection)
-    with pytest.raises(ValueError, match="the state was not prefilled under the policy h2o"):
-        step(fill(policy=make_policy("oracle"))[1], policy=make_policy("h2o"))
-    state = fill(policy=make_policy("h2o"))[1]
-    with pytest.raises(ValueError, match="the state was not prefilled under the policy snapkv"):
-        step(state, policy=make_policy("snapkv"))
-    with pytest.raises(ValueError, match="was prefilled under a policy that evicts"):
-        step(state, policy=make_policy("oracle"))

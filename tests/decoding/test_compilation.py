@@ -1,10 +1,19 @@
-"""The whole decode step of a Llama-3.1-8B compiles for TPUs, within expected memory and communication."""
+"""A decode step compiles within expected memory and communication: for TPUs at the sizes of Llama-3.1-8B, and here."""
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import tpu_decode
+from butler_jax.decoding import decode_step, prefill
+from butler_jax.model import BaseModel
+from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.selection import SelectionConfig
 
 MEMORY_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 
@@ -33,3 +42,31 @@ def test_a_cache_split_along_its_tokens_moves_scores_and_choices_alone():
     assert f"{found['arguments_gib']:.1f}" == f"{by_heads['arguments_gib']:.1f}"  # weights and caches: a quarter each
     assert found["temporary_gib"] < 2 * 32 * 8 * 32768 * 128 * 2 / 2**30 / 4 / 16
     assert set(found["collectives"]) == {"all-reduce", "all-to-all", "all-gather"}
+
+
+def stepper(base, predictor, selection, layers=None):
+    """(a jitted step, its state of 2 rows, tokens)."""
+    config = base.config if layers is None else dataclasses.replace(base.config, layers=layers)
+    make = lambda: BaseModel(config, jax.random.key(0))  # noqa: E731
+    model = base.model if layers is None else jax.eval_shape(make)
+    if layers is not None:
+        predictor = jax.eval_shape(lambda: make_predictor(config, PredictorConfig(rank=8, stride=2)))
+    tokens, lengths = jnp.ones((2, 4), jnp.int32), jnp.asarray([4, 3])
+    fill = partial(prefill, capacity=96, selection=selection)
+    state = jax.eval_shape(lambda m, p: fill(m, tokens, lengths, predictor=p)[1], model, predictor)
+    step = jax.jit(lambda m, p, t, s: decode_step(m, t, s, predictor=p, selection=selection)[:2], donate_argnums=3)
+    return step.lower(model, predictor, jax.ShapeDtypeStruct((2,), jnp.int32), state), state
+
+
+def test_a_deeper_model_is_no_longer_a_program(base, predictor):
+    selection = SelectionConfig(budget=0.25, interval=2)
+    few, many = (len(stepper(base, predictor, selection, n)[0].as_text().splitlines()) for n in (4, 32))
+    assert many < few * 1.05
+
+
+def test_caches_are_written_in_place(base, predictor):
+    lowered, state = stepper(base, predictor, SelectionConfig(budget=0.25))
+    sizes = lowered.compile().memory_analysis()
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.kv))
+    assert sizes.alias_size_in_bytes >= held
+    assert sizes.temp_size_in_bytes < held  # no second cache

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -15,48 +13,16 @@ import pytest
 import butler_jax
 from butler_jax import load_base
 from butler_jax.decoding import generation
-from butler_jax.decoding.cache import DecodeState
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.prefilling import prefill
 from butler_jax.decoding.step import decode_step
-from butler_jax.decoding.store import offload
-from butler_jax.model.config import BaseConfig
-from butler_jax.model.decoder import BaseModel, forward
+from butler_jax.model.decoder import forward
 from butler_jax.policies import Evicting, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
-
-BASE = BaseConfig(
-    family="llama", vocab_size=61, width=32, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, context=96
-)
-PROMPTS = [[5, 9, 2, 40, 17, 3, 8, 8, 21, 30, 11], [7], [1, 2, 3, 4, 5]]
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    bos, eos = None, 60
-    backend = SimpleNamespace(token_to_id=lambda text: ord(text) - 65 if len(text) == 1 else None)
-
-    def encode(self, text):
-        return [ord(c) - 65 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(65 + i) for i in ids)
-
-
-@pytest.fixture(scope="module")
-def base():
-    model = BaseModel(BASE, jax.random.key(1))
-    model.layers.q[...] = model.layers.q[...] * 4
-    return SimpleNamespace(name="letters", model=model, tokenizer=Letters(), config=BASE, fingerprint="f")
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    return make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+from tests.decoding.letters import PROMPTS, Letters
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +68,6 @@ def test_a_batch_gives_each_rows_own_tokens(base, predictor):
     assert all(0.25 < share < 0.6 for share in (together.attended[0], together.attended[2]))
 
 
-def test_offload_gives_the_resident_tokens(base, predictor):
-    settings = dict(
-        predictor=predictor,
-        selection=SelectionConfig(budget=0.4, sinks=1, recent=3, unit=2, interval=2),
-        max_new_tokens=20,
-        stop=(),
-    )
-    resident = butler_jax.generate(base, PROMPTS, **settings)
-    offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
-    assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
-
-
 def test_stop_tokens_end_a_row_and_pieces_are_the_text(base, dense):
     row = dense.tokens[0]
     stop = row[4]
@@ -142,54 +96,6 @@ def test_prompts_of_a_bucket_share_one_compilation(base, dense):
     shorter = [PROMPTS[0][:9], PROMPTS[1] * 3, PROMPTS[2][:2]]
     butler_jax.generate(base, shorter, max_new_tokens=12, stop=())
     assert (generation.start._cache_size(), generation.advance._cache_size()) == before
-
-
-@pytest.mark.parametrize("kind", ["lookahead", pytest.param("contextual", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("window", [None, pytest.param(7, marks=pytest.mark.slow)])
-def test_a_prompt_in_chunks_fills_the_same_caches(kind, window):
-    model = BaseModel(dataclasses.replace(BASE, sliding_window=window), jax.random.key(1))
-    predictor = make_predictor(model.config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
-    lengths = np.asarray([22, 7, 16])
-    tokens = np.random.default_rng(0).integers(1, 61, (3, 26)).astype(np.int32)
-    run = partial(jax.jit(prefill, static_argnames=("capacity", "chunk")), model, jnp.asarray(tokens), lengths)
-    logits, whole = run(capacity=32, predictor=predictor)
-    found, parts = run(capacity=32, predictor=predictor, chunk=8)
-    # float32 sums in another order; logits and keys are about 1
-    np.testing.assert_allclose(found, logits, atol=2e-5)
-    for b, held in enumerate(lengths):
-        for name in ("k", "v"):
-            a, c = (np.asarray(getattr(s.kv, name))[:, b, :, :held] for s in (whole, parts))
-            np.testing.assert_allclose(c, a, atol=2e-5)
-        a, c = (np.asarray(s.scores.k_imp)[1:, b, ..., :held] for s in (whole, parts))
-        np.testing.assert_allclose(c, a, atol=2e-5)
-
-
-def stepper(base, predictor, selection, layers=None):
-    """(a jitted step, its state of 2 rows, tokens)."""
-    config = base.config if layers is None else dataclasses.replace(base.config, layers=layers)
-    make = lambda: BaseModel(config, jax.random.key(0))  # noqa: E731
-    model = base.model if layers is None else jax.eval_shape(make)
-    if layers is not None:
-        predictor = jax.eval_shape(lambda: make_predictor(config, PredictorConfig(rank=8, stride=2)))
-    tokens, lengths = jnp.ones((2, 4), jnp.int32), jnp.asarray([4, 3])
-    fill = partial(prefill, capacity=96, selection=selection)
-    state = jax.eval_shape(lambda m, p: fill(m, tokens, lengths, predictor=p)[1], model, predictor)
-    step = jax.jit(lambda m, p, t, s: decode_step(m, t, s, predictor=p, selection=selection)[:2], donate_argnums=3)
-    return step.lower(model, predictor, jax.ShapeDtypeStruct((2,), jnp.int32), state), state
-
-
-def test_a_deeper_model_is_no_longer_a_program(base, predictor):
-    selection = SelectionConfig(budget=0.25, interval=2)
-    few, many = (len(stepper(base, predictor, selection, n)[0].as_text().splitlines()) for n in (4, 32))
-    assert many < few * 1.05
-
-
-def test_caches_are_written_in_place(base, predictor):
-    lowered, state = stepper(base, predictor, SelectionConfig(budget=0.25))
-    sizes = lowered.compile().memory_analysis()
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.kv))
-    assert sizes.alias_size_in_bytes >= held
-    assert sizes.temp_size_in_bytes < held  # no second cache
 
 
 def test_between_choices_the_chosen_stay_and_the_window_moves(base):
@@ -305,35 +211,6 @@ def test_settings_are_named_in_the_signature_and_a_typo_blames_the_function(base
         inspect.unwrap(function)(base, [[1]], temprature=1.0)  # without the wrapper that checks annotations
 
 
-def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
-    logits, state = prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=4)
-    with pytest.raises(ValueError, match="the cache is full: a row holds 4 of 4 tokens"):
-        decode_step(base.model, jnp.asarray([1]), state)
-    state = dataclasses.replace(state, lengths=jnp.asarray([3]))
-    with pytest.raises(ValueError, match="prefill was done without the predictor"):
-        decode_step(base.model, jnp.asarray([1]), state, predictor=predictor)
-    with pytest.raises(ValueError, match="needs a trained predictor"):
-        decode_step(base.model, jnp.asarray([1]), state, selection=SelectionConfig())
-    with pytest.raises(ValueError, match="give the selection to prefill too"):
-        decode_step(
-            base.model, jnp.asarray([1]), state, selection=SelectionConfig(interval=2), policy=make_policy("random")
-        )
-    other = dict(policy=make_policy("random"))
-    _, kept = prefill(
-        base.model,
-        jnp.ones((1, 4), jnp.int32),
-        jnp.asarray([4]),
-        capacity=60,
-        selection=SelectionConfig(budget=0.25, interval=2),
-        **other,
-    )
-    with pytest.raises(ValueError, match="room for 15 units of 2 heads, and this selection chooses 30 of 2: "):
-        decode_step(base.model, jnp.asarray([1]), kept, selection=SelectionConfig(budget=0.5, interval=2), **other)
-    with pytest.raises(ValueError, match="a prompt has no tokens"):
-        prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([0]), capacity=4)
-    assert isinstance(state, DecodeState) and logits.shape == (1, 61)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [dict(), dict(unit=16), dict(interval=4, neighbours=True)], ids=lambda f: "-".join(f)
@@ -356,31 +233,6 @@ def check_everything(base, fields):
         base, prompt, predictor=predictor, selection=SelectionConfig(budget=1.0, **fields), **settings
     )
     assert len(dense.tokens[0]) == 200 and found.tokens == dense.tokens
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["normalised", "maximum"])
-@pytest.mark.parametrize(
-    "fields", [dict(budget=0.4), dict(budget=0.5, unit=4), dict(budget=0.4, interval=3)], ids=lambda f: "-".join(f)
-)
-@pytest.mark.parametrize("kind", ["lookahead", "producer", "contextual"])
-def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
-    # A layer's rows are fetched in the layer before it, where its choice is known; the arithmetic is the same.
-    predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
-    selection = SelectionConfig(sinks=1, recent=3, **fields)
-    settings = dict(predictor=predictor, selection=selection, policy=make_policy("tokenbutler", pooling=pooling))
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 24)), jnp.int32)
-    fill = jax.jit(lambda t: prefill(base.model, t, jnp.asarray([24, 15]), capacity=48, **settings)[1])
-    step = jax.jit(lambda t, s: decode_step(base.model, t, s, **settings))
-    resident = jax.device_put(fill(tokens), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    offloaded = dataclasses.replace(resident, kv=offload(resident.kv))
-    for t in range(7):
-        logits, resident, found = step(tokens[:, t], resident)
-        own_logits, offloaded, own_found = step(tokens[:, t], offloaded)
-        np.testing.assert_array_equal(own_logits, logits)
-        np.testing.assert_array_equal(own_found.attended, found.attended)
-    np.testing.assert_array_equal(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v))
-    assert offloaded.kv.k.sharding.memory_kind == "pinned_host"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,24 @@
+"""The small model of the tests of decoding, and its predictor."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from butler_jax.model import BaseModel
+from butler_jax.predictors import PredictorConfig, make_predictor
+from tests.decoding.letters import BASE, Letters
+
+
+@pytest.fixture(scope="session")
+def base():
+    model = BaseModel(BASE, jax.random.key(1))
+    model.layers.q[...] = model.layers.q[...] * 4
+    return SimpleNamespace(name="letters", model=model, tokenizer=Letters(), config=BASE, fingerprint="f")
+
+
+@pytest.fixture(scope="session")
+def predictor():
+    return make_predictor(BASE, PredictorConfig(rank=8, stride=2))

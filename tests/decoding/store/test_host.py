@@ -1,0 +1,55 @@
+"""Caches in host memory give what those on the device give."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import butler_jax
+from butler_jax.decoding import decode_step, prefill
+from butler_jax.decoding.store import offload
+from butler_jax.policies import make_policy
+from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.selection import SelectionConfig
+from tests.decoding.letters import BASE, PROMPTS
+
+
+def test_offload_gives_the_resident_tokens(base, predictor):
+    settings = dict(
+        predictor=predictor,
+        selection=SelectionConfig(budget=0.4, sinks=1, recent=3, unit=2, interval=2),
+        max_new_tokens=20,
+        stop=(),
+    )
+    resident = butler_jax.generate(base, PROMPTS, **settings)
+    offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
+    assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["normalised", "maximum"])
+@pytest.mark.parametrize(
+    "fields", [dict(budget=0.4), dict(budget=0.5, unit=4), dict(budget=0.4, interval=3)], ids=lambda f: "-".join(f)
+)
+@pytest.mark.parametrize("kind", ["lookahead", "producer", "contextual"])
+def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
+    # A layer's rows are fetched in the layer before it, where its choice is known; the arithmetic is the same.
+    predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
+    selection = SelectionConfig(sinks=1, recent=3, **fields)
+    settings = dict(predictor=predictor, selection=selection, policy=make_policy("tokenbutler", pooling=pooling))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 24)), jnp.int32)
+    fill = jax.jit(lambda t: prefill(base.model, t, jnp.asarray([24, 15]), capacity=48, **settings)[1])
+    step = jax.jit(lambda t, s: decode_step(base.model, t, s, **settings))
+    resident = jax.device_put(fill(tokens), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    offloaded = dataclasses.replace(resident, kv=offload(resident.kv))
+    for t in range(7):
+        logits, resident, found = step(tokens[:, t], resident)
+        own_logits, offloaded, own_found = step(tokens[:, t], offloaded)
+        np.testing.assert_array_equal(own_logits, logits)
+        np.testing.assert_array_equal(own_found.attended, found.attended)
+    np.testing.assert_array_equal(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v))
+    assert offloaded.kv.k.sharding.memory_kind == "pinned_host"
