@@ -41,13 +41,14 @@ class Policy:
         """
         return self
 
-    def require_predictor(self, predictor: Any) -> None:
-        """Raise ValueError where the policy needs a predictor and neither it nor its run is given (None)."""
+    def require_predictor(self, predictor: Any) -> Any:
+        """The predictor, or the run that holds it, if the policy needs one. Raise ValueError where that is None."""
         if self.needs_predictor and predictor is None:
             raise ValueError(
                 f"the policy {self.name} needs a trained predictor; give --run RUN (a run of butler-jax train; "
                 "run=RUN in --model_args, predictor= in Python), or another policy"
             )
+        return predictor if self.needs_predictor else None
 
     def selection(self, config: SelectionConfig) -> SelectionConfig | None:
         """The selection under which the policy runs; None reads everything. By default it is `config`."""

@@ -62,7 +62,7 @@ def calibrate_thresholds(
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
     if not isinstance(policy, Scoring) or policy.reads_everything:
         raise ValueError(f"the policy {policy.name} has no scores to set thresholds on; take a policy that scores")
-    policy.require_predictor(predictor)
+    predictor = policy.require_predictor(predictor)
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
@@ -97,7 +97,7 @@ def _sum_read(
     limits = limits._replace(threshold=from_image(image))
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments)
-    begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
+    begun, step = importance_walk(predictor, x, batch)
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end take the last column
 
     def one(chunk):

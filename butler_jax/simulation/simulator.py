@@ -90,7 +90,7 @@ def simulate(
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
-    policy.require_predictor(predictor)
+    predictor = policy.require_predictor(predictor)
     if config.interval != 1:
         raise ValueError(
             f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one"
@@ -99,7 +99,6 @@ def simulate(
     config = policy.selection(config)
     limits = None if config is None else limits_of(config, model.config, length)
     how = dict(policy=policy, rule=config and config.rule, score_dtype=score_dtype, implementation=implementation)
-    predictor = predictor if policy.needs_predictor else None
     return _simulate(model, predictor, batch, limits, wanted, reference, **how)
 
 

@@ -167,11 +167,10 @@ def measure_access(
     Raises:
         ValueError: As `measure_head_agreement` does, for a policy that evicts, and where it lacks its predictor.
     """
-    check_policy(policy, predictor)
+    predictor = check_policy(policy, predictor)
     selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
     batch, columns = _prepare(model, batch, rows)
     limits = limits_of(selection, model.config, batch["tokens"].shape[1])
-    predictor = predictor if policy.needs_predictor else None
     frequency, agreement, kept = _token_access(
         model, predictor, batch, columns, limits, policy=policy, rule=selection.rule
     )
@@ -191,11 +190,11 @@ def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
     return Binned(*map(np.array, means), np.array(error), np.array([a.size for a, _ in parts]))
 
 
-def check_policy(policy: Policy, predictor: Predictor | None) -> None:
-    """Raise ValueError for a policy that evicts, or that lacks its predictor."""
+def check_policy(policy: Policy, predictor: Predictor | None) -> Predictor | None:
+    """The predictor if the policy needs it. Raises ValueError for a policy that evicts, or that lacks its predictor."""
     if isinstance(policy, Evicting):
         raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
-    policy.require_predictor(predictor)
+    return policy.require_predictor(predictor)
 
 
 def _prepare(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array], Array]:

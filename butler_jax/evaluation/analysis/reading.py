@@ -114,7 +114,7 @@ def find_reading(
             interval, or the batch has more than one row.
     """
     length = _one_row(model, batch)
-    check_policy(policy, predictor)
+    predictor = check_policy(policy, predictor)
     real = np.flatnonzero(batch["segments"][0] > 0)
     if not (-real.size <= position < real.size):
         raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
@@ -123,7 +123,6 @@ def find_reading(
         raise ValueError(f"here every position chooses; the interval must be 1, got {selection.interval}")
     limits = limits_of(selection, model.config, length)
     column = int(real[position])
-    predictor = predictor if policy.needs_predictor else None
     rows = jnp.full((1, 1), column, jnp.int32)
     sets = _find_sets(model, predictor, as_batch(batch), rows, limits, policy=policy, rule=selection.rule)
     return Reading(np.asarray(sets)[:, 0, :, 0], column, policy.name, selection)

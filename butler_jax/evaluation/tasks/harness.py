@@ -75,7 +75,6 @@ class ButlerLM(TemplateLM):
             ValueError: An argument is invalid.
         """
         super().__init__()
-        policy.require_predictor(predictor)
         check_score_dtype(score_dtype)
         most = base.config.context - 1
         if not (max_length is None or (isinstance(max_length, int) and 2 <= max_length <= most)):
@@ -87,7 +86,7 @@ class ButlerLM(TemplateLM):
         if number <= 0:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         self.base, self.policy, self.selection = base, policy, selection
-        self.predictor = predictor if policy.needs_predictor else None
+        self.predictor = policy.require_predictor(predictor)
         self.text = base.require_tokenizer()
         self.max_length, self.batch_size = max_length or most, number
         self.score_dtype, self.add_bos_token, self.progress = score_dtype, add_bos_token, progress

@@ -60,8 +60,7 @@ class Passes:
         table = everything if chosen is None else budget_table(chosen, longest)
         if chosen is None or (chosen.threshold is None and (table == everything).all()):
             policy, predictor, chosen = Dense(), None, selection
-        if not policy.needs_predictor:
-            predictor = None
+        predictor = policy.require_predictor(predictor)
         arrays = (*(batch[name] for name in ("tokens", "segments", "positions")), wanted)
         content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
         key = content, batch["tokens"].shape, policy, id(predictor), table.tobytes(), chosen.rule
