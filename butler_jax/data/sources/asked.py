@@ -26,11 +26,6 @@ class AskedSample:
     tokens: tuple[int, ...]
     asked: tuple[bool, ...]
 
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """The answers, in order."""
-        return tuple(self.text[start:end] for start, end in self.spans)
-
 
 def asked_tokens(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
     """The token ids of a text and, for each, whether it belongs to one of the spans of characters.

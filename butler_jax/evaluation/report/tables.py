@@ -213,7 +213,7 @@ class TableLine:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """One metric of one task; part: the part of the task that it shows, as in its title."""
+    """One metric of one task, or of the part of it that the title names."""
 
     task: str
     metric: str
@@ -221,7 +221,6 @@ class ReportTable:
     note: str
     columns: tuple[TableColumn, ...]
     lines: tuple[TableLine, ...]
-    part: str = ""
 
     @property
     def spread_widths(self) -> list[int]:
@@ -262,7 +261,7 @@ def _make_part_tables(task: str, metric: str, rows: Sequence[Row]) -> list[Repor
                 task, metric, chosen, [(f"{across} {format_part(v)}", p) for v, p in parts], shares=False
             )
             part = ", ".join(w for w in (format_budget(budget) if budgets else "dense", rest) if w)
-            made.append(replace(table, part=part, title=f"{table.title}, {part}"))
+            made.append(replace(table, title=f"{table.title}, {part}"))
     return made
 
 
