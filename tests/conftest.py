@@ -19,10 +19,13 @@ import tests.shapes  # before the hook, which finds the checker by its name
 CHECKED = (
     "data",
     "decoding",
+    "evaluation",
     "model",
     "parallel",
     "policies",
     "predictors",
+    "pretraining",
+    "runs",
     "selection",
     "simulation",
     "text",
