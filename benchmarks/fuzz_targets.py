@@ -34,7 +34,7 @@ from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.runs import checkpoints, recorded, run_config, saved_predictor
 from butler_jax.runs.digests import DIGESTS
 from butler_jax.runs.directory import RECORDS
-from butler_jax.runs.finished import METADATA
+from butler_jax.runs.finished_checkpoints import METADATA
 from butler_jax.selection import SelectionConfig, parse_budget
 from butler_jax.storage import from_dict, parse_object, read_object, to_dict
 from butler_jax.text import Tokenizer, encode

@@ -23,7 +23,7 @@ import numpy as np
 
 from butler_jax.data.sources import coreference, python_docs, text
 from butler_jax.data.sources.passages import TextField
-from butler_jax.data.sources.prepared import open_prepared_set
+from butler_jax.data.sources.prepared_sets import open_prepared_set
 from butler_jax.data.windows import Batch
 from butler_jax.text import Tokenizer
 

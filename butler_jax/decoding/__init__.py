@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plan": ["make_plan"],
         "eviction": ["EvictedRows", "evict_rows"],
         "generation": ["Generated", "Piece", "bucket", "generate", "generate_stream"],
-        "prefilling": ["prefill"],
+        "prefill_pass": ["prefill"],
         "score_cache": ["check_score_dtype", "rounded"],
         "step": ["Found", "decode_step"],
     },

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.decoding.eviction import Eviction, evict_row
 from butler_jax.decoding.layer_forecast import LayerForecast
-from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.plan import Plan
 from butler_jax.decoding.scoring import chunk_of
 from butler_jax.decoding.store import KVStore

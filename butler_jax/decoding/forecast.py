@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.choice import Chooser
 from butler_jax.decoding.layer_forecast import LayerForecast
-from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.score_cache import ScoreCache, restored
 from butler_jax.decoding.scoring import pooled_scores, q_imp_of_block, raw_scores, with_own_score
 from butler_jax.decoding.store import KVStore

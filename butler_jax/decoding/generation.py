@@ -18,7 +18,7 @@ import numpy as np
 
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.plan import Plan, check_offload, make_plan
-from butler_jax.decoding.prefilling import CHUNK, run_prompts
+from butler_jax.decoding.prefill_pass import CHUNK, run_prompts
 from butler_jax.decoding.sampling import draw, penalise
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.step import take_step

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.parts import part_of
 from butler_jax.decoding.plan import Plan
 from butler_jax.decoding.score_cache import ScoreCache

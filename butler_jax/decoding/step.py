@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.decoding.cache import DecodeState, constrain_state
 from butler_jax.decoding.choice import Chooser, make_chooser
 from butler_jax.decoding.forecast import Forecaster
-from butler_jax.decoding.newest import newest_of
+from butler_jax.decoding.newest_tokens import newest_of
 from butler_jax.decoding.plan import Plan, check_plan, make_plan
 from butler_jax.decoding.score_cache import append_scores
 from butler_jax.model import BaseModel, LayerView, embed, logits, run_layers

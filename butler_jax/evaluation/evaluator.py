@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import jax
 
 from butler_jax.evaluation.cells import Cell, KeptCells, read_cell
-from butler_jax.evaluation.compiled import drop_programs
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.evaluated import EvaluatedPolicy, collect_policies, describe_prepared
+from butler_jax.evaluation.contenders import EvaluatedPolicy, collect_policies, describe_prepared
 from butler_jax.evaluation.hashes import hash_facts
+from butler_jax.evaluation.programs import drop_programs
 from butler_jax.evaluation.progress import CellProgress, Say
 from butler_jax.evaluation.report.report import Report, check_directory
 from butler_jax.evaluation.tasks.base import Task

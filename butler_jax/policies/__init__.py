@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "base": ["Policy", "describe"],
         "citrus": ["CItruS"],
         "dense": ["Dense"],
-        "evicting": ["Evicting", "Place", "evict"],
+        "eviction": ["Evicting", "Place", "evict"],
         "h2o": ["H2O"],
         "lowrank": ["LowRank"],
         "oracle": ["Oracle", "OracleHead"],

@@ -1,4 +1,4 @@
-"""The interface that all policies share. The two kinds of policies are in scoring.py and evicting.py."""
+"""The interface that all policies share. The two kinds of policies are in scoring.py and eviction.py."""
 
 from __future__ import annotations
 

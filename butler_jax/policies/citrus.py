@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.policies.evicting import Evicting
+from butler_jax.policies.eviction import Evicting
 
 UNRATED = float(jnp.finfo(jnp.float32).max)  # above all attention
 

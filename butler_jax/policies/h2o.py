@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from butler_jax.policies.evicting import Evicting
+from butler_jax.policies.eviction import Evicting
 
 
 @dataclass(frozen=True, kw_only=True)

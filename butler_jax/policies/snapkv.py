@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.policies.evicting import Evicting
+from butler_jax.policies.eviction import Evicting
 
 
 class Recent(NamedTuple):

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "checkpoints": ["Checkpoints", "joined"],
         "directory": ["claim", "holder", "recorded", "records"],
-        "finished": ["read_facts", "steps"],
+        "finished_checkpoints": ["read_facts", "steps"],
         "inspection": ["base_of", "inspect_run"],
         "provenance": ["command", "versions"],
         "saved_predictor": ["about", "load_predictor", "save_predictor"],

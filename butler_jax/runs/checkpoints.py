@@ -27,7 +27,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from butler_jax.parallel import gather
 from butler_jax.runs import digests
-from butler_jax.runs.finished import METADATA, UNFINISHED, damage, read_facts, steps
+from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, damage, read_facts, steps
 from butler_jax.storage import sync
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and every error with a traceback

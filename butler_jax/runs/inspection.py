@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from butler_jax.runs.directory import LEVELS, RECORDS, holder, read_records
-from butler_jax.runs.finished import METADATA, UNFINISHED, steps
-from butler_jax.runs.finished import damage as find_damage
+from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, steps
+from butler_jax.runs.finished_checkpoints import damage as find_damage
 from butler_jax.runs.settings import CONFIG, read_settings
 from butler_jax.storage import deeper, fits, number, open_regular, parse_object, read_object, shown, whole
 

@@ -9,7 +9,7 @@ import jax
 
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor
 from butler_jax.runs.checkpoints import Checkpoints
-from butler_jax.runs.finished import steps
+from butler_jax.runs.finished_checkpoints import steps
 from butler_jax.storage import from_dict, to_dict
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from butler_jax.model import BaseConfig, base_config
 from butler_jax.storage import file_in, read_object, shown
-from butler_jax.weights.placing import StoredTensor
+from butler_jax.weights.placement import StoredTensor
 
 TYPES = ("F32", "F16", "BF16")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -18,7 +18,7 @@ import numpy as np
 from butler_jax.model import BaseConfig, BaseModel, RopeConfig
 from butler_jax.storage import file_in
 from butler_jax.weights import huggingface
-from butler_jax.weights.placing import Shardings, build_model, parameter_name
+from butler_jax.weights.placement import Shardings, build_model, parameter_name
 
 if TYPE_CHECKING:
     from butler_jax.text import Tokenizer

@@ -28,7 +28,7 @@ import numpy as np
 
 from pallas_kernels import api, checks
 from pallas_kernels.bench.cases import SHAPES, Case
-from pallas_kernels.bench.measuring import copy_bandwidth, measure_case
+from pallas_kernels.bench.measurements import copy_bandwidth, measure_case
 from pallas_kernels.bench.table import HEADER, line, peers_line, plot
 
 H200 = {  # lists begin with what matters most

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from butler_jax.data.sources import coreference, needle, retrieval
-from butler_jax.data.sources.asked import asked_tokens, find_largest
+from butler_jax.data.sources.asked_samples import asked_tokens, find_largest
 from butler_jax.text.tokenizer import Tokenizer
 from tests.tiny_haystack import HAYSTACK, train_tokenizer
 

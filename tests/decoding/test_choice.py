@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.kvpress_forms import dense_prompt
 from butler_jax.decoding import eviction
-from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel, logits

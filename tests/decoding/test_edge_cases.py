@@ -11,7 +11,7 @@ import pytest
 
 from butler_jax.decoding.cache import DecodeState, empty_store
 from butler_jax.decoding.cached_attention import attend_cached
-from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.decoding.score_cache import ScoreCache
 from butler_jax.decoding.scoring import empty_scores
 from butler_jax.decoding.step import decode_step

@@ -14,7 +14,7 @@ import butler_jax
 from butler_jax import load_base
 from butler_jax.decoding import generation
 from butler_jax.decoding.config import SamplingConfig
-from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.decoder import forward
 from butler_jax.policies import Evicting, make_policy

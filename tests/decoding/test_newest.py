@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.decoding.newest import newest_of
+from butler_jax.decoding.newest_tokens import newest_of
 from tests.decoding.letters import BASE
 
 

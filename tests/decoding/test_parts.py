@@ -45,7 +45,7 @@ from butler_jax import PredictorConfig, SelectionConfig
 from butler_jax.model.decoder import LOGICAL_AXES, BaseModel
 from butler_jax.model.config import BaseConfig
 from butler_jax.decoding.step import decode_step
-from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.parallel.mesh import make_mesh, place

@@ -12,7 +12,7 @@ import pytest
 
 import butler_jax
 from butler_jax.decoding import score_cache
-from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.decoding.score_cache import ScoreCache, append_scores
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.config import BaseConfig

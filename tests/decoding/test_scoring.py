@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.decoding.newest import newest_of
+from butler_jax.decoding.newest_tokens import newest_of
 from butler_jax.decoding.scoring import raw_scores, with_own_score
 from tests.decoding.letters import BASE
 

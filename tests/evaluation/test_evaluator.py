@@ -319,11 +319,11 @@ def test_a_policy_that_was_edited_is_measured_anew(place, tmp_path, monkeypatch,
 
     def evaluated(text):
         module = types.ModuleType("newest_of_a_test")  # as importing the file does it, or a notebook's cell
-        (tmp_path / "newest.py").write_text(text)
+        (tmp_path / "newest_tokens.py").write_text(text)
         if in_a_file:
-            module.__file__ = str(tmp_path / "newest.py")
+            module.__file__ = str(tmp_path / "newest_tokens.py")
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(compile(text, "newest.py", "exec"), vars(module))
+        exec(compile(text, "newest_tokens.py", "exec"), vars(module))
         monkeypatch.setitem(POLICIES, "newest", module.Newest)
         said = []
         report = evaluate(base, None, config, keep=tmp_path / "out", say=said.append)

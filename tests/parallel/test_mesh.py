@@ -246,7 +246,7 @@ import numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, sys.argv[1])
 from butler_jax import PredictorConfig, SelectionConfig, generate, load_base
-from butler_jax.decoding.prefilling import prefill
+from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.predictors import make_predictor
 from butler_jax.parallel.mesh import make_mesh, place, shardings_for
 rng = np.random.default_rng(0)

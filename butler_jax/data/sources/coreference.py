@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from random import Random
 
-from butler_jax.data.sources.asked import asked_tokens
+from butler_jax.data.sources.asked_samples import asked_tokens
 from butler_jax.text import Tokenizer
 
 WORDS = (220, 280)

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from random import Random
 
-from butler_jax.data.sources.asked import AskedSample, asked_tokens, find_largest
+from butler_jax.data.sources.asked_samples import AskedSample, asked_tokens, find_largest
 from butler_jax.data.sources.coreference import invented_name, invented_word, sentences
 from butler_jax.text import Tokenizer
 

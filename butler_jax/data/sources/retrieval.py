@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
 
-from butler_jax.data.sources.asked import AskedSample, Span, asked_tokens, find_largest
+from butler_jax.data.sources.asked_samples import AskedSample, Span, asked_tokens, find_largest
 from butler_jax.data.sources.coreference import invented_word
 from butler_jax.text import Tokenizer
 

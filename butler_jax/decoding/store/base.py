@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from butler_jax.decoding.cached_attention import attend_cached
-from butler_jax.decoding.newest import Newest
+from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.parts import write_chunk, write_parts
 from butler_jax.model import LayerView
 from butler_jax.selection import Chosen

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from butler_jax.evaluation.analysis.agreement import PUBLISHED, Access, Drift, Overlap, bin_means
 from butler_jax.evaluation.analysis.reading import Reading, Scored
-from butler_jax.evaluation.plotting import draw_matrix, make_canvas
+from butler_jax.evaluation.plots import draw_matrix, make_canvas
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9730d", "#777777"
 FAINTEST = 1e-4  # attention weights below this look alike

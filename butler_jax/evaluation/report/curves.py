@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from butler_jax.evaluation.plotting import WIDTH, Look, finish_panels, make_canvas
+from butler_jax.evaluation.plots import WIDTH, Look, finish_panels, make_canvas
 from butler_jax.evaluation.report.tables import (
     MINUS,
     Metric,

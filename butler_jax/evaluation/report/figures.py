@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from butler_jax.evaluation.plotting import Draw, Look, assign_looks
+from butler_jax.evaluation.plots import Draw, Look, assign_looks
 from butler_jax.evaluation.report.curves import draw_curves, draw_parts
 from butler_jax.evaluation.report.heat_maps import draw_grid, draw_heads
 from butler_jax.evaluation.report.tables import (

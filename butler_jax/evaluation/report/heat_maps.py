@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from butler_jax.evaluation.plotting import WIDTH, draw_matrix, finish_panels, hide_spines, make_canvas
+from butler_jax.evaluation.plots import WIDTH, draw_matrix, finish_panels, hide_spines, make_canvas
 from butler_jax.evaluation.report.tables import (
     Metric,
     Row,

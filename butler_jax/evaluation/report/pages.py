@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from butler_jax.evaluation.plotting import NO_PICTURES, plots_available, render_figure
+from butler_jax.evaluation.plots import NO_PICTURES, plots_available, render_figure
 from butler_jax.evaluation.report.facts import describe_predictors, list_facts, list_settings
 from butler_jax.evaluation.report.figures import PlannedFigure, plan_figures
 from butler_jax.evaluation.report.summary import ERRORS, HEADS, make_summary_lines, summarise

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.evaluated import EvaluatedPolicy
+from butler_jax.evaluation.contenders import EvaluatedPolicy
 from butler_jax.evaluation.report.report import ReportRow
 from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import Estimate

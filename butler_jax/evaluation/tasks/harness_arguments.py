@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from butler_jax.evaluation.evaluated import prepare_policies
+from butler_jax.evaluation.contenders import prepare_policies
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig, parse_budget
 from butler_jax.weights import load_base

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from butler_jax.data import Batch, find_counted
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.evaluated import EvaluatedPolicy
+from butler_jax.evaluation.contenders import EvaluatedPolicy
 from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.texts import name_windows

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.model import attention
 from butler_jax.training.losses.arrays import check_shapes, scale_gradients
-from butler_jax.training.losses.contested import KeyRange
-from butler_jax.training.losses.fused import run_fused
+from butler_jax.training.losses.contested_keys import KeyRange
+from butler_jax.training.losses.fused_pass import run_fused
 from butler_jax.training.losses.two_calls import run_two_calls
 
 FORMS = ("fused", "two_calls")

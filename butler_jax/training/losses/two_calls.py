@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from butler_jax.model import attention
-from butler_jax.training.losses.contested import KeyRange, counted_rows
+from butler_jax.training.losses.contested_keys import KeyRange, counted_rows
 
 
 def run_two_calls(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, implementation: str, differentiate: bool):

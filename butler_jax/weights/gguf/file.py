@@ -16,7 +16,7 @@ from butler_jax.storage import number, shown, whole
 from butler_jax.weights.gguf.header import check_header
 from butler_jax.weights.gguf.tokenizer import read_tokenizer
 from butler_jax.weights.huggingface import Source
-from butler_jax.weights.placing import StoredTensor
+from butler_jax.weights.placement import StoredTensor
 
 if TYPE_CHECKING:
     from butler_jax.text import Tokenizer

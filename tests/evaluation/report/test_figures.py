@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from butler_jax.evaluation.plotting import assign_looks, render_figure
+from butler_jax.evaluation.plots import assign_looks, render_figure
 from butler_jax.evaluation.report import pages
 from butler_jax.evaluation.report.figures import plan_figures
 from tests.tiny_reports import POLICIES, report, row, rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from butler_jax.evaluation.plotting import INK, render_figure
+from butler_jax.evaluation.plots import INK, render_figure
 from butler_jax.evaluation.report import pages
 from butler_jax.evaluation.report.figures import plan_figures
 from butler_jax.evaluation.report.pages import render_markdown, render_page

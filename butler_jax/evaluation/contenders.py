@@ -152,7 +152,7 @@ def _read_predictors(
     base: Any, predictor: Predictor | None, config: EvalConfig
 ) -> Iterator[tuple[str, Predictor, dict]]:
     """(suffix of the label, predictor, its training): no suffix for the first, :KIND for those to compare."""
-    from butler_jax.evaluation.trained import load_trained
+    from butler_jax.evaluation.training_facts import load_trained
 
     taken, training = set(), {}
     if predictor is None and config.run is not None:

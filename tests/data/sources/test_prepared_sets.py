@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from butler_jax.data.sources import passages, prepared
-from butler_jax.data.sources.prepared import open_prepared_set
+from butler_jax.data.sources import passages, prepared_sets
+from butler_jax.data.sources.prepared_sets import open_prepared_set
 
 
 class Letters(tfds.core.GeneratorBasedBuilder):
@@ -39,26 +39,26 @@ class Numbers(Letters):
 
 def test_a_prepared_set_opens_by_name_with_its_last_part_held_out(tmp_path):
     Letters(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    train = prepared.open_prepared_set("letters", "train", str(tmp_path))
-    test = prepared.open_prepared_set("letters:1.0.0", "test", str(tmp_path))
+    train = prepared_sets.open_prepared_set("letters", "train", str(tmp_path))
+    test = prepared_sets.open_prepared_set("letters:1.0.0", "test", str(tmp_path))
     read = [train[i] for i in range(len(train))] + [test[i] for i in range(len(test))]
     assert len(test) == 2 and sorted(read) == sorted(f"Dear {i}" for i in range(100))
 
 
 def test_sets_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no_such_set.*tfds build no_such_set"):
-        prepared.open_prepared_set("no_such_set", "train", str(tmp_path))
+        prepared_sets.open_prepared_set("no_such_set", "train", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="'letters' is not prepared"):
-        prepared.open_prepared_set("letters", "train", str(tmp_path))
+        prepared_sets.open_prepared_set("letters", "train", str(tmp_path))
     Numbers(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     with pytest.raises(ValueError, match=r"numbers has no text feature \(features: label\)"):
-        prepared.open_prepared_set("numbers", "train", str(tmp_path))
+        prepared_sets.open_prepared_set("numbers", "train", str(tmp_path))
     builder = Letters(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     info = builder.data_path / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="prepared as tfrecord, which has no random access"):
-        prepared.open_prepared_set("letters", "train", str(tmp_path))
+        prepared_sets.open_prepared_set("letters", "train", str(tmp_path))
 
 
 def test_names_of_prepared_sets_bring_in_no_foreign_code():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from butler_jax.model import attention
-from butler_jax.training.losses.contested import KeyRange, contested_mask, counted_rows
+from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
 
 
 def run_fused(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, differentiate: bool):

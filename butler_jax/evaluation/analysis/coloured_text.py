@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from butler_jax.text import Writer
 from butler_jax.weights import Base
@@ -81,7 +80,7 @@ class ColouredText:
 
 
 def colour_tokens(
-    base: Base, tokens: Sequence[int], counts: Float[np.ndarray, " T"], *, most: float | None = None, title: str = ""
+    base: Base, tokens: Sequence[int], counts: Real[np.ndarray, " T"], *, most: float | None = None, title: str = ""
 ) -> ColouredText:
     """Colour a text by a number of 0 or more for each token.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import butler_jax
-from butler_jax.evaluation.analysis.coloured import colour_tokens
+from butler_jax.evaluation.analysis.coloured_text import colour_tokens
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from butler_jax.evaluation.compiled import MAPS, drop_programs
+from butler_jax.evaluation.programs import MAPS, drop_programs
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.fuzz_targets import weights
 from butler_jax.weights import load_base
 from butler_jax.weights.huggingface import SINGLE
-from butler_jax.weights.placing import check_memory
+from butler_jax.weights.placement import check_memory
 from tests import reference_models
 from tests.weights.hostile import EMBEDDING, REPOSITORY, change_config, container, entry, refused
 from tests.weights.llama_files import LLAMA, equal, rewrite
@@ -90,9 +90,9 @@ def test_a_model_larger_than_memory_is_refused_on_simulated_devices_before_it_is
     code = f"""
         import os, jax
         from butler_jax.parallel.mesh import make_mesh, shardings_for
-        from butler_jax.weights import load_base, placing
+        from butler_jax.weights import load_base, placement
         os.sysconf = {{"SC_PHYS_PAGES": 25 * 10**9 // 4096, "SC_PAGE_SIZE": 4096}}.get
-        placing.Slot = None
+        placement.Slot = None
         try:
             load_base({str(small_model)!r}, shardings=shardings_for(make_mesh("data=2")))
         except ValueError as error:
@@ -132,7 +132,7 @@ def test_fused_projections_are_split(tmp_path):
 
 def test_tables_larger_than_a_block_load_whole(directory, monkeypatch):
     whole = load_base(directory)
-    monkeypatch.setattr("butler_jax.weights.placing.BLOCK_BYTES", 5000)  # 19 rows of 64, and a last block of 1
+    monkeypatch.setattr("butler_jax.weights.placement.BLOCK_BYTES", 5000)  # 19 rows of 64, and a last block of 1
     assert equal(whole, load_base(directory))
 
 
@@ -189,7 +189,7 @@ def test_sharded_parameters_equal_unsharded_ones_on_8_devices_in_the_bytes_recko
         import jax, numpy as np
         from butler_jax.parallel.mesh import make_mesh, shardings_for
         from butler_jax.weights import load_base
-        from butler_jax.weights.placing import bytes_needed, parameter_name
+        from butler_jax.weights.placement import bytes_needed, parameter_name
         plain = load_base({str(directory)!r})
         shapes = {{parameter_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(plain.model)}}
         for text in ("data=8,model=1", "data=2,model=4", "data=1,model=2"):
@@ -234,7 +234,7 @@ def test_host_memory_stays_under_one_layer_above_what_is_placed(tmp_path):
         from butler_jax.model.decoder import BaseModel
         from butler_jax.model.families import base_config
         from butler_jax.weights import load_base
-        from butler_jax.weights.placing import LAYERS, TABLES, locate, stored_shape
+        from butler_jax.weights.placement import LAYERS, TABLES, locate, stored_shape
 
         def write(directory, config):
             directory.mkdir()

@@ -18,7 +18,7 @@ from butler_jax.decoding.cache import DecodeState, constrain_state, empty_store
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.choice import empty_memory
 from butler_jax.decoding.eviction import Eviction, evict_rows, grown, nothing_kept
-from butler_jax.decoding.newest import newest_of
+from butler_jax.decoding.newest_tokens import newest_of
 from butler_jax.decoding.parts import write_chunk
 from butler_jax.decoding.plan import Plan, make_plan
 from butler_jax.decoding.score_cache import SCORE_LETTERS, ScoreCache, check_score_dtype, store_scores
