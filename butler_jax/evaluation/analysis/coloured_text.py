@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Real
 
 from butler_jax.text import Writer
 from butler_jax.weights import Base
