@@ -24,7 +24,6 @@ CHECKED = (
     "policies",
     "predictors",
     "pretraining",
-    "runs",
     "selection",
     "simulation",
     "text",

@@ -20,7 +20,7 @@ def test_tokens_after_the_first_of_their_document_count():
     tokens = np.random.default_rng(0).integers(1, 17, (1, 10)).astype(np.int32)
     segments = np.asarray([[1, 1, 1, 1, 2, 2, 2, 3, 0, 0]], np.int32)
     positions = np.asarray([[0, 1, 2, 3, 0, 1, 2, 0, 0, 1]], np.int32)
-    batch = {"tokens": tokens, "segments": segments, "positions": positions}
+    batch = {"tokens": jnp.asarray(tokens), "segments": jnp.asarray(segments), "positions": jnp.asarray(positions)}
     logits = np.asarray(forward(model, tokens, positions=positions, segments=segments), np.float64)[0]
     wanted = sum(np.log(np.exp(logits[at - 1]).sum()) - logits[at - 1, tokens[0, at]] for at in (1, 2, 3, 5, 6))
     loss, count = next_token_loss(model, batch)
