@@ -19,6 +19,7 @@ import tests.shapes  # before the hook, which finds the checker by its name
 CHECKED = (
     "data",
     "decoding",
+    "evaluation",
     "model",
     "parallel",
     "policies",
