@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -17,10 +18,14 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store has no public door
 from jax.experimental import multihost_utils
 
 from butler_jax.parallel.config import HostsConfig, parse_hosts
 from butler_jax.storage import to_dict
+
+ENDED = "butler_jax/ended"
+"""Key of JAX's coordination service under which a process that ends with an error leaves the number of its own."""
 
 LOST = re.compile(r"gloo|nccl|barrier|coordination service", re.IGNORECASE)
 """Matches the errors that a computation or a checkpoint raises when another process is gone."""
@@ -71,6 +76,7 @@ def join_hosts(config: HostsConfig) -> None:
         raise ValueError(f"--distributed {config.distributed} does not work here ({reason}); {advice}") from None
     finally:
         timer.cancel()
+    _watch_others()
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) != 1:
         raise ValueError(
@@ -176,13 +182,37 @@ def leave(error: BaseException) -> NoReturn:
     """Print the error as one line and end at once with status 1. A regular exit would wait for the other processes."""
     words = str(error)
     if lost(error):
-        reason = (words.splitlines() or [""])[0]
-        words = (
-            f"process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); read the "
-            "messages of that one, and start the same command on every host again to continue"
-        )
+        words = _lost_words((words.splitlines() or [""])[0])
+    elif (client := distributed.global_state.client) is not None:
+        with contextlib.suppress(Exception):  # another one was first, or the service is gone
+            client.key_value_set(ENDED, str(jax.process_index()))
     say(f"error: {words}")
     if jax.process_index() == 0:
         time.sleep(3)  # when process 0 ends, JAX ends the others at once: they print their errors before
     sys.stdout.flush()
     os._exit(1)
+
+
+def _watch_others() -> None:
+    """End this process in a line, from a thread, where another one has left its number under ENDED."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5) and (client := distributed.global_state.client) is not None:
+            with contextlib.suppress(Exception):  # nobody has left a number
+                other = client.key_value_try_get(ENDED)
+                if other == str(jax.process_index()):
+                    return
+                say(f"error: {_lost_words(f'process {other} ended with an error')}")
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    atexit.register(lambda: (done.set(), thread.join()))  # before JAX leaves the service
+
+
+def _lost_words(reason: str) -> str:
+    return (
+        f"process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); read the "
+        "messages of that one, and start the same command on every host again to continue"
+    )
