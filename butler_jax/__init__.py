@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "selection": ["SelectionConfig"],
         "training": ["TrainConfig", "distil", "init_predictor"],
         "data": ["read_batches"],
-        "simulation": ["calibrate_thresholds"],
+        "simulation": ["calibrate_thresholds", "calibrate_tolerance"],
         "decoding": ["Generated", "Piece", "SamplingConfig", "decode_step", "generate", "generate_stream", "prefill"],
         "runs": ["load_predictor", "save_predictor"],
     },

@@ -11,14 +11,27 @@ from pallas_kernels.api import (
     select_top_k,
     sparse_decode_attention,
 )
-from pallas_kernels.choice import BARRED, Selection, from_image, ordered_image, rank_image, unit_image
+from pallas_kernels.choice import (
+    BARRED,
+    TOP,
+    Rules,
+    Selection,
+    from_image,
+    image_of,
+    ordered_image,
+    rank_image,
+    unit_image,
+)
 from pallas_kernels.xla.selection import compact, top_mask
 
 __all__ = [
     "BARRED",
+    "TOP",
+    "Rules",
     "Selection",
     "compact",
     "from_image",
+    "image_of",
     "importance_scores",
     "importance_totals",
     "masked_topk_decode_attention",

@@ -28,6 +28,7 @@ from butler_jax.selection import (
     chosen_tokens,
     kept,
     recent_from,
+    share_counts,
     with_recent,
 )
 from pallas_kernels import compact
@@ -124,7 +125,7 @@ class Chooser:
     def _choose_in_layer(self, view: LayerView, known: LayerForecast) -> Chosen:
         """The choice of a policy that ranks by the layer's own queries, keys or values."""
         selection = self.plan.selection
-        chunk = chunk_of(view, *self.kv.layer(view.index), self.newest, known.scores)
+        chunk = chunk_of(view, *self.kv.layer(view.index), self.newest, known.scores, known.offset)
         scores = self.plan.policy(chunk._replace(sinks=selection.sinks, recent=selection.recent))[:, :, 0]
         threshold = None if self.limits.threshold is None else self.limits.threshold[view.index][None]
         return self._select(scores, self.newest.total, self.newest.first(view.index), threshold)
@@ -133,17 +134,20 @@ class Chooser:
         """Units by scores [B, K, S] of rows that hold `lengths` tokens and see those from `first` on."""
         plan, count = self.plan, lengths if first is None else lengths - first
 
-        def run(scores, lengths, tokens, first, threshold):
-            options = dict(first=first, threshold=threshold, implementation=plan.implementation)
+        def run(scores, lengths, tokens, counts, first, threshold):
+            options = dict(counts=counts, first=first, threshold=threshold, implementation=plan.implementation)
             return choose(scores, lengths, tokens, plan.room, plan.selection, **options)
 
         threshold = beyond(self.limits.min_context, count[:, None], threshold)
         if threshold is not None:
             threshold = jnp.broadcast_to(threshold, scores.shape[:2])
         kv_heads = self.kv.k.shape[2]
-        operands, result = ("bw-", "b", "b", "b", "bw"), Chosen("bw-", "bw-")
+        tokens, counts = self.limits.table[count], None
+        if plan.selection.allocation == "per_layer":  # over all heads, before the mesh splits them
+            counts = share_counts(scores, lengths, tokens, plan.selection, first)
+        operands, result = ("bw-", "b", "b", "bw", "b", "bw"), Chosen("bw-", "bw-")
         split = by_rows_and_heads(run, operands, result, rows=self.newest.cached.shape[0], heads=kv_heads)
-        return split(scores, lengths, self.limits.table[count], first, threshold)
+        return split(scores, lengths, tokens, counts, first, threshold)
 
 
 @dataclass(frozen=True)

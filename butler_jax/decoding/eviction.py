@@ -84,20 +84,20 @@ def evict_rows(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     rows: Rows,
-    tables: Int[Array, "budgets _"],
+    budgets: Int[Array, "budgets B T"],
     sliding_window: int | None,
     rule: SelectionConfig,
     *,
     output: bool = True,
     mass: bool = False,
 ) -> EvictedRows:
-    """All rows of a layer in order, under every budget of `tables` (budget_table).
+    """All rows of a layer in order, under N budgets of each row in tokens.
 
     rows: columns of the queries, no later than their own index; below 0 they mean nothing. sliding_window: the layer's.
     Only what depends on earlier rows runs row by row: logits, outputs and true attention are formed for 128 rows at a
     time, whatever the budgets, and memory is linear in length.
     """
-    (batch, length, heads, dim), kv_heads, count = q.shape, k.shape[2], tables.shape[0]
+    (batch, length, heads, dim), kv_heads, count = q.shape, k.shape[2], budgets.shape[0]
     size = min(CHUNK, length)
     pad = -length % size  # in front: the state after the last row is one that can go on
     chunks = (length + pad) // size
@@ -106,7 +106,7 @@ def evict_rows(
     keys, values = (split_keys(a, 1) for a in (k, v))
     own, start = jnp.pad(rows.own, front, constant_values=-1), jnp.pad(rows.start, front)
     low = start if sliding_window is None else jnp.maximum(start, own - sliding_window + 1)
-    budgets = tables[:, jnp.maximum(own - low + 1, 0)].reshape(count * batch, -1)
+    budgets = jnp.pad(budgets, ((0, 0), *front)).reshape(count * batch, -1)
 
     def split(a):
         return a.T.reshape(chunks, size, -1)

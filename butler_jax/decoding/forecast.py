@@ -36,11 +36,13 @@ class BlockForecast(NamedTuple):
         q_imp: Queries of the predictor.
         chosen: Units of every layer, [P, B, K, N]; None where the policy looks at more than the predictor.
         scores: Of the cached tokens, per query head and before any pooling; None where nothing asks for them.
+        offset: Of the predictor, for every query head; None where it has none.
     """
 
     q_imp: Float[Array, "P B H R"]
     chosen: Chosen | None
     scores: Float[Array, "P B Q G S"] | None
+    offset: Float[Array, "P B H"] | None
 
 
 class Forecasts(NamedTuple):
@@ -105,19 +107,20 @@ class Forecaster:
             return carry, LayerForecast()
         step = walk.advance(self.predictor, carry.walk, view, self.context, partial(attend_trunk, self.newest.cached))
         k_imp = self.predictor.k_imp(step.head, step.features, view, self.context)[:, 0]
-        block, rows, scores, chosen = carry.block, carry.rows, None, None
+        block, rows, scores, offset, chosen = carry.block, carry.rows, None, None, None
         place = (view.index - 1) % self.predictor.stride
         if block is not None:
             now = step.place.starts if self.every_step else step.place.starts & self.chooser.now
             block = jax.lax.cond(now, lambda: self._score_block(step.features, view.index), lambda: block)
             if self.per_head:
                 scores = with_own_score(block.scores[place], block.q_imp[place], k_imp, self.newest)
+                offset = None if block.offset is None else block.offset[place]
         if self.ahead:
             chosen = at(block.chosen, place)
             if rows is not None:
                 chooses = step.place.starts & self.chooser.now
                 rows = jax.lax.cond(chooses, lambda: self._fetch(view.index, block, place), lambda: rows)
-        return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, chosen, rows)
+        return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, offset, chosen, rows)
 
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
         """What is carried on, the rows of the next layer under way: known unless a new block chooses there."""
@@ -137,19 +140,21 @@ class Forecaster:
         """The block that starts at layer `index`; entries beyond the last layer mean nothing."""
         predictor, config = self.predictor, self.model.config
         layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), config.layers - 1)
-        q_imp = q_imp_of_block(predictor, self.model, features, self.context, layers)
+        q_imp, offset = q_imp_of_block(predictor, self.model, features, self.context, layers)
         chosen = None
         if self.ahead:
             score = partial(pooled_scores, scores=self.scores, newest=self.newest, plan=self.chooser.plan)
-            grouped = q_imp.reshape(*q_imp.shape[:2], config.kv_heads, config.group, -1)
+            heads = (*q_imp.shape[:2], config.kv_heads, config.group)
+            given = q_imp.reshape(*heads, -1), None if offset is None else offset.reshape(heads), layers
             if predictor.stride <= UNROLLED:
-                pooled = jnp.stack([score(grouped[p], layers[p]) for p in range(predictor.stride)], axis=1)
+                parts = [score(*jax.tree.map(lambda a, p=p: a[p], given)) for p in range(predictor.stride)]
+                pooled = jnp.stack(parts, axis=1)
             else:
-                pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), (grouped, layers)), 0, 1)
+                pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), given), 0, 1)
             chosen = self.chooser.choose_block(pooled, layers)
         scales = None if self.scores.scales is None else self.scores.scales[layers]
         k_imp = restored(self.scores.k_imp[layers], scales)
-        return BlockForecast(q_imp, chosen, raw_scores(q_imp, k_imp) if self.per_head else None)
+        return BlockForecast(q_imp, chosen, raw_scores(q_imp, k_imp) if self.per_head else None, offset)
 
 
 def attend_trunk(cached: Int[Array, " B"], cache: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:

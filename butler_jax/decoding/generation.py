@@ -176,7 +176,7 @@ def generate_stream(
     rows = encode(*known, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
-    plan = make_plan(base.config, capacity, selection, policy, implementation=implementation)
+    plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
     if selection is not None:
         policy.require_predictor(predictor)
     if offload:
@@ -326,7 +326,7 @@ def _plan_step(config: BaseConfig, how: Decoding, lengths: np.ndarray, step: int
     if (chosen_at <= selection.min_context).any():
         return plan
     most = int(budget_table(selection, how.capacity)[selection.min_context + 1 :].max())
-    return dataclasses.replace(plan, room=room_for(selection, how.capacity, most))
+    return dataclasses.replace(plan, room=room_for(selection, how.capacity, most, heads=plan.heads))
 
 
 def bucket(length: int, least: int) -> int:

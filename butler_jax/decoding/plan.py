@@ -53,6 +53,7 @@ def make_plan(
     selection: SelectionConfig | None,
     policy: Policy | None = None,
     *,
+    predictor: Predictor | None = None,
     most: int | None = None,
     implementation: str | None = None,
 ) -> Plan:
@@ -61,12 +62,14 @@ def make_plan(
     Args:
         selection: Which cached tokens are read; None reads all.
         policy: Who ranks them; None is `TokenButler()`.
+        predictor: Whose scores the policy uses; None where it uses none, or where that is not yet known.
         most: The largest budget of any row, in tokens, where it is known to be below that of a full cache.
 
     Raises:
         ValueError: For thresholds of another model, units that a mesh would split, and a policy that evicts on a mesh.
     """
     policy = policy or TokenButler()
+    policy = policy if predictor is None else policy.for_predictor(predictor)
     selection = None if selection is None else policy.selection(selection)
     if selection is None:
         return Plan(None, policy, "never", base.kv_heads, 0, implementation)
@@ -80,8 +83,9 @@ def make_plan(
         when = "evicting"
     else:
         when = "in_layer" if policy.predictor_pooling is None else "ahead"
-    room = room_for(selection, capacity, most)
-    return Plan(selection, policy, when, policy.choosing_heads(base), room, implementation)
+    heads = policy.choosing_heads(base)
+    room = room_for(selection, capacity, most, heads=heads)
+    return Plan(selection, policy, when, heads, room, implementation)
 
 
 def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> None:

@@ -80,7 +80,7 @@ def prefill(
         ValueError: T exceeds the capacity, the capacity the model's context, or a length is out of range.
     """
     check_score_dtype(score_dtype)
-    plan = make_plan(model.config, capacity, selection, policy)
+    plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)
     fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, implementation=implementation)
     return run_prompts(model, tokens, lengths, predictor, plan, **fixed)
 
@@ -218,7 +218,8 @@ def _prefill_evicting(model, tokens, lengths, capacity, plan: Plan, implementati
     def mixer(carry, view: LayerView):
         def sparse(sliding_window):
             q, rule = move(view.q, rows.own), plan.selection.rule
-            found = evict_rows(policy, q, view.k, view.v, rows, table[None], sliding_window, rule)
+            budgets = table[rows.seen(sliding_window)]
+            found = evict_rows(policy, q, view.k, view.v, rows, budgets[None], sliding_window, rule)
             return move(found.output, columns + shift), grown(policy, found.state, capacity)
 
         def everything():

@@ -26,25 +26,32 @@ from pallas_kernels import importance_scores, importance_totals
 
 def q_imp_of_block(
     predictor: Predictor, model: BaseModel, features: Any, context: Any, layers: Int[Array, " P"]
-) -> Float[Array, "P B H R"]:
-    """q_imp of one token a row for P layers, all from one producer's features.
+) -> tuple[Float[Array, "P B H R"], Float[Array, "P B H"] | None]:
+    """q_imp and offset of one token a row for P layers, all from one producer's features.
 
-    A predictor's queries may look at a layer's index and weights: nothing else of the layer exists yet.
+    A predictor's queries and offsets may look at a layer's index and weights: nothing else of the layer exists yet.
     """
 
     def one(head, weights, layer):
         view = LayerView(layer, weights, *[None] * 5)
-        return predictor.q_imp(head, features, view, context)[:, 0]
+        offset = predictor.offset(head, features, view, context)
+        return predictor.q_imp(head, features, view, context)[:, 0], None if offset is None else offset[:, 0]
 
     heads = jax.tree.map(lambda a: a[jnp.minimum(layers - 1, a.shape[0] - 1)], predictor.heads)
     return jax.vmap(one)(heads, jax.tree.map(lambda a: a[layers], model.layers), layers)
 
 
 def pooled_scores(
-    q_imp: Float[Array, "B K G R"], layer: Int[Array, ""], scores: ScoreCache, newest: Newest, plan: Plan
+    q_imp: Float[Array, "B K G R"],
+    offset: Float[Array, "B K G"] | None,
+    layer: Int[Array, ""],
+    scores: ScoreCache,
+    newest: Newest,
+    plan: Plan,
 ) -> Float[Array, "B K S"]:
     """The score of every cached token of a layer, pooled over the group.
 
+    With an offset, scores are logarithms of errors: the offset of each head is added before the maximum is taken.
     Sinks and recent tokens are read whatever their score: the log-sum-exp that pooling subtracts leaves them out. Where
     the mesh splits the tokens, every device scores its part, and the parts agree on one log-sum-exp.
     """
@@ -57,19 +64,26 @@ def pooled_scores(
     contested = jnp.maximum(newest.total - selection.recent, 0)
     scales = None if scores.scales is None else scores.scales[layer]
 
-    def run(q_imp, k_imp, contested, first, layer, scales):
+    def run(q_imp, offset, k_imp, contested, first, layer, scales):
         part = part_of(k_imp.shape[-1], axis)
         options = dict(scales=scales, layer=layer, implementation=plan.implementation)
         if part is not None:
             contested, first = part.count(contested), part.count(first)
-            if pooling == "normalised":
-                totals = importance_totals(q_imp, k_imp, contested, first=first, **options)
-                options["totals"] = part.log_sum(totals)
-        return importance_scores(q_imp, k_imp, contested, first=first, pooling=pooling, **options)
+        totals = None
+        if pooling == "share" or (pooling == "normalised" and part is not None):
+            totals = importance_totals(q_imp, k_imp, contested, first=first, **options)
+            totals = totals if part is None else part.log_sum(totals)
+        if offset is not None:
+            totals = -offset if totals is None else totals - offset
+        pooled = "maximum" if totals is None and pooling != "normalised" else "normalised"
+        found = importance_scores(q_imp, k_imp, contested, first=first, pooling=pooled, totals=totals, **options)
+        if offset is not None and q_imp.shape[2] == 1:  # a group of one is not shifted
+            found = found - totals
+        return found
 
-    operands = ("bh--", "-bh-s", "b", "b", "", "bh")
+    operands = ("bh--", "bh-", "-bh-s", "b", "b", "", "bh")
     split = by_rows_and_heads(run, operands, "bhs", rows=batch, heads=q_imp.shape[1], tokens=capacity)
-    return split(q_imp, scores.k_imp, contested, first, layer, scales)
+    return split(q_imp, offset, scores.k_imp, contested, first, layer, scales)
 
 
 def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:
@@ -94,11 +108,13 @@ def chunk_of(
     v: Float[Array, "B K S D"],
     newest: Newest,
     predicted: Float[Array, "B Q G S"] | None,
+    offset: Float[Array, "B H"] | None,
 ) -> Chunk:
     """What a policy sees of the newest token of each row, as it sees a row of a whole sequence.
 
     Args:
         predicted: The predictor's scores, the newest token's own included.
+        offset: The predictor's offset of the newest row.
     """
     cached, first = newest.cached, newest.first(view.index)
     size, kv_heads = k.shape[2], k.shape[1]
@@ -122,6 +138,7 @@ def chunk_of(
         v=v,
         logits=jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=jnp.float32) * dim**-0.5,
         predicted=predicted,
+        offset=None if offset is None else offset.reshape(batch, kv_heads, -1, 1, 1),
         rows=Rows(cached[:, None], jnp.zeros_like(cached)[:, None]),
         columns=columns,
         allowed=allowed[:, None],

@@ -83,7 +83,8 @@ def decode_step(
         ValueError: The cache is known to be full, a needed predictor is missing, thresholds are another model's, or
             `prefill` did not make the state for this interval or policy.
     """
-    plan = make_plan(model.config, state.kv.capacity, selection, policy, most=most, implementation=implementation)
+    options = dict(predictor=predictor, most=most, implementation=implementation)
+    plan = make_plan(model.config, state.kv.capacity, selection, policy, **options)
     check_plan(plan, state, predictor)
     return take_step(model, tokens, state, predictor, plan, details=details)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from butler_jax.parallel import HostsConfig
-from butler_jax.selection import SelectionConfig, parse_budget
+from butler_jax.selection import Allocation, SelectionConfig, parse_budget
 from butler_jax.storage import require_local, split_list
 
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
@@ -47,6 +47,13 @@ class EvalConfig(HostsConfig):
     tokens."""
     selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("sinks", "recent")})
     """How tokens are chosen. Each of --budgets replaces its budget."""
+    allocations: tuple[str, ...] = ("per_head",)
+    """How heads share reads: per_head, per_layer, tolerance (as the allocation of a selection). A policy whose scores
+    have no common unit for all heads runs per_head alone. The tolerance of a budget is calibrated on the text, so that
+    the mean over layers and heads is the budget."""
+    prompt_tokens: int = 0
+    """First tokens of every window that are read densely, as a prompt, and not counted: decoding is then judged on what
+    follows. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row."""
     tokens: int = 8192
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
@@ -84,7 +91,7 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        for name in ("tasks", "policies", "budgets", "lengths", "depths"):
+        for name in ("tasks", "policies", "budgets", "allocations", "lengths", "depths"):
             if getattr(self, name) is None:
                 continue
             object.__setattr__(self, name, split_list(getattr(self, name)))
@@ -97,6 +104,15 @@ class EvalConfig(HostsConfig):
         unknown = [t for t in self.tasks if t not in TASKS]
         if unknown:
             raise ValueError(f"unknown task {', '.join(unknown)}; known: {', '.join(TASKS)}")
+        unknown = [a for a in self.allocations if a not in get_args(Allocation)]
+        if unknown:
+            raise ValueError(f"unknown allocation {', '.join(unknown)}; known: {', '.join(get_args(Allocation))}")
+        if not 0 <= self.prompt_tokens < self.context:
+            raise ValueError(
+                f"--prompt-tokens must be 0 ... {self.context - 1}, below the context; got {self.prompt_tokens}"
+            )
+        if self.prompt_tokens and self.stride is not None:
+            raise ValueError("--prompt-tokens and --stride both say which tokens are predicted; give one of them")
         if min(self.lengths) <= 1:
             raise ValueError(f"--lengths are numbers of tokens, got {min(self.lengths)}")
         if not all(0 <= d <= 1 for d in self.depths):

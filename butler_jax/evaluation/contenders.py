@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,12 +30,16 @@ class EvaluatedPolicy(NamedTuple):
         policy: The policy, prepared.
         predictor: None where the policy needs none.
         training: How the predictor was trained; empty where that is not known.
+        allocation: How heads share reads.
+        calibrated: Under a tolerance, the selections by budget.
     """
 
     label: str
     policy: Policy
     predictor: Predictor | None = None
     training: Mapping[str, Any] = MappingProxyType({})
+    allocation: str = "per_head"
+    calibrated: Mapping[float | int, SelectionConfig] = MappingProxyType({})
 
     @property
     def about(self) -> dict[str, Any]:
@@ -51,7 +55,10 @@ class EvaluatedPolicy(NamedTuple):
         """The selections by budget; a policy that reads everything has the one budget 1."""
         if self.dense:
             return {1: config.selection_at(1.0)}
-        return {budget: config.selection_at(budget) for budget in config.budgets}
+        if self.calibrated:
+            return dict(self.calibrated)
+        selections = {budget: config.selection_at(budget) for budget in config.budgets}
+        return {budget: replace(s, allocation=self.allocation) for budget, s in selections.items()}
 
     def facts(self) -> dict[str, Any]:
         """What its results depend on, JSON-ready: settings, and hashes of code, of parameters and of what was found."""
@@ -94,7 +101,10 @@ def collect_policies(
     policies = prepare_policies(policies, base, data, context=config.context, data_dir=config.data_dir)
     for label, policy in zip(labels, policies, strict=True):
         if policy.needs_predictor:
-            found += [EvaluatedPolicy(label + suffix, policy, one, training) for suffix, one, training in predictors]
+            found += [
+                EvaluatedPolicy(label + suffix, policy.for_predictor(one), one, training)
+                for suffix, one, training in predictors
+            ]
         else:
             found.append(EvaluatedPolicy(label, policy))
     return found

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from butler_jax.evaluation.allocations import allocate_policies
 from butler_jax.evaluation.cells import Cell, KeptCells, read_cell
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.contenders import EvaluatedPolicy, collect_policies, describe_prepared
@@ -100,6 +101,7 @@ def evaluate(
         say(line)
 
     policies = collect_policies(base, predictor, config, data, note)
+    policies = list(allocate_policies(policies, base, config, data, note))
     tasks = make_tasks(base, config, data, note)
     plan = plan_cells(base, tasks, policies, config)
     kept = KeptCells(Path(keep) if keep is not None and first else None)

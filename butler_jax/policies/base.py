@@ -26,12 +26,14 @@ class Policy:
         name: What the command line and reports call the policy.
         needs_predictor: Whether a trained predictor's scores are needed.
         is_bound: Whether the policy ranks by what no choice can know beforehand. Reports never name it as the best.
+        one_unit: Whether scores are logarithms in one unit for all heads and layers, so that they can share reads.
         form: How the policy differs from its publication, for reports.
     """
 
     name: ClassVar[str]
     needs_predictor: ClassVar[bool] = False
     is_bound: ClassVar[bool] = False
+    one_unit: ClassVar[bool] = False
     form: ClassVar[str] = ""
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
@@ -50,8 +52,22 @@ class Policy:
             )
         return predictor if self.needs_predictor else None
 
+    def for_predictor(self, predictor: Predictor | None) -> Policy:
+        """The policy as it uses a predictor; by default the policy itself. Raises ValueError as `require_predictor`."""
+        self.require_predictor(predictor)
+        return self
+
     def selection(self, config: SelectionConfig) -> SelectionConfig | None:
-        """The selection under which the policy runs; None reads everything. By default it is `config`."""
+        """The selection under which the policy runs; None reads everything. By default it is `config`.
+
+        Raises:
+            ValueError: The selection has an allocation between heads that the policy cannot compare.
+        """
+        if config.allocation != "per_head" and not self.one_unit:
+            raise ValueError(
+                f"the scores of the policy {self.name} have no common unit for all heads, which the allocation "
+                f"{config.allocation} needs; take per_head"
+            )
         return config
 
     @property

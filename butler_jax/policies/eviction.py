@@ -55,7 +55,7 @@ class Evicting(Policy):
             raise ValueError(f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
         if config.interval != 1:
             raise ValueError(f"the policy {self.name} evicts at every row: leave out the interval")
-        return config
+        return super().selection(config)
 
     @property
     def generation_mode(self) -> str:

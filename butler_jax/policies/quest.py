@@ -34,7 +34,7 @@ class Quest(Scoring):
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
         """The selection with pages as units."""
-        return dataclasses.replace(config, unit=self.page)
+        return dataclasses.replace(super().selection(config), unit=self.page)
 
     def numbers_read_per_key(self, base, predictor):
         """The two ends of a page's range, shared by its tokens."""

@@ -15,17 +15,24 @@ from butler_jax.policies.lowrank import LowRank
 from butler_jax.policies.oracle import Oracle, OracleHead
 from butler_jax.policies.quest import Quest
 from butler_jax.policies.random import Random
+from butler_jax.policies.residual import OracleResidual
 from butler_jax.policies.snapkv import SnapKV
 from butler_jax.policies.streaming import Streaming
 from butler_jax.policies.tokenbutler import TokenButler
 
 POLICIES: dict[str, type[Policy]] = {
-    p.name: p for p in (Dense, Oracle, OracleHead, Random, Streaming, H2O, SnapKV, CItruS, Quest, LowRank, TokenButler)
+    p.name: p
+    for p in (
+        *(Dense, Oracle, OracleHead, OracleResidual, Random, Streaming),
+        *(H2O, SnapKV, CItruS, Quest, LowRank, TokenButler),
+    )
 }
 
 
 def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> Policy:
-    """The policy of a name in POLICIES with these hyper-parameters.
+    """The policy of a name in POLICIES with these hyper-parameters, which may also follow the name.
+
+    quest:page=8 is quest with pages of 8 tokens. The values of fields that are numbers are read as numbers.
 
     Args:
         name: The name.
@@ -37,6 +44,10 @@ def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), *
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
+    name, *settings = name.split(":")
+    for setting in settings:
+        field, _, value = setting.partition("=")
+        fields[field] = int(value) if value.isdigit() else value
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     known = [field.name for field in dataclasses.fields(POLICIES[name])]

@@ -31,6 +31,7 @@ class Chunk(NamedTuple):
         columns: Positions of the keys along the sequence.
         allowed: Which keys a row may see; the first axis is 1 without documents.
         starts: Column at which each key's document begins.
+        offset: Of the trained predictor, for every row and query head; None where it has none.
         sinks: Sinks of the selection that will choose.
         recent: Recent tokens of the selection that will choose.
     """
@@ -47,6 +48,7 @@ class Chunk(NamedTuple):
     columns: Int[Array, " S"]
     allowed: Bool[Array, "_ C S"]
     starts: Int[Array, "_ S"]
+    offset: Float[Array, "B K G C 1"] | None = None
     sinks: int = 0
     recent: int = 0
 
@@ -74,7 +76,7 @@ class Scoring(Policy):
 
     @property
     def predictor_pooling(self) -> str | None:
-        """How the predictor's scores alone are pooled, as `pallas_kernels.importance_scores` names it.
+        """How the predictor's scores alone are pooled: as `pallas_kernels.importance_scores` names it, or its offset.
 
         None, the default, where the policy needs anything else. With a name, decoding scores a block of layers before
         these layers run.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
+from butler_jax.policies.residual import log_stream_norm, log_value_norms
 from butler_jax.policies.scoring import Chunk, Scoring, normalise
 
 
@@ -18,25 +21,53 @@ class TokenButler(Scoring):
         pooling: How a group is pooled. "normalised" subtracts each head's log-sum-exp over the contested keys (those of
             training: neither sinks nor recent) and takes the maximum. "maximum" is the plain maximum, as published, and
             is cheaper.
+        offset: Of the predictor (`PredictorConfig.offset`), as `for_predictor` finds it. With one, scores are
+            logarithms of errors in the residual stream and `pooling` does not count.
+        error: "value" ranks by the error in the residual stream: a predicted attention weight times the norm that the
+            token's value has in the stream (residual.py). None ranks by attention weight alone.
     """
 
     name = "tokenbutler"
     needs_predictor = True
     pooling: Literal["normalised", "maximum"] = "normalised"
+    error: Literal["value"] | None = None
+    offset: Literal["none", "share", "self_normalised"] = "none"
 
     def __post_init__(self):
+        if self.error not in (None, "value"):
+            raise ValueError(f"unknown error {self.error!r}; known: value, or None to rank by attention weight")
         known = ("normalised", "maximum")
         if self.pooling not in known:
             raise ValueError(f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
 
+    def for_predictor(self, predictor):
+        """The policy with the predictor's offset.
+
+        Raises:
+            ValueError: There is no predictor, or values would count twice, in its target and in the policy's error.
+        """
+        self.require_predictor(predictor)
+        config = predictor.config
+        if self.error is not None and config.target not in ("attention", "weight"):
+            raise ValueError(f"the predictor's target is {config.target}, which counts values already: leave out error")
+        return dataclasses.replace(self, offset=config.offset)
+
     @property
     def predictor_pooling(self):
-        """The field `pooling`."""
-        return self.pooling
+        """The field `pooling`, or the offset where the predictor has one; None where values count too."""
+        if self.error is not None:
+            return None
+        return self.pooling if self.offset == "none" else self.offset
+
+    @property
+    def one_unit(self):
+        """Whether scores are logarithms of errors: values or an offset count too."""
+        return self.error is not None or self.offset != "none"
 
     def numbers_read_per_key(self, base, predictor):
-        """The numbers of k_imp, shared by the KV heads."""
-        return predictor.config.rank * predictor.key_heads / base.kv_heads
+        """The numbers of k_imp, shared by the KV heads, and with values one norm for each query head of a group."""
+        norms = 0 if self.error is None else base.group
+        return predictor.config.rank * predictor.key_heads / base.kv_heads + norms
 
     def scores(self, chunk: Chunk):
         """The importance per query head. NaN counts as -inf."""
@@ -45,6 +76,13 @@ class TokenButler(Scoring):
 
     def pool(self, scores, chunk: Chunk):
         """The maximum over the group."""
-        if self.pooling == "normalised":
-            scores = normalise(scores, chunk.contested)
+        if not self.one_unit:
+            return (normalise(scores, chunk.contested) if self.pooling == "normalised" else scores).max(axis=2)
+        if self.offset != "self_normalised":
+            contested = jnp.where(chunk.contested[:, None, None], scores, -jnp.inf)
+            total = jax.nn.logsumexp(contested, axis=-1, keepdims=True)
+            scores = scores - jnp.where(jnp.isfinite(total), total, 0.0)
+        scores = scores - log_stream_norm(chunk) if self.offset == "none" else scores + chunk.offset
+        if self.error is not None:
+            scores = scores + log_value_norms(chunk, self.error)
         return scores.max(axis=2)

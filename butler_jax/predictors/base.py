@@ -116,6 +116,12 @@ class Predictor(nnx.Module):
         """Keys of the predictor at the layer in view; Q = key_heads."""
         raise TypeError(f"{type(self).__name__} must define k_imp")
 
+    def offset(self, head: Any, features: Any, view: LayerView, context: Context) -> Float[Array, "B T H"] | None:
+        """What makes the scores of a row and query head logarithms of errors; None where the config has no offset."""
+        if self.config.offset == "none":
+            return None
+        raise TypeError(f"{type(self).__name__} has no offset; leave it out, or take the lookahead predictor")
+
     def initialise(self, model: Any, batches: list[dict]) -> Predictor:
         """The predictor before the first training step on this base. Default: as constructed.
 

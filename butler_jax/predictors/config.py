@@ -21,12 +21,24 @@ class PredictorConfig:
     stride: int = 4
     """P, the number of layers that one producer serves. The contextual predictor has a single producer and ignores
     it."""
+    target: Literal["attention", "weight", "value", "centred"] = "attention"
+    """What scores are trained to be in proportion to: attention, the weight a among the contested keys of a head; or an
+    error in the residual stream x that follows from not reading a token: weight a / |x|, value a |v W| / |x|, centred
+    a |(v - o) W| / |x|, with v the value, o the output of the row and W the output projection of the head. An error
+    has one unit for all heads and layers."""
+    offset: Literal["none", "share", "self_normalised"] = "none"
+    """A number for each row and query head that makes scores the logarithms of errors. share: added to scores from
+    which their log-sum-exp is taken off. self_normalised: added to the scores as they are."""
     hidden: int | None = None
     """Hidden width I of the predictors contextual and producer. Default: 512."""
 
     def __post_init__(self):
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
+        if (self.target == "attention") != (self.offset == "none"):
+            raise ValueError(
+                f"an offset goes with a target that is an error; got target {self.target} and offset {self.offset}"
+            )
         if self.stride <= 0:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:

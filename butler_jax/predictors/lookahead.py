@@ -39,12 +39,16 @@ class LookaheadHeads(nnx.Module):
     query_bias [H, R] is None where the base has no bias.
     """
 
-    def __init__(self, base: BaseConfig, rank: int, key):
+    def __init__(self, base: BaseConfig, config: PredictorConfig, key):
+        rank = config.rank
         first, second = jax.random.split(key)
         L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim
         self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
         self.key = nnx.Param(jax.random.normal(second, (L, K * D, rank)) * D**-0.5)
         self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
+        absolute = config.offset != "none"
+        self.offset = nnx.Param(jnp.zeros((L, E, H))) if absolute else None
+        self.offset_bias = nnx.Param(jnp.zeros((L, 2, H))) if absolute else None
         pairs = jnp.arange(D // 2 - rank // 2, D // 2, dtype=jnp.int32)
         self.pairs = nnx.Variable(jnp.broadcast_to(pairs, (L, K, rank // 2)))
 
@@ -62,6 +66,8 @@ class Lookahead(Predictor):
         "query": ("layers", "width", "heads", "rank"),
         "key": ("layers", "kv_inputs", "rank"),
         "query_bias": ("layers", "heads", "rank"),
+        "offset": ("layers", "width", "heads"),
+        "offset_bias": ("layers", "norm", "heads"),
         "pairs": ("layers", "kv_heads", "rank"),
     }
 
@@ -72,7 +78,7 @@ class Lookahead(Predictor):
                 f"rank {config.rank} exceeds the base's head dimension {base.head_dim}; use at most {base.head_dim}"
             )
         self.trunk = None
-        self.heads = LookaheadHeads(base, config.rank, key)
+        self.heads = LookaheadHeads(base, config, key)
 
     def _angles(self, head: Any, context: Context) -> tuple[Float[Array, "B T K pairs"], Float[Array, "B T K pairs"]]:
         still = self.base.head_dim // 2 - context.cos.shape[-1]  # pairs that the base does not rotate
@@ -92,6 +98,16 @@ class Lookahead(Predictor):
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
         """The keys before rotary, projected and rotated; [B, T, K, R]."""
         return rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
+
+    def offset(self, head: Any, features, view: LayerView, context: Context):
+        """Linear in the normalised captured stream and in the logarithm of its norm; [B, T, H]."""
+        if head.offset is None:
+            return None
+        stream = features.astype(jnp.float32)
+        size = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True) + self.base.norm_eps)
+        of_norm, bias = head.offset_bias[...]
+        found = jnp.einsum("bte,eh->bth", stream / size * self.base.width**-0.5, head.offset[...])
+        return found + jnp.log(size) * of_norm[None, None] + bias[None, None]
 
     def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
         """Choose the rotary pairs on calibration text and copy the matching rows of the frozen projections.

@@ -10,8 +10,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "budget": ["Limits", "beyond", "budget_table", "limits_of", "room_for"],
-        "choices": ["Chosen", "attended_tokens", "choose", "chosen_tokens", "kept", "recent_from", "with_recent"],
-        "config": ["AlwaysReadConfig", "SelectionConfig", "parse_budget"],
+        "choices": [
+            *("Chosen", "attended_tokens", "choose", "chosen_tokens", "kept"),
+            *("recent_from", "share_counts", "with_recent"),
+        ],
+        "config": ["Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
         "masks": ["Rows", "always_chosen", "select_best", "select_mask"],
     },
 )

@@ -35,22 +35,30 @@ class Limits(NamedTuple):
 
     Attributes:
         table: `budget_table`.
-        threshold: The lowest score that is read, of every layer and choosing head; None reads by the budget alone.
+        threshold: The lowest score that is read, of every layer and choosing head (or 1 for all heads); None reads by
+            the budget alone.
         min_context: Rows of up to this many tokens read everything.
+        prompts: The tokens of every document of a sequence that are a prompt, whose rows read everything; None without.
     """
 
     table: Int[Array, " S+1"]
     threshold: Float[Array, "L K"] | None
     min_context: int
+    prompts: Int[Array, " B"] | None = None
 
 
 def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
     """The limits of a selection for rows of up to `length` tokens.
 
     Raises:
-        ValueError: The thresholds are not those of a model of these sizes.
+        ValueError: The thresholds are not those of a model of these sizes, or the tolerance is missing.
     """
     threshold = None
+    if config.allocation == "tolerance":
+        if config.tolerance is None:
+            raise ValueError("the allocation tolerance needs a tolerance; give one, or let calibrate_tolerance find it")
+        with np.errstate(divide="ignore"):
+            threshold = jnp.full((base.layers, 1), np.log(config.tolerance), jnp.float32)
     if config.threshold is not None:
         shape = len(config.threshold), len(config.threshold[0])
         if shape not in ((base.layers, base.kv_heads), (base.layers, base.heads)):
@@ -69,11 +77,12 @@ def beyond(
     return None if threshold is None else jnp.where(lengths > min_context, threshold, -jnp.inf)
 
 
-def room_for(config: SelectionConfig, capacity: int, most: int | None = None) -> int:
+def room_for(config: SelectionConfig, capacity: int, most: int | None = None, *, heads: int = 1) -> int:
     """The number N of units that a choice has room for, enough for any row of a cache of `capacity` tokens.
 
     most: the largest budget in tokens, where it is known. With an interval above 1 it is ignored, so that all choices
     have the same room.
     """
     most = int(np.max(budget_table(config, capacity))) if most is None or config.interval > 1 else most
-    return min(-(-most // config.unit) + (config.unit > 1), -(-capacity // config.unit))
+    units = -(-most // config.unit) + (config.unit > 1)
+    return min(units * (heads if config.allocation == "per_layer" else 1), -(-capacity // config.unit))

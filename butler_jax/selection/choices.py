@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.selection.allocation import allocate
 from butler_jax.selection.budget import Limits
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
+from pallas_kernels import Rules, compact, image_of, select_top_k
 from pallas_kernels import Selection as Chosen
-from pallas_kernels import compact, select_top_k
 
 
 def choose(
@@ -20,6 +21,7 @@ def choose(
     room: int,
     config: SelectionConfig,
     *,
+    counts: Int[Array, "B K"] | None = None,
     threshold: Float[Array, "B K"] | None = None,
     first: Int[Array, " B"] | None = None,
     implementation: str | None = None,
@@ -32,6 +34,7 @@ def choose(
         tokens: The budget of each row, as `budget_table` gives it.
         room: N, units that are listed for each row and KV head; see `room_for`.
         config: Its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+        counts: Units of each head, as `share_counts` gives them; None: those of the budget.
         threshold: The lowest score that is read, of this layer.
         first: The first token that a row may see, under a sliding window; 0 unless given.
     """
@@ -39,12 +42,33 @@ def choose(
     number = jnp.arange(size, dtype=jnp.int32)[None]
     units = Units(number, jnp.zeros_like(lengths) if first is None else first, lengths)
     rules = dict(sinks=config.sinks, recent=config.recent, unit=config.unit, first=first, threshold=threshold)
-    counts = count_units(jnp.minimum(tokens, held), units, config)
+    if counts is None:
+        counts = count_units(jnp.minimum(tokens, held), units, config)
     chosen = select_top_k(scores, lengths, room, counts=counts, implementation=implementation, **rules)
     if not config.neighbours:
         return chosen
     of_heads = Units(number[None], *(a[:, None] for a in units[1:]))
     return compact(add_neighbours(_unit_mask(chosen, size), of_heads, config), room)
+
+
+def share_counts(
+    scores: Float[Array, "B K S"],
+    lengths: Int[Array, " B"],
+    tokens: Int[Array, " B"],
+    config: SelectionConfig,
+    first: Int[Array, " B"] | None = None,
+) -> Int[Array, "B K"]:
+    """The units that each head reads where the heads of a layer share their reads, as `select_mask` shares them.
+
+    Arguments are those of `choose`.
+    """
+    image = image_of(scores, lengths, Rules(config.sinks, config.recent, config.unit, first, None))
+    units = Units(
+        jnp.arange(image.shape[-1], dtype=jnp.int32)[None], jnp.zeros_like(lengths) if first is None else first, lengths
+    )
+    counts = count_units(jnp.minimum(tokens, units.held), units, config)
+    mask = allocate(image, jnp.broadcast_to(counts[:, None], image.shape[:2]), config)
+    return jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
 
 def _unit_mask(chosen: Chosen, units: int) -> Bool[Array, "B K U"]:

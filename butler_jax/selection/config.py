@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Allocation = Literal["per_head", "per_layer", "tolerance"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,17 @@ class SelectionConfig(AlwaysReadConfig):
     """Choose half of the budget by score. Each run of c chosen units then brings the c units to its right."""
     min_context: int = 0
     """Rows of up to this many tokens read everything."""
+    allocation: Allocation = "per_head"
+    """How reads are shared out. per_head: every head reads its own budget. per_layer: the K choosing heads of a layer
+    share K budgets, and their tokens are ranked together. tolerance: every head of every layer reads the tokens that
+    score at least the logarithm of --tolerance, and the budget is the most that it may read. The last two need a
+    policy whose scores have one unit for all heads."""
+    tolerance: float | None = None
+    """Error in the residual stream, relative to its norm, below which a token is not read. `calibrate_tolerance` finds
+    it for a mean budget. For the allocation tolerance only."""
+    floor: float = 0.0
+    """For the allocation per_layer, the share of its budget that every head reads in any case (0.2 in AdaKV, Feng et
+    al. 2024, arXiv 2407.11550)."""
 
     def __post_init__(self):
         self._require_at_least(0, "sinks", "unit", "min_context")
@@ -65,6 +79,7 @@ class SelectionConfig(AlwaysReadConfig):
             raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit}")
         object.__setattr__(self, "budget", parse_budget(self.budget))
         self._check_budget()
+        self._check_allocation()
         if self.threshold is not None:
             object.__setattr__(self, "threshold", _table(self.threshold))
 
@@ -86,10 +101,27 @@ class SelectionConfig(AlwaysReadConfig):
                 f"{self.least}; give at least {self.least}, or a fraction such as 0.25 (everything is 1.0)"
             )
 
+    def _check_allocation(self) -> None:
+        """Raise ValueError for an unknown allocation, or settings that belong to another one."""
+        if self.allocation not in get_args(Allocation):
+            raise ValueError(f"unknown allocation {self.allocation!r}; known: {', '.join(get_args(Allocation))}")
+        if self.tolerance is not None:
+            if self.allocation != "tolerance":
+                raise ValueError(f"a tolerance goes with the allocation tolerance, the allocation is {self.allocation}")
+            if not self.tolerance >= 0:
+                raise ValueError(f"the tolerance must be at least 0, got {self.tolerance}")
+        if self.threshold is not None and self.allocation != "per_head":
+            raise ValueError(f"thresholds go with the allocation per_head, the allocation is {self.allocation}")
+        if not 0 <= self.floor <= 1 or (self.floor and self.allocation != "per_layer"):
+            raise ValueError(
+                f"the floor is a share (0 ... 1) of a head's budget under the allocation per_layer; got {self.floor} "
+                f"under {self.allocation}"
+            )
+
     @property
     def rule(self) -> SelectionConfig:
-        """The same without budget, thresholds and min_context, which jitted code takes as data."""
-        return dataclasses.replace(self, budget=1.0, threshold=None, min_context=0)
+        """The same without budget, thresholds, tolerance and min_context, which jitted code takes as data."""
+        return dataclasses.replace(self, budget=1.0, threshold=None, tolerance=None, min_context=0)
 
     @property
     def least(self) -> int:

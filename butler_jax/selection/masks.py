@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.selection.allocation import allocate
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
@@ -28,6 +29,11 @@ class Rows(NamedTuple):
 
     own: Int[Array, "B C"]
     start: Int[Array, "B C"]
+
+    def seen(self, sliding_window: int | None) -> Int[Array, "B C"]:
+        """How many keys each row may see; 0 for a row before its document."""
+        held = jnp.maximum(self.own - self.start + 1, 0)
+        return held if sliding_window is None else jnp.minimum(held, sliding_window)
 
 
 def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, recent: int) -> Bool[Array, "B C S"]:
@@ -116,7 +122,7 @@ def select_mask(
     count = jnp.broadcast_to(count_units(jnp.minimum(tokens[:, None], held), units, config), image.shape[:-1])
     if threshold is not None:
         count = jnp.minimum(count, jnp.sum(image > BARRED, axis=-1, dtype=jnp.int32))
-    mask = top_mask(image, count)
+    mask = allocate(image, count, config)
     if config.neighbours:
         mask = add_neighbours(mask, units, config)
     return mask if config.unit == 1 else pages.columns(mask, size) & allowed

@@ -8,7 +8,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "calibration": ["calibrate_thresholds"],
+        "calibration": ["calibrate_thresholds", "calibrate_tolerance"],
         "choice": ["chosen_mask", "sparse_chunk", "with_rule"],
         "chunks": ["Importance", "importance_walk", "map_chunks"],
         "recall": ["LEAST_KEYS", "Recall", "choose_best", "choose_half", "measure_recall"],

@@ -1,8 +1,9 @@
-"""Thresholds that reach a mean budget: a row reads the tokens that score above them, so some rows read fewer.
+"""Thresholds and tolerances that reach a mean budget: a row reads the tokens that score above, so rows differ.
 
 A policy that normalises its scores (to the logarithm of a predicted attention weight) makes those of one layer and KV
 head comparable between rows. So one threshold for each layer and head is calibrated on text. The budget of the
-selection stays the most that a row may read.
+selection stays the most that a row may read. A policy whose scores have one unit for all heads needs one number for
+the whole model instead, the tolerance.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from jaxtyping import Array, Float, Int
 from butler_jax.model import BaseModel, by_sliding_window, dense_mixer, embed, run_layers
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, limits_of
+from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of
 from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import importance_walk, map_chunks
 from pallas_kernels import BARRED, from_image
 
+GRID = np.arange(-40.0, 10.5, 0.5)  # logarithms of the tolerances that are tried first
+FINE = 16  # tolerances that are then tried between two of the grid
 PASSES = 16  # bits of a threshold: a precision of 2**-7 of its value
 
 
@@ -62,7 +65,7 @@ def calibrate_thresholds(
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
     if not isinstance(policy, Scoring) or policy.reads_everything:
         raise ValueError(f"the policy {policy.name} has no scores to set thresholds on; take a policy that scores")
-    predictor = policy.require_predictor(predictor)
+    policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
@@ -78,6 +81,136 @@ def calibrate_thresholds(
     values = np.where(np.isnan(values), np.inf, values)
     values[0] = -np.inf
     return dataclasses.replace(selection, threshold=tuple(map(tuple, values.tolist())))
+
+
+def calibrate_tolerance(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batches: Sequence[dict[str, np.ndarray]],
+    selection: SelectionConfig,
+    means: Sequence[float | int],
+    *,
+    policy: Policy | None = None,
+    prompt_tokens: int = 0,
+    rows: int | None = 512,
+) -> list[SelectionConfig]:
+    """Find the tolerance of the whole model under which rows read `means` on average over layers and heads.
+
+    Args:
+        model: The base model.
+        predictor: Needed by policies with `needs_predictor`.
+        batches: tokens, segments, positions of one shape [B, T], run densely twice.
+        selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Units of
+            several tokens and neighbours are not possible.
+        means: Fractions of the keys that a dense query reads, or numbers of tokens; one result for each. Where sinks
+            and recent tokens alone exceed a mean, its tolerance is infinite.
+        policy: Default: tokenbutler with values.
+        prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
+        rows: About how many rows of every sequence are measured, in chunks spread evenly along it; None takes all.
+
+    Returns:
+        The selection under the allocation tolerance, once for each mean.
+
+    Raises:
+        ValueError: There are no batches or no rows after the prompts, a mean is out of range, or the policy's scores
+            have no common unit.
+    """
+    policy = policy or TokenButler(error="value")
+    if not batches:
+        raise ValueError("a tolerance is calibrated on text: give at least one batch")
+    if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
+        raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {list(means)}")
+    if selection.unit != 1 or selection.neighbours:
+        raise ValueError("a tolerance is found for single tokens: leave out unit and neighbours")
+    policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
+    selection = policy.selection(dataclasses.replace(selection, allocation="tolerance", tolerance=np.inf, floor=0.0))
+    limits = limits_of(selection, model.config, batches[0]["tokens"].shape[1])
+    batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
+
+    def curve(grid):
+        """Mean fractions and numbers read at every tolerance, [2, N]."""
+        total, number = np.zeros((2, len(grid))), 0.0
+        for batch in batches:
+            sums = _sum_above(
+                *(model, predictor, batch, limits, jnp.asarray(grid, jnp.float32)),
+                policy=policy,
+                rule=selection.rule,
+                prompt_tokens=prompt_tokens,
+                rows=rows,
+            )
+            total, number = total + np.asarray(sums[0], np.float64), number + float(sums[1])
+        if not number:
+            raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
+        return total / number
+
+    def place(grid, read, mean):
+        """The last tolerance of the grid that reads at least the mean; -1 where none does."""
+        return int(np.sum(read[int(isinstance(mean, int))] >= mean)) - 1
+
+    coarse = curve(GRID)
+    starts = [min(max(place(GRID, coarse, mean), 0), len(GRID) - 2) for mean in means]
+    fine = np.unique(np.concatenate([np.linspace(GRID[i], GRID[i + 1], FINE + 1) for i in starts]))
+    read, found = curve(fine), []
+    for mean in means:
+        own, at = read[int(isinstance(mean, int))], place(fine, read, mean)
+        if at < 0 or at == len(fine) - 1:
+            found.append(-np.inf if at < 0 and own[0] < mean else np.inf)
+            continue
+        share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
+        found.append(fine[at] + share * (fine[at + 1] - fine[at]))
+    return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
+
+
+@partial(jax.jit, static_argnames=("policy", "rule", "prompt_tokens", "rows"))
+def _sum_above(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batch: dict[str, Int[Array, "B T"]],
+    limits: Limits,
+    grid: Float[Array, " tolerances"],
+    *,
+    policy: Scoring,
+    rule: SelectionConfig,
+    prompt_tokens: int,
+    rows: int | None,
+) -> tuple[Float[Array, "2 tolerances"], Float[Array, ""]]:
+    """Fractions and numbers of keys that score at least a logarithm of the grid, mean over layers and heads.
+
+    They are summed over the rows that count, whose number comes last.
+    """
+    base, segments, positions = model.config, batch["segments"], batch["positions"]
+    x = embed(model, batch["tokens"])
+    dense = dense_mixer(base, segments)
+    begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
+    counts = jnp.pad((segments > 0) & (positions >= prompt_tokens), ((0, 0), (0, 1)))
+
+    def one(chunk):
+        scores, allowed = policy(with_rule(chunk, rule)), chunk.allowed
+        forced = always_chosen(chunk.rows, chunk.columns, rule.sinks, rule.recent)
+        scores = jnp.where(forced[:, None], jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+        held = jnp.broadcast_to(jnp.sum(allowed, axis=-1, dtype=jnp.int32), counts.shape[:1] + allowed.shape[1:2])
+        most = jnp.where(held > limits.min_context, limits.table[held], held)
+        inside = jnp.take_along_axis(counts, jnp.minimum(chunk.rows.own, segments.shape[1]), axis=1)
+
+        def at(value):
+            read = jnp.sum((scores >= value) & allowed[:, None], axis=-1, dtype=jnp.int32)
+            read = jnp.where(held > limits.min_context, jnp.mean(jnp.minimum(read, most[:, None]), axis=1), held)
+            both = jnp.stack([read / jnp.maximum(held, 1), read])
+            return jnp.sum(jnp.where(inside, both, 0.0), axis=(1, 2))
+
+        return jax.lax.map(at, grid).T, jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
+
+    def mixer(state, view):
+        state, importance = step(state, view)
+
+        def measure(sliding_window):
+            sums, number = map_chunks(one, view, importance, segments, sliding_window, rows)[0]
+            return jnp.sum(sums, axis=0), jnp.sum(number)
+
+        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
+
+    sums, number = run_layers(model, x, positions, mixer, begun)[2]
+    return jnp.mean(sums[1:], axis=0), number[0]
 
 
 @partial(jax.jit, static_argnames=("policy", "rule", "whole"))

@@ -35,13 +35,19 @@ def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
 def chosen_mask(
     chunk: Chunk, scores: Float[Array, "B K C S"], limits: Limits, rule: SelectionConfig
 ) -> tuple[Bool[Array, "B K C S"], Int[Array, "B C"]]:
-    """The keys that the chunk's rows read, and how many they may see. Layer 0 reads everything."""
+    """The keys that the chunk's rows read, and how many they may see. Layer 0 and prompts read everything."""
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
     count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
-    tokens = jnp.where(chunk.layer > 0, limits.table[count], count)
+    limited = (chunk.layer > 0) & (chunk.rows.own - chunk.rows.start >= _prompts(limits))
+    tokens = jnp.where(limited, limits.table[count], count)
     threshold = None
     if limits.threshold is not None:
-        threshold = jnp.where(chunk.layer > 0, limits.threshold[chunk.layer], -jnp.inf)[None, :, None]
+        threshold = jnp.where(limited[:, None], limits.threshold[chunk.layer][None, :, None], -jnp.inf)
         threshold = beyond(limits.min_context, count[:, None], threshold)
     mask = select_mask(scores, allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
     return mask, count
+
+
+def _prompts(limits: Limits) -> Int[Array, "_ 1"]:
+    """Tokens of the prompt of each sequence."""
+    return jnp.zeros((1, 1), jnp.int32) if limits.prompts is None else limits.prompts[:, None]

@@ -29,7 +29,7 @@ from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor, walk
 from butler_jax.selection import Rows
 
-Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"]]
+Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"], Float[Array, "B T H"] | None]
 Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
 
 
@@ -44,7 +44,7 @@ def map_chunks(
     """Call a function on the chunks of query rows of a layer.
 
     Args:
-        importance: (q_imp, k_imp), with k_imp per KV head or per query head; None without a predictor.
+        importance: (q_imp, k_imp, offset), with k_imp per KV head or per query head; None without a predictor.
         sliding_window: Of the layer, in tokens, static; None without one.
         rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
 
@@ -59,7 +59,9 @@ def map_chunks(
     starts = split_segments(document_starts(segments), size)
     segments = split_segments(segments, size)
     if importance is not None:
-        importance = split_queries(importance[0], kv_heads, size), split_keys(importance[1], size)
+        q_imp, k_imp, offset = importance
+        offset = None if offset is None else split_queries(offset[..., None], kv_heads, size)
+        importance = split_queries(q_imp, kv_heads, size), split_keys(k_imp, size), offset
 
     def scores(rows, columns):
         """Scaled products of M = G C rows with keys per KV head or, where there are H of them, per query head."""
@@ -73,9 +75,11 @@ def map_chunks(
     def one(band, number):
         first = band.first_key(number, size)
         q, k = queries[number], band.take(keys, first, 2)
-        predicted = None
+        predicted = offset = None
         if importance is not None:
             predicted = scores(importance[0][number], band.take(importance[1], first, 2))
+            if importance[2] is not None:
+                offset = importance[2][number].reshape(*predicted.shape[:-1], 1)
         start = jax.lax.dynamic_slice_in_dim(starts, number * size, size, axis=1)
         own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
         chunk = Chunk(
@@ -87,6 +91,7 @@ def map_chunks(
             v=band.take(values, first, 2),
             logits=scores(q, k),
             predicted=predicted,
+            offset=offset,
             rows=Rows(own, start),
             columns=first + jnp.arange(band.keys, dtype=jnp.int32),
             allowed=chunk_mask(number, first, band.keys, segments, sliding_window, size),
@@ -132,7 +137,7 @@ def importance_walk(
         score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
 
     Returns:
-        The first state, and the step of a layer: (state, view) -> (state, (q_imp, k_imp)).
+        The first state, and the step of a layer: (state, view) -> (state, (q_imp, k_imp, offset)).
     """
     if predictor is None:
         return None, lambda state, view: (state, None)
@@ -144,9 +149,10 @@ def importance_walk(
 
     def step(state, view):
         at = walk.advance(predictor, state, view, context, attend)
-        q_imp, k_imp = (f(at.head, at.features, view, context) for f in (predictor.q_imp, predictor.k_imp))
+        functions = predictor.q_imp, predictor.k_imp, predictor.offset
+        q_imp, k_imp, offset = (f(at.head, at.features, view, context) for f in functions)
         if score_dtype is not None:
             k_imp = rounded(k_imp, segments > 0)
-        return at.state, (q_imp, k_imp)
+        return at.state, (q_imp, k_imp, offset)
 
     return walk.begin(predictor, x, context), step

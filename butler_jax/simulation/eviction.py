@@ -40,13 +40,16 @@ def evicting_attention(
     *,
     mass: bool = False,
 ) -> Evicted:
-    """One layer under a policy that evicts. Layer 0 and rows of up to min_context tokens keep everything.
+    """One layer under a policy that evicts. Layer 0, prompts and rows of up to min_context tokens keep
+    everything.
 
     mass: whether to return the true attention weight of the tokens kept.
     """
 
     def sparse():
-        found, keys = rows_of(view, segments, sliding_window, policy, limits.table[None], rule, mass=mass)
+        found, keys = rows_of(
+            view, segments, sliding_window, policy, limits.table[None], rule, prompts=limits.prompts, mass=mass
+        )
         return found.output, found.read / keys, found.mass, found.state.kept
 
     def dense():
@@ -93,12 +96,17 @@ def rows_of(
     policy: Evicting,
     tables: Int[Array, "budgets _"],
     rule: SelectionConfig,
+    *,
+    prompts: Int[Array, " B"] | None = None,
     **wanted: bool,
 ) -> tuple[EvictedRows, Float[Array, "B T"]]:
     """`decoding.evict_rows` on packed sequences, and the number of keys that each row may see."""
     starts = document_starts(segments)
     own = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
-    found = evict_rows(policy, view.q, view.k, view.v, Rows(own, starts), tables, sliding_window, rule, **wanted)
-    keys = own - starts + 1
-    keys = keys if sliding_window is None else jnp.minimum(keys, sliding_window)
+    rows = Rows(own, starts)
+    keys = rows.seen(sliding_window)
+    budgets = tables[:, keys]
+    if prompts is not None:
+        budgets = jnp.where((own - starts < prompts[:, None])[None], keys[None], budgets)
+    found = evict_rows(policy, view.q, view.k, view.v, rows, budgets, sliding_window, rule, **wanted)
     return found, keys.astype(jnp.float32)

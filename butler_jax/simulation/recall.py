@@ -108,9 +108,7 @@ def measure_recall(
     Raises:
         ValueError: There are no batches or no policies, or a policy lacks its predictor.
     """
-    policies, budgets = tuple(policies), tuple(budgets)
-    for policy in policies:
-        policy.require_predictor(predictor)
+    policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
     selection = (selection or SelectionConfig()).rule
     options = RecallOptions(selection, rows, ranks, score_dtype, implementation)
     selections = [dataclasses.replace(selection, budget=b) for b in budgets]

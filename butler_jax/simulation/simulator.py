@@ -64,6 +64,7 @@ def simulate(
     config: SelectionConfig,
     predictor: Predictor | None = None,
     *,
+    prompts: Int[Array, " B"] | None = None,
     wanted: Bool[Array, "B T"] | None = None,
     reference: Float[Array, "B T E"] | None = None,
     score_dtype: str | None = None,
@@ -78,6 +79,8 @@ def simulate(
         policy: The policy that ranks or evicts the keys.
         config: Budget, sinks, recent tokens and units.
         predictor: Needed by policies with `needs_predictor`.
+        prompts: How many first tokens of every document of a sequence are a prompt. Their rows read everything, as in a
+            prefill. None: no token.
         wanted: Rows whose next token is asked for; None asks for all. Other rows may be 0, and without a wanted row no
             logits are computed.
         reference: `stream` of another pass over the batch, to compare predictions with.
@@ -90,14 +93,17 @@ def simulate(
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
-    predictor = policy.require_predictor(predictor)
+    policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     if config.interval != 1:
         raise ValueError(
             f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one"
         )
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
-    limits = None if config is None else limits_of(config, model.config, length)
+    limits = None
+    if config is not None:
+        limits = limits_of(config, model.config, length)
+        limits = limits._replace(prompts=None if prompts is None else jnp.asarray(prompts, jnp.int32))
     how = dict(policy=policy, rule=config and config.rule, score_dtype=score_dtype, implementation=implementation)
     return _simulate(model, predictor, batch, limits, wanted, reference, **how)
 

@@ -28,9 +28,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from butler_jax.model import BaseModel, LayerView, by_sliding_window, causal_attention, embed, run_layers
+from butler_jax.policies import output_gram
 from butler_jax.predictors import PREDICTORS, Context, Predictor, at, walk
 from butler_jax.training.config import TrainConfig
-from butler_jax.training.losses import attend_with_cross_entropy, attend_with_squared_error
+from butler_jax.training.losses import (
+    ErrorRule,
+    ErrorTarget,
+    attend_with_cross_entropy,
+    attend_with_squared_error,
+)
 
 LOSSES = ("cross_entropy", "squared_error")
 
@@ -137,7 +143,8 @@ class LayerGradients:
             head = nnx.merge(graph, weights, constants)
             q_imp = self.predictor.q_imp(head, features, view, self.context)
             k_imp = self.predictor.k_imp(head, features, view, self.context)
-            attend = partial(self.attend, view, q_imp, k_imp)
+            offset = self.predictor.offset(head, features, view, self.context)
+            attend = partial(self.attend, view, q_imp, k_imp, offset)
             output, loss, count = by_sliding_window(self.model.config, view.index, attend)
             return loss * serves, (output, count * serves)
 
@@ -145,13 +152,19 @@ class LayerGradients:
         wanted = (0,) if self.predictor.trunk is None else (0, 1)
         return jax.value_and_grad(layer_loss, wanted, has_aux=True)(weights, step.features)
 
-    def attend(self, view: LayerView, q_imp: Array, k_imp: Array, sliding_window: int | None):
+    def attend(self, view: LayerView, q_imp: Array, k_imp: Array, offset: Array | None, sliding_window: int | None):
         """Output, loss and count of the layer in view."""
         arrays = (view.q, view.k, view.v, q_imp, k_imp)
         own = self.objective
         options = {"segments": self.segments, "sliding_window": sliding_window, "implementation": own.implementation}
         if own.loss == "squared_error":
             return attend_with_squared_error(*arrays, **options)
+        if offset is not None:
+            norm = jnp.linalg.norm(view.x.astype(jnp.float32), axis=-1)
+            options["target"] = ErrorTarget(output_gram(view.weights, view.k.shape[2]), norm, offset)
+            options["rule"] = ErrorRule(
+                self.predictor.config.target, normalised=self.predictor.config.offset == "share"
+            )
         return attend_with_cross_entropy(*arrays, sinks=own.sinks, recent=own.recent, **options)
 
     def attend_in_trunk(self, _, q: Array, k: Array, v: Array) -> tuple[Array, None]:

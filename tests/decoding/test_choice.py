@@ -109,6 +109,8 @@ QUICK = [
     ("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
     ("oracle", {}, dict(budget=0.3, neighbours=True)),
     ("quest", {"page": 4}, dict(budget=0.4)),
+    ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
+    ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
 ]
 GRID = [
     (name, fields, budget)
@@ -120,6 +122,8 @@ GRID = [
         ("random", {"seed": 3}),
         ("streaming", {}),
         ("lowrank", {"rank": 4}),
+        ("oracle_residual", {}),
+        ("tokenbutler", {"error": "value"}),
     )
     for budget in (
         dict(budget=0.25),
@@ -132,17 +136,42 @@ GRID = [
         dict(budget=0.2, min_context=30),
     )
 ]
+ALLOCATED = [
+    (name, fields, {**budget, **offset})
+    for name, fields, offsets in (
+        ("oracle_residual", {"error": "weight"}, ({},)),
+        ("oracle_residual", {"pooling": "root_sum_square"}, ({},)),
+        ("tokenbutler", {"error": "value"}, ({}, {"offset": "share", "target": "weight"})),
+        ("tokenbutler", {}, ({"offset": "share"}, {"offset": "self_normalised"})),
+    )
+    for budget in (
+        dict(budget=0.3, allocation="per_layer"),
+        dict(budget=0.5, allocation="per_layer", unit=4, floor=0.3),
+        dict(budget=12, allocation="per_layer", neighbours=True),
+        dict(budget=0.7, allocation="tolerance", tolerance=0.05),
+        dict(budget=1.0, allocation="tolerance", tolerance=0.1, min_context=30),
+    )
+    for offset in offsets
+]
 
 
 def compare(name, fields, budget, **changes):
     policy, model = make_policy(name, **fields), make_model(**changes)
     budget = dict(budget)
+    offset = budget.pop("offset", "none")
+    target = budget.pop("target", "attention" if offset == "none" else "centred")
     if "threshold" in budget:
         heads = BASE.heads if name == "oracle_head" else BASE.kv_heads
         budget["threshold"] = ((budget["threshold"],) * heads,) * BASE.layers
     selection = SelectionConfig(sinks=2, recent=3, **budget)
-    predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if policy.needs_predictor else None
-    policy = policy.prepare(model, [text_of(len(PROMPTS))])
+    predictor = None
+    if policy.needs_predictor:
+        config = PredictorConfig(rank=8, stride=2, target=target, offset=offset)
+        predictor = make_predictor(model.config, config)
+        if offset != "none":
+            values = jax.random.normal(jax.random.key(5), predictor.heads.offset.shape)
+            predictor.heads.offset[...] = values
+    policy = policy.prepare(model, [text_of(len(PROMPTS))]).for_predictor(predictor)
     masks = simulated_masks(model, predictor, policy, selection)
     found = decoded_sets(model, predictor, policy, selection)
     assert len(found) == len(PROMPTS) * (TOTAL - PROMPTS.max())
@@ -161,7 +190,7 @@ def test_decoding_chooses_the_simulations_rows(name, fields, budget):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields", "budget"), GRID)
+@pytest.mark.parametrize(("name", "fields", "budget"), GRID + ALLOCATED)
 def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, budget):
     compare(name, fields, budget)
 

@@ -11,7 +11,7 @@ from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
 from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
-from butler_jax.simulation import calibrate_thresholds, simulate
+from butler_jax.simulation import calibrate_thresholds, calibrate_tolerance, simulate
 from pallas_kernels import from_image, ordered_image
 
 BASE = BaseConfig(
@@ -49,6 +49,31 @@ def test_mean_of_what_rows_read_is_reached(model, mean, unit):
     assert np.ptp(tokens[-60:]) > 4  # rows of nearly one length read as much as they need
     limit = np.broadcast_to(np.maximum(np.ceil(0.6 * counts), 5) if unit == 1 else 60, real.shape)
     assert (tokens <= np.minimum(limit, counts)[real] + 1e-3).all()
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 40])
+def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):
+    batch, policy = batch_of(), make_policy("oracle_residual")
+    most = SelectionConfig(budget=1.0, sinks=2, recent=3)
+    means = [0.25, 0.5, 20]
+    found = calibrate_tolerance(
+        model, None, [batch], most, means, policy=policy, prompt_tokens=prompt_tokens, rows=None
+    )
+    prompts = np.full(2, prompt_tokens, np.int32)
+    counted = (batch["segments"] > 0) & (batch["positions"] >= prompt_tokens)
+    for mean, selection in zip(means, found, strict=True):
+        share = np.asarray(simulate(model, batch, policy, selection, prompts=prompts).attended)
+        read = (share if isinstance(mean, float) else share * np.arange(1, 129))[counted]
+        np.testing.assert_allclose(read.mean(), mean, rtol=0.01)
+        np.testing.assert_array_equal(share[batch["positions"] < prompt_tokens], 1.0)
+    tolerances = [selection.tolerance for selection in found]
+    assert tolerances[0] > tolerances[1]
+
+
+def test_a_mean_below_sinks_and_recent_has_an_infinite_tolerance(model):
+    most = SelectionConfig(budget=1.0, sinks=4, recent=8)
+    (found,) = calibrate_tolerance(model, None, [batch_of()], most, [10], policy=make_policy("oracle_residual"))
+    assert found.tolerance == np.inf
 
 
 def test_bits_and_floats_are_one_order():

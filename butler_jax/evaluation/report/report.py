@@ -29,6 +29,9 @@ class ReportRow:
         attended: The mean fraction of the causal keys that was read in layers 1 ...; None for hit_rate and spearman,
             which are metrics of scores alone.
         where: The part of the task that the row is about; {} for the whole task.
+        allocation: How heads share the reads.
+        prompt_tokens: First tokens of a window that are read densely and not counted; above 0, everything before a
+            sample's answer is.
     """
 
     task: str
@@ -43,6 +46,8 @@ class ReportRow:
     seed: int
     attended: float | None
     where: dict[str, Any]
+    allocation: str = "per_head"
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)

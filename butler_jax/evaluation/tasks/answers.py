@@ -40,7 +40,7 @@ class Answers:
         right: Tokens of the answer that are the greedy ones.
         asked: Tokens of the answer.
         attended: The attended fractions of a sample's tokens, summed.
-        tokens: Tokens of the sample.
+        tokens: Tokens of the sample that read a choice: all, or those that predict the answer after a prompt.
     """
 
     right: Int[np.ndarray, " samples"]
@@ -104,12 +104,14 @@ def count_answers(
     parts = []
     for batch in batches:
         asked, real = batch["asked"], batch["segments"] > 0
-        found = passes(batch, policy, config, predictor, wanted=np.pad(asked[:, 1:], ((0, 0), (0, 1))))
+        wanted = np.pad(asked[:, 1:], ((0, 0), (0, 1)))
+        found = passes(batch, policy, config, predictor, wanted=wanted)
+        limited = wanted if passes.prompted else real
         guessed = np.pad(found.greedy[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         good = (guessed == batch["tokens"]) & asked
-        attended = np.where(real, found.attended.astype(np.float64), 0.0)
+        attended = np.where(limited, found.attended.astype(np.float64), 0.0)
         used = asked.any(axis=1)
-        parts.append([a.sum(axis=1)[used] for a in (good, asked, attended, real)])
+        parts.append([a.sum(axis=1)[used] for a in (good, asked, attended, limited)])
     return Answers(*(np.concatenate(a) for a in zip(*parts, strict=True)))
 
 
@@ -149,7 +151,7 @@ class AnsweringTask(Task):
     def __init__(self, base: Base, config: EvalConfig, batches: Sequence[Batch], groups: Sequence[SampleGroup]):
         super().__init__(base, config, {"batches": hash_arrays(batches)})
         self.batches, self.groups = batches, groups
-        self.passes = Passes(base.model, score_dtype=config.score_dtype)
+        self.passes = Passes(base.model, prompted=config.prompt_tokens > 0, score_dtype=config.score_dtype)
 
     def evaluate(self, policy, selections):
         """Measure one budget."""

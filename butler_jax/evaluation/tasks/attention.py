@@ -27,8 +27,8 @@ class AttentionTask(Task):
         self.batches, self.unit = batches, name_windows(config)
 
     def takes(self, policy):
-        """Every policy that does not read everything."""
-        return not policy.dense
+        """Every policy that does not read everything; under a tolerance, budgets are not tables of tokens."""
+        return not policy.dense and policy.allocation != "tolerance"
 
     def evaluate(self, policy, selections):
         """Measure all budgets."""

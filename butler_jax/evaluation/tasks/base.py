@@ -29,7 +29,7 @@ class Task:
 
     def __init__(self, base: Base, config: EvalConfig, facts: dict[str, Any]):
         self.base, self.config = base, config
-        self.facts = {**facts, "score_dtype": config.score_dtype}
+        self.facts = {**facts, "score_dtype": config.score_dtype, "prompt_tokens": config.prompt_tokens}
 
     def takes(self, policy: EvaluatedPolicy) -> bool:
         """Whether the task measures a policy; by default every one."""
@@ -60,4 +60,6 @@ class Task:
             seed=self.config.seed,
             attended=attended,
             where=where or {},
+            allocation=policy.allocation,
+            prompt_tokens=self.config.prompt_tokens,
         )

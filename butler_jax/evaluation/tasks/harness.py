@@ -59,6 +59,7 @@ class ButlerLM(TemplateLM):
         score_dtype: str | None = None,
         add_bos_token: bool | None = None,
         progress: bool = True,
+        prompted: bool = False,
         passes: Passes | None = None,
     ):
         """Make the model.
@@ -69,6 +70,7 @@ class ButlerLM(TemplateLM):
                 for the token that is predicted.
             score_dtype: As `simulate` takes it.
             add_bos_token: Whether a text begins with the tokenizer's first token; None: as the tokenizer says.
+            prompted: Whether a context is read densely. Only the rows that predict its continuation are limited then.
             passes: Passes that other models of the base share.
 
         Raises:
@@ -90,7 +92,7 @@ class ButlerLM(TemplateLM):
         self.text = base.require_tokenizer()
         self.max_length, self.batch_size = max_length or most, number
         self.score_dtype, self.add_bos_token, self.progress = score_dtype, add_bos_token, progress
-        self.passes = passes or Passes(base.model, score_dtype=score_dtype)
+        self.passes = passes or Passes(base.model, prompted=prompted, score_dtype=score_dtype)
         self.read, self.rows = 0.0, 0
 
     @classmethod
@@ -182,7 +184,7 @@ class ButlerLM(TemplateLM):
         following = np.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
         nll = np.where(asked, found.nll.astype(np.float64), 0).sum(axis=1)
         greedy = ((found.greedy == following) | ~asked).all(axis=1)
-        inputs = np.pad(batch["segments"][:, 1:], ((0, 0), (0, 1))) > 0
+        inputs = asked if self.passes.prompted else np.pad(batch["segments"][:, 1:], ((0, 0), (0, 1))) > 0
         self.read += float(found.attended.astype(np.float64)[inputs].sum())
         self.rows += int(inputs.sum())
         return [(-float(nll[b]), bool(greedy[b])) for b in range(len(rows))]
@@ -285,7 +287,7 @@ class ButlerLM(TemplateLM):
             "score_dtype": self.score_dtype,
             "max_length": self.max_length,
             "attended": self.attended,
-            **describe_modes(self.policy),
+            **describe_modes(self.policy, self.passes.prompted),
         }
 
     @property
@@ -294,9 +296,11 @@ class ButlerLM(TemplateLM):
         return self.read / self.rows if self.rows else None
 
 
-def describe_modes(policy: Policy) -> dict[str, str]:
+def describe_modes(policy: Policy, prompted: bool = False) -> dict[str, str]:
     """What attends to what under a policy, in words: for likelihoods, and for generated texts."""
     choice = "every position attends its own choice, those of the context too (decoding simulated)"
+    if prompted:
+        choice = "the context is read densely, every position that predicts the continuation attends its own choice"
     likelihoods = "dense" if policy.reads_everything else choice
     return {"loglikelihood_mode": likelihoods, "generation_mode": policy.generation_mode}
 

@@ -36,7 +36,7 @@ def read_model_arguments(
         data_dir: Where prepared data sets lie, for a policy that is prepared on text.
         device: Refused; JAX_PLATFORMS names the device.
         max_batch_size: Refused; batch_size is a number.
-        others: max_length, batch_size, score_dtype, add_bos_token, progress, and the policy's own fields.
+        others: max_length, batch_size, score_dtype, add_bos_token, progress, prompted, and the policy's own fields.
 
     Raises:
         ValueError: An argument is refused or invalid.
@@ -52,7 +52,7 @@ def read_model_arguments(
             "nothing to evaluate: give run=DIR (a run of butler-jax train), or base=SPEC (a directory, a hub id, a "
             ".gguf file, tiny)"
         )
-    passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress")
+    passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress", "prompted")
     settings = {name: others.pop(name) for name in passed if name in others}
     chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
     share = 1.0 if chosen.reads_everything else parse_budget(budget)

@@ -32,9 +32,21 @@ class RowPredictions(NamedTuple):
 
 
 class Passes:
-    """`simulate` on one model; results are kept by batch, policy and the number of tokens that rows may read."""
+    """`simulate` on one model; results are kept by batch, policy and the number of tokens that rows may read.
 
-    def __init__(self, model: BaseModel, *, score_dtype: str | None = None, implementation: str | None = None):
+    Attributes:
+        prompted: Whether the rows before the first one wanted are a prompt, which is read densely.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        *,
+        prompted: bool = False,
+        score_dtype: str | None = None,
+        implementation: str | None = None,
+    ):
+        self.prompted = prompted
         self.model, self.options = model, dict(score_dtype=score_dtype, implementation=implementation)
         self._found: dict[Any, RowPredictions] = {}
         self._predictors: dict[int, Predictor] = {}  # kept alive, so that no other takes its id
@@ -58,16 +70,16 @@ class Passes:
         longest = int((batch["segments"] > 0).sum(axis=1).max())
         chosen, everything = policy.selection(selection), np.arange(longest + 1)
         table = everything if chosen is None else budget_table(chosen, longest)
-        if chosen is None or (chosen.threshold is None and (table == everything).all()):
+        if chosen is None or (chosen.threshold is chosen.tolerance is None and (table == everything).all()):
             policy, predictor, chosen = Dense(), None, selection
         predictor = policy.require_predictor(predictor)
         arrays = (*(batch[name] for name in ("tokens", "segments", "positions")), wanted)
         content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
-        key = content, batch["tokens"].shape, policy, id(predictor), table.tobytes(), chosen.rule
+        key = content, batch["tokens"].shape, policy, id(predictor), table.tobytes(), chosen.rule, chosen.tolerance
         if key not in self._found:
             self._predictors[id(predictor)] = predictor
-            found = simulate(
-                self.model, batch, policy, selection, predictor, wanted=jnp.asarray(wanted), **self.options
-            )
+            prompts = wanted.argmax(axis=1) if self.prompted else None
+            options = dict(prompts=prompts, wanted=jnp.asarray(wanted), **self.options)
+            found = simulate(self.model, batch, policy, selection, predictor, **options)
             self._found[key] = RowPredictions(*(np.asarray(a) for a in (found.nll, found.greedy, found.attended)))
         return self._found[key]

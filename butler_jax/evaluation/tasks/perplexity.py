@@ -71,6 +71,7 @@ def measure_perplexity(
     config: SelectionConfig,
     predictor: Predictor | None = None,
     *,
+    prompt_tokens: int = 0,
     references: Sequence[Float[np.ndarray, "B T E"]] | None = None,
     keep: list | None = None,
     score_dtype: str | None = None,
@@ -81,6 +82,7 @@ def measure_perplexity(
     Args:
         batches: tokens, segments, positions [B, T], and `counted` where not every token is predicted.
         predictor: Needed by policies that rank by a predictor's scores.
+        prompt_tokens: First tokens of every document that are read densely; their rows do not count.
         references: The last residual streams of another pass over the batches, to compare predictions with.
         keep: A list that receives the last residual streams of this pass.
         score_dtype: As `simulate` takes it.
@@ -88,16 +90,20 @@ def measure_perplexity(
     Raises:
         ValueError: There is no token to predict, or a window is longer than the model's context.
     """
-    if not any(find_counted(batch).any() for batch in batches):
+    masks = [find_counted(batch) & (batch["positions"] >= prompt_tokens) for batch in batches]
+    if not any(mask.any() for mask in masks):
         raise ValueError("there is no token to predict: the text is empty or too short")
     check_length(model.config, batches[0]["tokens"].shape[1])
     found: dict[str, list] = {f.name: [] for f in dataclasses.fields(TextSums)}
     options = dict(score_dtype=score_dtype, implementation=implementation)
     for number, batch in enumerate(batches):
-        counted = find_counted(batch)
-        wanted = jnp.asarray(counted) if "counted" in batch else None
+        counted = masks[number]
+        wanted = jnp.asarray(counted) if "counted" in batch or prompt_tokens else None
+        prompts = jnp.full(len(counted), prompt_tokens, jnp.int32) if prompt_tokens else None
         reference = None if references is None else references[number]
-        result = simulate(model, batch, policy, config, predictor, wanted=wanted, reference=reference, **options)
+        result = simulate(
+            model, batch, policy, config, predictor, prompts=prompts, wanted=wanted, reference=reference, **options
+        )
         every = jnp.ones((model.config.layers, *counted.shape))
         held = count_keys(model.config, jnp.asarray(batch["segments"]), every, model.config.kv_heads)
         parts = {"rows": counted, "held": held, **{n: getattr(result, n) for n in found if hasattr(result, n)}}
@@ -123,7 +129,8 @@ class PerplexityTask(Task):
     def dense(self) -> tuple[TextSums, list]:
         """The dense pass, and its last residual streams."""
         streams: list = []
-        sums = measure_perplexity(self.base.model, self.batches, Dense(), self.config.selection_at(1.0), keep=streams)
+        options = dict(prompt_tokens=self.config.prompt_tokens, keep=streams)
+        sums = measure_perplexity(self.base.model, self.batches, Dense(), self.config.selection_at(1.0), **options)
         return sums, streams
 
     def evaluate(self, policy, selections):
@@ -138,6 +145,7 @@ class PerplexityTask(Task):
                 policy.policy,
                 selection,
                 policy.predictor,
+                prompt_tokens=self.config.prompt_tokens,
                 references=streams,
                 score_dtype=self.config.score_dtype,
             )

@@ -11,6 +11,7 @@ from butler_jax.model import attention
 from butler_jax.training.losses.arrays import check_shapes, scale_gradients
 from butler_jax.training.losses.contested_keys import KeyRange
 from butler_jax.training.losses.fused_pass import run_fused
+from butler_jax.training.losses.target import ErrorRule, ErrorTarget
 from butler_jax.training.losses.two_calls import run_two_calls
 
 FORMS = ("fused", "two_calls")
@@ -29,6 +30,8 @@ def attend_with_cross_entropy(
     recent: int = 0,
     implementation: str | None = None,
     form: str | None = None,
+    target: ErrorTarget | None = None,
+    rule: ErrorRule | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, ""], Float[Array, ""]]:
     """The layer's attention output and the cross entropy of a predictor's scores.
 
@@ -62,39 +65,44 @@ def attend_with_cross_entropy(
     check_shapes(q, k, v, q_imp, k_imp, segments, sliding_window)
     if min(sinks, recent) < 0:
         raise ValueError(f"sinks and recent must be 0 or more, got {sinks} and {recent}")
+    if target is not None and implementation is None:
+        implementation = "xla"
     name = attention.choose_implementation(implementation, q, q.shape[-1], segments)
     form = form or ("fused" if name == "xla" else "two_calls")
     if form not in FORMS:
         raise ValueError(f"form {form!r} is unknown; use None or one of {FORMS}")
     if form == "fused" and name != "xla":
         raise ValueError(f'form "fused" runs on "xla" only, not on {name!r}; use "two_calls" or None')
+    if target is not None and form != "fused":
+        raise ValueError(f'errors in the residual stream need the form "fused", got {form!r}; use "xla" attention')
     keys = KeyRange(sliding_window, sinks, recent)
-    output, loss, count = _cross_entropy(q, k, v, q_imp, k_imp, segments, keys, form, name)
+    output, loss, count = _cross_entropy(q, k, v, q_imp, k_imp, target, segments, keys, form, name, rule)
     return jax.lax.stop_gradient(output), loss, jax.lax.stop_gradient(count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _cross_entropy(q, k, v, q_imp, k_imp, segments, keys, form, implementation):
-    return _run(q, k, v, q_imp, k_imp, segments, keys, form, implementation, differentiate=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
+def _cross_entropy(q, k, v, q_imp, k_imp, target, segments, keys, form, implementation, rule):
+    arrays = (q, k, v, q_imp, k_imp, target, segments)
+    return _run(*arrays, keys, form, implementation, rule, differentiate=False)[0]
 
 
-def _cross_entropy_forward(q, k, v, q_imp, k_imp, segments, keys, form, implementation):
-    arguments = (q, k, v, q_imp, k_imp, segments, keys, form, implementation)
-    results, dq_imp, dk_imp = _run(*arguments, differentiate=True)
-    return results, (dq_imp.astype(q_imp.dtype), dk_imp.astype(k_imp.dtype))
+def _cross_entropy_forward(q, k, v, q_imp, k_imp, target, segments, *static):
+    results, dq_imp, dk_imp, doffset = _run(q, k, v, q_imp, k_imp, target, segments, *static, differentiate=True)
+    of_target = None if target is None else doffset.astype(target.offset.dtype)
+    return results, (dq_imp.astype(q_imp.dtype), dk_imp.astype(k_imp.dtype), of_target)
 
 
-def _cross_entropy_backward(keys, form, implementation, gradients, cotangents):
-    return None, None, None, *scale_gradients(gradients, cotangents[1]), None
+def _cross_entropy_backward(keys, form, implementation, rule, gradients, cotangents):
+    dq_imp, dk_imp, doffset = (None if g is None else scale_gradients((g,), cotangents[1])[0] for g in gradients)
+    return None, None, None, dq_imp, dk_imp, None if doffset is None else ErrorTarget(None, None, doffset), None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _run(q, k, v, q_imp, k_imp, segments, keys, form, implementation, *, differentiate):
+def _run(q, k, v, q_imp, k_imp, target, segments, keys, form, implementation, rule, *, differentiate):
     """Results and float32 gradients in the form asked for."""
+    arrays = (q, k, v, q_imp, k_imp, segments, keys)
     if form == "fused":
-        return run_fused(q, k, v, q_imp, k_imp, segments, keys, differentiate=differentiate)
-    return run_two_calls(
-        q, k, v, q_imp, k_imp, segments, keys, implementation=implementation, differentiate=differentiate
-    )
+        return run_fused(*arrays, differentiate=differentiate, target=target, rule=rule)
+    return *run_two_calls(*arrays, implementation=implementation, differentiate=differentiate), None

@@ -14,12 +14,25 @@ import jax.numpy as jnp
 
 from butler_jax.model import attention
 from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
+from butler_jax.training.losses.target import ErrorRule, ErrorTarget, error_norms, log_total, value_products
 
 
-def run_fused(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, differentiate: bool):
-    """((output, loss, count), gradient of q_imp, gradient of k_imp) of `attend_with_cross_entropy`.
+def run_fused(
+    q,
+    k,
+    v,
+    q_imp,
+    k_imp,
+    segments,
+    keys: KeyRange,
+    *,
+    differentiate: bool,
+    target: ErrorTarget | None = None,
+    rule: ErrorRule | None = None,
+):
+    """((output, loss, count), gradients of q_imp, k_imp and the target's offset) of `attend_with_cross_entropy`.
 
-    The gradients are float32, and None unless `differentiate`.
+    The gradients are float32, and None unless `differentiate`; that of the offset is None without a target.
     """
     batch, length, heads, dim = q.shape
     key_heads = k_imp.shape[2]
@@ -33,49 +46,76 @@ def run_fused(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, differentiate:
     rows_counted = jnp.broadcast_to(counted[:, :, None, None], (*q_imp.shape[:3], 1))
     rows_counted = attention.split_queries(rows_counted, key_heads, chunk)
     segments = attention.split_segments(segments, chunk)
+    if target is not None:
+        turned, squares = value_products(all_v, target.gram)
+        rows_norm = attention.split_queries(
+            jnp.broadcast_to(target.norm[:, :, None, None], (*q_imp.shape[:3], 1)), key_heads, chunk
+        )
+        offsets = attention.split_queries(target.offset.astype(jnp.float32)[..., None], key_heads, chunk)
     starts = jnp.zeros((1, all_k.shape[2]), jnp.int32) if segments is None else attention.document_starts(segments)
 
     def step(band, carry, inputs):
         loss, dk_imp = carry
-        index, rows, rows_imp, use = inputs
+        index, rows, rows_imp, use, *of_target = inputs
         first = band.first_key(index, chunk)
         seen = attention.chunk_mask(index, first, band.keys, segments, keys.sliding_window, chunk)
         true, true_total, _ = attention.masked_exponentials(rows, band.take(all_k, first, 2), seen, dim**-0.5)
-        output = (attention.weighted_values(true, band.take(all_v, first, 2)) / true_total).astype(v.dtype)
+        output = attention.weighted_values(true, band.take(all_v, first, 2)) / true_total
 
         contested = contested_mask(seen, index, first, starts, keys)
         keys_imp = band.take(all_k_imp, first, 2)
         predicted, predicted_total, predicted_lse = attention.masked_exponentials(rows_imp, keys_imp, contested, 1.0)
         if not keys.all_contested:
             true = jnp.where(_tile(contested, true.shape[2]), true, 0)
-        true = _regroup(true / true_total, key_heads) * use
+        true = true / true_total
+        if target is not None:
+            split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
+            beside = band.take(turned, first, 3), band.take(squares, first, 3)
+            norms = error_norms(rule.error, output.reshape(split), *beside, target.gram)
+            true = (true.reshape(split) * norms).reshape(true.shape)
+        true = _regroup(true, key_heads) * use
+        if target is not None:
+            norm, offset = of_target
+            true = true / jnp.maximum(norm, 1e-30)
         mass = jnp.sum(true, axis=-1, keepdims=True)  # the attention that goes to contested keys
         mean_k_imp = attention.weighted_values(true, keys_imp)
         loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
+        pull, doffset = mass, None
+        if target is not None:
+            own = 0.0 if rule.normalised else predicted_lse
+            miss = (offset + own - log_total(mass)) * use
+            loss += rule.weight * jnp.sum(jnp.square(miss))
+            doffset = 2 * rule.weight * miss
+            pull = mass + doffset if rule.flows and not rule.normalised else mass
+        output = output.astype(v.dtype)
         if not differentiate:
-            return (loss, dk_imp), (output, None)
-        dscores = predicted * (mass / predicted_total) - true
+            return (loss, dk_imp), (output, None, None)
+        dscores = predicted * (pull / predicted_total) - true
         change = jnp.einsum("bqmr,bqms->bqrs", rows_imp, dscores)
         dk_imp = jax.lax.dynamic_update_slice_in_dim(dk_imp, band.take(dk_imp, first, 3) + change, first, axis=3)
-        return (loss, dk_imp), (output, scale * attention.weighted_values(dscores, keys_imp))
+        return (loss, dk_imp), (output, scale * attention.weighted_values(dscores, keys_imp), doffset)
 
     # The gradient of k_imp is summed as [B, Q, R, S]: the large factor of its product is then read untransposed.
     dk_imp = jnp.zeros_like(all_k_imp.transpose(0, 1, 3, 2)) if differentiate else None
     carry = (jnp.zeros((), jnp.float32), dk_imp)
-    outputs, dq_imps = [], []
+    parts = []
     for band in attention.make_bands(queries.shape[0], chunk, keys.sliding_window):
         part = slice(band.start, band.stop)
         inputs = (jnp.arange(band.start, band.stop), queries[part], scaled_q_imp[part], rows_counted[part])
-        carry, (output, dq_imp) = jax.lax.scan(functools.partial(step, band), carry, inputs)
-        outputs.append(output)
-        dq_imps.append(dq_imp)
+        if target is not None:
+            inputs += (rows_norm[part], offsets[part])
+        carry, found = jax.lax.scan(functools.partial(step, band), carry, inputs)
+        parts.append(found)
     loss, dk_imp = carry
-    output = attention.merge_queries(jnp.concatenate(outputs), chunk, length)
+    output, dq_imp, doffset = (
+        None if part[0] is None else attention.merge_queries(jnp.concatenate(part), chunk, length)
+        for part in zip(*parts, strict=True)
+    )
     results = (output, loss, heads * jnp.sum(counted))
     if not differentiate:
-        return results, None, None
-    dq_imp = attention.merge_queries(jnp.concatenate(dq_imps), chunk, length)
-    return results, dq_imp, dk_imp.transpose(0, 3, 1, 2)[:, :length]
+        return results, None, None, None
+    doffset = None if doffset is None else doffset[..., 0]
+    return results, dq_imp, dk_imp.transpose(0, 3, 1, 2)[:, :length], doffset
 
 
 def _tile(mask, rows: int):

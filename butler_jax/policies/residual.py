@@ -1,0 +1,99 @@
+"""Scores by the error in the residual stream that a step makes by not reading a token.
+
+Query head h of a layer with residual stream x gives token i the weight a_i, and W_h is its slice of the output
+projection. The token contributes a_i v_i W_h to the stream. Dropping it changes the stream, relative to its norm, by
+
+    a_i |v_i W_h| / |x|                  "value": the contribution itself
+    a_i |(v_i - o) W_h| / |x|            "centred": after renormalisation, but for 1 / (1 - a_i); o is the row's output
+    a_i / |x|                            "weight": as if all values were of norm 1
+
+All heads and layers have this one unit, so their tokens can be ranked together. Scores are the logarithms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from butler_jax.model import masked_softmax
+from butler_jax.policies.scoring import Chunk, Scoring
+
+Error = Literal["centred", "value", "weight"]
+Pooling = Literal["maximum", "root_sum_square"]
+
+SMALLEST = 1e-30  # squared norms below it count as it, so that logarithms are finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleResidual(Scoring):
+    """Scores by the error in the residual stream, from the true attention weights.
+
+    Attributes:
+        error: Which of the three errors of this module.
+        pooling: How the errors of a group are combined: their maximum, or the root of the sum of their squares.
+    """
+
+    name = "oracle_residual"
+    is_bound = True
+    one_unit = True
+    error: Error = "centred"
+    pooling: Pooling = "maximum"
+
+    def __post_init__(self):
+        for name, known in (("error", get_args(Error)), ("pooling", get_args(Pooling))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+
+    def numbers_read_per_key(self, base, predictor):
+        """Whole keys and whole values are read."""
+        return 2.0 * base.head_dim
+
+    def scores(self, chunk: Chunk):
+        """The logarithm of the error per query head."""
+        logits = jnp.where(chunk.allowed[:, None, None], chunk.logits, -jnp.inf)
+        weights = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return weights + log_value_norms(chunk, self.error) - log_stream_norm(chunk)
+
+    def pool(self, scores, chunk: Chunk):
+        """The error of the group."""
+        return pool_errors(scores, self.pooling)
+
+
+def log_value_norms(chunk: Chunk, error: Error) -> Float[Array, "B K G _ _"]:
+    """log |v_i W_h| of every key, log |(v_i - o) W_h| of every row and key, or 0; rows and keys broadcast."""
+    if error == "weight":
+        return jnp.zeros((1,) * 5)
+    exact = dict(preferred_element_type=jnp.float32, precision="highest")
+    values, gram = chunk.v.astype(jnp.float32), output_gram(chunk.weights, chunk.v.shape[1])
+    turned = jnp.einsum("bksd,kgde->bkgse", values, gram, **exact)
+    squares = jnp.einsum("bkgse,bkse->bkgs", turned, values, **exact)[:, :, :, None]
+    if error == "centred":
+        weights = masked_softmax(chunk.logits, chunk.allowed[:, None, None])
+        output = jnp.einsum("bkgcs,bksd->bkgcd", weights, values, **exact)
+        own = jnp.einsum("bkgcd,kgde,bkgce->bkgc", output, gram, output, **exact)
+        squares = squares - 2 * jnp.einsum("bkgcd,bkgsd->bkgcs", output, turned, **exact) + own[..., None]
+    return 0.5 * jnp.log(jnp.maximum(squares, SMALLEST))
+
+
+def log_stream_norm(chunk: Chunk) -> Float[Array, "B 1 1 C 1"]:
+    """log |x| of every row."""
+    squares = jnp.sum(jnp.square(chunk.x.astype(jnp.float32)), axis=-1)
+    return 0.5 * jnp.log(jnp.maximum(squares, SMALLEST))[:, None, None, :, None]
+
+
+def output_gram(weights, kv_heads: int) -> Float[Array, "K G D D"]:
+    """W_h W_h^T of every query head, where W_h [D, E] is its slice of the output projection."""
+    output = weights.o[...].astype(jnp.float32)
+    gram = jnp.einsum("hde,hfe->hdf", output, output, preferred_element_type=jnp.float32, precision="highest")
+    return gram.reshape(kv_heads, -1, *gram.shape[1:])
+
+
+def pool_errors(scores: Float[Array, "B K G C S"], pooling: Pooling) -> Float[Array, "B K C S"]:
+    """The error of a group, whose heads read a token together."""
+    if pooling == "maximum":
+        return jnp.max(scores, axis=2)
+    return 0.5 * jax.nn.logsumexp(2 * scores, axis=2)

@@ -1,0 +1,76 @@
+"""What the scores of a predictor are trained to be: attention weights, or errors in the residual stream.
+
+The error of a token is what a step changes in the stream by not reading it (policies/residual.py). The offset of a row
+and query head makes a score the logarithm of the error itself, so that scores of all heads and layers compare.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+SMALLEST = 1e-6
+"""Sums of errors below it count as it, so that the logarithm which an offset is trained for is bounded."""
+
+
+class ErrorTarget(NamedTuple):
+    """The target of a layer's scores, where it is an error in the residual stream.
+
+    Attributes:
+        gram: W_h W_h^T of every query head, where W_h [D, E] is its slice of the output projection.
+        norm: Norm of the residual stream that enters the layer.
+        offset: Of the predictor, for every row and query head.
+    """
+
+    gram: Float[Array, "K G D D"]
+    norm: Float[Array, "B T"]
+    offset: Float[Array, "B T H"]
+
+
+class ErrorRule(NamedTuple):
+    """How an error target is trained for; static.
+
+    Attributes:
+        error: "weight" is a / |x|, "value" a |v W| / |x| and "centred" a |(v - o) W| / |x|, with o the row's output.
+        weight: Of the squared penalty of the offset, beside the cross entropy.
+        normalised: Whether the offset is that of scores from which their log-sum-exp is taken off.
+        flows: Whether the penalty's gradient reaches the scores too, not only the offset.
+    """
+
+    error: Literal["weight", "value", "centred"]
+    weight: float = 0.1
+    normalised: bool = False
+    flows: bool = True
+
+
+def log_total(mass: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """The logarithm of the summed errors of a row."""
+    return jnp.log(jnp.maximum(mass, SMALLEST))
+
+
+def value_products(
+    values: Float[Array, "B K S D"], gram: Float[Array, "K G D D"]
+) -> tuple[Float[Array, "B K G S D"], Float[Array, "B K G S"]]:
+    """v W W^T and |v W|^2 of every value and query head."""
+    values = values.astype(jnp.float32)
+    turned = jnp.einsum("bksd,kgde->bkgse", values, gram)
+    return turned, jnp.einsum("bkgse,bkse->bkgs", turned, values)
+
+
+def error_norms(
+    error: str,
+    output: Float[Array, "B K G C D"],
+    turned: Float[Array, "B K G S D"],
+    squares: Float[Array, "B K G S"],
+    gram: Float[Array, "K G D D"],
+) -> Float[Array, "B K G _ S"] | float:
+    """|v W| or |(v - o) W| of rows and values; 1 for the error "weight"."""
+    if error == "weight":
+        return 1.0
+    squares = squares[:, :, :, None]
+    if error == "centred":
+        own = jnp.einsum("bkgcd,kgde,bkgce->bkgc", output, gram, output)[..., None]
+        squares = squares + own - 2 * jnp.einsum("bkgcd,bkgsd->bkgcs", output, turned)
+    return jnp.sqrt(jnp.maximum(squares, 0.0))

@@ -1,0 +1,92 @@
+"""Errors in the residual stream as the target of the cross entropy, against a float64 form with loops."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy
+from tests.training.losses.naive import assert_close
+
+SINKS, RECENT, ROOM = 2, 3, 6
+
+
+def make_inputs(length, heads, kv_heads, dim=8, rank=4):
+    """q, k, v, q_imp, k_imp, and gram, norm and offset of the target."""
+    random = np.random.default_rng(length)
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, dim), (heads, rank), (kv_heads, rank)
+    arrays = [random.normal(size=(2, length, *shape)) for shape in shapes]
+    output = random.normal(size=(kv_heads, heads // kv_heads, dim, ROOM))
+    gram = np.einsum("kgde,kgfe->kgdf", output, output)
+    target = ErrorTarget(gram, np.exp(random.normal(size=(2, length))), random.normal(size=(2, length, heads)))
+    return arrays, target
+
+
+def naive(arrays, target, rule, segments):
+    """The summed loss in float64, pair by pair."""
+    q, k, v, q_imp, k_imp = (np.asarray(a, np.float64) for a in arrays)
+    gram, norm, offset = (np.asarray(a, np.float64) for a in target)
+    batch, length, heads, dim = q.shape
+    group, total = heads // k.shape[2], 0.0
+    for b, h, t in np.ndindex(batch, heads, length):
+        start = int(np.argmax(segments[b] == segments[b, t]))
+        keys = np.arange(start, t + 1)
+        contested = (keys >= start + SINKS) & (keys <= t - RECENT)
+        if segments[b, t] == 0 or not contested.any():
+            continue
+        logits = k[b, keys, h // group] @ q[b, t, h] / dim**0.5
+        weights = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        values = v[b, keys, h // group]
+        moved = values - weights @ values if rule.error == "centred" else values
+        sizes = np.sqrt(np.einsum("sd,de,se->s", moved, gram[h // group, h % group], moved))
+        errors = (weights * (1.0 if rule.error == "weight" else sizes))[contested] / norm[b, t]
+        scores = (k_imp[b, keys, h // group] @ q_imp[b, t, h])[contested] / q_imp.shape[-1] ** 0.5
+        lse = np.log(np.exp(scores).sum())
+        miss = offset[b, t, h] + (0 if rule.normalised else lse) - np.log(max(errors.sum(), 1e-6))
+        total += np.sum(errors * (lse - scores)) + rule.weight * miss**2
+    return total
+
+
+@pytest.mark.parametrize("error", ["weight", "value", "centred"])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(40, 4, 2), (140, 3, 1)])
+def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, heads, kv_heads):
+    arrays, target = make_inputs(length, heads, kv_heads)
+    segments = np.ones((2, length), np.int32)
+    segments[1, length // 3 :], segments[1, -4:] = 2, 0
+    rule = ErrorRule(error, normalised=normalised)
+    small = [np.float32(a) for a in arrays]
+
+    def loss(q_imp, k_imp, offset):
+        given = (*small[:3], q_imp, k_imp)
+        own = ErrorTarget(np.float32(target.gram), np.float32(target.norm), offset)
+        options = dict(segments=segments, sinks=SINKS, recent=RECENT, target=own, rule=rule)
+        return attend_with_cross_entropy(*given, **options)[1]
+
+    own = (small[3], small[4], np.float32(target.offset))
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*own)
+    assert_close(value, naive(arrays, target, rule, segments))
+    # Along a random direction, by central differences of the float64 form: the error of the step is below 1e-7.
+    random = np.random.default_rng(1)
+    for number, gradient in enumerate(gradients):
+        way = random.normal(size=gradient.shape)
+
+        def at(size, number=number, way=way):
+            moved = [arrays[3], arrays[4], target.offset]
+            moved[number] = moved[number] + size * way
+            return naive([*arrays[:3], *moved[:2]], target._replace(offset=moved[2]), rule, segments)
+
+        wanted = (at(1e-5) - at(-1e-5)) / 2e-5
+        # Entries differ in sign: the error is relative to the sum of their magnitudes.
+        size = np.abs(np.asarray(gradient, np.float64) * way).sum()
+        assert abs(np.sum(np.asarray(gradient, np.float64) * way) - wanted) <= 1e-5 * size
+
+
+def test_a_target_needs_the_fused_form():
+    arrays, target = make_inputs(20, 2, 2)
+    arrays, target = [np.float32(a) for a in arrays], ErrorTarget(*map(np.float32, target))
+    with pytest.raises(ValueError, match='need the form "fused"'):
+        attend_with_cross_entropy(
+            *arrays, target=target, rule=ErrorRule("value"), form="two_calls", implementation="xla"
+        )
