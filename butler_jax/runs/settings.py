@@ -35,6 +35,7 @@ def read_settings(run: str | Path) -> dict[str, Any]:
 
 def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a training with FORMER_NAMES moved to their places. Settings that are nested already stay."""
+    settings = {"hidden" if name == "inner" else name: value for name, value in settings.items()}  # of a pretraining
     if not isinstance(settings.get("predictor"), str):
         return settings
     found = {name: value for name, value in settings.items() if name not in FORMER_NAMES}
