@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.evaluated import PREPARED_TOKENS, EvaluatedPolicy
+from butler_jax.evaluation.contenders import PREPARED_TOKENS, EvaluatedPolicy
 from butler_jax.evaluation.tasks.texts import read_windows
 from butler_jax.simulation import calibrate_tolerance
 

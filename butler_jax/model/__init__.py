@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "weighted_values",
         ],
         "config": ["BaseConfig", "RopeConfig"],
+        "contributions": ["centred_squares", "output_gram", "project_values"],
         "decoder": [
             "BaseModel",
             "LOGICAL_AXES",

@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "quest": ["Quest"],
         "random": ["Random"],
         "registry": ["POLICIES", "make_policy"],
-        "residual": ["OracleResidual", "output_gram"],
+        "residual": ["OracleResidual"],
         "scoring": ["Chunk", "Scoring", "normalise", "per_query_head"],
         "snapkv": ["SnapKV"],
         "streaming": ["Streaming"],

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.model import masked_softmax
+from butler_jax.model import centred_squares, masked_softmax, output_gram, project_values
 from butler_jax.policies.scoring import Chunk, Scoring
 
 Error = Literal["centred", "value", "weight"]
@@ -54,8 +54,8 @@ class OracleResidual(Scoring):
 
     def scores(self, chunk: Chunk):
         """The logarithm of the error per query head."""
-        logits = jnp.where(chunk.allowed[:, None, None], chunk.logits, -jnp.inf)
-        weights = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        allowed = jnp.where(chunk.allowed[:, None, None], chunk.logits, -jnp.inf)
+        weights = chunk.logits - jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
         return weights + log_value_norms(chunk, self.error) - log_stream_norm(chunk)
 
     def pool(self, scores, chunk: Chunk):
@@ -67,15 +67,14 @@ def log_value_norms(chunk: Chunk, error: Error) -> Float[Array, "B K G _ _"]:
     """log |v_i W_h| of every key, log |(v_i - o) W_h| of every row and key, or 0; rows and keys broadcast."""
     if error == "weight":
         return jnp.zeros((1,) * 5)
-    exact = dict(preferred_element_type=jnp.float32, precision="highest")
-    values, gram = chunk.v.astype(jnp.float32), output_gram(chunk.weights, chunk.v.shape[1])
-    turned = jnp.einsum("bksd,kgde->bkgse", values, gram, **exact)
-    squares = jnp.einsum("bkgse,bkse->bkgs", turned, values, **exact)[:, :, :, None]
-    if error == "centred":
+    gram = output_gram(chunk.weights.o[...], chunk.v.shape[1])
+    projected, squares = project_values(chunk.v, gram)
+    if error == "value":
+        squares = squares[:, :, :, None]
+    else:
         weights = masked_softmax(chunk.logits, chunk.allowed[:, None, None])
-        output = jnp.einsum("bkgcs,bksd->bkgcd", weights, values, **exact)
-        own = jnp.einsum("bkgcd,kgde,bkgce->bkgc", output, gram, output, **exact)
-        squares = squares - 2 * jnp.einsum("bkgcd,bkgsd->bkgcs", output, turned, **exact) + own[..., None]
+        output = jnp.einsum("bkgcs,bksd->bkgcd", weights, chunk.v.astype(jnp.float32), precision="highest")
+        squares = centred_squares(output, projected, squares, gram)
     return 0.5 * jnp.log(jnp.maximum(squares, SMALLEST))
 
 
@@ -83,13 +82,6 @@ def log_stream_norm(chunk: Chunk) -> Float[Array, "B 1 1 C 1"]:
     """log |x| of every row."""
     squares = jnp.sum(jnp.square(chunk.x.astype(jnp.float32)), axis=-1)
     return 0.5 * jnp.log(jnp.maximum(squares, SMALLEST))[:, None, None, :, None]
-
-
-def output_gram(weights, kv_heads: int) -> Float[Array, "K G D D"]:
-    """W_h W_h^T of every query head, where W_h [D, E] is its slice of the output projection."""
-    output = weights.o[...].astype(jnp.float32)
-    gram = jnp.einsum("hde,hfe->hdf", output, output, preferred_element_type=jnp.float32, precision="highest")
-    return gram.reshape(kv_heads, -1, *gram.shape[1:])
 
 
 def pool_errors(scores: Float[Array, "B K G C S"], pooling: Pooling) -> Float[Array, "B K C S"]:

@@ -60,19 +60,20 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
         theirs = read_settings(run_dir)
     except ValueError as error:
         raise ValueError(f"{error}; remove it to go on with the settings given now") from None
-    if different := list(_differences(theirs, {k: v for k, v in mine.items() if k not in CHANGEABLE})):
+    defaults = to_dict(type(config)())  # of settings that are newer than the run
+    if different := list(_differences(theirs, {k: v for k, v in mine.items() if k not in CHANGEABLE}, defaults)):
         raise ValueError(
             f"{run_dir} holds a run with other settings ({', '.join(different)}); repeat them to go on, or choose "
             "another --run-dir"
         )
 
 
-def _differences(theirs: dict, mine: dict) -> Iterator[str]:
+def _differences(theirs: dict, mine: dict, defaults: dict) -> Iterator[str]:
     """The settings that differ, those of nested configurations one by one, as "rank: 16 there, 8 now"."""
     for name, value in mine.items():
-        there = theirs.get(name)
+        there = theirs.get(name, defaults[name])
         if isinstance(value, dict) and isinstance(there, dict):
-            yield from _differences(there, value)
+            yield from _differences(there, value, defaults[name])
         elif there != value:
             yield f"{name}: {_brief(there)} there, {value!r} now"
 

@@ -27,8 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from butler_jax.model import BaseModel, LayerView, by_sliding_window, causal_attention, embed, run_layers
-from butler_jax.policies import output_gram
+from butler_jax.model import BaseModel, LayerView, by_sliding_window, causal_attention, embed, output_gram, run_layers
 from butler_jax.predictors import PREDICTORS, Context, Predictor, at, walk
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses import (
@@ -161,7 +160,7 @@ class LayerGradients:
             return attend_with_squared_error(*arrays, **options)
         if offset is not None:
             norm = jnp.linalg.norm(view.x.astype(jnp.float32), axis=-1)
-            options["target"] = ErrorTarget(output_gram(view.weights, view.k.shape[2]), norm, offset)
+            options["target"] = ErrorTarget(output_gram(view.weights.o[...], view.k.shape[2]), norm, offset)
             options["rule"] = ErrorRule(
                 self.predictor.config.target, normalised=self.predictor.config.offset == "share"
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def chunk():
     allowed = (columns <= own[..., None]) & (columns >= start[..., None])
     arrays = dict(
         layer=np.int32(3),
-        weights=None,
+        weights=SimpleNamespace(o=np.float32(random.normal(size=(K * G, D, 16)))),
         x=np.float32(random.normal(size=(B, C, 16))),
         q=np.float32(q),
         k=np.float32(k),
@@ -44,7 +46,7 @@ def chunk():
         sinks=2,
         recent=3,
     )
-    return Chunk(**jax.tree.map(jnp.asarray, arrays))
+    return Chunk(**{name: a if name == "weights" else jax.tree.map(jnp.asarray, a) for name, a in arrays.items()})
 
 
 def softmax(x, allowed):

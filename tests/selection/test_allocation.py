@@ -29,8 +29,9 @@ def shared_choice(scores, barred, counts, floor):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 40), st.sampled_from([0.0, 0.2, 1.0]))
-def test_heads_share_the_sum_of_their_counts(seed, heads, units, floor):
+@given(st.integers(0, 2**31), st.sampled_from([(1, 7), (2, 1), (4, 40)]), st.sampled_from([0.0, 0.2, 1.0]))
+def test_heads_share_the_sum_of_their_counts(seed, shape, floor):
+    heads, units = shape
     random = np.random.default_rng(seed)
     scores = random.integers(-3, 4, (heads, units)).astype(np.float32)  # many are equal
     barred = random.random((heads, units)) < 0.2

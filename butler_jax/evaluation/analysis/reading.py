@@ -150,11 +150,15 @@ def _compare_attention(model, predictor, batch, layer, head):
 
     def mixer(state, view):
         walk, found = state
-        walk, (q_imp, k_imp) = step(walk, view)
+        walk, (q_imp, k_imp, _) = step(walk, view)
 
         def look(sliding_window):
             chunk = row_chunk(
-                view._replace(q=one(view.q), k=one(view.k)), (one(q_imp), one(k_imp)), segments, rows, sliding_window
+                view._replace(q=one(view.q), k=one(view.k)),
+                (one(q_imp), one(k_imp), None),
+                segments,
+                rows,
+                sliding_window,
             )
             both = chunk.logits, chunk.predicted
             weights = (softmax(a, chunk.allowed) for a in both)

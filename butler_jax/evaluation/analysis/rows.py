@@ -125,7 +125,10 @@ def row_chunk(
         return jnp.einsum(form, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
     q = queries(view.q)
-    predicted = None if importance is None else scores(queries(importance[0]), importance[1])
+    predicted = offset = None
+    if importance is not None:
+        predicted = scores(queries(importance[0]), importance[1])
+        offset = None if importance[2] is None else queries(importance[2][..., None])
     columns = jnp.arange(segments.shape[1], dtype=jnp.int32)
     starts = document_starts(segments)
     start = jnp.take_along_axis(starts, rows, axis=1)
@@ -138,6 +141,7 @@ def row_chunk(
         v=jnp.moveaxis(view.v, 1, 2),
         logits=scores(q, view.k),
         predicted=predicted,
+        offset=offset,
         rows=Rows(rows, start),
         columns=columns,
         allowed=visible(segments, rows, columns, sliding_window),

@@ -92,10 +92,8 @@ class DownstreamTask(Task):
         check_harness()
         samples = read_samples(config.downstream, name)[: config.limit]
         super().__init__(base, config, {"samples": hash_facts({"samples": samples})})
-        self.name, self.passes = (
-            name,
-            Passes(base.model, prompted=config.prompt_tokens > 0, score_dtype=config.score_dtype),
-        )
+        self.name = name
+        self.passes = Passes(base.model, prompted=config.prompt_tokens > 0, score_dtype=config.score_dtype)
 
     def evaluate(self, policy, selections):
         """Measure one budget."""

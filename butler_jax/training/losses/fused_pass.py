@@ -12,9 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from butler_jax.model import attention
+from butler_jax.model import attention, centred_squares, project_values
 from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
-from butler_jax.training.losses.target import ErrorRule, ErrorTarget, error_norms, log_total, value_products
+from butler_jax.training.losses.target import ErrorRule, ErrorTarget, log_total
 
 
 def run_fused(
@@ -47,7 +47,7 @@ def run_fused(
     rows_counted = attention.split_queries(rows_counted, key_heads, chunk)
     segments = attention.split_segments(segments, chunk)
     if target is not None:
-        turned, squares = value_products(all_v, target.gram)
+        projected, squares = project_values(all_v, target.gram)
         rows_norm = attention.split_queries(
             jnp.broadcast_to(target.norm[:, :, None, None], (*q_imp.shape[:3], 1)), key_heads, chunk
         )
@@ -70,9 +70,13 @@ def run_fused(
         true = true / true_total
         if target is not None:
             split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
-            beside = band.take(turned, first, 3), band.take(squares, first, 3)
-            norms = error_norms(rule.error, output.reshape(split), *beside, target.gram)
-            true = (true.reshape(split) * norms).reshape(true.shape)
+            values = band.take(projected, first, 3), band.take(squares, first, 3)
+            true = true.reshape(split)
+            if rule.error == "centred":
+                true = true * jnp.sqrt(jnp.maximum(centred_squares(output.reshape(split), *values, target.gram), 0.0))
+            elif rule.error == "value":
+                true = true * jnp.sqrt(values[1])[:, :, :, None]
+            true = true.reshape(*output.shape[:3], -1)
         true = _regroup(true, key_heads) * use
         if target is not None:
             norm, offset = of_target

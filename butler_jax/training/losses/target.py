@@ -19,7 +19,7 @@ class ErrorTarget(NamedTuple):
     """The target of a layer's scores, where it is an error in the residual stream.
 
     Attributes:
-        gram: W_h W_h^T of every query head, where W_h [D, E] is its slice of the output projection.
+        gram: `model.output_gram` of the layer.
         norm: Norm of the residual stream that enters the layer.
         offset: Of the predictor, for every row and query head.
     """
@@ -48,29 +48,3 @@ class ErrorRule(NamedTuple):
 def log_total(mass: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """The logarithm of the summed errors of a row."""
     return jnp.log(jnp.maximum(mass, SMALLEST))
-
-
-def value_products(
-    values: Float[Array, "B K S D"], gram: Float[Array, "K G D D"]
-) -> tuple[Float[Array, "B K G S D"], Float[Array, "B K G S"]]:
-    """v W W^T and |v W|^2 of every value and query head."""
-    values = values.astype(jnp.float32)
-    turned = jnp.einsum("bksd,kgde->bkgse", values, gram)
-    return turned, jnp.einsum("bkgse,bkse->bkgs", turned, values)
-
-
-def error_norms(
-    error: str,
-    output: Float[Array, "B K G C D"],
-    turned: Float[Array, "B K G S D"],
-    squares: Float[Array, "B K G S"],
-    gram: Float[Array, "K G D D"],
-) -> Float[Array, "B K G _ S"] | float:
-    """|v W| or |(v - o) W| of rows and values; 1 for the error "weight"."""
-    if error == "weight":
-        return 1.0
-    squares = squares[:, :, :, None]
-    if error == "centred":
-        own = jnp.einsum("bkgcd,kgde,bkgce->bkgc", output, gram, output)[..., None]
-        squares = squares + own - 2 * jnp.einsum("bkgcd,bkgsd->bkgcs", output, turned)
-    return jnp.sqrt(jnp.maximum(squares, 0.0))
