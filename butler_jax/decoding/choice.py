@@ -119,7 +119,10 @@ class Chooser:
     def _with_recent(self, keep: Chosen, layer: Int[Array, ""]) -> Chosen:
         """A choice that was kept, with the tokens that are recent now."""
         selection, newest = self.plan.selection, self.newest
-        low = recent_from(self.limits, selection, newest.total, self.steps, newest.sliding_window(layer))
+        since, sliding_window = self.steps % selection.interval, newest.sliding_window(layer)
+        then = newest.total - since
+        held = then if sliding_window is None else jnp.minimum(then, sliding_window)
+        low = recent_from(self.limits, selection, newest.total, since[None], held)
         return with_recent(keep, low, newest.total, selection, self.kv.capacity)
 
     def _choose_in_layer(self, view: LayerView, known: LayerForecast) -> Chosen:

@@ -45,7 +45,9 @@ class EvalConfig(HostsConfig):
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
     tokens."""
-    selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("sinks", "recent")})
+    selection: SelectionConfig = field(
+        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours")}
+    )
     """How tokens are chosen. Each of --budgets replaces its budget."""
     allocations: tuple[str, ...] = ("per_head",)
     """How heads share reads: per_head, per_layer, tolerance (as the allocation of a selection). A policy whose scores

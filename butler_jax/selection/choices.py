@@ -129,18 +129,16 @@ def chosen_tokens(
 def recent_from(
     limits: Limits,
     config: SelectionConfig,
-    lengths: Int[Array, " B"],
-    steps: Int[Array, ""],
-    sliding_window: Int[Array, ""] | None,
-) -> Int[Array, " B"]:
-    """The first token that counts as recent, some steps after a choice; every `config.interval`-th step makes one.
+    lengths: Int[Array, "*B"],
+    since: Int[Array, "*#B"],
+    held: Int[Array, "*#B"],
+) -> Int[Array, "*B"]:
+    """The first token that counts as recent, `since` steps after a choice among `held` tokens.
 
     The recent tokens move on with each step. Where the choice was everything, all later tokens count as recent, so that
     the row still reads everything. The same holds where the recent tokens were also sinks, whatever the thresholds.
     """
-    then = lengths - steps % config.interval
-    count = then if sliding_window is None else jnp.minimum(then, sliding_window)
-    everything = limits.table[count] >= count
+    everything = limits.table[held] >= held
     if limits.threshold is not None:
-        everything &= count <= max(limits.min_context, config.least)
-    return jnp.maximum(jnp.where(everything, then, lengths) - config.recent, 0)
+        everything &= held <= jnp.maximum(limits.min_context, config.least)
+    return jnp.maximum(jnp.where(everything, lengths - since, lengths) - config.recent, 0)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import exponentials, weighted_values
 from butler_jax.policies import Chunk, Scoring
-from butler_jax.selection import Limits, SelectionConfig, beyond, select_mask
+from butler_jax.selection import Limits, SelectionConfig, beyond, recent_from, select_mask
 
 
 def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig):
@@ -35,7 +35,11 @@ def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
 def chosen_mask(
     chunk: Chunk, scores: Float[Array, "B K C S"], limits: Limits, rule: SelectionConfig
 ) -> tuple[Bool[Array, "B K C S"], Int[Array, "B C"]]:
-    """The keys that the chunk's rows read, and how many they may see. Layer 0 and prompts read everything."""
+    """The keys that the chunk's rows read, and how many they may see. Layer 0 and prompts read everything.
+
+    With an interval, the rows at its multiples choose, and the first row after a prompt. The others read what was
+    chosen then, as decoding does.
+    """
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
     count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
     limited = (chunk.layer > 0) & (chunk.rows.own - chunk.rows.start >= _prompts(limits))
@@ -45,7 +49,24 @@ def chosen_mask(
         threshold = jnp.where(limited[:, None], limits.threshold[chunk.layer][None, :, None], -jnp.inf)
         threshold = beyond(limits.min_context, count[:, None], threshold)
     mask = select_mask(scores, allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
+    if rule.interval > 1:
+        mask = jnp.where(limited[:, None, :, None], _held(mask, chunk, count, limits, rule), mask) & allowed
     return mask, count
+
+
+def _held(
+    mask: Bool[Array, "B K C S"], chunk: Chunk, count: Int[Array, "B C"], limits: Limits, rule: SelectionConfig
+) -> Bool[Array, "B K C S"]:
+    """What rows read between choices: the last choice without its recent units, and the tokens that are recent now."""
+    place = chunk.rows.own - chunk.rows.start
+    since = jnp.minimum(chunk.rows.own % rule.interval, jnp.maximum(place - _prompts(limits), 0))
+    then = jnp.arange(place.shape[1], dtype=jnp.int32)[None] - since  # the row of the choice, in the same chunk
+    before = jnp.take_along_axis(mask, then[:, None, :, None], axis=2)
+    held = jnp.take_along_axis(count, then, axis=1)
+    low = recent_from(limits, rule, place + 1, since, held)
+    position = (chunk.columns[None, None] - chunk.rows.start[..., None]) // rule.unit
+    kept = position < (jnp.maximum(place + 1 - since - rule.recent, 0) // rule.unit)[..., None]
+    return (before & kept[:, None]) | (position >= (low // rule.unit)[..., None])[:, None]
 
 
 def _prompts(limits: Limits) -> Int[Array, "_ 1"]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import (
+    CHUNK,
     BaseConfig,
     BaseModel,
     by_sliding_window,
@@ -89,15 +90,13 @@ def simulate(
 
     Raises:
         ValueError: The text exceeds the model's context, the policy lacks its predictor, the thresholds are those of
-            another model, or the interval is not 1.
+            another model, or the interval does not divide the rows of a chunk.
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
-    if config.interval != 1:
-        raise ValueError(
-            f"the simulation chooses at every position, the interval is {config.interval}; only decoding has one"
-        )
+    if CHUNK % config.interval:
+        raise ValueError(f"the simulation chooses every 1, 2, 4, ... {CHUNK} rows; the interval is {config.interval}")
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
     limits = None

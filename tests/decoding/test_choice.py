@@ -84,7 +84,7 @@ def decoded_sets(model, predictor, policy, selection, steps=None, prompts=PROMPT
     return found
 
 
-def simulated_masks(model, predictor, policy, selection):
+def simulated_masks(model, predictor, policy, selection, prompts=None):
     """Masks [L, B, heads, T, S] of the simulation's own pass."""
     batch = jax.tree.map(jnp.asarray, text_of(len(PROMPTS)))
     seen, original = {}, choosing.chosen_mask
@@ -98,7 +98,9 @@ def simulated_masks(model, predictor, policy, selection):
     run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "chosen_mask", watched)
-        x, _ = jax.jit(run)(model, predictor, batch, limits_of(selection, model.config, TOTAL))
+        limits = limits_of(selection, model.config, TOTAL)
+        limits = limits._replace(prompts=None if prompts is None else jnp.asarray(prompts))
+        x, _ = jax.jit(run)(model, predictor, batch, limits)
         x.block_until_ready()
         jax.effects_barrier()
     return np.stack([seen[layer] for layer in range(model.config.layers)])
@@ -205,6 +207,32 @@ def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget, kind):
     selection = SelectionConfig(sinks=2, recent=3, **budget)
     masks = simulated_masks(model, predictor, policy, selection)
     for (b, t), (sets, counts, _) in decoded_sets(model, predictor, policy, selection).items():
+        np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(counts, sets.sum(-1))
+
+
+INTERVALS = [
+    ("tokenbutler", {}, dict(budget=0.3, interval=4)),
+    ("oracle", {}, dict(budget=0.4, interval=4, unit=4)),
+    ("oracle", {}, dict(budget=14, interval=2, neighbours=True)),
+    ("streaming", {}, dict(budget=0.3, interval=4, min_context=30)),
+    ("oracle_residual", {}, dict(budget=0.8, interval=4, allocation="tolerance", tolerance=0.1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "budget"), [INTERVALS[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in INTERVALS[1:])]
+)
+@pytest.mark.parametrize("sliding_window", [None, pytest.param(20, marks=pytest.mark.slow)])
+def test_decoding_keeps_its_choice_between_the_choices_of_an_interval_as_the_simulation_does(
+    name, fields, budget, sliding_window
+):
+    changes = {} if sliding_window is None else dict(sliding_window=20, sliding_layers=(True, False, True, False))
+    policy, model, prompts = make_policy(name, **fields), make_model(**changes), np.asarray([4, 4, 4])
+    selection = SelectionConfig(sinks=2, recent=3, **budget)
+    predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if policy.needs_predictor else None
+    masks = simulated_masks(model, predictor, policy, selection, prompts=prompts)
+    for (b, t), (sets, counts, _) in decoded_sets(model, predictor, policy, selection, prompts=prompts).items():
         np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
         np.testing.assert_array_equal(counts, sets.sum(-1))
 
