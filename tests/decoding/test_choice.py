@@ -124,8 +124,6 @@ GRID = [
         ("random", {"seed": 3}),
         ("streaming", {}),
         ("lowrank", {"rank": 4}),
-        ("oracle_residual", {}),
-        ("tokenbutler", {"error": "value"}),
     )
     for budget in (
         dict(budget=0.25),
@@ -147,11 +145,9 @@ ALLOCATED = [
         ("tokenbutler", {}, ({"offset": "share"}, {"offset": "self_normalised"})),
     )
     for budget in (
-        dict(budget=0.3, allocation="per_layer"),
         dict(budget=0.5, allocation="per_layer", unit=4, floor=0.3),
         dict(budget=12, allocation="per_layer", neighbours=True),
-        dict(budget=0.7, allocation="tolerance", tolerance=0.05),
-        dict(budget=1.0, allocation="tolerance", tolerance=0.1, min_context=30),
+        dict(budget=0.7, allocation="tolerance", tolerance=0.1, min_context=30),
     )
     for offset in offsets
 ]
