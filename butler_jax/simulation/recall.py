@@ -111,16 +111,20 @@ def measure_recall(
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
     selection = (selection or SelectionConfig()).rule
     options = RecallOptions(selection, rows, ranks, score_dtype, implementation)
-    selections = [dataclasses.replace(selection, budget=b) for b in budgets]
+
+    def tables_of(policy: Policy, length: int) -> Int[np.ndarray, "budgets _"]:
+        own = policy.selection(selection) or selection  # its units may be pages
+        return np.stack([budget_table(dataclasses.replace(own, budget=b), length) for b in budgets])
+
     scoring = tuple(p for p in policies if isinstance(p, Scoring))
     groups = [scoring] * bool(scoring) + [(p,) for p in policies if p not in scoring]
     parts: list[list[RecallSums]] = [[] for _ in groups]
     for batch in batches:
         batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
-        tables = jnp.asarray(np.stack([budget_table(s, batch["tokens"].shape[1]) for s in selections]))
         for group, found in zip(groups, parts, strict=True):
+            tables = jnp.asarray(np.stack([tables_of(policy, batch["tokens"].shape[1]) for policy in group]))
             if group is not scoring:
-                sums = _sum_evicting(model, batch, tables, policy=group[0], options=options)
+                sums = _sum_evicting(model, batch, tables[0], policy=group[0], options=options)
             else:
                 used = predictor if any(p.needs_predictor for p in group) else None
                 sums = _sum_scoring(model, used, batch, tables, policies=group, options=options)
@@ -154,12 +158,12 @@ def _sum_scoring(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
-    tables: Int[Array, "budgets _"],
+    tables: Int[Array, "policies budgets _"],
     *,
     policies: tuple[Scoring, ...],
     options: RecallOptions,
 ) -> RecallSums:
-    """The sums of one dense pass. tables: `budget_table` of every budget."""
+    """The sums of one dense pass. tables: `budget_table` of every policy and budget."""
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     x = embed(model, batch["tokens"])
     dense = dense_mixer(base, segments, options.implementation)
@@ -216,7 +220,7 @@ def _sum_chunk(
     *,
     segments: Int[Array, "B T"],
     policies: tuple[Scoring, ...],
-    tables: Int[Array, "budgets _"],
+    tables: Int[Array, "policies budgets _"],
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one chunk of rows of one layer: no axis L."""
@@ -249,10 +253,10 @@ def _sum_chunk(
     best = choose_half(chunk.logits, allowed)
     true = rank_keys(chunk.logits, allowed) if options.ranks else None
     found, hits, spearman = [], [], []
-    for policy in policies:
+    for policy, table in zip(policies, tables, strict=True):
         rule = (policy.selection(options.selection) or options.selection).rule
         scores = policy.scores(chunk)
-        found.append(jax.lax.map(partial(sum_mass, policy.pool(scores, chunk), rule), tables))
+        found.append(jax.lax.map(partial(sum_mass, policy.pool(scores, chunk), rule), table))
         common = jnp.sum(best & choose_half(scores, allowed), axis=-1, dtype=jnp.int32)
         share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
         hits.append(sum_heads(share))

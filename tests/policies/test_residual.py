@@ -50,9 +50,10 @@ def test_scores_are_logarithms_of_what_not_reading_a_token_changes(seen, error):
     sizes = 1.0 if error == "weight" else np.linalg.norm(in_stream, axis=-1)
     wanted = weights * sizes / np.linalg.norm(arrays["x"], axis=-1)[:, None, None, :, None]
     inside = np.broadcast_to(allowed, wanted.shape)
-    # A centred norm is a root of a difference: what cancels is 8 roundings of the square of the value's own norm.
+    # A centred norm is a root of a difference: what cancels is 8 roundings of the square of both norms' sum.
     own = np.einsum("bksd,kgde->bkgse", arrays["v"], output.reshape(kv_heads, group, 16, -1))
-    rounding = (8 * 2.0**-24) ** 0.5 * weights * np.linalg.norm(own, axis=-1)[:, :, :, None]
+    mean = np.linalg.norm(np.einsum("bkgcs,bkgse->bkgce", weights, own), axis=-1)
+    rounding = (8 * 2.0**-24) ** 0.5 * weights * (np.linalg.norm(own, axis=-1)[:, :, :, None] + mean[..., None])
     rounding = rounding / np.linalg.norm(arrays["x"], axis=-1)[:, None, None, :, None] * (error == "centred")
     assert (np.abs(np.exp(arrays[error]) - wanted) <= 1e-5 * wanted + rounding)[inside].all()
 

@@ -11,7 +11,8 @@ import pytest
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.simulation import measure_recall
+from butler_jax.selection import SelectionConfig
+from butler_jax.simulation import measure_recall, simulate
 from butler_jax.simulation.chunks import spread
 from butler_jax.simulation.recall import correlate_ranks, rank_keys
 from tests.tiny_models import BASE, SCORES, make_batch, make_model, naive
@@ -108,3 +109,12 @@ def test_rank_correlation_is_pearsons_of_mean_ranks():
         wanted = 0.0 if b.std() == 0 else np.corrcoef(a, b)[0, 1]
         assert found[0, 0, g, c] == pytest.approx(wanted, abs=1e-5)
         np.testing.assert_array_equal(np.asarray(ranks)[0, 0, g, c][allowed[0, c]], a)
+
+
+def test_a_policy_of_pages_reads_what_it_reads_in_the_simulation(model):
+    """Sinks and recent tokens take whole pages, which a small budget of single tokens would not cover."""
+    batch, policy = make_batch([[64], [50]], 64), make_policy("quest", page=16)
+    found = measure_recall(model, None, [batch], [make_policy("streaming"), policy], [1 / 16, 0.5]).attended["quest"]
+    for budget, attended in found.items():
+        simulated = simulate(model, batch, policy, SelectionConfig(budget=budget)).attended
+        np.testing.assert_allclose(attended.value, np.mean(np.asarray(simulated)[batch["segments"] > 0]), rtol=1e-6)
