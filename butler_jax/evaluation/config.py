@@ -39,14 +39,14 @@ class EvalConfig(HostsConfig):
     downstream: Path | None = None
     """Directory of lambada_openai.jsonl, piqa.jsonl, winogrande.jsonl and arc_easy.jsonl."""
     policies: tuple[str, ...] | None = None
-    """dense, oracle, oracle_head, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler; in Python also
-    Policy objects. snapkv and citrus run row by row here. Default: dense, oracle, random, streaming and, where
-    there is a predictor, tokenbutler."""
+    """dense, oracle, oracle_head, oracle_residual, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler,
+    each with settings after it if need be (quest:page=8); in Python also Policy objects. snapkv and citrus run row by
+    row here. Default: dense, oracle, random, streaming and, where there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
     tokens."""
     selection: SelectionConfig = field(
-        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours")}
+        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours", "floor")}
     )
     """How tokens are chosen. Each of --budgets replaces its budget."""
     allocations: tuple[str, ...] = ("per_head",)
@@ -54,8 +54,8 @@ class EvalConfig(HostsConfig):
     have no common unit for all heads runs per_head alone. The tolerance of a budget is calibrated on the text, so that
     the mean over layers and heads is the budget."""
     prompt_tokens: int = 0
-    """First tokens of every window that are read densely, as a prompt, and not counted: decoding is then judged on what
-    follows. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row."""
+    """First tokens of every window that are read densely, as a prompt, and not counted: what follows is evaluated, as
+    if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row."""
     tokens: int = 8192
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
@@ -113,10 +113,18 @@ class EvalConfig(HostsConfig):
             raise ValueError(
                 f"--prompt-tokens must be 0 ... {self.context - 1}, below the context; got {self.prompt_tokens}"
             )
+        interval = self.selection.interval
+        if interval.bit_count() != 1 or interval > 128:
+            raise ValueError(f"the simulation chooses every 1, 2, 4, ... 128 rows; --interval is {interval}")
+        if self.prompt_tokens % interval:
+            raise ValueError(
+                f"decoding chooses at the first row after a prompt: --prompt-tokens must be a multiple of --interval "
+                f"{interval}, got {self.prompt_tokens}"
+            )
         if self.prompt_tokens and self.stride is not None:
             raise ValueError("--prompt-tokens and --stride both say which tokens are predicted; give one of them")
         if min(self.lengths) <= 1:
-            raise ValueError(f"--lengths are numbers of tokens, got {min(self.lengths)}")
+            raise ValueError(f"--lengths must be at least 2 tokens, got {min(self.lengths)}")
         if not all(0 <= d <= 1 for d in self.depths):
             raise ValueError(f"--depths are 0 ... 1, got {self.depths}")
         wanting = [t for t in self.tasks if t in DOWNSTREAM]

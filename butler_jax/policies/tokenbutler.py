@@ -34,11 +34,14 @@ class TokenButler(Scoring):
     offset: Literal["none", "share", "self_normalised"] = "none"
 
     def __post_init__(self):
-        if self.error not in (None, "value"):
-            raise ValueError(f"unknown error {self.error!r}; known: value, or None to rank by attention weight")
-        known = ("normalised", "maximum")
-        if self.pooling not in known:
-            raise ValueError(f"unknown pooling {self.pooling!r}; known: {', '.join(known)}")
+        known = {
+            "pooling": ("normalised", "maximum"),
+            "error": (None, "value"),
+            "offset": ("none", "share", "self_normalised"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(map(str, values))}")
 
     def for_predictor(self, predictor):
         """The policy with the predictor's offset.

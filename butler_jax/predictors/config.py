@@ -39,6 +39,10 @@ class PredictorConfig:
             raise ValueError(
                 f"an offset goes with a target that is an error; got target {self.target} and offset {self.offset}"
             )
+        if self.offset != "none" and self.kind != "lookahead":
+            raise ValueError(
+                f"only the lookahead predictor has an offset, not {self.kind}; leave out target and offset, or take it"
+            )
         if self.stride <= 0:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:

@@ -69,7 +69,7 @@ class SelectionConfig(AlwaysReadConfig):
     """Error in the residual stream, relative to its norm, below which a token is not read. `calibrate_tolerance` finds
     it for a mean budget. For the allocation tolerance only."""
     floor: float = 0.0
-    """For the allocation per_layer, the share of its budget that every head reads in any case (0.2 in AdaKV, Feng et
+    """Under the allocation per_layer, the share of its budget that every head reads in any case (0.2 in AdaKV, Feng et
     al. 2024, arXiv 2407.11550)."""
 
     def __post_init__(self):
@@ -112,11 +112,8 @@ class SelectionConfig(AlwaysReadConfig):
                 raise ValueError(f"the tolerance must be at least 0, got {self.tolerance}")
         if self.threshold is not None and self.allocation != "per_head":
             raise ValueError(f"thresholds go with the allocation per_head, the allocation is {self.allocation}")
-        if not 0 <= self.floor <= 1 or (self.floor and self.allocation != "per_layer"):
-            raise ValueError(
-                f"the floor is a share (0 ... 1) of a head's budget under the allocation per_layer; got {self.floor} "
-                f"under {self.allocation}"
-            )
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"the floor is a share (0 ... 1) of a head's budget, got {self.floor}")
 
     @property
     def rule(self) -> SelectionConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import exponentials, weighted_values
+from butler_jax.model import CHUNK, exponentials, weighted_values
 from butler_jax.policies import Chunk, Scoring
 from butler_jax.selection import Limits, SelectionConfig, beyond, recent_from, select_mask
 
@@ -38,8 +38,13 @@ def chosen_mask(
     """The keys that the chunk's rows read, and how many they may see. Layer 0 and prompts read everything.
 
     With an interval, the rows at its multiples choose, and the first row after a prompt. The others read what was
-    chosen then, as decoding does.
+    chosen then. Decoding counts from the prompt on: it chooses at the same rows where the prompt is a multiple.
+
+    Raises:
+        ValueError: The interval does not divide the rows of a chunk.
     """
+    if CHUNK % rule.interval:
+        raise ValueError(f"the simulation chooses every 1, 2, 4, ... {CHUNK} rows; the interval is {rule.interval}")
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
     count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
     limited = (chunk.layer > 0) & (chunk.rows.own - chunk.rows.start >= _prompts(limits))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import (
-    CHUNK,
     BaseConfig,
     BaseModel,
     by_sliding_window,
@@ -95,8 +94,6 @@ def simulate(
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
-    if CHUNK % config.interval:
-        raise ValueError(f"the simulation chooses every 1, 2, 4, ... {CHUNK} rows; the interval is {config.interval}")
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
     limits = None

@@ -104,6 +104,10 @@ class TrainConfig(FitConfig):
                 f"predictor must be a PredictorConfig, for instance PredictorConfig(kind='producer'), got "
                 f"{self.predictor!r}"
             )
+        if self.predictor.target != "attention" and self.objective == "squared_error":
+            raise ValueError(
+                f"--target {self.predictor.target} is trained for by --objective cross_entropy, not by squared_error"
+            )
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
         sinks, recent = self.selection.sinks, self.selection.recent

@@ -47,7 +47,7 @@ class DistillationObjective:
     Attributes:
         loss: One of LOSSES.
         sinks, recent: Tokens that are always read; the cross entropy is about the other ones.
-        implementation: Of the attention, as in `attention.causal_attention`.
+        implementation: Of the attention, as in `model.causal_attention`.
     """
 
     loss: str

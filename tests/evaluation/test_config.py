@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from butler_jax.evaluation.config import EvalConfig
+from butler_jax.selection import SelectionConfig
 from butler_jax.training.config import TrainConfig
 
 
@@ -24,6 +25,10 @@ def test_a_bucket_stays_a_bucket():
         (dict(lengths="short"), "--lengths must be numbers separated by commas, got short"),
         (dict(budgets="0"), "budget"),
         (dict(attention_rows=0), "--attention-rows must be at least 1, got 0"),
+        (dict(prompt_tokens=1024), "--prompt-tokens must be 0 ... 1023"),
+        (dict(allocations="by_luck"), "unknown allocation by_luck"),
+        (dict(selection=SelectionConfig(interval=3)), "chooses every 1, 2, 4, ... 128 rows"),
+        (dict(selection=SelectionConfig(interval=4), prompt_tokens=6), "must be a multiple of --interval 4"),
     ],
 )
 def test_settings_that_mean_nothing_are_told(changes, message):

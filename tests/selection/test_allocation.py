@@ -61,7 +61,6 @@ def test_decoding_reads_as_many_units_in_all_as_separate_heads_would(unit):
         (dict(allocation="by_luck"), "unknown allocation 'by_luck'; known: per_head, per_layer, tolerance"),
         (dict(tolerance=0.1), "a tolerance goes with the allocation tolerance"),
         (dict(allocation="tolerance", tolerance=-1.0), "must be at least 0"),
-        (dict(floor=0.2), "floor is a share"),
         (dict(allocation="per_layer", floor=1.5), "floor is a share"),
         (dict(allocation="per_layer", threshold=((0.0,),)), "thresholds go with the allocation per_head"),
     ],

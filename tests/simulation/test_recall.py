@@ -118,3 +118,13 @@ def test_a_policy_of_pages_reads_what_it_reads_in_the_simulation(model):
     for budget, attended in found.items():
         simulated = simulate(model, batch, policy, SelectionConfig(budget=budget)).attended
         np.testing.assert_allclose(attended.value, np.mean(np.asarray(simulated)[batch["segments"] > 0]), rtol=1e-6)
+
+
+def test_an_interval_that_chunks_cannot_hold_is_refused(model):
+    batch = make_batch([[40]], 40)
+    for measure in (
+        lambda chosen: measure_recall(model, None, [batch], [make_policy("oracle")], [0.5], selection=chosen),
+        lambda chosen: simulate(model, batch, make_policy("oracle"), chosen),
+    ):
+        with pytest.raises(ValueError, match=r"chooses every 1, 2, 4, ... 128 rows; the interval is 3"):
+            measure(SelectionConfig(interval=3))

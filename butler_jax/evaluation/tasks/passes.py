@@ -75,7 +75,8 @@ class Passes:
         predictor = policy.require_predictor(predictor)
         arrays = (*(batch[name] for name in ("tokens", "segments", "positions")), wanted)
         content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
-        key = content, batch["tokens"].shape, policy, id(predictor), table.tobytes(), chosen.rule, chosen.tolerance
+        limits = table.tobytes(), chosen.rule, chosen.tolerance, chosen.threshold
+        key = content, batch["tokens"].shape, policy, id(predictor), *limits
         if key not in self._found:
             self._predictors[id(predictor)] = predictor
             prompts = wanted.argmax(axis=1) if self.prompted else None

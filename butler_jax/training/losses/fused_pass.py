@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from butler_jax.model import attention, centred_squares, project_values
 from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
-from butler_jax.training.losses.target import ErrorRule, ErrorTarget, log_total
+from butler_jax.training.losses.target import PENALTY, ErrorRule, ErrorTarget, log_total
 
 
 def run_fused(
@@ -88,9 +88,9 @@ def run_fused(
         if target is not None:
             own = 0.0 if rule.normalised else predicted_lse
             miss = (offset + own - log_total(mass)) * use
-            loss += rule.weight * jnp.sum(jnp.square(miss))
-            doffset = 2 * rule.weight * miss
-            pull = mass + doffset if rule.flows and not rule.normalised else mass
+            loss += PENALTY * jnp.sum(jnp.square(miss))
+            doffset = 2 * PENALTY * miss
+            pull = mass if rule.normalised else mass + doffset
         output = output.astype(v.dtype)
         if not differentiate:
             return (loss, dk_imp), (output, None, None)

@@ -15,6 +15,10 @@ SMALLEST = 1e-6
 """Sums of errors below it count as it, so that the logarithm which an offset is trained for is bounded."""
 
 
+PENALTY = 0.1
+"""Weight of the squared penalty of an offset, beside the cross entropy. Its gradient reaches the scores too."""
+
+
 class ErrorTarget(NamedTuple):
     """The target of a layer's scores, where it is an error in the residual stream.
 
@@ -34,15 +38,11 @@ class ErrorRule(NamedTuple):
 
     Attributes:
         error: "weight" is a / |x|, "value" a |v W| / |x| and "centred" a |(v - o) W| / |x|, with o the row's output.
-        weight: Of the squared penalty of the offset, beside the cross entropy.
         normalised: Whether the offset is that of scores from which their log-sum-exp is taken off.
-        flows: Whether the penalty's gradient reaches the scores too, not only the offset.
     """
 
     error: Literal["weight", "value", "centred"]
-    weight: float = 0.1
     normalised: bool = False
-    flows: bool = True
 
 
 def log_total(mass: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy
+from butler_jax.training.losses.target import PENALTY
 from tests.training.losses.naive import assert_close
 
 SINKS, RECENT, ROOM = 2, 3, 6
@@ -44,7 +45,7 @@ def naive(arrays, target, rule, segments):
         scores = (k_imp[b, keys, h // group] @ q_imp[b, t, h])[contested] / q_imp.shape[-1] ** 0.5
         lse = np.log(np.exp(scores).sum())
         miss = offset[b, t, h] + (0 if rule.normalised else lse) - np.log(max(errors.sum(), 1e-6))
-        total += np.sum(errors * (lse - scores)) + rule.weight * miss**2
+        total += np.sum(errors * (lse - scores)) + PENALTY * miss**2
     return total
 
 
