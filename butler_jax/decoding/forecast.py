@@ -123,7 +123,10 @@ class Forecaster:
         return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, offset, chosen, rows)
 
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
-        """What is carried on, the rows of the next layer under way: known unless a new block chooses there."""
+        """The carry, with the keys and values that the next layer will attend already being fetched.
+
+        If the next layer begins a block and chooses anew, `forecast` fetches them again after that choice.
+        """
         if carry.rows is None:
             return carry
         stride = self.predictor.stride

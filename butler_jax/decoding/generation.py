@@ -248,7 +248,7 @@ def _pieces(steps: Iterator[_Step], base: Base, ends: set[int], most: int, resul
 
 
 def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) -> Iterator[_Step]:
-    """The steps of a batch; the next one is under way before the one before is handed out.
+    """The steps of a batch. Each step is yielded after the following one was dispatched.
 
     prompts: tokens [B, T], lengths [B] and a key for every row.
     """

@@ -1,7 +1,7 @@
 """Caches whose tokens are split over devices: what each part does on its own, and how partial results merge.
 
 Part i of N holds the tokens i * S/N ... (i + 1) * S/N - 1 of every row. Everything here runs inside
-`sharding.by_rows_and_heads`, where the parts have been told apart.
+`parallel.by_rows_and_heads`, in which each device has its own part.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def prefill(
         predictor: Its caches are filled too.
         selection: Of the steps that follow. An interval takes room in the state, and a policy that evicts runs the
             prompts.
-        policy: Of the steps that follow. One that evicts reads the prompts whole and takes no predictor.
+        policy: Of the steps that follow. Under one that evicts, prompts are not split into chunks and there is no
+            predictor.
         chunk: Prompts of more tokens run in chunks of so many, as many as the longest row has. Padding beyond the
             longest row costs nothing.
         score_dtype: "int8" keeps k_imp in int8 (score_cache.py); None keeps it as the predictor makes it.

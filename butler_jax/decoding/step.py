@@ -42,7 +42,7 @@ class Found(NamedTuple):
 
 
 class LayerResult(NamedTuple):
-    """What a layer leaves for after the pass: the new token's rows, what its choice remembers, and what was read."""
+    """Results of a layer: the new token's keys, values and k_imp, the memory of the choice, and what was read."""
 
     k: Float[Array, "B K D"]
     v: Float[Array, "B K D"]
@@ -68,12 +68,15 @@ def decode_step(
     Donate `state` under jit. Everything that is not an array is static there.
 
     Args:
+        model: The base model.
+        tokens: The next token of every row.
         state: As `prefill` or the step before left it.
         predictor: Keeps its caches up to date, whoever chooses.
         selection: Which cached tokens are read; None reads all.
         policy: Who ranks them; None is `TokenButler()`, the predictor. A policy that evicts goes on from a prefill
             under the same policy and takes no predictor.
         most: The largest budget of any row at this step, in tokens, where it is known to be below that of a full cache.
+        implementation: Of pallas_kernels; None takes the platform's.
         details: Whether `Found` has the chosen sets and the predictor's scores.
 
     Returns:

@@ -89,7 +89,7 @@ def collect_policies(
     """
     given, defaults = config.policies or DEFAULT, {"seed": config.seed}
     policies = [p if isinstance(p, Policy) else make_policy(p, defaults) for p in given]
-    policies = [policy.row_by_row() for policy in policies]  # a text has no prompt
+    policies = [policy.row_by_row() for policy in policies]  # rows after a prompt, or all rows, are limited one by one
     needing = [p for p in policies if p.needs_predictor]
     predictors = list(_read_predictors(base, predictor, config)) if needing else []
     if needing and not predictors:

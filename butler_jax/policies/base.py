@@ -89,7 +89,7 @@ class Policy:
         return 0.0
 
     def row_by_row(self) -> Policy:
-        """The form of the policy that runs on a text without a prompt; by default the policy itself."""
+        """The form of the policy that an evaluation runs: it limits row after row. By default the policy itself."""
         return self
 
 

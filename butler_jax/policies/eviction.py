@@ -39,8 +39,8 @@ class Evicting(Policy):
     (`begin`, `observe`, `worth`), and how many of the newest tokens are never dropped (`recent`).
 
     Attributes:
-        once: Whether decoding reads the prompt densely and the first step after it cuts the cache down to the budget. A
-            simulated text has no prompt, so each of its rows drops what is beyond its budget (`row_by_row`).
+        once: Whether decoding reads the prompt densely and the first step after it cuts the cache down to the budget.
+            In a simulation each row drops what is beyond its budget (`row_by_row`). The rows of a prompt drop nothing.
     """
 
     once: ClassVar[bool] = False

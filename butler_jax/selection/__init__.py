@@ -1,4 +1,4 @@
-"""From scores to chosen tokens: the only package that knows sinks, recent tokens, budgets and ties.
+"""From scores to chosen tokens, under sinks, recent tokens and a budget. The choice itself is made only here.
 
 The simulation chooses by `select_mask`, decoding by `choose`. Both count units in the same way, take the best of them
 by the primitive of `pallas_kernels`, and add neighbours by the same function.

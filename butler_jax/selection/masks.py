@@ -3,6 +3,9 @@
 A query attends as many of the keys it may see as its budget allows. The newest `recent` and the first `sinks` tokens of
 its document come first, then the others by score. Equal scores go to the earlier token. With pages, `unit` tokens
 counted from the document's start are chosen together. A page counts as its best token, and only whole pages are taken.
+
+Under the allocation per_layer, a head may read more than its own budget. The heads of a layer together read at most the
+sum of their budgets.
 """
 
 from __future__ import annotations
@@ -93,6 +96,8 @@ def select_mask(
     threshold: Float[Array, "#B #K #C"] | None = None,
 ) -> Bool[Array, "B K C S"]:
     """The keys that each query attends, per head: at most min(tokens, |allowed|) of those in `allowed`.
+
+    Under the allocation per_layer a head may attend more. The heads together attend at most the sum of these numbers.
 
     Args:
         scores: float32, higher is better. -inf and NaN come last, and of equal scores the earlier token comes first.

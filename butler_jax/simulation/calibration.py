@@ -1,4 +1,6 @@
-"""Thresholds and tolerances that reach a mean budget: a row reads the tokens that score above, so rows differ.
+"""Thresholds and tolerances under which rows read a given budget on average.
+
+A row reads the tokens that score above, so some rows read more than others.
 
 A policy that normalises its scores (to the logarithm of a predicted attention weight) makes those of one layer and KV
 head comparable between rows. So one threshold for each layer and head is calibrated on text. The budget of the
@@ -43,7 +45,7 @@ def calibrate_thresholds(
 
     Args:
         predictor: Needed by policies with `needs_predictor`.
-        batches: tokens, segments, positions of one shape [B, T], run densely PASSES times.
+        batches: tokens, segments, positions of one shape [B, T], run densely 16 times.
         selection: Its budget is the most that a row reads.
         mean: A fraction of the keys that a dense query reads, or a number of tokens. Where sinks and recent tokens
             alone exceed it, thresholds are infinite.

@@ -40,8 +40,9 @@ def evicting_attention(
     *,
     mass: bool = False,
 ) -> Evicted:
-    """One layer under a policy that evicts. Layer 0, prompts and rows of up to min_context tokens keep
-    everything.
+    """One layer under a policy that evicts.
+
+    Layer 0, prompts and rows of up to min_context tokens keep everything.
 
     mass: whether to return the true attention weight of the tokens kept.
     """

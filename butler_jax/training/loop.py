@@ -170,8 +170,8 @@ class Loop:
         self.run, self.state = run, state
         self.checkpoints, self.metrics, self.requests = checkpoints, metrics, requests
         self.several = jax.process_count() > 1
-        self.pending: tuple[int, dict] | None = None  # a step that is out, and its metrics on the devices
-        self.any_asked = False  # with several processes: whether one of them was asked to stop, as all know it
+        self.pending: tuple[int, dict] | None = None  # number and metrics of the dispatched step
+        self.any_asked = False  # with several processes: any of them was asked to stop, and all know it
         self.clock = time.monotonic()
 
     def train(self, start: int) -> int:
@@ -215,7 +215,7 @@ class Loop:
         return validation
 
     def settle(self, validation: dict[str, float]) -> None:
-        """Wait for the step that is out, check its loss and write it down."""
+        """Wait for the dispatched step, check its loss and write its metrics."""
         if self.pending is None:
             return
         (number, values), self.pending = self.pending, None

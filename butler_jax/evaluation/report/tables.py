@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 MINUS, DASH = "\u2212", "\u2013"
 
 TASKS = {
-    "perplexity": "Held-out text. Every row reads only the keys chosen for it.",
+    "perplexity": "Held-out text. The rows that count read only chosen keys.",
     "attention": "How much of the true attention the chosen keys hold, over rows of the held-out text.",
     "coreference": "The greedy prediction of the last mention of an invented name.",
     "needle": "One sentence is hidden in a long text. The question at the end asks for it.",

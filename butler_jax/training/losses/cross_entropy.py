@@ -52,7 +52,7 @@ def attend_with_cross_entropy(
         segments: The document of each token, 0 for padding. None: one document a row.
         sinks, recent: How many first tokens of a document and newest tokens of a row are always read, and not
             contested.
-        implementation: Of the attention, as in `attention.causal_attention`.
+        implementation: Of the attention, as in `model.causal_attention`.
         form: "fused" (XLA only) makes one pass over chunks of 128 query rows. "two_calls" calls attention kernels with
             k_imp among the values. None takes the form that suits the implementation.
 
