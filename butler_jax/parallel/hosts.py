@@ -27,6 +27,12 @@ from butler_jax.storage import to_dict
 ENDED = "butler_jax/ended"
 """Key of JAX's coordination service under which a process that ends with an error leaves the number of its own."""
 
+LEAVING = threading.Event()
+"""Set where this process ends by itself, so that it does not end because another one did."""
+
+GRACE = 2.0
+"""Seconds in which a process may find by itself the error with which another one has ended."""
+
 LOST = re.compile(r"gloo|nccl|barrier|coordination service", re.IGNORECASE)
 """Matches the errors that a computation or a checkpoint raises when another process is gone."""
 
@@ -180,6 +186,7 @@ def lost(error: BaseException) -> bool:
 
 def leave(error: BaseException) -> NoReturn:
     """Print the error as one line and end at once with status 1. A regular exit would wait for the other processes."""
+    LEAVING.set()
     words = str(error)
     if lost(error):
         words = _lost_words((words.splitlines() or [""])[0])
@@ -188,27 +195,25 @@ def leave(error: BaseException) -> NoReturn:
             client.key_value_set(ENDED, str(jax.process_index()))
     say(f"error: {words}")
     if jax.process_index() == 0:
-        time.sleep(3)  # when process 0 ends, JAX ends the others at once: they print their errors before
+        time.sleep(GRACE + 2)  # when process 0 ends, JAX ends the others at once: they print their errors before
     sys.stdout.flush()
     os._exit(1)
 
 
 def _watch_others() -> None:
-    """End this process in a line, from a thread, where another one has left its number under ENDED."""
-    done = threading.Event()
+    """End this process in a line, from a thread, GRACE seconds after another one has left its number under ENDED."""
 
     def watch() -> None:
-        while not done.wait(0.5) and (client := distributed.global_state.client) is not None:
+        while not LEAVING.wait(0.5) and (client := distributed.global_state.client) is not None:
             with contextlib.suppress(Exception):  # nobody has left a number
                 other = client.key_value_try_get(ENDED)
-                if other == str(jax.process_index()):
-                    return
-                say(f"error: {_lost_words(f'process {other} ended with an error')}")
-                os._exit(1)
+                if not LEAVING.wait(GRACE):
+                    say(f"error: {_lost_words(f'process {other} ended with an error')}")
+                    os._exit(1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    atexit.register(lambda: (done.set(), thread.join()))  # before JAX leaves the service
+    atexit.register(lambda: (LEAVING.set(), thread.join()))  # before JAX leaves the service
 
 
 def _lost_words(reason: str) -> str:
