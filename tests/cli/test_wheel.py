@@ -48,18 +48,22 @@ def installed(wheel, tmp_path_factory) -> Path:
     # A path that is added by sys.path, and not by site, does not run the .pth files in it.
     (packages / "dependencies.pth").write_text(f"import sys; sys.path.append({sysconfig.get_path('purelib')!r})\n")
     pip = [sys.executable, "-m", "pip", "--python", place / "bin" / "python", "install", "--no-deps", "--no-index"]
-    subprocess.run([*pip, wheel], check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run([*pip, wheel], check=True, capture_output=True, text=True, timeout=300, env=without_checkout())
     return place
+
+
+def without_checkout() -> dict[str, str]:
+    """The environment variables but for the one that could name the checkout."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def run(installed: Path, place: Path, *arguments: object) -> str:
     """What a command of the environment prints, away from the checkout."""
     program, *words = map(str, arguments)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [installed / "bin" / program, *words],
         cwd=place,
-        env={**environment, "JAX_PLATFORMS": "cpu"},
+        env={**without_checkout(), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,
