@@ -137,7 +137,7 @@ def one_layer(q, k, v, q_imp, k_imp, *, configs, int8):
     kept = rounded(k_imp, segments > 0) if int8 else k_imp
     rows = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     view = LayerView(jnp.asarray(1), None, q[:, :, 0], q, k, k, k)  # no policy here looks at x, weights or values
-    found = numbers_read_per_key(row_chunk(view, (q_imp, kept), segments, rows, None), configs)
+    found = numbers_read_per_key(row_chunk(view, (q_imp, kept, None), segments, rows, None), configs)
     if int8:
         return found
     found["attention output"] = causal_attention(q, k, v)[0]
