@@ -38,17 +38,15 @@ def choose(
         threshold: The lowest score that is read, of this layer.
         first: The first token that a row may see, under a sliding window; 0 unless given.
     """
-    size, held = -(-scores.shape[-1] // config.unit), lengths if first is None else lengths - first
-    number = jnp.arange(size, dtype=jnp.int32)[None]
-    units = Units(number, jnp.zeros_like(lengths) if first is None else first, lengths)
+    units = _units_of(scores, lengths, first, config)
     rules = dict(sinks=config.sinks, recent=config.recent, unit=config.unit, first=first, threshold=threshold)
     if counts is None:
-        counts = count_units(jnp.minimum(tokens, held), units, config)
+        counts = count_units(jnp.minimum(tokens, units.held), units, config)
     chosen = select_top_k(scores, lengths, room, counts=counts, implementation=implementation, **rules)
     if not config.neighbours:
         return chosen
-    of_heads = Units(number[None], *(a[:, None] for a in units[1:]))
-    return compact(add_neighbours(_unit_mask(chosen, size), of_heads, config), room)
+    of_heads = Units(*(a[:, None] for a in units))
+    return compact(add_neighbours(_unit_mask(chosen, units.number.shape[-1]), of_heads, config), room)
 
 
 def share_counts(
@@ -63,12 +61,18 @@ def share_counts(
     Arguments are those of `choose`.
     """
     image = image_of(scores, lengths, Rules(config.sinks, config.recent, config.unit, first, None))
-    units = Units(
-        jnp.arange(image.shape[-1], dtype=jnp.int32)[None], jnp.zeros_like(lengths) if first is None else first, lengths
-    )
+    units = _units_of(scores, lengths, first, config)
     counts = count_units(jnp.minimum(tokens, units.held), units, config)
     mask = allocate(image, jnp.broadcast_to(counts[:, None], image.shape[:2]), config)
     return jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+
+def _units_of(
+    scores: Float[Array, "B K S"], lengths: Int[Array, " B"], first: Int[Array, " B"] | None, config: SelectionConfig
+) -> Units:
+    """All units of a cache, for rows of these lengths."""
+    number = jnp.arange(-(-scores.shape[-1] // config.unit), dtype=jnp.int32)[None]
+    return Units(number, jnp.zeros_like(lengths) if first is None else first, lengths)
 
 
 def _unit_mask(chosen: Chosen, units: int) -> Bool[Array, "B K U"]:

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.model import BaseModel, by_sliding_window, dense_mixer, embed, run_layers
+from butler_jax.model import BaseModel
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of
 from butler_jax.simulation.choice import chosen_mask, with_rule
-from butler_jax.simulation.chunks import importance_walk, map_chunks
+from butler_jax.simulation.chunks import sum_chunks
 from pallas_kernels import BARRED, from_image
 
 GRID = np.arange(-40.0, 10.5, 0.5)  # logarithms of the tolerances that are tried first
@@ -180,11 +180,8 @@ def _sum_above(
 
     They are summed over the rows that count, whose number comes last.
     """
-    base, segments, positions = model.config, batch["segments"], batch["positions"]
-    x = embed(model, batch["tokens"])
-    dense = dense_mixer(base, segments)
-    begun, step = importance_walk(predictor if policy.needs_predictor else None, x, batch)
-    counts = jnp.pad((segments > 0) & (positions >= prompt_tokens), ((0, 0), (0, 1)))
+    segments = batch["segments"]
+    counts = jnp.pad((segments > 0) & (batch["positions"] >= prompt_tokens), ((0, 0), (0, 1)))
 
     def one(chunk):
         scores, allowed = policy(with_rule(chunk, rule)), chunk.allowed
@@ -202,16 +199,7 @@ def _sum_above(
 
         return jax.lax.map(at, grid).T, jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
 
-    def mixer(state, view):
-        state, importance = step(state, view)
-
-        def measure(sliding_window):
-            sums, number = map_chunks(one, view, importance, segments, sliding_window, rows)[0]
-            return jnp.sum(sums, axis=0), jnp.sum(number)
-
-        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
-
-    sums, number = run_layers(model, x, positions, mixer, begun)[2]
+    sums, number = sum_chunks(model, predictor, batch, one, rows=rows)
     return jnp.mean(sums[1:], axis=0), number[0]
 
 
@@ -228,11 +216,7 @@ def _sum_read(
     whole: bool,
 ) -> tuple[Float[Array, "L K"], Float[Array, ""]]:
     """What every layer and head reads, summed over the rows that are not padding, and the number of these rows."""
-    base, segments, positions = model.config, batch["segments"], batch["positions"]
-    limits = limits._replace(threshold=from_image(image))
-    x = embed(model, batch["tokens"])
-    dense = dense_mixer(base, segments)
-    begun, step = importance_walk(predictor, x, batch)
+    segments, limits = batch["segments"], limits._replace(threshold=from_image(image))
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end take the last column
 
     def one(chunk):
@@ -243,13 +227,5 @@ def _sum_read(
         inside = jnp.take_along_axis(real, jnp.minimum(chunk.rows.own, segments.shape[1]), axis=1)
         return jnp.sum(jnp.where(inside[:, None], read, 0.0), axis=(0, 2))
 
-    def mixer(state, view):
-        state, importance = step(state, view)
-
-        def measure(sliding_window):
-            return jnp.sum(map_chunks(one, view, importance, segments, sliding_window)[0], axis=0)
-
-        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
-
-    sums = run_layers(model, x, positions, mixer, begun)[2]
+    sums = sum_chunks(model, predictor, batch, one)
     return sums, jnp.sum(segments > 0).astype(jnp.float32)

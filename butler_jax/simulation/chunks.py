@@ -16,11 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.decoding import rounded
 from butler_jax.model import (
     CHUNK,
+    BaseModel,
     LayerView,
+    by_sliding_window,
     causal_attention,
     chunk_mask,
+    dense_mixer,
     document_starts,
+    embed,
     make_bands,
+    run_layers,
     split_keys,
     split_queries,
     split_segments,
@@ -156,3 +161,34 @@ def importance_walk(
         return at.state, (q_imp, k_imp, offset)
 
     return walk.begin(predictor, x, context), step
+
+
+def sum_chunks(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batch: dict[str, Int[Array, "B T"]],
+    look: Callable[[Chunk], Any],
+    *,
+    rows: int | None = None,
+    implementation: str | None = None,
+    score_dtype: str | None = None,
+) -> Any:
+    """Sum look(chunk) over the chunks of every layer of a dense pass. To be called in jitted code.
+
+    The sums are stacked over the layers. rows: as in `map_chunks`. The others are those of `importance_walk`.
+    """
+    base, segments = model.config, batch["segments"]
+    x = embed(model, batch["tokens"])
+    dense = dense_mixer(base, segments, implementation)
+    begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
+
+    def mixer(state, view):
+        state, importance = step(state, view)
+
+        def total(sliding_window):
+            found, _ = map_chunks(look, view, importance, segments, sliding_window, rows)
+            return jax.tree.map(lambda a: jnp.sum(a, axis=0), found)
+
+        return dense(None, view)[0], state, by_sliding_window(base, view.index, total)
+
+    return run_layers(model, x, batch["positions"], mixer, begun)[2]

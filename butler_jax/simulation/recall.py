@@ -20,7 +20,7 @@ from butler_jax.policies import Chunk, Evicting, Policy, Scoring
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best
 from butler_jax.simulation.choice import chosen_mask, with_rule
-from butler_jax.simulation.chunks import importance_walk, map_chunks, spread_rows
+from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.statistics import Estimate, estimate_ratio
 
@@ -164,24 +164,9 @@ def _sum_scoring(
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one dense pass. tables: `budget_table` of every policy and budget."""
-    base, segments, positions = model.config, batch["segments"], batch["positions"]
-    x = embed(model, batch["tokens"])
-    dense = dense_mixer(base, segments, options.implementation)
-    begun, step = importance_walk(
-        predictor, x, batch, implementation=options.implementation, score_dtype=options.score_dtype
-    )
-
-    def mixer(state, view):
-        state, importance = step(state, view)
-
-        def measure(sliding_window):
-            apply = partial(_sum_chunk, segments=segments, policies=policies, tables=tables, options=options)
-            sums, _ = map_chunks(apply, view, importance, segments, sliding_window, options.rows)
-            return jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
-
-        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
-
-    found = run_layers(model, x, positions, mixer, begun)[2]
+    look = partial(_sum_chunk, segments=batch["segments"], policies=policies, tables=tables, options=options)
+    how = dict(rows=options.rows, implementation=options.implementation, score_dtype=options.score_dtype)
+    found = sum_chunks(model, predictor, batch, look, **how)
     mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
     hits, spearman = (jnp.swapaxes(a[1:], 0, 1) for a in found[2:4])
     return RecallSums(mass, attended, hits, spearman, found.rows[0], found.long[1])

@@ -43,15 +43,15 @@ def run_fused(
     all_k, all_k_imp = attention.split_keys(k, chunk), attention.split_keys(k_imp.astype(jnp.float32), chunk)
     all_v = attention.split_keys(v, chunk)
     counted = counted_rows((batch, length), segments, keys)
-    rows_counted = jnp.broadcast_to(counted[:, :, None, None], (*q_imp.shape[:3], 1))
-    rows_counted = attention.split_queries(rows_counted, key_heads, chunk)
+
+    def tile(per_row):  # [B, T, 1 or H] for the rows of every tile
+        return attention.split_queries(jnp.broadcast_to(per_row[..., None], (*q_imp.shape[:3], 1)), key_heads, chunk)
+
+    rows_counted = tile(counted[:, :, None])
     segments = attention.split_segments(segments, chunk)
     if target is not None:
         projected, squares = project_values(all_v, target.gram)
-        rows_norm = attention.split_queries(
-            jnp.broadcast_to(target.norm[:, :, None, None], (*q_imp.shape[:3], 1)), key_heads, chunk
-        )
-        offsets = attention.split_queries(target.offset.astype(jnp.float32)[..., None], key_heads, chunk)
+        of_rows = tile(target.norm[:, :, None]), tile(target.offset.astype(jnp.float32))
     starts = jnp.zeros((1, all_k.shape[2]), jnp.int32) if segments is None else attention.document_starts(segments)
 
     def step(band, carry, inputs):
@@ -107,7 +107,7 @@ def run_fused(
         part = slice(band.start, band.stop)
         inputs = (jnp.arange(band.start, band.stop), queries[part], scaled_q_imp[part], rows_counted[part])
         if target is not None:
-            inputs += (rows_norm[part], offsets[part])
+            inputs += tuple(a[part] for a in of_rows)
         carry, found = jax.lax.scan(functools.partial(step, band), carry, inputs)
         parts.append(found)
     loss, dk_imp = carry
