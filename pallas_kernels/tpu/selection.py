@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import xla
 from pallas_kernels.choice import BARRED, count_of, image_of, listed
 
 LANES = 128
@@ -21,12 +22,15 @@ SUBLANES = 8
 WIDE = 1024  # units counted at a time
 SLOTS = 256  # slots found at a time
 VMEM_BYTES = 48 * 2**20
+MOST_UNITS = 2**18  # eight rows of more units fill the VMEM; XLA's selection takes those
 
 
 def select_top_k(scores, lengths, n, *, counts, rules, interpret):
     """The choice of n units; arguments as in `api.py`."""
     batch, heads, size = scores.shape
     rows = batch * heads
+    if -(-size // rules.unit) > MOST_UNITS:
+        return xla.select_top_k(scores, lengths, n, counts=counts, rules=rules)
     image = image_of(scores, lengths, rules)
     count = count_of(image, size, lengths, n, counts, rules)
     image = image.reshape(rows, -1)

@@ -44,8 +44,7 @@ def top_mask(image: jax.Array, count: jax.Array) -> jax.Array:
     count: int32 [...], from 0 to the number of the row's entries that are not BARRED.
     """
     units = image.shape[-1]
-    if units >= LARGE:
-        image = pad_barred(image, COLUMNS)
+    image = _pad_large(image)
     limit, end = _kth_largest(image, count)
     chosen = (image > limit[..., None]) | ((image == limit[..., None]) & (_positions(image) < end[..., None]))
     return chosen[..., :units]
@@ -54,6 +53,11 @@ def top_mask(image: jax.Array, count: jax.Array) -> jax.Array:
 def compact(mask: jax.Array, n: int) -> Selection:
     """The positions of the first n entries that are set in a mask, bool [B, K, U], as a choice."""
     return listed(_set_positions(mask, n), jnp.sum(mask, axis=-1, dtype=jnp.int32))
+
+
+def _pad_large(image):
+    """The image [..., U], padded to whole columns where its entries are counted by columns."""
+    return image if image.shape[-1] < LARGE else pad_barred(image, COLUMNS)
 
 
 def _positions(array):
@@ -73,7 +77,7 @@ def _kth_largest(image, target):
     """(limit, end) [...]. The `target` largest entries are those above limit and those equal to it before end."""
     guesses = None
     if image.shape[-1] >= LARGE:
-        sample = image[..., ::SAMPLE]
+        sample = _pad_large(image[..., ::SAMPLE])
         expected = target.astype(jnp.float32) / SAMPLE
         slack = 2.5 * jnp.sqrt(expected) + 1  # standard deviations of the sampled count
         ranks = jnp.stack([jnp.maximum(expected - slack, 1), jnp.minimum(expected + slack, sample.shape[-1])])

@@ -76,6 +76,31 @@ def test_a_large_choice_without_sorting_is_that_of_a_sort(distribution):
     np.testing.assert_array_equal(ours.indices, theirs.indices)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "size"),
+    [
+        ("xla", 131_073),  # a sample of it does not fill its columns
+        ("gpu", 131_073),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *(("xla", size) for size in (131_071, 140_000, 262_145, 999_999)),
+                ("reference", 999_999),
+                ("gpu", 999_999),
+                ("tpu", 131_073),
+                ("tpu", 262_145),  # XLA's selection
+            )
+        ),
+    ],
+)
+def test_any_size_is_taken(implementation, size):
+    scores = normal(size, 1, 1, size)
+    scores = scores.at[0, 0, -2].set(9.0)  # the best is near the end
+    found = run(pk.select_top_k, scores, jnp.array([size]), n=600, implementation=implementation)
+    best = np.argsort(-np.asarray(scores)[0, 0], kind="stable")[:600]
+    np.testing.assert_array_equal(found.indices[0, 0], np.sort(best))
+
+
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_selection_kernels_choose_the_best(implementation):
     scores = jnp.round(normal(5, 1, 2, 300) * 4) / 4  # with ties
