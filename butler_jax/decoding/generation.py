@@ -97,7 +97,7 @@ def generate(
         policy: What ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
             Default: tokenbutler.
         sampling: How tokens are drawn. Default: greedy.
-        stop: Token ids, or texts of single tokens, that end a row. Default: the tokenizer's end of text.
+        stop: Token ids, or texts of single tokens, that end a row. Default: the tokenizer's ends.
         seed: The seed of row 0, from which the other rows count on; or one seed a row.
         capacity: Tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
             compilation.

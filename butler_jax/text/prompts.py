@@ -60,14 +60,13 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
 
 
 def stop_tokens(tokenizer: Tokenizer | None, vocab_size: int, stop: Sequence[int | str] | int | str | None) -> set[int]:
-    """The ids that end a row: token ids or texts of single tokens, or one of them; None is the tokenizer's eos, if any.
+    """The ids that end a row: token ids or texts of single tokens, or one of them; None is the tokenizer's ends.
 
     Raises:
         ValueError: A text is not a single token, or an id is out of range.
     """
     if stop is None:
-        eos = None if tokenizer is None else tokenizer.eos
-        return set() if eos is None else {eos}
+        return set() if tokenizer is None else set(tokenizer.ends)
     found = set()
     for one in [stop] if isinstance(stop, (str, int)) else stop:
         token = tokenizer.backend.token_to_id(one) if isinstance(one, str) and tokenizer else one

@@ -33,20 +33,27 @@ class Tokenizer:
         bos: Id of the token that begins a document, or None.
         eos: Id of the token that ends a document, or None.
         add_bos: Whether `encode` puts `bos` first by default.
+        ends: Ids at which generation ends: `eos`, and what the model's files name besides it.
     """
 
     backend: tokenizers.Tokenizer
     bos: int | None = None
     eos: int | None = None
     add_bos: bool = False
+    ends: frozenset[int] = frozenset()
+
+    def __post_init__(self):
+        if self.eos is not None:
+            object.__setattr__(self, "ends", self.ends | {self.eos})
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """Read a tokenizer from a Hugging Face directory.
 
         `bos` and `eos` come from tokenizer_config.json, then generation_config.json, then config.json. `add_bos` is
-        `add_bos_token`, or follows from the post-processor of tokenizer.json. The dropout of merges is turned off, so
-        that a text has one encoding.
+        `add_bos_token`, or follows from the post-processor of tokenizer.json. `ends` has `eos` and every
+        eos_token_id of generation_config.json, or of config.json where the former names none. The dropout of merges is
+        turned off, so that a text has one encoding.
 
         Raises:
             FileNotFoundError: The directory or its tokenizer.json does not exist.
@@ -89,7 +96,7 @@ class Tokenizer:
             raise ValueError(f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")
         if add_bos and bos is None:
             raise ValueError(f"{directory}: add_bos_token is set, but no bos_token or bos_token_id is given.")
-        return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos)
+        return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos, ends=frozenset(_numbers(numbered, "eos", path)))
 
     @property
     def vocab_size(self) -> int:
@@ -243,13 +250,17 @@ def _border(backend, named: dict, numbered: list[dict], which: str, path: Path) 
         if index is None:
             raise ValueError(f"{where} is not in {path}.")
         return index
+    return next(iter(_numbers(numbered, which, path)), None)
+
+
+def _numbers(numbered: list[dict], which: str, path: Path) -> list[int]:
+    """The ids of the `bos` or `eos` tokens that the first of the configurations with any names."""
     for config in numbered:
-        index = config.get(f"{which}_token_id")
-        if isinstance(index, list):
-            index = index[0] if index else None
-        if index is not None:
-            return whole(index, f"{path.parent}: {which}_token_id", least=0)
-    return None
+        found = config.get(f"{which}_token_id")
+        found = found if isinstance(found, list) else [] if found is None else [found]
+        if found:
+            return [whole(index, f"{path.parent}: {which}_token_id", least=0) for index in found]
+    return []
 
 
 def _mentions_template(post_processor: dict | None) -> bool:

@@ -15,7 +15,7 @@ PROMPTS = [[5, 9, 2, 40, 17, 3, 8, 8, 21, 30, 11], [7], [1, 2, 3, 4, 5]]
 class Letters:
     """A tokenizer of single characters."""
 
-    bos, eos = None, 60
+    bos, eos, ends = None, 60, frozenset({60})
     backend = SimpleNamespace(token_to_id=lambda text: ord(text) - 65 if len(text) == 1 else None)
 
     def encode(self, text):

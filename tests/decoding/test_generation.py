@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -22,6 +23,7 @@ from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
+from butler_jax.weights.loading import TINY
 from tests.decoding.letters import PROMPTS, Letters
 
 
@@ -79,6 +81,13 @@ def test_stop_tokens_end_a_row_and_pieces_are_the_text(base, dense):
     for b in range(3):
         assert [p.token for p in pieces if p.row == b] == found.tokens[b]
         assert "".join(p.text for p in pieces if p.row == b) == found.texts[b]
+
+
+def test_a_row_ends_at_every_token_that_generation_config_names(tmp_path):
+    shutil.copytree(TINY, tmp_path / "tiny")
+    (tmp_path / "tiny" / "generation_config.json").write_text('{"eos_token_id": [0, 588]}')
+    found = butler_jax.generate(load_base(tmp_path / "tiny"), "Return the", max_new_tokens=30)
+    assert len(found.tokens[0]) == 7 and found.tokens[0][-1] == 588  # as transformers
 
 
 def test_a_character_in_two_tokens_waits_until_it_is_whole():

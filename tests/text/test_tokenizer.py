@@ -63,7 +63,24 @@ def test_border_ids_come_from_generation_config_when_no_name_is_given(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": 3}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 2]}))
     tokenizer = Tokenizer.load(tmp_path)
-    assert (tokenizer.bos, tokenizer.eos) == (0, 1)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.ends) == (0, 1, {1, 2})
+
+
+@pytest.mark.parametrize(
+    ("named", "generation", "config", "ends"),
+    [
+        ("</s>", [0, 2], 3, {0, 1, 2}),  # the union with the tokenizer's own
+        ("</s>", 2, 3, {1, 2}),
+        ("</s>", None, [3], {1, 3}),
+        (None, None, None, set()),
+        (None, [2, 3], None, {2, 3}),
+    ],
+)
+def test_generation_ends_at_every_token_that_the_files_name(tmp_path, named, generation, config, ends):
+    write(tmp_path, template=False, eos_token=named)
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    assert Tokenizer.load(tmp_path).ends == ends
 
 
 def test_saved_tokenizer_loads_as_itself(tmp_path, bpe):

@@ -265,7 +265,7 @@ class ButlerLM(TemplateLM):
                 continue
             texts[piece.row] += piece.text
             made[piece.row] += 1
-            ended = piece.token == self.text.eos or made[piece.row] == new
+            ended = piece.token in self.text.ends or made[piece.row] == new
             if ended or any(stop in texts[piece.row] for stop in until):
                 open_rows.discard(piece.row)
             if not open_rows:

@@ -104,7 +104,9 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
         for key in ("bos_token_id", "eos_token_id")
     )
     add_bos = bos is not None and get("add_bos_token", add_bos)
-    return Tokenizer(backend=backend, bos=bos, eos=eos, add_bos=bool(add_bos))
+    turns = (get(key) for key in ("eot_token_id", "eom_token_id"))
+    ends = frozenset(whole(token, "the token that ends a turn", least=0) for token in turns if token is not None)
+    return Tokenizer(backend=backend, bos=bos, eos=eos, add_bos=bool(add_bos), ends=ends)
 
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:

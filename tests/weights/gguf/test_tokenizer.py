@@ -38,11 +38,11 @@ def trained():
 
 def test_byte_level_tokenizer_equals_the_one_it_was_made_from(trained):
     types = [3, 3] + [1] * (trained.get_vocab_size() - 2)
-    fields = bpe_fields(trained, token_type=types, bos_token_id=0, eos_token_id=1, pre="gpt-2")
+    fields = bpe_fields(trained, token_type=types, bos_token_id=0, eos_token_id=1, eot_token_id=7, pre="gpt-2")
     tokenizer = read_tokenizer(fields)
     assert tokenizer.encode(TEXT) == trained.encode(TEXT).ids
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.add_bos) == (0, 1, False)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.ends, tokenizer.add_bos) == (0, 1, {1, 7}, False)
     assert tokenizer.encode("a</s>")[-1] == 1
 
 
