@@ -40,6 +40,10 @@ MODELS = {  # name -> (family, settings)
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama with wide heads": ("llama", {"head_dim": 24, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
     "mistral with a sliding_window": ("mistral", {"sliding_window": 5}),
+    "mistral with layer types": (
+        "ministral",  # what transformers makes of a mistral with layer_types
+        {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
     "mistral without": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen2 with sliding layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
@@ -51,6 +55,7 @@ MODELS = {  # name -> (family, settings)
             "attention_bias": True,
             "use_sliding_window": True,
             "sliding_window": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
@@ -85,6 +90,8 @@ def save_model(name: str, directory: Path, **options):
     """Make a model and write it with save_pretrained; returns it."""
     model = make_model(name)
     model.save_pretrained(directory, **options)
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"ministral"', '"mistral"'))
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from butler_jax.model.config import SIZES, BaseConfig, RopeConfig
+from butler_jax.model.other_architectures import refuse_other_architectures
 from butler_jax.storage import number, shown, whole
 
 
@@ -17,8 +18,9 @@ class Family:
         qkv_bias, output_bias, mlp_bias: True, False, or the configuration key that holds the answer.
         qk_norm: Queries and keys have an RMS norm per head.
         fused: The projections are stored as qkv_proj and gate_up_proj.
-        sliding: Which layers slide: "never", "always" (all, where sliding_window is set) or "switched" (as
-            use_sliding_window, layer_types and max_window_layers say).
+        sliding: Which layers slide: "never", "always" (all, where sliding_window is set), "typed" (all, or those that
+            layer_types names) or "switched" (as use_sliding_window, layer_types and max_window_layers say).
+        rotary_share: partial_rotary_factor of a head is rotated. Other families pass it over, as transformers does.
         defaults: Values of keys that a configuration of the family leaves out.
     """
 
@@ -28,13 +30,14 @@ class Family:
     qk_norm: bool = False
     fused: bool = False
     sliding: str = "never"
+    rotary_share: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "mistral": Family(
-        sliding="always",
+        sliding="typed",
         defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     ),
     "qwen2": Family(
@@ -63,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         fused=True,
         sliding="always",
+        rotary_share=True,
         defaults={
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
@@ -70,6 +74,9 @@ FAMILIES: dict[str, Family] = {
         },
     ),
 }
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def base_config(values: dict) -> BaseConfig:
@@ -88,6 +95,7 @@ def base_config(values: dict) -> BaseConfig:
             f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[name]
+    refuse_other_architectures(values, qk_norm=family.qk_norm)
     values = {**family.defaults, **values}
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in needed if values.get(key) is None]
@@ -124,32 +132,44 @@ def base_config(values: dict) -> BaseConfig:
         qk_norm=family.qk_norm,
         sliding_window=sliding_window,
         sliding_layers=sliding_layers,
-        rope=_rope(values, context),
+        rope=_rope(values, context, family),
     )
 
 
 def _sliding(family: Family, values: dict, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """BaseConfig's sliding_window and sliding_layers."""
-    sliding_window = values.get("sliding_window")
+    sliding_window, kinds = values.get("sliding_window"), _layer_types(family, values)
     if family.sliding == "never" or sliding_window is None:
         return None, ()
     if family.sliding == "switched" and not values.get("use_sliding_window", False):
         return None, ()
     sliding_window = whole(sliding_window, "sliding_window")
-    if family.sliding == "always":
+    if kinds and family.sliding != "always":
+        slides = tuple(kind == SLIDING for kind in kinds)
+    elif family.sliding != "switched":
         return sliding_window, ()
-    kinds = values.get("layer_types")
-    if kinds:
-        if not isinstance(kinds, list):
-            raise ValueError(f"layer_types must be a list of names, got {shown(kinds)}")
-        slides = tuple(kind == "sliding_attention" for kind in kinds)
     else:
         first = whole(values["max_window_layers"], "max_window_layers", least=0)
         slides = tuple(layer >= first for layer in range(layers))
     return (sliding_window, slides) if any(slides) else (None, ())
 
 
-def _rope(values: dict, context: int) -> RopeConfig:
+def _layer_types(family: Family, values: dict) -> list[str]:
+    """The kinds of attention that layer_types names, [] where it names none; a family need not know all of them."""
+    kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"layer_types must be a list of names, got {shown(kinds)}")
+    known = {"never": (FULL,), "always": (SLIDING if values.get("sliding_window") else FULL,)}
+    for kind in kinds:
+        if kind not in known.get(family.sliding, (FULL, SLIDING)):
+            raise ValueError(
+                f"layer_types names {shown(kind)}, which layers of the family {values['model_type']} are not: it is "
+                "another architecture, which is not supported"
+            )
+    return kinds
+
+
+def _rope(values: dict, context: int, family: Family) -> RopeConfig:
     new = values.get("rope_parameters") or {}
     old = values.get("rope_scaling") or {}
     if not (isinstance(new, dict) and isinstance(old, dict)):
@@ -163,6 +183,13 @@ def _rope(values: dict, context: int) -> RopeConfig:
         kind = "longrope"  # early Phi-3 configurations call it by these names
     theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
     fraction = settings.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if not family.rotary_share:
+        if kind != "default" and fraction != 1:
+            raise ValueError(
+                f"partial_rotary_factor={shown(fraction)} with the rope type {shown(kind)} is not supported in the "
+                f"family {values['model_type']}"
+            )
+        fraction = 1.0
     original = None
     if kind in ("llama3", "yarn", "longrope"):
         key = "original_max_position_embeddings"

@@ -52,7 +52,7 @@ def open_directory(directory: Path) -> Source:
             f"{SINGLE} (or {INDEX} and its shards) and tokenizer.json"
         )
     values = read_object(path)
-    if "quantization_config" in values:
+    if values.get("quantization_config"):
         raise ValueError(
             f"{path}: quantised Hugging Face weights are not supported; "
             "use the model's unquantised directory or a .gguf file"

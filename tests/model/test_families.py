@@ -2,7 +2,7 @@
 
 import pytest
 
-from butler_jax.model.families import FAMILIES, base_config
+from butler_jax.model.families import FAMILIES, FULL, SLIDING, base_config
 
 SIZES = {
     "vocab_size": 32,
@@ -60,6 +60,16 @@ def test_both_spellings_of_rotary_settings_mean_the_same(family):
     assert old.rope.theta == 5e5 and old.rope.kind == "llama3"
 
 
+def test_a_share_of_a_head_is_rotated_where_the_family_has_it():
+    for spelled in ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        shares = {family: config(family, **spelled).rope.fraction for family in FAMILIES}
+        assert shares == dict.fromkeys(FAMILIES, 1.0) | {"phi3": 0.5}
+        scaled = {**spelled, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        assert config("phi3", **scaled).rope.fraction == 0.5
+        with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5 with the rope type 'linear'"):
+            config("qwen2", **scaled)
+
+
 def test_rope_theta_alone_is_the_default_kind():
     assert config(rope_theta=1e6, rope_scaling=None).rope.theta == 1e6
     assert config(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}) == config(rope_theta=1e6)
@@ -71,6 +81,14 @@ def test_sliding_windows_follow_each_family():
     assert config("mistral", sliding_window=8).sliding == (True,) * 4
     assert config("mistral", sliding_window=None).sliding_window is None
     assert config("phi3", sliding_window=8).sliding_window == 8
+    kinds = ["full_attention", "sliding_attention"] * 2
+    assert config("mistral", sliding_window=8, layer_types=kinds).sliding == (False, True, False, True)
+    assert config("mistral", sliding_window=8, layer_types=None).sliding == (True,) * 4
+    assert config("mistral", sliding_window=None, layer_types=["full_attention"] * 4).sliding == (False,) * 4
+    assert config("llama", layer_types=["full_attention"] * 4) == config("llama")
+    for family, kind in (("llama", SLIDING), ("phi3", FULL), ("mistral", "chunked_attention"), ("qwen3", "linear")):
+        with pytest.raises(ValueError, match=f"layer_types names '{kind}', which layers of the family {family}"):
+            config(family, sliding_window=8, layer_types=[kind] * 4)
     for sliding_window in (-5, 0, 2.5, "8"):
         with pytest.raises(ValueError, match="sliding_window must be a whole number"):
             config("mistral", sliding_window=sliding_window)
@@ -82,6 +100,49 @@ def test_sliding_windows_follow_each_family():
     assert deep.sliding == (False,) * 28 + (True,) * 2
     kinds = ["sliding_attention", "full_attention"] * 2
     assert config("qwen3", **switched, layer_types=kinds).sliding == (True, False, True, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("bailing_hybrid", "kv_lora_rank"),
+        ("cohere", "logit_scale"),
+        ("deepseek_v3", "n_routed_experts"),
+        ("exaone4", "sliding_window_pattern"),
+        ("falcon", "multi_query"),
+        ("falcon_h1", "mamba_d_state"),
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma3_text", "query_pre_attn_scalar"),
+        ("glm4_moe", "n_routed_experts"),
+        ("gpt_oss", "num_local_experts"),
+        ("gptj", "rotary_dim"),
+        ("lfm2", "conv_L_cache"),
+        ("llama4_text", "attention_chunk_size"),
+        ("mixtral", "num_local_experts"),
+        ("qwen3_moe", "num_local_experts"),
+        ("smollm3", "no_rope_layers"),
+    ],
+)
+def test_keys_of_another_architecture_are_refused_by_name(family, key):
+    """The settings of transformers' other families under the name of a known one."""
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(family).to_dict()
+    with pytest.raises(ValueError, match=f"{key}=.*it is another architecture"):
+        config(**{name: value for name, value in theirs.items() if name not in ("model_type", *SIZES)})
+
+
+def test_keys_of_another_architecture_that_change_nothing_pass():
+    nothing = {
+        "no_rope_layers": [1, 1, 1, 1],
+        "num_local_experts": 0,
+        "logit_scale": 1.0,
+        "attn_logit_softcapping": None,
+    }
+    assert config(**nothing) == config()
+    assert config("qwen3", use_qk_norm=True) == config("qwen3")
+    with pytest.raises(ValueError, match="use_qk_norm=True"):
+        config(use_qk_norm=True)
 
 
 def test_biases_and_norms_follow_each_family():

@@ -111,6 +111,9 @@ def test_unknown_family_and_quantised_weights_are_named(directory):
     (directory / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {"bits": 4}}))
     with pytest.raises(ValueError, match="quantised"):
         load_base(directory)
+    for nothing in (None, {}):
+        (directory / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": nothing}))
+        load_base(directory)
 
 
 def test_unsupported_tensor_type_is_named(directory):
