@@ -41,6 +41,7 @@ def rows(policies=POLICIES, budgets=BUDGETS):
             add("perplexity", "bytes_read", draw.uniform(1e6, 4e7))
             if policy != "dense":
                 add("perplexity", "over_dense", draw.uniform(-0.01, 2))
+                add("perplexity", "bytes_of_dense", draw.uniform(0.2, 1.1))
                 add("perplexity", "js_divergence", draw.uniform(0, 0.5))
                 add("perplexity", "top1_agreement", draw.uniform(0.3, 1))
                 add("attention", "recalled_mass", draw.uniform(0.3, 1))
@@ -78,4 +79,17 @@ def report(found=None, **about):
         "date": "2026-01-02",
         "seconds": 3.0,
     }
-    return SimpleNamespace(rows=found, arrays={"hit_rate": {p: rate for p in policies}}, about=known | about)
+    reads = {p: make_reads(number) for number, p in enumerate(policies)}
+    arrays = {"hit_rate": {p: rate for p in policies}, "reads": reads}
+    return SimpleNamespace(rows=found, arrays=arrays, about=known | about)
+
+
+def make_reads(number):
+    """Where reads went under a policy at two budgets: as much in every head, or, for odd numbers, not."""
+    draw = np.random.default_rng(number)
+    found = []
+    for budget in (0.5, 0.125):
+        heads = draw.uniform(0.5, 1.5, (5, 2)) * budget if number % 2 else np.full((5, 2), budget)
+        positions = [None, *(budget * draw.uniform(0.5, 1.5, 7) if number % 2 else np.full(7, budget))]
+        found.append({"budget": budget, "bin_size": 16, "heads": heads.tolist(), "positions": positions})
+    return found

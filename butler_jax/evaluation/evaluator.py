@@ -112,7 +112,7 @@ def evaluate(
         for row in cell.rows:
             report.add(dataclasses.replace(row, policy=planned.policy.label))
         for name, values in cell.arrays.items():
-            report.arrays.setdefault(name, {})[planned.policy.label] = values
+            report.arrays.setdefault(name, {}).setdefault(planned.policy.label, []).extend(values)
     report.about["seconds"] = round(sum(kept.cells[key].seconds for key in {cell.key: None for cell in plan}), 1)
     return report
 

@@ -6,11 +6,12 @@ import html
 import importlib.util
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-WIDTH = 4.5  # inches of a report's figure: narrow, so that its text is large enough on a phone
+WIDTH = 4.0  # inches of a report's figure: narrow, so that its text is large enough on a phone
 INK = "#1b1b1d"  # of text and axes; a page draws it in the colour of its text
 NO_PICTURES = 'No pictures: they need matplotlib (pip install "butler-jax[plots]").'
 REFERENCE, FURTHER = "#808080", ("#8C6D1F", "#8A6FDF", "#5F8F8F")
@@ -32,21 +33,17 @@ LOOKS = {
     "dense": Look(INK, "", (0, (5, 2)), 1.2, 1),
     "oracle": Look(REFERENCE, "^", above=3),
     "oracle_head": Look(REFERENCE, "v", (0, (3, 1.5)), above=2),
+    "oracle_residual": Look(REFERENCE, "<", (0, (6, 1.5)), above=3),
     "random": Look(REFERENCE, "x", (0, (1, 1.5)), above=1),
     "streaming": Look("#56B4E9", "s"),
     "h2o": Look("#CC79A7", "D"),
     "snapkv": Look("#E69F00", "p"),
+    "citrus": Look("#B8A500", "H"),
     "quest": Look("#009E73", "h"),
     "lowrank": Look("#0072B2", "P"),
     "tokenbutler": Look("#D55E00", "o", width=2.8, above=5),
 }
-BUTLERS = (
-    Look("#D55E00", "o", width=2.8, above=5),
-    Look("#D55E00", "*", (0, (4, 1.2)), 2.4, 5),
-    Look("#D55E00", "d", (0, (1.2, 1.2)), 2.4, 5),
-    Look("#F28E5C", "o", (0, (4, 1, 1, 1)), 2.4, 5),
-)
-
+VARIANTS = (("*", (0, (4, 1.2))), ("d", (0, (1.2, 1.2))), (">", (0, (4, 1, 1, 1))), ("X", (0, (2, 1, 2, 3))))
 
 STYLE = {
     "font.family": ["sans-serif"],
@@ -73,7 +70,7 @@ STYLE = {
     "grid.alpha": 0.13,
     "grid.linewidth": 0.7,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     "figure.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "butler-jax",
@@ -90,12 +87,18 @@ def plots_available() -> bool:
 
 
 def assign_looks(policies: Sequence[str]) -> dict[str, Look]:
-    """A look for each label. Several predictors share tokenbutler's colour; unknown policies take further colours."""
-    butlers = [p for p in policies if p.split(":")[0] == "tokenbutler"]
-    others = [p for p in policies if p not in LOOKS and p not in butlers]
-    found = {p: LOOKS[p] for p in policies if p in LOOKS}
-    found |= {p: BUTLERS[i % len(BUTLERS)] for i, p in enumerate(butlers)}
-    return found | {p: Look(FURTHER[i % len(FURTHER)], "8", (0, (6, 1))) for i, p in enumerate(others)}
+    """A look for each label: labels of one policy share its colour, and unknown policies take further colours."""
+    others = [name for name in dict.fromkeys(p.split(":")[0] for p in policies) if name not in LOOKS]
+    known = LOOKS | {name: Look(FURTHER[i % len(FURTHER)], "8", (0, (6, 1))) for i, name in enumerate(others)}
+    found, times = {}, Counter()
+    for label in dict.fromkeys(policies):
+        name = label.split(":")[0]
+        found[label] = look = known[name]
+        if times[name]:
+            marker, dashes = VARIANTS[(times[name] - 1) % len(VARIANTS)]
+            found[label] = replace(look, marker=marker, dashes=dashes, width=0.9 * look.width)
+        times[name] += 1
+    return found
 
 
 def make_canvas(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4), **options: Any) -> tuple[Any, Any]:

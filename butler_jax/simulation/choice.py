@@ -14,17 +14,19 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
     """Attention of a chunk over its chosen keys.
 
     Returns:
-        The output [B, K, M, D] of M = G C rows, and the fraction of its causal keys that each row read, [B, C].
+        The output [B, K, M, D] of M = G C rows, and the fractions of its causal keys that each row read: of all
+        choosing heads together, [B, C], and of each, [B, heads, C].
     """
     mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
     batch, kv_heads, group, size, keys = chunk.logits.shape
-    read = jnp.sum(mask, axis=(1, 3), dtype=jnp.int32)
-    fraction = read.astype(jnp.float32) / (mask.shape[1] * jnp.maximum(count, 1)).astype(jnp.float32)
+    read, held = jnp.sum(mask, axis=3, dtype=jnp.int32), jnp.maximum(count, 1)
+    fraction = jnp.sum(read, axis=1).astype(jnp.float32) / (mask.shape[1] * held).astype(jnp.float32)
+    shares = read.astype(jnp.float32) / held.astype(jnp.float32)[:, None]
     mask = mask.reshape(batch, kv_heads, -1, size, keys)  # 1 or G sets in a group
     weights, total, _ = exponentials(chunk.logits, mask)
     output = weighted_values(weights.reshape(batch, kv_heads, group * size, keys), chunk.v)
     output = output / total.reshape(batch, kv_heads, group * size, 1)
-    return output.astype(chunk.v.dtype), fraction
+    return output.astype(chunk.v.dtype), fraction, shares
 
 
 def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:

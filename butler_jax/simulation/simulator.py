@@ -43,6 +43,8 @@ class Simulated(NamedTuple):
         greedy: The most likely next token.
         attended: Fraction of its causal keys that a row read, mean over layers 1 ... and choosing heads.
         read: Keys that a row read in all layers and heads, layer 0 included.
+        shares: Fraction of its causal keys that a row read in every layer and choosing head; one head where all heads
+            read as many.
         stream: The last residual stream.
         divergence: With a reference, the Jensen-Shannon divergence of both next-token distributions in nats.
         agrees: With a reference, 1 where both have the same greedy token.
@@ -52,6 +54,7 @@ class Simulated(NamedTuple):
     greedy: Int[Array, "B T"]
     attended: Float[Array, "B T"]
     read: Float[Array, "B T"]
+    shares: Float[Array, "L B _ T"]
     stream: Float[Array, "B T E"]
     divergence: Float[Array, "B T"] | None = None
     agrees: Float[Array, "B T"] | None = None
@@ -106,10 +109,10 @@ def simulate(
 
 @partial(jax.jit, static_argnames=("policy", "rule", "score_dtype", "implementation"))
 def _simulate(model, predictor, batch, limits, wanted, reference, **how) -> Simulated:
-    x, fractions = hidden_states(model, predictor, batch, limits, **how)
+    x, (fractions, shares) = hidden_states(model, predictor, batch, limits, **how)
     found = predict_next(model, x, batch["tokens"], batch["segments"], wanted, reference)
     read = count_keys(model.config, batch["segments"], fractions, how["policy"].choosing_heads(model.config))
-    return Simulated(*found[:2], jnp.mean(fractions[1:], axis=0), read, x, *found[2:])
+    return Simulated(*found[:2], jnp.mean(fractions[1:], axis=0), read, shares, x, *found[2:])
 
 
 def hidden_states(
@@ -122,8 +125,10 @@ def hidden_states(
     rule: SelectionConfig | None,
     score_dtype: str | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T E"], Float[Array, "L B T"]]:
-    """The last residual stream under a policy and the fraction of its causal keys that each row read.
+) -> tuple[Float[Array, "B T E"], tuple[Float[Array, "L B T"], Float[Array, "L B _ T"]]]:
+    """The last residual stream under a policy, and the fractions of its causal keys that each row read.
+
+    The fractions are those of all choosing heads together, and those of each.
 
     Args:
         limits: Budgets as data; None where everything is read.
@@ -134,18 +139,19 @@ def hidden_states(
     x = embed(model, batch["tokens"])
     if rule is None:
         x, _, _ = run_layers(model, x, positions, dense_mixer(base, segments, implementation), None)
-        return x, jnp.ones((base.layers, *segments.shape), jnp.float32)
+        ones = jnp.ones((base.layers, *segments.shape), jnp.float32)
+        return x, (ones, ones[:, :, None])
     begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
 
     def attend_kept(view, importance, sliding_window):
         found = evicting_attention(view, segments, sliding_window, policy, limits, rule)
-        return found.output, found.fraction
+        return found.output, (found.fraction, found.fraction[:, None])
 
     def attend_chosen(view, importance, sliding_window):
         apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
-        (outputs, fractions), size = map_chunks(apply, view, importance, segments, sliding_window)
-        fractions = jnp.swapaxes(fractions, 0, 1).reshape(segments.shape[0], -1)[:, :length]
-        return merge_queries(outputs, size, length), fractions
+        (outputs, *parts), size = map_chunks(apply, view, importance, segments, sliding_window)
+        parts = (jnp.moveaxis(part, 0, -2) for part in parts)
+        return merge_queries(outputs, size, length), tuple(p.reshape(*p.shape[:-2], -1)[..., :length] for p in parts)
 
     attend = attend_kept if isinstance(policy, Evicting) else attend_chosen
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from butler_jax.evaluation.plots import WIDTH, Look, finish_panels, make_canvas
+from butler_jax.evaluation.plots import STYLE, WIDTH, Look, finish_panels, make_canvas
 from butler_jax.evaluation.report.tables import (
     MINUS,
     Metric,
@@ -22,21 +22,33 @@ from butler_jax.evaluation.report.tables import (
 )
 
 LOGARITHMIC = ("perplexity", "bytes_read")
+KEYS_READ, BYTES_READ = "share of the keys read, layer 0 aside", "bytes read, share of what dense reads in all layers"
 
 
-def draw_curves(metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], title: str) -> Any:
-    """Draw a metric against the share of the cache that was read, or against the budget where that is not known."""
+def draw_curves(
+    metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], title: str, across: str = KEYS_READ
+) -> Any:
+    """Draw a metric against `attended` of its rows, or against the budget where that is not known.
+
+    Args:
+        metric: Its name.
+        shown: How it is shown.
+        rows: Rows of the metric.
+        styles: Looks by label.
+        title: Of the figure.
+        across: What `attended` of the rows is.
+    """
     _, sparse = split_dense(rows)
     budgets = sort_budgets(rows)
     shares = all(is_finite(r.get("attended")) and r["attended"] > 0 for r in sparse)
-    canvas, ((axes,),) = make_canvas(size=(WIDTH, 3.7))
+    canvas, ((axes,),) = make_canvas(size=(WIDTH, 2.7))
     _draw_dense(axes, rows, shown, styles)
     for policy in list_policies(sparse):
         own = [r for r in sparse if r["policy"] == policy]
         points = [(100 * r["attended"] if shares else -budgets.index(r["budget"]), r) for r in own]
         _draw_line(axes, sorted(points, key=lambda p: p[0]), shown, styles[policy], policy)
     if shares:
-        _set_share_axis(axes, [100 * r["attended"] for r in sparse])
+        _set_share_axis(axes, [100 * r["attended"] for r in sparse], across)
     else:
         axes.set_xticks([-i for i in range(len(budgets))], [format_budget(b) for b in budgets])
         axes.set_xlabel("budget")
@@ -48,11 +60,14 @@ def draw_curves(metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping
 
 
 def _draw_legend(canvas: Any, panels: Sequence[Any]) -> None:
-    """One legend below the axes."""
+    """One legend below the axes, in as many columns as its labels leave room for. The figure grows by its height."""
     lines = {label: line for p in panels for line, label in zip(*p.get_legend_handles_labels(), strict=True)}
-    across = 4 if max(len(label) for label in lines) < 14 else 3
+    size = STYLE["legend.fontsize"]
+    widest = size * (0.58 * max(len(label) for label in lines) + 4.5)  # points: the label, its line and the gaps
+    columns = min(len(lines), max(1, int(72 * WIDTH / widest)))
+    canvas.set_figheight(canvas.get_figheight() + 1.5 * size / 72 * -(-len(lines) // columns))
     canvas.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=across, handlelength=2.6, columnspacing=1.4
+        lines.values(), lines.keys(), loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.2
     )
 
 
@@ -80,7 +95,7 @@ def _draw_dense(axes: Any, rows: Sequence[Row], shown: Metric, styles: Mapping[s
             axes.axhspan(value - error, value + error, color=look.color, alpha=0.1, linewidth=0, zorder=0)
 
 
-def _set_share_axis(axes: Any, shares: Sequence[float]) -> None:
+def _set_share_axis(axes: Any, shares: Sequence[float], label: str) -> None:
     low, high = min(shares), max(shares)
     axes.set_xscale("log", base=2)
     axes.set_xlim(low / 1.15, high * 1.15)
@@ -88,13 +103,11 @@ def _set_share_axis(axes: Any, shares: Sequence[float]) -> None:
     ticks = ticks if len(ticks) > 1 else sorted({low, high})
     axes.set_xticks(ticks, [f"{t:.3g} %" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("share of the cache read, layer 0 aside")
+    axes.set_xlabel(label)
 
 
 def _set_value_axis(axes: Any, metric: str, shown: Metric, rows: Sequence[Row]) -> None:
     """Logarithmic where ratios count, linear elsewhere; a percentage ends at 0 and 100."""
-    from matplotlib.ticker import MaxNLocator
-
     low, high = axes.get_ylim()
     values = [shown.scale * r["value"] for r in rows]
     if metric == "over_dense":
@@ -105,9 +118,7 @@ def _set_value_axis(axes: Any, metric: str, shown: Metric, rows: Sequence[Row]) 
         low, high = min(values) / 1.04, max(values) * 1.06
         axes.set_yscale("log")
         axes.set_ylim(low, high)
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        fine = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high) if high / low < 4 else ()
-        ticks = list(fine) or [s * 10.0**p for p in powers for s in ((1, 1.5, 2, 3, 5) if high / low < 50 else (1, 3))]
+        ticks = _find_ticks(low, high)
     else:
         axes.set_ylim(*((max(low, -2), min(high, 102)) if shown.unit == "%" else (low, high)))
         return
@@ -117,14 +128,23 @@ def _set_value_axis(axes: Any, metric: str, shown: Metric, rows: Sequence[Row]) 
     axes.minorticks_off()
 
 
+def _find_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    if high / low < 4:
+        return list(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high))
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [s * 10.0**p for p in powers for s in ((1, 1.5, 2, 3, 5) if high / low < 50 else (1, 3))]
+
+
 def draw_parts(shown: Metric, key: str, rows: Sequence[Row], styles: Mapping[str, Look], title: str) -> Any:
     """Draw a metric along one coordinate, a panel for each budget."""
     budgets = sort_budgets(rows) or [1]
     values = sorted({r["where"][key] for r in rows}, key=sort_key)
     across = min(2, len(budgets))
     down = -(-len(budgets) // across)
-    size = (WIDTH, 1.1 + 1.75 * down + (0.8 if down == 1 else 0))
-    canvas, grid = make_canvas(down, across, size, sharex=True, sharey=True)
+    canvas, grid = make_canvas(down, across, (WIDTH, 0.6 + 1.6 * down), sharex=True, sharey=True)
     panels = list(grid.flat)
     labels = [format_part(v) for v in values]
     for panel, budget in zip(panels, budgets, strict=False):
@@ -142,4 +162,25 @@ def draw_parts(shown: Metric, key: str, rows: Sequence[Row], styles: Mapping[str
         panels[0].set_ylim(max(low, -2), min(high, 104))
     finish_panels(panels, len(budgets), across, key)
     _draw_legend(canvas, panels)
+    return canvas
+
+
+def draw_positions(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], styles: Mapping[str, Look], title: str
+) -> Any:
+    """Draw shares of the keys in percent by position in a window; the curves have positions and shares."""
+    canvas, ((axes,),) = make_canvas(size=(WIDTH, 2.5))
+    for label, (positions, shares) in curves.items():
+        look = styles[label]
+        style = dict(color=look.color, linestyle=look.dashes, linewidth=look.width, zorder=look.above)
+        axes.plot(positions, [100 * share for share in shares], label=label, **style)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in _find_ticks(low, high) if low <= tick <= high] or [low, high]
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("position in the window, tokens")
+    axes.set_title(title)
+    axes.grid(axis="y")
+    _draw_legend(canvas, [axes])
     return canvas

@@ -9,15 +9,38 @@ from typing import Any
 from butler_jax.policies import POLICIES
 
 
-def describe_predictors(about: Mapping[str, Any]) -> str:
-    """Describe the predictors in one line: 'tokenbutler (lookahead, rank 16, stride 4)'."""
-    found = about.get("predictors") or about.get("predictor")
-    if not found:
-        return "No trained predictor."
-    if isinstance(found, Mapping) and not any(isinstance(v, Mapping) for v in found.values()):
+def name_subject(about: Mapping[str, Any]) -> str:
+    """What was evaluated: 'tiny with a lookahead predictor of rank 16'."""
+    base = str(about.get("base") or "a base model")
+    kinds = []
+    for _, config in _list_predictors(about):
+        known = config if isinstance(config, Mapping) else {}
+        rank = f" of rank {known['rank']}" if known.get("rank") else ""
+        kinds.append(f"a {known['kind']} predictor{rank}" if known.get("kind") else "a predictor")
+    return f"{base} with {' and '.join(dict.fromkeys(kinds))}" if kinds else base
+
+
+def _list_predictors(about: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The labels and the configuration of each predictor; labels of one predictor stand together."""
+    found = about.get("predictors") or about.get("predictor") or {}
+    if isinstance(found, Mapping) and found and not any(isinstance(v, Mapping) for v in found.values()):
         found = {"tokenbutler": found}
     named = found.items() if isinstance(found, Mapping) else (("tokenbutler", p) for p in found)
-    return "; ".join(f"{label} ({_describe_predictor(config)})" for label, config in named)
+    labels: dict[str, list[str]] = {}
+    configs = {}
+    for label, config in named:
+        key = json.dumps(config, sort_keys=True, default=str)
+        labels.setdefault(key, []).append(label)
+        configs[key] = config
+    return [(", ".join(labels[key]), config) for key, config in configs.items()]
+
+
+def describe_predictors(about: Mapping[str, Any]) -> str:
+    """Describe the predictors in one line: 'tokenbutler (lookahead, rank 16, stride 4)'."""
+    found = _list_predictors(about)
+    if not found:
+        return "No trained predictor."
+    return "; ".join(f"{labels} ({_describe_predictor(config)})" for labels, config in found)
 
 
 def _describe_predictor(config: Any) -> str:
@@ -32,12 +55,10 @@ def _describe_predictor(config: Any) -> str:
 
 def describe_trainings(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Describe how each predictor was trained: its label, and 'step 300 of 300, 2,048 tokens a step (...)'."""
-    found = about.get("predictors")
-    configs = found.items() if isinstance(found, Mapping) else ()
     return [
-        (f"training of {label}", _describe_training(c.get("training")))
-        for label, c in configs
-        if isinstance(c, Mapping)
+        (f"training of {labels}", _describe_training(config.get("training")))
+        for labels, config in _list_predictors(about)
+        if isinstance(config, Mapping)
     ]
 
 
@@ -70,7 +91,7 @@ def list_facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     if about.get("versions"):
         found.append(("versions", ", ".join(f"{k} {v}" for k, v in about["versions"].items())))
     found += describe_trainings(about)
-    found += [("note", str(line)) for line in about.get("notes") or ()]
+    found += [("note", str(line)) for line in about.get("notes") or () if str(line).strip()]
     tuned = [p for p in about.get("policies") or () if isinstance(p, Mapping) and len(p) > 1]
     if tuned:
         found.append(("settings of policies", "; ".join(_describe_policy(p) for p in tuned)))
@@ -95,11 +116,15 @@ def _describe_policy(described: Mapping[str, Any]) -> str:
 
 
 def list_settings(about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List the configuration, a pair for each setting that is not None."""
-    return [(k, _format_value(v)) for k, v in (about.get("config") or {}).items() if v is not None]
+    """List the configuration, a pair for each setting that has a value: not None, and not an empty list."""
+    shown = ((name, _format_value(value)) for name, value in (about.get("config") or {}).items())
+    return [(name, text) for name, text in shown if text]
 
 
 def _format_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_format_value(v) for v in value)
-    return json.dumps(value, default=str) if isinstance(value, Mapping) else str(value)
+    if isinstance(value, Mapping):
+        shown = ((str(name).replace("_", " "), _format_value(inner)) for name, inner in value.items())
+        return ", ".join(f"{name} {text}" for name, text in shown if text)
+    return "" if value is None else str(value).strip()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from butler_jax.evaluation.plots import Draw, Look, assign_looks
-from butler_jax.evaluation.report.curves import draw_curves, draw_parts
+from butler_jax.evaluation.report.curves import BYTES_READ, draw_curves, draw_parts, draw_positions
 from butler_jax.evaluation.report.heat_maps import draw_grid, draw_heads
+from butler_jax.evaluation.report.modes import label_allocations, split_prompts
 from butler_jax.evaluation.report.tables import (
     Row,
     find_axis,
@@ -37,6 +38,8 @@ CURVES = {
     "miss_rate": "Lower is better. A miss is a name with a wrong token. The dashed line is the dense model.",
 }
 
+EQUAL = 1e-3  # shares that lie nearer together are shown as the same
+
 
 @dataclass(frozen=True)
 class PlannedFigure:
@@ -45,6 +48,7 @@ class PlannedFigure:
     Attributes:
         name: Of its file, without ending.
         task: The task that it is about.
+        prompt: Tokens of the prompts of its rows.
         title: Its title.
         caption: What to look at.
         alt: The alternative text.
@@ -57,25 +61,40 @@ class PlannedFigure:
     caption: str
     alt: str
     draw: Draw
+    prompt: int = 0
 
 
 def plan_figures(rows: Sequence[Row], arrays: Mapping[str, Any] | None = None) -> list[PlannedFigure]:
-    """Plan all figures that the rows and arrays of a report give, in the order of the rows' tasks."""
-    styles = assign_looks(list_policies(rows))
+    """Plan all figures that the rows and arrays of a report give, in the order of the rows' tasks.
+
+    Rows after different prompts are in different figures.
+    """
+    rows = label_allocations(rows)
+    styles, groups, found = assign_looks(list_policies(rows)), split_prompts(rows), []
+    for prompt, own in groups.items():
+        end = f"_after_{prompt}" if prompt and len(groups) > 1 else ""
+        found += [replace(f, name=f.name + end, prompt=prompt) for f in _plan_rows(own, styles)]
+    first = next(iter(groups), 0)  # the arrays of a report come from one evaluation
+    rates = {p: r for p, r in (arrays or {}).get("hit_rate", {}).items() if r and r[0]}
+    found += [replace(_plan_heads(rates), prompt=first)] if rates else []
+    return found + [replace(f, prompt=first) for f in _plan_reads((arrays or {}).get("reads", {}), styles)]
+
+
+def _plan_rows(rows: Sequence[Row], styles: Mapping[str, Look]) -> list[PlannedFigure]:
+    """The figures of rows after one prompt."""
     usable_rows = [r for r in rows if r["metric"] in CURVES and is_finite(r["value"])]
     found = []
     for (task, metric), chosen in group_by_metric(r for r in usable_rows if not r.get("where")).items():
         if split_dense(chosen)[1]:
             found.append(_plan_curves(task, metric, chosen, styles))
+        if task == metric == "perplexity":
+            found += _plan_bytes(chosen, rows, styles)
     for (task, metric), group in group_by_metric(r for r in usable_rows if r.get("where")).items():
         for keys, chosen in group_by_coordinates(group).items():
             if len(keys) == 1:
                 found.append(_plan_parts(task, metric, chosen, styles))
             elif len(keys) == 2:
                 found.append(_plan_grid(task, metric, chosen, styles))
-    rates = {p: r for p, r in (arrays or {}).get("hit_rate", {}).items() if r and r[0]}
-    if rates:
-        found.append(_plan_heads(rates))
     return found
 
 
@@ -99,6 +118,28 @@ def _plan_curves(task: str, metric: str, rows: Sequence[Row], styles: Mapping[st
         f"one line each for {', '.join(list_policies(sparse))}. The numbers are in the table.",
         draw=lambda: draw_curves(metric, shown, rows, styles, title),
     )
+
+
+def _plan_bytes(chosen: Sequence[Row], rows: Sequence[Row], styles: Mapping[str, Look]) -> list[PlannedFigure]:
+    """Perplexity against the bytes that were read, where they are known."""
+    shares = {(r["policy"], r["budget"]): r["value"] for r in rows if r["metric"] == "bytes_of_dense"}
+    dense, sparse = split_dense(chosen)
+    known = [
+        {**r, "attended": shares[r["policy"], r["budget"]]} for r in sparse if (r["policy"], r["budget"]) in shares
+    ]
+    if not known:
+        return []
+    shown, title = find_metric("perplexity"), "perplexity by bytes read"
+    figure = PlannedFigure(
+        name="perplexity_by_bytes",
+        task="perplexity",
+        title=title,
+        caption="The same values against the bytes of caches that a token reads, those for the choice included, and "
+        "layer 0, which is dense. At equal bytes the lower policy is the better one.",
+        alt=f"{title}; one line each for {', '.join(list_policies(known))}. The numbers are in the tables.",
+        draw=lambda: draw_curves("perplexity", shown, [*dense, *known], styles, title, BYTES_READ),
+    )
+    return [figure]
 
 
 def _plan_parts(task: str, metric: str, rows: Sequence[Row], styles: Mapping[str, Look]) -> PlannedFigure:
@@ -141,5 +182,58 @@ def _plan_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> PlannedFigure
         title="hit rate by layer and head (%)",
         caption="Layers down from layer 1, heads across, one scale for all policies. Chance is 50 %.",
         alt=f"Heat maps of the hit rate of every layer and head for {', '.join(policies)}.",
-        draw=lambda: draw_heads({p: rates[p] for p in policies}),
+        draw=lambda: draw_heads({p: rates[p] for p in policies}, "hit rate by layer and head (%)", (50.0, 100.0)),
     )
+
+
+def _plan_reads(reads: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mapping[str, Look]) -> list[PlannedFigure]:
+    """Where reads went at the smallest budget, under the policies whose heads do not all read as much."""
+    least = {p: min(found, key=lambda one: _find_mean(one["heads"])) for p, found in reads.items() if found}
+    uneven = {p: one for p, one in least.items() if _find_spread(one["heads"]) > EQUAL}
+    if not uneven:
+        return []
+    budgets = ", ".join(dict.fromkeys(format_budget(one["budget"]) for one in uneven.values()))
+    curves = {}
+    for policy, one in least.items():
+        size = one["bin_size"]
+        known = [(size * (i + 0.5), share) for i, share in enumerate(one["positions"]) if share is not None]
+        if policy in uneven or not any(_are_close(known, other) for other in curves.values()):
+            curves[policy] = known
+    names, title = ", ".join(uneven), f"keys read by layer and head, budget {budgets} (%)"
+    along = f"keys read by position, budget {budgets} (%)"
+    return [
+        PlannedFigure(
+            name="reads_by_head",
+            task="perplexity",
+            title=title,
+            caption="Layers down from layer 1, heads across, one scale for all policies. Policies whose heads all read "
+            "the same share are left out.",
+            alt=f"Heat maps of the share of the keys that every layer and head reads for {names}.",
+            draw=lambda: draw_heads({p: one["heads"] for p, one in uneven.items()}, title, (0.0, None)),
+        ),
+        PlannedFigure(
+            name="reads_by_position",
+            task="perplexity",
+            title=along,
+            caption="The mean over all layers and heads but layer 0. Of policies that read the same share at every "
+            "position, one is shown.",
+            alt=f"The share of the keys that is read by position in the window, for {', '.join(curves)}.",
+            draw=lambda: draw_positions({p: tuple(zip(*c, strict=True)) for p, c in curves.items()}, styles, along),
+        ),
+    ]
+
+
+def _find_mean(heads: Sequence[Sequence[float]]) -> float:
+    shares = [share for layer in heads for share in layer]
+    return sum(shares) / len(shares)
+
+
+def _find_spread(heads: Sequence[Sequence[float]]) -> float:
+    """How far the shares of heads lie apart."""
+    shares = [share for layer in heads for share in layer]
+    return max(shares) - min(shares)
+
+
+def _are_close(some: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> bool:
+    """Whether two curves are the same."""
+    return len(some) == len(others) and all(abs(a - b) < EQUAL for (_, a), (_, b) in zip(some, others, strict=True))

@@ -65,13 +65,22 @@ def draw_grid(shown: Metric, down: str, across: str, rows: Sequence[Row], title:
     return canvas
 
 
-def draw_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> Any:
-    """Draw hit rates in percent, a panel for each policy: layers from layer 1 down, heads across; None is blank."""
+def draw_heads(shares: Mapping[str, Sequence[Sequence[float]]], title: str, ends: tuple[float, float | None]) -> Any:
+    """Draw shares in percent, a panel for each policy: layers from layer 1 down, heads across; None is blank.
+
+    Args:
+        shares: Of every layer and head, by policy.
+        title: Of the figure.
+        ends: Of the scale in percent. The lower one gives way to lower values; None is the largest value.
+    """
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    values = {p: 100 * np.array([[np.nan if v is None else v for v in layer] for layer in r]) for p, r in rates.items()}
-    low = min(50.0, min(float(np.nanmin(v)) for v in values.values()))
+    values = {
+        p: 100 * np.array([[np.nan if v is None else v for v in layer] for layer in s]) for p, s in shares.items()
+    }
+    low = min(ends[0], min(float(np.nanmin(v)) for v in values.values()))
+    high = max(float(np.nanmax(v)) for v in values.values()) if ends[1] is None else ends[1]
     across = min(3, len(values))
     down = -(-len(values) // across)
     size = (WIDTH, 0.9 + 1.75 * down + (1.0 if down == 1 else 0))
@@ -79,9 +88,9 @@ def draw_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> Any:
     panels = list(grid.flat)
     for panel, (policy, rate) in zip(panels, values.items(), strict=False):
         layers, heads = rate.shape
-        image = draw_matrix(panel, rate, (low, 100), extent=(-0.5, heads - 0.5, layers + 0.5, 0.5))
+        image = draw_matrix(panel, rate, (low, high), extent=(-0.5, heads - 0.5, layers + 0.5, 0.5))
         weight = "bold" if is_butler(policy) else "normal"
-        panel.set_title(policy.replace(":", ":\n"), fontsize=8.5, fontweight=weight)
+        panel.set_title(policy.replace(":", ":\n"), fontsize=8, fontweight=weight)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         panel.tick_params(labelsize=7.5, length=2)
@@ -91,7 +100,7 @@ def draw_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> Any:
     bar = canvas.colorbar(image, ax=panels, location="right", shrink=0.6, aspect=25, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
-    canvas.suptitle("hit rate by layer and head (%)", fontsize=9.5, fontweight="bold", x=0.02, ha="left")
+    canvas.suptitle(title, fontsize=9.5, fontweight="bold", x=0.02, ha="left")
     return canvas
 
 

@@ -6,7 +6,7 @@ report.html is one file without scripts and outside resources, for narrow and wi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from butler_jax.evaluation.plots import NO_PICTURES, plots_available, render_figure
-from butler_jax.evaluation.report.facts import describe_predictors, list_facts, list_settings
+from butler_jax.evaluation.report.facts import describe_predictors, list_facts, list_settings, name_subject
 from butler_jax.evaluation.report.figures import PlannedFigure, plan_figures
-from butler_jax.evaluation.report.summary import ERRORS, HEADS, make_summary_lines, summarise
-from butler_jax.evaluation.report.tables import TASKS, TableCell, is_butler, make_detail_tables, make_tables
+from butler_jax.evaluation.report.modes import (
+    describe_allocations,
+    describe_prompt,
+    label_allocations,
+    name_prompt,
+    split_prompts,
+)
+from butler_jax.evaluation.report.summary import ERRORS, HEADS, count_leads, make_summary_lines, summarise
+from butler_jax.evaluation.report.tables import TASKS, Row, TableCell, is_butler, make_detail_tables, make_tables
 from butler_jax.storage import write_whole
 
 TITLE = "# Evaluation of "  # the beginning of report.md
@@ -85,28 +92,21 @@ def _render(template: str, report: Any, pictures: Pictures | None) -> str:
     )
     environment.filters |= {"plain": escape_markdown, "break_label": _break_label, "pad_spread": _pad_spread}
     environment.tests["butler"] = is_butler
-    about, tables, details = report.about, make_tables(report.rows), make_detail_tables(report.rows)
-    tasks = dict.fromkeys(t.task for t in (*tables, *details, *(figure for figure, _ in pictures or ())))
+    about, rows = report.about, label_allocations(report.rows)
+    groups = split_prompts(rows) or {0: []}
     date = str(about.get("date") or "").replace("T", " ").replace("+00:00", " UTC")
     return environment.get_template(template).render(
-        base=about.get("base") or "a base model",
+        subject=name_subject(about),
         predictors=describe_predictors(about),
         made_on=" · ".join(w for w in (str(about.get("device") or ""), date) if w),
-        sentences=summarise(report.rows),
+        summaries=[_summarise(own, name_prompt(tokens) if len(groups) > 1 else "") for tokens, own in groups.items()],
         heads=HEADS,
-        lines=make_summary_lines(report.rows),
-        errors=ERRORS,
+        allocations=describe_allocations(rows),
         no_pictures=NO_PICTURES if pictures is None else "",
         sections=[
-            {
-                "id": "task-" + "-".join(task.split()),
-                "name": task.replace("_", " ").capitalize(),
-                "lead": TASKS.get(task, ""),
-                "tables": [t for t in tables if t.task == task],
-                "details": [t for t in details if t.task == task],
-                "figures": [(figure, svg) for figure, svg in pictures or () if figure.task == task],
-            }
-            for task in tasks
+            section
+            for tokens, own in groups.items()
+            for section in _make_sections(own, tokens, len(groups) > 1, pictures)
         ],
         command=about.get("command") or "",
         facts=list_facts(about),
@@ -114,9 +114,36 @@ def _render(template: str, report: Any, pictures: Pictures | None) -> str:
     )
 
 
+def _summarise(rows: Sequence[Row], prompt: str) -> dict[str, Any]:
+    """The sentences and the table of main results of the rows after one prompt; `prompt` names it, or is empty."""
+    lines = make_summary_lines(rows)
+    notes = (count_leads(lines), ERRORS) if lines else ()
+    title = f"Main results {prompt}".rstrip()
+    return {"title": title, "sentences": summarise(rows), "lines": lines, "note": " ".join(filter(None, notes))}
+
+
+def _make_sections(
+    rows: Sequence[Row], tokens: int, several: bool, pictures: Pictures | None
+) -> Iterator[dict[str, Any]]:
+    """A section for each task of the rows after a prompt of some tokens; its name has them where there are several."""
+    tables, details = make_tables(rows), make_detail_tables(rows)
+    own = [(figure, element) for figure, element in pictures or () if figure.prompt == tokens]
+    for task in dict.fromkeys(one.task for one in (*tables, *details, *(figure for figure, _ in own))):
+        words = "-".join(task.split()) + (f"-{tokens}" if several else "")
+        name = task.replace("_", " ").capitalize()
+        yield {
+            "id": f"task-{words}",
+            "name": f"{name} {name_prompt(tokens)}" if several else name,
+            "lead": " ".join(filter(None, (TASKS.get(task, ""), describe_prompt(task, tokens)))),
+            "tables": [t for t in tables if t.task == task],
+            "details": [t for t in details if t.task == task],
+            "figures": [(figure, element) for figure, element in own if figure.task == task],
+        }
+
+
 def _break_label(label: str) -> Markup:
-    """A policy's label that may break after a colon."""
-    return Markup(":<wbr>").join(label.split(":"))
+    """A policy's label that may break after a colon or an underscore."""
+    return Markup(":<wbr>").join(Markup("_<wbr>").join(part.split("_")) for part in label.split(":"))
 
 
 def _pad_spread(cell: TableCell, width: int) -> str:

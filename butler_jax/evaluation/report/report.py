@@ -56,7 +56,9 @@ class Report:
 
     Attributes:
         rows: Dicts with the fields of `ReportRow`.
-        arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}}.
+        arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}, "reads": {policy: an object for each
+            budget}}. An object of reads has the budget; heads, the mean share of the keys that is read, a list for each
+            layer from 1 on; and positions, the share by position in a window, in bins of bin_size tokens.
         about: Base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
             command and date; the seconds that all cells took when they were measured; and how many cells were measured
             now and how many were kept.

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from butler_jax.data import Batch, find_counted
 from butler_jax.evaluation.cells import Cell
@@ -26,6 +26,8 @@ from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import Estimate, count_keys, estimate_ratio, simulate
 from butler_jax.weights import Base
 
+BINS = 32  # of positions in a window
+
 
 @dataclass(frozen=True)
 class TextSums:
@@ -37,6 +39,8 @@ class TextSums:
         attended: Fractions of the causal keys that were read in layers 1 ....
         read: Keys that were read in all layers and KV heads.
         held: Keys that a dense pass reads there.
+        heads: Fractions of the causal keys that every layer and choosing head read.
+        positions: Attended fractions of the rows in each bin of positions, and how many rows count there.
         divergence: Divergences from a reference, as in `Simulated`; None without one.
         agrees: Agreements with a reference, likewise.
     """
@@ -46,6 +50,8 @@ class TextSums:
     attended: Float[np.ndarray, " sequences"]
     read: Float[np.ndarray, " sequences"]
     held: Float[np.ndarray, " sequences"]
+    heads: Float[np.ndarray, "sequences L _"]
+    positions: Float[np.ndarray, "sequences 2 _"]
     divergence: Float[np.ndarray, " sequences"] | None = None
     agrees: Float[np.ndarray, " sequences"] | None = None
 
@@ -62,6 +68,18 @@ class TextSums:
     def mean(self, name: str) -> Estimate:
         """The mean over rows of one of the sums."""
         return estimate_ratio(getattr(self, name), self.rows)
+
+    def find_reads(self) -> dict[str, list]:
+        """Mean fractions read, JSON-ready.
+
+        Returns:
+            heads: [L - 1][heads], in the layers after the first. positions: of each bin, in all these layers and heads;
+            None where no row counts.
+        """
+        heads = self.heads[:, 1:].sum(axis=0) / self.rows.sum()
+        attended, rows = self.positions.sum(axis=0)
+        positions = [round(a / n, 5) if n else None for a, n in zip(attended.tolist(), rows.tolist(), strict=True)]
+        return {"heads": np.round(heads, 5).tolist(), "positions": positions}
 
 
 def measure_perplexity(
@@ -106,13 +124,30 @@ def measure_perplexity(
         )
         every = jnp.ones((model.config.layers, *counted.shape))
         held = count_keys(model.config, jnp.asarray(batch["segments"]), every, model.config.kv_heads)
-        parts = {"rows": counted, "held": held, **{n: getattr(result, n) for n in found if hasattr(result, n)}}
+        names = ("nll", "attended", "read", "divergence", "agrees")
+        parts = {"rows": counted, "held": held, **{name: getattr(result, name) for name in names}}
         for name, values in parts.items():
             if values is not None:
                 found[name].extend(np.where(counted, np.asarray(values, np.float64), 0).sum(axis=1))
+        found["heads"].extend(np.einsum("lbht,bt->blh", np.asarray(result.shares, np.float64), counted))
+        found["positions"].extend(_sum_bins(batch["positions"], np.asarray(result.attended, np.float64), counted))
         if keep is not None:
             keep.append(np.asarray(result.stream))
     return TextSums(**{name: np.asarray(values) if values else None for name, values in found.items()})
+
+
+def find_bin_size(length: int) -> int:
+    """Tokens of a bin of positions in windows of `length` tokens."""
+    return -(-length // BINS)
+
+
+def _sum_bins(
+    positions: Int[np.ndarray, "B T"], attended: Float[np.ndarray, "B T"], counted: Bool[np.ndarray, "B T"]
+) -> Float[np.ndarray, "B 2 _"]:
+    """The attended fractions of the counted rows in each bin of positions, and their number."""
+    places = positions // find_bin_size(positions.shape[1])
+    inside = (places[..., None] == np.arange(BINS)) & counted[..., None]
+    return np.stack([np.einsum("bt,btn->bn", attended, inside), inside.sum(axis=1)], axis=1)
 
 
 class PerplexityTask(Task):
@@ -162,8 +197,10 @@ class PerplexityTask(Task):
         if not policy.dense:
             whole = self._sum_bytes(EvaluatedPolicy("dense", Dense()), reference)
             found["bytes_of_dense"] = estimate_ratio(read, whole)._replace(n=found["bytes_read"].n)
+        size = find_bin_size(self.batches[0]["tokens"].shape[1])
         return Cell(
-            [self.make_row(policy, name, e, budget=budget, attended=attended.value) for name, e in found.items()]
+            [self.make_row(policy, name, e, budget=budget, attended=attended.value) for name, e in found.items()],
+            {} if policy.dense else {"reads": [{"budget": budget, "bin_size": size, **result.find_reads()}]},
         )
 
     def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums) -> Float[np.ndarray, " sequences"]:

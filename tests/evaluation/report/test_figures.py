@@ -14,7 +14,7 @@ import pytest
 from butler_jax.evaluation.plots import assign_looks, render_figure
 from butler_jax.evaluation.report import pages
 from butler_jax.evaluation.report.figures import plan_figures
-from tests.tiny_reports import POLICIES, report, row, rows
+from tests.tiny_reports import BUDGETS, POLICIES, make_reads, report, row, rows
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def test_every_figure_shows_something(drawn):
         "perplexity_js_divergence",
         "perplexity_top1_agreement",
         "perplexity_bytes_read",
+        "perplexity_by_bytes",
         "attention_recalled_mass",
         "needle_accuracy",
         "key_value_accuracy",
@@ -42,12 +43,14 @@ def test_every_figure_shows_something(drawn):
         "coreference_miss_rate_by_distance",
         "needle_accuracy_grid",
         "hit_rate_heads",
+        "reads_by_head",
+        "reads_by_position",
     }
     for figure, picture, element in drawn:
         assert figure.caption and figure.alt
         assert len(list(ElementTree.fromstring(element).iter())) > 50
         image = matplotlib.image.imread(io.BytesIO(picture))
-        assert image.shape[1] == 720
+        assert image.shape[1] == 640
         colours = (255 * image[..., :3]).round().astype(int) @ np.array([65536, 256, 1])
         assert len(np.unique(colours)) > 50
 
@@ -61,6 +64,33 @@ def test_curves_go_through_the_rows():
         own = sorted((100 * r["attended"], r["value"]) for r in found if r["policy"] == policy)
         np.testing.assert_allclose(lines[policy].get_xydata(), own)
     np.testing.assert_allclose(lines["dense"].get_ydata(), next(r["value"] for r in found if r["policy"] == "dense"))
+
+
+def test_perplexity_by_bytes_goes_through_the_rows():
+    found = [r for r in rows() if r["task"] == "perplexity"]
+    (figure,) = (f for f in plan_figures(found) if f.name == "perplexity_by_bytes")
+    (axes,) = figure.draw().axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    value = {(r["metric"], r["policy"], r["budget"]): r["value"] for r in found}
+    for policy in POLICIES[1:]:
+        own = sorted((100 * value["bytes_of_dense", policy, b], value["perplexity", policy, b]) for b in BUDGETS)
+        np.testing.assert_allclose(lines[policy].get_xydata(), own)
+    assert not [f for f in plan_figures([r for r in found if r["metric"] == "perplexity"]) if "bytes" in f.name]
+
+
+def test_reads_are_shown_where_heads_read_unequally():
+    names = ("quest", "tokenbutler", "streaming")
+    reads = {name: make_reads(number) for number, name in enumerate(names)}
+    heads, positions = plan_figures([row("perplexity", "perplexity", p, 0.5, 3.0) for p in names], {"reads": reads})[1:]
+    assert (heads.name, positions.name) == ("reads_by_head", "reads_by_position") and "1/8" in heads.title
+    panels = [a for a in heads.draw().axes if a.get_images()]
+    np.testing.assert_allclose(panels[0].get_images()[0].get_array(), 100 * np.array(reads["tokenbutler"][1]["heads"]))
+    assert len([p for p in panels if p.get_title()]) == 1
+    lines = {line.get_label(): line.get_xydata() for line in positions.draw().axes[0].get_lines()}
+    assert set(lines) == {"quest", "tokenbutler"}  # streaming reads what quest does
+    wanted = [(16 * (i + 0.5), 100 * s) for i, s in enumerate(reads["tokenbutler"][1]["positions"]) if s is not None]
+    np.testing.assert_allclose(lines["tokenbutler"], wanted)
+    assert not [f for f in plan_figures([], {"reads": {"quest": reads["quest"]}}) if "reads" in f.name]
 
 
 @pytest.mark.parametrize("depths", [(0.0, 0.5, 1.0), tuple(i / 10 for i in range(11))])
@@ -89,8 +119,8 @@ def test_a_policy_looks_the_same_everywhere_and_like_no_other():
             seen.setdefault(line.get_label(), set()).add((line.get_color(), line.get_linewidth()))
     assert all(len(seen[policy]) == 1 for policy in POLICIES)
     labels = (
-        "oracle oracle_head random streaming h2o snapkv quest lowrank tokenbutler:a tokenbutler:b tokenbutler:c "
-        "tokenbutler:d new newer newest"
+        "oracle oracle_head oracle_residual oracle_residual:tolerance random streaming h2o snapkv citrus quest lowrank "
+        "tokenbutler:a tokenbutler:b tokenbutler:c tokenbutler:d new newer newest new:tolerance"
     ).split()
     found = assign_looks(labels)
     assert len({(v.color, v.marker) for v in found.values()}) == len(labels)

@@ -20,11 +20,11 @@ from butler_jax.evaluation.report.tables import (
     make_tables,
     make_title,
 )
-from tests.tiny_reports import BUDGETS, few, report, row, rows
+from tests.tiny_reports import BUDGETS, POLICIES, few, report, row, rows
 
 
 class Reader(html.parser.HTMLParser):
-    """Tags, words and ids of a page, and its tables: {caption: {(policy, column): value}}."""
+    """Tags, words and ids of a page, and its tables: {title: {(policy, column): value}}."""
 
     def __init__(self, text):
         super().__init__()
@@ -36,8 +36,10 @@ class Reader(html.parser.HTMLParser):
         attributes = dict(attributes)
         self.tags.append(tag)
         self.ids += [attributes["id"]] if "id" in attributes else []
-        if tag == "table":
-            self.caption, self.columns = "", []
+        if tag == "h3":
+            self.caption, self.into = "", "caption"
+        elif tag == "table":
+            self.columns = []
         elif tag == "tr":
             self.policy, self.place = "", 0
         elif tag == "td":
@@ -45,7 +47,7 @@ class Reader(html.parser.HTMLParser):
         elif tag == "th":
             self.into = "column" if attributes["scope"] == "col" else "policy"
             self.columns += [""] if self.into == "column" else []
-        elif tag in ("caption", "span", "style"):
+        elif tag in ("span", "style"):
             self.into = tag
         elif tag == "data":
             self.tables.setdefault(self.caption, {})[self.policy, self.columns[self.place]] = float(attributes["value"])
@@ -147,7 +149,8 @@ def test_pictures_of_a_former_report_go_and_others_stay(tmp_path):
     (tmp_path / "mine.png").write_bytes(b"mine")
     pages.write_pages(report([r for r in rows() if r["metric"] == "over_dense"]), tmp_path)
     left = {p.name for p in tmp_path.glob("*.png")}
-    assert left == {"mine.png", "perplexity_over_dense.png", "hit_rate_heads.png"} and len(former - left) > 1
+    stay = {"perplexity_over_dense.png", "hit_rate_heads.png", "reads_by_head.png", "reads_by_position.png"}
+    assert left == {"mine.png", *stay} and len(former - left) > 1
     (tmp_path / "report.md").write_text("# Notes\n\n![not ours](mine.png)\n")
     pages.write_pages(report([]), tmp_path)
     assert (tmp_path / "mine.png").exists()
@@ -195,6 +198,67 @@ def test_without_matplotlib_there_are_tables_and_a_word_about_it(tmp_path, monke
         assert "butler-jax" in (tmp_path / name).read_text() and "matplotlib" in (tmp_path / name).read_text()
 
 
+def test_prompts_and_allocations_are_apart_and_in_words():
+    def after(prompt, value):
+        given = [
+            ("oracle", 0.25, "per_head"),
+            ("oracle", 0.25, "tolerance"),
+            ("tokenbutler:per_layer", 0.25, "per_layer"),
+        ]
+        made = [row("perplexity", "perplexity", "dense", 1, value)]
+        for number, (policy, budget, allocation) in enumerate(given, 1):
+            for metric in ("perplexity", "over_dense"):
+                made.append({**row("perplexity", metric, policy, budget, value + number), "allocation": allocation})
+        return [{**r, "prompt_tokens": prompt} for r in made]
+
+    found = [*after(0, 30.0), *after(256, 20.0)]
+    text = render_page(report(found), [(f, "<svg></svg>") for f in plan_figures(found)])
+    read = Reader(text)
+    assert {"task-perplexity-0", "task-perplexity-256"} <= set(read.ids)
+    words = " ".join(" ".join(read.words).split())
+    for said in (
+        "Perplexity without a prompt",
+        "Perplexity after a prompt of 256 tokens",
+        "There is no prompt: every row of a window is limited.",
+        "The first 256 tokens of each window are a prompt. They are read densely and do not count.",
+        "The heads of a layer share their budgets",
+        "Every head of every layer reads the tokens whose score reaches one number.",
+        "Main results after a prompt of 256 tokens",
+    ):
+        assert said in words, said
+    for part, value in zip(text.split('<section id="task-')[1:3], (30.0, 20.0), strict=True):
+        table = Reader(part).tables["perplexity"]
+        assert table["dense", "dense"] == value and table["oracle", "1/4"] == value + 1
+        assert table["oracle:tolerance", "1/4"] == value + 2 and table["tokenbutler:per_layer", "1/4"] == value + 3
+        assert part.count("<figure>") == 2
+    names = [f.name for f in plan_figures(found)]
+    assert len(names) == len(set(names)) == 4
+    alone = Reader(render_page(report(after(256, 20.0))))
+    assert "task-perplexity" in alone.ids and "after a prompt of 256 tokens" in " ".join(alone.words)
+    plain = " ".join(Reader(render_page(report([row("perplexity", "perplexity", "oracle", 0.5, 3.0)]))).words)
+    assert "How heads share reads" not in plain
+
+
+def test_the_title_has_base_and_predictor_and_no_fact_is_empty():
+    settings = {
+        "budgets": [0.5, 64],
+        "run": None,
+        "compare": [],
+        "data": "",
+        "selection": {"sinks": 4, "threshold": None},
+    }
+    predictors = {p: {"kind": "lookahead", "rank": 16} for p in ("tokenbutler", "tokenbutler:per_layer")}
+    made = report(few(rows()), config=settings, notes=["", "a note"], predictors=predictors)
+    text = render_page(made)
+    assert "<title>Evaluation of a model with a lookahead predictor of rank 16</title>" in text
+    assert "<h1>a model with a lookahead predictor of rank 16</h1>" in text
+    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text, re.DOTALL)
+    assert facts and all(name.strip() and value.strip() for name, value in facts)
+    assert dict(facts)["selection"] == "sinks 4" and not {"run", "compare", "data"} & {name for name, _ in facts}
+    assert sum("training of" in name for name, _ in facts) == 1
+    assert not re.search(r"^- [^:]*: *$", render_markdown(made), re.MULTILINE)
+
+
 CONTRAST = """() => {
   const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = color => { const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v / 255));
@@ -203,13 +267,66 @@ CONTRAST = """() => {
     if (!color.endsWith(', 0)')) return color; } return 'rgb(255, 255, 255)'; };
   const ratio = e => { const [a, b] = [light(getComputedStyle(e).color), light(ground(e))];
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); };
-  const texts = 'body, p, th, td, caption, figcaption, dt, dd, a, pre, .note, .share, .spread';
+  const texts = 'body, p, th, td, h3, figcaption, dt, dd, a, pre, .note, .share, .spread';
   return [...document.querySelectorAll(texts)].map(ratio); }"""
+
+
+LABELS = """() => { const boxes = [...document.querySelectorAll('figure svg')].map(svg => {
+  const outer = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll('text')].map(t => {
+    const box = t.getBoundingClientRect(), scale = outer.width / svg.viewBox.baseVal.width;
+    return { words: t.textContent.trim(), size: parseFloat(getComputedStyle(t).fontSize) * scale, left: box.left,
+      right: box.right, top: box.top, bottom: box.bottom }; });
+  return { left: outer.left, right: outer.right, bottom: outer.bottom, texts }; });
+  return boxes; }"""
+
+
+def overlap(one, other):
+    """Whether two boxes overlap by more than a pixel."""
+    wide = min(one["right"], other["right"]) - max(one["left"], other["left"])
+    return wide > 1 and min(one["bottom"], other["bottom"]) - max(one["top"], other["top"]) > 1
+
+
+def check_legends(opened, policies):
+    """Legends are large enough to read, inside their figure, and no label is on another one."""
+    seen = set()
+    for figure in opened.evaluate(LABELS):
+        assert all(text["size"] >= 7.5 for text in figure["texts"])
+        legend = [
+            text for text in figure["texts"] if text["words"] in policies and text["top"] > figure["bottom"] - 250
+        ]
+        for number, text in enumerate(legend):
+            assert text["left"] >= figure["left"] - 1 and text["right"] <= figure["right"] + 1, text
+            assert text["size"] >= 9 and not any(overlap(text, other) for other in legend[:number]), text
+        seen |= {text["words"] for text in legend if text["size"] >= 10.5}
+    assert seen >= set(policies)
+
+
+@pytest.mark.slow
+def test_notes_stay_and_legends_are_readable_on_a_phone(browser, tmp_path):
+    found = rows(
+        (*POLICIES, "oracle_residual:tolerance", "tokenbutler:lookahead:per_layer"), (0.5, 0.25, 0.125, 64, 128)
+    )
+    pages.write_pages(report(found), tmp_path)
+    context = browser.new_context(viewport={"width": 390, "height": 844}, offline=True)
+    opened = context.new_page()
+    opened.goto((tmp_path / "report.html").as_uri())
+    opened.eval_on_selector_all("details", "all => all.forEach(d => d.open = true)")
+    check_legends(opened, [*POLICIES, "oracle_residual:tolerance", "tokenbutler:lookahead:per_layer"])
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 390
+    wide = opened.eval_on_selector_all(".scroll", "all => all.filter(s => s.scrollWidth > s.clientWidth + 50).length")
+    assert wide > 3
+    opened.eval_on_selector_all(".scroll", "all => all.forEach(s => { s.scrollLeft = 1e6; })")
+    notes = opened.eval_on_selector_all(
+        "h3, .note", "all => all.filter(n => n.offsetWidth).map(n => n.getBoundingClientRect().toJSON())"
+    )
+    assert len(notes) > 10 and all(box["left"] >= 0 and box["right"] <= 390 for box in notes)
+    context.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_reads_well_in_a_browser(browser, tmp_path, scheme, width):
     pages.write_pages(
         report(base="<b>a base</b> with_a_very_long_name_that_nobody_would_ever_want_to_type_" * 2), tmp_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -91,4 +92,26 @@ def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     assert found == pytest.approx(row * read + looked, rel=1e-5)
     share = report.value("perplexity", "tokenbutler", 0.5, "bytes_of_dense")
     assert share == pytest.approx(found / dense, rel=1e-5)
-    assert f"{100 * share:.1f}\u00a0% of the bytes that dense reads in all layers" in " ".join(summarise(report.rows))
+    assert f"{100 * share:.1f}\u00a0% of what dense reads, all layers" in " ".join(summarise(report.rows))
+
+
+def test_a_report_has_the_reads_of_every_layer_head_and_position(model, tmp_path):
+    base, predictor, config = make_perplexity_evaluation(model, tmp_path)
+    policies, allocations = ("dense", "oracle_residual"), ("per_head", "tolerance")
+    config = dataclasses.replace(config, policies=policies, allocations=allocations, budgets=(0.5, 40), prompt_tokens=8)
+    report = evaluate(base, predictor, config)
+    assert set(report.arrays["reads"]) == {"oracle_residual", "oracle_residual:tolerance"}
+    attended = {(r["policy"], r["budget"]): r["attended"] for r in report.rows}
+    for policy, found in report.arrays["reads"].items():
+        assert [one["budget"] for one in found] == [0.5, 40]
+        for one in found:
+            assert np.shape(one["heads"]) == (BASE.layers - 1, BASE.kv_heads)
+            assert np.mean(one["heads"]) == pytest.approx(attended[policy, one["budget"]], abs=1e-4)
+            assert (np.ptp(one["heads"]) > 1e-3) == (policy == "oracle_residual:tolerance")
+            assert one["positions"][: 8 // one["bin_size"]] == [None] * (8 // one["bin_size"])
+    even = report.arrays["reads"]["oracle_residual"][1]
+    count = np.arange(8, 100)
+    share, bins = np.minimum(count + 1, 40) / (count + 1), count // even["bin_size"]
+    for number, value in enumerate(even["positions"]):
+        if value is not None and (number + 1) * even["bin_size"] < 90:
+            assert value == pytest.approx(share[bins == number].mean(), abs=1e-4)

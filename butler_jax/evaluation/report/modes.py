@@ -1,0 +1,55 @@
+"""How rows were evaluated: the allocation of reads between heads, and the prompt, in labels and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from butler_jax.evaluation.report.tables import Row, is_dense
+
+ALLOCATIONS = {
+    "per_head": "Every head of a layer reads its own budget.",
+    "per_layer": "The heads of a layer share their budgets, and their tokens are ranked together.",
+    "tolerance": "Every head of every layer reads the tokens whose score reaches one number. The number is set so that "
+    "the mean that is read is about the budget.",
+}
+
+
+def label_allocations(rows: Iterable[Row]) -> list[Row]:
+    """The rows with labels that name their allocation where it is not per_head."""
+    return [{**r, "policy": _label(r)} for r in rows]
+
+
+def _label(row: Row) -> str:
+    allocation = row.get("allocation") or "per_head"
+    known = allocation == "per_head" or allocation in row["policy"].split(":")
+    return row["policy"] if known else f"{row['policy']}:{allocation}"
+
+
+def describe_allocations(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The allocations of a report, each with what it means; none where every policy reads per head."""
+    found = dict.fromkeys(r.get("allocation") or "per_head" for r in rows if not is_dense(r["policy"]))
+    return [(name, words) for name, words in ALLOCATIONS.items() if name in found] if set(found) - {"per_head"} else []
+
+
+def split_prompts(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    """The rows by the tokens of their prompts, the fewest first; under 0 those without a prompt."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.get("prompt_tokens") or 0, []).append(row)
+    return {tokens: groups[tokens] for tokens in sorted(groups)}
+
+
+def name_prompt(tokens: int) -> str:
+    """'after a prompt of 256 tokens', or 'without a prompt'."""
+    return f"after a prompt of {tokens:,} tokens" if tokens else "without a prompt"
+
+
+def describe_prompt(task: str, tokens: int) -> str:
+    """What the rows of a task have before them."""
+    if task == "attention":
+        return ""  # which measures on dense residual streams, whatever the prompt
+    if task != "perplexity":
+        return "Everything before the answer is a prompt, which is read densely." if tokens else ""
+    if not tokens:
+        return "There is no prompt: every row of a window is limited."
+    return f"The first {tokens:,} tokens of each window are a prompt. They are read densely and do not count."
