@@ -28,16 +28,16 @@ def pad_rows(
         marks: Booleans for the tokens of each row, by the name that a batch gives them.
 
     Returns:
-        Batches of tokens, segments (1, and 0 for padding), positions and the marks, all [B, T].
+        Batches of tokens, segments (1, and 0 for padding), positions (0 for padding) and the marks, all [B, T].
     """
     batch_size = min(batch_size, len(rows))
     count = -(-len(rows) // batch_size) * batch_size
-    tokens, segments = np.zeros((2, count, width), np.int32)
-    positions = np.tile(np.arange(width, dtype=np.int32), (count, 1))
+    tokens, segments, positions = np.zeros((3, count, width), np.int32)
     whole = {"tokens": tokens, "segments": segments, "positions": positions}
     whole |= {name: np.zeros((count, width), bool) for name in marks}
     for place, row in enumerate(rows):
         tokens[place, : len(row)], segments[place, : len(row)] = row, 1
+        positions[place, : len(row)] = np.arange(len(row))
         for name, mark in marks.items():
             whole[name][place, : len(mark[place])] = mark[place]
     return [{n: a[i : i + batch_size] for n, a in whole.items()} for i in range(0, count, batch_size)]

@@ -88,7 +88,9 @@ def generate(
 ) -> Generated:
     """Continue prompts.
 
-    A base with longrope picks its rotary factors by the capacity: give one for rows that are to agree with longer ones.
+    A base with longrope takes its short factors for rows up to the original context and its long ones beyond. The token
+    that makes a row longer than the original context has the row's tokens so far read again densely with the long
+    factors, as transformers does. With offload such a row is refused.
 
     Args:
         prompts: A text, several texts, token ids, or several lists of token ids.
@@ -181,6 +183,11 @@ def generate_stream(
         policy.require_predictor(predictor)
     if offload:
         check_offload(plan, capacity)
+        if _crossing(base.config, lengths, max_new_tokens - 1).any():
+            raise ValueError(
+                "a row would grow beyond the original context of longrope, where its cache is computed again, which "
+                "offload does not do; leave offload out, or ask for fewer new tokens"
+            )
     width = min(bucket(int(lengths.max()), 16), capacity)
     tokens = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):
@@ -254,6 +261,7 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) 
     """
     tokens, lengths, keys = prompts
     made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, how=how)
+    so_far = []  # under longrope alone
     if offload:
         near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
         made, held = jax.device_put((made, held), near)
@@ -261,9 +269,24 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) 
     for step in range(count):
         ready = made
         if step + 1 < count:
+            if (crossing := _crossing(model.config, lengths + step, 1)).any():
+                whole = np.zeros((len(lengths), model.config.rope.border), np.int32)
+                for row in np.flatnonzero(crossing):
+                    whole[row] = [*tokens[row, : lengths[row]], *(token[row] for token in so_far)]
+                held = read_again(model, predictor, jnp.asarray(whole), jnp.asarray(crossing), held, how=how)
+            if _crossing(model.config, lengths, count - 1).any():
+                so_far.append(np.asarray(ready.token))
             plan = _plan_step(model.config, how, lengths, step)
             made, held = advance(model, predictor, ready.token, keys, held, plan=plan, sampling=how.sampling)
         yield ready
+
+
+def _crossing(config: BaseConfig, lengths: np.ndarray, new: int) -> np.ndarray:
+    """Which rows of these lengths grow beyond longrope's original context with `new` tokens more, bool [B]."""
+    border = config.rope.border
+    if border is None:
+        return np.zeros(lengths.shape, bool)
+    return (lengths <= border) & (lengths + new > border)
 
 
 class _Held(NamedTuple):
@@ -292,6 +315,22 @@ def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_S
         place = jnp.where(inside, tokens, logits.shape[-1])
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], place].set(True, mode="drop")
     return _next(logits, state, jnp.ones(lengths.shape), seen, keys, how.sampling)
+
+
+@partial(jax.jit, static_argnames=("how",), donate_argnames=("held",))
+def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) -> _Held:
+    """The caches of the chosen rows [B] anew from all their tokens [B, T], before one more; the others as they are."""
+    fixed = dict(capacity=how.capacity, chunk=how.chunk, score_dtype=how.score_dtype)
+    lengths = jnp.where(rows, tokens.shape[1], 1)
+    fresh = run_prompts(model, tokens, lengths, predictor, how.plan, following=1, **fixed)[1]
+
+    def take(new, old):
+        return jnp.where(jnp.expand_dims(rows, (0, *range(2, old.ndim))), new, old)
+
+    state = held.state
+    renewed = ("kv", "scores", "memory") if how.plan.when == "evicting" else ("kv", "scores")
+    caches = {name: jax.tree.map(take, getattr(fresh, name), getattr(state, name)) for name in renewed}
+    return held._replace(state=dataclasses.replace(state, **caches))
 
 
 @partial(jax.jit, static_argnames=("plan", "sampling"), donate_argnames=("held",))

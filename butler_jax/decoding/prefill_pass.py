@@ -57,6 +57,7 @@ def prefill(
     chunk: int = CHUNK,
     score_dtype: str | None = None,
     implementation: str | None = None,
+    following: int = 0,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts densely and keep what decoding needs of them.
 
@@ -73,6 +74,7 @@ def prefill(
             longest row costs nothing.
         score_dtype: "int8" keeps k_imp in int8 (score_cache.py); None keeps it as the predictor makes it.
         implementation: As in `model.causal_attention`, for prompts that run at once.
+        following: Tokens that follow each prompt at once. longrope counts them to the row's length.
 
     Returns:
         Logits after each row's last token in float32, and the state.
@@ -83,6 +85,7 @@ def prefill(
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)
     fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, implementation=implementation)
+    fixed |= dict(following=following)
     return run_prompts(model, tokens, lengths, predictor, plan, **fixed)
 
 
@@ -97,19 +100,20 @@ def run_prompts(
     chunk: int,
     score_dtype: str | None,
     implementation: str | None = None,
+    following: int = 0,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts as `prefill` does, under a plan that is made."""
     batch, length = tokens.shape
     _check_sizes(model.config, length, lengths, capacity, chunk)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
-    steps = jnp.zeros((), jnp.int32)
+    whole, steps = lengths + following, jnp.zeros((), jnp.int32)
     if plan.when == "evicting":
-        (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, capacity, plan, implementation)
+        (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, whole, capacity, plan, implementation)
         return logits(model, last), DecodeState(kv, scores, lengths, steps, memory)
     if length <= chunk:
-        last, kv, scores = _prefill_at_once(model, tokens, lengths, capacity, predictor, implementation)
+        last, kv, scores = _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation)
     else:
-        last, kv, scores = _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk)
+        last, kv, scores = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk)
     if scores is not None:
         scores = store_scores(scores, lengths, score_dtype)
     memory = empty_memory(plan, model.config.layers, batch)
@@ -133,8 +137,8 @@ def _check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, c
         raise ValueError(f"a prompt of {known.max()} tokens does not fit the {length} columns of tokens")
 
 
-def _prefill_at_once(model, tokens, lengths, capacity, predictor, implementation) -> Prefilled:
-    """One dense pass over whole prompts."""
+def _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation) -> Prefilled:
+    """One dense pass over whole prompts; `whole` [B] as `length` in rope_angles."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     x = embed(model, tokens)
@@ -145,7 +149,7 @@ def _prefill_at_once(model, tokens, lengths, capacity, predictor, implementation
         cache = tuple(jnp.pad(a, ((0, 0), (0, room), (0, 0), (0, 0))) for a in (k, v))
         return causal_attention(q, k, v, implementation=implementation), cache
 
-    context = None if predictor is None else predictor.context(positions, capacity)
+    context = None if predictor is None else predictor.context(positions, whole)
 
     def mixer(walked, view: LayerView):
         walked, k_imp = _walk_layer(predictor, walked, view, context, attend_trunk)
@@ -155,14 +159,14 @@ def _prefill_at_once(model, tokens, lengths, capacity, predictor, implementation
     if predictor is not None:
         trunk = empty_scores(predictor, model, batch, capacity, x.dtype).trunk
         walked = walk.begin(predictor, x, context, trunk)
-    x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=capacity)
+    x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=whole)
     kv = empty_store(model.config, batch, capacity, x.dtype).append_chunk(k, v, 0)
     if predictor is not None:
         scores = ScoreCache(jnp.pad(k_imp, ((0, 0),) * 4 + ((0, room),)), walked.cache)
     return _last(x, lengths), kv, scores
 
 
-def _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk) -> Prefilled:
+def _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk) -> Prefilled:
     """The same, a chunk of tokens at a time; the last chunk is moved back where it would reach beyond T."""
     config, (batch, length) = model.config, tokens.shape
     kv = empty_store(config, batch, capacity, model.embedding[...].dtype)
@@ -174,7 +178,7 @@ def _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk) -> Pr
         newest = newest_of(config, jnp.broadcast_to(start, (batch,)))
         positions = start + jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32)[None], (batch, chunk))
         x = embed(model, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1))
-        context = None if predictor is None else predictor.context(positions, capacity)
+        context = None if predictor is None else predictor.context(positions, whole)
 
         def attend_trunk(cache, q, k, v):
             old = (a.transpose(0, 2, 1, 3)[None] for a in cache)
@@ -187,7 +191,7 @@ def _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk) -> Pr
             return kv.attend_all(view, newest), walked, (*_by_heads(view.k, view.v), k_imp)
 
         walked = None if predictor is None else walk.begin(predictor, x, context, scores.trunk)
-        x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=capacity)
+        x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=whole)
         kv = kv.append_chunk(k, v, start)
         if predictor is not None:
             scores = ScoreCache(write_chunk(scores.k_imp, k_imp, start, SCORE_LETTERS), walked.cache)
@@ -199,7 +203,9 @@ def _prefill_in_chunks(model, tokens, lengths, capacity, predictor, chunk) -> Pr
     return jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), one, (last, kv, scores))
 
 
-def _prefill_evicting(model, tokens, lengths, capacity, plan: Plan, implementation) -> tuple[Prefilled, Eviction]:
+def _prefill_evicting(
+    model, tokens, lengths, whole, capacity, plan: Plan, implementation
+) -> tuple[Prefilled, Eviction]:
     """Prompts under a policy that evicts, and what every layer has kept.
 
     Rows end together: a shorter one begins later, after rows that mean nothing, and keeps nothing of them. Keys and
@@ -231,7 +237,7 @@ def _prefill_evicting(model, tokens, lengths, capacity, plan: Plan, implementati
         return out, carry, (*_by_heads(view.k, view.v), memory)
 
     positions = jnp.broadcast_to(columns, tokens.shape)
-    x, _, (k, v, memory) = run_layers(model, embed(model, tokens), positions, mixer, None, length=capacity)
+    x, _, (k, v, memory) = run_layers(model, embed(model, tokens), positions, mixer, None, length=whole)
     kv = empty_store(config, batch, capacity, x.dtype).append_chunk(k, v, 0)
     return (_last(x, lengths), EvictingStore(kv.k, kv.v), None), memory
 

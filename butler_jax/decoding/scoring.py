@@ -152,7 +152,7 @@ def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: i
     token = jax.ShapeDtypeStruct((batch, 1, config.width), dtype)
 
     def key(x):
-        context = predictor.context(jnp.zeros((batch, 1), jnp.int32), capacity)
+        context = predictor.context(jnp.zeros((batch, 1), jnp.int32))
         state = walk.begin(predictor, x, context)
         keys = jnp.zeros((batch, 1, config.kv_heads, config.head_dim), dtype)
         queries = jnp.zeros((batch, 1, config.heads, config.head_dim), dtype)

@@ -67,6 +67,13 @@ def decode_step(
 
     Donate `state` under jit. Everything that is not an array is static there.
 
+    The gradient of a sparse step with respect to the predictor is 0, since a choice has none. Train with
+    `butler_jax.training`, whose loss compares the scores with the attention.
+
+    A base with longrope computes each row by its own length: with the short factors up to the original context, and
+    with the long ones beyond. The step that makes a row longer than the original context needs a cache of the long
+    ones: prefill that row's tokens again with following=1, as `generate` does.
+
     Args:
         model: The base model.
         tokens: The next token of every row.
@@ -107,7 +114,7 @@ def take_step(
     limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity)
     chooser = make_chooser(plan, limits=limits, newest=newest, steps=state.steps, kv=kv, memory=state.memory)
     per_head = predictor is not None and (details or (plan.when == "in_layer" and plan.policy.needs_predictor))
-    context = None if predictor is None else predictor.context(state.lengths[:, None], kv.capacity)
+    context = None if predictor is None else predictor.context(state.lengths[:, None], newest.total)
     forecaster = Forecaster(model, predictor, context, state.scores, chooser, per_head=per_head, every_step=details)
 
     def mixer(carry, view: LayerView):
@@ -132,7 +139,7 @@ def take_step(
         return out, forecaster.fetch_next(carry, view), result
 
     x = embed(model, tokens[:, None])
-    x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), length=kv.capacity)
+    x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), length=newest.total)
     scores = None
     if predictor is not None:
         scores = append_scores(state.scores, new.k_imp, state.lengths, carry.walk.cache)

@@ -78,6 +78,11 @@ class RopeConfig:
                 )
             whole(self.original_context, "original_max_position_embeddings", least=2)
 
+    @property
+    def border(self) -> int | None:
+        """The most tokens of a row that longrope takes its short factors for; None of other kinds."""
+        return self.original_context if self.kind == "longrope" else None
+
 
 SIZES = {
     "vocab_size": 1 << 31,

@@ -166,11 +166,27 @@ def mlp(layer: Layers, x: Float[Array, "B T E"], eps: float) -> Float[Array, "B 
 
 
 def rope_angles(
-    config: BaseConfig, positions: Int[Array, "B T"], length: int
+    config: BaseConfig, positions: Int[Array, "B T"], length: Int[Array, " B"] | int | None = None
 ) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
-    """Rotary cosine and sine of a model at these positions (F = rotary_dim/2); `length` as in rope_frequencies."""
-    frequencies, factor = rope_frequencies(config.rope, config.rotary_dim, context=config.context, length=length)
-    return rotary_angles(positions, frequencies, factor)
+    """Rotary cosine and sine of a model at these positions (F = rotary_dim/2).
+
+    Args:
+        length: Tokens of each row, by which longrope takes its short or its long factors; default those up to the
+            row's last position.
+    """
+
+    border = config.rope.border
+
+    def angles(length):
+        found = rope_frequencies(config.rope, config.rotary_dim, context=config.context, length=length)
+        return rotary_angles(positions, *found)
+
+    if border is None:
+        return angles(0)
+    length = jnp.max(positions, axis=1) + 1 if length is None else jnp.asarray(length)
+    beyond = jnp.broadcast_to(length > border, positions.shape[:1])[:, None, None]
+    (short_cos, short_sin), (long_cos, long_sin) = angles(border), angles(border + 1)
+    return jnp.where(beyond, long_cos, short_cos), jnp.where(beyond, long_sin, short_sin)
 
 
 def run_layers(
@@ -180,20 +196,20 @@ def run_layers(
     mixer: Mixer,
     carry: Any,
     *,
-    length: int | None = None,
+    length: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T E"], Any, Any]:
     """Scan x through all layers; `mixer` computes the attention of each.
 
     Args:
         positions: Of the tokens in their documents.
         mixer: (carry, view) -> (attention output, carry, value).
-        length: Tokens that the rotary frequencies are planned for; default T. In decoding, give the cache's capacity.
+        length: Tokens of each row, as in `rope_angles`. In decoding, those that the cache holds too.
 
     Returns:
         The residual stream after the last layer, the mixer's last carry, and its values stacked over the layers.
     """
     config = model.config
-    cos, sin = (a[:, :, None] for a in rope_angles(config, positions, length or x.shape[1]))
+    cos, sin = (a[:, :, None] for a in rope_angles(config, positions, length))
 
     def body(state, scanned):
         x, carry = state

@@ -42,8 +42,7 @@ def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -
     2023, sections 3.2 and 3.4), LongRoPE (Ding et al. 2024).
 
     Args:
-        length: Tokens that the computation is planned for. longrope has one set of frequencies up to the original
-            context and another beyond, so a cache and the pass that fills it need the same length.
+        length: Tokens of the row. longrope has one set of frequencies up to the original context and another beyond.
 
     Returns:
         The frequencies in radians a token (F = dim/2), and the factor on cosine and sine.

@@ -76,8 +76,8 @@ class Predictor(nnx.Module):
         """Q: heads of k_imp. K by default, each shared by a group of query heads."""
         return self.base.kv_heads
 
-    def context(self, positions: Int[Array, "B T"], length: int) -> Context:
-        """The context of tokens at these positions; `length` as in rope_frequencies."""
+    def context(self, positions: Int[Array, "B T"], length: Int[Array, " B"] | int | None = None) -> Context:
+        """The context of tokens at these positions; `length` as in `rope_angles`."""
         return Context(positions, *rope_angles(self.base, positions, length))
 
     def capture(self, view: LayerView) -> Float[Array, "B T E"]:

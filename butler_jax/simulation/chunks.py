@@ -147,7 +147,7 @@ def importance_walk(
     if predictor is None:
         return None, lambda state, view: (state, None)
     segments = batch["segments"]
-    context = predictor.context(batch["positions"], segments.shape[1])
+    context = predictor.context(batch["positions"])
 
     def attend(cache, q, k, v):
         return causal_attention(q, k, v, segments=segments, implementation=implementation), None

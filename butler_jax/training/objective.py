@@ -83,7 +83,7 @@ class DistillationObjective:
             nnx.state(predictor, nnx.Param). Divide loss and gradient by the count.
         """
         positions = batch["positions"]
-        context = predictor.context(positions, positions.shape[1])
+        context = predictor.context(positions)
         layers = LayerGradients(self, predictor, model, batch["segments"], context, dropout)
         x = embed(model, batch["tokens"])
         first = walk.begin(predictor, x, context)
