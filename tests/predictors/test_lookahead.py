@@ -45,7 +45,7 @@ def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
 
     @jax.jit
     def both(predictor, model):
-        context = predictor.context(batch["positions"], batch["positions"].shape[1])
+        context = predictor.context(batch["positions"])
 
         def mixer(carry, view):
             head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
