@@ -69,7 +69,8 @@ def _checked(kind: type, values: Any) -> Any:
 def run(command: Callable[[], int]) -> int:
     """Run a command and return its exit status; an error that a user can mend is one line on stderr and status 1.
 
-    So is the loss of another process of the run. In a run of several processes, an error ends this one at once.
+    So is the loss of another process of the run. In a run of several processes, an error ends this one at once. An
+    output that nobody reads any more ends the command without a line, with the status of SIGPIPE.
     """
     try:
         return command()
@@ -83,6 +84,9 @@ def run(command: Callable[[], int]) -> int:
 
             if jax.distributed.is_initialized():
                 leave(error)
+        if isinstance(error, BrokenPipeError):  # as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes what it still holds
+            return 128 + signal.SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return 1
 

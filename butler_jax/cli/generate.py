@@ -15,6 +15,13 @@ from butler_jax.storage import require_local
 if TYPE_CHECKING:
     from butler_jax.policies import Policy
 
+TIMED = 16  # new tokens from which a rate is said: of fewer, most of the time is the start
+NOTHING = (
+    "the model ended the text at once, so nothing was generated. A model made for chat answers a prompt in the form of "
+    "the chat_template in its tokenizer_config.json. Spell that out, special tokens too, as in "
+    r"--prompt $'<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant\n'"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -52,7 +59,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed of the draws."""
     stop: tuple[str, ...] = ()
-    """Texts of single tokens at which to stop, besides the end of the text."""
+    """Texts at which to stop, besides the end of the text."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model. Default: float32 on CPU, bfloat16 on accelerators."""
     mesh: str = ""
@@ -108,7 +115,6 @@ def _continue_prompt(config: GenerateConfig) -> int:
     from butler_jax.evaluation import prepare_policies
     from butler_jax.parallel import make_mesh, place, shardings_for
     from butler_jax.runs import load_predictor, run_config, run_data
-    from butler_jax.text import stop_tokens
     from butler_jax.weights import load_base
 
     prompt, selection = config.read_prompt(), None if config.is_dense else config.selection
@@ -120,7 +126,7 @@ def _continue_prompt(config: GenerateConfig) -> int:
         (policy,) = prepare_policies([policy], base, run_data(config.run))
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
         predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
-    stop = None if not config.stop else [*config.stop, *stop_tokens(base.tokenizer, base.config.vocab_size, None)]
+    stop = None if not config.stop else [*config.stop, *base.require_tokenizer().ends]
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
@@ -142,9 +148,13 @@ def _continue_prompt(config: GenerateConfig) -> int:
             stream=lambda piece: show(piece.text),
         )
     print(flush=True)
+    new = len(result.tokens[0])
+    rate = f", then {result.tokens_per_second:.1f} tokens/s" if new >= TIMED else ""
     print(
-        f"{result.prompt_tokens[0]} + {len(result.tokens[0])} tokens; {result.prefill_seconds:.1f} s to the first, "
-        f"then {result.tokens_per_second:.1f} tokens/s; {100 * result.attended[0]:.1f} % of the cache read",
+        f"{result.prompt_tokens[0]} + {new} tokens; {result.prefill_seconds:.1f} s to the first{rate}; "
+        f"{100 * result.attended[0]:.1f} % of the cache read",
         file=sys.stderr,
     )
+    if new == 1 and result.tokens[0][0] in base.require_tokenizer().ends:
+        print(NOTHING, file=sys.stderr)
     return 0

@@ -27,14 +27,15 @@ from butler_jax.model import BaseConfig
 from butler_jax.policies import Policy, TokenButler, make_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table, room_for
-from butler_jax.text import Prompts, Writer, encode, stop_tokens
+from butler_jax.text import Prompts, Writer, encode, read_stops
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base
 
 
 class Piece(NamedTuple):
-    """One new token: its row, its id, and the text it completes ("" in the middle of a character, or no tokenizer)."""
+    """One new token: its row, its id, and the text it completes, which is "" without a tokenizer, in the middle of a
+    character, and while a text to stop at may have begun."""
 
     row: int
     token: int
@@ -45,7 +46,8 @@ class Piece(NamedTuple):
 class Generated:
     """What was generated.
 
-    tokens: new ids of each row, a stop token included. texts: what they say, "" without a tokenizer. attended: per row,
+    tokens: new ids of each row, those at which it stopped included. texts: what they say, up to a text to stop at; ""
+    without a tokenizer. attended: per row,
     the mean over steps, heads and layers 1 ... of the fraction of its tokens that was read. prompt_tokens: per row.
     prefill_seconds: until the first token, compilation included; seconds: from the second token to the last.
     """
@@ -99,7 +101,8 @@ def generate(
         policy: What ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
             Default: tokenbutler.
         sampling: How tokens are drawn. Default: greedy.
-        stop: Token ids, or texts of single tokens, that end a row. Default: the tokenizer's ends.
+        stop: Token ids and texts that end a row. A text may come across tokens, and the row's text ends before it.
+            Default: the tokenizer's ends.
         seed: The seed of row 0, from which the other rows count on; or one seed a row.
         capacity: Tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
             compilation.
@@ -196,9 +199,10 @@ def generate_stream(
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
     how = Decoding(plan, sampling or SamplingConfig(), capacity, chunk, score_dtype)
-    keys, ends = row_keys(seed, len(rows)), stop_tokens(*known, stop)
+    keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
+    writers = [Writer(base.tokenizer, row, stops) for row in rows]
     steps = _steps(base.model, predictor, (tokens, lengths, keys), how, max_new_tokens, offload)
-    return _pieces(steps, base, ends, max_new_tokens, result)
+    return _pieces(steps, writers, ends, max_new_tokens, result)
 
 
 @dataclass(frozen=True)
@@ -224,10 +228,11 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     return jax.vmap(jax.random.key)(jnp.asarray([int(one) & 0xFFFFFFFF for one in seed], jnp.uint32))
 
 
-def _pieces(steps: Iterator[_Step], base: Base, ends: set[int], most: int, result: Generated) -> Iterator[Piece]:
+def _pieces(
+    steps: Iterator[_Step], writers: list[Writer], ends: set[int], most: int, result: Generated
+) -> Iterator[Piece]:
     """The tokens of every step as pieces; `result` is filled on the way."""
-    rows = len(result.tokens)
-    writers = [Writer(base.tokenizer) for _ in range(rows)]
+    rows = len(writers)
     done, read = np.zeros(rows, bool), np.zeros(rows)
     began = time.perf_counter()
     for step, (token, fraction) in enumerate(steps):
@@ -244,7 +249,7 @@ def _pieces(steps: Iterator[_Step], base: Base, ends: set[int], most: int, resul
             result.tokens[b].append(value)
             text = writers[b].add(value, last=value in ends or step + 1 == most)
             result.texts[b] += text
-            done[b] = value in ends
+            done[b] = value in ends or writers[b].stopped
             yield Piece(int(b), value, text)
         result.attended = [
             float(total / max(len(row) - 1, 1)) if len(row) > 1 else 1.0

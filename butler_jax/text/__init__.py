@@ -8,7 +8,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "prompts": ["Prompts", "Writer", "encode", "stop_tokens"],
+        "prompts": ["Prompts", "Writer", "encode", "read_stops"],
         "tokenizer": ["Tokenizer", "named_errors", "train_bpe"],
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -59,42 +60,78 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
     return rows
 
 
-def stop_tokens(tokenizer: Tokenizer | None, vocab_size: int, stop: Sequence[int | str] | int | str | None) -> set[int]:
-    """The ids that end a row: token ids or texts of single tokens, or one of them; None is the tokenizer's ends.
+def read_stops(
+    tokenizer: Tokenizer | None, vocab_size: int, stop: Sequence[int | str] | int | str | None
+) -> tuple[set[int], tuple[str, ...]]:
+    """The token ids, and the texts, that end a row.
+
+    Args:
+        stop: Token ids and texts, or one of them; None is the tokenizer's ends. A text that spells a special token is
+            that token, since decoded text does not show it.
 
     Raises:
-        ValueError: A text is not a single token, or an id is out of range.
+        ValueError: An id is out of range, a text is empty, or there is no tokenizer for a text.
     """
     if stop is None:
-        return set() if tokenizer is None else set(tokenizer.ends)
-    found = set()
+        return set() if tokenizer is None else set(tokenizer.ends), ()
+    ids, texts = set(), []
     for one in [stop] if isinstance(stop, (str, int)) else stop:
-        token = tokenizer.backend.token_to_id(one) if isinstance(one, str) and tokenizer else one
-        if not isinstance(token, (int, np.integer)):
-            raise ValueError(f"stop {one!r} is not a single token; give a token id")
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"stop {token} is no token; the vocabulary is 0 ... {vocab_size - 1}")
-        found.add(int(token))
-    return found
+        if isinstance(one, str):
+            if tokenizer is None:
+                raise ValueError(f"stop {one!r} is a text, and the base has no tokenizer; give token ids")
+            if not one:
+                raise ValueError("a text to stop at is empty; leave it out")
+            token = tokenizer.backend.token_to_id(one)
+            if token is None or tokenizer.decode([token]):
+                texts.append(one)
+                continue
+            one = token
+        if not isinstance(one, (int, np.integer)) or not 0 <= one < vocab_size:
+            raise ValueError(f"stop {one!r} is no token; the vocabulary is 0 ... {vocab_size - 1}")
+        ids.add(int(one))
+    return ids, tuple(texts)
 
 
 WAITING = 16  # tokens to wait for the rest of a character; a character has at most four bytes, so more are not text
+BEFORE = 64  # tokens of the prompt that decoders see before the first new one: some strip the first space of a text
 
 
 class Writer:
-    """Turns a row's tokens into text piece by piece. An incomplete character is held back for up to WAITING tokens."""
+    """Turns a row's tokens into text piece by piece.
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.tokens, self.start, self.shown = tokenizer, [], 0, 0
+    An incomplete character is held back for up to WAITING tokens, and the possible beginning of a text to stop at until
+    it is decided.
+
+    Attributes:
+        shown: How many tokens, those of the prompt included, are text by now.
+        stopped: Whether one of the texts to stop at has come. The text ends before it.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stops: Sequence[str] = ()):
+        self.tokenizer, self.tokens, self.stops = tokenizer, list(prompt[-BEFORE:]), stops
+        self.start, self.shown, self.held, self.stopped = 0, len(self.tokens), "", False
 
     def add(self, token: int, last: bool) -> str:
         """The text that this token completes. With last=True, the held text too."""
         if self.tokenizer is None:
             return ""
+        text = self.held + self._complete(token, last)
+        found = [text.find(stop) for stop in self.stops if stop in text]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        shown = len(text) - (0 if last else max(begun, default=0))
+        self.held = text[shown:]
+        return text[:shown]
+
+    def _complete(self, token: int, last: bool) -> str:
+        """The whole characters that this token completes."""
         self.tokens.append(token)
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         now = self.tokenizer.decode(self.tokens[self.start :])
         if now.endswith("\ufffd") and not last and len(self.tokens) - self.shown < WAITING:
             return ""
         self.start, self.shown = self.shown, len(self.tokens)
-        return now[len(before) :]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))
+        return now[sum(1 for _ in same) :]

@@ -388,3 +388,10 @@ def test_training_and_evaluating_from_the_command_line(place, tmp_path, capfd):
     found = json.loads((run / "eval" / "report.json").read_text())["rows"]
     assert {"task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where"} <= set(found[0])
     assert {row["policy"] for row in found} == {"tokenbutler"}
+
+
+def test_a_pipe_that_is_closed_ends_a_command_without_a_line():
+    code = "from butler_jax.cli.command_line import run; raise SystemExit(run(lambda: print('x' * 10**6, flush=True)))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert not process.stderr.read() and process.wait() == 128 + signal.SIGPIPE

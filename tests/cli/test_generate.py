@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from butler_jax import load_base
+from butler_jax import generate, load_base
 from butler_jax.cli import main
 from butler_jax.cli.command_line import read
 from butler_jax.cli.generate import GenerateConfig
@@ -17,6 +18,7 @@ from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.runs.saved_predictor import save_predictor
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.storage.settings import to_dict
+from butler_jax.weights.loading import TINY
 from tests import tiny_runs
 
 
@@ -34,9 +36,22 @@ def run_dir(tmp_path_factory):
 
 
 def test_a_prompt_is_continued(run_dir, capfd):
-    assert main(["generate", "--run", str(run_dir), "--prompt", "the river", "--max-new-tokens", "12"]) == 0
+    assert main(["generate", "--run", str(run_dir), "--prompt", "the river", "--max-new-tokens", "20"]) == 0
     out, error = capfd.readouterr()
     assert out.startswith("the river") and "tokens/s" in error and "% of the cache read" in error
+
+
+def test_a_model_that_ends_at_once_and_a_rate_of_few_tokens(tmp_path, capfd):
+    arguments = ["generate", "--base", "tiny", "--prompt", "def f(x):\n    return x\n\n\n", "--max-new-tokens", "3"]
+    assert main(arguments) == 0
+    few = capfd.readouterr().err
+    assert "tokens/s" not in few and "ended the text at once" not in few
+    first = generate(load_base("tiny"), arguments[4], max_new_tokens=1).tokens[0][0]
+    shutil.copytree(TINY, tmp_path / "tiny")
+    (tmp_path / "tiny" / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    arguments[2] = str(tmp_path / "tiny")
+    assert main(arguments) == 0
+    assert "chat_template in its tokenizer_config.json" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,49 @@ def test_a_row_ends_at_every_token_that_generation_config_names(tmp_path):
     assert len(found.tokens[0]) == 7 and found.tokens[0][-1] == 588  # as transformers
 
 
+@pytest.mark.parametrize("cut", [slice(3, 4), slice(3, 6)], ids=["one token", "three tokens"])
+def test_a_text_stops_a_row_across_tokens_and_is_never_streamed(base, dense, cut):
+    stop, pieces = dense.texts[0][cut], []
+    found = butler_jax.generate(base, PROMPTS, max_new_tokens=20, stop=[stop, "never"], stream=pieces.append)
+    for b, whole in enumerate(dense.texts):
+        end = whole.index(stop) if stop in whole else len(whole)
+        assert found.texts[b] == whole[:end] == "".join(p.text for p in pieces if p.row == b)
+        assert len(found.tokens[b]) == min(end + len(stop), 20)
+
+
+def test_what_may_begin_a_text_to_stop_at_waits_until_it_is_decided():
+    from butler_jax.text.prompts import Writer
+
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+
+    def pieces(text, stops):
+        writer = Writer(tokenizer, stops=stops)
+        return [writer.add(ord(c), last=n + 1 == len(text)) for n, c in enumerate(text)], writer.stopped
+
+    assert pieces("ab\nc\n\n", ["\n\n"]) == (["a", "b", "", "\nc", "", ""], True)
+    assert pieces("x\n", ["\n\n"]) == (["x", "\n"], False)
+    assert pieces("aab", ["ab", "aac"])[0] == ["", "", "a"]
+
+
+def test_a_decoder_that_strips_keeps_the_space_after_the_prompt():
+    """Llama-2's decoder takes the first space off whatever it is given."""
+    import tokenizers
+    from tokenizers import decoders, models
+
+    from butler_jax.text.prompts import Writer
+    from butler_jax.text.tokenizer import Tokenizer
+
+    words = ["<s>", "▁The", "▁file", "▁is", "▁open"]
+    backend = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<s>"))
+    backend.add_special_tokens(["<s>"])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = Tokenizer(backend=backend)
+    for prompt, wanted in (([0, 1, 2], [" is", " open"]), ([0], ["is", " open"]), ([], ["is", " open"])):
+        writer = Writer(tokenizer, prompt)
+        assert [writer.add(3, last=False), writer.add(4, last=True)] == wanted
+        assert tokenizer.decode([*prompt, 3, 4]) == tokenizer.decode(prompt) + "".join(wanted)
+
+
 def test_a_character_in_two_tokens_waits_until_it_is_whole():
     from butler_jax.text.prompts import Writer
 
@@ -198,7 +241,8 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         ([[1]], dict(capacity=200), "beyond the model's context of 96"),
         ([[1]], dict(selection=SelectionConfig()), "needs a trained predictor"),
         ([[1], [2]], dict(seed=[1]), "1 seeds do not fit 2 prompts"),
-        ([[1]], dict(stop=["two"]), "is not a single token"),
+        ([[1]], dict(stop=[""]), "a text to stop at is empty"),
+        ([[1]], dict(stop=[1.5]), "stop 1.5 is no token"),
         (
             [[1]],
             dict(selection=SelectionConfig(threshold=((0.0,),) * 5), policy=make_policy("random")),

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from butler_jax.data import Batch, pad_rows
-from butler_jax.decoding import SamplingConfig, bucket, check_score_dtype, generate_stream
+from butler_jax.decoding import SamplingConfig, bucket, check_score_dtype, generate
 from butler_jax.evaluation.tasks.harness_arguments import read_model_arguments
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.model import parameter_count
@@ -29,7 +29,6 @@ from butler_jax.policies import Policy, describe
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
-from butler_jax.text import stop_tokens
 from butler_jax.weights import Base
 
 LEAST = 32  # rows are padded to the next of 1, 1.5, 2, 3, 4 ... times as many tokens
@@ -246,31 +245,19 @@ class ButlerLM(TemplateLM):
             )
         prompts = [(prompt or [self.prefix_token_id])[-room:] for prompt in prompts]
         dense = self.policy.reads_everything
-        pieces = generate_stream(
+        found = generate(
             self.base,
             prompts + prompts[-1:] * spare,
             predictor=self.predictor,
             selection=None if dense else self.selection,
             policy=None if dense else self.policy,
             max_new_tokens=new,
-            stop=sorted(stop_tokens(self.text, self.base.config.vocab_size, None)),
+            stop=[*until, *sorted(self.text.ends)],
             seed=seeds + seeds[-1:] * spare,
             score_dtype=self.score_dtype,
             sampling=SamplingConfig(**given),
         )
-        texts, open_rows = [""] * len(prompts), set(range(len(prompts)))
-        made = [0] * len(prompts)
-        for piece in pieces:
-            if piece.row not in open_rows:
-                continue
-            texts[piece.row] += piece.text
-            made[piece.row] += 1
-            ended = piece.token in self.text.ends or made[piece.row] == new
-            if ended or any(stop in texts[piece.row] for stop in until):
-                open_rows.discard(piece.row)
-            if not open_rows:
-                break
-        return [postprocess_generated_text(text, until, None) for text in texts]
+        return [postprocess_generated_text(text, until, None) for text in found.texts[: len(prompts)]]
 
     def _bar(self, total: int, title: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=title, disable=disable or not self.progress)

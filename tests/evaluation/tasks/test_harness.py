@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -177,14 +178,8 @@ def test_a_rolling_likelihood_is_the_sum_over_its_windows(base, exact):
 @pytest.mark.parametrize("kind", [dense, sparse])
 def test_a_generated_text_ends_before_the_first_stop_string_and_so_does_the_work(base, predictor, kind, monkeypatch):
     more, pieces = () if kind is dense else (predictor,), []
-
-    def counted(*args, **settings):
-        for piece in stream(*args, **settings):
-            pieces.append(piece)
-            yield piece
-
-    stream = harness.generate_stream
-    monkeypatch.setattr(harness, "generate_stream", counted)
+    counted = partial(harness.generate, stream=pieces.append)
+    monkeypatch.setattr(harness, "generate", counted)
     model = kind(base, *more)
     request = lambda until: ask("generate_until", [("the river", {"until": until, "max_gen_toks": 24})])  # noqa: E731
     (whole,) = model.generate_until(request([]))
