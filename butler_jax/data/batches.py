@@ -28,7 +28,7 @@ from butler_jax.data.windows import Batch
 from butler_jax.text import Tokenizer
 
 SPECS = (
-    "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG], "
+    "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG][#FEATURE], "
     "or several joined by + (python_docs+coreference)"
 )
 

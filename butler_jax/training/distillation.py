@@ -137,8 +137,10 @@ def init_predictor(
         seed: Of the random parameters of the other kinds.
 
     Raises:
-        ValueError: Where the lookahead predictor has no batches.
+        ValueError: The config is no PredictorConfig, or the lookahead predictor has no batches.
     """
+    if not isinstance(config, PredictorConfig | None):
+        raise ValueError(f"config must be a PredictorConfig, got {type(config).__name__}; a TrainConfig has .predictor")
     return make_predictor(base.config, config or PredictorConfig(), seed).initialise(base.model, list(batches))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from butler_jax.model.decoder import dense_mixer, embed, run_layers
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.base import at
 from butler_jax.predictors.config import PredictorConfig
+from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import init_predictor
 from butler_jax.weights import Base
 from tests.predictors.passes import all_scores, batch_of, model_of, views_of
@@ -111,3 +114,8 @@ def test_lookahead_takes_the_pairs_of_most_energy_and_spread(fraction):
 def test_lookahead_without_calibration_says_what_to_give():
     with pytest.raises(ValueError, match="give it calibration batches"):
         init_predictor(Base("random", model_of(), None, ""), PredictorConfig(rank=8))
+
+
+def test_a_config_of_training_is_not_one_of_a_predictor():
+    with pytest.raises(ValueError, match=r"got TrainConfig; a TrainConfig has \.predictor"):
+        inspect.unwrap(init_predictor)(Base("random", model_of(), None, ""), TrainConfig())

@@ -17,7 +17,8 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
     """Open the documents of a prepared TFDS set.
 
     Args:
-        name: NAME, NAME/CONFIG or NAME:VERSION, as TFDS writes it.
+        name: NAME, NAME/CONFIG or NAME:VERSION, as TFDS writes it. NAME#FEATURE names a text feature, by default "text"
+            or the only one.
         split: "train" or "test". Test documents are the set's split "test" or "validation". A set with neither gives
             the last 2 % of "train", and training uses the rest.
         data_dir: Where the set was prepared, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
@@ -26,6 +27,7 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
         FileNotFoundError: The set is not prepared there.
         ValueError: It has no text feature, no split to read, or its format has no random access.
     """
+    name, _, feature = name.partition("#")
     if not re.fullmatch(r"\w+(/\w[\w.+-]*)*(:[\d.*]+)?", name, re.ASCII):  # TFDS would run foreign code for a namespace
         raise ValueError(f"tfds:{name} is no name of a TFDS set; write NAME, NAME/CONFIG or NAME:VERSION.")
     place = data_dir or tfds.core.constants.DATA_DIR
@@ -39,7 +41,7 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
         raise ValueError(f"tfds:{name} cannot be opened from {place}: {first_line(error)}") from error
     if not prepared:
         raise FileNotFoundError(f"the TFDS set {name!r} is not prepared in {place}. {advice}")
-    key = _text_key(name, builder.info.features)
+    key = _text_key(name, feature, builder.info.features)
     chosen = _split(name, tuple(builder.info.splits), split)
     try:
         return TextField(builder, chosen, key)
@@ -52,8 +54,12 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
         ) from error
 
 
-def _text_key(name: str, features: tfds.features.FeaturesDict) -> str:
+def _text_key(name: str, asked: str, features: tfds.features.FeaturesDict) -> str:
     texts = [key for key, feature in dict(features).items() if isinstance(feature, tfds.features.Text)]
+    if asked:
+        if asked not in texts:
+            raise ValueError(f"tfds:{name} has no text feature {asked}; it has: {', '.join(texts) or 'none'}.")
+        return asked
     if "text" in texts:
         return "text"
     if len(texts) == 1:
@@ -61,7 +67,10 @@ def _text_key(name: str, features: tfds.features.FeaturesDict) -> str:
     found = ", ".join(map(str, features))
     if not texts:
         raise ValueError(f"tfds:{name} has no text feature (features: {found}); choose a set of text.")
-    raise ValueError(f"tfds:{name} has several text features ({', '.join(texts)}) and none is called text.")
+    raise ValueError(
+        f"tfds:{name} has several text features ({', '.join(texts)}) and none is called text. "
+        f"Name one: tfds:{name}#{texts[0]}."
+    )
 
 
 def _split(name: str, splits: tuple[str, ...], split: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,18 @@ TEST_SHARE = 0.02
 
 TEST_LEAST = 4_000
 """The least size of that share in bytes, as long as it is below a tenth of the file."""
+
+FOREIGN = (  # first bytes of files that are no text, and what to do with them
+    (b"\x1f\x8b", "is compressed by gzip; unpack it first, for example with gzip -dk"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by Zstandard; unpack it first, for example with zstd -d"),
+    (b"\xfd7zXZ\0", "is compressed by xz; unpack it first, for example with xz -dk"),
+    (b"BZh", "is compressed by bzip2; unpack it first, for example with bzip2 -dk"),
+    (b"PK\x03\x04", "is a zip archive; unpack it first"),
+    (b"PAR1", 'is a parquet file; write its texts as .jsonl first, an object with a string "text" a line'),
+    (b"\xff\xfe", "is UTF-16 text; convert it first, for example with iconv -f utf-16 -t utf-8"),
+    (b"\xfe\xff", "is UTF-16 text; convert it first, for example with iconv -f utf-16 -t utf-8"),
+)
+HEAD = 4_096  # bytes at a file's beginning that are looked at
 
 _PIECE = 1_000  # characters of a line that are placed in a split at a time
 _READ = 1 << 20  # bytes read at a time for the digest
@@ -55,13 +68,13 @@ def open_builder(paths: Sequence[str | os.PathLike[str]], data_dir: str | None =
     Args:
         paths: Files and directories. A file is read whatever its suffix. In a directory, the files *.txt, *.md and
             *.jsonl are read (.jsonl: each line is a JSON object with a string "text"). Text is UTF-8, and
-            "<|endoftext|>" ends a document.
+            "<|endoftext|>" ends a document. A warning names the files of a directory that are left out.
         data_dir: Where prepared sets are kept; None is TFDS_DATA_DIR or TFDS's default.
 
     Raises:
         FileNotFoundError: A path does not exist.
-        ValueError: A file is empty, is not UTF-8, or has a line that is no such JSON object; the file and the byte or
-            line are named.
+        ValueError: A file is empty, compressed, no regular file or not UTF-8, or a line is no such JSON object;
+            the file and the byte or line are named.
     """
     files = find_files(paths)
     return open_prepared(TextFiles, TextConfig(name=_content_hash(files), paths=tuple(map(str, files))), data_dir)
@@ -75,12 +88,28 @@ def find_files(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     for given in paths:
         path = Path(os.path.expanduser(given))
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            held = sorted(p for p in path.rglob("*") if p.is_file())
+            found = [p for p in held if p.suffix.lower() in SUFFIXES]
+            others = [p.relative_to(path) for p in held if p.suffix.lower() not in SUFFIXES]
+            others = [p for p in others if not any(part.startswith(".") for part in p.parts)]
+            names = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
             if not found:
-                raise ValueError(f"no text in directory {path}: it holds no {', '.join(SUFFIXES)} file.")
+                has = f" (it holds {names})" if others else ""
+                raise ValueError(f"no text in directory {path}: it holds no {', '.join(SUFFIXES)} file{has}.")
+            if others:
+                warnings.warn(
+                    f"text:{path} leaves out {len(others)} files that are no {', '.join(SUFFIXES)}: {names}. Name a "
+                    "file to read it whatever its suffix.",
+                    stacklevel=2,
+                )
             files.extend(found)
         elif path.is_file():
             files.append(path)
+        elif path.exists() or str(path) == "-":
+            raise ValueError(
+                f"text:{path} is no regular file. A text is read several times, and again when a run continues: write "
+                "it to a file first, for example with cat > text.txt."
+            )
         else:
             raise FileNotFoundError(f"no such text file or directory: {path}")
     return [path.resolve() for path in dict.fromkeys(files)]
@@ -144,6 +173,15 @@ def _record(path: Path, number: int, line: str) -> str:
     return record["text"]
 
 
+def _check_text(path: Path, head: bytes) -> None:
+    """Raise ValueError for a file whose first bytes are of no UTF-8 text; says what to do with it."""
+    for begin, said in FOREIGN:
+        if head.startswith(begin):
+            raise ValueError(f"{path} {said}.")
+    if head.count(0) * 10 > len(head):
+        raise ValueError(f"{path} is binary, or UTF-16 text without a mark; give UTF-8 text.")
+
+
 def _content_hash(files: Sequence[Path]) -> str:
     """A digest of the files' names and bytes. Raises ValueError for a file of white space alone."""
     digest = hashlib.sha256(_LAYOUT.encode())
@@ -151,6 +189,8 @@ def _content_hash(files: Sequence[Path]) -> str:
         digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
         blank = True
         with path.open("rb") as file:
+            _check_text(path, file.read(HEAD))
+            file.seek(0)
             while chunk := file.read(_READ):
                 blank = blank and not chunk.strip()
                 digest.update(chunk)

@@ -32,6 +32,7 @@ from butler_jax.storage import to_dict
 from butler_jax.weights import Base
 
 LEAST = 32  # rows are padded to the next of 1, 1.5, 2, 3, 4 ... times as many tokens
+NO_CONTINUATION = "a continuation has no tokens; the task asks for the likelihood of nothing"
 NEW_TOKENS = 256  # of a generated text whose task names no limit
 SAMPLING = tuple(field.name for field in fields(SamplingConfig))
 Row = tuple[tuple[int, ...], int]  # tokens, and how many of the last are asked for
@@ -144,7 +145,12 @@ class ButlerLM(TemplateLM):
         return self.text.backend.decode([token], skip_special_tokens=False)
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether it is the greedy one) of every request's continuation after its context."""
+        """(log-likelihood in nats, whether it is the greedy one) of every request's continuation after its context.
+
+        Raises ValueError where a request asks for the likelihood of nothing.
+        """
+        if any(not continuation for _, continuation in (request.args for request in requests)):
+            raise ValueError(NO_CONTINUATION)
         return super().loglikelihood(requests, disable_tqdm or not self.progress)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
@@ -168,7 +174,7 @@ class ButlerLM(TemplateLM):
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
         """Context and continuation, truncated from the left where too long."""
         if not continuation:
-            raise ValueError("a continuation has no tokens; the task asks for the likelihood of nothing")
+            raise ValueError(NO_CONTINUATION)
         if len(continuation) > self.max_length:
             raise ValueError(
                 f"a continuation of {len(continuation)} tokens is longer than max_length, {self.max_length}; raise "

@@ -65,3 +65,12 @@ def test_names_of_prepared_sets_bring_in_no_foreign_code():
     for name in ("someone:their_set", "huggingface:x/y", "../x", "a/../b", ""):
         with pytest.raises(ValueError, match="is no name of a TFDS set; write NAME"):
             open_prepared_set(name, "train")
+
+
+def test_a_text_feature_of_several_is_named():
+    features = tfds.features.FeaturesDict({"question": tfds.features.Text(), "answer": tfds.features.Text()})
+    assert prepared_sets._text_key("pairs", "answer", features) == "answer"
+    with pytest.raises(ValueError, match=r"Name one: tfds:pairs#(question|answer)\."):
+        prepared_sets._text_key("pairs", "", features)
+    with pytest.raises(ValueError, match="no text feature label; it has: "):
+        prepared_sets._text_key("pairs", "label", features)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import os
 
 import pytest
 
@@ -36,7 +40,8 @@ def test_documents_end_at_the_end_of_text_mark_and_at_json_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one one\n<|endoftext|>two\n\nmore<|endoftext|>\n" + "three " * 500)
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": f"record {i} é"}) for i in range(50)))
     (tmp_path / "skipped.csv").write_text("1,2")
-    files = text.find_files([tmp_path])
+    with pytest.warns(UserWarning, match=r"skipped\.csv"):
+        files = text.find_files([tmp_path])
     assert [file.name for file in files] == ["a.txt", "b.jsonl"]
     plain = list(text.read_passages(files[0]))
     assert [passage for _, passage in plain[:2]] == ["one one\n", "two\n\nmore"]
@@ -60,6 +65,39 @@ def test_bad_files_are_named(tmp_path, content, name, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         text.open_builder([tmp_path / name], str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"some text"), "is compressed by gzip; unpack it first"),
+        (lzma.compress(b"some text"), "is compressed by xz"),
+        (bz2.compress(b"some text"), "is compressed by bzip2"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "is compressed by Zstandard"),
+        (b"PAR1\x15\x04", "is a parquet file; write its texts as .jsonl"),
+        ("some text".encode("utf-16"), "is UTF-16 text; convert it first, for example with iconv -f utf-16"),
+        ("some text".encode("utf-16-be"), "is binary, or UTF-16 text without a mark"),
+    ],
+)
+def test_files_that_are_no_text_are_told_what_to_do(tmp_path, content, message):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        text.open_builder([tmp_path / "a"], str(tmp_path / "data"))
+
+
+def test_files_that_a_directory_leaves_out_are_named(tmp_path):
+    (tmp_path / "b.json.gz").touch()
+    with pytest.raises(ValueError, match=r"holds no \.txt, \.md, \.jsonl file \(it holds b\.json\.gz\)"):
+        text.find_files([tmp_path])
+    (tmp_path / "README.md").write_text("text")
+    with pytest.warns(UserWarning, match=r"leaves out 1 files that are no .*: b\.json\.gz"):
+        assert [file.name for file in text.find_files([tmp_path])] == ["README.md"]
+
+
+@pytest.mark.parametrize("path", ["-", os.devnull])
+def test_what_cannot_be_read_twice_is_refused(path):
+    with pytest.raises(ValueError, match=f"text:{path} is no regular file"):
+        text.find_files([path])
 
 
 def test_a_text_cut_inside_a_character_is_told_so(tmp_path):

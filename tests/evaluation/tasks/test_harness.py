@@ -327,3 +327,9 @@ def test_dense_agrees_with_the_harness_own_model_on_smollm2(shared_data, smollm2
     (ours, theirs), (right, wanted) = compare(smollm2_dir, shared_data / "data" / "evals", "lambada", 24, 1023)
     assert len(ours) == 24 and right == wanted
     np.testing.assert_allclose(ours, theirs, atol=1e-3)  # likewise, 30 layers
+
+
+def test_the_likelihood_of_nothing_is_refused(base):
+    for pair in (("", ""), ("the river", "")):
+        with pytest.raises(ValueError, match="a continuation has no tokens"):
+            dense(base).loglikelihood(ask("loglikelihood", [pair]))
