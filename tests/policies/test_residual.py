@@ -24,7 +24,7 @@ def seen():
     def mixer(carry, view):
         def watch(chunk):
             return {name: getattr(chunk, name) for name in ("logits", "allowed", "v", "x")} | {
-                error: OracleResidual(error=error).scores(chunk) for error in ("weight", "value", "centred")
+                error: OracleResidual(error=error).scores(chunk) for error in ("weight", "value", "centred", "critical")
             }
 
         values = map_chunks(watch, view, None, jnp.asarray(batch["segments"]), None)[0]
@@ -56,6 +56,19 @@ def test_scores_are_logarithms_of_what_not_reading_a_token_changes(seen, error):
     rounding = (8 * 2.0**-24) ** 0.5 * weights * (np.linalg.norm(own, axis=-1)[:, :, :, None] + mean[..., None])
     rounding = rounding / np.linalg.norm(arrays["x"], axis=-1)[:, None, None, :, None] * (error == "centred")
     assert (np.abs(np.exp(arrays[error]) - wanted) <= 1e-5 * wanted + rounding)[inside].all()
+
+
+def test_the_critical_score_is_the_weight_times_the_mean_l1_norm(seen):
+    arrays, output = seen
+    allowed = arrays["allowed"].astype(bool)[:, None, None]
+    weights = np.where(allowed, np.exp(arrays["logits"]), 0)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    group = weights.shape[2]
+    found, stream = np.exp(arrays["critical"]), np.linalg.norm(arrays["x"], axis=-1)
+    for b, k, g, row, key in np.argwhere(np.broadcast_to(allowed, weights.shape)):
+        norms = [np.abs(arrays["v"][b, k, key] @ output[k * group + head]).sum() for head in range(group)]
+        wanted = (weights[b, k, g, row, key] + 1e-4) * np.mean(norms) / stream[b, row]
+        np.testing.assert_allclose(found[b, k, g, row, key], wanted, rtol=2e-5)  # float32 logits of size 10
 
 
 def test_dropping_a_token_changes_the_stream_by_the_centred_error(seen):
