@@ -27,3 +27,13 @@ HAYSTACK = prose(3000)
 def train_tokenizer() -> Tokenizer:
     """The tokenizer of tests that ask for answers."""
     return train_bpe([HAYSTACK, " ".join(coreference.sample(0, n).text for n in range(20))], 512)
+
+
+def answers_of(sample) -> tuple[str, ...]:
+    """The answers of a sample, as they stand in its text."""
+    return tuple(sample.text[start:end] for start, end in sample.spans)
+
+
+def decode_asked(tokenizer: Tokenizer, sample) -> str:
+    """The text of the tokens that a sample asks for."""
+    return tokenizer.decode([token for token, asked in zip(sample.tokens, sample.asked, strict=True) if asked])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -12,6 +13,7 @@ from butler_jax.cli.info import inspect
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.settings import FORMER_NAMES, read_settings, run_config, run_data, with_present_names
 from butler_jax.selection.config import AlwaysReadConfig
+from butler_jax.storage.json_objects import read_lines
 from butler_jax.storage.settings import from_dict, to_dict
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import check_run, open_run
@@ -95,3 +97,32 @@ def test_a_directory_that_is_no_run_is_told(tmp_path, content, message):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_config(tmp_path)
+
+
+def test_a_run_of_a_stranger_is_checked(tmp_path):
+    path = tmp_path / "config.json"
+    for content in ('{"base": 5}', '{"base": ["tiny"]}', '{"base": "tiny", "data": 5}', "[" * 100_000, "[]"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            run_config(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json must hold .*; remove it"):
+        check_run(tmp_path, TrainConfig())
+    path.write_text('{"base": ' + "[" * 900 + "]" * 900 + "}")
+    with pytest.raises(ValueError, match=r"other settings .*base: \[\[.* there, 'tiny' now"):
+        check_run(tmp_path, TrainConfig())
+    for kind in (sparse, os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        path.rmdir() if path.is_dir() else path.unlink()
+        kind(path)
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{tmp_path}.* (bytes|no config\.json)"):
+            run_config(tmp_path)
+        with pytest.raises(ValueError, match=r"config\.json (has \d+ bytes|is no regular file).*; remove it"):
+            check_run(tmp_path, TrainConfig())
+        with pytest.raises(ValueError, match=r"config\.json(, line 1: more than| is no regular file; move it away)"):
+            next(read_lines(path))
+
+
+def sparse(path):
+    """10 GB that take no room."""
+    path.touch()
+    os.truncate(path, 10 << 30)

@@ -88,3 +88,11 @@ def test_arithmetic_is_true():
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split='dev' is unknown"):
         coreference.sample(0, 0, "dev")
+
+
+def test_co_reference_distances_count_the_tokens_between_the_mentions(tokenizer):
+    for index in range(10):
+        sample = coreference.sample(0, index, "test")
+        between = sample.text[sample.name_start + len(sample.name) : sample.last_start - 1]
+        # What lies between begins at a word and ends before the name's space, so alone it has the same tokens.
+        assert coreference.mention_distance(tokenizer, sample) == len(tokenizer.encode(between))

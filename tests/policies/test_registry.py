@@ -1,0 +1,37 @@
+"""Every policy by its name, and the errors of unknown names and settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from butler_jax.policies import POLICIES, Evicting, Scoring, make_policy
+from tests.policies.chunks import B, C, D, G, K, S
+
+
+def test_every_policy_gives_finite_scores_of_the_shape_selection_takes_or_evicts(chunk):
+    directions = np.ones((4, K, D, 2), np.float32)
+    for name in POLICIES:
+        if issubclass(POLICIES[name], Evicting):
+            assert not issubclass(POLICIES[name], Scoring)
+            continue
+        scores = make_policy(name, **({"directions": directions} if name == "lowrank" else {}))(chunk)
+        assert scores.shape in ((B, K, C, S), (B, K * G, C, S)), name
+        assert np.isfinite(np.asarray(scores)).all(), name
+
+
+def test_errors_name_what_is_known(chunk):
+    with pytest.raises(ValueError, match="unknown policy 'best'; known: dense, oracle"):
+        make_policy("best")
+    with pytest.raises(ValueError, match="streaming has no seed"):
+        make_policy("streaming", seed=1)
+    with pytest.raises(ValueError, match="policy dense has no foo; it has no settings"):
+        make_policy("dense", foo=1)
+    with pytest.raises(ValueError, match="policy quest has no evicts; it has page"):
+        make_policy("quest", evicts=True)
+    with pytest.raises(ValueError, match="known: normalised, maximum"):
+        make_policy("tokenbutler", pooling="mean")
+    with pytest.raises(ValueError, match="needs a trained predictor"):
+        make_policy("tokenbutler")(chunk._replace(predicted=None))
+    with pytest.raises(ValueError, match="lowrank has no directions yet"):
+        make_policy("lowrank")(chunk)
