@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import jax
@@ -22,3 +23,12 @@ def base():
 @pytest.fixture(scope="session")
 def predictor():
     return make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+
+
+@pytest.fixture
+def few_optimisations() -> Iterator[None]:
+    """For tests that compile a program for each case and run it once; slow tests of models run optimised ones."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

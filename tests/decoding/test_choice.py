@@ -30,6 +30,9 @@ choosing = importlib.import_module("butler_jax.simulation.choice")
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=4, kv_heads=2, head_dim=16, context=64
 )
+pytestmark = pytest.mark.usefixtures("few_optimisations")
+
+SLIDING = dict(sliding_window=20, sliding_layers=(True, False, True, False))  # half of the layers see everything
 TOTAL = 60
 PROMPTS = np.asarray([1, 5, 3])  # at most sinks + recent, so that the simulation reads all of them too
 
@@ -114,42 +117,40 @@ QUICK = [
     ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
     ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
 ]
-GRID = [
-    (name, fields, budget)
-    for name, fields in (
-        ("tokenbutler", {}),
-        ("tokenbutler", {"pooling": "maximum"}),
-        ("oracle", {}),
-        ("oracle_head", {}),
-        ("random", {"seed": 3}),
-        ("streaming", {}),
-        ("lowrank", {"rank": 4}),
-    )
-    for budget in (
-        dict(budget=0.25),
-        dict(budget=12),
-        dict(budget=0.4, unit=4),
-        dict(budget=45, unit=16),
-        dict(budget=1.0),
-        dict(budget=0.5, neighbours=True),
-        dict(budget=0.5, threshold=-3.0),
-        dict(budget=0.2, min_context=30),
-    )
+# Scores meet budgets in the number of heads alone: every policy, every budget, and both numbers of heads under what
+# counts heads or units.
+COVERING = [
+    ("tokenbutler", {}, dict(budget=1.0)),
+    ("tokenbutler", {}, dict(budget=0.5, neighbours=True)),
+    ("tokenbutler", {}, dict(budget=0.5, threshold=-3.0)),
+    ("tokenbutler", {"pooling": "maximum"}, dict(budget=45, unit=16)),
+    ("tokenbutler", {"pooling": "maximum"}, dict(budget=0.2, min_context=30)),
+    ("oracle", {}, dict(budget=0.2, min_context=30)),
+    ("oracle", {}, dict(budget=45, unit=16)),
+    ("oracle_head", {}, dict(budget=0.25)),
+    ("oracle_head", {}, dict(budget=0.4, unit=4)),
+    ("oracle_head", {}, dict(budget=0.5, neighbours=True)),
+    ("oracle_head", {}, dict(budget=0.5, threshold=-3.0)),
+    ("random", {"seed": 3}, dict(budget=12)),
+    ("random", {"seed": 3}, dict(budget=1.0)),
+    ("streaming", {}, dict(budget=12)),
+    ("streaming", {}, dict(budget=0.5, neighbours=True)),
+    ("lowrank", {"rank": 4}, dict(budget=0.25)),
+    ("lowrank", {"rank": 4}, dict(budget=0.4, unit=4)),
+    ("lowrank", {"rank": 4}, dict(budget=0.2, min_context=30)),
 ]
+PER_LAYER = dict(budget=0.5, allocation="per_layer", unit=4, floor=0.3)
+PER_LAYER_AND_NEIGHBOURS = dict(budget=12, allocation="per_layer", neighbours=True)
+TOLERANCE = dict(budget=0.7, allocation="tolerance", tolerance=0.1, min_context=30)
 ALLOCATED = [
-    (name, fields, {**budget, **offset})
-    for name, fields, offsets in (
-        ("oracle_residual", {"error": "weight"}, ({},)),
-        ("oracle_residual", {"pooling": "root_sum_square"}, ({},)),
-        ("tokenbutler", {"error": "value"}, ({}, {"offset": "share", "target": "weight"})),
-        ("tokenbutler", {}, ({"offset": "share"}, {"offset": "self_normalised"})),
-    )
-    for budget in (
-        dict(budget=0.5, allocation="per_layer", unit=4, floor=0.3),
-        dict(budget=12, allocation="per_layer", neighbours=True),
-        dict(budget=0.7, allocation="tolerance", tolerance=0.1, min_context=30),
-    )
-    for offset in offsets
+    ("oracle_residual", {"error": "weight"}, PER_LAYER),
+    ("oracle_residual", {"error": "weight"}, TOLERANCE),
+    ("oracle_residual", {"pooling": "root_sum_square"}, PER_LAYER_AND_NEIGHBOURS),
+    ("oracle_residual", {"pooling": "root_sum_square"}, TOLERANCE),
+    ("tokenbutler", {"error": "value"}, PER_LAYER_AND_NEIGHBOURS),
+    ("tokenbutler", {"error": "value"}, {**TOLERANCE, "offset": "share", "target": "weight"}),
+    ("tokenbutler", {}, {**PER_LAYER, "offset": "share"}),
+    ("tokenbutler", {}, {**PER_LAYER, "offset": "self_normalised"}),
 ]
 
 
@@ -188,17 +189,19 @@ def test_decoding_chooses_the_simulations_rows(name, fields, budget):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields", "budget"), GRID + ALLOCATED)
+@pytest.mark.parametrize(("name", "fields", "budget"), COVERING + ALLOCATED)
 def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, budget):
     compare(name, fields, budget)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "lookahead", "producer"])
-@pytest.mark.parametrize("budget", [dict(budget=0.4), dict(budget=0.6, unit=4)])
-def test_decoding_chooses_the_simulations_rows_in_sliding_layers(budget, kind):
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [(None, dict(budget=0.4)), ("lookahead", dict(budget=0.4)), ("producer", dict(budget=0.6, unit=4))],
+)
+def test_decoding_chooses_the_simulations_rows_in_sliding_layers(kind, budget):
     policy = make_policy("tokenbutler" if kind else "oracle")
-    model = make_model(sliding_window=20, sliding_layers=(True, False, True, False))
+    model = make_model(**SLIDING)
     predictor = make_predictor(model.config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16)) if kind else None
     selection = SelectionConfig(sinks=2, recent=3, **budget)
     masks = simulated_masks(model, predictor, policy, selection)
@@ -217,13 +220,16 @@ INTERVALS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "budget"), [INTERVALS[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in INTERVALS[1:])]
+    ("name", "fields", "budget", "changes"),
+    [
+        (*INTERVALS[0], {}),
+        *(pytest.param(*one, {}, marks=pytest.mark.slow) for one in (INTERVALS[1], *INTERVALS[3:])),
+        *(pytest.param(*one, SLIDING, marks=pytest.mark.slow) for one in (INTERVALS[0], INTERVALS[2])),
+    ],
 )
-@pytest.mark.parametrize("sliding_window", [None, pytest.param(20, marks=pytest.mark.slow)])
 def test_decoding_keeps_its_choice_between_the_choices_of_an_interval_as_the_simulation_does(
-    name, fields, budget, sliding_window
+    name, fields, budget, changes
 ):
-    changes = {} if sliding_window is None else dict(sliding_window=20, sliding_layers=(True, False, True, False))
     policy, model, prompts = make_policy(name, **fields), make_model(**changes), np.asarray([4, 4, 4])
     selection = SelectionConfig(sinks=2, recent=3, **budget)
     predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if policy.needs_predictor else None
@@ -291,12 +297,22 @@ def test_decoding_keeps_what_the_simulation_keeps(name, fields):
     compare_evicting(name, fields, dict(budget=0.3))
 
 
+LATER = dict(budget=10, min_context=30)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fields"), EVICTING)
-@pytest.mark.parametrize("budget", [dict(budget=12), dict(budget=1.0), dict(budget=10, min_context=30)])
-@pytest.mark.parametrize("sliding_window", [None, 20])
-def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, sliding_window):
-    changes = {} if sliding_window is None else dict(sliding_window=20, sliding_layers=(True, False, True, False))
+@pytest.mark.parametrize(
+    ("name", "fields", "budget", "changes"),
+    [
+        (*EVICTING[0], LATER, {}),
+        (*EVICTING[0], dict(budget=12), SLIDING),
+        (*EVICTING[1], dict(budget=12), {}),
+        (*EVICTING[1], LATER, SLIDING),
+        (*EVICTING[2], dict(budget=1.0), {}),
+        (*EVICTING[2], LATER, SLIDING),
+    ],
+)
+def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, changes):
     compare_evicting(name, fields, budget, **changes)
 
 

@@ -17,6 +17,8 @@ from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from tests.decoding.letters import BASE, PROMPTS
 
+pytestmark = pytest.mark.usefixtures("few_optimisations")
+
 
 def test_offload_gives_the_resident_tokens(base, predictor):
     settings = dict(
@@ -31,11 +33,17 @@ def test_offload_gives_the_resident_tokens(base, predictor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["normalised", "maximum"])
 @pytest.mark.parametrize(
-    "fields", [dict(budget=0.4), dict(budget=0.5, unit=4), dict(budget=0.4, interval=3)], ids=lambda f: "-".join(f)
+    ("kind", "fields", "pooling"),
+    [
+        ("lookahead", dict(budget=0.4), "normalised"),
+        ("lookahead", dict(budget=0.4, interval=3), "maximum"),
+        ("producer", dict(budget=0.5, unit=4), "maximum"),
+        ("producer", dict(budget=0.4, interval=3), "normalised"),
+        ("contextual", dict(budget=0.4), "maximum"),
+        ("contextual", dict(budget=0.5, unit=4), "normalised"),
+    ],
 )
-@pytest.mark.parametrize("kind", ["lookahead", "producer", "contextual"])
 def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
     # A layer's rows are fetched in the layer before it, where its choice is known; the arithmetic is the same.
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
