@@ -19,7 +19,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ STEPS, EVERY = 900, 30
 PLAN = ("start",) * 5 + ("training",) * 7 + ("saving",) * 8
 
 
-def kill_and_resume(launch: Callable[[], TrainingProcess], seed: int = 0) -> dict[str, Any]:
-    """Kill a run at the moments of PLAN in random order, starting it again each time, and let the last start end it.
+def kill_and_resume(
+    launch: Callable[[], TrainingProcess], seed: int = 0, plan: Sequence[str] = PLAN, every: int = EVERY
+) -> dict[str, Any]:
+    """Kill a run at the moments of `plan` in random order, starting it again each time, and let the last start end it.
 
     Counts the kills by what they hit and the checkpoints that they cost. Raises RuntimeError where a process ends by
     itself before its kill, or the last one with an error.
     """
-    draw, plan, hit, lost, newest = random.Random(seed), list(PLAN), Counter(), set(), []
+    draw, plan, hit, lost, newest = random.Random(seed), list(plan), Counter(), set(), []
     draw.shuffle(plan)
     before = 0
     for wanted in plan:
@@ -50,7 +52,7 @@ def kill_and_resume(launch: Callable[[], TrainingProcess], seed: int = 0) -> dic
         if wanted == "start":
             time.sleep(draw.uniform(0.1, 2.5))
         else:
-            training.until_it_trains(before, draw.randint(1, 3 * EVERY), saving=wanted == "saving")
+            training.until_it_trains(before, draw.randint(1, 3 * every), saving=wanted == "saving")
             time.sleep(draw.choice([0, 0, 0, 0.002, 0.01]) if wanted == "saving" else 0)
         training.process.kill()
         said = training.end()

@@ -244,14 +244,14 @@ def test_checkpoints_of_four_processes_go_on_in_fewer(place, deaths, alone, coun
     same(place.losses(run), alone)
 
 
-def test_all_processes_stop_at_one_step_and_go_on_in_more(place, alone):
+def test_a_run_goes_on_in_more_processes_which_stop_at_one_step(place, alone):
     place.copy("alone", "stopped", step=4)
     asked = Signal(signal.SIGTERM, 2, place.directory)  # before step 6, the second process alone
     ended = place.finish(2, place.train("stopped"), signals={1: asked})
     assert "going on from step 4" in ended[0].said
     assert "stopped and saved at step 7; run the same command again to go on" in ended[0].said
     assert place.kept("stopped")[-1] == 7 and len(place.losses("stopped")) == 7
-    ended = place.finish(4, place.train("stopped"))
+    ended = place.finish(1, place.train("stopped"))
     assert "going on from step 7" in ended[0].said
     assert len(place.losses("stopped")) == STEPS
     same(place.losses("stopped"), alone)

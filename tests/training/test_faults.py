@@ -23,7 +23,6 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 from benchmarks import faults
-from benchmarks.faults import EVERY, STEPS
 from benchmarks.training_process import TrainingProcess, starts
 from butler_jax import load_base
 from butler_jax.cli import main
@@ -34,6 +33,7 @@ from tests import tiny_runs
 from tests.training import test_loop
 
 REPOSITORY = Path(__file__).parent.parent.parent
+STEPS, EVERY = 300, 15
 
 
 def arrays(run_dir: Path, step: int) -> dict[str, np.ndarray]:
@@ -444,13 +444,15 @@ def undisturbed(place, tmp_path_factory) -> TrainingProcess:
     return training
 
 
-@pytest.mark.slow  # twenty starts of some seconds each
-def test_twenty_kills_at_random_moments_change_nothing(place, undisturbed, tmp_path):
+@pytest.mark.slow  # six starts of some seconds each
+def test_kills_at_random_moments_change_nothing(place, undisturbed, tmp_path):
+    """Five kills; benchmarks/faults.py does twenty."""
     run_dir, cache = tmp_path / "run", undisturbed.run_dir.parent / "cache"
-    found = faults.kill_and_resume(lambda: launch(place, cache, run_dir, tmp_path / "data"))
+    plan = ("start", "training", "training", "saving", "saving")
+    found = faults.kill_and_resume(lambda: launch(place, cache, run_dir, tmp_path / "data"), plan=plan, every=EVERY)
     hit = found["during"]
-    assert found["kills"] == sum(hit.values()) == 20 and found["checkpoints_lost"] == 0
-    assert all(hit[phase] >= 3 for phase in ("start", "training", "saving")), hit
+    assert found["kills"] == sum(hit.values()) == 5 and found["checkpoints_lost"] == 0
+    assert all(hit.get(phase) for phase in ("start", "training", "saving")), hit
     assert_same(run_dir, undisturbed.run_dir, STEPS)
     ended = [one["ended"] for one in starts(run_dir)]
     assert ended == [None] * (hit["training"] + hit["saving"]) + ["finished"]
