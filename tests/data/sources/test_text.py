@@ -78,6 +78,7 @@ def test_bad_files_are_named(tmp_path, content, name, message):
         ("some text".encode("utf-16"), "is UTF-16 text; convert it first, for example with iconv -f utf-16"),
         ("some text".encode("utf-16-be"), "is binary, or UTF-16 text without a mark"),
     ],
+    ids=["gzip", "xz", "bzip2", "zstandard", "parquet", "utf-16", "utf-16 without a mark"],
 )
 def test_files_that_are_no_text_are_told_what_to_do(tmp_path, content, message):
     (tmp_path / "a").write_bytes(content)
