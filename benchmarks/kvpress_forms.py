@@ -144,7 +144,8 @@ def follow(
         k, v = (jnp.concatenate([a[view.index], b], axis=1) for a, b in ((prompt.k, view.k), (prompt.v, view.v)))
         return attend(attention_weights(view.q, k, jnp.concatenate(mask, axis=-1)[:, :, None]), v), carry, None
 
-    x = run_layers(model, embed(model, tokens), length + places(tokens), mixer, None, length=length + new)[0]
+    whole = jnp.full(tokens.shape[:1], length + new, jnp.int32)
+    x = run_layers(model, embed(model, tokens), length + places(tokens), mixer, None, length=whole)[0]
     return predict_next(model, x, tokens, jnp.ones_like(tokens))[0][:, :-1]
 
 
