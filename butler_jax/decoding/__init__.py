@@ -8,11 +8,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "capacity": ["bucket"],
         "choice": ["empty_memory"],
         "config": ["SamplingConfig"],
         "plan": ["make_plan"],
         "eviction": ["EvictedRows", "evict_rows"],
-        "generation": ["Generated", "Piece", "bucket", "generate", "generate_stream"],
+        "generation": ["Generated", "Piece", "generate", "generate_stream"],
         "prefill_pass": ["prefill"],
         "score_cache": ["check_score_dtype", "rounded"],
         "step": ["Found", "decode_step"],

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from butler_jax.decoding.capacity import bucket, room_for_all
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.plan import Plan, check_offload, make_plan
 from butler_jax.decoding.prefill_pass import CHUNK, run_prompts
@@ -371,36 +372,3 @@ def _plan_step(config: BaseConfig, how: Decoding, lengths: np.ndarray, step: int
         return plan
     most = int(budget_table(selection, how.capacity)[selection.min_context + 1 :].max())
     return dataclasses.replace(plan, room=room_for(selection, how.capacity, most, heads=plan.heads))
-
-
-def bucket(length: int, least: int) -> int:
-    """The next of least * (1, 1.5, 2, 3, 4, 6, 8, ...)."""
-    size = least
-    while size < length:
-        if size * 3 // 2 >= length:
-            return size * 3 // 2
-        size *= 2
-    return size
-
-
-def room_for_all(lengths: np.ndarray, new: int, capacity: int | None, context: int) -> int:
-    """Tokens that every row gets room for. Raises ValueError where prompts and new tokens do not fit."""
-    longest = int(lengths.max())
-    needed = longest + new - 1  # the last token is not fed back
-    if needed > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones are beyond the model's context of {context} tokens; ask "
-            f"for at most {max(context - longest + 1, 0)} new tokens, or shorten the prompt"
-        )
-    if capacity is None:
-        return min(bucket(needed, 64), context)
-    if longest > capacity:
-        raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {capacity}; raise the capacity")
-    if needed > capacity:
-        raise ValueError(
-            f"the cache of {capacity} tokens would be full after {capacity - longest + 1} new tokens of {new}; raise "
-            "the capacity or lower max_new_tokens"
-        )
-    if capacity > context:
-        raise ValueError(f"a cache of {capacity} tokens is beyond the model's context of {context}")
-    return capacity
