@@ -29,6 +29,9 @@ class PredictorConfig:
     offset: Literal["none", "share", "self_normalised"] = "none"
     """A number for each row and query head that makes scores the logarithms of errors. share: added to scores from
     which their log-sum-exp is taken off. self_normalised: added to the scores as they are."""
+    value_channels: int | None = None
+    """How many of the R numbers of k_imp describe the token's value instead of its key; even, for the lookahead
+    predictor. Default: 2 where the target counts values, else 0."""
     hidden: int | None = None
     """Hidden width I of the predictors contextual and producer. Default: 512."""
 
@@ -43,6 +46,13 @@ class PredictorConfig:
             raise ValueError(
                 f"only the lookahead predictor has an offset, not {self.kind}; leave out target and offset, or take it"
             )
+        if self.value_channels is None:
+            counts_values = self.kind == "lookahead" and self.target in ("value", "centred")
+            object.__setattr__(self, "value_channels", 2 if counts_values else 0)
+        if self.value_channels and self.kind != "lookahead":
+            raise ValueError(f"only the lookahead predictor has value channels, not {self.kind}; leave them out")
+        if not 0 <= self.value_channels < self.rank or self.value_channels % 2:
+            raise ValueError(f"value channels must be even and fewer than the rank, got {self.value_channels}")
         if self.stride <= 0:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:

@@ -6,7 +6,13 @@ It has the timing and the score cache of the producer predictor. It differs in t
 - They start as the matching rows of the frozen projections.
 - Every query row is distilled, not a sample of the rows.
 
-The rotary pairs f of a layer and KV head are those with the R/2 largest E|q_f|^2 E|k_f - mean k_f|^2.
+The rotary pairs f of a layer and KV head are those with the largest E|q_f|^2 E|k_f - mean k_f|^2.
+
+An error in the residual stream depends on values too, of which keys say nothing. So the last numbers of k_imp, its
+value channels, may describe the token's value v. The first is log |v W|, the norm that v has in the residual stream,
+as the root of the mean square over the heads of the group. The others are learned directions of v / |v W|. None is
+rotated. Their numbers of q_imp are linear in the captured stream, and start so that the score is the logarithm of the
+attention weight plus log |v W|.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from butler_jax.model import (
     dense_mixer,
     embed,
     few_tokens,
+    output_gram,
     rms_norm,
     rotary,
     run_layers,
@@ -32,23 +39,41 @@ from butler_jax.model import (
 from butler_jax.predictors.base import Context, Predictor, project_heads
 from butler_jax.predictors.config import PredictorConfig
 
+OFFSET_SCALE = 16.0  # of the offset's bias, which must move by nats where a step moves a parameter by the learning rate
+SMALLEST = 1e-6  # squared norms of values below it count as it, so that their logarithm is finite
+
 
 class LookaheadHeads(nnx.Module):
-    """Stacked over the layers 1 ... L-1: query [E, H, R], key [K*D, R] and the indices of the pairs [K, R/2].
+    """Stacked over the layers 1 ... L-1, with N value channels and M = R - N rotated numbers.
 
-    query_bias [H, R] is None where the base has no bias.
+    Attributes:
+        query, key, pairs: The rotated numbers: [E, H, M], [K*D, M] and the indices of the rotary pairs [K, M/2].
+        query_bias: [H, M]; None where the base has no bias.
+        value_query, value_bias: The value channels of q_imp: [E, H, N] and [H, N].
+        value_root: A root of the mean of W W^T over the heads of a group, [K*D, D]; of the base, not trained.
+        value: The learned directions of values, [K*D, N-1].
+        offset, offset_bias: The offset: [E, H], and [3, H] for the logarithms of the stream's norm and of the position,
+            and a constant.
     """
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
-        rank = config.rank
-        first, second = jax.random.split(key)
+        channels = config.value_channels
+        rank = config.rank - channels
+        first, second, third = jax.random.split(key, 3) if channels else (*jax.random.split(key), None)
         L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim
         self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
         self.key = nnx.Param(jax.random.normal(second, (L, K * D, rank)) * D**-0.5)
         self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
+        self.value_query = nnx.Param(jnp.zeros((L, E, H, channels))) if channels else None
+        weight_of_norm = jnp.arange(channels) == 0
+        bias = jnp.broadcast_to(config.rank**0.5 * weight_of_norm, (L, H, channels))
+        self.value_bias = nnx.Param(bias.astype(jnp.float32)) if channels else None
+        self.value = nnx.Param(jax.random.normal(third, (L, K * D, channels - 1)) * D**-0.5) if channels else None
+        root = jnp.broadcast_to(jnp.tile(jnp.eye(D), (K, 1)), (L, K * D, D))
+        self.value_root = nnx.Variable(root) if channels else None
         absolute = config.offset != "none"
         self.offset = nnx.Param(jnp.zeros((L, E, H))) if absolute else None
-        self.offset_bias = nnx.Param(jnp.zeros((L, 2, H))) if absolute else None
+        self.offset_bias = nnx.Param(jnp.zeros((L, 3, H))) if absolute else None
         pairs = jnp.arange(D // 2 - rank // 2, D // 2, dtype=jnp.int32)
         self.pairs = nnx.Variable(jnp.broadcast_to(pairs, (L, K, rank // 2)))
 
@@ -57,7 +82,7 @@ class Lookahead(Predictor):
     """q_imp = rot(norm_l(x_p) W_l) and k_imp = rot(k_pre U_l); x_p is the residual stream that enters producer layer p.
 
     Raises:
-        ValueError: The rank exceeds the base's head dimension.
+        ValueError: The rank exceeds the base's head dimension and the value channels.
     """
 
     kind = "lookahead"
@@ -66,6 +91,10 @@ class Lookahead(Predictor):
         "query": ("layers", "width", "heads", "rank"),
         "key": ("layers", "kv_inputs", "rank"),
         "query_bias": ("layers", "heads", "rank"),
+        "value_query": ("layers", "width", "heads", "rank"),
+        "value_bias": ("layers", "heads", "rank"),
+        "value_root": ("layers", "kv_inputs", "rank"),
+        "value": ("layers", "kv_inputs", "rank"),
         "offset": ("layers", "width", "heads"),
         "offset_bias": ("layers", "norm", "heads"),
         "pairs": ("layers", "kv_heads", "rank"),
@@ -73,9 +102,12 @@ class Lookahead(Predictor):
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
         super().__init__(base, config)
-        if config.rank > base.head_dim:
+        most = base.head_dim + config.value_channels
+        if config.rank > most:
             raise ValueError(
-                f"rank {config.rank} exceeds the base's head dimension {base.head_dim}; use at most {base.head_dim}"
+                f"rank {config.rank} exceeds the base's head dimension {base.head_dim}"
+                + (f" and the {config.value_channels} value channels" if config.value_channels else "")
+                + f"; use at most {most}"
             )
         self.trunk = None
         self.heads = LookaheadHeads(base, config, key)
@@ -87,27 +119,41 @@ class Lookahead(Predictor):
         return cos[..., head.pairs[...]], sin[..., head.pairs[...]]
 
     def q_imp(self, head: Any, features, view: LayerView, context: Context):
-        """The captured stream under this layer's frozen norm, projected and rotated; [B, T, H, R]."""
+        """The captured stream under this layer's frozen norm, projected and, but for values, rotated; [B, T, H, R]."""
         h = few_tokens(rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps))
-        q = jnp.einsum("bte,ehr->bthr", h, head.query[...].astype(h.dtype))
-        if head.query_bias is not None:
-            q = q + head.query_bias[...].astype(h.dtype)[None, None]
+
+        def project(weights, bias):
+            q = jnp.einsum("bte,ehr->bthr", h, weights[...].astype(h.dtype))
+            return q if bias is None else q + bias[...].astype(h.dtype)[None, None]
+
         cos, sin = (jnp.repeat(a, self.base.group, axis=2) for a in self._angles(head, context))
-        return rotary(q, cos, sin)
+        q = rotary(project(head.query, head.query_bias), cos, sin)
+        if head.value_query is None:
+            return q
+        return jnp.concatenate([q, project(head.value_query, head.value_bias)], axis=-1)
 
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
-        """The keys before rotary, projected and rotated; [B, T, K, R]."""
-        return rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
+        """The keys before rotary, projected and rotated, and the value channels; [B, T, K, R]."""
+        k = rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
+        if head.value_root is None:
+            return k
+        v = view.v.astype(jnp.float32)
+        norm = jnp.sum(jnp.square(project_heads(v, head.value_root[...])), axis=-1, keepdims=True)
+        norm = jnp.sqrt(jnp.maximum(norm, SMALLEST))
+        values = jnp.concatenate([jnp.log(norm), project_heads(v, head.value[...]) / norm], axis=-1)
+        return jnp.concatenate([k, values.astype(k.dtype)], axis=-1)
 
     def offset(self, head: Any, features, view: LayerView, context: Context):
-        """Linear in the normalised captured stream and in the logarithm of its norm; [B, T, H]."""
+        """Linear in the normalised captured stream, the logarithm of its norm, and that of the position; [B, T, H]."""
         if head.offset is None:
             return None
         stream = features.astype(jnp.float32)
         size = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True) + self.base.norm_eps)
-        of_norm, bias = head.offset_bias[...]
+        of_norm, of_position, bias = OFFSET_SCALE * head.offset_bias[...]
         found = jnp.einsum("bte,eh->bth", stream / size * self.base.width**-0.5, head.offset[...])
-        return found + jnp.log(size) * of_norm[None, None] + bias[None, None]
+        # A log-sum-exp grows with the number of keys; 256 centres its logarithm.
+        number = jnp.log((context.positions + 1).astype(jnp.float32) / 256)[..., None]
+        return found + jnp.log(size) * of_norm[None, None] + number * of_position[None, None] + bias[None, None]
 
     def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
         """Choose the rotary pairs on calibration text and copy the matching rows of the frozen projections.
@@ -121,11 +167,11 @@ class Lookahead(Predictor):
                 "a few of butler_jax.read_batches('python_docs', base.tokenizer, length=512, batch_size=4)"
             )
         energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
-        rank = self.config.rank
-        pairs = jnp.sort(jax.lax.top_k(energy * spread, rank // 2)[1], axis=-1)[1:]
+        number = (self.config.rank - self.config.value_channels) // 2
+        pairs = jnp.sort(jax.lax.top_k(energy * spread, number)[1], axis=-1)[1:]
         graph, state = nnx.split(self)
         chosen = nnx.merge(graph, state)
-        chosen.heads = _from_base(model, self.base, chosen.heads, pairs.astype(jnp.int32), rank)
+        chosen.heads = _from_base(model, self.base, chosen.heads, pairs.astype(jnp.int32), self.config.rank)
         return chosen
 
 
@@ -160,14 +206,14 @@ def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K pair
 
 
 def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs, rank: int) -> LookaheadHeads:
-    """The heads with the frozen projections' rows of these pairs [L-1, K, R/2], scaled to keep the logits' size."""
+    """The heads with the frozen projections' rows of these pairs [L-1, K, M/2], scaled to keep the logits' size."""
     first, second = pair_dimensions(base)
-    dims = jnp.concatenate([first[pairs], second[pairs]], axis=-1)  # [L-1, K, R]
-    per_query = jnp.repeat(dims, base.group, axis=1)  # [L-1, H, R]
+    dims = jnp.concatenate([first[pairs], second[pairs]], axis=-1)  # [L-1, K, M]
+    per_query = jnp.repeat(dims, base.group, axis=1)  # [L-1, H, M]
     scale = (rank / base.head_dim) ** 0.5
     layers = model.layers
 
-    def chosen(weights: Float[Array, "L H D"]) -> Float[Array, "L-1 H R"]:
+    def chosen(weights: Float[Array, "L H D"]) -> Float[Array, "L-1 H M"]:
         return jnp.take_along_axis(weights[1:].astype(jnp.float32), per_query, axis=-1) * scale
 
     query = jax.lax.map(
@@ -179,8 +225,17 @@ def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs,
         query = query * (chosen(gain) / scale)[:, None]
     heads.query = nnx.Param(query)
     rows = jnp.swapaxes(jax.nn.one_hot(dims, base.head_dim, dtype=jnp.float32), -1, -2)
-    heads.key = nnx.Param(rows.reshape(len(rows), -1, rank))
+    heads.key = nnx.Param(rows.reshape(len(rows), -1, dims.shape[-1]))
     if heads.query_bias is not None:
         heads.query_bias = nnx.Param(chosen(layers.q_bias[...]))
     heads.pairs = nnx.Variable(pairs)
+    if heads.value_root is not None:
+        roots = jax.lax.map(lambda o: _value_root(o, base.kv_heads), layers.o[1:])
+        heads.value_root = nnx.Variable(roots.reshape(heads.value_root.shape))
     return heads
+
+
+def _value_root(output: Float[Array, "H D E"], kv_heads: int) -> Float[Array, "K D D"]:
+    """A such that |v A|^2 is the mean of |v W|^2 over the heads of the group."""
+    values, vectors = jnp.linalg.eigh(jnp.mean(output_gram(output, kv_heads), axis=1))
+    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None]

@@ -11,7 +11,7 @@ the whole model instead, the tolerance.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -25,10 +25,13 @@ from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of
 from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import sum_chunks
+from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
 
 GRID = np.arange(-40.0, 10.5, 0.5)  # logarithms of the tolerances that are tried first
 FINE = 16  # tolerances that are then tried between two of the grid
+CORRECTIONS = 2  # simulations that correct a tolerance for what the dense pass does not show
+CLOSE = 0.02  # relative distance from a mean at which its tolerance is not corrected further
 PASSES = 16  # bits of a threshold: a precision of 2**-7 of its value
 
 
@@ -95,20 +98,27 @@ def calibrate_tolerance(
     policy: Policy | None = None,
     prompt_tokens: int = 0,
     rows: int | None = 512,
+    corrections: int = CORRECTIONS,
 ) -> list[SelectionConfig]:
     """Find the tolerance of the whole model under which rows read `means` on average over layers and heads.
+
+    Two dense passes find all tolerances. Where little is read, residual streams and so scores differ from the dense
+    ones. So each tolerance is then corrected by what simulations under it read.
 
     Args:
         model: The base model.
         predictor: Needed by policies with `needs_predictor`.
-        batches: tokens, segments, positions of one shape [B, T], run densely twice.
+        batches: tokens, segments, positions of one shape [B, T].
         selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Units of
             several tokens and neighbours are not possible.
         means: Fractions of the keys that a dense query reads, or numbers of tokens; one result for each. Where sinks
             and recent tokens alone exceed a mean, its tolerance is infinite.
         policy: Default: tokenbutler with values.
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
-        rows: About how many rows of every sequence are measured, in chunks spread evenly along it; None takes all.
+        rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it; None
+            takes all.
+        corrections: How many simulations over the batches may correct each tolerance; 0 keeps those of the dense
+            passes.
 
     Returns:
         The selection under the allocation tolerance, once for each mean.
@@ -159,8 +169,53 @@ def calibrate_tolerance(
             found.append(-np.inf if at < 0 and own[0] < mean else np.inf)
             continue
         share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
-        found.append(fine[at] + share * (fine[at + 1] - fine[at]))
+        value = fine[at] + share * (fine[at + 1] - fine[at])
+        slopes = np.gradient(np.log(np.maximum(coarse[int(isinstance(mean, int))], 1e-12)), GRID)
+        slope = np.interp(value, GRID, slopes)
+
+        def read_at(value, mean=mean):
+            selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
+            return _mean_read(model, predictor, batches, selected, policy, prompt_tokens, whole=isinstance(mean, int))
+
+        found.append(_correct(value, mean, slope, read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
+
+
+def _correct(value: float, mean: float, slope: float, read_at: Callable[[float], float], corrections: int) -> float:
+    """The logarithm of a tolerance after Newton steps on the logarithm of what is read; `slope` is a first guess."""
+    tried: list[tuple[float, float]] = []
+    for _ in range(corrections):
+        miss = np.log(read_at(value) / mean)
+        if tried and value != tried[-1][0]:
+            secant = (miss - tried[-1][1]) / (value - tried[-1][0])
+            slope = secant if secant < 0 else slope
+        tried.append((value, miss))
+        if abs(miss) <= CLOSE:
+            break
+        value = value - np.clip(miss / min(slope, -0.05), -2.0, 2.0)
+    return value
+
+
+def _mean_read(
+    model: BaseModel,
+    predictor: Predictor | None,
+    batches: Sequence[dict[str, Array]],
+    selection: SelectionConfig,
+    policy: Policy,
+    prompt_tokens: int,
+    *,
+    whole: bool,
+) -> float:
+    """The share of its keys, or the number of them, that a row after the prompt reads in a simulation on average."""
+    total = number = 0.0
+    for batch in batches:
+        prompts = np.full(batch["tokens"].shape[0], prompt_tokens, np.int32)
+        asked = np.zeros(batch["tokens"].shape, bool)  # no logits
+        found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
+        counted = (np.asarray(batch["segments"]) > 0) & (np.asarray(batch["positions"]) >= prompt_tokens)
+        read = np.asarray(found.attended) * (np.asarray(batch["positions"]) + 1 if whole else 1)
+        total, number = total + np.sum(read[counted], dtype=np.float64), number + np.sum(counted)
+    return total / number
 
 
 @partial(jax.jit, static_argnames=("policy", "rule", "prompt_tokens", "rows"))

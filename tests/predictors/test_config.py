@@ -14,6 +14,9 @@ from butler_jax.training import TrainConfig
         (dict(target="centred"), "an offset goes with a target that is an error"),
         (dict(offset="share"), "an offset goes with a target that is an error"),
         (dict(kind="producer", target="value", offset="share"), "only the lookahead predictor has an offset"),
+        (dict(kind="producer", value_channels=2), "only the lookahead predictor has value channels"),
+        (dict(rank=4, value_channels=4), "value channels must be even and fewer than the rank"),
+        (dict(value_channels=1), "value channels must be even and fewer than the rank"),
     ],
 )
 def test_targets_and_offsets_that_do_not_go_together_are_refused(given, message):

@@ -65,6 +65,39 @@ def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
     np.testing.assert_allclose(mine[1:], true[1:], atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2 with biases", "phi3 of partial rotary"])
+def test_value_channels_start_as_the_norm_of_the_value_in_the_stream(name):
+    model, batch = model_of(**STARTING[name]), batch_of()
+    base = model.config
+    config = PredictorConfig(rank=base.head_dim + 4, value_channels=4, target="value", offset="share")
+    predictor = make_predictor(base, config).initialise(model, [batch])
+    dense = dense_mixer(base, batch["segments"])
+
+    @jax.jit
+    def run(predictor, model):
+        context = predictor.context(batch["positions"], batch["positions"].shape[1])
+
+        def mixer(carry, view):
+            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
+            q_imp = predictor.q_imp(head, view.x, view, context)  # the layer's own input, not an earlier one's
+            k_imp = jnp.repeat(predictor.k_imp(head, view.x, view, context), base.group, axis=2)
+            scores = jnp.einsum("bthr,bshr->bhts", q_imp, k_imp) * config.rank**-0.5
+            return dense(None, view)[0], carry, (scores, view.q, view.k, view.v)
+
+        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
+
+    scores, *arrays = run(predictor, model)
+    q, k, v = (np.asarray(a, np.float64)[1:] for a in arrays)
+    weights = np.asarray(model.layers.o[...], np.float64)[1:].reshape(
+        -1, base.kv_heads, base.group, base.head_dim, base.width
+    )
+    norms = np.einsum("lbskd,lkgde->lbskge", v, weights)
+    norms = np.log(np.sqrt((norms**2).sum(-1).mean(-1)))  # the root of the mean square over a group
+    k, norms = np.repeat(k, base.group, axis=3), np.repeat(norms, base.group, axis=3)
+    expected = np.einsum("lbthd,lbshd->lbhts", q, k) / 4 + norms.transpose(0, 1, 3, 2)[:, :, :, None]
+    np.testing.assert_allclose(scores[1:], expected, atol=5e-5)  # float32; logits are below 30
+
+
 def test_lookahead_reads_the_stream_at_the_producer_layer():
     model, batch = model_of(layers=6), batch_of()
     base = model.config

@@ -84,17 +84,16 @@ def run_fused(
         mass = jnp.sum(true, axis=-1, keepdims=True)  # the attention that goes to contested keys
         mean_k_imp = attention.weighted_values(true, keys_imp)
         loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
-        pull, doffset = mass, None
+        doffset = None
         if target is not None:
             own = 0.0 if rule.normalised else predicted_lse
             miss = (offset + own - log_total(mass)) * use
             loss += PENALTY * jnp.sum(jnp.square(miss))
             doffset = 2 * PENALTY * miss
-            pull = mass if rule.normalised else mass + doffset
         output = output.astype(v.dtype)
         if not differentiate:
             return (loss, dk_imp), (output, None, None)
-        dscores = predicted * (pull / predicted_total) - true
+        dscores = predicted * (mass / predicted_total) - true
         change = jnp.einsum("bqmr,bqms->bqrs", rows_imp, dscores)
         dk_imp = jax.lax.dynamic_update_slice_in_dim(dk_imp, band.take(dk_imp, first, 3) + change, first, axis=3)
         return (loss, dk_imp), (output, scale * attention.weighted_values(dscores, keys_imp), doffset)

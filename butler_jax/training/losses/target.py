@@ -16,7 +16,10 @@ SMALLEST = 1e-6
 
 
 PENALTY = 0.1
-"""Weight of the squared penalty of an offset, beside the cross entropy. Its gradient reaches the scores too."""
+"""Weight of the squared penalty of an offset, beside the cross entropy.
+
+Its gradient does not reach the scores: the errors of a row sum to some hundredths, so the penalty would outweigh the
+cross entropy there."""
 
 
 class ErrorTarget(NamedTuple):
