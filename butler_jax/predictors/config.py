@@ -46,14 +46,18 @@ class PredictorConfig:
             raise ValueError(
                 f"only the lookahead predictor has an offset, not {self.kind}; leave out target and offset, or take it"
             )
-        if self.value_channels is None:
-            counts_values = self.kind == "lookahead" and self.target in ("value", "centred")
-            object.__setattr__(self, "value_channels", 2 if counts_values else 0)
-        if self.value_channels and self.kind != "lookahead":
+        if self.channels and self.kind != "lookahead":
             raise ValueError(f"only the lookahead predictor has value channels, not {self.kind}; leave them out")
-        if not 0 <= self.value_channels < self.rank or self.value_channels % 2:
-            raise ValueError(f"value channels must be even and fewer than the rank, got {self.value_channels}")
+        if not 0 <= self.channels < self.rank or self.channels % 2:
+            raise ValueError(f"value channels must be even and fewer than the rank, got {self.channels}")
         if self.stride <= 0:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:
             raise ValueError(f"hidden must be positive, got {self.hidden}")
+
+    @property
+    def channels(self) -> int:
+        """The number of value channels, with its default."""
+        if self.value_channels is not None:
+            return self.value_channels
+        return 2 if self.kind == "lookahead" and self.target in ("value", "centred") else 0

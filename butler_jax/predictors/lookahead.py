@@ -57,7 +57,7 @@ class LookaheadHeads(nnx.Module):
     """
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
-        channels = config.value_channels
+        channels = config.channels
         rank = config.rank - channels
         first, second, third = jax.random.split(key, 3) if channels else (*jax.random.split(key), None)
         L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim
@@ -102,11 +102,11 @@ class Lookahead(Predictor):
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
         super().__init__(base, config)
-        most = base.head_dim + config.value_channels
+        most = base.head_dim + config.channels
         if config.rank > most:
             raise ValueError(
                 f"rank {config.rank} exceeds the base's head dimension {base.head_dim}"
-                + (f" and the {config.value_channels} value channels" if config.value_channels else "")
+                + (f" and the {config.channels} value channels" if config.channels else "")
                 + f"; use at most {most}"
             )
         self.trunk = None
@@ -167,7 +167,7 @@ class Lookahead(Predictor):
                 "a few of butler_jax.read_batches('python_docs', base.tokenizer, length=512, batch_size=4)"
             )
         energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
-        number = (self.config.rank - self.config.value_channels) // 2
+        number = (self.config.rank - self.config.channels) // 2
         pairs = jnp.sort(jax.lax.top_k(energy * spread, number)[1], axis=-1)[1:]
         graph, state = nnx.split(self)
         chosen = nnx.merge(graph, state)
