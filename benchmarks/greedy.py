@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from benchmarks.about import about
 from butler_jax import SelectionConfig, generate, load_base, load_predictor, simulation
+from butler_jax.data import cut_windows
 from butler_jax.policies import TokenButler
 
 
@@ -27,10 +29,7 @@ def repeated(tokens: list[int], size: int = 4) -> float:
 
 def first_difference(one: list[int], other: list[int]) -> int:
     """How many tokens two continuations share from their start."""
-    for place, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return place
-    return min(len(one), len(other))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def row(name: str, found: list[list[int]], dense: list[list[int]], ends: frozenset[int]) -> dict[str, Any]:
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of a continuation")
     parser.add_argument("--budgets", type=float, nargs="+", default=[1 / 4, 1 / 8, 1 / 16])
-    parser.add_argument("--tolerance", action="store_true", help="one tolerance for the model, found on the prompts")
+    parser.add_argument("--tolerance", action="store_true", help="one tolerance for the model, found on the text")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
     asked = parser.parse_args()
     base = load_base(asked.base)
@@ -69,11 +68,10 @@ def main() -> None:
     dense = continue_(None)
     settings = {f"{budget:g}": SelectionConfig(budget=budget) for budget in asked.budgets}
     if asked.tolerance:
-        tokens = np.asarray(ids[: min(len(ids), 2048)], np.int32)[None]
-        batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": np.arange(tokens.size)[None]}
+        batches = cut_windows(ids[:2048], context=2048)
         how = dict(policy=TokenButler(), prompt_tokens=asked.prompt_tokens)
         selections = simulation.calibrate_tolerance(
-            base.model, predictor, [batch], SelectionConfig(budget=1.0), asked.budgets, **how
+            base.model, predictor, batches, SelectionConfig(budget=1.0), asked.budgets, **how
         )
         settings |= {f"{b:g} tolerance": s for b, s in zip(asked.budgets, selections, strict=True)}
     rows = [row("dense", dense, dense, base.tokenizer.ends)]

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """One new token: its row, its id, and the text it completes, which is "" without a tokenizer, in the middle of a
-    character, and while a text to stop at may have begun."""
+    """One new token: its row, its id, and the text it completes.
+
+    The text is "" without a tokenizer, in the middle of a character, and while a text to stop at may have begun.
+    """
 
     row: int
     token: int
@@ -48,9 +50,9 @@ class Generated:
     """What was generated.
 
     tokens: new ids of each row, those at which it stopped included. texts: what they say, up to a text to stop at; ""
-    without a tokenizer. attended: per row,
-    the mean over steps, heads and layers 1 ... of the fraction of its tokens that was read. prompt_tokens: per row.
-    prefill_seconds: until the first token, compilation included; seconds: from the second token to the last.
+    without a tokenizer. attended: per row, the mean over steps, heads and layers 1 ... of the fraction of its tokens
+    that was read. prompt_tokens: per row. prefill_seconds: until the first token, compilation included; seconds: from
+    the second token to the last.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
@@ -216,6 +218,11 @@ class Decoding:
     chunk: int
     score_dtype: str | None
 
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """The settings of `run_prompts`."""
+        return dict(capacity=self.capacity, chunk=self.chunk, score_dtype=self.score_dtype)
+
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """A random key for every row. Raises ValueError for seeds that are no whole numbers, or not as many as rows."""
@@ -267,7 +274,7 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) 
     """
     tokens, lengths, keys = prompts
     made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, how=how)
-    so_far = []  # under longrope alone
+    crosses, so_far = _crossing(model.config, lengths, count - 1).any(), []
     if offload:
         near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
         made, held = jax.device_put((made, held), near)
@@ -275,12 +282,13 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) 
     for step in range(count):
         ready = made
         if step + 1 < count:
-            if (crossing := _crossing(model.config, lengths + step, 1)).any():
-                whole = np.zeros((len(lengths), model.config.rope.border), np.int32)
-                for row in np.flatnonzero(crossing):
-                    whole[row] = [*tokens[row, : lengths[row]], *(token[row] for token in so_far)]
-                held = read_again(model, predictor, jnp.asarray(whole), jnp.asarray(crossing), held, how=how)
-            if _crossing(model.config, lengths, count - 1).any():
+            if crosses:
+                crossing = _crossing(model.config, lengths + step, 1)
+                if crossing.any():
+                    whole = np.zeros((len(lengths), model.config.rope.border), np.int32)
+                    for row in np.flatnonzero(crossing):
+                        whole[row] = [*tokens[row, : lengths[row]], *(token[row] for token in so_far)]
+                    held = read_again(model, predictor, jnp.asarray(whole), jnp.asarray(crossing), held, how=how)
                 so_far.append(np.asarray(ready.token))
             plan = _plan_step(model.config, how, lengths, step)
             made, held = advance(model, predictor, ready.token, keys, held, plan=plan, sampling=how.sampling)
@@ -312,8 +320,7 @@ class _Step(NamedTuple):
 @partial(jax.jit, static_argnames=("how",))
 def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
     """The first token of every row and the caches of the prompts."""
-    fixed = dict(capacity=how.capacity, chunk=how.chunk, score_dtype=how.score_dtype)
-    logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, **fixed)
+    logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, **how.prompts)
     seen = None
     if how.sampling.repetition_penalty != 1:
         batch, width = tokens.shape
@@ -326,9 +333,8 @@ def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_S
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("held",))
 def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) -> _Held:
     """The caches of the chosen rows [B] anew from all their tokens [B, T], before one more; the others as they are."""
-    fixed = dict(capacity=how.capacity, chunk=how.chunk, score_dtype=how.score_dtype)
     lengths = jnp.where(rows, tokens.shape[1], 1)
-    fresh = run_prompts(model, tokens, lengths, predictor, how.plan, following=1, **fixed)[1]
+    fresh = run_prompts(model, tokens, lengths, predictor, how.plan, following=1, **how.prompts)[1]
 
     def take(new, old):
         return jnp.where(jnp.expand_dims(rows, (0, *range(2, old.ndim))), new, old)

@@ -84,9 +84,8 @@ def prefill(
     """
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)
-    fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, implementation=implementation)
-    fixed |= dict(following=following)
-    return run_prompts(model, tokens, lengths, predictor, plan, **fixed)
+    fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, following=following)
+    return run_prompts(model, tokens, lengths, predictor, plan, implementation=implementation, **fixed)
 
 
 def run_prompts(

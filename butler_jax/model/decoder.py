@@ -174,7 +174,6 @@ def rope_angles(
         length: Tokens of each row, by which longrope takes its short or its long factors; default those up to the
             row's last position.
     """
-
     border = config.rope.border
 
     def angles(length):

@@ -79,12 +79,13 @@ FAMILIES: dict[str, Family] = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def base_config(values: dict) -> BaseConfig:
+def base_config(values: dict, *, rotary_share: bool = False) -> BaseConfig:
     """Read a Hugging Face configuration.
 
     Args:
         values: The content of config.json. Rotary settings may be given as rope_theta with rope_scaling, or as
             rope_parameters.
+        rotary_share: Whether partial_rotary_factor counts in every family.
 
     Raises:
         ValueError: The family, rope type or activation is unknown, or a value is missing or invalid; the key is named.
@@ -132,7 +133,7 @@ def base_config(values: dict) -> BaseConfig:
         qk_norm=family.qk_norm,
         sliding_window=sliding_window,
         sliding_layers=sliding_layers,
-        rope=_rope(values, context, family),
+        rope=_rope(values, context, rotary_share or family.rotary_share),
     )
 
 
@@ -169,7 +170,7 @@ def _layer_types(family: Family, values: dict) -> list[str]:
     return kinds
 
 
-def _rope(values: dict, context: int, family: Family) -> RopeConfig:
+def _rope(values: dict, context: int, rotary_share: bool) -> RopeConfig:
     new = values.get("rope_parameters") or {}
     old = values.get("rope_scaling") or {}
     if not (isinstance(new, dict) and isinstance(old, dict)):
@@ -183,7 +184,7 @@ def _rope(values: dict, context: int, family: Family) -> RopeConfig:
         kind = "longrope"  # early Phi-3 configurations call it by these names
     theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
     fraction = settings.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if not family.rotary_share:
+    if not rotary_share:
         if kind != "default" and fraction != 1:
             raise ValueError(
                 f"partial_rotary_factor={shown(fraction)} with the rope type {shown(kind)} is not supported in the "

@@ -50,7 +50,7 @@ class LookaheadHeads(nnx.Module):
         query, key, pairs: The rotated numbers: [E, H, M], [K*D, M] and the indices of the rotary pairs [K, M/2].
         query_bias: [H, M]; None where the base has no bias.
         value_query, value_bias: The value channels of q_imp: [E, H, N] and [H, N].
-        value_root: A root of the mean of W W^T over the heads of a group, [K*D, D]; of the base, not trained.
+        value_gram: The mean of W W^T over the heads of a group, [K*D, D]; of the base, not trained.
         value: The learned directions of values, [K*D, N-1].
         offset, offset_bias: The offset: [E, H], and [3, H] for the logarithms of the stream's norm and of the position,
             and a constant.
@@ -64,13 +64,13 @@ class LookaheadHeads(nnx.Module):
         self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
         self.key = nnx.Param(jax.random.normal(second, (L, K * D, rank)) * D**-0.5)
         self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
-        self.value_query = nnx.Param(jnp.zeros((L, E, H, channels))) if channels else None
-        weight_of_norm = jnp.arange(channels) == 0
-        bias = jnp.broadcast_to(config.rank**0.5 * weight_of_norm, (L, H, channels))
-        self.value_bias = nnx.Param(bias.astype(jnp.float32)) if channels else None
-        self.value = nnx.Param(jax.random.normal(third, (L, K * D, channels - 1)) * D**-0.5) if channels else None
-        root = jnp.broadcast_to(jnp.tile(jnp.eye(D), (K, 1)), (L, K * D, D))
-        self.value_root = nnx.Variable(root) if channels else None
+        if channels:
+            self.value_query = nnx.Param(jnp.zeros((L, E, H, channels)))
+            self.value_bias = nnx.Param(jnp.zeros((L, H, channels)).at[..., 0].set(config.rank**0.5))
+            self.value_gram = nnx.Variable(jnp.broadcast_to(jnp.tile(jnp.eye(D), (K, 1)), (L, K * D, D)))
+            self.value = nnx.Param(jax.random.normal(third, (L, K * D, channels - 1)) * D**-0.5)
+        else:
+            self.value_query = self.value_bias = self.value_gram = self.value = None
         absolute = config.offset != "none"
         self.offset = nnx.Param(jnp.zeros((L, E, H))) if absolute else None
         self.offset_bias = nnx.Param(jnp.zeros((L, 3, H))) if absolute else None
@@ -93,7 +93,7 @@ class Lookahead(Predictor):
         "query_bias": ("layers", "heads", "rank"),
         "value_query": ("layers", "width", "heads", "rank"),
         "value_bias": ("layers", "heads", "rank"),
-        "value_root": ("layers", "kv_inputs", "rank"),
+        "value_gram": ("layers", "kv_inputs", "rank"),
         "value": ("layers", "kv_inputs", "rank"),
         "offset": ("layers", "width", "heads"),
         "offset_bias": ("layers", "norm", "heads"),
@@ -135,11 +135,11 @@ class Lookahead(Predictor):
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
         """The keys before rotary, projected and rotated, and the value channels; [B, T, K, R]."""
         k = rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
-        if head.value_root is None:
+        if head.value_gram is None:
             return k
         v = view.v.astype(jnp.float32)
-        norm = jnp.sum(jnp.square(project_heads(v, head.value_root[...])), axis=-1, keepdims=True)
-        norm = jnp.sqrt(jnp.maximum(norm, SMALLEST))
+        squares = jnp.sum(project_heads(v, head.value_gram[...]) * v, axis=-1, keepdims=True)
+        norm = jnp.sqrt(jnp.maximum(squares, SMALLEST))
         values = jnp.concatenate([jnp.log(norm), project_heads(v, head.value[...]) / norm], axis=-1)
         return jnp.concatenate([k, values.astype(k.dtype)], axis=-1)
 
@@ -229,13 +229,7 @@ def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs,
     if heads.query_bias is not None:
         heads.query_bias = nnx.Param(chosen(layers.q_bias[...]))
     heads.pairs = nnx.Variable(pairs)
-    if heads.value_root is not None:
-        roots = jax.lax.map(lambda o: _value_root(o, base.kv_heads), layers.o[1:])
-        heads.value_root = nnx.Variable(roots.reshape(heads.value_root.shape))
+    if heads.value_gram is not None:
+        grams = jax.lax.map(lambda o: jnp.mean(output_gram(o, base.kv_heads), axis=1), layers.o[1:])
+        heads.value_gram = nnx.Variable(grams.reshape(heads.value_gram.shape))
     return heads
-
-
-def _value_root(output: Float[Array, "H D E"], kv_heads: int) -> Float[Array, "K D D"]:
-    """A such that |v A|^2 is the mean of |v W|^2 over the heads of the group."""
-    values, vectors = jnp.linalg.eigh(jnp.mean(output_gram(output, kv_heads), axis=1))
-    return vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None]

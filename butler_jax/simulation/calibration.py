@@ -183,16 +183,15 @@ def calibrate_tolerance(
 
 def _correct(value: float, mean: float, slope: float, read_at: Callable[[float], float], corrections: int) -> float:
     """The logarithm of a tolerance after Newton steps on the logarithm of what is read; `slope` is a first guess."""
-    tried: list[tuple[float, float]] = []
+    step = last = 0.0
     for _ in range(corrections):
         miss = np.log(read_at(value) / mean)
-        if tried and value != tried[-1][0]:
-            secant = (miss - tried[-1][1]) / (value - tried[-1][0])
-            slope = secant if secant < 0 else slope
-        tried.append((value, miss))
         if abs(miss) <= CLOSE:
             break
-        value = value - np.clip(miss / min(slope, -0.05), -2.0, 2.0)
+        if step and (miss - last) / step < 0:
+            slope = (miss - last) / step
+        step, last = -np.clip(miss / min(slope, -0.05), -2.0, 2.0), miss
+        value += step
     return value
 
 

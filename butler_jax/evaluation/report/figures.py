@@ -20,6 +20,7 @@ from butler_jax.evaluation.report.tables import (
     group_by_metric,
     is_butler,
     is_finite,
+    list_bytes,
     list_policies,
     make_title,
     sort_budgets,
@@ -122,7 +123,7 @@ def _plan_curves(task: str, metric: str, rows: Sequence[Row], styles: Mapping[st
 
 def _plan_bytes(chosen: Sequence[Row], rows: Sequence[Row], styles: Mapping[str, Look]) -> list[PlannedFigure]:
     """Perplexity against the bytes that were read, where they are known."""
-    shares = {(r["policy"], r["budget"]): r["value"] for r in rows if r["metric"] == "bytes_of_dense"}
+    shares = list_bytes(rows)
     dense, sparse = split_dense(chosen)
     known = [
         {**r, "attended": shares[r["policy"], r["budget"]]} for r in sparse if (r["policy"], r["budget"]) in shares

@@ -17,6 +17,7 @@ from butler_jax.evaluation.report.tables import (
     is_butler,
     is_finite,
     is_reference,
+    list_bytes,
     sort_budgets,
     split_dense,
 )
@@ -59,9 +60,8 @@ def make_summary_lines(rows: Sequence[Row]) -> list[SummaryLine]:
         here = [r for r in whole if r["task"] == task]
         metric = MAIN.get(task, "accuracy")
         chosen = [r for r in here if r["metric"] == metric] or [r for r in here if r["metric"] == task]
-        budgets = sort_budgets(chosen)
+        budgets, read = sort_budgets(chosen), list_bytes(here)
         for budget in budgets if task == "perplexity" else budgets[-1:]:
-            read = {r["policy"]: r["value"] for r in here if r["metric"] == "bytes_of_dense" and r["budget"] == budget}
             found.append(_make_line(task, chosen, budget, read))
     return found
 
@@ -76,7 +76,7 @@ def summarise(rows: Sequence[Row]) -> list[str]:
     dense = next((r for r in split_dense(text)[0] if r["metric"] == "perplexity"), None)
     over = [r for r in text if r["metric"] == "over_dense"]
     least = [r for r in over if r["budget"] == sort_budgets(over)[-1]] if over else []
-    read = {(r["policy"], r["budget"]): r["value"] for r in text if r["metric"] == "bytes_of_dense"}
+    read = list_bytes(text)
     found = [_write_dense(dense) if dense is not None else "", _write_least(least), _write_bytes(least, over, read)]
     return [sentence for sentence in found if sentence]
 
@@ -192,8 +192,10 @@ def count_leads(lines: Sequence[SummaryLine]) -> str:
     )
 
 
-def _make_line(task: str, rows: Sequence[Row], budget: float | int | None, read: Mapping[str, float]) -> SummaryLine:
-    """A line of the table. read: the share of dense's bytes by policy."""
+def _make_line(
+    task: str, rows: Sequence[Row], budget: float | int | None, read: Mapping[tuple[str, Any], float]
+) -> SummaryLine:
+    """A line of the table. read: the share of dense's bytes by policy and budget."""
     metric = find_metric(rows[0]["metric"], rows)
     butler, other, oracle = compared = _pick_compared(rows, budget)
     dense = next(iter(split_dense(rows)[0]), None)
@@ -207,7 +209,7 @@ def _make_line(task: str, rows: Sequence[Row], budget: float | int | None, read:
         dense=_write_value(metric, dense),
         butler_leads=None if len(best) == 2 else butler is not None and butler["policy"] in best,
         bytes=(
-            *(f"{_write_share(read[r['policy']])} of bytes" if r and r["policy"] in read else "" for r in compared),
+            *(f"{_write_share(read[_key(r)])} of bytes" if r and _key(r) in read else "" for r in compared),
             "",
         ),
     )

@@ -171,6 +171,11 @@ def group_by_coordinates(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]
     return _group(rows, lambda r: tuple(sorted(r["where"])))
 
 
+def list_bytes(rows: Iterable[Row]) -> dict[tuple[str, float | int | None], float]:
+    """The share of dense's bytes that was read, by policy and budget."""
+    return {(r["policy"], r["budget"]): r["value"] for r in rows if r["metric"] == "bytes_of_dense"}
+
+
 def list_policies(rows: Iterable[Row]) -> list[str]:
     """Labels in the order of the rows, dense first."""
     return sorted(dict.fromkeys(r["policy"] for r in rows), key=lambda p: not is_dense(p))

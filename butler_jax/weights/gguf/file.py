@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -91,9 +90,7 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
     stored = {t.name: _stored(path, t, gguf) for t in reader.tensors}
     try:
         values = config_values(fields, stored)
-        config, share = base_config(values), values["rope_parameters"]["partial_rotary_factor"]
-        if config.rope.fraction != share:  # here it counts in every family
-            config = replace(config, rope=replace(config.rope, fraction=share))
+        config = base_config(values, rotary_share=True)
         tokenizer = read_tokenizer(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
