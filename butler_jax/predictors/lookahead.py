@@ -51,7 +51,7 @@ class LookaheadHeads(nnx.Module):
         query_bias: [H, M]; None where the base has no bias.
         value_query, value_bias: The value channels of q_imp: [E, H, N] and [H, N].
         value_gram: The mean of W W^T over the heads of a group, [K*D, D]; of the base, not trained.
-        value: The learned directions of values, [K*D, N-1].
+        value_key: The learned directions of values, [K*D, N-1].
         offset, offset_bias: The offset: [E, H], and [3, H] for the logarithms of the stream's norm and of the position,
             and a constant.
     """
@@ -68,9 +68,9 @@ class LookaheadHeads(nnx.Module):
             self.value_query = nnx.Param(jnp.zeros((L, E, H, channels)))
             self.value_bias = nnx.Param(jnp.zeros((L, H, channels)).at[..., 0].set(config.rank**0.5))
             self.value_gram = nnx.Variable(jnp.broadcast_to(jnp.tile(jnp.eye(D), (K, 1)), (L, K * D, D)))
-            self.value = nnx.Param(jax.random.normal(third, (L, K * D, channels - 1)) * D**-0.5)
+            self.value_key = nnx.Param(jax.random.normal(third, (L, K * D, channels - 1)) * D**-0.5)
         else:
-            self.value_query = self.value_bias = self.value_gram = self.value = None
+            self.value_query = self.value_bias = self.value_gram = self.value_key = None
         absolute = config.offset != "none"
         self.offset = nnx.Param(jnp.zeros((L, E, H))) if absolute else None
         self.offset_bias = nnx.Param(jnp.zeros((L, 3, H))) if absolute else None
@@ -94,7 +94,7 @@ class Lookahead(Predictor):
         "value_query": ("layers", "width", "heads", "rank"),
         "value_bias": ("layers", "heads", "rank"),
         "value_gram": ("layers", "kv_inputs", "rank"),
-        "value": ("layers", "kv_inputs", "rank"),
+        "value_key": ("layers", "kv_inputs", "rank"),
         "offset": ("layers", "width", "heads"),
         "offset_bias": ("layers", "norm", "heads"),
         "pairs": ("layers", "kv_heads", "rank"),
@@ -140,7 +140,7 @@ class Lookahead(Predictor):
         v = view.v.astype(jnp.float32)
         squares = jnp.sum(project_heads(v, head.value_gram[...]) * v, axis=-1, keepdims=True)
         norm = jnp.sqrt(jnp.maximum(squares, SMALLEST))
-        values = jnp.concatenate([jnp.log(norm), project_heads(v, head.value[...]) / norm], axis=-1)
+        values = jnp.concatenate([jnp.log(norm), project_heads(v, head.value_key[...]) / norm], axis=-1)
         return jnp.concatenate([k, values.astype(k.dtype)], axis=-1)
 
     def offset(self, head: Any, features, view: LayerView, context: Context):
