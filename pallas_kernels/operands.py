@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def first_row(layer, rows):
@@ -19,12 +20,17 @@ def bounds(lengths, first):
 def score_operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """(first row, bounds, q_imp [rows, G, R], factor [rows] of the products, k_imp [L*rows, R, S])."""
     batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
-    factor = jnp.full((batch, key_heads), scale, jnp.float32)
-    if scales is not None:
-        factor = factor * jnp.broadcast_to(scales, factor.shape).astype(jnp.float32)
     q_imp = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
     k_imp = k_imp.reshape(-1, *k_imp.shape[-2:])
-    return first_row(layer, q_imp.shape[0]), bounds(lengths, first), q_imp, factor.reshape(-1), k_imp
+    factor = score_factor(batch, key_heads, scales, scale)
+    return first_row(layer, q_imp.shape[0]), bounds(lengths, first), q_imp, factor, k_imp
+
+
+def score_factor(batch, key_heads, scales, scale):
+    """What each row's products of q_imp and k_imp are multiplied by, float32 [rows]."""
+    if scales is None:
+        return np.full(batch * key_heads, scale, np.float32)
+    return (jnp.broadcast_to(scales, (batch, key_heads)).astype(jnp.float32) * np.float32(scale)).reshape(-1)
 
 
 def attention_operands(q, k, v, indices, valid, *, lengths, first, layer):

@@ -1,0 +1,83 @@
+"""The sizes in which the GPU kernels divide their work, for each chip.
+
+`tiles.json` has what `python -m pallas_kernels.tune` found on chips, by their name. Other chips take the defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import jax
+
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Sizes of blocks and grids. All but `programs` and `least_tokens` are powers of two."""
+
+    score_tokens: int = 512
+    """Tokens that a program scores."""
+    score_warps: int = 4
+    """Warps of a program that scores."""
+    held: int = 32768
+    """Largest row of units that the threshold kernel holds in registers."""
+    read: int = 8192
+    """Units that it reads at a time, of larger rows."""
+    threshold_warps: int = 32
+    """Warps of a program of the threshold kernel, at most."""
+    written: int = 4096
+    """Units that a program of the writing kernel writes."""
+    counted: int = 16384
+    """Units that it counts at a time, to know where its own begin."""
+    attend_bytes: int = 16384
+    """Bytes of keys that a program of the attention reads at a time."""
+    attend_stages: int = 2
+    """Stages of the loop over them: how many loads are in flight."""
+    attend_warps: int = 4
+    """Warps of a program of the attention."""
+    programs: int = 528
+    """Programs among which the tokens of all rows are split."""
+    least_tokens: int = 128
+    """Tokens that a program of the attention reads at least."""
+
+    def attend_tokens(self, width: int, itemsize: int) -> int:
+        """Tokens that the attention reads at a time, where a key has `width` padded elements."""
+        return max(16, self.attend_bytes // (width * itemsize))
+
+
+_tried: list[Tiles] = []
+
+
+def current_tiles() -> Tiles:
+    """The tiles that kernels are traced with: those on trial, or those of the default device's chip."""
+    return _tried[-1] if _tried else _tiles_of(jax.devices()[0].device_kind)
+
+
+@functools.cache
+def _tiles_of(chip: str) -> Tiles:
+    table = json.loads(TABLE.read_text())
+    return replace(Tiles(), **table[chip]["tiles"]) if chip in table else Tiles()
+
+
+@contextlib.contextmanager
+def try_tiles(tiles: Tiles) -> Iterator[None]:
+    """Trace kernels with these tiles."""
+    _tried.append(tiles)
+    try:
+        yield
+    finally:
+        _tried.pop()
+
+
+def write_tiles(chip: str, tiles: Tiles, about: dict) -> None:
+    """Put the tiles of a chip into the table, and what is known of their measurement."""
+    table = json.loads(TABLE.read_text())
+    table[chip] = {"tiles": asdict(tiles), **about}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    _tiles_of.cache_clear()
