@@ -1,8 +1,9 @@
 """Scores, choice and attention written out in float64 numpy, a token at a time, and cases to compare with them.
 
-"reference" and "xla" run here as they are; the Pallas kernels run interpreted, except on their own platform. Tolerances: float32 sums of up to some
-hundred terms of size 1 are within 1e-5 of float64; bfloat16 keeps 8 bits, so inputs are exact (the definition reads the
-rounded ones), weights are rounded to 2**-9 and results to 2**-9 of their size, about 2: 2e-2 covers both.
+"reference" and "xla" run here as they are. The Pallas kernels run interpreted, except on their own platform.
+Tolerances: float32 sums of up to some hundred terms of size 1 are within 1e-5 of float64. bfloat16 keeps 8 bits, so
+inputs are exact (the definition reads the rounded ones), weights are rounded to 2**-9 and results to 2**-9 of their
+size, about 2: 2e-2 covers both.
 """
 
 from __future__ import annotations
