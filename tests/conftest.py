@@ -41,12 +41,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Fast tests, and the processes they start, compile more than they compute: without the slowest optimisations."""
-    if config.getoption("markexpr") == "not slow":
-        jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        if jax.__version_info__ < (0, 11):  # later versions have one kind of emitter, and no such flag
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    """Tests, and the processes they start, compile more than they compute: without the slowest optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if jax.__version_info__ < (0, 11):  # later versions have one kind of emitter, and no such flag
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+
+@pytest.fixture(autouse=True)
+def optimised_with_a_real_model(request) -> Iterator[None]:
+    """A model of millions of parameters computes more than it compiles: with all optimisations."""
+    if "smollm2_dir" not in request.fixturenames:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 REPOSITORY = Path(__file__).parent.parent
