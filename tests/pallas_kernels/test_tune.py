@@ -1,0 +1,63 @@
+"""The tiles of the GPU kernels: no setting changes a result, and the tuner runs on a GPU alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels import tune
+from pallas_kernels.gpu import tiles
+from tests.pallas_kernels.definitions import normal
+
+SMALL = tiles.Tiles(
+    held=64,
+    read=32,
+    threshold_warps=1,
+    written=16,
+    counted=32,
+    score_tokens=64,
+    attend_bytes=1024,
+    programs=6,
+    least_tokens=16,
+)
+
+
+@pytest.mark.parametrize("size", [50, 300])  # a row that is held, and one that is read in parts
+@pytest.mark.parametrize("pooling", pk.checks.POOLINGS)
+def test_small_tiles_give_the_references_results(size, pooling):
+    arrays = dict(q=normal(0, 2, 6, 16), k=normal(1, 2, 2, size, 16), v=normal(2, 2, 2, size, 16))
+    arrays |= dict(q_imp=normal(3, 2, 2, 3, 8), k_imp=normal(4, 2, 2, 8, size), lengths=jnp.array([size, size - 9]))
+    how = dict(n=40, sinks=2, recent=3, pooling=pooling, return_selection=True)
+    call = functools.partial(pk.sparse_decode_attention, **how)
+    expected, chosen = call(**arrays, implementation="reference")
+    with tiles.try_tiles(SMALL):
+        found, selection = jax.jit(lambda arrays: call(**arrays, implementation="gpu", interpret=True))(arrays)
+    np.testing.assert_array_equal(selection.indices, chosen.indices)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path):
+    for entry in json.loads(tiles.TABLE.read_text()).values():
+        assert dataclasses.replace(tiles.Tiles(), **entry["tiles"])
+    table = tmp_path / "tiles.json"
+    table.write_text("{}")
+    monkeypatch.setattr(tiles, "TABLE", table)
+    device = jax.devices()[0].device_kind
+    tiles.write_tiles(device, SMALL, {"jax": jax.__version__})
+    assert tiles.current_tiles() == SMALL
+    monkeypatch.undo()
+    tiles._tiles_of.cache_clear()
+    assert tiles.current_tiles() == tiles.Tiles()
+
+
+def test_the_tuner_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "the platform is cpu; run it on the chip to tune for" in capsys.readouterr().err
