@@ -45,14 +45,14 @@ LAYERS = 6
 GAIN = 0.99  # a change is kept if the time is less than this share
 
 
-class Case(NamedTuple):
+class TimedCall(NamedTuple):
     """One operation to time: its arrays by name, and how many units it reads."""
 
     arrays: dict[str, Any]
     n: int
 
 
-def make_case(batch: int, size: int, *, heads=8, group=4, dim=128, rank=16, budget=16) -> Case:
+def make_case(batch: int, size: int, *, heads=8, group=4, dim=128, rank=16, budget=16) -> TimedCall:
     """Random bfloat16 caches of several layers, of the shape of Llama-3.1-8B."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
@@ -69,10 +69,10 @@ def make_case(batch: int, size: int, *, heads=8, group=4, dim=128, rank=16, budg
         new_v=normal(batch, heads, dim),
         lengths=jnp.full((batch,), size, jnp.int32),
     )
-    return Case(arrays, size // budget)
+    return TimedCall(arrays, size // budget)
 
 
-def lower_step(case: Case, tiles: Tiles, pooling: str):
+def lower_step(case: TimedCall, tiles: Tiles, pooling: str):
     """The operation through all layers, one after the other, traced with these tiles."""
 
     def step(q, q_imp, **arrays):
@@ -88,7 +88,7 @@ def lower_step(case: Case, tiles: Tiles, pooling: str):
         return jax.jit(step).lower(**case.arrays)
 
 
-def time_step(compiled, case: Case, repeats: int = 7, calls: int = 4) -> float:
+def time_step(compiled, case: TimedCall, repeats: int = 7, calls: int = 4) -> float:
     """Seconds of one layer, the median of several timings."""
     compiled(**case.arrays).block_until_ready()
     found = []
@@ -101,7 +101,7 @@ def time_step(compiled, case: Case, repeats: int = 7, calls: int = 4) -> float:
     return float(np.median(found))
 
 
-def tune(minutes: float, pooling: str, say=print) -> tuple[Tiles, dict]:
+def search(minutes: float, pooling: str, say=print) -> tuple[Tiles, dict]:
     """The best tiles found in the time given, and the seconds of every case before and after."""
     end = time.monotonic() + 60 * minutes
     cases = [make_case(*case) for case in CASES]
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.platform != "gpu":
         command.error(f"it times kernels on a GPU, the platform is {device.platform}; run it on the chip to tune for")
     print(f"{device.device_kind}, jax {jax.__version__}; microseconds a layer: {CASES} (batch, tokens)")
-    best, measured = tune(asked.minutes, asked.pooling, lambda line: print(line, flush=True))
+    best, measured = search(asked.minutes, asked.pooling, lambda line: print(line, flush=True))
     print(best)
     if not asked.dry:
         about = dict(date=datetime.date.today().isoformat(), jax=jax.__version__, pooling=asked.pooling, **measured)

@@ -81,11 +81,14 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest loss; None where there is none. Raises as loss() does."""
-        return min(self.steps(), key=self.loss, default=None)
+        """Step of the checkpoint with the lowest loss, the newest of equal ones; None where there is none.
+
+        Raises as loss() does.
+        """
+        return min(reversed(self.steps()), key=self.loss, default=None)
 
     def loss(self, step: int) -> float:
-        """The loss saved with a checkpoint.
+        """The loss saved with a checkpoint; infinite for one that was saved without a validation.
 
         Raises:
             DamagedCheckpoint: The file that holds it is damaged, or has no loss.
@@ -93,9 +96,10 @@ class Checkpoints:
         if found := damage(self.directory / str(step), only=METADATA):
             raise self._damaged(step, found)
         try:
-            return self.facts(step)["metrics"]["loss"]
+            loss = self.facts(step)["metrics"]["loss"]
         except (KeyError, TypeError):
             raise self._damaged(step, ["it has no loss"]) from None
+        return math.inf if loss is None else loss
 
     def check(self, step: int) -> None:
         """Raise DamagedCheckpoint, with the steps of whole ones, where a checkpoint is not what was written."""
@@ -134,14 +138,14 @@ class Checkpoints:
                 f"{self.directory.parent} to start again"
             )
 
-    def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float]) -> None:
+    def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float | None]) -> None:
         """Save a checkpoint in the background. A step that is saved already is left alone.
 
         A checkpoint is safe once wait() or the next save() has returned.
 
         Args:
             data_state: State of this process's data iterator, JSON.
-            metrics: Metrics of the step, `loss` among them.
+            metrics: Metrics of the step, `loss` among them: None where it was not validated.
 
         Raises:
             OSError: This save cannot begin, or the one before it failed.
@@ -246,7 +250,7 @@ class Checkpoints:
         for step in steps(self.directory):
             with contextlib.suppress(DamagedCheckpoint):  # damaged since this start: the next start sets it aside
                 losses[step] = self.loss(step)
-        best = min(losses, key=losses.get)
+        best = min(reversed(losses), key=losses.get)
         for step in list(losses)[: -self._keep]:
             if step != best:
                 doomed = self._unfinished(step)

@@ -6,6 +6,7 @@ Files are only read. This needs no base, no accelerator and no Orbax, and does n
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,8 +44,8 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
         - state: in words. It begins with "finished" only where the last step is saved and whole.
         - config: the settings; {} where config.json is absent or damaged.
         - starts: the records of run.json.
-        - checkpoints: a dictionary each, with step, loss, bytes, state ("whole" or "damaged"), damage, best, base and
-          fingerprint.
+        - checkpoints: a dictionary each, with step, loss (None: not validated), bytes, state ("whole" or "damaged"),
+          damage, best, base and fingerprint.
         - set_aside: directories of damaged checkpoints.
         - unfinished: directories of saves that a kill cut off or that are being written.
         - metrics: the last row of metrics.jsonl; its numbers may be NaN or infinite.
@@ -69,8 +70,9 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
         problems.append("checkpoints is no directory; move it away to go on")
     found = list(_checkpoints(place))
     usable = [one for one in found if one["state"] != "damaged"]
+    best = min(reversed(usable), key=lambda o: math.inf if o["loss"] is None else o["loss"], default=None)
     for one in found:
-        one["best"] = one is min(usable, key=lambda o: o["loss"], default=None)
+        one["best"] = one is best
     done = max((one["step"] for one in usable), default=0)
     return {
         "run": str(run_dir),
@@ -163,7 +165,8 @@ def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
             damage = [f"it cannot be checked ({error})"]
         try:
             facts = read_object(path / METADATA)["custom_metadata"]
-            loss = number(facts["metrics"]["loss"], "its loss")
+            told = facts["metrics"]["loss"]  # None where it was saved without a validation
+            loss = None if told is None else number(told, "its loss")
         except (OSError, ValueError, KeyError, TypeError) as error:
             damage = damage or [f"what it says of itself is unreadable ({type(error).__name__}: {error})"]
         if path.exists():  # otherwise the training has removed it meanwhile

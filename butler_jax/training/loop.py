@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from butler_jax.parallel import any_process, check_shared, gather, place_batch
 from butler_jax.runs import Checkpoints, joined, read_settings, recorded
 from butler_jax.storage import shown, to_dict, write_whole
 from butler_jax.training.config import FitConfig
+from butler_jax.training.interruptions import StopRequests, stop_requests
 from butler_jax.training.metrics import Metrics
 from butler_jax.training.step import TrainState
 
@@ -39,6 +39,8 @@ CHANGEABLE = {
     "attention",
 }
 """Settings that may differ when a run goes on: they leave the losses as they are (steps: the schedule is stretched)."""
+
+LONG = 10.0  # seconds of a first step that are told
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -124,8 +126,9 @@ def fit(run: Run, state: TrainState) -> TrainState:
     forward_ratio (seconds over forward_seconds) and, where it was validated, what `validate` returned. Every start is
     recorded in run.json. Damaged checkpoints are set aside and an older one is taken.
 
-    After Ctrl-C or SIGTERM it saves and returns early. What it reports as saved is on disk. Where several processes
-    train, one of them needs to be asked, and all stop at the same step, the one after.
+    After Ctrl-C or SIGTERM it finishes the step, saves without a validation, and returns early. What it reports as
+    saved is on disk. Where several processes train, one of them needs to be asked, and all stop at the same step, the
+    one after.
 
     Args:
         state: The state before the first step; donated.
@@ -152,7 +155,11 @@ def fit(run: Run, state: TrainState) -> TrainState:
             metrics.say(f"{directory} has all its {config.steps} steps; raise --steps to go on")
         elif start:
             metrics.say(f"going on from step {start} of {directory}")
-        with contextlib.closing(metrics), recorded(directory, run.about, start) as record, stop_requests() as requests:
+        with (
+            contextlib.closing(metrics),
+            recorded(directory, run.about, start) as record,
+            stop_requests(metrics.say) as requests,
+        ):
             loop = Loop(run, state, checkpoints, metrics, requests)
             last = loop.train(start)
             checkpoints.wait()
@@ -177,24 +184,34 @@ class Loop:
     def train(self, start: int) -> int:
         """Take the steps after `start`, to the end or a request to stop; returns the last one, which is saved."""
         config = self.run.config
+        if start < config.steps:
+            self.metrics.say("compiling the training step")
         for number in range(start + 1, config.steps + 1):
             self.take_step(number)
-            last = number == config.steps or self.stopping()
+            if self.stopping():  # a machine that is taken away leaves no time to validate
+                self.settle({})
+                self.save(number, None)
+                return number
+            last = number == config.steps
             saves = last or number % config.checkpoint_every == 0
             if saves or (config.eval_every and number % config.eval_every == 0):
                 validation = self.validate(number)
                 if saves:
-                    self.metrics.sync()
-                    place = self.run.batches.get_state()
-                    self.checkpoints.save(number, self.state, place, {"loss": validation["validation_loss"]})
+                    self.save(number, validation["validation_loss"])
             if last:
                 return number
         return start
+
+    def save(self, number: int, loss: float | None) -> None:
+        """Save a checkpoint after a step. loss: of its validation; None without one."""
+        self.metrics.sync()
+        self.checkpoints.save(number, self.state, self.run.batches.get_state(), {"loss": loss})
 
     def take_step(self, number: int) -> None:
         """Dispatch a step, after the one before it was written down."""
         batch = place_batch(next(self.run.batches), self.run.mesh)
         self.settle({})
+        self.requests.began = time.monotonic()
         self.state, values = self.run.step(self.state, self.run.model, batch)
         if self.several:  # a request to any process is known to all with the step's metrics, after the next
             values["stop"] = any_process(self.requests.asked, self.run.mesh, values["loss"])
@@ -224,6 +241,9 @@ class Loop:
         self.check_finite("loss", values["loss"], number)
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
+        if self.requests.usual is None and seconds > LONG and number < self.run.config.steps:
+            self.metrics.say(f"the first step took {seconds:.0f} s with its compilation")
+        self.requests.usual = seconds
         tokens = self.run.config.batch_size * self.run.config.length
         row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
         if self.run.forward_seconds:
@@ -240,28 +260,3 @@ class Loop:
             f"the {name} is {value} at step {number}, batch {number - 1} of {config.data} "
             f"(seed {config.seed}); {kept}; lower --learning-rate or look at that batch"
         )
-
-
-class StopRequests:
-    """Whether this process was asked to stop. A second Ctrl-C stops it at once."""
-
-    asked = False
-
-    def handle(self, number: int, frame: Any) -> None:
-        """The handler of both signals."""
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    """Take Ctrl-C and SIGTERM as requests to stop after the step."""
-    requests, before = StopRequests(), {}
-    with contextlib.suppress(ValueError):  # not the main thread: a notebook's own handling stays
-        before = {s: signal.signal(s, requests.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from butler_jax import distil, load_base
 from butler_jax.parallel.mesh import make_mesh
 from butler_jax.predictors.config import PredictorConfig
+from butler_jax.runs import Checkpoints
 from butler_jax.training.config import FitConfig, TrainConfig
 from butler_jax.training.loop import NonFiniteLoss, Run, check_run, fit, open_run
 from butler_jax.training.step import TrainState
@@ -129,11 +131,32 @@ def test_a_stop_request_saves_and_says_how_to_go_on(tmp_path, straight, capsys, 
     before = signal.getsignal(number)
     run(tmp_path, batches=Numbers(lambda at: signal.raise_signal(number) if at == 4 else None))
     assert signal.getsignal(number) is before
-    assert "stopped and saved at step 5; run the same command again to go on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopping after this step, about 0 s; again to stop now" in said
+    assert "stopped and saved at step 5; run the same command again to go on" in said
     assert max(kept(tmp_path)) == 5
     run(tmp_path)
     assert "going on from step 5" in capsys.readouterr().out
     assert [row["loss"] for row in tiny_runs.rows(tmp_path)] == straight
+
+
+def test_a_stopped_run_saves_without_a_validation(tmp_path):
+    validated = []
+
+    def validate(module):
+        validated.append(module)
+        return {"validation_loss": 1.0}
+
+    run(
+        tmp_path,
+        validate=validate,
+        batches=Numbers(lambda at: signal.raise_signal(signal.SIGTERM) if at == 4 else None),
+    )
+    regular = len(validated)
+    with Checkpoints(tmp_path / "checkpoints") as found:
+        assert found.loss(5) == math.inf
+        assert found.best() != 5
+    assert regular == 1
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
