@@ -64,6 +64,7 @@ def test_decoding_compiles_nothing_as_the_cache_fills(base, settings):
     assert {count for count, _ in seen[2:]} == {seen[2][0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [dict(), dict(interval=3, min_context=40)], ids=["plain", "interval"])
 def test_prompts_of_every_length_share_few_programs(base, settings, fields):
     """Widths 16, 24, 32, 48, 64, 96 and capacities 64, 96: what is new is bounded by the buckets, not by lengths."""

@@ -118,6 +118,7 @@ def test_decoding_chooses_by_the_stored_keys(model, predictor, tokens, states):
     assert state.scores.k_imp.dtype == jnp.int8
 
 
+@pytest.mark.slow
 def test_generation_and_evaluation_take_it(model, predictor, tokens):
     base = Base("random", model, None, "f")
     prompts = [tokens[0].tolist(), tokens[1, :23].tolist()]

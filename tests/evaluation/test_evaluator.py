@@ -34,6 +34,7 @@ from tests.tiny_evaluations import make_perplexity_evaluation
 from tests.tiny_models import BASE, Letters, make_batch, make_model
 
 
+@pytest.mark.slow
 def test_a_report_tells_how_its_predictors_were_trained(tmp_path):
     place = tiny_runs.make_place(tmp_path)
     base = load_base(str(place["base"]))
@@ -204,6 +205,7 @@ class Norm(Scoring):
         return jnp.broadcast_to(norms, (*norms.shape[:3], chunk.q.shape[3], norms.shape[-1]))
 
 
+@pytest.mark.slow
 def test_policies_of_ones_own_are_evaluated_beside_those_with_names(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4)

@@ -271,7 +271,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize(
     ("fields", "meshes"),
     [
-        ({"budget": 0.3}, ["data=4,model=2", "data=2,sequence=4"]),
+        pytest.param({"budget": 0.3}, ["data=4,model=2", "data=2,sequence=4"], marks=pytest.mark.slow),
         pytest.param({"budget": 0.3}, ["model=2", "data=2,model=4"], marks=pytest.mark.slow),
         pytest.param(
             {"budget": 0.5, "unit": 4, "interval": 3}, ["data=4,model=2", "model=2,sequence=4"], marks=pytest.mark.slow

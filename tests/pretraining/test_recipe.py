@@ -28,6 +28,7 @@ def config(text: Path, **changes) -> PretrainConfig:
     return PretrainConfig(**{**sizes, **rows, **place, **changes})
 
 
+@pytest.mark.slow
 def test_the_model_loads_and_a_stopped_run_goes_on_bit_for_bit(text, tmp_path, monkeypatch):
     out = pretrain(config(text, run_dir=tmp_path / "straight"))
     base = load_base(str(out))

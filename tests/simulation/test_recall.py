@@ -77,7 +77,7 @@ def test_recall_of_some_rows_measures_only_those(model):
     assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
 
 
-@pytest.mark.parametrize("rows", [None, 128])
+@pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.slow), 128])
 def test_policies_that_evict_and_policies_that_score_are_measured_on_the_same_rows(model, rows):
     batch = make_batch([[300], [100, 120]], 300)
     found = measure_recall(model, None, [batch], [make_policy("streaming"), make_policy("h2o")], [0.5, 20], rows=rows)

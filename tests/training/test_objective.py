@@ -158,7 +158,7 @@ def compiled(kind: str, objective: str, *, length: int, layers: int):
 @pytest.mark.parametrize(
     ("kind", "objective"),
     [
-        ("lookahead", "cross_entropy"),
+        pytest.param("lookahead", "cross_entropy", marks=pytest.mark.slow),
         pytest.param("producer", "cross_entropy", marks=pytest.mark.slow),
         pytest.param("contextual", "squared_error", marks=pytest.mark.slow),
     ],
