@@ -76,6 +76,7 @@ class RecallOptions(NamedTuple):
     ranks: bool
     score_dtype: str | None
     implementation: str | None
+    prompt_tokens: int
 
 
 def measure_recall(
@@ -90,6 +91,7 @@ def measure_recall(
     ranks: bool = True,
     score_dtype: str | None = None,
     implementation: str | None = None,
+    prompt_tokens: int = 0,
 ) -> Recall:
     """Measure policies on batches (tokens, segments, positions) of one shape.
 
@@ -104,13 +106,14 @@ def measure_recall(
         ranks: Whether to compute `spearman`, which sorts every row; it is 0 otherwise.
         score_dtype: As `simulate` takes it.
         implementation: The attention kernel of the dense pass; None chooses.
+        prompt_tokens: First tokens of every document whose rows do not count.
 
     Raises:
-        ValueError: There are no batches or no policies, or a policy lacks its predictor.
+        ValueError: There are no batches, no policies or no rows after the prompts, or a policy lacks its predictor.
     """
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
     selection = (selection or SelectionConfig()).rule
-    options = RecallOptions(selection, rows, ranks, score_dtype, implementation)
+    options = RecallOptions(selection, rows, ranks, score_dtype, implementation, prompt_tokens)
 
     def tables_of(policy: Policy, length: int) -> Int[np.ndarray, "budgets _"]:
         own = policy.selection(selection) or selection  # its units may be pages
@@ -134,6 +137,8 @@ def measure_recall(
     result = Recall({}, {}, {}, {}, {})
     for group, found in zip(groups, parts, strict=True):
         sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
+        if not sums.rows.any():
+            raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
         for number, policy in enumerate(group):
             _enter(result, policy.name, budgets, sums, number, model.config.layers - 1)
     return result
@@ -164,7 +169,7 @@ def _sum_scoring(
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one dense pass. tables: `budget_table` of every policy and budget."""
-    look = partial(_sum_chunk, segments=batch["segments"], policies=policies, tables=tables, options=options)
+    look = partial(_sum_chunk, counted=_counted(batch, options), policies=policies, tables=tables, options=options)
     how = dict(rows=options.rows, implementation=options.implementation, score_dtype=options.score_dtype)
     found = sum_chunks(model, predictor, batch, look, **how)
     mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
@@ -185,7 +190,7 @@ def _sum_evicting(
     base, segments = model.config, batch["segments"]
     rule = policy.selection(options.selection).rule
     dense = dense_mixer(base, segments, options.implementation)
-    counted = (segments > 0) & jnp.asarray(spread_rows(segments.shape[1], options.rows))[None]
+    counted = _counted(batch, options) & jnp.asarray(spread_rows(segments.shape[1], options.rows))[None]
 
     def mixer(state, view):
         def measure(sliding_window):
@@ -200,10 +205,15 @@ def _sum_evicting(
     return RecallSums(mass, attended, none, none, number, jnp.zeros_like(number))
 
 
+def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:
+    """The rows that are neither padding nor part of a prompt."""
+    return (batch["segments"] > 0) & (batch["positions"] >= options.prompt_tokens)
+
+
 def _sum_chunk(
     chunk: Chunk,
     *,
-    segments: Int[Array, "B T"],
+    counted: Bool[Array, "B T"],
     policies: tuple[Scoring, ...],
     tables: Int[Array, "policies budgets _"],
     options: RecallOptions,
@@ -213,10 +223,9 @@ def _sum_chunk(
     batch, kv_heads, group, size, keys = chunk.logits.shape
     allowed = jnp.broadcast_to(chunk.allowed, (batch, *chunk.allowed.shape[1:]))
     count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)
-    last = segments.shape[1] - 1
+    last = counted.shape[1] - 1
     inside = chunk.rows.own <= last
-    own = jnp.take_along_axis(segments, jnp.minimum(chunk.rows.own, last), axis=1)
-    real = inside & (own > 0)
+    real = inside & jnp.take_along_axis(counted, jnp.minimum(chunk.rows.own, last), axis=1)
     long = real & (count >= LEAST_KEYS)
     weights = masked_softmax(chunk.logits, allowed[:, None, None])
 

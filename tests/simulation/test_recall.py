@@ -77,6 +77,20 @@ def test_recall_of_some_rows_measures_only_those(model):
     assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
 
 
+@pytest.mark.parametrize("name", ["streaming", "h2o"])
+def test_rows_of_a_prompt_do_not_count(model, name):
+    """The sums over all rows are those over the rows of a prompt and those after it."""
+    batch, policies = make_batch([[96]], 96), [make_policy(name)]
+    short = {key: array[:, :40] for key, array in batch.items()}
+    whole, prompt = (measure_recall(model, None, [b], policies, [0.5], ranks=False) for b in (batch, short))
+    after = measure_recall(model, None, [batch], policies, [0.5], ranks=False, prompt_tokens=40)
+    masses = [found.mass[name][0.5] for found in (whole, prompt, after)]
+    assert [mass.n for mass in masses] == [96, 40, 56]
+    assert 96 * masses[0].value == pytest.approx(40 * masses[1].value + 56 * masses[2].value, rel=1e-5)
+    with pytest.raises(ValueError, match="no row is left after prompts of 96 tokens"):
+        measure_recall(model, None, [batch], policies, [0.5], ranks=False, prompt_tokens=96)
+
+
 @pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.slow), 128])
 def test_policies_that_evict_and_policies_that_score_are_measured_on_the_same_rows(model, rows):
     batch = make_batch([[300], [100, 120]], 300)

@@ -41,6 +41,7 @@ class AttentionTask(Task):
             selection=next(iter(selections.values())),
             rows=self.config.attention_rows,
             score_dtype=self.config.score_dtype,
+            prompt_tokens=self.config.prompt_tokens,
         )
         name = policy.policy.name
         rows = [
