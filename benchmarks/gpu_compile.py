@@ -1,0 +1,227 @@
+"""What the GPU compiler makes of the kernels, without a GPU: `python -m benchmarks.gpu_compile`.
+
+It needs `pip install -e ".[gpu-compiler]"`, and no driver. XLA compiles for the description of a chip, down to its
+machine code, and a register that is spilled is an error. The table shows how many kernels a call launches and what
+memory it needs beside its arguments.
+
+    python -m benchmarks.gpu_compile --json benchmarks/gpu_compile.json
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # else the plugin looks for CUDA's libraries
+
+import argparse
+import functools
+import json
+import pathlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import pallas_kernels as pk
+from benchmarks.about import about
+
+STRICT = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+LAUNCHED = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? (fusion|custom-call|copy|sort|scatter|while|conditional)\(")
+KERNEL = re.compile(r'name = "(\w+)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A chip as XLA needs it described, by NVIDIA's data sheets."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    bandwidth: int  # bytes a second
+    memory: int  # GiB
+    cache: int  # MiB
+    shared: int  # KiB of shared memory, a multiprocessor
+
+    def describe(self) -> str:
+        """A text proto of xla.GpuTargetConfigProto."""
+        device = dict(
+            threads_per_block_limit=1024,
+            threads_per_warp=32,
+            threads_per_core_limit=2048,
+            registers_per_core_limit=65536,
+            registers_per_block_limit=65536,
+            shared_memory_per_block=48 << 10,
+            shared_memory_per_block_optin=(self.shared - 1) << 10,
+            shared_memory_per_core=self.shared << 10,
+            core_count=self.multiprocessors,
+            fpus_per_core=128,
+            clock_rate_ghz=1.8,
+            block_dim_limit_x=2**31 - 1,
+            block_dim_limit_y=65535,
+            block_dim_limit_z=65535,
+            memory_bandwidth=self.bandwidth,
+            device_memory_size=self.memory << 30,
+            l2_cache_size=self.cache << 20,
+            driver_version='"13.0.0"',
+        )
+        major, minor = self.capability
+        lines = [f"cuda_compute_capability {{ major: {major} minor: {minor} }}"]
+        lines += [f"{name}: {value}" for name, value in device.items()]
+        versions = "dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }"
+        inside = "\n  ".join(lines)
+        return (
+            f'gpu_device_info {{\n  {inside}\n}}\nplatform_name: "CUDA"\n{versions}\n'
+            f'device_description_str: "{self.name}"\n'
+        )
+
+
+CHIPS = {
+    "a100": Chip(
+        name="NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        multiprocessors=108,
+        bandwidth=2_039_000_000_000,
+        memory=80,
+        cache=40,
+        shared=164,
+    ),
+    "h100": Chip(
+        name="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        multiprocessors=132,
+        bandwidth=3_350_000_000_000,
+        memory=80,
+        cache=50,
+        shared=228,
+    ),
+    "h200": Chip(
+        name="NVIDIA H200",
+        capability=(9, 0),
+        multiprocessors=132,
+        bandwidth=4_800_000_000_000,
+        memory=141,
+        cache=50,
+        shared=228,
+    ),
+    "b200": Chip(
+        name="NVIDIA B200",
+        capability=(10, 0),
+        multiprocessors=148,
+        bandwidth=8_000_000_000_000,
+        memory=180,
+        cache=126,
+        shared=228,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """The sparse attention of one layer out of two; the letters are those of `pallas_kernels.api`."""
+
+    batch: int = 1
+    heads: int = 8
+    group: int = 4
+    rank: int = 16
+    dim: int = 128
+    size: int = 32768
+    unit: int = 1
+    dtype: Any = jnp.bfloat16
+    int8: bool = False
+    pooling: str = "normalised"
+
+    def lower(self, mesh: Mesh) -> Any:
+        """Lower a call on described arrays. A sixteenth of the tokens is read."""
+        array = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+        caches = array((2, self.batch, self.heads, self.size, self.dim), self.dtype)
+        new = array((self.batch, self.heads, self.dim), self.dtype)
+        key_dtype = jnp.int8 if self.int8 else self.dtype
+        arrays = dict(
+            q=array((self.batch, self.heads * self.group, self.dim), self.dtype),
+            k=caches,
+            v=caches,
+            q_imp=array((self.batch, self.heads, self.group, self.rank), self.dtype),
+            k_imp=array((2, self.batch, self.heads, self.rank, self.size), key_dtype),
+            scales=array((self.heads,), jnp.float32) if self.int8 else None,
+            lengths=array((self.batch,), jnp.int32),
+            layer=array((), jnp.int32),
+            new_k=new,
+            new_v=new,
+        )
+        how = dict(n=max(1, self.size // 16 // self.unit), unit=self.unit, sinks=4, recent=8, pooling=self.pooling)
+        call = functools.partial(pk.sparse_decode_attention, implementation="gpu", **how)
+        return jax.jit(call).lower(**arrays)
+
+
+LLAMA = Layer()
+CASES = {
+    "Llama-3.1-8B, 32,768 tokens": LLAMA,
+    "the same, pooled by the maximum": Layer(pooling="maximum"),
+    "the same, 131,072 tokens, batch 8, int8 k_imp": Layer(size=131072, batch=8, int8=True),
+    "the same, float32": Layer(dtype=jnp.float32),
+    "the same, pages of 16": Layer(unit=16),
+    "SmolLM2, float32": Layer(heads=3, group=3, dim=64, size=8192, dtype=jnp.float32),
+    "D = 80, float32": Layer(dim=80, size=4096, dtype=jnp.float32),
+    "D = 256, float32": Layer(heads=4, dim=256, size=4096, dtype=jnp.float32),
+    "G = 32, R = 128, int8 k_imp": Layer(heads=1, group=32, rank=128, size=8192, int8=True),
+    "1,048,576 tokens": Layer(size=1 << 20),
+}
+
+
+def mesh_of(chip: str) -> Mesh:
+    """A mesh of one such chip."""
+    described = CHIPS[chip].describe()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=described, topology="1x1x1")
+    return Mesh(np.array(topology.devices[:1]), ("one",))
+
+
+def compile_layer(chip: str, layer: Layer) -> Any:
+    """Compile a layer for a chip. Raises JaxRuntimeError where a kernel spills registers."""
+    mesh = mesh_of(chip)
+    with jax.set_mesh(mesh):
+        return layer.lower(mesh).compile(STRICT)
+
+
+def count_launches(compiled: Any) -> dict[str, int]:
+    """Kernels and copies that a program launches, by name; those inside a fusion are part of it."""
+    found: Counter[str] = Counter()
+    inside = False
+    for line in compiled.as_text().splitlines():
+        if line and not line[0].isspace():
+            inside = line.startswith(("%fused_", "fused_", "%wrapped_", "wrapped_", "%region", "region"))
+        elif not inside and (launched := LAUNCHED.match(line)):
+            kernel = KERNEL.search(line) if launched[2] == "custom-call" else None
+            found[kernel[1] if kernel else re.sub(r"[.\d]+$", "", launched[1])] += 1
+    return dict(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=[*CHIPS])
+    parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
+    asked = parser.parse_args()
+    rows = []
+    for chip in asked.chips:
+        for name, layer in CASES.items():
+            try:
+                compiled = compile_layer(chip, layer)
+            except jax.errors.JaxRuntimeError as error:
+                row = {"error": str(error)[:200]}
+            else:
+                temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+                launches = count_launches(compiled)
+                row = {"launches": sum(launches.values()), "kernels": launches, "temporary_mib": round(temporary, 2)}
+            rows.append({"chip": chip, "layer": name, **row})
+            print({k: v for k, v in rows[-1].items() if k != "kernels"}, flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps({**about("gpu_compile"), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The GPU compiler compiles the kernels without a GPU, and spills no register.
+
+It comes with the extra `gpu-compiler`; without it this test is skipped. It compiles in a process of its own, since JAX
+must find the compiler before it begins.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import json
+from benchmarks.gpu_compile import CASES, compile_layer, count_launches
+
+found = []
+for chip, name in json.loads({asked!r}):
+    compiled = compile_layer(chip, CASES[name])
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    found.append([chip, name, count_launches(compiled), temporary])
+print(json.dumps(found))
+"""
+NORMALISED = {
+    "importance_totals",
+    "importance_scores",
+    "find_threshold",
+    "write_chosen",
+    "attend_to_tokens",
+    "merge_splits",
+}
+
+
+def compile_all(asked: list[tuple[str, str]]) -> list:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip('the GPU compiler is not installed; pip install -e ".[gpu-compiler]" brings it')
+    program = PROGRAM.format(asked=json.dumps(asked))
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_kernel_spills_and_a_call_is_few_launches():
+    asked = [
+        ("a100", "Llama-3.1-8B, 32,768 tokens"),
+        ("h200", "the same, 131,072 tokens, batch 8, int8 k_imp"),
+        ("h100", "the same, pooled by the maximum"),
+        ("b200", "D = 256, float32"),
+        ("h100", "G = 32, R = 128, int8 k_imp"),
+        ("a100", "D = 80, float32"),
+    ]
+    for chip, name, launches, temporary in compile_all(asked):
+        kernels = NORMALISED - ({"importance_totals"} if "maximum" in name else set())
+        assert kernels <= set(launches), (chip, name, launches)
+        assert sum(launches.values()) <= 12, (chip, name, launches)
+        assert temporary < 64 << 20, (chip, name, temporary)
