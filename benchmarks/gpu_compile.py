@@ -1,4 +1,4 @@
-"""What the GPU compiler makes of the kernels, without a GPU: `python -m benchmarks.gpu_compile`.
+"""What the GPU compiler makes of the kernels and of a decode step, without a GPU: `python -m benchmarks.gpu_compile`.
 
 It needs `pip install -e ".[gpu-compiler]"`, and no driver. XLA compiles for the description of a chip, down to its
 machine code, and a register that is spilled is an error. The table shows how many kernels a call launches and what
@@ -14,10 +14,12 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"  # else the plugin looks for CUDA's libraries
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
 from benchmarks.about import about
+from benchmarks.tpu_decode import LLAMA_8B, lower_decode
+from butler_jax.parallel.mesh import arrange, parse_mesh
+from butler_jax.selection import SelectionConfig
 
 STRICT = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 LAUNCHED = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? (fusion|custom-call|copy|sort|scatter|while|conditional)\(")
@@ -188,6 +193,13 @@ def compile_layer(chip: str, layer: Layer) -> Any:
         return layer.lower(mesh).compile(STRICT)
 
 
+def compile_decode(chip: str, layers: int = 32) -> Any:
+    """Compile a decode step of Llama-3.1-8B with so many layers: batch 1, 1/16 of 32,768 tokens read."""
+    mesh = arrange(parse_mesh("model=1,sequence=1"), [*mesh_of(chip).devices.ravel()])
+    how = dict(batch=1, capacity=32768, implementation="gpu", selection=SelectionConfig(budget=1 / 16))
+    return lower_decode(mesh, base=dataclasses.replace(LLAMA_8B, layers=layers), **how).compile(STRICT)
+
+
 def count_launches(compiled: Any) -> dict[str, int]:
     """Kernels and copies that a program launches, by name; those inside a fusion are part of it."""
     found: Counter[str] = Counter()
@@ -208,16 +220,18 @@ def main() -> None:
     asked = parser.parse_args()
     rows = []
     for chip in asked.chips:
-        for name, layer in CASES.items():
+        calls = {name: functools.partial(compile_layer, chip, layer) for name, layer in CASES.items()}
+        for name, call in (calls | {"Llama-3.1-8B, a decode step": functools.partial(compile_decode, chip)}).items():
+            start = time.monotonic()
             try:
-                compiled = compile_layer(chip, layer)
+                compiled = call()
             except jax.errors.JaxRuntimeError as error:
                 row = {"error": str(error)[:200]}
             else:
                 temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
                 launches = count_launches(compiled)
                 row = {"launches": sum(launches.values()), "kernels": launches, "temporary_mib": round(temporary, 2)}
-            rows.append({"chip": chip, "layer": name, **row})
+            rows.append({"chip": chip, "program": name, **row, "seconds": round(time.monotonic() - start, 1)})
             print({k: v for k, v in rows[-1].items() if k != "kernels"}, flush=True)
     if asked.json:
         asked.json.write_text(json.dumps({**about("gpu_compile"), "rows": rows}, indent=1) + "\n")

@@ -139,7 +139,8 @@ def take_step(
         return out, forecaster.fetch_next(carry, view), result
 
     x = embed(model, tokens[:, None])
-    x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), length=newest.total)
+    how = dict(length=newest.total, unroll=plan.implementation == "gpu")
+    x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), **how)
     scores = None
     if predictor is not None:
         scores = append_scores(state.scores, new.k_imp, state.lengths, carry.walk.cache)

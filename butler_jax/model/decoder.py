@@ -6,6 +6,7 @@ Modules only hold parameters, which are stacked over the layers. Every pass thro
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -196,6 +197,7 @@ def run_layers(
     carry: Any,
     *,
     length: Int[Array, " B"] | None = None,
+    unroll: bool = False,
 ) -> tuple[Float[Array, "B T E"], Any, Any]:
     """Scan x through all layers; `mixer` computes the attention of each.
 
@@ -203,6 +205,8 @@ def run_layers(
         positions: Of the tokens in their documents.
         mixer: (carry, view) -> (attention output, carry, value).
         length: Tokens of each row, as in `rope_angles`. In decoding, those that the cache holds too.
+        unroll: Whether the program has every layer apart. It compiles longer. The GPU compiler copies the weights of a
+            layer out of the stacked arrays in a loop, and reads them in place without one.
 
     Returns:
         The residual stream after the last layer, the mixer's last carry, and its values stacked over the layers.
@@ -224,8 +228,15 @@ def run_layers(
         x = x + mlp(layer, x, config.norm_eps)
         return (x, carry), out
 
-    (x, carry), outs = jax.lax.scan(body, (x, carry), (model.layers, jnp.arange(config.layers)))
-    return x, carry, outs
+    if not unroll:
+        (x, carry), outs = jax.lax.scan(body, (x, carry), (model.layers, jnp.arange(config.layers)))
+        return x, carry, outs
+    state, found = (x, carry), []
+    for index in range(config.layers):  # an index that is a constant decides the conditions on it while compiling
+        layer = jax.tree.map(operator.itemgetter(index), model.layers)
+        state, out = body(state, (layer, jnp.asarray(index, jnp.int32)))
+        found.append(out)
+    return *state, jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
 
 def sliding_windows(config: BaseConfig) -> tuple[int, ...] | None:

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax.decoding import prefill, step
 from butler_jax.model.config import RopeConfig
-from butler_jax.model.decoder import forward
-from tests.decoding.ragged import LENGTHS, PROMPTS, decoded, model_of, rows_of
+from butler_jax.model.decoder import forward, run_layers
+from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.selection import SelectionConfig
+from tests.decoding.ragged import CAPACITY, LENGTHS, PROMPTS, decoded, model_of, rows_of
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,28 @@ def test_decoding_step_by_step_equals_the_full_pass(changes):
             continue
         # float32 sums in another order; logits are about 1
         np.testing.assert_allclose(found, full[b, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["lookahead", "contextual"])
+@pytest.mark.parametrize("sliding", [(), (True, False) * 3])
+def test_a_step_with_its_layers_unrolled_equals_the_scan(monkeypatch, kind, sliding):
+    """As on GPU. Six layers: a dense one, and producers of 4 and of 1."""
+    model = model_of(layers=6, sliding_window=6 if sliding else None, sliding_layers=sliding)
+    predictor = make_predictor(
+        model.config, PredictorConfig(kind=kind, rank=8, hidden=32 if kind == "contextual" else None)
+    )
+    how = dict(predictor=predictor, selection=SelectionConfig(budget=0.5, sinks=1, recent=2, interval=2))
+    prompt, lengths = jnp.asarray(rows_of()[:, :5]), jnp.asarray(PROMPTS)
+    _, state = jax.jit(lambda t, n: prefill(model, t, n, capacity=CAPACITY, **how))(prompt, lengths)
+
+    def two_steps(unroll):
+        monkeypatch.setattr(
+            step, "run_layers", lambda *given, **named: run_layers(*given, **named | {"unroll": unroll})
+        )
+        take = jax.jit(lambda t, s: step.decode_step(model, t, s, details=True, **how))
+        first, after, _ = take(jnp.array([3, 4, 5]), state)
+        second, after, found = take(jnp.array([6, 7, 8]), after)
+        return first, second, after, found
+
+    for one, other in zip(jax.tree.leaves(two_steps(False)), jax.tree.leaves(two_steps(True)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

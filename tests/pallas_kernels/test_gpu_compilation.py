@@ -1,4 +1,4 @@
-"""The GPU compiler compiles the kernels without a GPU, and spills no register.
+"""The GPU compiler compiles the kernels and a decode step without a GPU, and spills no register.
 
 It comes with the extra `gpu-compiler`; without it this test is skipped. It compiles in a process of its own, since JAX
 must find the compiler before it begins.
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import json
-from benchmarks.gpu_compile import CASES, compile_layer, count_launches
+from benchmarks.gpu_compile import CASES, compile_decode, compile_layer, count_launches
 
 found = []
 for chip, name in json.loads({asked!r}):
-    compiled = compile_layer(chip, CASES[name])
+    compiled = compile_layer(chip, CASES[name]) if name in CASES else compile_decode(chip, layers=int(name))
     temporary = compiled.memory_analysis().temp_size_in_bytes
     found.append([chip, name, count_launches(compiled), temporary])
 print(json.dumps(found))
@@ -62,3 +62,11 @@ def test_no_kernel_spills_and_a_call_is_few_launches():
         assert kernels <= set(launches), (chip, name, launches)
         assert sum(launches.values()) <= 12, (chip, name, launches)
         assert temporary < 64 << 20, (chip, name, temporary)
+
+
+def test_a_decode_step_reads_its_weights_in_place_and_has_no_conditions():
+    ((_, _, launches, temporary),) = compile_all([("h200", "5")])  # layers: a dense one, and a producer's
+    assert not {"cond", "conditional"} & set(launches), launches
+    assert launches["while"] == 1  # along the cache, in the layer that reads everything
+    assert launches["attend_to_tokens"] == 4
+    assert temporary < 64 << 20, temporary
