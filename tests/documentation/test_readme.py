@@ -67,9 +67,31 @@ def test_tables_of_policies_are_what_was_measured(file, task, metric):
 
 
 def test_the_table_of_the_readme_is_a_part_of_the_measured_one():
-    (shown,) = (t for t in tables(REPOSITORY / "README.md") if t.startswith("| per cent over dense"))
+    (shown,) = (t for t in tables(REPOSITORY / "README.md") if t.startswith("| per cent over dense | 1/2"))
     (whole,) = (t for t in tables(DOCS / "measured" / "quality.md") if "oracle, a set" in t and "(Loki" in t)
     assert set(shown.splitlines()) <= set(whole.splitlines()) and shown.count("\n") >= 12
+
+
+def test_the_tables_after_a_prompt_are_what_was_measured():
+    found = {
+        (row["policy"], row["text"], row["allocation"]): f"{row['over_dense_percent']:.1f} ± {row['standard_error']:.1f}"
+        for row in rows_of("h200/smollm2_allocations.json")
+        if "allocation" in row
+    }
+    texts, allocations = ("wikitext2_test", "cbronte_jane"), ("per_head", "per_layer", "tolerance")
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    for run, label in {"r16": "R = 16", "r32": "R = 32", "r32p1": "R = 32, `--stride 1`"}.items():
+        cells = [found[run, text, allocation] for text in texts for allocation in allocations]
+        assert f"| tokenbutler, {label} | {' | '.join(cells)} |\n" in page
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for label, run, allocation in (
+        ("oracle: the true attention weights", "oracle", "per_head"),
+        ("**tokenbutler**, R = 32, every head its own 1/16", "r32", "per_head"),
+        ("**tokenbutler**, R = 32, one tolerance for the model", "r32", "tolerance"),
+        ("**tokenbutler**, R = 16, one tolerance for the model", "r16", "tolerance"),
+    ):
+        cells = [found[run, text, allocation] for text in texts]
+        assert f"| {label} | {' | '.join(cells)} |\n" in readme
 
 
 def test_the_table_beside_kvpress_is_what_was_measured():
