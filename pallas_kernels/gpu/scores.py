@@ -32,7 +32,6 @@ class ScorePlan(NamedTuple):
 
     tokens: int
     warps: int
-
     group: int
     rank: int
     size: int

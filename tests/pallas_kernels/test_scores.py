@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels.gpu import scores as gpu_scores
 from tests.pallas_kernels.definitions import KERNELS, PLAIN, normal, oracle_scores, run, wide
 
 
@@ -95,3 +96,17 @@ def test_new_score_keys_are_quantised_at_the_scale_of_the_old():
     np.testing.assert_array_equal(same, scales)
     assert int(jnp.max(jnp.abs(again))) == 127  # saturates instead of wrapping round
     np.testing.assert_array_equal(pk.quantise_k_imp(jnp.zeros((2, 4, 5)))[0], 0)
+
+
+def test_int8_keys_with_offsets_beyond_32_bits_are_read_layer_by_layer(monkeypatch):
+    """On GPU, where arrays of 2 to 4 GiB have signed offsets of 32 bits. The border is lowered here."""
+    q_imp, lengths = normal(1, 1, 2, 3, 8), jnp.array([90])
+    keys, scales = pk.quantise_k_imp(normal(2, 3, 1, 2, 8, 90))
+    how = dict(scales=scales[1, 0], layer=1)
+    expected = pk.importance_scores(q_imp, keys, lengths, implementation="reference", **how)
+    monkeypatch.setattr(gpu_scores, "ADDRESSED", keys.size - 1)
+    found = pk.importance_scores(q_imp, keys, lengths, implementation="gpu", interpret=True, **how)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    monkeypatch.setattr(gpu_scores, "ADDRESSED", keys[0].size - 1)
+    with pytest.raises(ValueError, match="which GPU kernels cannot address; split the batch"):
+        pk.importance_scores(q_imp, keys[1], lengths, scales=scales[1, 0], implementation="gpu", interpret=True)
