@@ -73,11 +73,11 @@ def test_the_table_of_the_readme_is_a_part_of_the_measured_one():
 
 
 def test_the_tables_after_a_prompt_are_what_was_measured():
-    found = {
-        (row["policy"], row["text"], row["allocation"]): f"{row['over_dense_percent']:.1f} ± {row['standard_error']:.1f}"
-        for row in rows_of("h200/smollm2_allocations.json")
-        if "allocation" in row
-    }
+    found = {}
+    for row in rows_of("h200/smollm2_allocations.json"):
+        if "allocation" in row:
+            cell = f"{row['over_dense_percent']:.1f} ± {row['standard_error']:.1f}"
+            found[row["policy"], row["text"], row["allocation"]] = cell
     texts, allocations = ("wikitext2_test", "cbronte_jane"), ("per_head", "per_layer", "tolerance")
     page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
     for run, label in {"r16": "R = 16", "r32": "R = 32", "r32p1": "R = 32, `--stride 1`"}.items():
