@@ -175,6 +175,7 @@ CASES = {
     "D = 80, float32": Layer(dim=80, size=4096, dtype=jnp.float32),
     "D = 256, float32": Layer(heads=4, dim=256, size=4096, dtype=jnp.float32),
     "G = 32, R = 128, int8 k_imp": Layer(heads=1, group=32, rank=128, size=8192, int8=True),
+    "G = 32, R = 128, float32": Layer(heads=1, group=32, rank=128, size=8192, dtype=jnp.float32),
     "1,048,576 tokens": Layer(size=1 << 20),
 }
 

@@ -262,6 +262,21 @@ def sparse_decode_attention(
     checks.check_caches(k, q_imp, k_imp, layer)
     tpu_can = checks.tpu_can(unit, k.shape[-2])
     name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
+    if name == "gpu" and k_imp.size * n * k.size:  # its kernels hand each other what no other operation reads
+        from pallas_kernels import gpu
+
+        scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k.shape[-2]), jnp.float32)
+        checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
+        listed = jax.ShapeDtypeStruct((*q_imp.shape[:2], n), jnp.int32)
+        checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
+        options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), scales=scales, layer=layer)
+        options |= dict(normalised=pooling == "normalised" and q_imp.shape[2] > 1, new_k=new_k, new_v=new_v)
+        options |= dict(score_scale=q_imp.shape[-1] ** -0.5 if score_scale is None else score_scale)
+        options |= dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, interpret=interpret or False)
+        results = gpu.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, n, **options)
+        asked = (True, return_residual, return_selection)
+        given = tuple(result for result, wanted in zip(results, asked, strict=True) if wanted)
+        return given if len(given) > 1 else given[0]
     shared = dict(lengths=lengths, first=first, implementation=name, interpret=interpret)
     scores = importance_scores(q_imp, k_imp, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared)
     rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, threshold=threshold)

@@ -36,10 +36,10 @@ TRIALS: dict[str, tuple[int, ...]] = {
     "score_tokens": (128, 256, 1024, 2048),
     "score_warps": (2, 8),
     "held": (8192, 16384),
-    "read": (4096, 16384),
-    "threshold_warps": (8, 16),
-    "written": (1024, 2048, 8192),
-    "counted": (4096, 8192, 32768),
+    "candidates": (8192,),
+    "select_warps": (8, 16),
+    "written": (2048, 8192),
+    "choosers": (66, 264),
 }
 LAYERS = 6
 GAIN = 0.99  # a change is kept if the time is less than this share

@@ -5,7 +5,14 @@ and loads mask the padding.
 """
 
 from pallas_kernels.gpu.attention import masked_topk_decode_attention
+from pallas_kernels.gpu.decode import sparse_decode_attention
 from pallas_kernels.gpu.scores import importance_scores, importance_totals
 from pallas_kernels.gpu.selection import select_top_k
 
-__all__ = ["importance_scores", "importance_totals", "masked_topk_decode_attention", "select_top_k"]
+__all__ = [
+    "importance_scores",
+    "importance_totals",
+    "masked_topk_decode_attention",
+    "select_top_k",
+    "sparse_decode_attention",
+]

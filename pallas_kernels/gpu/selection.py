@@ -1,108 +1,320 @@
-"""Exact selection on GPU: a kernel finds the threshold of each row, and another writes the units that reach it.
+"""Exact selection on GPU: the threshold of each row, and the units that reach it in the order of their positions.
 
-The threshold kernel has one program a row. It holds the row's image in registers, where it fits, and bisects the
-threshold by counting. A trial that as many units reach as are wanted ends the search. The writing kernel has several
-programs a row. Each counts what is chosen before its own part, and writes that part behind it.
+Several programs share a row. Each finds the row's threshold by itself, so that none waits for another, and writes the
+chosen units of its own part behind those of the parts before. It holds the row's images in registers meanwhile. Of a
+row too long for that, a kernel before has left the few candidates that lie around the threshold of a sample.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.choice import BARRED, TOP, count_of, image_of, listed, pad_barred
+from pallas_kernels.choice import BARRED, TOP, Selection, image_of
 from pallas_kernels.gpu.tiles import current_tiles
-from pallas_kernels.gpu.triton import launch, padded_size
+from pallas_kernels.gpu.triton import launch, padded_size, place_operands, seen_range, whole_numbers
+
+THINNED = 32  # units for each image of the sample whose order tells where the threshold lies
+SAMPLED = 32768  # images of a sample at most
+SPREAD = 4.0  # standard deviations of the sample's rank that candidates lie within
+CLEARED = 1024  # places of the list that are set to 0 at a time
+GUESSES = 16  # trials by interpolation, before the search bisects
+ABOVE, AROUND, HELD = 0, 1, 2  # what a part counts: units above the candidates, candidates, units that may be chosen
+SHIFT = 16  # bits of the smaller of two numbers that one sum counts
+CARRY = 1 << SHIFT
+
+
+class SelectPlan(NamedTuple):
+    """What the kernels are compiled for.
+
+    Attributes:
+        n, units: Of a row: the width of its list, and U.
+        held: Images that a program holds to search the threshold.
+        chunk: Units that it writes at a time.
+        part: Units that it writes.
+        parts: Programs of a row.
+        unit, size, heads: Tokens of a unit, S, K.
+        barred: Whether a threshold on scores bars some of the units that a row sees.
+    """
+
+    n: int
+    units: int
+    held: int
+    chunk: int
+    part: int
+    parts: int
+    unit: int
+    size: int
+    heads: int
+    barred: bool
+
+    @property
+    def sampled(self):
+        """Images of the sample of a row."""
+        return min(SAMPLED, padded_size(pl.cdiv(self.units, THINNED)))
+
+    @property
+    def room(self):
+        """Candidates that a part leaves."""
+        return min(self.part, self.held)
 
 
 def select_top_k(scores, lengths, n, *, counts, rules, interpret):
     """The choice of n units; arguments as in `api.py`."""
-    batch, heads, size = scores.shape
-    rows = batch * heads
+    options = dict(first=rules.first, unit=rules.unit, barred=rules.threshold is not None)
     image = image_of(scores, lengths, rules)
-    count = count_of(image, size, lengths, n, counts, rules)
-    units = padded_size(image.shape[-1])
-    tiles = current_tiles()
-    held, written = units if units <= tiles.held else tiles.read, min(tiles.written, units)
-    image = pad_barred(image.reshape(rows, -1), max(held, written))
-    target = count.reshape(rows)
-    limit = launch(
-        functools.partial(_threshold_kernel, blocks=image.shape[1] // held, block=held),
-        (image, target),
-        grid=(rows,),
-        out_shape=jax.ShapeDtypeStruct((rows, 2), jnp.int32),
-        warps=max(1, min(tiles.threshold_warps, held // 128)),
-        interpret=interpret,
-        name="find_threshold",
+    indices, taken = choose_units(image, lengths, n, scores.shape[-1], counts=counts, interpret=interpret, **options)
+    return as_selection(indices, taken)
+
+
+def as_selection(indices, taken):
+    """The `Selection` of the indices [B, K, N], of which the first `taken` [B, K] are valid and the others 0."""
+    return Selection(indices, jnp.arange(indices.shape[-1], dtype=jnp.int32)[None, None] < taken[..., None])
+
+
+def choose_units(image, lengths, n, size, *, counts, first, unit, barred, interpret):
+    """The units with the largest images, int32 [B, K, N], 0 behind them, and how many they are, int32 [B, K].
+
+    image: int32 [B, K, U], where those of units that a row does not see have any value. barred: whether others may be
+    BARRED.
+    """
+    batch, heads, units = image.shape
+    rows, tiles = batch * heads, current_tiles()
+    whole = units <= tiles.held
+    held = padded_size(units) if whole else tiles.candidates
+    share = pl.cdiv(units, max(1, tiles.choosers // rows))
+    chunk = min(tiles.written, padded_size(share))
+    part = chunk * pl.cdiv(share, chunk)
+    plan = SelectPlan(n, units, held, chunk, part, pl.cdiv(units, part), unit, size, heads, barred)
+    if counts is not None:
+        counts = jnp.broadcast_to(counts[:, None] if counts.ndim == 1 else counts, (batch, heads)).reshape(rows)
+    operands = place_operands(None, lengths, first) | dict(
+        image=image.reshape(rows, units), counts=whole_numbers(counts)
     )
-    indices = launch(
-        functools.partial(_write_kernel, block=written, counted=min(tiles.counted, units)),
-        (image, target, limit),
-        grid=(rows, image.shape[1] // written),
-        out_shape=jax.ShapeDtypeStruct((rows, n + 1), jnp.int32),
-        warps=8,
+    if not whole:
+        operands |= _bracket(operands, plan, interpret)
+    indices, taken = launch(
+        functools.partial(_select_kernel, plan=plan),
+        operands,
+        grid=(rows, plan.parts),
+        out_shape=[jax.ShapeDtypeStruct((rows, n), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)],
+        warps=max(1, min(tiles.select_warps, held // 128)),
         interpret=interpret,
-        name="write_chosen",
-    )[:, :n]
-    return listed(indices.reshape(batch, heads, n), count)
+        name="select_top_k",
+    )
+    return indices.reshape(batch, heads, n), taken.reshape(batch, heads)
 
 
-def _threshold_kernel(image_ref, target_ref, out_ref, *, blocks, block):
-    """The threshold of a row, and how many of the units that equal it are chosen."""
+def _bracket(operands, plan, interpret):
+    """Candidates of every row, the images that they lie between, and what each part counts."""
+    rows = operands["image"].shape[0]
+    shapes = dict(candidates=(rows, plan.parts * plan.room), between=(rows, 2), counted=(rows, plan.parts, 3))
+    found = launch(
+        functools.partial(_bracket_kernel, plan=plan),
+        operands,
+        grid=(rows, plan.parts),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes.values()],
+        warps=max(8, min(32, plan.sampled // 256)),
+        interpret=interpret,
+        name="bracket_threshold",
+    )
+    return dict(zip(shapes, found, strict=True))
+
+
+def _row_of(refs, plan):
+    """The row, the first unit that it sees, the end of its units, and how many it asks for."""
     row = pl.program_id(0)
-    target = target_ref[row]
-    whole = image_ref[row, pl.ds(0, block)] if blocks == 1 else None
+    begin, end = seen_range(refs, row // plan.heads, plan.size)
+    begin, end = begin // plan.unit, jnp.where(end > begin, (end + plan.unit - 1) // plan.unit, 0)
+    wanted = jnp.clip(refs["counts"][row], 0, plan.n) if "counts" in refs else jnp.int32(plan.n)
+    return row, begin, end, wanted
 
-    def count(trial):
-        """How many units reach a trial value."""
 
-        def add(i, total):
-            return total + _number(image_ref[row, pl.ds(i * block, block)] >= trial)
+def _images(refs, row, begin, end, start, block):
+    """The images of a block of units; BARRED for those that the row does not see."""
+    position = start + jnp.arange(block, dtype=jnp.int32)
+    seen = (position >= begin) & (position < end)
+    return plgpu.load(refs["image"].at[row, position], mask=seen, other=BARRED)
 
-        return _number(whole >= trial) if blocks == 1 else jax.lax.fori_loop(0, blocks, add, jnp.int32(0))
+
+def _search(count, target, low, high, *, held=None, slack=0):
+    """The largest image that at least `target` units reach, and the next one.
+
+    Both are the first image found that at most `slack` more reach, if there is one.
+
+    count: the number of units that reach an image. low, high: an image that at least as many as `target` reach, with
+    their number, and one that at most as many reach, with theirs. held: the number of all units; if all are wanted, or
+    none, there is no search.
+    """
+    if held is not None:
+        none, every = target <= 0, target >= held
+        low = jnp.where(none, TOP, jnp.where(every, BARRED + 1, low[0])), low[1]
+        high = jnp.where(none | every, low[0] + 1, high[0]), high[1]
 
     def narrow(state):
-        """At least `target` units reach low, and fewer reach high."""
-        low, high = state
+        low, at_low, high, at_high, step = state
+        gap = high - low  # modulo 2**32
+        share = (at_low - target).astype(jnp.float32) / jnp.maximum(at_low - at_high, 1).astype(jnp.float32)
+        guess = low + jnp.clip((gap.astype(jnp.float32) * share).astype(jnp.int32), 1, jnp.maximum(gap - 1, 1))
         middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
-        reached = count(middle)
-        low = jnp.where(reached >= target, middle, low)
-        high = jnp.where(reached <= target, middle, high)  # where they are equal, the search ends
-        return low, high
+        trial = jnp.where((gap > 0) & (gap < 2**30) & (step < GUESSES), guess, middle)
+        reached = count(trial)
+        enough, ended = reached >= target, (reached >= target) & (reached <= target + slack)
+        low, at_low = jnp.where(enough, trial, low), jnp.where(enough, reached, at_low)
+        high, at_high = jnp.where(enough & ~ended, high, trial), jnp.where(enough, at_high, reached)
+        return low, at_low, high, at_high, step + 1
 
     def unfinished(state):
-        gap = state[1] - state[0]  # modulo 2**32
+        gap = state[2] - state[0]
         return (gap != 0) & (gap != 1)
 
-    limit, _ = jax.lax.while_loop(unfinished, narrow, (jnp.int32(BARRED), jnp.int32(TOP + 1)))
-    out_ref[row, 0] = limit
-    out_ref[row, 1] = target - count(limit + 1)
+    return jax.lax.while_loop(unfinished, narrow, (*low, *high, jnp.int32(0)))[::2][:2]
 
 
-def _write_kernel(image_ref, target_ref, limit_ref, out_ref, *, block, counted):
-    """Write the chosen units of one part of a row behind those of the parts before."""
-    row, part = pl.program_id(0), pl.program_id(1)
-    target, limit, ties = target_ref[row], limit_ref[row, 0], limit_ref[row, 1]
-    begin = part * block
+def _bracket_kernel(refs, candidates_ref, between_ref, counted_ref, *, plan):
+    """Images of one part that may be the threshold, as the order of a sample of the row tells."""
+    row, begin, end, wanted = _row_of(refs, plan)
+    part, span, sampled = pl.program_id(1), jnp.maximum(end - begin, 1), plan.sampled
+    slot = jnp.arange(sampled, dtype=jnp.int32)
+    at = begin + slot * (span // sampled) + slot * (span % sampled) // sampled
+    sample = plgpu.load(refs["image"].at[row, at], mask=at < end, other=BARRED)
+    share = jnp.minimum(wanted, span).astype(jnp.float32) / span.astype(jnp.float32)
+    rank = share * np.float32(sampled)
+    margin = 4 + np.float32(SPREAD) * jnp.sqrt(rank * (1 - share))
+    lower, upper = ((rank + sign * margin).astype(jnp.int32) for sign in (1, -1))
+    slack = (margin / 8).astype(jnp.int32)
+    least, most = (jnp.int32(BARRED), jnp.int32(sampled)), (jnp.int32(TOP + 1), jnp.int32(0))
 
-    def add(i, totals):
-        at = i * counted + jnp.arange(counted, dtype=jnp.int32)
-        image = plgpu.load(image_ref.at[row, at], mask=at < begin, other=BARRED)
-        return totals[0] + _number(image > limit), totals[1] + _number((image == limit) & (at < begin))
+    def reaching(trial):
+        return _number(sample >= trial)
 
-    above, equal = jax.lax.fori_loop(0, pl.cdiv(begin, counted), add, (jnp.int32(0), jnp.int32(0)))
-    image = image_ref[row, pl.ds(begin, block)]
-    same = (image == limit).astype(jnp.int32)
-    chosen = (image > limit) | ((same > 0) & (equal + jnp.cumsum(same) <= ties))
-    place = above + jnp.minimum(equal, ties) + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-    kept = chosen & (place < target)
-    last = out_ref.shape[1] - 1  # not returned: units that are not kept point to it
-    position = begin + jnp.arange(block, dtype=jnp.int32)
-    plgpu.store(out_ref.at[row, jnp.where(kept, place, last)], position, mask=kept)
+    low, _ = _search(reaching, jnp.minimum(lower, sampled), least, most, slack=slack)
+    low = jnp.where(lower >= sampled, BARRED, low)
+    _, high = _search(reaching, jnp.maximum(upper - slack, 1), (low, reaching(low)), most, slack=slack)
+    high = jnp.where(upper <= slack, TOP + 1, high)
+
+    def collect(i, totals):
+        above, around, held = totals
+        image = _images(refs, row, begin, end, part * plan.part + i * plan.chunk, plan.chunk)
+        own = (image > BARRED) & (image >= low) & (image < high)
+        place = around + jnp.cumsum(own.astype(jnp.int32)) - 1
+        kept = own & (place < plan.room)  # of a part with more, the candidates are too many to be held anyway
+        place = jnp.where(kept, part * plan.room + place, plan.parts * plan.room)
+        plgpu.store(candidates_ref.at[row, place], image, mask=kept)
+        return above + _number(image >= high), around + _number(own), held + _number(image > BARRED)
+
+    totals = jax.lax.fori_loop(0, plan.part // plan.chunk, collect, (jnp.int32(0),) * 3)
+    for kind, total in zip((ABOVE, AROUND, HELD), totals, strict=True):
+        counted_ref[row, part, kind] = total
+
+    @pl.when(part == 0)
+    def _write_between():
+        between_ref[row, 0] = low
+        between_ref[row, 1] = high
+
+
+def _select_kernel(refs, indices_ref, taken_ref, *, plan):
+    """Write the chosen units of one part of a row."""
+    row, begin, end, wanted = _row_of(refs, plan)
+    part = pl.program_id(1)
+    start = part * plan.part
+    target = jnp.minimum(wanted, jnp.maximum(end - begin, 0))
+    find = _threshold_of_candidates if "candidates" in refs else _threshold_of_row
+    target, limit, ties, above, equal = find(refs, row, begin, end, target, start, plan)
+
+    def write(i, before):
+        above, equal = before
+        image = _images(refs, row, begin, end, start + i * plan.chunk, plan.chunk)
+        greater, same = image > limit, image == limit
+        both = greater.astype(jnp.int32) * CARRY + same.astype(jnp.int32)
+        counted, total = jnp.cumsum(both), jnp.sum(both)
+        after = above + (counted >> SHIFT), equal + (counted & (CARRY - 1))
+        place = after[0] + jnp.minimum(after[1], ties) - 1
+        chosen = greater | (same & (after[1] <= ties))
+        position = start + i * plan.chunk + jnp.arange(plan.chunk, dtype=jnp.int32)
+        plgpu.store(indices_ref.at[row, jnp.where(chosen, place, plan.n)], position, mask=chosen)
+        return above + (total >> SHIFT), equal + (total & (CARRY - 1))
+
+    jax.lax.fori_loop(0, plan.part // plan.chunk, write, (above, equal))
+    share = pl.cdiv(plan.n, plan.parts)
+    cleared = min(padded_size(share), CLEARED)
+
+    def clear(i, _):
+        own = i * cleared + jnp.arange(cleared, dtype=jnp.int32)
+        slot = part * share + own
+        mask = (own < share) & (slot < plan.n) & (slot >= target)
+        plgpu.store(indices_ref.at[row, slot], jnp.zeros(slot.shape, jnp.int32), mask=mask)
+        return 0
+
+    jax.lax.fori_loop(0, pl.cdiv(share, cleared), clear, 0)
+
+    @pl.when(part == 0)
+    def _write_taken():
+        taken_ref[row] = target
+
+
+def _threshold_of_row(refs, row, begin, end, target, start, plan):
+    """How many units are chosen, the threshold, how many of those that equal it, and the two numbers before a part."""
+    whole = _images(refs, row, begin, end, 0, plan.held)
+    held = _number(whole > BARRED) if plan.barred else jnp.maximum(end - begin, 0)
+    target = jnp.minimum(target, held)
+    lowest, highest = (jnp.int32(BARRED), jnp.int32(plan.held)), (jnp.int32(TOP + 1), jnp.int32(0))
+    limit, _ = _search(lambda trial: _number(whole >= trial), target, lowest, highest, held=held)
+    before = jnp.arange(plan.held, dtype=jnp.int32) < start
+    above, equal = _number((whole > limit) & before), _number((whole == limit) & before)
+    return target, limit, target - _number(whole > limit), above, equal
+
+
+def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
+    """As `_threshold_of_row`. Where the candidates do not hold the threshold, the whole row is read again and again."""
+    counted, own = refs["counted"], pl.program_id(1)
+    lowest, highest = refs["between"][row, 0], refs["between"][row, 1]
+    slot = jnp.arange(plan.held, dtype=jnp.int32)
+
+    def gather(i, state):
+        at, greater, around, held, greater_before, around_before = state
+        greater_here, around_here, held_here = (counted[row, i, kind] for kind in (ABOVE, AROUND, HELD))
+        greater_before = jnp.where(i == own, greater, greater_before)
+        around_before = jnp.where(i == own, around, around_before)
+        at = jnp.where(slot >= around, i * plan.room + slot - around, at)
+        return at, greater + greater_here, around + around_here, held + held_here, greater_before, around_before
+
+    zero = jnp.int32(0)
+    state = jax.lax.fori_loop(0, plan.parts, gather, (slot, zero, zero, zero, zero, zero))
+    at, greater, around, held, greater_before, around_before = state
+    candidates = plgpu.load(refs["candidates"].at[row, at], mask=slot < around, other=BARRED)
+    target = jnp.minimum(target, held)
+    between = (greater < target) & (greater + around >= target)
+    inside = between & (around <= plan.held)
+
+    def total(of, of_candidate, known, stop):
+        """The number of images before `stop` for which `of` holds; known: of those above the candidates."""
+
+        last = jnp.where(inside, 0, jnp.minimum(end, stop))
+
+        def add(state):
+            found, at = state
+            return found + _number(of(_images(refs, row, begin, last, at, plan.chunk))), at + plan.chunk
+
+        known = jnp.where(inside, known + _number(of_candidate), 0)
+        return jax.lax.while_loop(lambda state: state[1] < last, add, (known, jnp.int32(0)))[0]
+
+    def reaching(trial):
+        return total(lambda image: image >= trial, (slot < around) & (candidates >= trial), greater, plan.units)
+
+    low = jnp.where(between, lowest, BARRED), jnp.where(between, greater + around, plan.units)
+    high = jnp.where(between, highest, TOP + 1), jnp.where(between, greater, 0)
+    limit, _ = _search(reaching, target, low, high, held=held)
+    before = slot < around_before
+    above = total(lambda image: image > limit, before & (candidates > limit), greater_before, start)
+    equal = total(lambda image: image == limit, before & (candidates == limit), 0, start)
+    return target, limit, target - reaching(limit + 1), above, equal
 
 
 def _number(mask):

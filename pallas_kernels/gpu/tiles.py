@@ -19,22 +19,22 @@ TABLE = Path(__file__).with_name("tiles.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Sizes of blocks and grids. All but `programs` and `least_tokens` are powers of two."""
+    """Sizes of blocks and grids. All but `choosers`, `programs` and `least_tokens` are powers of two."""
 
     score_tokens: int = 512
     """Tokens that a program scores."""
     score_warps: int = 4
     """Warps of a program that scores."""
     held: int = 32768
-    """Largest row of units that the threshold kernel holds in registers."""
-    read: int = 8192
-    """Units that it reads at a time, of larger rows."""
-    threshold_warps: int = 32
-    """Warps of a program of the threshold kernel, at most."""
+    """Largest row of units that a program of the selection holds in registers."""
+    candidates: int = 16384
+    """Candidates for the threshold that it holds, of larger rows."""
+    select_warps: int = 32
+    """Warps of a program of the selection, at most."""
     written: int = 4096
-    """Units that a program of the writing kernel writes."""
-    counted: int = 16384
-    """Units that it counts at a time, to know where its own begin."""
+    """Units that it writes at a time, at most; less than 32768."""
+    choosers: int = 132
+    """Programs of the selection among which the units of all rows are split."""
     attend_bytes: int = 16384
     """Bytes of keys that a program of the attention reads at a time."""
     attend_stages: int = 2

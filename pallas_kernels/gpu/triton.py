@@ -11,29 +11,53 @@ LEAST = 16  # the smallest side of a product
 
 
 def launch(kernel, operands, *, grid, out_shape, warps, interpret, name, stages=2):
-    """Run a Triton kernel on whole arrays. Each operand of the kernel is a reference to a whole array."""
+    """Run a Triton kernel. It takes references to whole arrays: a dict of the operands that are not None, and results.
+
+    An operand that is not given costs no launch that fills it.
+    """
+    given = {key: array for key, array in operands.items() if array is not None}
+
+    def body(*refs):
+        kernel(dict(zip(given, refs[: len(given)], strict=True)), *refs[len(given) :])
+
     return pl.pallas_call(
-        kernel,
+        body,
         grid=grid,
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name=name,
-    )(*operands)
+    )(*given.values())
 
 
-def padded_size(number):
-    """The smallest power of two that a product allows and that is at least `number`."""
-    return max(LEAST, 1 << (number - 1).bit_length())
+def padded_size(number, least=LEAST):
+    """The smallest power of two that is at least `number` and `least`. Products allow no side below LEAST."""
+    return max(least, 1 << (number - 1).bit_length())
 
 
-def place_operands(layer, lengths, first, batch, size):
-    """(layer [1], lengths [B], first [B]) as kernels read them. What is not given is a constant, not a launch."""
-    layer = np.zeros(1, np.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
-    lengths = np.full(batch, size, np.int32) if lengths is None else lengths.astype(jnp.int32)
-    return layer, lengths, np.zeros(batch, np.int32) if first is None else first.astype(jnp.int32)
+def place_operands(layer, lengths, first):
+    """Operands that say where a row lies: the layer [1], lengths [B], first [B]; None where they are not given."""
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+    return dict(layer=layer, lengths=whole_numbers(lengths), first=whole_numbers(first))
 
 
-def seen_range(lengths_ref, first_ref, sequence, size):
+def whole_numbers(array):
+    """An operand of integers as int32; None stays None."""
+    return None if array is None else array.astype(jnp.int32)
+
+
+def seen_range(refs, sequence, size):
     """The first token that a sequence sees, and the end of its tokens."""
-    return jnp.maximum(first_ref[sequence], 0), jnp.minimum(lengths_ref[sequence], size)
+    begin = jnp.maximum(refs["first"][sequence], 0) if "first" in refs else jnp.int32(0)
+    return begin, jnp.minimum(refs["lengths"][sequence], size) if "lengths" in refs else jnp.int32(size)
+
+
+def cache_row(refs, row, rows):
+    """A row of the layer in a cache whose layers have `rows` rows each."""
+    return refs["layer"][0] * np.int32(rows) + row if "layer" in refs else row
+
+
+def pairs(first, second):
+    """Indices of every pair of two vectors, as two matrices."""
+    shape = (first.shape[0], second.shape[0])
+    return jnp.broadcast_to(first[:, None], shape), jnp.broadcast_to(second[None, :], shape)

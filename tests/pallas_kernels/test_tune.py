@@ -18,10 +18,10 @@ from tests.pallas_kernels.definitions import normal
 
 SMALL = tiles.Tiles(
     held=64,
-    read=32,
-    threshold_warps=1,
+    candidates=128,
+    select_warps=1,
     written=16,
-    counted=32,
+    choosers=4,
     score_tokens=64,
     attend_bytes=1024,
     programs=6,

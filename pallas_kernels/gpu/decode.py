@@ -1,0 +1,27 @@
+"""The decode attention of one layer on GPU, without an operation between its kernels."""
+
+from __future__ import annotations
+
+from pallas_kernels.choice import image_of
+from pallas_kernels.gpu.attention import attend_to_units
+from pallas_kernels.gpu.scores import can_image, importance_images, importance_scores
+from pallas_kernels.gpu.selection import as_selection, choose_units
+
+
+def sparse_decode_attention(
+    q, k, v, q_imp, k_imp, lengths, n, *, counts, rules, normalised, scales, score_scale, interpret, **options
+):
+    """Attention [B, H, D], its log-sum-exp [B, H], and the `Selection`. Arguments as in `api.py`."""
+    first, layer = rules.first, options["layer"]
+    scored = dict(scales=scales, scale=score_scale, first=first, layer=layer, normalised=normalised)
+    if can_image(q_imp, k_imp, rules.unit):
+        image = importance_images(q_imp, k_imp, lengths, rules=rules, interpret=interpret, **scored)
+    else:  # a unit is longer than what a program scores
+        scores = importance_scores(q_imp, k_imp, lengths, totals=None, interpret=interpret, **scored)
+        image = image_of(scores, lengths, rules)
+    barred = rules.threshold is not None
+    chosen = dict(counts=counts, first=first, unit=rules.unit, barred=barred, interpret=interpret)
+    units, taken = choose_units(image, lengths, n, k.shape[-2], **chosen)
+    shared = dict(unit=rules.unit, lengths=lengths, first=first, interpret=interpret)
+    out, residual = attend_to_units(q, k, v, units, taken, **shared, **options)
+    return out, residual, as_selection(units, taken)
