@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import hlo
+from tests.host_devices import host_devices
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -132,7 +133,7 @@ print(json.dumps(hlo.by_kind(hlo.collectives(text, 8))))
 
 
 def test_a_program_that_xla_compiled_sends_what_can_be_worked_out_by_hand():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", COMPILED]
     done = subprocess.run(
         command, cwd=Path(__file__).parent.parent.parent, env=environment, capture_output=True, text=True, timeout=300

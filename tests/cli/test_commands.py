@@ -26,6 +26,7 @@ from butler_jax.runs.saved_predictor import save_predictor
 from butler_jax.storage.settings import to_dict
 from butler_jax.training.config import TrainConfig
 from tests import tiny_runs
+from tests.host_devices import host_devices
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -221,7 +222,7 @@ def test_batch_not_divisible_by_the_mesh(place, tmp_path):
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": host_devices(4),
         },
         capture_output=True,
         text=True,

@@ -316,6 +316,7 @@ def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, field
     compare_evicting(name, fields, budget, **changes)
 
 
+@pytest.mark.slow
 def test_snapkv_cuts_once_at_the_end_of_a_dense_prompt():
     """Against the formula: the attention of the prompt's last 6 rows, the maximum over 3, the best of what is free."""
     model, tokens, length = make_model(), jnp.asarray(rows_of())[:2], 30

@@ -49,6 +49,7 @@ from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.parallel.mesh import make_mesh, place
+from tests.host_devices import host_devices
 
 CAPACITY, STEPS = 128, 3
 sizes = dict(
@@ -111,7 +112,7 @@ print(json.dumps([apart, {f"{text}: {name}": size for (text, name), size in move
 
 @pytest.mark.slow
 def test_parts_of_a_cache_decode_like_the_whole_and_never_come_together():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", STEPS, str(REPOSITORY), "data=2,model=2,sequence=2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -127,7 +128,7 @@ def test_a_cache_is_not_split_inside_a_unit():
         "import jax; from butler_jax.decoding.parts import check_units; from butler_jax.parallel import make_mesh\n"
         "with jax.set_mesh(make_mesh('sequence=4')):\n    check_units(64, 16); check_units(66, 32); check_units(96, 16)"
     )
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(4), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     message = (
         "ValueError: a cache of 96 tokens in 4 parts does not hold whole units of 16; choose a capacity that is a "
@@ -137,7 +138,7 @@ def test_a_cache_is_not_split_inside_a_unit():
 
 @pytest.mark.slow
 def test_the_command_generates_on_a_mesh_and_says_what_it_cannot_do_there():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "butler_jax", "generate", "--base", "tiny", "--policy", "streaming"]
     command += ["--prompt", "def main(args):", "--max-new-tokens", "12"]
 

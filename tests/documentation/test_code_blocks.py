@@ -19,6 +19,7 @@ from butler_jax.evaluation.config import EvalConfig
 from butler_jax.pretraining.config import PretrainConfig
 from butler_jax.training.config import TrainConfig
 from tests.documentation.pages import PAGES, REPOSITORY, blocks, name
+from tests.host_devices import host_devices
 
 KINDS = {
     "train": TrainConfig,
@@ -80,7 +81,7 @@ def test_python_blocks_run_from_top_to_bottom(page, tmp_path):
         program = program.replace(said, small)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     if name(page) in DEVICES:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[name(page)]}"
+        environment["XLA_FLAGS"] = host_devices(DEVICES[name(page)])
     (tmp_path / "page.py").write_text(program, encoding="utf-8")
     command = [sys.executable, "page.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)

@@ -63,8 +63,6 @@ def test_every_picture_is_explained_before_it_is_shown():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    if path.stem != "05_training_on_a_tpu_pod":  # which sets its own
-        environment.pop("XLA_FLAGS", None)
     command = [sys.executable, REPOSITORY / "tests" / "notebook_runner.py", path, json.dumps(SMALL)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -232,6 +232,7 @@ def test_policies_of_ones_own_are_evaluated_beside_those_with_names(model, tmp_p
             evaluate(base, config=EvalConfig(tasks="perplexity", policies=policies, **settings))
 
 
+@pytest.mark.slow
 def test_without_a_predictor_the_default_policies_do_without_tokenbutler(model, tmp_path):
     text, said = tmp_path / "text.txt", []
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2)
@@ -279,6 +280,7 @@ def test_finished_cells_are_not_measured_again(place, tmp_path):
     assert ["kept" in line for line in said] == [True, True, True, False, False]  # another predictor, other cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [None, 60])
 def test_a_report_says_over_how_many_windows_errors_are_and_whether_these_overlap(place, stride):
     base, predictor, config = place

@@ -24,6 +24,7 @@ from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import distil_step
 from butler_jax.training.step import start_state
 from tests import tiny_runs
+from tests.host_devices import host_devices
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -163,7 +164,7 @@ for kind in sys.argv[1:]:
     "kind", ["contextual", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lookahead", "producer"))]
 )
 def test_a_step_hands_its_state_back_split_as_the_rules_say(kind):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(4), "JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", KEPT, kind], env=environment, capture_output=True, text=True, timeout=600
@@ -216,7 +217,7 @@ MESHES = {"lookahead": "data=4,model=2", "producer": "model=8", "contextual": "d
 def losses(place) -> dict[str, list[float]]:
     """The losses of five steps under "predictor mesh", on one device and on eight."""
     cases = [(predictor, mesh) for predictor, several in MESHES.items() for mesh in ("data=1", several)]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # nearly all of the time is compilation
     command = [sys.executable, "-c", RUN, str(REPOSITORY), str(place), json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
@@ -280,7 +281,7 @@ print(json.dumps(found))
     ],
 )
 def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, meshes):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as above
     command = [sys.executable, "-c", DECODE, str(REPOSITORY), str(place / "base"), json.dumps(fields), *meshes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)

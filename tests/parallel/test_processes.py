@@ -19,6 +19,7 @@ import pytest
 from butler_jax import load_base
 from butler_jax.runs.directory import claim
 from tests import tiny_runs
+from tests.host_devices import host_devices
 
 pytestmark = pytest.mark.slow
 
@@ -281,7 +282,7 @@ def test_other_settings_are_named_by_all(place):
 
 
 def test_other_numbers_of_devices_are_named_by_all(place):
-    devices = {1: {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
+    devices = {1: {"XLA_FLAGS": host_devices(2)}}
     for one in place.run(2, place.train("devices"), environments=devices):
         assert one.status == 1 and "there are 1 in process 0, 2 in process 1" in one.said.splitlines()[-1]
 
@@ -361,7 +362,7 @@ print(json.dumps(found))
 
 def test_processes_agree_on_everything_that_is_wrong(place):
     (place.directory / "checks.py").write_text(CHECKS)
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    two = {"XLA_FLAGS": host_devices(2)}
     ended = place.finish(2, [str(place.directory / "checks.py")], environments={0: two, 1: two})
     found = [json.loads(one.said.splitlines()[-1]) for one in ended]
     rows, paths = ([one.pop(name) for one in found] for name in ("rows", "apart"))

@@ -37,6 +37,7 @@ def test_a_pass_over_one_token_or_none_is_dense(model, predictor, name):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(found)) and not np.asarray(found.nll).any()
 
 
+@pytest.mark.slow
 def test_an_empty_row_changes_nothing_for_the_others(model, predictor):
     policy, selection = make_policy("tokenbutler"), SelectionConfig(budget=0.4, sinks=2, recent=3)
     both, alone = text(30, 0, total=40), text(30, total=40)

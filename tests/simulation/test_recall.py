@@ -125,6 +125,7 @@ def test_rank_correlation_is_pearsons_of_mean_ranks():
         np.testing.assert_array_equal(np.asarray(ranks)[0, 0, g, c][allowed[0, c]], a)
 
 
+@pytest.mark.slow
 def test_a_policy_of_pages_reads_what_it_reads_in_the_simulation(model):
     """Sinks and recent tokens take whole pages, which a small budget of single tokens would not cover."""
     batch, policy = make_batch([[64], [50]], 64), make_policy("quest", page=16)

@@ -110,7 +110,9 @@ def naive_loss(parameters, rest, model, batch, objective, sinks, recent):
 @pytest.mark.parametrize(
     ("objective", "sinks", "recent"), [("squared_error", 0, 0), ("cross_entropy", 0, 0), ("cross_entropy", 2, 3)]
 )
-@pytest.mark.parametrize("kind", PREDICTORS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "contextual" else k for k in PREDICTORS]
+)
 def test_loss_and_gradient_equal_unrolled_autodiff(model, predictors, kind, objective, sinks, recent):
     predictor, batch = predictors[kind], random_batch(3)
     run = jax.jit(DistillationObjective(objective, sinks=sinks, recent=recent).differentiate)
@@ -209,6 +211,7 @@ def test_dropout_is_for_training_the_contextual_predictor(model, predictors):
         assert (float(plain) == float(dropped)) == (kind == "producer")
 
 
+@pytest.mark.slow
 def test_dropout_follows_seed_and_step(model, predictors):
     batch, losses = random_batch(), {}
     optimiser = optax.sgd(0.0)

@@ -20,6 +20,7 @@ from butler_jax.weights import load_base
 from butler_jax.weights.huggingface import SINGLE
 from butler_jax.weights.placement import check_memory
 from tests import reference_models
+from tests.host_devices import host_devices
 from tests.weights.hostile import EMBEDDING, REPOSITORY, change_config, container, entry, refused
 from tests.weights.llama_files import LLAMA, equal, rewrite
 
@@ -103,7 +104,7 @@ def test_a_model_larger_than_memory_is_refused_on_simulated_devices_before_it_is
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": host_devices(2)},
     )
     said = f"{small_model} needs 64.0 GB for its weights (32.0 GB on each of 2 devices), and this machine has 25.0 GB: "
     assert done.stdout.startswith(said), done.stderr
@@ -207,7 +208,7 @@ def test_sharded_parameters_equal_unsharded_ones_on_8_devices_in_the_bytes_recko
             assert len(needed) == mesh.size and set(needed.values()) == {{0}}, (text, needed)
         print("equal")
         """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=host_devices(8),
     )
     assert "equal" in out
 

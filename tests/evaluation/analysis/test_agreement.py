@@ -148,6 +148,7 @@ def test_drift_is_measured_from_the_row_before(model, batch, predictor, seen):
             np.testing.assert_allclose(found.divergence[row, 1, 2, n], wanted, **CLOSE)
 
 
+@pytest.mark.slow
 def test_hit_rate_is_that_of_recall(model, predictor):
     batch = make_batch([[64]], 64)
     found = measure_drift(model, predictor, batch, rows=32, distance=1)
