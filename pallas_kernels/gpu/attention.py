@@ -61,7 +61,7 @@ def attend_to_units(q, k, v, units, taken, *, unit, new_k, new_v, lengths, first
     operands |= dict(units=units.reshape(rows, n), taken=None if taken is None else taken.reshape(rows))
     operands |= dict(q=q.reshape(rows, group, dim), k=k.reshape(-1, size, dim), v=v.reshape(-1, size, dim))
     tiles = current_tiles()
-    tokens = tiles.attend_tokens(padded_size(dim), k.dtype.itemsize)
+    tokens = tiles.attend_tokens(padded_size(dim), k.dtype.itemsize, padded_size(group))
     splits = max(1, min(pl.cdiv(n * unit, max(tokens, tiles.least_tokens)), tiles.programs // rows))
     plan = SplitPlan(unit, n, tokens, splits, heads, group, dim, scale)
     stats = jax.ShapeDtypeStruct((rows, splits, group), jnp.float32)

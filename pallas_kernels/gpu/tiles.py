@@ -36,7 +36,7 @@ class Tiles:
     choosers: int = 132
     """Programs of the selection among which the units of all rows are split."""
     attend_bytes: int = 16384
-    """Bytes of keys that a program of the attention reads at a time."""
+    """Bytes of keys that a program of the attention reads at a time, for up to 16 query heads; fewer for more."""
     attend_stages: int = 2
     """Stages of the loop over them: how many loads are in flight."""
     attend_warps: int = 4
@@ -46,9 +46,9 @@ class Tiles:
     least_tokens: int = 128
     """Tokens that a program of the attention reads at least."""
 
-    def attend_tokens(self, width: int, itemsize: int) -> int:
-        """Tokens that the attention reads at a time, where a key has `width` padded elements."""
-        return max(16, self.attend_bytes // (width * itemsize))
+    def attend_tokens(self, width: int, itemsize: int, group: int) -> int:
+        """Tokens that the attention reads at a time: width elements a key and `group` query heads, both padded."""
+        return max(16, 16 * self.attend_bytes // (width * itemsize * group))
 
 
 _tried: list[Tiles] = []
