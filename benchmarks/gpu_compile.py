@@ -42,7 +42,7 @@ KERNEL = re.compile(r'name = "(\w+)"')
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chip:
+class GpuChip:
     """A chip as XLA needs it described, by NVIDIA's data sheets."""
 
     name: str
@@ -87,7 +87,7 @@ class Chip:
 
 
 CHIPS = {
-    "a100": Chip(
+    "a100": GpuChip(
         name="NVIDIA A100-SXM4-80GB",
         capability=(8, 0),
         multiprocessors=108,
@@ -96,7 +96,7 @@ CHIPS = {
         cache=40,
         shared=164,
     ),
-    "h100": Chip(
+    "h100": GpuChip(
         name="NVIDIA H100 80GB HBM3",
         capability=(9, 0),
         multiprocessors=132,
@@ -105,7 +105,7 @@ CHIPS = {
         cache=50,
         shared=228,
     ),
-    "h200": Chip(
+    "h200": GpuChip(
         name="NVIDIA H200",
         capability=(9, 0),
         multiprocessors=132,
@@ -114,7 +114,7 @@ CHIPS = {
         cache=50,
         shared=228,
     ),
-    "b200": Chip(
+    "b200": GpuChip(
         name="NVIDIA B200",
         capability=(10, 0),
         multiprocessors=148,
@@ -127,7 +127,7 @@ CHIPS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class LayerCall:
     """The sparse attention of one layer out of two; the letters are those of `pallas_kernels.api`."""
 
     batch: int = 1
@@ -164,19 +164,19 @@ class Layer:
         return jax.jit(call).lower(**arrays)
 
 
-LLAMA = Layer()
+LLAMA = LayerCall()
 CASES = {
     "Llama-3.1-8B, 32,768 tokens": LLAMA,
-    "the same, pooled by the maximum": Layer(pooling="maximum"),
-    "the same, 131,072 tokens, batch 8, int8 k_imp": Layer(size=131072, batch=8, int8=True),
-    "the same, float32": Layer(dtype=jnp.float32),
-    "the same, pages of 16": Layer(unit=16),
-    "SmolLM2, float32": Layer(heads=3, group=3, dim=64, size=8192, dtype=jnp.float32),
-    "D = 80, float32": Layer(dim=80, size=4096, dtype=jnp.float32),
-    "D = 256, float32": Layer(heads=4, dim=256, size=4096, dtype=jnp.float32),
-    "G = 32, R = 128, int8 k_imp": Layer(heads=1, group=32, rank=128, size=8192, int8=True),
-    "G = 32, R = 128, float32": Layer(heads=1, group=32, rank=128, size=8192, dtype=jnp.float32),
-    "1,048,576 tokens": Layer(size=1 << 20),
+    "the same, pooled by the maximum": LayerCall(pooling="maximum"),
+    "the same, 131,072 tokens, batch 8, int8 k_imp": LayerCall(size=131072, batch=8, int8=True),
+    "the same, float32": LayerCall(dtype=jnp.float32),
+    "the same, pages of 16": LayerCall(unit=16),
+    "SmolLM2, float32": LayerCall(heads=3, group=3, dim=64, size=8192, dtype=jnp.float32),
+    "D = 80, float32": LayerCall(dim=80, size=4096, dtype=jnp.float32),
+    "D = 256, float32": LayerCall(heads=4, dim=256, size=4096, dtype=jnp.float32),
+    "G = 32, R = 128, int8 k_imp": LayerCall(heads=1, group=32, rank=128, size=8192, int8=True),
+    "G = 32, R = 128, float32": LayerCall(heads=1, group=32, rank=128, size=8192, dtype=jnp.float32),
+    "1,048,576 tokens": LayerCall(size=1 << 20),
 }
 
 
@@ -187,7 +187,7 @@ def mesh_of(chip: str) -> Mesh:
     return Mesh(np.array(topology.devices[:1]), ("one",))
 
 
-def compile_layer(chip: str, layer: Layer) -> Any:
+def compile_layer(chip: str, layer: LayerCall) -> Any:
     """Compile a layer for a chip. Raises JaxRuntimeError where a kernel spills registers."""
     mesh = mesh_of(chip)
     with jax.set_mesh(mesh):

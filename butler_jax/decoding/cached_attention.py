@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.parts import Part, part_of
 from butler_jax.model import LOWEST
-from butler_jax.parallel import by_rows_and_heads, token_axis
+from butler_jax.parallel import by_rows_and_heads, platform, token_axis
 
 BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
 LOGITS = 2**27  # logits formed together elsewhere, where few large products are fast
@@ -49,7 +49,7 @@ def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | N
     batch, count, heads, dim = q.shape
     kv_heads, size = k.shape[2:4]
     begin, here = (0, cached) if part is None else (part.begin, part.count(cached))
-    block = BLOCK if jax.default_backend() == "cpu" else max(BLOCK, LOGITS // (batch * heads * count))
+    block = BLOCK if platform() == "cpu" else max(BLOCK, LOGITS // (batch * heads * count))
     block = min(block, size)
     rows = q.reshape(batch, count, kv_heads, heads // kv_heads, dim)
     rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, heads // kv_heads * count, dim)
@@ -80,7 +80,8 @@ def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | N
 
     shape = (*rows.shape[:-1], 1)
     state = jnp.full(shape, LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
-    state = jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
+    # Without a loop where it has one round: a GPU would have to tell the host how many.
+    state = one(0, state) if block == size else jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
     if part is not None:
         state = part.merged(*state)
     fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "partition",
             "place",
             "place_batch",
+            "platform",
             "rows_here",
             "shardings_for",
             "token_axis",

@@ -14,6 +14,7 @@ import pytest
 
 from butler_jax.decoding.parts import Part
 from butler_jax.selection import Chosen
+from tests.host_devices import host_devices
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -49,7 +50,6 @@ from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.parallel.mesh import make_mesh, place
-from tests.host_devices import host_devices
 
 CAPACITY, STEPS = 128, 3
 sizes = dict(

@@ -60,7 +60,6 @@ def test_no_kernel_spills_and_a_call_is_few_launches():
 
 def test_a_decode_step_reads_its_weights_in_place_and_has_no_conditions():
     ((_, _, launches, temporary),) = compile_all([("h200", "5")])  # layers: a dense one, and a producer's
-    assert not {"cond", "conditional"} & set(launches), launches
-    assert launches["while"] == 1  # along the cache, in the layer that reads everything
+    assert not {"cond", "conditional", "while"} & set(launches), launches
     assert launches["attend_to_tokens"] == 4
     assert temporary < 64 << 20, temporary
