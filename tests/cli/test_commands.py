@@ -334,6 +334,7 @@ def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
     """
     script = [str(REPOSITORY / a) if a.endswith(".py") else a for a in arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # an evaluation of tiny computes for minutes without
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and children
     try:
         process = subprocess.Popen(
