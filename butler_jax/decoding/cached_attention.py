@@ -80,8 +80,10 @@ def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | N
 
     shape = (*rows.shape[:-1], 1)
     state = jnp.full(shape, LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
-    # Without a loop where it has one round: a GPU would have to tell the host how many.
-    state = one(0, state) if block == size else jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
+    if count == 1 and block == size:  # a step of decoding has one round, which a GPU would have to tell the host
+        state = one(0, state)
+    else:  # the first chunk of a prompt has none
+        state = jax.lax.fori_loop(0, -(-jnp.max(here) // block), one, state)
     if part is not None:
         state = part.merged(*state)
     fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))
