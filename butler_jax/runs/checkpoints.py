@@ -27,7 +27,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from butler_jax.parallel import gather
 from butler_jax.runs import digests
-from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, damage, read_facts, steps
+from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, damage, pick_best, read_facts, steps
 from butler_jax.storage import sync
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and every error with a traceback
@@ -85,7 +85,7 @@ class Checkpoints:
 
         Raises as loss() does.
         """
-        return min(reversed(self.steps()), key=self.loss, default=None)
+        return pick_best({step: self.loss(step) for step in self.steps()})
 
     def loss(self, step: int) -> float:
         """The loss saved with a checkpoint; infinite for one that was saved without a validation.
@@ -250,7 +250,7 @@ class Checkpoints:
         for step in steps(self.directory):
             with contextlib.suppress(DamagedCheckpoint):  # damaged since this start: the next start sets it aside
                 losses[step] = self.loss(step)
-        best = min(reversed(losses), key=losses.get)
+        best = pick_best(losses)
         for step in list(losses)[: -self._keep]:
             if step != best:
                 doomed = self._unfinished(step)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from butler_jax.runs import digests
@@ -25,6 +27,14 @@ def steps(directory: Path) -> list[int]:
     """
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(path.name) for path in found if STEP.fullmatch(path.name))
+
+
+def pick_best(losses: Mapping[int, float | None]) -> int | None:
+    """The step with the lowest loss, the newest of equal ones; None of none. A loss of None counts as infinite.
+
+    losses: by step, in order.
+    """
+    return min(reversed(losses), key=lambda step: math.inf if losses[step] is None else losses[step], default=None)
 
 
 def damage(checkpoint: Path, *, only: str | None = None) -> list[str]:

@@ -6,14 +6,13 @@ Files are only read. This needs no base, no accelerator and no Orbax, and does n
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from butler_jax.runs.directory import LEVELS, RECORDS, holder, read_records
-from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, steps
+from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, pick_best, steps
 from butler_jax.runs.finished_checkpoints import damage as find_damage
 from butler_jax.runs.settings import CONFIG, read_settings
 from butler_jax.storage import deeper, fits, number, open_regular, parse_object, read_object, shown, whole
@@ -70,9 +69,9 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
         problems.append("checkpoints is no directory; move it away to go on")
     found = list(_checkpoints(place))
     usable = [one for one in found if one["state"] != "damaged"]
-    best = min(reversed(usable), key=lambda o: math.inf if o["loss"] is None else o["loss"], default=None)
+    best = pick_best({one["step"]: one["loss"] for one in usable})
     for one in found:
-        one["best"] = one is best
+        one["best"] = one["step"] == best
     done = max((one["step"] for one in usable), default=0)
     return {
         "run": str(run_dir),
