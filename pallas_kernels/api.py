@@ -73,8 +73,8 @@ def importance_scores(
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
-    normalised = pooling == "normalised" and q_imp.shape[2] > 1
-    scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
+    normalised = _normalises(pooling, q_imp)
+    scale = _factor(scale, q_imp)
     module, options = _dispatch(name, interpret, k_imp.size)
     options |= dict(scales=scales, scale=scale, first=first, layer=layer)
     options |= dict(normalised=normalised, totals=totals if normalised else None)
@@ -108,7 +108,7 @@ def importance_totals(
     lengths, first, scales = _arrays(lengths, first, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
     name = checks.choose_implementation(implementation, interpret)
-    scale = q_imp.shape[-1] ** -0.5 if scale is None else scale
+    scale = _factor(scale, q_imp)
     module, options = _dispatch(name, interpret, k_imp.size)
     options |= dict(scales=scales, scale=scale, first=first, layer=layer)
     return module.importance_totals(q_imp, k_imp, lengths, **options)
@@ -206,7 +206,7 @@ def masked_topk_decode_attention(
     name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k.shape[-2]))
     if name == "tpu":
         checks.check_tpu_unit(unit, k.shape[-2])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _factor(scale, q)
     module, options = _dispatch(name, interpret, indices.size * k.size)
     options |= dict(lengths=lengths, first=first, layer=layer, return_residual=return_residual)
     options |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale)
@@ -270,9 +270,8 @@ def sparse_decode_attention(
         listed = jax.ShapeDtypeStruct((*q_imp.shape[:2], n), jnp.int32)
         checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
         options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), scales=scales, layer=layer)
-        options |= dict(normalised=pooling == "normalised" and q_imp.shape[2] > 1, new_k=new_k, new_v=new_v)
-        options |= dict(score_scale=q_imp.shape[-1] ** -0.5 if score_scale is None else score_scale)
-        options |= dict(scale=q.shape[-1] ** -0.5 if scale is None else scale, interpret=interpret or False)
+        options |= dict(normalised=_normalises(pooling, q_imp), score_scale=_factor(score_scale, q_imp))
+        options |= dict(new_k=new_k, new_v=new_v, scale=_factor(scale, q), interpret=interpret or False)
         results = gpu.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, n, **options)
         asked = (True, return_residual, return_selection)
         given = tuple(result for result, wanted in zip(results, asked, strict=True) if wanted)
@@ -317,6 +316,16 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
 def _arrays(*values):
     """Lists and numpy arrays as jax arrays. None stays None."""
     return tuple(None if value is None else jnp.asarray(value) for value in values)
+
+
+def _factor(scale: float | None, queries: jax.Array) -> float:
+    """The factor on products with queries [..., D] or [..., R]: that given, or the default."""
+    return queries.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _normalises(pooling: str, q_imp: jax.Array) -> bool:
+    """Whether log-sum-exps are taken off the scores. One query head alone needs none."""
+    return pooling == "normalised" and q_imp.shape[2] > 1
 
 
 def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:

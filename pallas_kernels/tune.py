@@ -4,8 +4,8 @@
     python -m pallas_kernels.tune --minutes 2 --dry   # does not write
 
 One setting after the other is changed, and kept where the operation is faster on the geometric mean over several
-batches and lengths. A timing is the median of several runs through a stack of layers, each of whose steps needs the one
-before. The caches of the layers are larger than the chip's own cache.
+batches and lengths. The timed programs and their inputs are those of `pallas_kernels.bench`: they attend to several
+layers in turn, and the time of a layer is the median of several runs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels import api
+from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.measurements import take_turns
+from pallas_kernels.bench.programs import make_inputs, predict_program
 from pallas_kernels.gpu.tiles import Tiles, current_tiles, try_tiles, write_tiles
 
 CASES = ((1, 32768), (1, 131072), (16, 8192), (16, 32768))  # batch, tokens
@@ -42,84 +43,41 @@ TRIALS: dict[str, tuple[int, ...]] = {
     "choosers": (66, 264),
 }
 LAYERS = 6
+REPEATS = 15
 GAIN = 0.99  # a change is kept if the time is less than this share
-
-
-class TimedCall(NamedTuple):
-    """One operation to time: its arrays by name, and how many units it reads."""
-
-    arrays: dict[str, Any]
-    n: int
-
-
-def make_case(batch: int, size: int, *, heads=8, group=4, dim=128, rank=16, budget=16) -> TimedCall:
-    """Random bfloat16 caches of several layers, of the shape of Llama-3.1-8B."""
-    keys = iter(jax.random.split(jax.random.key(0), 8))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape, jnp.bfloat16)
-
-    arrays = dict(
-        q=normal(batch, heads * group, dim),
-        k=normal(LAYERS, batch, heads, size, dim),
-        v=normal(LAYERS, batch, heads, size, dim),
-        q_imp=normal(batch, heads, group, rank),
-        k_imp=normal(LAYERS, batch, heads, rank, size),
-        new_k=normal(batch, heads, dim),
-        new_v=normal(batch, heads, dim),
-        lengths=jnp.full((batch,), size, jnp.int32),
-    )
-    return TimedCall(arrays, size // budget)
-
-
-def lower_step(case: TimedCall, tiles: Tiles, pooling: str):
-    """The operation through all layers, one after the other, traced with these tiles."""
-
-    def step(q, q_imp, **arrays):
-        for layer in range(LAYERS):
-            how = dict(n=case.n, sinks=4, recent=8, pooling=pooling, layer=layer, implementation="gpu")
-            out = api.sparse_decode_attention(q, q_imp=q_imp, **arrays, **how)
-            q = q + out.astype(q.dtype)
-            q_imp = q_imp + out.astype(q.dtype).reshape(*q_imp.shape[:3], -1)[..., : q_imp.shape[-1]]
-        return q
-
-    jax.clear_caches()  # traces with other tiles
-    with try_tiles(tiles):
-        return jax.jit(step).lower(**case.arrays)
-
-
-def time_step(compiled, case: TimedCall, repeats: int = 7, calls: int = 4) -> float:
-    """Seconds of one layer, the median of several timings."""
-    compiled(**case.arrays).block_until_ready()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = compiled(**case.arrays)
-        out.block_until_ready()
-        found.append((time.perf_counter() - start) / calls / LAYERS)
-    return float(np.median(found))
 
 
 def search(minutes: float, pooling: str, say=print) -> tuple[Tiles, dict]:
     """The best tiles found in the time given, and the seconds of every case before and after."""
     end = time.monotonic() + 60 * minutes
-    cases = [make_case(*case) for case in CASES]
+    shared = dict(shape=SHAPES["llama8b"], dtype=jnp.dtype(jnp.bfloat16), pooling=pooling, implementation="gpu")
+    cases = [Case(context=size, batch=batch, tokens=size // 16, **shared) for batch, size in CASES]
+    inputs = [make_inputs(case, LAYERS) for case in cases]
     best = current_tiles()
 
+    def lower_all(tiles: Tiles) -> list[tuple[Any, tuple]]:
+        """The program of every case traced with these tiles, and its arguments."""
+        with try_tiles(tiles):
+            programs = [predict_program(case, given) for case, given in zip(cases, inputs, strict=True)]
+            return [(program.lower(*arguments), arguments) for program, arguments in programs]
+
+    def compile_all(lowered):
+        try:
+            return [(program.compile(), arguments) for program, arguments in lowered]
+        except jax.errors.JaxRuntimeError:  # more registers or shared memory than the chip has
+            return None
+
+    def time_all(compiled):
+        for program, arguments in compiled:
+            jax.block_until_ready(program(*arguments))
+        return [t / LAYERS for t in take_turns(dict(enumerate(compiled)), REPEATS).values()]
+
     def times(trials: list[Tiles]) -> list[list[float] | None]:
-        """Seconds of every case with each of the tiles; None where they do not compile."""
-        lowered = [[lower_step(case, tiles, pooling) for case in cases] for tiles in trials]
-
-        def compile_all(steps):
-            try:
-                return [step.compile() for step in steps]
-            except jax.errors.JaxRuntimeError:  # more registers or shared memory than the chip has
-                return None
-
+        """Seconds of a layer of every case with each of the tiles; None where they do not compile."""
+        lowered = [lower_all(tiles) for tiles in trials]
         with ThreadPoolExecutor(8) as pool:
             programs = list(pool.map(compile_all, lowered))
-        return [p and [time_step(step, case) for step, case in zip(p, cases, strict=True)] for p in programs]
+        return [compiled and time_all(compiled) for compiled in programs]
 
     (first,) = times([best])
     now = first

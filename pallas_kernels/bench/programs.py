@@ -64,24 +64,31 @@ def chain(attend: Any) -> Any:
     return program
 
 
-def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[Any, tuple]], list]:
-    """The programs "predict" and "reuse" with their arguments, and the choices of every layer.
-
-    "predict" scores, chooses and attends; "reuse" attends to those choices.
-    """
-    common = dict(unit=case.unit, implementation=case.implementation)
+def predict_program(case: Case, given: dict[str, Any]) -> tuple[Any, tuple]:
+    """The program that scores, chooses and attends in every layer, with its arguments. It returns the choices too."""
+    options = dict(unit=case.unit, implementation=case.implementation, pooling=case.pooling, sinks=4, recent=8)
 
     def whole(q, q_imp, layer):
         k, v, k_imp, scales = layer
-        options = dict(pooling=case.pooling, scales=scales, sinks=4, recent=8, return_selection=True, **common)
-        return api.sparse_decode_attention(q, k, v, q_imp, k_imp, given["lengths"], case.units, **options)
+        how = dict(scales=scales, return_selection=True, **options)
+        return api.sparse_decode_attention(q, k, v, q_imp, k_imp, given["lengths"], case.units, **how)
+
+    layers = list(zip(given["k"], given["v"], given["k_imp"], given["scales"], strict=True))
+    return chain(whole), (given["q"], given["q_imp"], layers)
+
+
+def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[Any, tuple]], list]:
+    """The programs "predict" and "reuse" with their arguments, and the choices of every layer.
+
+    "predict" is `predict_program`; "reuse" attends to its choices.
+    """
 
     def again(q, q_imp, layer):
         k, v, chosen = layer
-        return api.masked_topk_decode_attention(q, k, v, *chosen, lengths=given["lengths"], **common), None
+        options = dict(lengths=given["lengths"], unit=case.unit, implementation=case.implementation)
+        return api.masked_topk_decode_attention(q, k, v, *chosen, **options), None
 
-    layers = list(zip(given["k"], given["v"], given["k_imp"], given["scales"], strict=True))
-    predict = chain(whole), (given["q"], given["q_imp"], layers)
+    predict = predict_program(case, given)
     chosen = jax.block_until_ready(predict[0](*predict[1]))[1]
-    reused = [(k, v, selection) for (k, v, *_), selection in zip(layers, chosen, strict=True)]
+    reused = list(zip(given["k"], given["v"], chosen, strict=True))
     return dict(predict=predict, reuse=(chain(again), (given["q"], given["q_imp"], reused))), chosen

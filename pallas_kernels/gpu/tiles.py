@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
@@ -62,7 +62,7 @@ def current_tiles() -> Tiles:
 @functools.cache
 def _tiles_of(chip: str) -> Tiles:
     table = json.loads(TABLE.read_text())
-    return replace(Tiles(), **table[chip]["tiles"]) if chip in table else Tiles()
+    return Tiles(**table[chip]["tiles"]) if chip in table else Tiles()
 
 
 @contextlib.contextmanager

@@ -30,9 +30,9 @@ def launch(kernel, operands, *, grid, out_shape, warps, interpret, name, stages=
     )(*given.values())
 
 
-def padded_size(number, least=LEAST):
-    """The smallest power of two that is at least `number` and `least`. Products allow no side below LEAST."""
-    return max(least, 1 << (number - 1).bit_length())
+def padded_size(number):
+    """The smallest power of two that is at least `number`, and that products allow as a side."""
+    return max(LEAST, 1 << (number - 1).bit_length())
 
 
 def place_operands(layer, lengths, first):
