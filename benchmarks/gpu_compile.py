@@ -22,7 +22,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
 from benchmarks.about import about
+from benchmarks.hlo import parse_program
 from benchmarks.tpu_decode import LLAMA_8B, lower_decode
 from butler_jax.parallel.mesh import arrange, parse_mesh
 from butler_jax.selection import SelectionConfig
 
 STRICT = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
-LAUNCHED = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? (fusion|custom-call|copy|sort|scatter|while|conditional)\(")
+LAUNCHED = ("fusion", "custom-call", "copy", "sort", "scatter", "while", "conditional")
 KERNEL = re.compile(r'name = "(\w+)"')
 
 
-@dataclass(frozen=True, kw_only=True)
-class GpuChip:
+class GpuChip(NamedTuple):
     """A chip as XLA needs it described, by NVIDIA's data sheets."""
 
     name: str
@@ -87,42 +87,10 @@ class GpuChip:
 
 
 CHIPS = {
-    "a100": GpuChip(
-        name="NVIDIA A100-SXM4-80GB",
-        capability=(8, 0),
-        multiprocessors=108,
-        bandwidth=2_039_000_000_000,
-        memory=80,
-        cache=40,
-        shared=164,
-    ),
-    "h100": GpuChip(
-        name="NVIDIA H100 80GB HBM3",
-        capability=(9, 0),
-        multiprocessors=132,
-        bandwidth=3_350_000_000_000,
-        memory=80,
-        cache=50,
-        shared=228,
-    ),
-    "h200": GpuChip(
-        name="NVIDIA H200",
-        capability=(9, 0),
-        multiprocessors=132,
-        bandwidth=4_800_000_000_000,
-        memory=141,
-        cache=50,
-        shared=228,
-    ),
-    "b200": GpuChip(
-        name="NVIDIA B200",
-        capability=(10, 0),
-        multiprocessors=148,
-        bandwidth=8_000_000_000_000,
-        memory=180,
-        cache=126,
-        shared=228,
-    ),
+    "a100": GpuChip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2_039_000_000_000, 80, 40, 164),
+    "h100": GpuChip("NVIDIA H100 80GB HBM3", (9, 0), 132, 3_350_000_000_000, 80, 50, 228),
+    "h200": GpuChip("NVIDIA H200", (9, 0), 132, 4_800_000_000_000, 141, 50, 228),
+    "b200": GpuChip("NVIDIA B200", (10, 0), 148, 8_000_000_000_000, 180, 126, 228),
 }
 
 
@@ -202,15 +170,13 @@ def compile_decode(chip: str, layers: int = 32) -> Any:
 
 
 def count_launches(compiled: Any) -> dict[str, int]:
-    """Kernels and copies that a program launches, by name; those inside a fusion are part of it."""
+    """Kernels and copies that a program launches, by name; those inside a fusion or a loop are part of it."""
+    computations, entry = parse_program(compiled.as_text())
     found: Counter[str] = Counter()
-    inside = False
-    for line in compiled.as_text().splitlines():
-        if line and not line[0].isspace():
-            inside = line.startswith(("%fused_", "fused_", "%wrapped_", "wrapped_", "%region", "region"))
-        elif not inside and (launched := LAUNCHED.match(line)):
-            kernel = KERNEL.search(line) if launched[2] == "custom-call" else None
-            found[kernel[1] if kernel else re.sub(r"[.\d]+$", "", launched[1])] += 1
+    for line in computations[entry]:
+        if line.op in LAUNCHED:
+            kernel = KERNEL.search(line.rest) if line.op == "custom-call" else None
+            found[kernel[1] if kernel else re.sub(r"[.\d]+$", "", line.name)] += 1
     return dict(found)
 
 

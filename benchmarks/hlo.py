@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, counted in its HLO text.
+"""A compiled program as its HLO text tells it: its instructions, and its collectives, counted.
 
 A program is a set of computations that call each other: loops, branches and fusions. A collective inside a loop counts
 as often as the loop runs. The trip count is `known_trip_count` in the text, or the constant that the loop's counter is
@@ -46,7 +46,9 @@ class Collective:
         return self.times * passes * self.size * (self.group - 1) / self.group
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line of a computation: what stands before `=`, the shape, the operation, and what follows its bracket."""
+
     name: str
     shape: str
     op: str
@@ -55,7 +57,7 @@ class _Instruction(NamedTuple):
 
 def collectives(text: str, devices: int) -> list[Collective]:
     """All collectives of a program on `devices` chips, with the number of times each runs."""
-    computations, entry = _parse(text)
+    computations, entry = parse_program(text)
     found: dict[str, list[Collective]] = {}
 
     def inside(name: str) -> list[Collective]:
@@ -123,9 +125,9 @@ def size_of(shape: str) -> int:
     return max(sizes, default=0)
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+def parse_program(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """The instructions of every computation, and the name of the entry computation."""
-    computations: dict[str, list[_Instruction]] = {}
+    computations: dict[str, list[Instruction]] = {}
     name, entry = None, None
     for line in text.splitlines():
         if head := _HEAD.match(line):
@@ -135,7 +137,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif name and (found := _LINE.match(line)):
             shape, rest = _split(found[2])
             op, _, rest = rest.partition("(")
-            computations[name].append(_Instruction(found[1], shape, op.strip(), rest))
+            computations[name].append(Instruction(found[1], shape, op.strip(), rest))
     return computations, entry
 
 
@@ -157,7 +159,7 @@ def _branches(rest: str) -> list[str]:
     return re.findall(r"%([\w.-]+)", listed[1]) if listed else _CALLED.findall(rest)
 
 
-def _collective(kind: str, line: _Instruction, devices: int) -> Collective:
+def _collective(kind: str, line: Instruction, devices: int) -> Collective:
     group = _group(line.rest, devices)
     # A start's tuple holds operands beside results, but for a sum, whose operands look the same.
     both = line.op.endswith("-start") and kind != "all-reduce"
@@ -184,7 +186,7 @@ def _group(rest: str, devices: int) -> int:
     return devices
 
 
-def _trips(line: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+def _trips(line: Instruction, computations: dict[str, list[Instruction]]) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line.rest):
         return int(known[1])
     condition = computations[re.search(r"condition=%([\w.-]+)", line.rest)[1]]
