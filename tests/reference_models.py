@@ -59,12 +59,103 @@ MODELS = {  # name -> (family, settings)
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {"rope_theta": 1000.0},
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "sliding_window": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "gpt_oss of even blocks": (  # rows of whole quantisation blocks
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": (
+        "olmo3",
+        {
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1000.0}},
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1], "rope_parameters": {"rope_theta": 1000.0}}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+        },
+    ),
     "phi3": ("phi3", {"sliding_window": 6, "num_key_value_heads": 4}),
     "phi3 longrope": (
         "phi3",
         {
             "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75},
             "original_max_position_embeddings": 32,
+        },
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    "mixtral with a sliding_window": (
+        "mixtral",
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+        },
+    ),
+    "qwen3_moe, normalised": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "head_dim": 32,
         },
     ),
 }

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.model.layers import soft_cap
+from butler_jax.model.splash import splash_attention
 from butler_jax.parallel import mesh
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
@@ -27,6 +29,8 @@ def causal_attention(
     key_segments: Int[Array, "B T"] | None = None,
     sliding_window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Float[Array, "B T H Dv"] | tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
@@ -44,11 +48,14 @@ def causal_attention(
             without a key in its document is finite and arbitrary.
         sliding_window: A query sees itself and the sliding_window-1 tokens before it; static.
         scale: Factor on the logits; default D**-0.5.
+        softcap: Scaled logits x become c tanh(x / c) for this c; static.
+        sink_logits: One more logit of every query head, without a value, in the softmax of each of its rows.
         implementation: "xla" forms 128 rows of the attention matrix at a time, also when differentiated. "cudnn" is
-            `jax.nn.dot_product_attention` on NVIDIA GPUs for bfloat16 and float16, without segments. "splash" is the
-            TPU kernel of `jax.experimental.pallas`, which is interpreted (slowly) on CPU; a mesh splits it by rows and
-            KV heads. None chooses splash on TPU, cudnn on GPU where it applies, and xla otherwise.
-        return_lse: Also return the log-sum-exp of the scaled logits.
+            `jax.nn.dot_product_attention` on NVIDIA GPUs for bfloat16 and float16, without segments, softcap and
+            sink_logits. "splash" is the TPU kernel of `jax.experimental.pallas`, which is interpreted (slowly) on CPU;
+            a mesh splits it by rows and KV heads. None chooses splash on TPU, cudnn on GPU where it applies, and xla
+            otherwise.
+        return_lse: Also return the log-sum-exp of the scaled logits, the sink's included.
 
     Returns:
         The output, and with return_lse the log-sum-exp in nats, float32. It carries no gradient. cuDNN rounds it to the
@@ -62,33 +69,43 @@ def causal_attention(
         key_segments = segments
     elif segments is None or key_segments.shape != segments.shape:
         raise ValueError("key_segments goes with segments, both [B, T]")
-    name = choose_implementation(implementation, q, v.shape[-1], segments)
+    terms = {"softcap": softcap, "sink_logits": sink_logits}
+    name = choose_implementation(implementation, q, v.shape[-1], segments, **terms)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "xla":
-        out, lse = _xla(q, k, v, segments, key_segments, sliding_window, scale)
+        out, lse = _xla(q, k, v, segments, key_segments, sliding_window, scale, **terms)
     elif name == "cudnn":
         out, lse = _cudnn(q, k, v, sliding_window, scale)
     else:
-        out, lse = _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse)
+        out, lse = _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse, **terms)
     return (out, jax.lax.stop_gradient(lse.astype(jnp.float32))) if return_lse else out
 
 
 def choose_implementation(
-    implementation: str | None, q: Float[Array, "B T H D"], value_dim: int, segments: Int[Array, "B T"] | None
+    implementation: str | None,
+    q: Float[Array, "B T H D"],
+    value_dim: int,
+    segments: Int[Array, "B T"] | None,
+    *,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
 ) -> str:
     """The implementation to run. Raises ValueError where the named one is unknown or cannot take these inputs."""
     platform = mesh.platform()
+    plain = softcap is None and sink_logits is None
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if implementation is None:
         if platform == "tpu":
             return "splash"
         narrow = platform == "gpu" and max(q.shape[-1], value_dim) <= cudnn_head_dim()
-        return "cudnn" if narrow and half and segments is None else "xla"
+        return "cudnn" if narrow and half and plain and segments is None else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; use None or one of {IMPLEMENTATIONS}")
     if implementation == "cudnn":
         if segments is not None:
             raise ValueError('"cudnn" attention cannot keep documents apart; drop segments or use "xla"')
+        if not plain:
+            raise ValueError('"cudnn" attention has neither a soft cap nor sinks, and the model has; use "xla"')
         if not half:
             raise ValueError(f'"cudnn" attention needs bfloat16 or float16, got {q.dtype}; cast or use "xla"')
         if platform != "gpu":
@@ -156,20 +173,29 @@ def make_bands(chunks: int, chunk: int, sliding_window: int | None) -> list[Band
     return found
 
 
-def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "chunks B K M D"]:
-    """Chunks of queries, T padded with 0. The M = G * chunk rows of a chunk that share a KV head form one tile."""
+def split_groups(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "chunks B K G C D"]:
+    """Chunks of queries by KV head, T padded with 0 to whole chunks."""
     batch, length, heads, dim = x.shape
-    chunks = -(-length // chunk)
-    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
-    x = x.reshape(batch, chunks, chunk, kv_heads, heads // kv_heads, dim)
-    return x.transpose(1, 0, 3, 4, 2, 5).reshape(chunks, batch, kv_heads, heads // kv_heads * chunk, dim)
+    x = jnp.pad(x, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
+    x = x.reshape(batch, -1, chunk, kv_heads, heads // kv_heads, dim)
+    return x.transpose(1, 0, 3, 4, 2, 5)
+
+
+def merge_groups(x: Float[Array, "chunks B K G C D"], length: int) -> Float[Array, "B T H D"]:
+    """The inverse of split_groups."""
+    chunks, batch, kv_heads, group, chunk, dim = x.shape
+    return x.transpose(1, 0, 4, 2, 3, 5).reshape(batch, chunks * chunk, kv_heads * group, dim)[:, :length]
+
+
+def split_queries(x: Float[Array, "B T H D"], kv_heads: int, chunk: int) -> Float[Array, "chunks B K M D"]:
+    """Chunks of queries, where the M = G * chunk rows of a chunk that share a KV head form one tile."""
+    groups = split_groups(x, kv_heads, chunk)
+    return groups.reshape(*groups.shape[:3], -1, groups.shape[-1])
 
 
 def merge_queries(x: Float[Array, "chunks B K M D"], chunk: int, length: int) -> Float[Array, "B T H D"]:
     """The inverse of split_queries."""
-    chunks, batch, kv_heads, rows, dim = x.shape
-    x = x.reshape(chunks, batch, kv_heads, rows // chunk, chunk, dim).transpose(1, 0, 4, 2, 3, 5)
-    return x.reshape(batch, chunks * chunk, kv_heads * (rows // chunk), dim)[:, :length]
+    return merge_groups(x.reshape(*x.shape[:3], -1, chunk, x.shape[-1]), length)
 
 
 def split_keys(x: Float[Array, "B T K D"], chunk: int) -> Float[Array, "B K S D"]:
@@ -218,46 +244,69 @@ def chunk_mask(
 
 
 def masked_exponentials(
-    queries: Float[Array, "B K M D"], keys: Float[Array, "B K S D"], mask: Bool[Array, "#B C S"], scale: float
+    queries: Float[Array, "B K M D"],
+    keys: Float[Array, "B K S D"],
+    mask: Bool[Array, "#B C S"],
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
 ) -> tuple[Float[Array, "B K M S"], Float[Array, "B K M 1"], Float[Array, "B K M 1"]]:
     """`exponentials` of the logits of queries and keys; the scale is applied in float32."""
     batch, heads, rows, _ = queries.shape
     chunk, size = mask.shape[1:]
     logits = jnp.einsum("bkmd,bksd->bkms", queries, keys, preferred_element_type=jnp.float32)
-    logits = (logits * scale).reshape(batch, heads, rows // chunk, chunk, size)
-    found = exponentials(logits, mask[:, None, None])
+    logits = soft_cap(logits * scale, softcap).reshape(batch, heads, rows // chunk, chunk, size)
+    found = exponentials(logits, mask[:, None, None], grouped_sinks(sink_logits, heads))
     return tuple(a.reshape(batch, heads, rows, a.shape[-1]) for a in found)
 
 
+def grouped_sinks(
+    sink_logits: Float[Array, " H"] | None, kv_heads: int, *, rows: bool = True
+) -> Float[Array, "1 K G *#C 1"] | None:
+    """The sink of every query head, float32, to broadcast over logits [B, K, G, C, S], or [B, K, G, S] without rows."""
+    shape = (1, kv_heads, -1, 1, 1) if rows else (1, kv_heads, -1, 1)
+    return None if sink_logits is None else sink_logits.astype(jnp.float32).reshape(shape)
+
+
 def exponentials(
-    logits: Float[Array, "*B S"], mask: Bool[Array, "*#B S"]
+    logits: Float[Array, "*B S"], mask: Bool[Array, "*#B S"], sink_logits: Float[Array, "*#B 1"] | None = None
 ) -> tuple[Float[Array, "*B S"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:
     """Unnormalised softmax weights with their row sums and log-sum-exp, all float32.
 
-    The weights are exp(logits - row maximum) where the mask is set and 0 elsewhere. A row without a logit above -1e30
-    has weights of 0, a sum of 1 and a log-sum-exp of -1e30, so that nothing divides by zero.
+    The weights are exp(logits - row maximum) where the mask is set and 0 elsewhere. A row's sink counts in its maximum,
+    its sum and its log-sum-exp. A row without a logit above -1e30 has weights of 0, a sum of 1 and a log-sum-exp of
+    -1e30, so that nothing divides by zero.
     """
     logits = jnp.where(mask, logits, -jnp.inf)
-    maximum = jax.lax.stop_gradient(jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), LOWEST))
+    maximum = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), LOWEST)
+    maximum = jax.lax.stop_gradient(maximum if sink_logits is None else jnp.maximum(maximum, sink_logits))
     weights = jnp.exp(logits - maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sink_logits is not None:
+        total = total + jnp.exp(sink_logits - maximum)
     total = jnp.where(total == 0, 1.0, total)
     return weights, total, maximum + jnp.log(total)
 
 
-def masked_softmax(logits: Float[Array, "*B S"], mask: Bool[Array, "*#B S"]) -> Float[Array, "*B S"]:
-    """Softmax over the keys in the mask and 0 elsewhere. A row without a logit above -1e30 is 0 everywhere."""
-    weights, total, _ = exponentials(logits, mask)
+def masked_softmax(
+    logits: Float[Array, "*B S"], mask: Bool[Array, "*#B S"], sink_logits: Float[Array, "*#B 1"] | None = None
+) -> Float[Array, "*B S"]:
+    """Softmax over the keys in the mask and the row's sink, 0 elsewhere.
+
+    A row without a logit above -1e30 is 0 everywhere.
+    """
+    weights, total, _ = exponentials(logits, mask, sink_logits)
     return weights / total
 
 
-def weighted_values(weights: Float[Array, "B K M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K M D"]:
+def weighted_values(weights: Float[Array, "B K *M S"], values: Float[Array, "B K S D"]) -> Float[Array, "B K *M D"]:
     """The sums of the values by their weights, accumulated in float32."""
     weights = weights.astype(values.dtype)
-    return jnp.einsum("bkms,bksd->bkmd", weights, values, preferred_element_type=jnp.float32)
+    return jnp.einsum("bk...s,bksd->bk...d", weights, values, preferred_element_type=jnp.float32)
 
 
-def _xla(q, k, v, segments, key_segments, sliding_window, scale):
+def _xla(q, k, v, segments, key_segments, sliding_window, scale, **terms):
     length, chunk = q.shape[1], min(CHUNK, q.shape[1])
     queries = split_queries(q, k.shape[2], chunk)
     keys, values = split_keys(k, chunk), split_keys(v, chunk)
@@ -267,7 +316,7 @@ def _xla(q, k, v, segments, key_segments, sliding_window, scale):
         index, rows = inputs
         first = band.first_key(index, chunk)
         mask = chunk_mask(index, first, band.keys, segments, sliding_window, chunk, key_segments)
-        weights, total, lse = masked_exponentials(rows, band.take(keys, first, 2), mask, scale)
+        weights, total, lse = masked_exponentials(rows, band.take(keys, first, 2), mask, scale, **terms)
         return (weighted_values(weights, band.take(values, first, 2)) / total).astype(v.dtype), lse
 
     parts = []
@@ -302,7 +351,7 @@ def _cudnn(q, k, v, sliding_window, scale):
     return out[..., :value_dim], lse
 
 
-def _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse):
+def _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse, *, softcap, sink_logits):
     batch, length = q.shape[:2]
     value_dim = v.shape[-1]
     padding = -length % LANES
@@ -313,55 +362,8 @@ def _splash(q, k, v, segments, key_segments, sliding_window, scale, return_lse):
         segments = key_segments = jnp.ones((batch, length), jnp.int32)
     segments, key_segments = (jnp.pad(x, ((0, 0), (0, padding))) for x in (segments, key_segments))
 
-    run = functools.partial(_splash_local, sliding_window=sliding_window, return_lse=return_lse)
-    operands = ("bh--", "bh--", "bh--", "b-", "b-")
-    run = mesh.by_rows_and_heads(run, operands, ("bh--", "bh-"), rows=batch, heads=k.shape[1])
-    out, lse = run(q, k, v, segments, key_segments)
+    run = functools.partial(splash_attention, sliding_window=sliding_window, return_lse=return_lse, softcap=softcap)
+    operands = ("bw--", "bw--", "bw--", "b-", "b-", "w")
+    run = mesh.by_rows_and_heads(run, operands, ("bw--", "bw-"), rows=batch, heads=k.shape[1])
+    out, lse = run(q, k, v, segments, key_segments, sink_logits)
     return out.transpose(0, 2, 1, 3)[:, :length, :, :value_dim], lse.transpose(0, 2, 1)[:, :length]
-
-
-def _splash_local(q, k, v, segments, key_segments, *, sliding_window, return_lse):
-    """Splash attention of one device: q [B, H, T, D], k and v [B, K, T, D], T and D multiples of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    heads, length = q.shape[1:3]
-    block = next(size for size in (512, 256, 128) if length % size == 0)
-    blocks = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    shape = (length, length)
-    mask = splash.CausalMask(shape) if sliding_window is None else splash.LocalMask(shape, (sliding_window - 1, 0), 0)
-    make = functools.partial(
-        splash.make_splash_mha_single_device,
-        splash.MultiHeadMask([mask] * heads),
-        block_sizes=blocks,
-        interpret=mesh.platform() == "cpu",
-    )
-
-    def each(kernel, q, k, v, own, other):
-        return jax.vmap(lambda q, k, v, own, other: kernel(q, k, v, splash.SegmentIds(own, other)))(q, k, v, own, other)
-
-    if not return_lse:
-        return each(make(), q, k, v, segments, key_segments), jnp.zeros(q.shape[:3], jnp.float32)
-
-    @jax.custom_vjp
-    def attend_with_lse(q, k, v, own, other):
-        out, (lse,) = each(make(save_residuals=True), q, k, v, own, other)
-        return out, lse
-
-    def forward(q, k, v, own, other):
-        # The kernel that returns its log-sum-exp has no derivative. The one with a derivative keeps the log-sum-exp
-        # among its residuals, as the only float32 [B, H, T]. Where a version keeps others too, both kernels run.
-        out, pull = jax.vjp(lambda q, k, v: each(make(), q, k, v, own, other), q, k, v)
-        kept = [x for x in jax.tree.leaves(pull) if x.shape == q.shape[:3] and x.dtype == jnp.float32]
-        return (out, kept[0] if len(kept) == 1 else attend_with_lse(q, k, v, own, other)[1]), pull
-
-    attend_with_lse.defvjp(forward, lambda pull, cotangents: (*pull(cotangents[0]), None, None))
-    return attend_with_lse(q, k, v, segments, key_segments)

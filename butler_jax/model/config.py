@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from butler_jax.storage import number, shown, whole
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+NORMS = ("pre", "post", "sandwich")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
-            raise ValueError(f"unknown rope type {shown(self.kind)}; supported: {', '.join(ROPE_KINDS)}")
+            raise ValueError(f"unknown rope type {shown(self.kind)} (rope_type); supported: {', '.join(ROPE_KINDS)}")
         for name in (
             "theta",
             "fraction",
@@ -70,7 +72,7 @@ class RopeConfig:
         if self.theta <= 1:
             raise ValueError(f"rope theta must be above 1, got {self.theta}")
         if self.fraction > 1:
-            raise ValueError(f"the rotated fraction must be in (0, 1], got {self.fraction}")
+            raise ValueError(f"the rotated fraction (partial_rotary_factor) must be in (0, 1], got {self.fraction}")
         if self.kind in ("llama3", "yarn", "longrope"):
             if not self.original_context:
                 raise ValueError(
@@ -103,16 +105,35 @@ class BaseConfig:
 
     Attributes:
         family: A name in FAMILIES.
-        vocab_size, width, hidden: V, E and I, the hidden width of the feed-forward block.
+        vocab_size, width, hidden: V, E and I, the hidden width of the feed-forward block or of one expert.
         layers, heads, kv_heads, head_dim: L, H, K and D.
         context: The longest sequence in tokens.
         norm_eps: Added to the mean square in every RMS norm.
         tied: The unembedding is the embedding.
         qkv_bias, output_bias, mlp_bias: Which projections have biases.
         qk_norm: Queries and keys have an RMS norm per head.
+        experts: Experts of a layer's feed-forward block; 0 where it has one dense block.
+        experts_per_token: How many of them compute a token.
+        normalised_experts: The weights of a token's experts are divided by their sum.
+        router_bias: The router, which chooses the experts, has a bias.
+        swiglu_limit, swiglu_alpha: The limit and the slope of gpt-oss' gate (experts.limited_swiglu); a limit of None
+            is the plain gate.
+        joint_qk_norm: That norm goes over all heads together.
+        activation: Of the gate, one of ACTIVATIONS; "gelu_tanh" is the approximation by tanh.
+        norms: Where a block has its RMS norm: "pre" before it, "post" on its output, "sandwich" both.
+        wide_norms: Norms multiply by their scale in float32, before rounding to the dtype of the stream.
+        embedding_scale: Factor on the embeddings that enter layer 0, rounded to their dtype.
+        residual_scale: Factor on the output of every block before it is added to the stream.
+        attention_scale: Factor on the attention logits; None is D**-0.5.
+        attention_softcap: Attention logits x become c tanh(x / c) for this c; None leaves them.
+        attention_sinks: Every query head has one more logit, without a value, in its softmax.
+        logit_scale: Factor on the logits of the vocabulary.
+        logit_softcap: As attention_softcap, for the logits of the vocabulary.
         sliding_window: Tokens that a query of a sliding layer sees, itself included; None where no layer slides.
         sliding_layers: Which layers slide; empty for all of them.
-        rope: The rotary embedding.
+        rope: The rotary embedding, of the layers that see everything where sliding_rope is given.
+        sliding_rope: The rotary embedding of sliding layers; None is rope.
+        rotated_layers: Which layers have a rotary embedding; empty for all of them.
     """
 
     family: str
@@ -130,9 +151,28 @@ class BaseConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: int = 0
+    experts_per_token: int = 0
+    normalised_experts: bool = False
+    router_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+    joint_qk_norm: bool = False
+    activation: str = "silu"
+    norms: str = "pre"
+    wide_norms: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
     rope: RopeConfig = field(default_factory=RopeConfig)
+    sliding_rope: RopeConfig | None = None
+    rotated_layers: tuple[bool, ...] = ()
 
     def __post_init__(self):
         for name, beyond in SIZES.items():
@@ -145,26 +185,56 @@ class BaseConfig:
             raise ValueError(f"norm_eps must be 0 or more, got {self.norm_eps}")
         if self.heads % self.kv_heads != 0:
             raise ValueError(
-                f"the number of query heads ({self.heads}) must be a multiple of the KV heads ({self.kv_heads})"
+                f"the number of query heads (num_attention_heads, {self.heads}) must be a multiple of the KV heads "
+                f"(num_key_value_heads, {self.kv_heads})"
             )
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        self._check_experts()
+        for name, known in (("activation", ACTIVATIONS), ("norms", NORMS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {shown(getattr(self, name))}; supported: {', '.join(known)}")
+        for name in (
+            "embedding_scale",
+            "residual_scale",
+            "attention_scale",
+            "attention_softcap",
+            "logit_scale",
+            "logit_softcap",
+        ):
+            value = getattr(self, name)
+            if value is not None and number(value, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         if self.sliding_window is not None:
             whole(self.sliding_window, "sliding_window")
         if self.rotary_dim < 2:
             raise ValueError(
                 f"the rotated fraction {self.rope.fraction} of a head of {self.head_dim} is less than two dimensions"
             )
-        if len(self.sliding_layers) not in (0, self.layers):
-            raise ValueError(
-                f"sliding_layers must name every one of the {self.layers} layers, got {len(self.sliding_layers)} "
-                "entries"
-            )
+        for name in ("sliding_layers", "rotated_layers"):
+            entries = len(getattr(self, name))
+            if entries not in (0, self.layers):
+                raise ValueError(f"{name} must name every one of the {self.layers} layers, got {entries} entries")
+        if self.sliding_rope is not None and self.sliding_rope.fraction != self.rope.fraction:
+            raise ValueError("sliding layers and the others must rotate the same share of a head")
         factors = self.rope.short_factor, self.rope.long_factor
         if self.rope.kind == "longrope" and not all(len(f) == self.rotary_dim // 2 for f in factors):
             raise ValueError(
                 f"longrope needs {self.rotary_dim // 2} short and long factors, got {[len(f) for f in factors]}"
             )
+
+    def _check_experts(self) -> None:
+        for name in ("experts", "experts_per_token"):
+            if whole(getattr(self, name), name, least=0) >= 1 << 14:
+                raise ValueError(f"{name} must be below {1 << 14}, got {getattr(self, name)}")
+        if self.experts and not 0 < self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token must be from 1 to the number of experts ({self.experts}), got "
+                f"{self.experts_per_token}"
+            )
+        for name in ("swiglu_limit", "swiglu_alpha"):
+            if getattr(self, name) is not None and number(getattr(self, name), name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @property
     def group(self) -> int:
@@ -177,8 +247,40 @@ class BaseConfig:
         return int(self.head_dim * self.rope.fraction)
 
     @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by, so that their logits have the factor D**-0.5 in every family."""
+        return 1.0 if self.attention_scale is None else self.attention_scale * self.head_dim**0.5
+
+    @property
+    def layer_ropes(self) -> tuple[RopeConfig | None, ...]:
+        """The rotary embedding of every layer; None for a layer without one."""
+        rotated = self.rotated_layers or (True,) * self.layers
+        ropes = (self.sliding_rope or self.rope if slides else self.rope for slides in self.sliding)
+        return tuple(rope if turned else None for rope, turned in zip(ropes, rotated, strict=True))
+
+    @property
     def sliding(self) -> tuple[bool, ...]:
         """For every layer, whether its attention is limited to the sliding window."""
         if self.sliding_window is None:
             return (False,) * self.layers
         return self.sliding_layers or (True,) * self.layers
+
+    @property
+    def served(self) -> tuple[bool, ...]:
+        """For every layer, whether a predictor serves it: a policy chooses what it reads. The others are dense.
+
+        Layer 0 is never served. Where another layer sees everything, those that slide are not served either: what they
+        read does not grow with the text. Where all others slide, each is served within its window.
+        """
+        seeing = tuple(not slides and layer > 0 for layer, slides in enumerate(self.sliding))
+        return seeing if any(seeing) else tuple(layer > 0 for layer in range(self.layers))
+
+    @property
+    def served_layers(self) -> tuple[int, ...]:
+        """The indices of the served layers."""
+        return tuple(layer for layer, serves in enumerate(self.served) if serves)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a layer other than layer 0 is not served."""
+        return len(self.served_layers) < self.layers - 1

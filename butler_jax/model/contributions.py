@@ -5,10 +5,26 @@ Query head h has the slice W_h [D, E] of the output projection. |v W_h|^2 is v (
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 EXACT = dict(preferred_element_type=jnp.float32, precision="highest")
+
+
+def output_projection(weights: Any) -> Float[Array, "H D E"]:
+    """What the values of a layer go through into the residual stream.
+
+    It is the output projection, times the scale of the norm of the attention's output in families that have one. That
+    norm also divides by the root mean square of the row's output, which is left out: it is the same for all tokens of a
+    row.
+
+    Args:
+        weights: The parameters of a layer, as its view has them.
+    """
+    norm = getattr(weights, "attention_output_norm", None)
+    return weights.o[...] if norm is None else weights.o[...] * norm[...][None, None].astype(weights.o.dtype)
 
 
 def output_gram(output: Float[Array, "H D E"], kv_heads: int) -> Float[Array, "K G D D"]:

@@ -1,13 +1,9 @@
-"""The table of model families, and how a Hugging Face configuration becomes a BaseConfig."""
+"""The table of model families."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from butler_jax.model.config import SIZES, BaseConfig, RopeConfig
-from butler_jax.model.other_architectures import refuse_other_architectures
-from butler_jax.storage import number, shown, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,26 +12,83 @@ class Family:
 
     Attributes:
         qkv_bias, output_bias, mlp_bias: True, False, or the configuration key that holds the answer.
-        qk_norm: Queries and keys have an RMS norm per head.
+        qk_norm: Queries and keys have an RMS norm, over each head or ("joint") over all heads together.
+        norms: Where a block has its RMS norm, as in BaseConfig.
+        wide_norms: Norms multiply by their scale in float32.
+        offset_norms: The stored scales of norms lack 1.
+        activation: The key that names the activation of the gate.
+        activation_default: The activation where the key is missing.
+        scaled_embeddings: Embeddings are multiplied by the root of their width.
+        query_scalar: query_pre_attn_scalar, to the power of -1/2, is the factor on the attention logits.
+        soft_caps: attn_logit_softcapping and final_logit_softcapping count.
+        multipliers: embedding_multiplier, attention_multiplier, residual_multiplier and logits_scaling count.
+        sinks: Query heads have attention sinks.
         fused: The projections are stored as qkv_proj and gate_up_proj.
-        sliding: Which layers slide: "never", "always" (all, where sliding_window is set), "typed" (all, or those that
-            layer_types names) or "switched" (as use_sliding_window, layer_types and max_window_layers say).
+        sliding: Which layers slide: "never", "always" (all, where sliding_window is set), "enabled" (all, where
+            use_sliding_window is set too), "typed" (all, or those that layer_types names) or "switched" (as
+            use_sliding_window, layer_types and max_window_layers say).
+        full_every: In a typed family without layer_types, every so many layers one does not slide; None: all slide.
+        sliding_theta: The base of the wavelengths in sliding layers, where they have a rotary embedding of their own:
+            a number, or "rope_theta" for the base of the other layers. None: they have the embedding of the others.
+        unrotated_every: Without no_rope_layers, every so many layers one has no rotary embedding; None: all have one.
         rotary_share: partial_rotary_factor of a head is rotated. Other families pass it over, as transformers does.
+        rope: The rotary settings where a configuration has none.
         defaults: Values of keys that a configuration of the family leaves out.
     """
 
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
+    norms: str = "pre"
+    wide_norms: bool = False
+    offset_norms: bool = False
+    activation: str = "hidden_act"
+    activation_default: str = "silu"
+    scaled_embeddings: bool = False
+    query_scalar: bool = False
+    soft_caps: bool = False
+    multipliers: bool = False
+    sinks: bool = False
     fused: bool = False
     sliding: str = "never"
+    full_every: int | None = None
+    sliding_theta: float | str | None = None
+    unrotated_every: int | None = None
     rotary_share: bool = False
+    rope: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
 
 
+ATTENTION_BIAS = dict(qkv_bias="attention_bias", output_bias="attention_bias")
+GEMMA = dict(
+    **ATTENTION_BIAS,
+    norms="sandwich",
+    wide_norms=True,
+    offset_norms=True,
+    activation="hidden_activation",
+    activation_default="gelu_pytorch_tanh",
+    scaled_embeddings=True,
+    query_scalar=True,
+    soft_caps=True,
+    sliding="typed",
+)
+GEMMA_SIZES = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+OLMO = dict(**ATTENTION_BIAS, qk_norm="joint", norms="post", wide_norms=True)
+OLMO_SIZES = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": Family(**ATTENTION_BIAS, mlp_bias="mlp_bias"),
     "mistral": Family(
         sliding="typed",
         defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
@@ -51,8 +104,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen3": Family(
-        qkv_bias="attention_bias",
-        output_bias="attention_bias",
+        **ATTENTION_BIAS,
         qk_norm=True,
         sliding="switched",
         defaults={
@@ -73,155 +125,98 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 4096,
         },
     ),
+    "mixtral": Family(
+        sliding="always",
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+        },
+    ),
+    "qwen3_moe": Family(
+        **ATTENTION_BIAS,
+        qk_norm=True,
+        sliding="enabled",
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096, "max_position_embeddings": 32768},
+    ),
+    "gpt_oss": Family(
+        **ATTENTION_BIAS,
+        mlp_bias=True,
+        wide_norms=True,
+        sinks=True,
+        sliding="typed",
+        full_every=2,
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        defaults={
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "rope_theta": 150000.0,
+        },
+    ),
+    "gemma2": Family(
+        **GEMMA,
+        full_every=2,
+        defaults={
+            **GEMMA_SIZES,
+            "vocab_size": 256000,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma3_text": Family(
+        **GEMMA,
+        qk_norm=True,
+        full_every=6,
+        sliding_theta=10000.0,
+        defaults={
+            **GEMMA_SIZES,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+        },
+    ),
+    "olmo2": Family(**OLMO, defaults=OLMO_SIZES),
+    "olmo3": Family(
+        **OLMO,
+        sliding="typed",
+        full_every=4,
+        sliding_theta="rope_theta",
+        defaults={**OLMO_SIZES, "sliding_window": 4096, "rope_theta": 500000.0},
+    ),
+    "smollm3": Family(
+        **ATTENTION_BIAS,
+        mlp_bias="mlp_bias",
+        sliding="switched",
+        unrotated_every=4,
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": Family(
+        **ATTENTION_BIAS,
+        mlp_bias="mlp_bias",
+        multipliers=True,
+        defaults={"attention_multiplier": 1.0, "max_position_embeddings": 2048},
+    ),
 }
-
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def base_config(values: dict, *, rotary_share: bool = False) -> BaseConfig:
-    """Read a Hugging Face configuration.
-
-    Args:
-        values: The content of config.json. Rotary settings may be given as rope_theta with rope_scaling, or as
-            rope_parameters.
-        rotary_share: Whether partial_rotary_factor counts in every family.
-
-    Raises:
-        ValueError: The family, rope type or activation is unknown, or a value is missing or invalid; the key is named.
-    """
-    name = values.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(
-            f"unknown model family {shown(name)} (config key model_type); supported: {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[name]
-    refuse_other_architectures(values, qk_norm=family.qk_norm)
-    values = {**family.defaults, **values}
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [key for key in needed if values.get(key) is None]
-    if missing:
-        raise ValueError(f"the model's config lacks {', '.join(missing)}")
-    activation = values.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ValueError(f"activation {shown(activation)} is not supported; it must be 'silu'")
-
-    def flag(setting: bool | str) -> bool:
-        return bool(values.get(setting, False)) if isinstance(setting, str) else setting
-
-    heads = whole(values["num_attention_heads"], "num_attention_heads")
-    layers = whole(values["num_hidden_layers"], "num_hidden_layers")
-    if layers >= SIZES["layers"]:
-        raise ValueError(f"num_hidden_layers must be below {SIZES['layers']}, got {shown(layers)}")
-    sliding_window, sliding_layers = _sliding(family, values, layers)
-    context = whole(values.get("max_position_embeddings") or 2048, "max_position_embeddings")
-    return BaseConfig(
-        family=name,
-        vocab_size=values["vocab_size"],
-        width=values["hidden_size"],
-        hidden=values["intermediate_size"],
-        layers=layers,
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or whole(values["hidden_size"], "hidden_size") // heads,
-        context=context,
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        tied=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=flag(family.qkv_bias),
-        output_bias=flag(family.output_bias),
-        mlp_bias=flag(family.mlp_bias),
-        qk_norm=family.qk_norm,
-        sliding_window=sliding_window,
-        sliding_layers=sliding_layers,
-        rope=_rope(values, context, rotary_share or family.rotary_share),
-    )
-
-
-def _sliding(family: Family, values: dict, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """BaseConfig's sliding_window and sliding_layers."""
-    sliding_window, kinds = values.get("sliding_window"), _layer_types(family, values)
-    if family.sliding == "never" or sliding_window is None:
-        return None, ()
-    if family.sliding == "switched" and not values.get("use_sliding_window", False):
-        return None, ()
-    sliding_window = whole(sliding_window, "sliding_window")
-    if kinds and family.sliding != "always":
-        slides = tuple(kind == SLIDING for kind in kinds)
-    elif family.sliding != "switched":
-        return sliding_window, ()
-    else:
-        first = whole(values["max_window_layers"], "max_window_layers", least=0)
-        slides = tuple(layer >= first for layer in range(layers))
-    return (sliding_window, slides) if any(slides) else (None, ())
-
-
-def _layer_types(family: Family, values: dict) -> list[str]:
-    """The kinds of attention that layer_types names, [] where it names none; a family need not know all of them."""
-    kinds = values.get("layer_types") or []
-    if not isinstance(kinds, list):
-        raise ValueError(f"layer_types must be a list of names, got {shown(kinds)}")
-    known = {"never": (FULL,), "always": (SLIDING if values.get("sliding_window") else FULL,)}
-    for kind in kinds:
-        if kind not in known.get(family.sliding, (FULL, SLIDING)):
-            raise ValueError(
-                f"layer_types names {shown(kind)}, which layers of the family {values['model_type']} are not: it is "
-                "another architecture, which is not supported"
-            )
-    return kinds
-
-
-def _rope(values: dict, context: int, rotary_share: bool) -> RopeConfig:
-    new = values.get("rope_parameters") or {}
-    old = values.get("rope_scaling") or {}
-    if not (isinstance(new, dict) and isinstance(old, dict)):
-        raise ValueError(f"rope_parameters and rope_scaling must be objects, got {shown(new)} and {shown(old)}")
-    settings = {**old, **new}
-    kind = settings.get("rope_type") or settings.get("type") or "default"
-    nested = [key for key, value in settings.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(f"rotary settings that differ between layers are not supported: {', '.join(nested)}")
-    if kind == "su" or (values["model_type"] == "phi3" and kind == "yarn"):
-        kind = "longrope"  # early Phi-3 configurations call it by these names
-    theta = settings.get("rope_theta") or values.get("rope_theta") or 10000.0
-    fraction = settings.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if not rotary_share:
-        if kind != "default" and fraction != 1:
-            raise ValueError(
-                f"partial_rotary_factor={shown(fraction)} with the rope type {shown(kind)} is not supported in the "
-                f"family {values['model_type']}"
-            )
-        fraction = 1.0
-    original = None
-    if kind in ("llama3", "yarn", "longrope"):
-        key = "original_max_position_embeddings"
-        original = whole(values.get(key) or settings.get(key) or context, key)
-    factor = settings.get("factor")
-    if factor is None:
-        factor = context / original if original else 1.0
-    optional = {
-        "attention_factor": settings.get("attention_factor"),
-        "low_frequency_factor": settings.get("low_freq_factor"),
-        "high_frequency_factor": settings.get("high_freq_factor"),
-        "beta_fast": settings.get("beta_fast"),
-        "beta_slow": settings.get("beta_slow"),
-        "mscale": settings.get("mscale"),
-        "mscale_all_dim": settings.get("mscale_all_dim"),
-        "truncate": settings.get("truncate"),
-        "short_factor": _factors(settings, "short_factor"),
-        "long_factor": _factors(settings, "long_factor"),
-    }
-    return RopeConfig(
-        kind=kind,
-        theta=number(theta, "rope_theta"),
-        fraction=number(fraction, "partial_rotary_factor"),
-        factor=number(factor, "the rope factor"),
-        original_context=original,
-        **{name: value for name, value in optional.items() if value is not None},
-    )
-
-
-def _factors(settings: dict, name: str) -> tuple[float, ...] | None:
-    factors = settings.get(name)
-    if factors is not None and not isinstance(factors, list):
-        raise ValueError(f"{name} must be a list of numbers, got {shown(factors)}")
-    return None if factors is None else tuple(factors)

@@ -1,4 +1,4 @@
-"""Arithmetic of one decoder layer as pure functions: norms, swiglu and rotary embeddings."""
+"""Arithmetic of one decoder layer as pure functions: norms, gates and rotary embeddings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ from jaxtyping import Array, Float, Int
 from butler_jax.model.config import RopeConfig
 
 
-def rms_norm(x: Float[Array, "*B E"], scale: Float[Array, " E"], eps: float) -> Float[Array, "*B E"]:
-    """Divide by the root mean square over the last axis (in float32), then multiply by scale in the dtype of x."""
+def rms_norm(x: Float[Array, "*B E"], scale: Float[Array, " E"] | None, eps: float) -> Float[Array, "*B E"]:
+    """Divide by the root mean square over the last axis (in float32), then multiply by scale.
+
+    The product is computed in the wider dtype of x and scale and has the dtype of x. A scale of None is 1.
+    """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * jnp.expand_dims(scale, tuple(range(x.ndim - 1))).astype(x.dtype)
+    if scale is None:
+        return y.astype(x.dtype)
+    y = y.astype(jnp.promote_types(x.dtype, scale.dtype))
+    return (y * jnp.expand_dims(scale, tuple(range(x.ndim - 1))).astype(y.dtype)).astype(x.dtype)
+
+
+def head_norm(x: Float[Array, "*B H D"], scale: Float[Array, "N D"], eps: float) -> Float[Array, "*B H D"]:
+    """RMS norm of every head by one scale [1, D], or of all heads together by a scale [H, D]."""
+    if scale.shape[0] == 1:
+        return rms_norm(x, scale[0], eps)
+    return rms_norm(x.reshape(*x.shape[:-2], -1), scale.reshape(-1), eps).reshape(x.shape)
 
 
 def layer_norm(
@@ -30,9 +43,16 @@ def layer_norm(
     return (y * scale + bias).astype(x.dtype)
 
 
-def swiglu(gate: Float[Array, "*B I"], up: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
-    """silu(gate) * up."""
-    return jax.nn.silu(gate) * up
+def gated(gate: Float[Array, "*B I"], up: Float[Array, "*B I"], activation: str = "silu") -> Float[Array, "*B I"]:
+    """activation(gate) * up; `activation` as in BaseConfig."""
+    if activation == "silu":
+        return jax.nn.silu(gate) * up
+    return jax.nn.gelu(gate, approximate=activation == "gelu_tanh") * up
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float | None) -> Float[Array, "*B"]:
+    """cap * tanh(x / cap); x itself where cap is None."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def rope_frequencies(rope: RopeConfig, dim: int, *, context: int, length: int) -> tuple[Float[np.ndarray, " F"], float]:
@@ -94,13 +114,18 @@ def rotary_angles(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotary(x: Float[Array, "*B D"], cos: Float[Array, "*#B F"], sin: Float[Array, "*#B F"]) -> Float[Array, "*B D"]:
+def rotary(
+    x: Float[Array, "*B D"], cos: Float[Array, "*#B F"], sin: Float[Array, "*#B F"], factor: float = 1.0
+) -> Float[Array, "*B D"]:
     """Rotate the first 2F of D dimensions in half layout: pair f is the dimensions f and F+f. The rest is unchanged.
 
-    The rotation is computed in float32 and rounded once to the dtype of x. An axis of size 1 of cos and sin is
-    broadcast.
+    The result is multiplied by `factor`. It is computed in float32 and rounded once to the dtype of x. An axis of
+    size 1 of cos and sin is broadcast.
     """
     half = cos.shape[-1]
+    if factor != 1:
+        cos, sin = cos * factor, sin * factor
     a, b, rest = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32), x[..., 2 * half :]
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    rest = rest if factor == 1 else (rest.astype(jnp.float32) * factor).astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1)

@@ -1,11 +1,16 @@
 """Stored models become base models.
 
-Hugging Face directories, GGUF files and the embedded model all become a `Base`.
+Hugging Face directories, GGUF files, the embedded model and decoders of other libraries all become a `Base`.
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"export": ["save_model"], "loading": ["Base", "fingerprint", "load_base"]},
+    submod_attrs={
+        "adapted": ["adapt_model"],
+        "export": ["save_model"],
+        "huggingface": ["download", "open_safetensors", "parse_hub_id", "upload"],
+        "loading": ["Base", "fingerprint", "load_base"],
+    },
 )

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.model import BaseConfig, BaseModel, RopeConfig
-from butler_jax.storage import file_in
+from butler_jax.model import BaseConfig, BaseModel, ModelAdapter, RopeConfig, embed
+from butler_jax.storage import file_in, read_object
 from butler_jax.weights import huggingface
 from butler_jax.weights.placement import Shardings, build_model, parameter_name
 
@@ -37,17 +37,27 @@ class Base:
         model: The parameters.
         tokenizer: None where the model comes without one.
         fingerprint: The digest that checkpoints of predictors refer to.
+        generation: How the model's makers generate: the object in generation_config.json, or what a .gguf file says, in
+            the same terms. {} where there is neither.
+        revision: The commit of the hub that the files came from; None for others.
     """
 
     name: str
-    model: BaseModel
+    model: BaseModel | ModelAdapter
     tokenizer: Tokenizer | None
     fingerprint: str
+    generation: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    revision: str | None = None
 
     @property
     def config(self) -> BaseConfig:
         """The model's configuration."""
         return self.model.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The precision of the residual stream."""
+        return jax.eval_shape(embed, self.model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).dtype
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ValueError where there is none."""
@@ -63,8 +73,8 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
     parameters that it places on its own devices. Pickle files and code that come with a model are never opened.
 
     Args:
-        spec: A Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name", a .gguf file, or
-            "tiny", the model in this package.
+        spec: A Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name" or
+            "organisation/name@revision", a .gguf file, or "tiny", the model in this package.
         dtype: Of the parameters; None is float32 on CPU and bfloat16 on accelerators.
         shardings: (logical axes, shape) -> Sharding of a parameter, as from parallel.shardings_for(mesh); None puts all
             parameters on the default device.
@@ -80,36 +90,39 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
     if text.endswith(".gguf"):
         from butler_jax.weights import gguf
 
-        path = Path(os.path.expanduser(spec))
-        name, (source, tokenizer) = path.name, gguf.open_file(path)
+        path, revision = Path(os.path.expanduser(spec)), None
+        name, (source, tokenizer, generation) = path.name, gguf.open_file(path)
     else:
-        directory, name = _directory(text)
+        directory, (name, revision) = _directory(text)
         source, tokenizer = huggingface.open_directory(directory), _tokenizer(directory)
+        found = file_in(directory, "generation_config.json")
+        generation = {} if found is None else read_object(found)
     if tokenizer is not None:
         check_tokenizer(tokenizer, source.config, text)
     model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=text)
-    return Base(name, model, tokenizer, fingerprint(model))
+    return Base(name, model, tokenizer, fingerprint(model), generation, revision)
 
 
-def _directory(spec: str) -> tuple[Path, str]:
-    """The local directory and the name of a model that is no .gguf file."""
+def _directory(spec: str) -> tuple[Path, tuple[str, str | None]]:
+    """The local directory, and the name and revision, of a model that is no .gguf file."""
     if spec == "tiny":
         if not (TINY / "model.safetensors").is_file():
             raise FileNotFoundError(
                 f"the embedded model is not in {TINY}; make it with `butler-jax pretrain`, or give --base a "
                 "Hugging Face directory or a .gguf file"
             )
-        return TINY, "tiny"
+        return TINY, ("tiny", None)
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
-        return path, path.resolve().name
+        return path, huggingface.cached_id(path)
     if path.exists():
         raise ValueError(f"{spec} is a file, but neither a .gguf file nor a Hugging Face directory")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", spec):
-        return huggingface.download(spec), spec
+    if asked := huggingface.parse_hub_id(spec):
+        path = huggingface.download(*asked)
+        return path, (asked[0], path.name)
     raise FileNotFoundError(
-        f"no such directory: {spec}. A base is a Hugging Face directory, a hub id organisation/name, a .gguf file, "
-        "or tiny"
+        f"no such directory: {spec}. A base is a Hugging Face directory, a hub id organisation/name or "
+        "organisation/name@revision, a .gguf file, or tiny"
     )
 
 
@@ -131,14 +144,15 @@ def check_tokenizer(tokenizer: Tokenizer, config: BaseConfig, name: str) -> None
         )
 
 
-def fingerprint(model: BaseModel) -> str:
+def fingerprint(model: BaseModel | ModelAdapter) -> str:
     """A digest of 16 hexadecimal digits that identifies a model.
 
     It covers the configuration and up to 256 evenly spaced values of every parameter, rounded to bfloat16. A model has
     the same fingerprint in float32 and bfloat16, on every device and under every sharding.
     """
     digest = hashlib.sha256(json.dumps(_described(model.config), sort_keys=True).encode())
-    arrays = {parameter_name(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
+    name_of = jax.tree_util.keystr if isinstance(model, ModelAdapter) else parameter_name
+    arrays = {name_of(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
     for name, array in sorted(arrays.items()):
         digest.update(name.encode())
         digest.update(_samples(array).tobytes())

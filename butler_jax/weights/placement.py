@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.model import FAMILIES, LOGICAL_AXES, BaseConfig, BaseModel
+from butler_jax.weights.experts import join_experts
+from butler_jax.weights.stored import StoredTensor
 
 BLOCK_BYTES = 8 << 20  # tables are read this many bytes at a time
 
@@ -39,28 +41,32 @@ LAYERS = {
     "o_bias": "self_attn.o_proj.bias",
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
+    "sinks": "self_attn.sinks",
+    "attention_output_norm": "post_attention_layernorm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
+    "mlp_output_norm": "post_feedforward_layernorm.weight",
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
     "gate_bias": "mlp.gate_proj.bias",
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
+    "router": "mlp.router.weight",
+    "router_bias": "mlp.router.bias",
+    "expert_gate": "mlp.experts.gate_proj.weight",
+    "expert_up": "mlp.experts.up_proj.weight",
+    "expert_down": "mlp.experts.down_proj.weight",
+    "expert_gate_bias": "mlp.experts.gate_proj.bias",
+    "expert_up_bias": "mlp.experts.up_proj.bias",
+    "expert_down_bias": "mlp.experts.down_proj.bias",
 }
+SANDWICHED = {"mlp_norm": "pre_feedforward_layernorm.weight"}  # the names that norms around a block change
 FUSED = {  # stored one below the other
     "self_attn.qkv_proj.weight": ("q", "k", "v"),
     "mlp.gate_up_proj.weight": ("gate", "up"),
 }
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # how many leading axes are inputs
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "router": 1}  # leading axes: inputs
 HARMLESS = ("rotary_emb.inv_freq",)  # ignored: it follows from the configuration
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file: its shape, and read(start, stop), which returns these rows along its first axis."""
-
-    shape: tuple[int, ...]
-    read: Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class StoredRows:
 
 def stored_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The stored shape of a parameter of one layer: [outputs, inputs] for a matrix, flat for a vector."""
+    if parameter.startswith("expert_"):  # as join_experts has them
+        return (shape[0], *reversed(shape[1:]))
     inputs = INPUT_AXES.get(parameter)
     if inputs:
         return math.prod(shape[inputs:]), math.prod(shape[:inputs])
@@ -89,7 +97,8 @@ def locate(config: BaseConfig, parameter: str, shapes: Mapping[str, tuple[int, .
             if parameter in members:
                 first = sum(rows[m] for m in members[: members.index(parameter)])
                 return StoredRows(name, first, rows[parameter], sum(rows[m] for m in members))
-    return StoredRows(LAYERS[parameter], 0, rows[parameter], rows[parameter])
+    names = {**LAYERS, **SANDWICHED} if config.norms == "sandwich" else LAYERS
+    return StoredRows(names[parameter], 0, rows[parameter], rows[parameter])
 
 
 def build_model(
@@ -116,8 +125,13 @@ def build_model(
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     names = [parameter_name(path) for path, _ in leaves]
     shapes = {name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)}
+    dtypes = {name: leaf.dtype for name, (_, leaf) in zip(names, leaves, strict=True)}
     stacked = {name: shape for name, shape in shapes.items() if name in LAYERS}
     places = {name: locate(config, name, stacked) for name in stacked}
+    try:
+        tensors = join_experts(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     check_tensors(config, tensors, shapes, places, source)
     check_memory(bytes_needed(shapes, dtype, shardings), source)
     largest = float(jnp.finfo(dtype).max)
@@ -137,22 +151,30 @@ def build_model(
             )
         return rows
 
-    arrays = []
+    slots = {
+        name: Slot(shape, dtypes[name], shardings(LOGICAL_AXES[name], shape) if shardings else None)
+        for name, shape in shapes.items()
+    }
+    experts = [name for name in places if name.startswith("expert_")]
+    for layer, expert in np.ndindex(config.layers, config.experts):
+        for name in experts:  # one after another, since a stored tensor may hold several of them
+            rows = read(layer_tensor(layer, places[name].name), expert, expert + 1)
+            slots[name].write((layer, expert) + (0,) * (len(shapes[name]) - 2), np.swapaxes(rows, 1, -1)[None])
     for name, shape in shapes.items():
-        slot = Slot(shape, dtype, shardings(LOGICAL_AXES[name], shape) if shardings else None)
+        if name in experts:
+            continue
         if name in places:
             part = places[name]
             for layer in range(config.layers):
                 rows = read(layer_tensor(layer, part.name), part.first, part.first + part.rows)
                 rows = rows.T if name in INPUT_AXES else rows
-                slot.write((layer,) + (0,) * (len(shape) - 1), rows.reshape((1, *shape[1:])))
-        else:
-            step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
-            for first in range(0, shape[0], step):
-                rows = read(TABLES[name], first, min(first + step, shape[0]))
-                slot.write((first,) + (0,) * (len(shape) - 1), rows)
-        arrays.append(slot.array())
-    return jax.tree_util.tree_unflatten(tree, arrays)
+                slots[name].write((layer,) + (0,) * (len(shape) - 1), rows.reshape((1, *shape[1:])))
+            continue
+        step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
+        for first in range(0, shape[0], step):
+            rows = read(TABLES[name], first, min(first + step, shape[0]))
+            slots[name].write((first,) + (0,) * (len(shape) - 1), rows)
+    return jax.tree_util.tree_unflatten(tree, [slot.array() for slot in slots.values()])
 
 
 def parameter_name(path: tuple) -> str:

@@ -18,7 +18,7 @@ from butler_jax.model.decoder import (
     parameter_count,
     run_layers,
 )
-from butler_jax.model.families import base_config
+from butler_jax.model.hugging_face_config import base_config
 from butler_jax.weights import load_base
 from tests import reference_models
 
@@ -50,7 +50,9 @@ def test_logits_equal_those_of_transformers(loaded, name):
         np.testing.assert_allclose(run(base.model, tokens), reference_models.logits(theirs, tokens), atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["llama with biases", "qwen2 with sliding layers", "qwen3", "phi3 longrope"])
+@pytest.mark.parametrize(
+    "name", ["llama with biases", "qwen2 with sliding layers", "qwen3", "phi3 longrope", "gpt_oss", "gemma2"]
+)
 def test_attention_and_every_layer_equal_those_of_transformers(loaded, name):
     theirs, base = loaded(name)
     tokens = random_tokens(2, 24)
@@ -79,7 +81,7 @@ def test_attention_and_every_layer_equal_those_of_transformers(loaded, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope"]
+    "name", ["llama", "mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope", "gpt_oss"]
 )
 def test_padded_rows_equal_their_documents_alone(loaded, name):
     theirs, base = loaded(name)
@@ -120,7 +122,7 @@ def test_bfloat16_logits_stay_near_float32():
 
 def test_every_parameter_has_logical_axes():
     sizes = {**reference_models.SIZES, "attention_bias": True, "mlp_bias": True}
-    for family in ("llama", "qwen3"):
+    for family in ("llama", "qwen3", "qwen3_moe"):
         model = jax.eval_shape(lambda f=family: BaseModel(base_config({"model_type": f, **sizes}), jax.random.key(0)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(model):
             names = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
@@ -174,10 +176,55 @@ def test_every_parameter_has_logical_axes():
             },
             3.821079552,
         ),
+        (
+            {
+                "family": "mixtral",
+                "vocab_size": 32000,
+                "width": 4096,
+                "hidden": 14336,
+                "layers": 32,
+                "heads": 32,
+                "kv_heads": 8,
+                "head_dim": 128,
+                "context": 32768,
+                "experts": 8,
+                "experts_per_token": 2,
+            },
+            46.702792704,
+        ),
+        (
+            {
+                "family": "qwen3_moe",
+                "vocab_size": 151936,
+                "width": 2048,
+                "hidden": 768,
+                "layers": 48,
+                "heads": 32,
+                "kv_heads": 4,
+                "head_dim": 128,
+                "context": 40960,
+                "qk_norm": True,
+                "experts": 128,
+                "experts_per_token": 8,
+            },
+            30.532122624,
+        ),
     ],
 )
 def test_parameter_counts_of_published_models(values, billions):
     model = jax.eval_shape(lambda: BaseModel(BaseConfig(**values), jax.random.key(0)))
+    assert parameter_count(model) == round(billions * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("values", "billions"),
+    [
+        ({"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}, 20.914757184),
+        ({"model_type": "gemma2"}, 2.614341888),
+    ],
+)
+def test_parameter_counts_of_families_with_sinks_and_caps(values, billions):
+    model = jax.eval_shape(lambda: BaseModel(base_config(values), jax.random.key(0)))
     assert parameter_count(model) == round(billions * 1e9)
 
 

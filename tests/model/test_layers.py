@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from butler_jax.model.families import base_config
-from butler_jax.model.layers import layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles, swiglu
+from butler_jax.model.hugging_face_config import base_config
+from butler_jax.model.layers import gated, layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
 
 SIZES = {
     "model_type": "llama",
@@ -164,7 +164,7 @@ def test_rms_norm_is_computed_in_float32_for_bfloat16():
     np.testing.assert_array_equal(rms_norm(x, jnp.ones(8192, jnp.bfloat16), 0.0), jnp.ones_like(x))
 
 
-def test_layer_norm_and_swiglu_equal_those_of_torch():
+def test_layer_norm_and_gated_equal_those_of_torch():
     rng = np.random.default_rng(3)
     x, y = (rng.normal(size=(4, 32)).astype(np.float32) for _ in range(2))
     scale, bias = (rng.normal(size=32).astype(np.float32) for _ in range(2))
@@ -172,7 +172,7 @@ def test_layer_norm_and_swiglu_equal_those_of_torch():
     expected = torch.nn.functional.layer_norm(torch.from_numpy(x), (32,), *weights)
     np.testing.assert_allclose(layer_norm(*map(jnp.asarray, (x, scale, bias))), expected.numpy(), atol=2e-6)  # rounding
     expected = torch.nn.functional.silu(torch.from_numpy(x)) * torch.from_numpy(y)
-    np.testing.assert_allclose(swiglu(jnp.asarray(x), jnp.asarray(y)), expected.numpy(), atol=1e-6)  # rounding
+    np.testing.assert_allclose(gated(jnp.asarray(x), jnp.asarray(y)), expected.numpy(), atol=1e-6)  # rounding
 
 
 def test_rotary_tables_trace_under_jit():

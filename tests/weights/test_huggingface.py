@@ -5,16 +5,20 @@ import os
 import shutil
 import struct
 import sys
+from collections import Counter
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save, save_file
 
 from benchmarks.fuzz_targets import weights
+from butler_jax.model.decoder import forward
 from butler_jax.storage.files import file_in
 from butler_jax.weights import huggingface, load_base
 from butler_jax.weights.huggingface import INDEX, SINGLE
+from tests import reference_models
 from tests.weights.hostile import EMBEDDING, container, entry, refused
 from tests.weights.llama_files import LLAMA, equal, llama_tensors, rewrite
 
@@ -277,3 +281,49 @@ def test_what_is_no_regular_file_is_not_opened(small_model):
     refused(small_model, r"has no config\.json", FileNotFoundError)
     with pytest.raises(ValueError, match="is not a file of this directory"):
         file_in(small_model, "../x")
+
+
+def test_of_a_gemma3_with_images_the_text_model_is_read(tmp_path):
+    import torch
+    import transformers
+
+    text = {**reference_models.SIZES, **reference_models.MODELS["gemma3"][1], "final_logit_softcapping": None}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    theirs = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path)
+    base = load_base(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 90, (1, 20))
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(forward(base.model, tokens.astype(np.int32)), expected, atol=2e-5)
+
+
+def test_gpt_oss_with_mxfp4_experts_gives_the_logits_of_transformers(tmp_path, monkeypatch):
+    """A directory as it is published: experts in blocks, everything else in a float type. All are read once."""
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    theirs = reference_models.save_model("gpt_oss of even blocks", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, rng = load_file(path), np.random.default_rng(0)
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+        scales = rng.integers(121, 125, (experts, outputs, inputs // 32), np.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        unpacked = convert_moe_packed_tensors(*map(torch.from_numpy, (blocks, scales)), dtype=torch.float32)
+        theirs.get_parameter(name).data = unpacked
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    seen, read = [], huggingface._read_rows
+    monkeypatch.setattr(huggingface, "_read_rows", lambda *where: seen.append(where) or read(*where))
+    base = load_base(tmp_path)
+    counts = Counter(where for where in seen if ".layers.0.mlp.experts." in where[1])
+    assert set(counts.values()) == {1} and len(counts) == 6 * base.config.experts  # blocks, scales and biases of two
+    tokens = rng.integers(3, 96, (2, 24), dtype=np.int32)
+    wanted = reference_models.logits(theirs, tokens)
+    np.testing.assert_allclose(jax.jit(forward)(base.model, tokens), wanted, atol=5e-5 * np.abs(wanted).max())

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.fuzz_targets import CONFIG, tokenizer_file, write_model
 from butler_jax.model.decoder import BaseModel, forward
-from butler_jax.model.families import base_config
+from butler_jax.model.hugging_face_config import base_config
 from butler_jax.text import encode
 from butler_jax.weights import fingerprint, load_base, loading
 from butler_jax.weights.huggingface import SINGLE
@@ -176,8 +176,8 @@ def test_sizes_that_are_no_sizes_are_named(small_model, key, bad):
         {"rope_scaling": {"rope_type": ["linear"]}},
         {"rope_scaling": {"rope_type": "linear", "factor": 0}},
         {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
-        {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 2, "high_freq_factor": 2}},
-        {"rope_scaling": {"rope_type": "yarn", "beta_fast": 0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 2, "high_freq_factor": 2}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 0}},
         {"rope_scaling": {"rope_type": "longrope", "short_factor": 3, "long_factor": [1.0]}},
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [None, 1.0], "long_factor": [1.0, 1.0]}},
         {"partial_rotary_factor": 1e-9},

@@ -24,10 +24,15 @@ from tests.host_devices import host_devices
 from tests.weights.hostile import EMBEDDING, REPOSITORY, change_config, container, entry, refused
 from tests.weights.llama_files import LLAMA, equal, rewrite
 
+NAMES = [EMBEDDING, "model.layers.0.mlp.down_proj.weight", "model.norm.weight"]
+BAD = [np.nan, np.inf, -np.inf]
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+
+@pytest.mark.parametrize(
+    ("name", "bad", "dtype"),  # every two of them come together once
+    [(name, bad, DTYPES[(i + j) % 3]) for i, name in enumerate(NAMES) for j, bad in enumerate(BAD)],
+)
 def test_a_weight_that_is_not_finite_is_named_and_nothing_stays(small_model, name, bad, dtype):
     tensors = weights(dtype)
     tensors[name].flat[-1] = bad
@@ -40,7 +45,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_stays(small_model, nam
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_weight_beyond_the_type_it_is_cast_to_is_named(small_model, name, sign):
     """3.4e38 is a float32 and rounds to no finite bfloat16; the largest bfloat16 stays what it is."""
     tensors = weights()
@@ -233,7 +238,7 @@ def test_host_memory_stays_under_one_layer_above_what_is_placed(tmp_path):
         import jax, numpy as np, ml_dtypes
         from safetensors.numpy import save_file
         from butler_jax.model.decoder import BaseModel
-        from butler_jax.model.families import base_config
+        from butler_jax.model.hugging_face_config import base_config
         from butler_jax.weights import load_base
         from butler_jax.weights.placement import LAYERS, TABLES, locate, stored_shape
 

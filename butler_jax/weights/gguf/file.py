@@ -11,21 +11,41 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from butler_jax.model import FAMILIES, base_config
+from butler_jax.model import FAMILIES, Family, base_config
 from butler_jax.storage import number, shown, whole
 from butler_jax.weights.gguf.header import check_header
+from butler_jax.weights.gguf.sampling import generation_values
 from butler_jax.weights.gguf.tokenizer import read_tokenizer
 from butler_jax.weights.huggingface import Source
-from butler_jax.weights.placement import StoredTensor
+from butler_jax.weights.stored import StoredTensor
 
 if TYPE_CHECKING:
     from butler_jax.text import Tokenizer
 
-FAMILY = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
-INTERLEAVED = ("llama", "mistral")  # architectures that store the rows of q and k as rotary pairs, not as two halves
+FAMILY = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "olmo2": "olmo2",
+    "smollm3": "smollm3",
+    "granite": "granite",
+}
+INTERLEAVED = (
+    "llama",
+    "mistral",
+    "smollm3",
+    "granite",
+)  # architectures that store the rows of q and k as rotary pairs, not as two halves
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-TYPES = (*PLAIN, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = (*PLAIN, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 BLOCK_VALUES = 1 << 20  # values that are dequantised at a time
+GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}  # layers of the models whose attention is not scaled by head_dim
 MOST_FACTORS = 1 << 14  # values of a rotary table, which has one for each pair of a head's dimensions
 
 TABLES = {
@@ -42,11 +62,19 @@ PARTS = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.router",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
+EXPERT_PARTS = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -59,11 +87,12 @@ def import_library() -> ModuleType:
     return gguf
 
 
-def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
+def open_file(path: Path) -> tuple[Source, Tokenizer | None, dict[str, Any]]:
     """Read the metadata of a GGUF file. Weights are read later, from the tensors of the source.
 
     Returns:
-        The configuration with the tensors, and the tokenizer (None where the file holds none).
+        The configuration with the tensors, the tokenizer (None where the file holds none), and how tokens are drawn, as
+        in generation_config.json.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -99,20 +128,27 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None]:
     for name, tensor in stored.items():
         if name in ROPE_TENSORS:
             continue
-        part = name.split(".")[2] if name.startswith("blk.") else ""
+        part = name.split(".")[2] if name.startswith("blk.") and name.count(".") > 1 else ""
         if fields["general.architecture"] in INTERLEAVED and part in ("attn_q", "attn_k"):
             heads = config.heads if part == "attn_q" else config.kv_heads
             tensor = StoredTensor(tensor.shape, partial(_halves, tensor, heads))
-        tensors[tensor_name(name, FAMILIES[config.family].fused)] = tensor
-    return Source(config, tensors), tokenizer
+        tensors[tensor_name(name, FAMILIES[config.family])] = tensor
+    return Source(config, tensors), tokenizer, generation_values(fields)
 
 
-def tensor_name(name: str, fused: bool) -> str:
-    """The Hugging Face name of a GGUF tensor; an unknown tensor keeps its name. fused: gate and up are one tensor."""
+def tensor_name(name: str, family: Family) -> str:
+    """The Hugging Face name of a GGUF tensor; an unknown tensor keeps its name."""
     pieces = name.split(".")
     if len(pieces) == 4 and pieces[0] == "blk" and pieces[2] in PARTS:
-        part = "mlp.gate_up_proj" if fused and pieces[2] == "ffn_up" else PARTS[pieces[2]]
-        return f"model.layers.{pieces[1]}.{part}.{pieces[3]}"
+        part = PARTS[pieces[2]]
+        if family.fused and pieces[2] == "ffn_up":  # gate and up are one tensor
+            part = "mlp.gate_up_proj"
+        if family.norms == "sandwich" and pieces[2] == "ffn_norm":
+            part = "pre_feedforward_layernorm"
+        stem = f"model.layers.{pieces[1]}.{part}"
+        return stem if pieces[2] == "attn_sinks" else f"{stem}.{pieces[3]}"
+    if len(pieces) == 5 and pieces[0] == "blk" and pieces[2] in EXPERT_PARTS:  # older files of Mixtral
+        return f"model.layers.{pieces[1]}.mlp.experts.{pieces[3]}.{EXPERT_PARTS[pieces[2]]}.{pieces[4]}"
     return TABLES.get(name, name)
 
 
@@ -142,6 +178,10 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
     family = FAMILY[architecture]
     if family == "llama" and sliding_window:
         family = "mistral"  # GGUF gives both families the architecture llama
+    if family == "llama" and get("expert_count"):
+        family = "mixtral"
+    if family == "olmo2" and sliding_window:
+        family = "olmo3"
     head_dim = whole(get("attention.key_length") or width // heads, f"{architecture}.attention.key_length")
     rope = rope_values(get, stored, context)
     rotated = whole(get("rope.dimension_count", head_dim), f"{architecture}.rope.dimension_count")
@@ -151,6 +191,7 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         "vocab_size": stored["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": size("feed_forward_length"),
+        **expert_values(get, f"{architecture}."),
         "num_hidden_layers": size("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv") or heads,
@@ -161,13 +202,58 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_gate.bias" in stored,
         "sliding_window": sliding_window,
-        "rope_parameters": {
-            "rope_theta": get("rope.freq_base", 10000.0),
-            "partial_rotary_factor": rotated / head_dim,
-            **rope,
-        },
+        **family_values(family, get, width, heads),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "partial_rotary_factor": rotated / head_dim,
+        "rope_scaling": {**FAMILIES[family].rope, **rope} if rope["rope_type"] == "yarn" else rope,
         "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
     }
+
+
+def family_values(family: str, get: Any, width: int, heads: int) -> dict[str, Any]:
+    """Settings that some families alone have, as Hugging Face spells them; `get` reads a key of the metadata."""
+    found: dict[str, Any] = {
+        "final_logit_softcapping": get("final_logit_softcapping"),
+        "attn_logit_softcapping": get("attn_logit_softcapping"),
+    }
+    if FAMILIES[family].full_every is not None:
+        pattern = get("attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+        elif pattern is not None:
+            found["sliding_window_pattern"] = pattern
+    if FAMILIES[family].sliding_theta is not None:
+        found["rope_local_base_freq"] = get("rope.freq_base_swa")
+    if family in GEMMA_27B and get("block_count") == GEMMA_27B[family]:
+        found["query_pre_attn_scalar"] = width // heads  # the file does not say it
+    elif FAMILIES[family].query_scalar:
+        found["query_pre_attn_scalar"] = get("attention.key_length")
+    if FAMILIES[family].multipliers:
+        found["embedding_multiplier"] = get("embedding_scale") or 1.0
+        found["attention_multiplier"] = (
+            get("attention.scale") or get("attention.key_length") or (width // heads) ** -0.5
+        )
+        found["residual_multiplier"] = get("residual_scale") or 1.0
+        found["logits_scaling"] = get("logit_scale") or 1.0
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def expert_values(get: Any, prefix: str) -> dict[str, Any]:
+    """The settings of experts as Hugging Face spells them; `get` reads a key of the metadata."""
+    if not get("expert_count"):
+        return {}
+    if get("expert_shared_count"):
+        raise ValueError(
+            f"{prefix}expert_shared_count={shown(get('expert_shared_count'))}: experts that every token "
+            "takes are not supported"
+        )
+    found = {
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "moe_intermediate_size": get("expert_feed_forward_length"),
+        "norm_topk_prob": bool(get("expert_weights_norm", True)),
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict[str, Any]:

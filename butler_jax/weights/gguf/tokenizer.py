@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from butler_jax.storage import fits, shown, whole
 
 if TYPE_CHECKING:
-    from butler_jax.text import Tokenizer
+    from butler_jax.text import ChatTemplate, Tokenizer
 
 LONGEST_TOKEN = 2048  # characters; the time to derive merges grows with the square of a token's length
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
@@ -106,7 +106,21 @@ def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
     add_bos = bos is not None and get("add_bos_token", add_bos)
     turns = (get(key) for key in ("eot_token_id", "eom_token_id"))
     ends = frozenset(whole(token, "the token that ends a turn", least=0) for token in turns if token is not None)
-    return Tokenizer(backend=backend, bos=bos, eos=eos, add_bos=bool(add_bos), ends=ends)
+    template = _chat_template(fields, {"bos_token": bos, "eos_token": eos}, tokens)
+    return Tokenizer(backend=backend, bos=bos, eos=eos, add_bos=bool(add_bos), ends=ends, chat_template=template)
+
+
+def _chat_template(fields: dict[str, Any], special: dict[str, int | None], tokens: list[str]) -> ChatTemplate | None:
+    """The chat templates of the metadata: tokenizer.chat_template, and tokenizer.chat_template.NAME."""
+    from butler_jax.text import ChatTemplate
+
+    key = "tokenizer.chat_template"
+    sources = {"default": fields[key]} if key in fields else {}
+    sources |= {name.removeprefix(f"{key}."): value for name, value in fields.items() if name.startswith(f"{key}.")}
+    if not fits(list(sources.values()), list[str]):
+        raise ValueError(f"{key} must be a text")
+    names = {name: tokens[index] for name, index in special.items() if index is not None and index < len(tokens)}
+    return ChatTemplate(sources, names) if sources else None
 
 
 def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:

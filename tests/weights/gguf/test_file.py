@@ -1,5 +1,6 @@
 """GGUF files written by the gguf library against the Hugging Face directories they were made from."""
 
+import dataclasses
 import math
 import sys
 
@@ -44,28 +45,51 @@ def write(path, model, architecture, *, kind=TYPE.F32, metadata=None, extra=None
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     if config.sliding_window if architecture == "phi3" else getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if experts := getattr(config, "num_local_experts", None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if architecture == "qwen3moe":
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for key, value in (metadata or {}).items():
         key = f"{architecture}.{key}"
         (
             writer.add_string
             if isinstance(value, str)
+            else writer.add_array
+            if isinstance(value, list)
             else writer.add_uint32
             if isinstance(value, int)
             else writer.add_float32
         )(key, value)
     for add, values in (tokenizer or {}).items():
         getattr(writer, f"add_{add}")(values)
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    names = getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))
+    names = gguf.get_tensor_name_map(names, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         values = parameter.detach().numpy()
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if architecture in ("llama", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             values = interleave(values, heads)
-        stem, suffix = name.rsplit(".", 1)
+        if architecture in ("gemma2", "gemma3") and "norm" in name:
+            values = values + 1
+        if ".experts." in name:  # gate_up_proj [experts, 2 outputs, inputs] or down_proj
+            layer = name.split(".")[2]
+            suffix = "bias" if name.endswith("bias") else "weight"
+            if architecture == "gpt-oss":  # inputs come first, and gate and up are interleaved
+                values = values.swapaxes(1, 2) if suffix == "weight" else values
+                parts = {"gate": values[:, ::2], "up": values[:, 1::2]}
+            else:
+                parts = {"gate": values[:, : values.shape[1] // 2], "up": values[:, values.shape[1] // 2 :]}
+            for part, array in parts.items() if "gate_up" in name else [("down", values)]:
+                array = gguf.quantize(np.ascontiguousarray(array), kind)
+                writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.{suffix}", array, raw_dtype=kind)
+            continue
+        stem, suffix = (name, "weight") if name.endswith("sinks") else name.rsplit(".", 1)
         stored = kind if values.ndim > 1 else TYPE.F32
         writer.add_tensor(f"{names.get_name(stem)}.{suffix}", gguf.quantize(values, stored), raw_dtype=stored)
     for name, values in (extra or {}).items():
@@ -96,6 +120,8 @@ def assert_equal(a, b, **tolerance):
         ("mistral with a sliding_window", "llama"),
         ("qwen3", "qwen3"),
         ("phi3", "phi3"),
+        ("mixtral", "llama"),
+        ("qwen3_moe, normalised", "qwen3moe"),
     ],
 )
 def test_float32_files_load_like_their_directories(name, architecture, tmp_path):
@@ -105,13 +131,46 @@ def test_float32_files_load_like_their_directories(name, architecture, tmp_path)
     assert directory.fingerprint == file.fingerprint
 
 
+SCALES = {"embedding_scale": 6.0, "attention.scale": 0.2, "residual_scale": 0.3, "logit_scale": 4.0}
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "rope.freq_base_swa": 100.0}
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
+PATTERN = {"attention.sliding_window_pattern": [True, False, True]}
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        ("gpt_oss", YARN),
+        ("gemma2", {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+        ("gemma3", LINEAR | PATTERN | {"final_logit_softcapping": 3.0}),
+        ("olmo2", {}),
+        ("smollm3", {}),
+        ("granite", SCALES),
+    ],
+)
+def test_files_of_the_newer_families_load_like_their_directories(name, metadata, tmp_path):
+    directory, file = pair(name, name.replace("_", "-"), tmp_path, metadata=metadata)
+    assert_equal(directory, file, rtol=0)  # nothing is rounded
+    different = {
+        "gemma2": ("attention_scale",),
+        "gemma3": ("attention_scale",),  # a file does not say it; the head dimension counts
+        "smollm3": ("rotated_layers",),  # nor this; every fourth layer counts
+        "granite": ("attention_scale", "residual_scale"),  # float32 in a file
+    }.get(name, ())
+    for field in dataclasses.fields(directory.config):
+        mine, theirs = (getattr(base.config, field.name) for base in (directory, file))
+        if field.name not in different:
+            assert mine == theirs, field.name
+        elif name == "granite":
+            assert mine == pytest.approx(theirs, rel=1e-6)
+
+
 def test_qwen2_biases_and_yarn_load(tmp_path):
-    scaling = {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 64,
-    }
-    directory, file = pair("qwen2", "qwen2", tmp_path, metadata=scaling)
+    directory, file = pair("qwen2", "qwen2", tmp_path, metadata=YARN)
     assert_equal(directory, file, rtol=0)  # nothing is rounded
     assert directory.config.rope == file.config.rope
 
@@ -168,8 +227,8 @@ def test_stored_types_round_no_more_than_their_step(kind, error, tmp_path):
         assert np.abs(x - y).max() <= error * np.abs(x).max() * 1.01
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_k_quants_are_read_as_the_library_dequantises_them(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4"])
+def test_block_types_are_read_as_the_library_dequantises_them(kind, tmp_path):
     from butler_jax.weights.gguf.file import _read_rows
 
     block, size = gguf.GGML_QUANT_SIZES[TYPE[kind]]
@@ -236,7 +295,9 @@ def test_smollm2_file_equals_its_directory(shared_data, smollm2_dir):
 
 
 def test_bfloat16_is_placed_from_quantised_files(tmp_path):
-    path = write(tmp_path / "model.gguf", reference_models.make_model("llama"), "llama")
+    drawn = {"sampling_temp": 0.6, "sampling_top_k": 20}
+    path = write(tmp_path / "model.gguf", reference_models.make_model("llama"), "llama", tokenizer=drawn)
     narrow = load_base(path, dtype=jnp.bfloat16)
+    assert narrow.generation == {"do_sample": True, "temperature": 0.6, "top_k": 20}
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(narrow.model))
     assert narrow.fingerprint == load_base(path).fingerprint

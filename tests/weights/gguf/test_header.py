@@ -99,6 +99,12 @@ def test_gguf_metadata_of_wrong_types_is_named(tmp_path, key, value, said):
     refused(path, said)
 
 
+def test_a_tensor_of_a_layer_without_a_part_is_another_tensor(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf")
+    path.write_bytes(path.read_bytes().replace(b"blk.0.attn_norm.weight", b"blk.0_attn_norm_weight"))
+    refused(path, r"model\.layers\.0\.input_layernorm")
+
+
 def test_gguf_values_that_are_not_finite_and_rows_of_no_block_are_named(tmp_path):
     path = write_gguf(tmp_path / "a.gguf")
     path.write_bytes(path.read_bytes()[:-4] + struct.pack("<f", np.nan))

@@ -38,12 +38,25 @@ def trained():
 
 def test_byte_level_tokenizer_equals_the_one_it_was_made_from(trained):
     types = [3, 3] + [1] * (trained.get_vocab_size() - 2)
-    fields = bpe_fields(trained, token_type=types, bos_token_id=0, eos_token_id=1, eot_token_id=7, pre="gpt-2")
+    numbers = {"bos_token_id": 0, "eos_token_id": 1, "eot_token_id": 7, "eom_token_id": 9}
+    fields = bpe_fields(trained, token_type=types, pre="gpt-2", **numbers)
     tokenizer = read_tokenizer(fields)
     assert tokenizer.encode(TEXT) == trained.encode(TEXT).ids
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.ends, tokenizer.add_bos) == (0, 1, {1, 7}, False)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.ends, tokenizer.add_bos) == (0, 1, {1, 7, 9}, False)
     assert tokenizer.encode("a</s>")[-1] == 1
+
+
+def test_chat_templates_come_from_the_metadata(trained):
+    named = {"tokenizer.chat_template": "{{ bos_token }}hi", "tokenizer.chat_template.tool_use": "tools"}
+    template = read_tokenizer({**bpe_fields(trained, bos_token_id=0), **named}).chat_template
+    assert (template.sources, template.tokens) == (
+        {"default": "{{ bos_token }}hi", "tool_use": "tools"},
+        {"bos_token": "<s>"},
+    )
+    assert read_tokenizer(bpe_fields(trained)).chat_template is None
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template must be a text"):
+        read_tokenizer({**bpe_fields(trained), "tokenizer.chat_template": 5})
 
 
 @pytest.mark.parametrize("pre", WORD_SPLITTERS)
