@@ -28,7 +28,7 @@ from butler_jax.data.windows import Batch
 from butler_jax.text import Tokenizer
 
 SPECS = (
-    "python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME[/CONFIG][#FEATURE], "
+    "python_docs, coreference, coreference_short, text:PATH[,PATH...][#FEATURE], tfds:NAME[/CONFIG][#FEATURE], "
     "or several joined by + (python_docs+coreference)"
 )
 
@@ -78,7 +78,9 @@ def parse_spec(spec: str) -> tuple[SourceShare, ...]:
     return tuple(parts)
 
 
-def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None) -> Documents:
+def open_documents(
+    spec: str, *, split: str = "train", seed: int = 0, data_dir: str | None = None, strict: bool = False
+) -> Documents:
     """Open the documents of one source. A source that TFDS stores is prepared on first use.
 
     Args:
@@ -86,9 +88,11 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
         split: "train" or "test". No document is in both.
         seed: Of `coreference`; the other sources do not depend on it.
         data_dir: Where prepared sets are kept, also `gs://`; None is TFDS_DATA_DIR or TFDS's default.
+        strict: Refuse a line or record of a `text:` source that cannot be read; otherwise they are passed over, and a
+            line says how many there are.
 
     Raises:
-        ValueError, FileNotFoundError: Says what is wrong with the source.
+        ValueError, FileNotFoundError, ImportError: Says what is wrong with the source, or which package is missing.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} is unknown; choose train or test.")
@@ -104,7 +108,7 @@ def open_documents(spec: str, *, split: str = "train", seed: int = 0, data_dir: 
         builder = python_docs.open_builder(data_dir)
     else:
         paths = [path for path in source.removeprefix("text:").split(",") if path]
-        builder = text.open_builder(paths, data_dir)
+        builder = text.open_builder(paths, data_dir, strict=strict)
     if split not in builder.info.splits:
         raise ValueError(f"data {source!r} is too small: it has no documents for the split {split!r}.")
     return TextField(builder, split)
@@ -191,6 +195,7 @@ def read_batches(
     whole: bool = False,
     rows: Sequence[int] | None = None,
     start_state: dict[str, Any] | None = None,
+    strict: bool = False,
 ) -> BatchIterator:
     """Read endless batches of packed documents, in another order in each epoch.
 
@@ -206,6 +211,7 @@ def read_batches(
         rows: The rows of the global batch to read, where several processes share it; None is all. The content of a row
             does not depend on them.
         start_state: The place to start from, as `get_state` returns it, with these rows or more.
+        strict: As `open_documents` takes it.
 
     Returns:
         An iterator of batches with the given rows.
@@ -221,7 +227,7 @@ def read_batches(
     if not rows or not set(rows) <= set(range(batch_size)):
         raise ValueError(f"rows={list(rows)} must be one or more of 0 ... {batch_size - 1}, the rows of a batch.")
     parts = parse_spec(spec)
-    sources = [open_documents(part.source, split=split, seed=seed, data_dir=data_dir) for part in parts]
+    sources = [open_documents(part.source, split=split, seed=seed, data_dir=data_dir, strict=strict) for part in parts]
     weights = _document_weights(parts, sources)
     ordered = []
     for number, source in enumerate(sources):
@@ -263,6 +269,7 @@ def read_held_out(
     batch_size: int = 1,
     seed: int = 0,
     data_dir: str | None = None,
+    strict: bool = False,
 ) -> list[Batch]:
     """Read the first `count` batches [batch_size, length] of the split "test"; every call returns the same ones.
 
@@ -275,7 +282,7 @@ def read_held_out(
     if count < 1 or batch_size < 1 or length < 2:
         raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
     parts = parse_spec(spec)
-    sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir) for part in parts]
+    sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir, strict=strict) for part in parts]
     ordered = []
     for source in sources:
         dataset = grain.MapDataset.source(source)

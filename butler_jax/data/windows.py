@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
+
+from butler_jax.data.sources.passed_over import PassedOver
+from butler_jax.data.sources.pieces import read_pieces
+from butler_jax.data.sources.streams import read_blocks
+from butler_jax.data.sources.text_files import find_files
 
 Batch = dict[str, np.ndarray]
 """{"tokens", "segments", "positions"}, each int32 [B, T]. Segments number the documents of a row from 1, and 0 is
@@ -123,19 +129,28 @@ def find_counted(batch: Batch) -> Bool[np.ndarray, "B T"]:
 
 
 def read_text(path: str | Path) -> str:
-    """Read a text file in UTF-8.
+    """Read a text as a whole.
+
+    Args:
+        path: As `find_files` takes it: a file or several, compressed or not, #FEATURE, - for standard input. The
+            documents of .jsonl and parquet files are joined by empty lines.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is empty or not UTF-8.
+        ValueError: The text is empty, or a line or record cannot be read.
+        ImportError: A package for its format is missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such text file: {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    texts = []
+    for file in find_files([path], lambda line: print(line, file=sys.stderr)):
+        if file.kind == "text":
+            raw = b"".join(block.data for block in read_blocks(file.path))
+            try:
+                texts.append(raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file.path} is not UTF-8 text: {error}") from None
+        else:
+            texts += [text for _, (text,), _ in read_pieces(file, PassedOver(strict=True))]
+    text = "\n\n".join(texts)
     if not text.strip():
         raise ValueError(f"{path} is empty; perplexity needs some text")
     return text

@@ -8,7 +8,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "prompts": ["Prompts", "Writer", "encode", "read_stops"],
+        "chat_template": ["ChatTemplate", "ChatTemplateError", "Messages", "read_templates"],
+        "prompts": ["Prompts", "Writer", "encode", "encode_prompt", "read_stops"],
         "tokenizer": ["Tokenizer", "named_errors", "train_bpe"],
     },
 )

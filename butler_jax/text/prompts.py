@@ -38,26 +38,28 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
         raise ValueError("there is no prompt; give a text, or a list of texts or of token ids")
     if all(isinstance(p, (int, np.integer)) for p in prompts):
         prompts = [prompts]
-    rows = []
-    for number, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise ValueError(f"prompt {number} is a text, and the base has no tokenizer; give token ids")
-            row = tokenizer.encode(prompt)
-            if not row and tokenizer.bos is not None:
-                row = [tokenizer.bos]
-        else:
-            ids = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
-            if not ids:
-                raise ValueError(f"prompt {number} must be a text or a list of token ids, got {shown(prompt)}")
-            row = [int(token) for token in prompt]
-        if not row:
-            raise ValueError(f"prompt {number} is empty; give at least one token")
-        wrong = [token for token in row if not 0 <= token < vocab_size]
-        if wrong:
-            raise ValueError(f"prompt {number} has the token {wrong[0]}; the vocabulary is 0 ... {vocab_size - 1}")
-        rows.append(row)
-    return rows
+    return [encode_prompt(tokenizer, vocab_size, one, f"prompt {number}") for number, one in enumerate(prompts)]
+
+
+def encode_prompt(tokenizer: Tokenizer | None, vocab_size: int, prompt: Any, name: str) -> list[int]:
+    """Encode one prompt as `encode` does. Errors call it `name`."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is a text, and the base has no tokenizer; give token ids")
+        row = tokenizer.encode(prompt)
+        if not row and tokenizer.bos is not None:
+            row = [tokenizer.bos]
+    else:
+        ids = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
+        if not ids:
+            raise ValueError(f"{name} must be a text or a list of token ids, got {shown(prompt)}")
+        row = [int(token) for token in prompt]
+    if not row:
+        raise ValueError(f"{name} is empty; give at least one token")
+    wrong = [token for token in row if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(f"{name} has the token {wrong[0]}; the vocabulary is 0 ... {vocab_size - 1}")
+    return row
 
 
 def read_stops(
@@ -99,8 +101,8 @@ BEFORE = 64  # tokens of the prompt that decoders see before the first new one: 
 class Writer:
     """Turns a row's tokens into text piece by piece.
 
-    An incomplete character is held back for up to WAITING tokens, and the possible beginning of a text to stop at until
-    it is decided.
+    An incomplete character is held back for up to WAITING tokens, and left out where the row ends in it. The possible
+    beginning of a text to stop at is held back until it is decided.
 
     Attributes:
         shown: How many tokens, those of the prompt included, are text by now.
@@ -130,8 +132,10 @@ class Writer:
         self.tokens.append(token)
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         now = self.tokenizer.decode(self.tokens[self.start :])
-        if now.endswith("\ufffd") and not last and len(self.tokens) - self.shown < WAITING:
-            return ""
+        if now.endswith("\ufffd") and len(self.tokens) - self.shown < WAITING:
+            if not last:
+                return ""
+            now = now.rstrip("\ufffd")
         self.start, self.shown = self.shown, len(self.tokens)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))
         return now[sum(1 for _ in same) :]

@@ -14,11 +14,14 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from butler_jax.storage import file_in, read_object, shown, whole, write_whole
+from butler_jax.storage import file_in, open_regular, read_object, shown, whole, write_whole
+from butler_jax.text.chat_template import LONGEST_TEMPLATE, ChatTemplate, read_templates
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_BYTES = 256 << 20
 """The largest tokenizer.json that is read."""
+
+MORE_TEMPLATES = "additional_chat_templates"  # the folder of a model's further templates, NAME.jinja
 
 LONGEST_GROWTH = 4096
 """The factor by which all replacements of a tokenizer together may lengthen a text."""
@@ -34,6 +37,7 @@ class Tokenizer:
         eos: Id of the token that ends a document, or None.
         add_bos: Whether `encode` puts `bos` first by default.
         ends: Ids at which generation ends: `eos`, and what the model's files name besides it.
+        chat_template: Makes a text of messages; None where the model has no such template.
     """
 
     backend: tokenizers.Tokenizer
@@ -41,6 +45,7 @@ class Tokenizer:
     eos: int | None = None
     add_bos: bool = False
     ends: frozenset[int] = frozenset()
+    chat_template: ChatTemplate | None = None
 
     def __post_init__(self):
         if self.eos is not None:
@@ -52,8 +57,9 @@ class Tokenizer:
 
         `bos` and `eos` come from tokenizer_config.json, then generation_config.json, then config.json. `add_bos` is
         `add_bos_token`, or follows from the post-processor of tokenizer.json. `ends` has `eos` and every
-        eos_token_id of generation_config.json, or of config.json where the former names none. The dropout of merges is
-        turned off, so that a text has one encoding.
+        eos_token_id of generation_config.json, or of config.json where the former names none. The chat templates are
+        chat_template.jinja and, by their names, additional_chat_templates/*.jinja. Without such files, they are
+        tokenizer_config.json's `chat_template`. The dropout of merges is turned off, so that a text has one encoding.
 
         Raises:
             FileNotFoundError: The directory or its tokenizer.json does not exist.
@@ -96,7 +102,19 @@ class Tokenizer:
             raise ValueError(f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")
         if add_bos and bos is None:
             raise ValueError(f"{directory}: add_bos_token is set, but no bos_token or bos_token_id is given.")
-        return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos, ends=frozenset(_numbers(numbered, "eos", path)))
+        ends = frozenset(_numbers(numbered, "eos", path))
+        template = _chat_template(directory, named)
+        return cls(backend=backend, bos=bos, eos=eos, add_bos=add_bos, ends=ends, chat_template=template)
+
+    def require_chat_template(self) -> ChatTemplate:
+        """The chat template. Raises ValueError where there is none."""
+        if self.chat_template is None:
+            raise ValueError(
+                "the model has no chat template: neither chat_template.jinja, nor additional_chat_templates/*.jinja, "
+                "nor chat_template in tokenizer_config.json, nor tokenizer.chat_template in a .gguf file. Take a model "
+                "made for chat, or continue a text"
+            )
+        return self.chat_template
 
     @property
     def vocab_size(self) -> int:
@@ -120,7 +138,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str, bos: bool | None = None) -> tuple[list[int], list[tuple[int, int]]]:
         """The token ids and the half-open range of characters of each; (0, 0) for `bos`."""
-        encoding = self._encode(text)
+        encoding = self._encode(text, offsets=True)
         first = self._first(bos)
         return [*first, *encoding.ids], [*[(0, 0)] * len(first), *encoding.offsets]
 
@@ -140,15 +158,21 @@ class Tokenizer:
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
         }
+        if self.chat_template is not None:
+            named = [{"name": name, "template": one} for name, one in self.chat_template.sources.items()]
+            config = {**self.chat_template.tokens, **config, "chat_template": named}
         write_whole(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
-    def _encode(self, text: str) -> tokenizers.Encoding:
+    def _encode(self, text: str, *, offsets: bool = False) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has half a character at {error.start}; decode its bytes as UTF-8") from None
         with named_errors("the tokenizer failed on this text"):
-            return self.backend.encode(text, add_special_tokens=False)
+            if offsets:
+                return self.backend.encode(text, add_special_tokens=False)
+            # The same ids. Unlike `encode`, it lets other threads of Python run meanwhile.
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0]
 
     def _first(self, bos: bool | None) -> list[int]:
         if bos is None:
@@ -205,6 +229,28 @@ def named_errors(message: str) -> Iterator[None]:
 def _read_optional(directory: Path, name: str) -> dict[str, Any]:
     path = file_in(directory, name)
     return {} if path is None else read_object(path)
+
+
+def _chat_template(directory: Path, named: dict[str, Any]) -> ChatTemplate | None:
+    """The chat templates of a directory, with the names of its special tokens. Files go before tokenizer_config."""
+    paths = {"default": file_in(directory, "chat_template.jinja")}
+    for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja")):
+        paths[path.stem] = file_in(directory, path.name, MORE_TEMPLATES)
+    sources = {name: _read_template(path) for name, path in paths.items() if path is not None}
+    if not sources and named.get("chat_template") is not None:
+        sources = read_templates(named["chat_template"], f"{directory}/tokenizer_config.json")
+    spelled = {n: t.get("content") if isinstance(t, dict) else t for n, t in named.items() if n.endswith("_token")}
+    tokens = {name: token for name, token in spelled.items() if isinstance(token, str)}
+    return ChatTemplate(sources, tokens) if sources else None
+
+
+def _read_template(path: Path) -> str:
+    with open_regular(path) as file:
+        raw = file.read(4 * LONGEST_TEMPLATE + 1)  # a character has at most four bytes; a longer one is refused
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 def _check_steps(raw: dict, path: Path) -> None:

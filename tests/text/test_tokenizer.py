@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -133,3 +135,16 @@ def test_missing_and_broken_files_are_named(tmp_path, bpe):
     write(tmp_path, template=False)
     with pytest.raises(ValueError, match="needs a token that begins a text"):
         Tokenizer.load(tmp_path).encode("a", bos=True)
+
+
+def test_other_threads_run_while_a_text_is_encoded():
+    """Batches are tokenised in a thread, beside the one that starts training steps."""
+    text = "some words of a long text " * 40_000
+    tokenizer = train_bpe([text[:1000]], 300)
+    thread = threading.Thread(target=tokenizer.encode, args=(text,))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 20  # one or two where the encoder lets nobody else run

@@ -12,13 +12,13 @@ import inspect
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from butler_jax.data.sources.passages import PassageBuilder, cut, numbered, open_prepared
+from butler_jax.data.sources.passages import Passage, PassageBuilder, cut, open_prepared
 
 LIBRARIES = ("numpy", "jax")
 LEAST_CHARACTERS = 200
@@ -40,12 +40,10 @@ class PythonDocs(PassageBuilder):
     source order, each under its name. Long documents are cut into passages of about 16,000 characters.
     """
 
-    def _split_generators(self, download_manager):
-        found = list(read_documents())
-        return {split: self._generate_examples(found, split) for split in ("train", "test")}
-
-    def _generate_examples(self, found: list[tuple[str, str]], split: str):
-        return numbered((name, piece) for name, text in found if split_of(name) == split for piece in cut(text))
+    def read_passages(self, note: Callable[[int, int], None]) -> Iterator[Passage]:
+        """As `PassageBuilder` says."""
+        for name, text in read_documents():
+            yield from ((split_of(name), name, piece) for piece in cut(text))
 
 
 def open_builder(data_dir: str | None = None) -> PythonDocs:

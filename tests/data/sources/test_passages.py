@@ -63,3 +63,14 @@ def test_preparing_a_set_logs_one_plain_line(tmp_path, capfd):
     assert not {"\r", "\x1b"} & {*error}
     text.open_builder([tmp_path / "book.txt"], tmp_path / "data")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_ends_a_preparation_in_one_line(small_disk, tmp_path):
+    digits = np.random.default_rng(0).integers(0, 10**9, (1500, 40))
+    (tmp_path / "book.txt").write_text("\n".join(" ".join(map(str, row)) for row in digits))
+    with pytest.raises(
+        OSError, match=rf"{small_disk}/.* cannot be written \(.*No space left.*\); free some space there"
+    ):
+        text.open_builder([tmp_path / "book.txt"], small_disk / "data")
+    assert not list(small_disk.rglob("*unfinished*"))
+    assert passages.TextField(text.open_builder([tmp_path / "book.txt"], tmp_path / "data"), "train")[0]

@@ -67,10 +67,31 @@ def test_names_of_prepared_sets_bring_in_no_foreign_code():
             open_prepared_set(name, "train")
 
 
-def test_a_text_feature_of_several_is_named():
-    features = tfds.features.FeaturesDict({"question": tfds.features.Text(), "answer": tfds.features.Text()})
-    assert prepared_sets._text_key("pairs", "answer", features) == "answer"
-    with pytest.raises(ValueError, match=r"Name one: tfds:pairs#(question|answer)\."):
-        prepared_sets._text_key("pairs", "", features)
-    with pytest.raises(ValueError, match="no text feature label; it has: "):
-        prepared_sets._text_key("pairs", "label", features)
+class Pairs(Letters):
+    """A set with two text features."""
+
+    KEYS = ("question", "answer")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in self.KEYS})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _generate_examples(self):
+        yield from ((i, {"question": f"{i} + 1?", "answer": f"{i + 1}."}) for i in range(100))
+
+
+def test_text_features_of_several_are_named(tmp_path):
+    Pairs(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+
+    def read(name):
+        opened = prepared_sets.open_prepared_set(name, "train", str(tmp_path))
+        return {opened[i] for i in range(len(opened))}
+
+    assert read("pairs#answer") < {f"{i + 1}." for i in range(100)}
+    assert read("pairs#question+answer") < {f"{i} + 1?\n\n{i + 1}." for i in range(100)}
+    with pytest.raises(
+        ValueError, match=r"tfds:pairs has several text features .* Name one: tfds:pairs#(question|answer)"
+    ):
+        read("pairs")
+    with pytest.raises(ValueError, match="tfds:pairs has no text feature label; it has: "):
+        read("pairs#label")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
-import os
 
 import pytest
 
-from butler_jax.data.sources import text
+from butler_jax.data.sources import passages, text
+from butler_jax.data.sources.passed_over import PassedOver
+from butler_jax.data.sources.text_files import TextFile
+
+
+def read(builder, split):
+    return [record["text"].decode() for record in builder.as_data_source(split)]
 
 
 def test_text_files_are_prepared_once_and_anew_when_they_change(tmp_path, monkeypatch):
@@ -18,10 +20,9 @@ def test_text_files_are_prepared_once_and_anew_when_they_change(tmp_path, monkey
     body = "\n\n".join(f"Chapter {i}. " + "It was late. " * 40 for i in range(200))
     file.write_text(body)
     first = text.open_builder([file], str(tmp_path / "data"))
-    read = [record["text"].decode() for split in ("train", "test") for record in first.as_data_source(split)]
-    assert "".join(read) == body  # passages in order, the held-out ones last
+    assert "".join([*read(first, "train"), *read(first, "test")]) == body  # in order, the held-out ones last
     assert {record["source"] for record in first.as_data_source("train")} == {b"book.txt"}
-    held_out = sum(len(record["text"]) for record in first.as_data_source("test"))
+    held_out = sum(map(len, read(first, "test")))
     # The border falls on a line, here some 530 characters long, or between pieces of 1,000 characters.
     assert held_out == pytest.approx(max(0.02 * len(body), 4000), abs=1000)
 
@@ -39,82 +40,105 @@ def test_text_files_are_prepared_once_and_anew_when_they_change(tmp_path, monkey
 def test_documents_end_at_the_end_of_text_mark_and_at_json_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one one\n<|endoftext|>two\n\nmore<|endoftext|>\n" + "three " * 500)
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": f"record {i} é"}) for i in range(50)))
-    (tmp_path / "skipped.csv").write_text("1,2")
-    with pytest.warns(UserWarning, match=r"skipped\.csv"):
-        files = text.find_files([tmp_path])
-    assert [file.name for file in files] == ["a.txt", "b.jsonl"]
-    plain = list(text.read_passages(files[0]))
+    plain = list(text.read_passages(TextFile(tmp_path / "a.txt", "text"), PassedOver()))
     assert [passage for _, passage in plain[:2]] == ["one one\n", "two\n\nmore"]
     assert [split for split, _ in plain] == sorted((split for split, _ in plain), reverse=True)
-    records = list(text.read_passages(files[1]))
+    records = list(text.read_passages(TextFile(tmp_path / "b.jsonl", "records"), PassedOver()))
     assert [passage for _, passage in records] == [f"record {i} é" for i in range(50)]
     assert 1 <= sum(split == "test" for split, _ in records) <= 6
+
+
+BAD = [
+    (
+        b"fine\nna\xefve\nfine",
+        "a.txt",
+        r"a.txt, line 2: byte 0xef at offset 7 is not UTF-8",
+        "iconv -f latin1 -t utf-8",
+    ),
+    ("one\ntwo é".encode()[:-1], "a.txt", "a.txt, line 2: byte 0xc3 at offset 8", "ends inside a character"),
+    ("one é".encode()[:-1] + b"\ntwo", "a.txt", "a.txt, line 1: byte 0xc3 at offset 4", "convert it"),
+    (b'{"text": "x"}\n{"body": "x"}\n', "a.jsonl", r'a.jsonl, line 2: expected a string "text", .* found: body', ""),
+    (b'{"text": "x"}\n\n{"text": 5}\n', "a.jsonl", r'a.jsonl, line 3: expected a string "text", and it is int', ""),
+    (b'{"text": "x"}\n{"text": ', "a.jsonl", r"a.jsonl, line 2 is not valid JSON", ""),
+    (b'{"text": "x"}\n[1]', "a.jsonl", r"a.jsonl, line 2 must hold a JSON object", ""),
+    (b'{"text": "x"}\n{"text": "\xff"}\n{"text": "y"}', "a.jsonl", r"a.jsonl, line 2 is not valid JSON.*utf-8", ""),
+    (b'{"text": "\\ud800"}\n{"text": "y"}', "a.jsonl", r"a.jsonl, line 1 has half a character", ""),
+]
+
+
+@pytest.mark.parametrize(("content", "name", "where", "remedy"), BAD)
+def test_a_bad_line_is_passed_over_and_named_or_refused(tmp_path, capfd, content, name, where, remedy):
+    (tmp_path / name).write_bytes(content)
+    good = text.open_builder([tmp_path / name], str(tmp_path / "data"))
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("passed over 1 line or record that cannot be read (") and "--strict-data" in said
+    assert where.split(",")[0] in said and remedy in said
+    kept = "".join(passage for split in good.info.splits for passage in read(good, split))
+    assert kept.replace("\n", "") in {"finefine", "one", "two", "x", "xy", "y"}
+    for data_dir in ("data", "other"):  # the set that is there already is refused as well
+        with pytest.raises(ValueError, match=f"{where}.*{remedy}"):
+            text.open_builder([tmp_path / name], str(tmp_path / data_dir), strict=True)
+
+
+def test_bad_lines_are_counted_and_the_first_ones_named(tmp_path, capfd):
+    lines = [json.dumps({"text": f"line {i}"}) if i % 3 else "{" for i in range(1, 31)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    builder = text.open_builder([tmp_path / "a.jsonl"], str(tmp_path / "data"))
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("passed over 10 lines or records")
+    assert [f"line {n} " in said for n in (3, 6, 9, 12)] == [True, True, True, False]
+    assert len(read(builder, "train")) + len(read(builder, "test")) == 20
 
 
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (b"", "a.txt", r"a.txt is empty"),
-        (b" \n\t\n", "a.txt", r"a.txt is empty"),
-        (b"fine\nna\xefve", "a.txt", r"a.txt is not UTF-8: byte 0xef at offset 7 \(line 2\)"),
-        (b'{"text": "x"}\n{"body": "x"}', "a.jsonl", r'a.jsonl, line 2: expected .* "text", found: body'),
-        (b'{"text": ', "a.jsonl", r"a.jsonl, line 1 is not valid JSON"),
+        (b"", "a.txt", "a.txt is empty"),
+        (b" \n\t\n", "a.txt", "a.txt is empty"),
+        (b"\xe9\n\xe9\n", "a.txt", r"a.txt: no text could be read. 2 lines .*line 1: .*iconv -f latin1"),
+        (b'{"body": 1}\n', "a.jsonl", r"a.jsonl: no text could be read. 1 line .*line 1: expected a string \"text\""),
+        (
+            b'{"a": "x", "b": "y"}\n',
+            "a.jsonl",
+            r"a.jsonl has several text features \(a, b\).*Name one: text:.*#a, .*#a\+b",
+        ),
     ],
 )
-def test_bad_files_are_named(tmp_path, content, name, message):
+def test_files_without_any_text_are_refused(tmp_path, content, name, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         text.open_builder([tmp_path / name], str(tmp_path / "data"))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (gzip.compress(b"some text"), "is compressed by gzip; unpack it first"),
-        (lzma.compress(b"some text"), "is compressed by xz"),
-        (bz2.compress(b"some text"), "is compressed by bzip2"),
-        (b"\x28\xb5\x2f\xfd\x04\x00", "is compressed by Zstandard"),
-        (b"PAR1\x15\x04", "is a parquet file; write its texts as .jsonl"),
-        ("some text".encode("utf-16"), "is UTF-16 text; convert it first, for example with iconv -f utf-16"),
-        ("some text".encode("utf-16-be"), "is binary, or UTF-16 text without a mark"),
-    ],
-    ids=["gzip", "xz", "bzip2", "zstandard", "parquet", "utf-16", "utf-16 without a mark"],
-)
-def test_files_that_are_no_text_are_told_what_to_do(tmp_path, content, message):
-    (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        text.open_builder([tmp_path / "a"], str(tmp_path / "data"))
+def test_features_of_records_are_named_or_the_only_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "one", "a": "two", "n": 3}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "text", "n": 3}\n')
+
+    def passages_of(*paths):
+        return read(text.open_builder([str(tmp_path / path) for path in paths], str(tmp_path / "data")), "train")
+
+    assert passages_of("a.jsonl#a") == ["two"]
+    assert passages_of("a.jsonl#q+a") == ["one\n\ntwo"]
+    assert passages_of("b.jsonl") == ["text"]
+    assert passages_of("b.jsonl#body", "a.jsonl#q") == ["text", "one"]
+    (tmp_path / "c.jsonl").write_text('{"q": "three"}\n')
+    assert passages_of("c.jsonl", "a.jsonl#q") == ["three", "one"]  # the last one's stand for those without
 
 
-def test_files_that_a_directory_leaves_out_are_named(tmp_path):
-    (tmp_path / "b.json.gz").touch()
-    with pytest.raises(ValueError, match=r"holds no \.txt, \.md, \.jsonl file \(it holds b\.json\.gz\)"):
-        text.find_files([tmp_path])
-    (tmp_path / "README.md").write_text("text")
-    with pytest.warns(UserWarning, match=r"leaves out 1 files that are no .*: b\.json\.gz"):
-        assert [file.name for file in text.find_files([tmp_path])] == ["README.md"]
+def test_a_set_larger_than_a_file_of_it_is_written_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(passages, "SHARD", 100_000)
+    body = "\n\n".join(f"Chapter {i}. " + "It was late. " * 90 for i in range(400))
+    (tmp_path / "book.txt").write_text(body)
+    builder = text.open_builder([tmp_path / "book.txt"], str(tmp_path / "data"))
+    assert len(builder.info.splits["train"].shard_lengths) == 5
+    assert "".join([*read(builder, "train"), *read(builder, "test")]) == body
+    assert not list((tmp_path / "data").rglob("*unfinished*"))
 
 
-@pytest.mark.parametrize("path", ["-", os.devnull])
-def test_what_cannot_be_read_twice_is_refused(path):
-    with pytest.raises(ValueError, match=f"text:{path} is no regular file"):
-        text.find_files([path])
-
-
-def test_a_text_cut_inside_a_character_is_told_so(tmp_path):
-    path = tmp_path / "cut.txt"
-    path.write_bytes("one\ntwo é".encode()[:-1])
-    with pytest.raises(ValueError, match=rf"{path} is not UTF-8: byte 0xc3 at offset 8 .*ends inside a character"):
-        text.open_builder([path], tmp_path / "data")
-    path.write_bytes("one é".encode()[:-1] + b"\ntwo")  # not at the end
-    with pytest.raises(ValueError, match=r"at offset 4 .*Convert it first"):
-        text.open_builder([path], tmp_path / "data")
-
-
-def test_missing_files_and_empty_directories_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such text file or directory: .*nowhere"):
-        text.find_files([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="no text in directory"):
-        text.find_files([tmp_path])
-    with pytest.raises(ValueError, match="no text files given"):
-        text.find_files([])
+def test_how_far_a_preparation_is_are_plain_lines(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(passages, "INTERVAL", 0.0)
+    (tmp_path / "a.txt").write_text("It was late.\n" * 200_000)
+    text.open_builder([tmp_path / "a.txt"], str(tmp_path / "data"))
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("preparing text_files/") and lines[-1].startswith("prepared in ")
+    assert lines[1].startswith("preparing: 1 of 3 MB, ") and " MB/s, " in lines[1] and lines[1].endswith(" s left")
