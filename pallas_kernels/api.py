@@ -172,6 +172,7 @@ def masked_topk_decode_attention(
     lengths: jax.Array | None = None,
     first: jax.Array | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     layer: jax.Array | int | None = None,
     return_residual: bool = False,
     implementation: str | None = None,
@@ -190,6 +191,8 @@ def masked_topk_decode_attention(
             in range.
         first: int [B]; tokens before it are left out.
         scale: The factor on the logits, D**-0.5 unless given.
+        softcap: Scaled logits x become c tanh(x / c) for this c. The kernels of "tpu" and "gpu" cannot; None as
+            implementation takes "xla" then.
         return_residual: Whether to return the log-sum-exp too.
         layer, implementation, interpret: See the module.
 
@@ -203,6 +206,8 @@ def masked_topk_decode_attention(
     """
     lengths, first = _arrays(lengths, first)
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)
+    if softcap is not None:
+        implementation = checks.choose_capped(implementation, softcap)
     name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k.shape[-2]))
     if name == "tpu":
         checks.check_tpu_unit(unit, k.shape[-2])
@@ -210,6 +215,8 @@ def masked_topk_decode_attention(
     module, options = _dispatch(name, interpret, indices.size * k.size)
     options |= dict(lengths=lengths, first=first, layer=layer, return_residual=return_residual)
     options |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale)
+    if softcap is not None:
+        options |= dict(softcap=softcap)
     return module.masked_topk_decode_attention(q, k, v, indices.astype(jnp.int32), valid, **options)
 
 

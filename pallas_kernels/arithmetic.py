@@ -32,22 +32,29 @@ def total_of(top, total):
     return jnp.where(top < jnp.inf, found, jnp.inf)
 
 
+def soft_cap(logits, cap):
+    """cap * tanh(logits / cap); the logits themselves where cap is None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def finite_or_zero(totals):
     """The values that "normalised" pooling subtracts: the log-sum-exps, with 0 for those that are not finite."""
     return jnp.where(jnp.isfinite(totals), totals, 0.0)
 
 
-def finish(parts, q, new_k, new_v, scale, return_residual):
+def finish(parts, q, new_k, new_v, scale, return_residual, softcap=None):
     """Attention over the chosen units and the new token, from the sums over the chosen units.
 
     parts: float32, the largest logit [B*K, G], the sum of weights exp(logit - largest logit) [B*K, G], and the weighted
-    values [B*K, G, D]. The result is [B, H, D] in the dtype of q, and the log-sum-exp [B, H] on request.
+    values [B*K, G, D]. softcap: of the new token's logit. The result is [B, H, D] in the dtype of q, and the
+    log-sum-exp [B, H] on request.
     """
     top, total, out = parts
     rows, _, dim = out.shape
     if new_k is not None:
         queries = q.reshape(out.shape).astype(jnp.float32)
         logit = jnp.sum(queries * new_k.reshape(rows, 1, dim).astype(jnp.float32), axis=-1) * scale
+        logit = soft_cap(logit, softcap)
         higher = jnp.maximum(top, logit)
         kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
         top, total = higher, total * kept + weight

@@ -50,6 +50,21 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
     return implementation
 
 
+def choose_capped(implementation: str | None, softcap: float) -> str:
+    """The implementation of attention with a soft cap: that given, or "xla".
+
+    Raises:
+        ValueError: The cap is not above 0, or the implementation is a kernel, which has none.
+    """
+    if not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}; None leaves the logits as they are")
+    if implementation in ("tpu", "gpu"):
+        raise ValueError(
+            f'implementation "{implementation}" has no soft cap of logits, and softcap is {softcap}; use "xla" or None'
+        )
+    return implementation or "xla"
+
+
 def check_unit(unit: int) -> None:
     """Raise ValueError unless the unit is a power of two."""
     whole = isinstance(unit, (int, np.integer)) and not isinstance(unit, bool)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arithmetic import soft_cap
+
 LOWEST = -1e30  # logits below it count as -inf; it is finite, so that rows that see nothing give no NaN
 
 
@@ -113,7 +115,7 @@ def wanted(counts, n, rows):
 
 
 def masked_topk_decode_attention(
-    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, softcap=None
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
     k, v = take_layer(k, layer), take_layer(v, layer)
@@ -134,7 +136,7 @@ def masked_topk_decode_attention(
         mask = jnp.concatenate([mask, jnp.ones((batch, heads, 1), bool)], axis=2)
     grouped = q.reshape(batch, heads, -1, dim).astype(jnp.float32)
     logits = jnp.einsum("bkgd,bknd->bkgn", grouped, rows_k.astype(jnp.float32), precision="highest") * scale
-    return softmax_sum(logits, mask, rows_v, q, return_residual)
+    return softmax_sum(soft_cap(logits, softcap), mask, rows_v, q, return_residual)
 
 
 def softmax_sum(logits, mask, values, q, return_residual):

@@ -25,23 +25,9 @@ import jax.numpy as jnp
 from pallas_kernels.bench.cases import SHAPES, Case
 from pallas_kernels.bench.measurements import take_turns
 from pallas_kernels.bench.programs import make_inputs, predict_program
-from pallas_kernels.gpu.tiles import Tiles, current_tiles, try_tiles, write_tiles
+from pallas_kernels.gpu.tiles import TRIALS, Tiles, current_tiles, try_tiles, write_tiles
 
 CASES = ((1, 32768), (1, 131072), (16, 8192), (16, 32768))  # batch, tokens
-TRIALS: dict[str, tuple[int, ...]] = {
-    "attend_bytes": (4096, 8192, 32768),
-    "attend_stages": (1, 3, 4, 5),
-    "attend_warps": (2, 8),
-    "programs": (264, 1056, 2112),
-    "least_tokens": (32, 64, 256),
-    "score_tokens": (128, 256, 1024, 2048),
-    "score_warps": (2, 8),
-    "held": (8192, 16384),
-    "candidates": (8192,),
-    "select_warps": (8, 16),
-    "written": (2048, 8192),
-    "choosers": (66, 264),
-}
 LAYERS = 6
 REPEATS = 15
 GAIN = 0.99  # a change is kept if the time is less than this share

@@ -1,49 +1,61 @@
 """The interface of a predictor: producers look ahead, and per-layer heads turn their features into scores.
 
-A predictor divides the layers 1 ... L-1 into blocks of P layers. Each block has one producer, which sits at the layer
-before it: producer n at layer n*P serves the layers n*P+1 ... (n+1)*P. The queries' side of those layers' scores is
-therefore known before they run. For every token:
+A predictor serves the layers that `BaseConfig.served` names: 1 ... L-1, or those of them that see everything. It
+divides them into blocks that span P layers. Each block has one producer, which sits at the layer before its first one.
+Where all layers but layer 0 are served, producer n sits at layer n*P and serves the layers n*P+1 ... (n+1)*P. The
+queries' side of those layers' scores is therefore known before they run. For every token:
 
-    captured = predictor.capture(view)                         at layer n*P          [B, T, E]
+    captured = predictor.capture(view)                         before the block      [B, T, E]
     features = predictor.features(trunk n, captured, ...)      once for the block
     q_imp    = predictor.q_imp(head of layer l, features, ...) at each of its layers [B, T, H, R]
     k_imp    = predictor.k_imp(head of layer l, features, ...) at each of its layers [B, T, Q, R]
     score of cached token j for query t and head h = q_imp[t, h] . k_imp[j, its head of Q] / sqrt(R)
 
-The training pass, the simulation and decoding call the same methods. Layer 0 has no scores and is always dense
-(TokenButler, arXiv 2503.07518, section 3).
+The training pass, the simulation and decoding call the same methods. Layers that are not served have no scores and
+are always dense; layer 0 is one of them (TokenButler, arXiv 2503.07518, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from butler_jax.model import BaseConfig, LayerView, rope_angles
+from butler_jax.model import BaseConfig, LayerView, RotaryAngles, rope_angles
 from butler_jax.predictors.config import PredictorConfig
+
+if TYPE_CHECKING:
+    from butler_jax.weights import Base
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 """(q, k, v) -> (output, cache), each [B, T, heads, dim]: the attention of a trunk over the tokens so far."""
 
 
 class Context(NamedTuple):
-    """The tokens' positions in their documents, and the base's rotary cosine and sine there (F = rotary_dim/2)."""
+    """The tokens' positions in their documents, and the base's rotary cosine and sine there."""
 
     positions: Int[Array, "B T"]
-    cos: Float[Array, "B T F"]
-    sin: Float[Array, "B T F"]
+    angles: RotaryAngles
+
+
+class ServedBlock(NamedTuple):
+    """The served layers of a block in order, and the layer that carries their producer."""
+
+    producer: int
+    layers: tuple[int, ...]
 
 
 class Predictor(nnx.Module):
     """Base class of the predictors.
 
     A subclass sets two attributes in its constructor: `trunk`, a module whose parameters are stacked over the producers
-    (None where it has none), and `heads`, a module whose parameters are stacked over the layers 1 ... L-1.
+    (None where it has none), and `heads`, a module whose parameters are stacked over the served layers.
 
     Attributes:
         kind: The name in PredictorConfig and PREDICTORS.
@@ -67,9 +79,27 @@ class Predictor(nnx.Module):
         self.stride = min(config.stride, base.layers - 1)
 
     @property
+    def blocks(self) -> tuple[ServedBlock, ...]:
+        """The blocks. Each begins at the first served layer beyond the one before, and spans P layers."""
+        found: list[ServedBlock] = []
+        for layer in self.base.served_layers:
+            if found and layer <= found[-1].producer + self.stride:
+                found[-1] = ServedBlock(found[-1].producer, (*found[-1].layers, layer))
+            else:
+                found.append(ServedBlock(layer - 1, (layer,)))
+        return tuple(found)
+
+    @property
     def producers(self) -> int:
         """How many layers of the base carry a producer."""
-        return -(-(self.base.layers - 1) // self.stride)
+        return len(self.blocks)
+
+    @property
+    def members(self) -> Int[np.ndarray, "producers P"]:
+        """The layers of each block; one with fewer than the largest repeats its last."""
+        blocks = [block.layers for block in self.blocks]
+        most = max(map(len, blocks))
+        return np.asarray([layers + layers[-1:] * (most - len(layers)) for layers in blocks], np.int32)
 
     @property
     def key_heads(self) -> int:
@@ -78,7 +108,7 @@ class Predictor(nnx.Module):
 
     def context(self, positions: Int[Array, "B T"], length: Int[Array, " B"] | int | None = None) -> Context:
         """The context of tokens at these positions; `length` as in `rope_angles`."""
-        return Context(positions, *rope_angles(self.base, positions, length))
+        return Context(positions, rope_angles(self.base, positions, length))
 
     def capture(self, view: LayerView) -> Float[Array, "B T E"]:
         """What a producer reads at its layer. Default: the residual stream that enters the layer."""
@@ -130,19 +160,68 @@ class Predictor(nnx.Module):
         """
         return self
 
+    def save_pretrained(
+        self, directory: str | Path, base: Base, *, base_id: str | None = None, report: Any = None
+    ) -> Path:
+        """Write files to hand on: model.safetensors, config.json with the base, and README.md, a model card.
+
+        `load_predictor` reads them. They hold neither the base nor the state of a training.
+
+        Args:
+            base: The base that the predictor was trained for. Its name, revision and fingerprint are recorded.
+            base_id: The base's id on the hub, where it was loaded from files of another name.
+            report: The `Report` of an evaluation: the card shows its results and how the predictor was trained.
+
+        Returns:
+            The directory.
+
+        Raises:
+            FileExistsError: The directory is that of a run.
+            ValueError: The report is about another base.
+        """
+        from butler_jax.predictors.pretrained import write_pretrained
+
+        return write_pretrained(directory, self, base, base_id=base_id, report=report)
+
+    def push_to_hub(
+        self, name: str, base: Base, *, private: bool = False, base_id: str | None = None, report: Any = None
+    ) -> str:
+        """Send the files of `save_pretrained` to the Hugging Face hub; takes the extra `hub` and a login there.
+
+        Args:
+            name: "organisation/name" of the repository, which is made where it is missing.
+            private: Whether a new repository is private.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: The extra `hub` is missing.
+            OSError: The hub refuses them.
+        """
+        from butler_jax.predictors.pretrained import push_pretrained
+
+        return push_pretrained(name, self, base, private=private, base_id=base_id, report=report)
+
 
 def at(stacked: Any, index: Int[Array, ""] | int) -> Any:
     """Entry `index` along the leading axis of every leaf."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), stacked)
 
 
+def zeros_of(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Zeros in the shapes of what a function would return; arguments as of `jax.eval_shape`."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *arguments))
+
+
 class Schedule(NamedTuple):
     """A layer's place among the blocks of a predictor.
 
     Attributes:
-        serves: Whether the layer belongs to a block; false for layer 0 alone.
+        serves: Whether the layer belongs to a block, that is, is served.
         producer: Index of the block's producer.
         head: Index of the layer's head.
+        place: Index of the layer in its block.
         starts: The layer is the first of its block.
         ends: The layer is the last of its block.
         captures: The layer carries the producer of the next block.
@@ -151,19 +230,26 @@ class Schedule(NamedTuple):
     serves: Bool[Array, "*layers"]
     producer: Int[Array, "*layers"]
     head: Int[Array, "*layers"]
+    place: Int[Array, "*layers"]
     starts: Bool[Array, "*layers"]
     ends: Bool[Array, "*layers"]
     captures: Bool[Array, "*layers"]
 
 
 def schedule(predictor: Predictor, index: Int[Array, "*layers"]) -> Schedule:
-    """The place of layer `index` (from 0; or of several layers) among the predictor's blocks."""
-    stride, last = predictor.stride, predictor.base.layers - 1
-    before = jnp.maximum(index - 1, 0)
-    serves = index > 0
-    starts = serves & (before % stride == 0)
-    ends = serves & ((index % stride == 0) | (index == last))
-    return Schedule(serves, before // stride, before, starts, ends, index % stride == 0)
+    """The place of layer `index` (from 0; or of several layers) among the predictor's blocks.
+
+    Producer, head and place of a layer that is not served mean nothing; they are 0.
+    """
+    shape = predictor.base.layers
+    numbers, flags = np.zeros((3, shape), np.int32), np.zeros((4, shape), bool)
+    for producer, block in enumerate(predictor.blocks):
+        layers = list(block.layers)
+        heads = np.searchsorted(predictor.base.served_layers, layers)
+        numbers[:, layers] = np.full(len(layers), producer), heads, np.arange(len(layers))
+        flags[0, layers] = flags[1, layers[0]] = flags[2, layers[-1]] = flags[3, block.producer] = True
+    numbers, flags = (jnp.asarray(table)[:, index] for table in (numbers, flags))
+    return Schedule(flags[0], *numbers, *flags[1:])
 
 
 def xavier(key: Key[Array, ""], shape: tuple[int, ...], inputs: int, outputs: int) -> nnx.Param:

@@ -21,23 +21,25 @@ class PredictorConfig:
     stride: int = 4
     """P, the number of layers that one producer serves. The contextual predictor has a single producer and ignores
     it."""
-    target: Literal["attention", "weight", "value", "centred"] = "attention"
+    target: Literal["attention", "weight", "value", "centred"] | None = None
     """What scores are trained to be in proportion to: attention, the weight a among the contested keys of a head; or an
     error in the residual stream x that follows from not reading a token: weight a / |x|, value a |v W| / |x|, centred
     a |(v - o) W| / |x|, with v the value, o the output of the row and W the output projection of the head. An error
-    has one unit for all heads and layers."""
-    offset: Literal["none", "share", "self_normalised"] = "none"
+    has one unit for all heads and layers. Default: centred for lookahead, attention for the others."""
+    offset: Literal["none", "share", "self_normalised"] | None = None
     """A number for each row and query head that makes scores the logarithms of errors. share: added to scores from
-    which their log-sum-exp is taken off. self_normalised: added to the scores as they are."""
-    value_channels: int | None = None
+    which their log-sum-exp is taken off. self_normalised: added to the scores as they are. Default: share, and none
+    where the target is attention."""
+    value_channels: int = 0
     """How many of the R numbers of k_imp describe the token's value instead of its key; even, for the lookahead
-    predictor. Default: 2 where the target counts values, else 0."""
+    predictor."""
     hidden: int | None = None
     """Hidden width I of the predictors contextual and producer. Default: 512."""
 
     def __post_init__(self):
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
+        self._set_defaults()
         if (self.target == "attention") != (self.offset == "none"):
             raise ValueError(
                 f"an offset goes with a target that is an error; got target {self.target} and offset {self.offset}"
@@ -46,18 +48,22 @@ class PredictorConfig:
             raise ValueError(
                 f"only the lookahead predictor has an offset, not {self.kind}; leave out target and offset, or take it"
             )
-        if self.channels and self.kind != "lookahead":
+        if self.value_channels and self.kind != "lookahead":
             raise ValueError(f"only the lookahead predictor has value channels, not {self.kind}; leave them out")
-        if not 0 <= self.channels < self.rank or self.channels % 2:
-            raise ValueError(f"value channels must be even and fewer than the rank, got {self.channels}")
+        if not 0 <= self.value_channels < self.rank or self.value_channels % 2:
+            raise ValueError(f"value channels must be even and fewer than the rank, got {self.value_channels}")
         if self.stride <= 0:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:
             raise ValueError(f"hidden must be positive, got {self.hidden}")
 
-    @property
-    def channels(self) -> int:
-        """The number of value channels, with its default."""
-        if self.value_channels is not None:
-            return self.value_channels
-        return 2 if self.kind == "lookahead" and self.target in ("value", "centred") else 0
+    def _set_defaults(self) -> None:
+        """Name the target and the offset where they are left out. An offset alone asks for an error as the target."""
+        target, offset = self.target, self.offset
+        if target is None:
+            errors = self.kind == "lookahead" and offset != "none"
+            target = "centred" if errors else "attention"
+        if offset is None:
+            offset = "none" if target == "attention" else "share"
+        object.__setattr__(self, "target", target)
+        object.__setattr__(self, "offset", offset)

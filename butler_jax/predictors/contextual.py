@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from butler_jax.model import BaseConfig, LayerView, layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
-from butler_jax.predictors.base import Context, Predictor, xavier
+from butler_jax.model import BaseConfig, LayerView, layer_norm, normed_stream, rope_frequencies, rotary, rotary_angles
+from butler_jax.predictors.base import Context, Predictor, ServedBlock, xavier
 from butler_jax.predictors.config import PredictorConfig
 
 DROPOUT = 0.1
@@ -34,18 +34,18 @@ class ContextualTrunk(nnx.Module):
 
 
 class ContextualHeads(nnx.Module):
-    """The last layers of the query and key networks, stacked over the layers 1 ... L-1."""
+    """The last layers of the query and key networks, stacked over the served layers."""
 
     def __init__(self, base: BaseConfig, hidden: int, rank: int, key):
         first, second = jax.random.split(key)
-        shape = (base.layers - 1, hidden, base.heads, rank)
-        outputs = (base.layers - 1) * base.heads * rank
+        layers = len(base.served_layers)
+        shape, outputs = (layers, hidden, base.heads, rank), layers * base.heads * rank
         self.query = xavier(first, shape, hidden, outputs)
         self.key = xavier(second, shape, hidden, outputs)
 
 
 class Contextual(Predictor):
-    """One producer at layer 0 serves all layers. It has an attention of its own, and k_imp has H heads.
+    """One producer at layer 0 serves all served layers. It has an attention of its own, and k_imp has H heads.
 
     Its input is the token embeddings after layer 0's input norm. Its attention, q_imp and k_imp are rotated by the
     base's rope settings. A base with longrope gets the default rope here, for longrope's factors fit only its own head
@@ -91,6 +91,11 @@ class Contextual(Predictor):
         self.heads = ContextualHeads(base, hidden, config.rank, second)
 
     @property
+    def blocks(self) -> tuple[ServedBlock, ...]:
+        """One block of all served layers."""
+        return (ServedBlock(0, self.base.served_layers),)
+
+    @property
     def key_heads(self) -> int:
         """H: every query head has keys of its own."""
         return self.base.heads
@@ -103,7 +108,7 @@ class Contextual(Predictor):
 
     def capture(self, view: LayerView):
         """The embeddings after layer 0's input norm, [B, T, E]."""
-        return rms_norm(view.x, view.weights.attention_norm[...], self.base.norm_eps)
+        return normed_stream(view.weights, view.x, self.base.norm_eps)
 
     def trunk_cache(self, batch: int, capacity: int, dtype: Any):
         """Empty keys and values of the trunk's attention, [B, S, heads, E/8/heads] each."""

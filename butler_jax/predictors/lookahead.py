@@ -17,10 +17,12 @@ attention weight plus log |v W|.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -31,10 +33,12 @@ from butler_jax.model import (
     dense_mixer,
     embed,
     few_tokens,
+    normed_stream,
     output_gram,
-    rms_norm,
+    output_projection,
     rotary,
     run_layers,
+    weights_of,
 )
 from butler_jax.predictors.base import Context, Predictor, project_heads
 from butler_jax.predictors.config import PredictorConfig
@@ -44,7 +48,7 @@ SMALLEST = 1e-6  # squared norms of values below it count as it, so that their l
 
 
 class LookaheadHeads(nnx.Module):
-    """Stacked over the layers 1 ... L-1, with N value channels and M = R - N rotated numbers.
+    """Stacked over the served layers, with N value channels and M = R - N rotated numbers.
 
     Attributes:
         query, key, pairs: The rotated numbers: [E, H, M], [K*D, M] and the indices of the rotary pairs [K, M/2].
@@ -57,10 +61,10 @@ class LookaheadHeads(nnx.Module):
     """
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
-        channels = config.channels
+        channels = config.value_channels
         rank = config.rank - channels
         first, second, third = jax.random.split(key, 3) if channels else (*jax.random.split(key), None)
-        L, E, H, K, D = base.layers - 1, base.width, base.heads, base.kv_heads, base.head_dim
+        L, E, H, K, D = len(base.served_layers), base.width, base.heads, base.kv_heads, base.head_dim
         self.query = nnx.Param(jax.random.normal(first, (L, E, H, rank)) * E**-0.5)
         self.key = nnx.Param(jax.random.normal(second, (L, K * D, rank)) * D**-0.5)
         self.query_bias = nnx.Param(jnp.zeros((L, H, rank))) if base.qkv_bias else None
@@ -102,31 +106,34 @@ class Lookahead(Predictor):
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
         super().__init__(base, config)
-        most = base.head_dim + config.channels
+        most = base.head_dim + config.value_channels
         if config.rank > most:
             raise ValueError(
                 f"rank {config.rank} exceeds the base's head dimension {base.head_dim}"
-                + (f" and the {config.channels} value channels" if config.channels else "")
+                + (f" and the {config.value_channels} value channels" if config.value_channels else "")
                 + f"; use at most {most}"
             )
         self.trunk = None
         self.heads = LookaheadHeads(base, config, key)
 
-    def _angles(self, head: Any, context: Context) -> tuple[Float[Array, "B T K pairs"], Float[Array, "B T K pairs"]]:
-        still = self.base.head_dim // 2 - context.cos.shape[-1]  # pairs that the base does not rotate
+    def _angles(
+        self, head: Any, view: LayerView, context: Context
+    ) -> tuple[Float[Array, "B T K pairs"], Float[Array, "B T K pairs"]]:
+        cos, sin = context.angles.of(view.index)
+        still = self.base.head_dim // 2 - cos.shape[-1]  # pairs that the base does not rotate
         pad = ((0, 0), (0, 0), (0, still))
-        cos, sin = jnp.pad(context.cos, pad, constant_values=1.0), jnp.pad(context.sin, pad)
+        cos, sin = jnp.pad(cos, pad, constant_values=1.0), jnp.pad(sin, pad)
         return cos[..., head.pairs[...]], sin[..., head.pairs[...]]
 
     def q_imp(self, head: Any, features, view: LayerView, context: Context):
         """The captured stream under this layer's frozen norm, projected and, but for values, rotated; [B, T, H, R]."""
-        h = few_tokens(rms_norm(features, view.weights.attention_norm[...], self.base.norm_eps))
+        h = few_tokens(normed_stream(view.weights, features, self.base.norm_eps))
 
         def project(weights, bias):
             q = jnp.einsum("bte,ehr->bthr", h, weights[...].astype(h.dtype))
             return q if bias is None else q + bias[...].astype(h.dtype)[None, None]
 
-        cos, sin = (jnp.repeat(a, self.base.group, axis=2) for a in self._angles(head, context))
+        cos, sin = (jnp.repeat(a, self.base.group, axis=2) for a in self._angles(head, view, context))
         q = rotary(project(head.query, head.query_bias), cos, sin)
         if head.value_query is None:
             return q
@@ -134,7 +141,7 @@ class Lookahead(Predictor):
 
     def k_imp(self, head: Any, features, view: LayerView, context: Context):
         """The keys before rotary, projected and rotated, and the value channels; [B, T, K, R]."""
-        k = rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, context))
+        k = rotary(project_heads(view.k_pre, head.key[...]), *self._angles(head, view, context))
         if head.value_gram is None:
             return k
         v = view.v.astype(jnp.float32)
@@ -167,8 +174,8 @@ class Lookahead(Predictor):
                 "a few of butler_jax.read_batches('python_docs', base.tokenizer, length=512, batch_size=4)"
             )
         energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
-        number = (self.config.rank - self.config.channels) // 2
-        pairs = jnp.sort(jax.lax.top_k(energy * spread, number)[1], axis=-1)[1:]
+        number = (self.config.rank - self.config.value_channels) // 2
+        pairs = jnp.sort(jax.lax.top_k(energy * spread, number)[1], axis=-1)[np.asarray(self.base.served_layers)]
         graph, state = nnx.split(self)
         chosen = nnx.merge(graph, state)
         chosen.heads = _from_base(model, self.base, chosen.heads, pairs.astype(jnp.int32), self.config.rank)
@@ -209,27 +216,33 @@ def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs,
     """The heads with the frozen projections' rows of these pairs [L-1, K, M/2], scaled to keep the logits' size."""
     first, second = pair_dimensions(base)
     dims = jnp.concatenate([first[pairs], second[pairs]], axis=-1)  # [L-1, K, M]
-    per_query = jnp.repeat(dims, base.group, axis=1)  # [L-1, H, M]
-    scale = (rank / base.head_dim) ** 0.5
-    layers = model.layers
-
-    def chosen(weights: Float[Array, "L H D"]) -> Float[Array, "L-1 H M"]:
-        return jnp.take_along_axis(weights[1:].astype(jnp.float32), per_query, axis=-1) * scale
-
-    query = jax.lax.map(
-        lambda ws: jnp.take_along_axis(ws[0].astype(jnp.float32), ws[1][None], axis=-1) * scale,
-        (layers.q[1:], per_query),
-    )
-    if layers.q_norm is not None:
-        gain = jnp.broadcast_to(layers.q_norm[...][:, None], (base.layers, base.heads, base.head_dim))
-        query = query * (chosen(gain) / scale)[:, None]
+    scale = (rank / base.head_dim) ** 0.5 * base.query_factor
+    copied = [_copy_rows(weights_of(model, n), dims[i], base, scale) for i, n in enumerate(base.served_layers)]
+    query, bias, gram = jax.tree.map(lambda *parts: jnp.stack(parts), *copied)
     heads.query = nnx.Param(query)
     rows = jnp.swapaxes(jax.nn.one_hot(dims, base.head_dim, dtype=jnp.float32), -1, -2)
     heads.key = nnx.Param(rows.reshape(len(rows), -1, dims.shape[-1]))
     if heads.query_bias is not None:
-        heads.query_bias = nnx.Param(chosen(layers.q_bias[...]))
+        heads.query_bias = nnx.Param(bias)
     heads.pairs = nnx.Variable(pairs)
     if heads.value_gram is not None:
-        grams = jax.lax.map(lambda o: jnp.mean(output_gram(o, base.kv_heads), axis=1), layers.o[1:])
-        heads.value_gram = nnx.Variable(grams.reshape(heads.value_gram.shape))
+        heads.value_gram = nnx.Variable(gram.reshape(heads.value_gram.shape))
     return heads
+
+
+@partial(jax.jit, static_argnames=("base", "scale"))
+def _copy_rows(
+    weights: Any, dims: Int[Array, "K M"], base: BaseConfig, scale: float
+) -> tuple[Float[Array, "E H M"], Float[Array, "H M"] | None, Float[Array, "K D D"]]:
+    """A layer's query projection and its bias at these dimensions, and the mean of W W^T over the heads of a group."""
+    per_query = jnp.repeat(dims, base.group, axis=0)  # [H, M]
+
+    def chosen(values: Float[Array, "_ H D"]) -> Float[Array, "_ H M"]:
+        return jnp.take_along_axis(values.astype(jnp.float32), per_query[None], axis=-1) * scale
+
+    query = chosen(weights.q[...])
+    if weights.q_norm is not None:
+        gain = jnp.broadcast_to(weights.q_norm[...], (base.heads, base.head_dim))[None]
+        query = query * (chosen(gain) / scale)
+    bias = None if weights.q_bias is None else chosen(weights.q_bias[...][None])[0]
+    return query, bias, jnp.mean(output_gram(output_projection(weights), base.kv_heads), axis=1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from butler_jax.model import BaseConfig, LayerView, layer_norm, rms_norm
+from butler_jax.model import BaseConfig, LayerView, layer_norm, normed_stream
 from butler_jax.predictors.base import Context, Predictor, project_heads, xavier
 from butler_jax.predictors.config import PredictorConfig
 
@@ -35,8 +35,8 @@ class Producer(Predictor):
     """q_imp is a small network of the producer layer's attention input; k_imp is a projection of the cached keys.
 
     The network is LayerNorm(E) -> E x I -> SiLU -> I x (P H R). It reads the attention input (after the input norm) of
-    layer n*P. q_imp is not rotated. k_imp has one projection for every KV head. Every producer has P slots, as
-    published: the last one's slots beyond the last layer stay untrained.
+    the layer before the block. q_imp is not rotated. k_imp has one projection for every KV head. Every producer has P
+    slots, as published: those beyond the last layer stay untrained.
     """
 
     kind = "producer"
@@ -53,11 +53,11 @@ class Producer(Predictor):
         hidden = config.hidden or 512
         first, second = jax.random.split(key)
         self.trunk = ProducerTrunk(self.producers, base.width, hidden, first)
-        self.heads = ProducerHeads(self.producers * self.stride, base, hidden, config.rank, second)
+        self.heads = ProducerHeads(self.members.size, base, hidden, config.rank, second)
 
     def capture(self, view: LayerView):
         """The attention input of the producer layer, [B, T, E]."""
-        return rms_norm(view.x, view.weights.attention_norm[...], self.base.norm_eps)
+        return normed_stream(view.weights, view.x, self.base.norm_eps)
 
     def features(self, trunk: Any, captured, context: Context, attend, dropout):
         """The hidden layer [B, T, I] shared by the producer's slots."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from butler_jax.model import LayerView, few_tokens
-from butler_jax.predictors.base import Context, Predictor, Schedule, at, schedule
+from butler_jax.predictors.base import Context, Predictor, Schedule, at, schedule, zeros_of
 
 TrunkAttend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
 """(the producer's cache or None, q, k, v) -> (output, the new cache or None); q, k, v, output [B, T, heads, dim]."""
@@ -65,8 +65,7 @@ def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cach
 
         return predictor.features(trunk, captured, context, attend, None)[0]
 
-    shapes = jax.eval_shape(features, jax.eval_shape(lambda: at(predictor.trunk, 0)))
-    return Walk(captured, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), cache)
+    return Walk(captured, zeros_of(features, jax.eval_shape(lambda: at(predictor.trunk, 0))), cache)
 
 
 def advance(
@@ -79,7 +78,8 @@ def advance(
 ) -> WalkStep:
     """Run the predictor at the layer in view; `attend` is called once for each block, for a trunk that attends.
 
-    Layer 0 gets head 0, whose output must not be used (place.serves is false). dropout: a key in training.
+    A layer that is not served gets head 0, whose output must not be used (place.serves is false). dropout: a key in
+    training.
     """
     place = schedule(predictor, view.index)
     features, cache = state.captured, state.cache

@@ -26,7 +26,7 @@ import jax
 import optax
 
 from butler_jax.data import read_batches, read_held_out
-from butler_jax.model import LOGICAL_AXES, BaseModel, check_length, forward
+from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import PREDICTORS, Predictor, PredictorConfig, make_predictor
 from butler_jax.runs import about, claim
@@ -84,8 +84,9 @@ def prepare(
     base: Base, config: TrainConfig, mesh: jax.sharding.Mesh, run_dir: Path, predictor: Predictor | None = None
 ) -> tuple[Run, TrainState]:
     """The pieces of a run and its state before the first step, all on the mesh, which must be set."""
-    model = place(base.model, LOGICAL_AXES, mesh)
-    source = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
+    model = place_model(base.model, mesh)
+    source = {"length": config.length, "batch_size": config.batch_size}
+    source |= {"data_dir": config.data_dir, "strict": config.strict_data}
     rows = rows_here(config.batch_size, mesh)
     batches = read_batches(config.data, base.tokenizer, seed=config.seed, rows=rows, **source)
     count = max(1, VALIDATION_ROWS // config.batch_size)

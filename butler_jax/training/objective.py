@@ -10,9 +10,9 @@ From a batch to the loss:
     model.run_layers                           scans the layers
     LayerGradients.mix                         per layer: advances the walk, adds up losses and gradients
     LayerGradients.differentiate               value_and_grad of layer_loss: q_imp, k_imp and the loss from them
-    model.by_sliding_window                    compiles for the layer's sliding window
+    model.by_service                           compiles for the sliding window of the served layers, and dense ones
     LayerGradients.attend                      calls the loss that the settings name
-    attend_with_cross_entropy                  run_fused or run_two_calls, with the gradient in closed form
+    attend_with_cross_entropy                  run_fused, run_two_calls or run_flash: the gradient in closed form
     attend_with_squared_error                  causal_attention, and sum_squared_errors
 """
 
@@ -24,10 +24,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from butler_jax.model import BaseModel, LayerView, by_sliding_window, causal_attention, embed, output_gram, run_layers
+from butler_jax.model import (
+    BaseModel,
+    LayerView,
+    by_service,
+    causal_attention,
+    dense_mixer,
+    embed,
+    output_gram,
+    output_projection,
+    run_layers,
+)
 from butler_jax.predictors import PREDICTORS, Context, Predictor, at, walk
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses import (
@@ -79,7 +90,7 @@ class DistillationObjective:
 
         Returns:
             The loss, summed over rows and heads (cross entropy, in nats) or over pairs and heads (squared error) and
-            averaged over layers 1 ... L-1; the number of these terms; and the gradient, in the shape of
+            averaged over the served layers; the number of these terms; and the gradient, in the shape of
             nnx.state(predictor, nnx.Param). Divide loss and gradient by the count.
         """
         positions = batch["positions"]
@@ -90,7 +101,8 @@ class DistillationObjective:
         zeros = jax.tree.map(jnp.zeros_like, predictor.trunk)
         start = PassState(first, first.features, zeros, jnp.zeros(()), jnp.zeros(()))
         _, end, heads = run_layers(model, x, positions, layers.mix, start)
-        gradients = jax.tree.map(_as_heads, heads, nnx.state(predictor.heads, nnx.Param)), end.trunk_gradients
+        as_heads = partial(_as_heads, layers=np.asarray(model.config.served_layers))
+        gradients = jax.tree.map(as_heads, heads, nnx.state(predictor.heads, nnx.Param)), end.trunk_gradients
         structure = jax.tree.structure(nnx.state(predictor, nnx.Param))
         return end.loss, end.count, jax.tree.unflatten(structure, jax.tree.leaves(gradients))
 
@@ -136,15 +148,23 @@ class LayerGradients:
     def differentiate(self, step: walk.WalkStep, view: LayerView) -> tuple[Any, Any]:
         """((loss, (output, count)), gradients of the head's parameters and, with a trunk, of its features)."""
         graph, weights, constants = nnx.split(step.head, nnx.Param, ...)
-        serves = step.place.serves.astype(jnp.float32) / (self.model.config.layers - 1)
+        config = self.model.config
+        serves = step.place.serves.astype(jnp.float32) / len(config.served_layers)
 
         def layer_loss(weights, features):
             head = nnx.merge(graph, weights, constants)
-            q_imp = self.predictor.q_imp(head, features, view, self.context)
-            k_imp = self.predictor.k_imp(head, features, view, self.context)
-            offset = self.predictor.offset(head, features, view, self.context)
-            attend = partial(self.attend, view, q_imp, k_imp, offset)
-            output, loss, count = by_sliding_window(self.model.config, view.index, attend)
+
+            def serve(sliding_window):
+                q_imp = self.predictor.q_imp(head, features, view, self.context)
+                k_imp = self.predictor.k_imp(head, features, view, self.context)
+                offset = self.predictor.offset(head, features, view, self.context)
+                return self.attend(view, q_imp, k_imp, offset, sliding_window)
+
+            def leave():
+                output = dense_mixer(config, self.segments, self.objective.implementation)(None, view)[0]
+                return output.astype(view.q.dtype), jnp.zeros(()), jnp.zeros(())
+
+            output, loss, count = by_service(config, view.index, serve, leave)
             return loss * serves, (output, count * serves)
 
         # Without a trunk the features are the frozen stream itself.
@@ -156,11 +176,12 @@ class LayerGradients:
         arrays = (view.q, view.k, view.v, q_imp, k_imp)
         own = self.objective
         options = {"segments": self.segments, "sliding_window": sliding_window, "implementation": own.implementation}
+        options |= view.attention_terms
         if own.loss == "squared_error":
             return attend_with_squared_error(*arrays, **options)
         if offset is not None:
             norm = jnp.linalg.norm(view.x.astype(jnp.float32), axis=-1)
-            options["target"] = ErrorTarget(output_gram(view.weights.o[...], view.k.shape[2]), norm, offset)
+            options["target"] = ErrorTarget(output_gram(output_projection(view.weights), view.k.shape[2]), norm, offset)
             options["rule"] = ErrorRule(
                 self.predictor.config.target, normalised=self.predictor.config.offset == "share"
             )
@@ -181,8 +202,8 @@ class LayerGradients:
         return jax.tree.map(lambda all_, one: all_.at[producer].set(one), of_trunk, pull(of_features)[0])
 
 
-def _as_heads(gradient: Array, parameter: Array) -> Array:
-    """Gradients stacked over all layers in the shape of the heads: layer 0 has none, unused heads get zeros."""
-    gradient = gradient[1:]
+def _as_heads(gradient: Array, parameter: Array, layers: Int[np.ndarray, " layers"]) -> Array:
+    """Gradients stacked over all layers in the shape of the heads of the served ones; unused heads get zeros."""
+    gradient = gradient[layers]
     missing = parameter.shape[0] - gradient.shape[0]
     return jnp.pad(gradient, [(0, missing)] + [(0, 0)] * (gradient.ndim - 1))

@@ -51,6 +51,23 @@ class Tiles:
         return max(16, 16 * self.attend_bytes // (width * itemsize * group))
 
 
+TRIALS: dict[str, tuple[int, ...]] = {
+    "attend_bytes": (4096, 8192, 32768),
+    "attend_stages": (1, 3, 4, 5),
+    "attend_warps": (2, 8),
+    "programs": (264, 1056, 2112),
+    "least_tokens": (32, 64, 256),
+    "score_tokens": (128, 256, 1024, 2048),
+    "score_warps": (2, 8),
+    "held": (8192, 16384),
+    "candidates": (8192,),
+    "select_warps": (8, 16),
+    "written": (2048, 8192),
+    "choosers": (66, 264),
+}
+"""Other values of the settings that tuning tries, one setting after the other."""
+
+
 _tried: list[Tiles] = []
 
 

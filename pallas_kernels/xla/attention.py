@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.arithmetic import finish
+from pallas_kernels.arithmetic import finish, soft_cap
 from pallas_kernels.reference import LOWEST
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
 
 
 def masked_topk_decode_attention(
-    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, softcap=None
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
     batch, heads, n = indices.shape
@@ -43,6 +43,7 @@ def masked_topk_decode_attention(
         row_v = -jnp.where(keep, _taken(cache_v, at), 0.0)  # what is not attended may be NaN
         row_k, row_v = (a.reshape(parts, width * paged, dim) for a in (row_k, row_v))
         logits = jnp.einsum("rgd,rnd->rgn", queries, row_k, precision="highest")
+        logits = soft_cap(logits, softcap)
         logits = jnp.where(seen_here.reshape(parts, 1, width * paged), logits, -jnp.inf)
         top = jnp.maximum(jnp.max(logits, axis=-1), LOWEST)
         weights = jnp.exp(logits - top[..., None])
@@ -51,7 +52,7 @@ def masked_topk_decode_attention(
     # In groups of rows. Not for other dtypes, since XLA would convert the whole cache to float32 before the loop.
     most = max(1, TILE // (tokens.shape[-1] * dim)) if k.dtype == jnp.float32 else rows
     parts = _in_groups(attend, (queries, flat, inside), most)
-    return finish(parts, q, new_k, new_v, scale, return_residual)
+    return finish(parts, q, new_k, new_v, scale, return_residual, softcap)
 
 
 def _chosen_tokens(indices, valid, unit, lengths, first, size):

@@ -58,3 +58,32 @@ def test_parts_of_a_choice_merge_by_their_residuals():
     merged = sum(out * jnp.exp(part - lse)[..., None] for out, part in parts)
     np.testing.assert_allclose(merged, whole, atol=1e-5)
     np.testing.assert_allclose(lse, residual, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_a_soft_cap_bends_the_logits_of_chosen_tokens_and_of_the_new_one(implementation):
+    case = attention_case(11, batch=2, heads=2, group=2, dim=8, size=40, n=12, unit=2, poison=False)
+    new_k, new_v = normal(5, 2, 2, 8) * 3, normal(6, 2, 2, 8)
+    arrays = (case.q, case.k, case.v, case.indices, case.valid)
+    options = dict(lengths=case.lengths, unit=2, new_k=new_k, new_v=new_v, return_residual=True, softcap=0.7)
+    out, residual = pk.masked_topk_decode_attention(*arrays, implementation=implementation, **options)
+    for b, h in np.ndindex(2, 2):
+        units = np.asarray(case.indices[b, h])[np.asarray(case.valid[b, h])]
+        tokens = (units[:, None] * 2 + np.arange(2)).reshape(-1)
+        tokens = tokens[tokens < int(case.lengths[b])]
+        keys, values = (np.vstack([a[b, h][tokens], n[b, h]]) for a, n in ((case.k, new_k), (case.v, new_v)))
+        for g in range(2):
+            logits = 0.7 * np.tanh(keys @ np.asarray(case.q[b, 2 * h + g]) * 8**-0.5 / 0.7)
+            total = np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(residual[b, 2 * h + g], total, atol=1e-5)
+            np.testing.assert_allclose(out[b, 2 * h + g], np.exp(logits - total) @ values, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_refuse_a_soft_cap(implementation):
+    case = attention_case(11, batch=2, heads=2, group=2, dim=8, size=40, n=12, unit=2, poison=False)
+    arrays = (case.q, case.k, case.v, case.indices, case.valid)
+    with pytest.raises(ValueError, match=f'"{implementation}" has no soft cap of logits, .* use "xla" or None'):
+        pk.masked_topk_decode_attention(
+            *arrays, unit=2, lengths=case.lengths, softcap=5.0, implementation=implementation
+        )

@@ -101,6 +101,23 @@ def test_any_size_is_taken(implementation, size):
     np.testing.assert_array_equal(found.indices[0, 0], np.sort(best))
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("reference", *KERNELS)]
+
+
+@pytest.mark.parametrize("implementation", ["xla", *SLOW])
+def test_a_planted_key_is_found_among_262144_and_ties_go_to_the_earlier(implementation):
+    """One key lies along the query, four have the same score below it, and all others are nearly orthogonal."""
+    size, place, equal = 262_144, 201_357, [7, 99_999, 150_000, 262_000]
+    q_imp, k_imp = normal(6, 1, 1, 1, 8), 0.1 * normal(7, 1, 1, 8, size)
+    k_imp = k_imp.at[..., place].set(4 * q_imp[:, :, 0])
+    k_imp = k_imp.at[..., jnp.asarray(equal)].set(2 * q_imp[:, :, 0, :, None])
+    lengths = jnp.asarray([size])
+    scores = run(pk.importance_scores, q_imp, k_imp, lengths, pooling="maximum", implementation=implementation)
+    for n, wanted in ((1, [place]), (3, [7, 99_999, place]), (4, [7, 99_999, 150_000, place])):
+        found = run(pk.select_top_k, scores, lengths, n=4, counts=jnp.asarray([n]), implementation=implementation)
+        assert found.indices[0, 0, :n].tolist() == wanted and int(found.valid.sum()) == n
+
+
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_selection_kernels_choose_the_best(implementation):
     scores = jnp.round(normal(5, 1, 2, 300) * 4) / 4  # with ties

@@ -42,6 +42,18 @@ def counted_rows(shape: tuple[int, int], segments: Int[Array, "B T"] | None, key
     return (rows & (keys.sliding_window is None or keys.recent < keys.sliding_window)).astype(jnp.float32)
 
 
+def contested_bounds(
+    shape: tuple[int, int], segments: Int[Array, "B T"] | None, keys: KeyRange
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The first and the last contested key of each row; 1 and 0 for rows that `counted_rows` leaves out."""
+    columns = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None], shape)
+    first = keys.sinks + (jnp.zeros_like(columns) if segments is None else attention.document_starts(segments))
+    if keys.sliding_window is not None:
+        first = jnp.maximum(first, columns - (keys.sliding_window - 1))
+    counted = counted_rows(shape, segments, keys) > 0
+    return jnp.where(counted, first, 1), jnp.where(counted, columns - keys.recent, 0)
+
+
 def contested_mask(
     mask: Bool[Array, "B C S"],
     index: Int[Array, ""],

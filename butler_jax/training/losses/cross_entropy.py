@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from butler_jax.model import attention
+from butler_jax.parallel import platform
 from butler_jax.training.losses.arrays import check_shapes, scale_gradients
 from butler_jax.training.losses.contested_keys import KeyRange
 from butler_jax.training.losses.fused_pass import run_fused
@@ -15,6 +16,8 @@ from butler_jax.training.losses.target import ErrorRule, ErrorTarget
 from butler_jax.training.losses.two_calls import run_two_calls
 
 FORMS = ("fused", "two_calls")
+ERROR_FORMS = ("fused", "flash")
+"""Forms where the target is an error in the residual stream."""
 
 
 def attend_with_cross_entropy(
@@ -28,6 +31,8 @@ def attend_with_cross_entropy(
     sliding_window: int | None = None,
     sinks: int = 0,
     recent: int = 0,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
     implementation: str | None = None,
     form: str | None = None,
     target: ErrorTarget | None = None,
@@ -39,6 +44,9 @@ def attend_with_cross_entropy(
     the contested ones among them. The loss of the row is -sum_j A_ij log B_ij over the contested keys j. With sinks and
     recent of 0 every key is contested, and this is the loss of TokenButler (arXiv 2503.07518, second version), which
     samples rows. Here every row counts that has a contested key and is not padding.
+
+    The attention has the soft cap and the sinks of `model.causal_attention`. A sink takes its share of A, so a row's
+    loss weighs as much as its attention to contested keys.
 
     Only q_imp and k_imp get gradients; the output carries none.
 
@@ -52,9 +60,13 @@ def attend_with_cross_entropy(
         segments: The document of each token, 0 for padding. None: one document a row.
         sinks, recent: How many first tokens of a document and newest tokens of a row are always read, and not
             contested.
+        softcap, sink_logits: Of the attention, as in `model.causal_attention`.
         implementation: Of the attention, as in `model.causal_attention`.
         form: "fused" (XLA only) makes one pass over chunks of 128 query rows. "two_calls" calls attention kernels with
-            k_imp among the values. None takes the form that suits the implementation.
+            k_imp among the values, for attention weights as the target. "flash" calls kernels for TPU, for errors as
+            the target; they are interpreted (slowly) on CPU. None takes the form that suits the implementation.
+        target, rule: Errors in the residual stream as the target in the place of A. Then the offset of the target has
+            a gradient too. With an implementation of None they take "splash" on TPU and "xla" elsewhere.
 
     Returns:
         The output [B, T, H, D]; the loss summed over rows and heads, in nats; and the number of rows times heads.
@@ -65,44 +77,60 @@ def attend_with_cross_entropy(
     check_shapes(q, k, v, q_imp, k_imp, segments, sliding_window)
     if min(sinks, recent) < 0:
         raise ValueError(f"sinks and recent must be 0 or more, got {sinks} and {recent}")
-    if target is not None and implementation is None:
+    if target is not None and implementation is None and platform() != "tpu":
         implementation = "xla"
-    name = attention.choose_implementation(implementation, q, q.shape[-1], segments)
-    form = form or ("fused" if name == "xla" else "two_calls")
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} is unknown; use None or one of {FORMS}")
-    if form == "fused" and name != "xla":
-        raise ValueError(f'form "fused" runs on "xla" only, not on {name!r}; use "two_calls" or None')
-    if target is not None and form != "fused":
-        raise ValueError(f'errors in the residual stream need the form "fused", got {form!r}; use "xla" attention')
+    terms = {"softcap": softcap, "sink_logits": sink_logits}
+    name = attention.choose_implementation(implementation, q, q.shape[-1], segments, **terms)
+    form = _choose_form(form, name, of_errors=target is not None)
     keys = KeyRange(sliding_window, sinks, recent)
-    output, loss, count = _cross_entropy(q, k, v, q_imp, k_imp, target, segments, keys, form, name, rule)
+    arrays = (q, k, v, q_imp, k_imp, target, segments, sink_logits)
+    output, loss, count = _cross_entropy(*arrays, keys, form, name, rule, softcap)
     return jax.lax.stop_gradient(output), loss, jax.lax.stop_gradient(count)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
-def _cross_entropy(q, k, v, q_imp, k_imp, target, segments, keys, form, implementation, rule):
-    arrays = (q, k, v, q_imp, k_imp, target, segments)
-    return _run(*arrays, keys, form, implementation, rule, differentiate=False)[0]
+def _choose_form(form: str | None, implementation: str, *, of_errors: bool) -> str:
+    """The form to run. Raises ValueError where the named one does not fit the target, the attention or the device."""
+    forms, what = (ERROR_FORMS, "errors") if of_errors else (FORMS, "attention weights")
+    form = form or ("fused" if implementation == "xla" else forms[1])
+    if form not in forms:
+        raise ValueError(f"form {form!r} is unknown for a target of {what}; use None or one of {forms}")
+    if form == "fused" and implementation != "xla":
+        raise ValueError(f'form "fused" runs on "xla" only, not on {implementation!r}; use {forms[1]!r} or None')
+    if form == "flash" and platform() == "gpu":
+        raise ValueError('the form "flash" is for TPU, the platform is gpu; use "xla" attention for a target of errors')
+    return form
 
 
-def _cross_entropy_forward(q, k, v, q_imp, k_imp, target, segments, *static):
-    results, dq_imp, dk_imp, doffset = _run(q, k, v, q_imp, k_imp, target, segments, *static, differentiate=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11, 12))
+def _cross_entropy(q, k, v, q_imp, k_imp, target, segments, sink_logits, *static):
+    return _run(q, k, v, q_imp, k_imp, target, segments, sink_logits, *static, differentiate=False)[0]
+
+
+def _cross_entropy_forward(q, k, v, q_imp, k_imp, target, segments, sink_logits, *static):
+    arrays = (q, k, v, q_imp, k_imp, target, segments, sink_logits)
+    results, dq_imp, dk_imp, doffset = _run(*arrays, *static, differentiate=True)
     of_target = None if target is None else doffset.astype(target.offset.dtype)
     return results, (dq_imp.astype(q_imp.dtype), dk_imp.astype(k_imp.dtype), of_target)
 
 
-def _cross_entropy_backward(keys, form, implementation, rule, gradients, cotangents):
+def _cross_entropy_backward(keys, form, implementation, rule, softcap, gradients, cotangents):
     dq_imp, dk_imp, doffset = (None if g is None else scale_gradients((g,), cotangents[1])[0] for g in gradients)
-    return None, None, None, dq_imp, dk_imp, None if doffset is None else ErrorTarget(None, None, doffset), None
+    return None, None, None, dq_imp, dk_imp, None if doffset is None else ErrorTarget(None, None, doffset), None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _run(q, k, v, q_imp, k_imp, target, segments, keys, form, implementation, rule, *, differentiate):
+def _run(
+    q, k, v, q_imp, k_imp, target, segments, sink_logits, keys, form, implementation, rule, softcap, *, differentiate
+):
     """Results and float32 gradients in the form asked for."""
     arrays = (q, k, v, q_imp, k_imp, segments, keys)
+    options = dict(differentiate=differentiate, softcap=softcap, sink_logits=sink_logits)
     if form == "fused":
-        return run_fused(*arrays, differentiate=differentiate, target=target, rule=rule)
-    return *run_two_calls(*arrays, implementation=implementation, differentiate=differentiate), None
+        return run_fused(*arrays, target=target, rule=rule, **options)
+    if form == "flash":
+        from butler_jax.training.losses.flash_pass import run_flash  # Pallas takes a while to import
+
+        return run_flash(*arrays, implementation=implementation, target=target, rule=rule, **options)
+    return *run_two_calls(*arrays, implementation=implementation, **options), None

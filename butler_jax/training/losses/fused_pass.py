@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from butler_jax.model import attention, centred_squares, project_values
 from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
-from butler_jax.training.losses.target import PENALTY, ErrorRule, ErrorTarget, log_total
+from butler_jax.training.losses.target import ErrorRule, ErrorTarget, offset_penalty
 
 
 def run_fused(
@@ -29,10 +29,12 @@ def run_fused(
     differentiate: bool,
     target: ErrorTarget | None = None,
     rule: ErrorRule | None = None,
+    **terms,
 ):
     """((output, loss, count), gradients of q_imp, k_imp and the target's offset) of `attend_with_cross_entropy`.
 
     The gradients are float32, and None unless `differentiate`; that of the offset is None without a target.
+    terms: softcap and sink_logits, as in `model.causal_attention`.
     """
     batch, length, heads, dim = q.shape
     key_heads = k_imp.shape[2]
@@ -59,7 +61,8 @@ def run_fused(
         index, rows, rows_imp, use, *of_target = inputs
         first = band.first_key(index, chunk)
         seen = attention.chunk_mask(index, first, band.keys, segments, keys.sliding_window, chunk)
-        true, true_total, _ = attention.masked_exponentials(rows, band.take(all_k, first, 2), seen, dim**-0.5)
+        own_keys = band.take(all_k, first, 2)
+        true, true_total, _ = attention.masked_exponentials(rows, own_keys, seen, dim**-0.5, **terms)
         output = attention.weighted_values(true, band.take(all_v, first, 2)) / true_total
 
         contested = contested_mask(seen, index, first, starts, keys)
@@ -86,10 +89,8 @@ def run_fused(
         loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
         doffset = None
         if target is not None:
-            own = 0.0 if rule.normalised else predicted_lse
-            miss = (offset + own - log_total(mass)) * use
-            loss += PENALTY * jnp.sum(jnp.square(miss))
-            doffset = 2 * PENALTY * miss
+            penalty, doffset = offset_penalty(offset, predicted_lse, mass, use, rule)
+            loss += penalty
         output = output.astype(v.dtype)
         if not differentiate:
             return (loss, dk_imp), (output, None, None)

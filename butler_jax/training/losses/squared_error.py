@@ -23,17 +23,26 @@ def attend_with_squared_error(
     *,
     segments: Int[Array, "B T"] | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, ""], Float[Array, ""]]:
     """The layer's attention output [B, T, H, D], and the squared error and its number of terms of `sum_squared_errors`.
 
     Arguments and errors are those of `attend_with_cross_entropy`. sliding_window and implementation concern the output
     only: the squared error takes all causal pairs of a document even where the layer has a sliding window, because its
-    logits are defined for all of them. The output carries no gradient.
+    logits are defined for all of them. The same holds for sink_logits. The output carries no gradient.
+
+    Raises:
+        ValueError: There is a soft cap. The pass in linear time needs logits that are products.
     """
-    output = attention.causal_attention(
-        q, k, v, segments=segments, sliding_window=sliding_window, implementation=implementation
-    )
+    if softcap is not None:
+        raise ValueError(
+            f"the squared error cannot follow logits with a soft cap ({softcap}), which this model's attention has; "
+            "train with --objective cross_entropy"
+        )
+    options = dict(segments=segments, sliding_window=sliding_window, implementation=implementation)
+    output = attention.causal_attention(q, k, v, sink_logits=sink_logits, **options)
     loss, count = sum_squared_errors(q, k, q_imp, k_imp, segments=segments)
     return jax.lax.stop_gradient(output), loss, count
 

@@ -51,3 +51,21 @@ class ErrorRule(NamedTuple):
 def log_total(mass: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """The logarithm of the summed errors of a row."""
     return jnp.log(jnp.maximum(mass, SMALLEST))
+
+
+def offset_penalty(
+    offset: Float[Array, "*B"],
+    lse: Float[Array, "*B"],
+    mass: Float[Array, "*B"],
+    use: Float[Array, "*#B"],
+    rule: ErrorRule,
+) -> tuple[Float[Array, ""], Float[Array, "*B"]]:
+    """The penalty of offsets, and its gradient for each.
+
+    Args:
+        lse: The log-sum-exp of the scores of a row over its contested keys.
+        mass: The summed errors of a row.
+        use: 1 for rows that count, else 0.
+    """
+    miss = (offset + (0.0 if rule.normalised else lse) - log_total(mass)) * use
+    return PENALTY * jnp.sum(jnp.square(miss)), 2 * PENALTY * miss

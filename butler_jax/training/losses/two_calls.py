@@ -20,10 +20,24 @@ from butler_jax.model import attention
 from butler_jax.training.losses.contested_keys import KeyRange, counted_rows
 
 
-def run_two_calls(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, implementation: str, differentiate: bool):
+def run_two_calls(
+    q,
+    k,
+    v,
+    q_imp,
+    k_imp,
+    segments,
+    keys: KeyRange,
+    *,
+    implementation: str,
+    differentiate: bool,
+    softcap: float | None = None,
+    sink_logits=None,
+):
     """((output, loss, count), gradient of q_imp, gradient of k_imp) of `attend_with_cross_entropy`.
 
-    The gradients are float32, and None unless `differentiate`.
+    The gradients are float32, and None unless `differentiate`. With sinks the output comes from a call of its own, and
+    the mean under A is over the keys alone: the row's weight counts what the sink takes.
     """
     heads, dim, rank = q.shape[2], q.shape[3], q_imp.shape[3]
     scale = rank**-0.5
@@ -32,11 +46,14 @@ def run_two_calls(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, implementa
     dtype = q_imp.dtype if implementation == "xla" else q.dtype
     q_imp, k_imp = q_imp.astype(dtype), k_imp.astype(dtype)
     # One call with [v ; k_imp] as values, unless k_imp has other heads than v or both are too wide for the kernel.
-    joined = keys.all_contested and k_imp.shape[2] == k.shape[2]
+    weighed = not keys.all_contested or sink_logits is not None
+    joined = not weighed and k_imp.shape[2] == k.shape[2]
     joined = joined and (implementation != "cudnn" or dim + rank <= attention.cudnn_head_dim())
     output = None
     if not joined:
-        output, lse_all = attend(q, k, v, segments=segments, sliding_window=keys.sliding_window, return_lse=True)
+        everything = dict(segments=segments, sliding_window=keys.sliding_window)
+        terms = dict(softcap=softcap, sink_logits=sink_logits)
+        output, lse_all = attend(q, k, v, return_lse=True, **everything, **terms)
     count = heads * jnp.sum(counted)
     if keys.sliding_window is not None and keys.recent >= keys.sliding_window:
         zeros = (jnp.zeros(x.shape, jnp.float32) for x in (q_imp, k_imp))
@@ -58,8 +75,8 @@ def run_two_calls(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, implementa
     def attend_true(values):
         """Attention of the frozen layer over the contested keys, k_imp among the values; and the log-sum-exp."""
         beside = jnp.concatenate([v, values.astype(v.dtype)], axis=-1) if joined else shift_keys(values)
-        found = attend(rows, contested_k, beside, return_lse=not keys.all_contested, **options)
-        return (found, None) if keys.all_contested else found
+        found = attend(rows, contested_k, beside, return_lse=weighed, softcap=softcap, **options)
+        return found if weighed else (found, None)
 
     def attend_predicted(values):
         """Attention of the predictor's scores over the contested keys; and the log-sum-exp."""
@@ -72,7 +89,7 @@ def run_two_calls(q, k, v, q_imp, k_imp, segments, keys: KeyRange, *, implementa
         (true, lse_true), (mean_predicted, lse) = attend_true(k_imp), attend_predicted(k_imp)
     if joined:
         output = true[..., :dim]
-    if not keys.all_contested:  # each row weighs as much as the attention that goes to its contested keys
+    if weighed:  # each row weighs as much as the attention that goes to its contested keys
         weight = jnp.where(weight > 0, jnp.exp(jnp.minimum(lse_true - shift_rows(lse_all), 0.0)), 0.0)
     mean_true = true[..., -rank:].astype(jnp.float32)
     scaled = scale * rows_imp.astype(jnp.float32)

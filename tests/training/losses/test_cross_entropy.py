@@ -154,3 +154,36 @@ def test_errors_name_what_is_wrong(change, message):
     arguments = dict(zip(("q", "k", "v", "q_imp", "k_imp"), random_inputs(0, 1, 8, 4, 2, 2), strict=True))
     with pytest.raises(ValueError, match=message):
         attend_with_cross_entropy(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("always", [(0, 0), (4, 8)])
+def test_the_target_has_the_soft_cap_and_the_sinks_of_the_attention(form, always):
+    """A sink takes its share of the target: what goes to keys sums to less than 1."""
+    length, cap, sink_logits = 140, 0.7, jnp.asarray([0.5, 3.0, -1.0, 2.0])
+    q, k, v, q_imp, k_imp = random_inputs(3, 2, length, 4, 2, 2)
+    rows = np.arange(length)
+    causal = jnp.asarray(rows <= rows[:, None])[None, None]
+    contested = jnp.asarray((rows <= rows[:, None] - always[1]) & (rows >= always[0]))[None, None]
+
+    def products(q, k):
+        return jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, axis=2), precision="highest") * q.shape[-1] ** -0.5
+
+    def square(q_imp, k_imp):
+        logits = jnp.where(causal, cap * jnp.tanh(products(q, k) / cap), -jnp.inf)
+        sinks = jnp.broadcast_to(sink_logits[None, :, None, None], (2, 4, length, 1))
+        target = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1), axis=-1)[..., :-1]
+        found = jax.nn.log_softmax(jnp.where(contested, products(q_imp, k_imp), -1e30), axis=-1)
+        loss = -jnp.sum(jnp.where(contested, target * found, 0))
+        return loss, jnp.einsum("bhts,bshd->bthd", target, jnp.repeat(v, 2, axis=2))
+
+    def ours(q_imp, k_imp):
+        options = dict(softcap=cap, sink_logits=sink_logits, implementation="xla", form=form, **named(always))
+        output, loss, _ = attend_with_cross_entropy(q, k, v, q_imp, k_imp, **options)
+        return loss, output
+
+    (wanted, output), expected = jax.value_and_grad(square, (0, 1), has_aux=True)(q_imp, k_imp)
+    (loss, found), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(q_imp, k_imp)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    for a, b in zip([found, *gradients], [output, *expected], strict=True):  # both are float32
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))

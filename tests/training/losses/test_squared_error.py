@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from butler_jax.training.losses.squared_error import sum_squared_errors
+from butler_jax.training.losses.squared_error import attend_with_squared_error, sum_squared_errors
 from tests.tiny_models import random_documents
 from tests.training.losses.naive import HEADS, assert_equals_naive, random_inputs
 
@@ -45,3 +45,9 @@ def test_an_empty_chunk_is_refused():
     q, k, _, q_imp, k_imp = random_inputs(0, 1, 8, 4, 2, 2)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         sum_squared_errors(q, k, q_imp, k_imp, chunk=0)
+
+
+def test_a_soft_cap_is_refused():
+    q, k, v, q_imp, k_imp = random_inputs(0, 1, 5, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"with a soft cap \(50.0\).* train with --objective cross_entropy"):
+        attend_with_squared_error(q, k, v, q_imp, k_imp, softcap=50.0)

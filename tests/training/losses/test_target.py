@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
-from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy
+from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy, cross_entropy
 from butler_jax.training.losses.target import PENALTY
 from tests.training.losses.naive import assert_close
 
@@ -50,10 +53,15 @@ def naive(arrays, target, rule, segments):
     return total, penalty
 
 
-@pytest.mark.parametrize("error", ["weight", "value", "centred"])
-@pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(40, 4, 2), (140, 3, 1)])
-def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, heads, kv_heads):
+@pytest.mark.parametrize(
+    ("error", "normalised", "length", "heads", "kv_heads", "form"),
+    [
+        *itertools.product(["weight", "value", "centred"], [False, True], [40], [4], [2], ["fused"]),
+        *itertools.product(["weight", "value", "centred"], [False, True], [140], [3], [1], ["fused"]),
+        ("centred", True, 140, 3, 1, "flash"),
+    ],
+)
+def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, heads, kv_heads, form):
     arrays, target = make_inputs(length, heads, kv_heads)
     segments = np.ones((2, length), np.int32)
     segments[1, length // 3 :], segments[1, -4:] = 2, 0
@@ -63,7 +71,7 @@ def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, head
     def loss(q_imp, k_imp, offset):
         given = (*small[:3], q_imp, k_imp)
         own = ErrorTarget(np.float32(target.gram), np.float32(target.norm), offset)
-        options = dict(segments=segments, sinks=SINKS, recent=RECENT, target=own, rule=rule)
+        options = dict(segments=segments, sinks=SINKS, recent=RECENT, target=own, rule=rule, form=form)
         return attend_with_cross_entropy(*given, **options)[1]
 
     own = (small[3], small[4], np.float32(target.offset))
@@ -86,10 +94,26 @@ def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, head
         assert abs(np.sum(np.asarray(gradient, np.float64) * way) - wanted) <= 1e-5 * size
 
 
-def test_a_target_needs_the_fused_form():
+@pytest.mark.parametrize(
+    ("form", "implementation", "message"),
+    [
+        ("two_calls", "xla", "form 'two_calls' is unknown for a target of errors; .*'fused', 'flash'"),
+        ("fused", "splash", "\"fused\" runs on \"xla\" only, not on 'splash'; use 'flash' or None"),
+    ],
+)
+def test_a_target_has_forms_of_its_own(form, implementation, message):
     arrays, target = make_inputs(20, 2, 2)
     arrays, target = [np.float32(a) for a in arrays], ErrorTarget(*map(np.float32, target))
-    with pytest.raises(ValueError, match='need the form "fused"'):
+    with pytest.raises(ValueError, match=message):
         attend_with_cross_entropy(
-            *arrays, target=target, rule=ErrorRule("value"), form="two_calls", implementation="xla"
+            *arrays, target=target, rule=ErrorRule("value"), form=form, implementation=implementation
         )
+
+
+def test_the_form_follows_the_device(monkeypatch):
+    """On TPU the kernels, elsewhere one pass in XLA; both are asked for by name where the device is another."""
+    chosen = functools.partial(cross_entropy._choose_form, None, of_errors=True)
+    assert (chosen("splash"), chosen("xla")) == ("flash", "fused")
+    monkeypatch.setattr(cross_entropy, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match='form "flash" is for TPU, the platform is gpu; use "xla"'):
+        chosen("cudnn")

@@ -1,0 +1,95 @@
+"""A predictor as files to hand on: model.safetensors, config.json, and README.md, the model card.
+
+config.json names the base with its revision and fingerprint, so that the predictor is loaded for no other base.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.numpy import save
+
+from butler_jax.model import name_leaves
+from butler_jax.storage import to_dict, write_whole
+from butler_jax.weights import Base, parse_hub_id, upload
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+LIBRARY, FORMAT = "butler-jax", 1
+NOT_EVALUATED = "## Quality\n\nNo report came with this predictor. `butler-jax eval` makes one."
+
+
+def write_pretrained(
+    directory: str | Path,
+    predictor: Any,
+    base: Base,
+    *,
+    base_id: str | None = None,
+    report: Any = None,
+    name: str | None = None,
+) -> Path:
+    """Write the files of a predictor; arguments as of `Predictor.save_pretrained`. name: of its repository."""
+    directory = Path(directory)
+    if (directory / "checkpoints").exists():
+        raise FileExistsError(f"{directory} is a run's directory; choose another one for the files to hand on")
+    if report is not None and report.about.get("fingerprint") not in (None, base.fingerprint):
+        raise ValueError(
+            f"the report is about base {report.about.get('base')!r} ({report.about['fingerprint']}), the predictor for "
+            f"{base.name!r} ({base.fingerprint}); give the report of this predictor"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(leaf) for name, leaf in name_leaves(predictor).items()}
+    write_whole(directory / WEIGHTS, save(arrays, metadata={"format": "np"}))  # save_file hides it from other users
+    config = {
+        "library_name": LIBRARY,
+        "format": FORMAT,
+        "version": _version(),
+        "base": base_id or base.name,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "predictor": to_dict(predictor.config),
+        "parameters": sum(math.prod(array.shape) for array in arrays.values()),
+    }
+    write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_whole(directory / CARD, _make_card(config, report, name))
+    return directory
+
+
+def push_pretrained(name: str, predictor: Any, base: Base, *, private: bool = False, **card: Any) -> str:
+    """Write the files of a predictor and send them to the hub; arguments as of `Predictor.push_to_hub`."""
+    with tempfile.TemporaryDirectory() as place:
+        return upload(write_pretrained(place, predictor, base, name=name, **card), name, private=private)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(LIBRARY)
+    except importlib.metadata.PackageNotFoundError:  # in a clone
+        return "not installed"
+
+
+def _make_card(config: dict[str, Any], report: Any, name: str | None) -> str:
+    """The model card: base, predictor and use, and what a report says of training and quality."""
+    environment = Environment(
+        loader=PackageLoader("butler_jax.predictors"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    results = NOT_EVALUATED if report is None else report.card()
+    base, revision = config["base"], config["revision"]
+    return environment.get_template(f"{CARD}.j2").render(
+        config,
+        name=name,
+        base_on_hub=parse_hub_id(base) is not None,
+        base_is_local=parse_hub_id(base) is None and base != "tiny",
+        pinned=f"{base}@{revision}" if revision else base,
+        results=results.strip(),
+    )
