@@ -2,12 +2,13 @@
 
     python -m benchmarks.long_runs --stories DIR --json benchmarks/long_runs.json
 
-Four runs, through the functions that users call, each in a process of its own (--only NAME runs one of them):
+Five runs, through the functions that users call, each in a process of its own (--only NAME runs one of them):
 
 - train: `distil` on tiny, rows of 64 tokens, four a step, with checkpoints and validations every 250 steps
 - decode: stories260K (DIR), eight rows of 500 tokens in caches of its 512, again and again
 - decode_tiny: the embedded base with the predictor just trained, eight rows of 2,000 tokens in caches of its 2,048
 - decode_one_cache: stories260K, whose context is raised for the purpose, one row, one cache of 16,384 tokens
+- serve: stories260K, a queue in eight slots, prompts of 1 ... 300 tokens with 20 to 200 new ones each
 
 A sample is taken at the same place each time. Speed is tokens or steps a second of processor time, which a busy machine
 disturbs less than the clock. It is compared between the first and the last tenth of the samples, which are equal work
@@ -29,6 +30,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import numpy as np
 
 import butler_jax
 from benchmarks.watch import Watch
@@ -84,6 +86,28 @@ def decode(
     return watch
 
 
+def serve(base: Any, predictor: Any, *, tokens: int, every: int, most: int, new: tuple[int, int]) -> Watch:
+    """Serve ragged requests, of prompts up to `most` tokens, until there are so many tokens; a sample every so many."""
+    rng, done = np.random.default_rng(0), 0
+
+    def heard(_):
+        nonlocal done
+        done += 1
+        if done % every == 0:
+            watch.note(done)
+
+    def requests():
+        while done < tokens:
+            prompt = rng.integers(3, base.config.vocab_size, rng.integers(1, most + 1)).tolist()
+            yield butler_jax.Request(prompt, int(rng.integers(*new)), stop=(), stream=heard)
+
+    few, room = SelectionConfig(budget=1 / 4), most + new[1]
+    with Watch() as watch:
+        for one in butler_jax.serve(base, requests(), capacity=room, predictor=predictor, selection=few):
+            assert one.reason == "length", one
+    return watch
+
+
 def untrained(base: Any) -> Any:
     """A lookahead predictor at step 0, which costs what a trained one does."""
     drawn = SamplingConfig(temperature=1.0)
@@ -104,11 +128,13 @@ def run(name: str, place: pathlib.Path, stories: str) -> Watch:
     predictor = untrained(base)
     if name == "decode":
         return decode(base, predictor, rows=8, new=500, turns=25, every=2000, capacity=512, budget=1 / 4)
+    if name == "serve":
+        return serve(base, predictor, tokens=52_000, every=1000, most=300, new=(20, 200))
     base.model.config = dataclasses.replace(base.config, context=16384)
     return decode(base, predictor, rows=1, new=16000, turns=1, every=500, capacity=16384, budget=256)
 
 
-RUNS = ("train", "decode", "decode_tiny", "decode_one_cache")
+RUNS = ("train", "decode", "decode_tiny", "decode_one_cache", "serve")
 
 
 def line(name: str, s: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from butler_jax.runs.directory import read_records
 
 REPOSITORY = Path(__file__).parent.parent
+LONGEST = 1800  # seconds to wait for a process
 
 
 def starts(run_dir: Path) -> list[dict]:
@@ -55,20 +56,24 @@ class TrainingProcess:
             return any("unfinished" in path.name for path in (self.run_dir / "checkpoints").iterdir())
         return False
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for it. Raises RuntimeError where the process ends first, or after two minutes."""
+    def until(self, condition: Callable[[], bool], pause: float = 0.0005) -> None:
+        """Wait for it, and look every `pause` seconds.
+
+        Raises RuntimeError where the process ends first, or after LONGEST seconds.
+        """
         while not condition():
             if self.process.poll() is not None:
                 raise RuntimeError(f"it ended first: {self.end()}")
-            if time.monotonic() > self.began + 120:
-                raise RuntimeError("two minutes have gone by")
-            time.sleep(0.0005)
+            if time.monotonic() > self.began + LONGEST:
+                raise RuntimeError(f"{LONGEST} s have gone by")
+            time.sleep(pause)
 
     def until_it_trains(self, starts_before: int, rows: int, saving: bool = False) -> None:
         """Wait until this start has taken so many steps, and until it writes a checkpoint, or does not."""
-        self.until(lambda: len(starts(self.run_dir)) > starts_before)
+        self.until(lambda: len(starts(self.run_dir)) > starts_before, pause=0.02)
         target = self.rows() + rows
-        self.until(lambda: self.rows() >= target and self.saving() == saving)
+        self.until(lambda: self.rows() >= target, pause=0.002)
+        self.until(lambda: self.saving() == saving)
 
     def catches(self) -> bool:
         """Whether it has taken SIGTERM into its own hands, as it does before its long imports."""
@@ -77,4 +82,4 @@ class TrainingProcess:
 
     def end(self) -> str:
         """What it said, after it ended."""
-        return self.process.communicate(timeout=120)[0]
+        return self.process.communicate(timeout=LONGEST)[0]

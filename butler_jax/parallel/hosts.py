@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
 import platform
-import re
 import sys
 import threading
 import time
@@ -18,31 +16,20 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # its key-value store has no public door
 from jax.experimental import multihost_utils
 
 from butler_jax.parallel.config import HostsConfig, parse_hosts
+from butler_jax.parallel.heartbeats import ENDED, GRACE, LEAVING, lost, lost_words, watch_others
+from butler_jax.parallel.messages import tell
 from butler_jax.storage import to_dict
-
-ENDED = "butler_jax/ended"
-"""Key of JAX's coordination service under which a process that ends with an error leaves the number of its own."""
-
-LEAVING = threading.Event()
-"""Set where this process ends by itself, so that it does not end because another one did."""
-
-GRACE = 2.0
-"""Seconds in which a process may find by itself the error with which another one has ended."""
-
-LOST = re.compile(r"gloo|nccl|barrier|coordination service", re.IGNORECASE)
-"""Matches the errors that a computation or a checkpoint raises when another process is gone."""
 
 
 def join_hosts(config: HostsConfig) -> None:
     """Join the run that `config` describes; do nothing where config.distributed is empty.
 
     It returns once all processes are connected and have the same settings and versions. From then on they end together:
-    `host_timeout` seconds after the last heartbeat of one process, JAX's coordination service ends the others. If a
-    process is missing after `start_timeout` seconds, this one ends with a message and status 1.
+    `host_timeout` seconds after the last sign of life of one process, the others end with a message and status 1. If a
+    process is missing after `start_timeout` seconds, this one ends likewise.
 
     Raises:
         ValueError: No cluster is found, or settings, versions or numbers of devices differ. Every process raises it.
@@ -73,7 +60,7 @@ def join_hosts(config: HostsConfig) -> None:
         jax.distributed.initialize(
             *(given or ()),
             initialization_timeout=config.start_timeout + 60,
-            heartbeat_timeout_seconds=config.host_timeout,
+            heartbeat_timeout_seconds=2 * config.host_timeout + 10,  # JAX would abort without our line
             shutdown_timeout_seconds=config.host_timeout,
         )
     except (ValueError, RuntimeError) as error:
@@ -82,7 +69,7 @@ def join_hosts(config: HostsConfig) -> None:
         raise ValueError(f"--distributed {config.distributed} does not work here ({reason}); {advice}") from None
     finally:
         timer.cancel()
-    _watch_others()
+    watch_others(config.host_timeout)
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) != 1:
         raise ValueError(
@@ -179,45 +166,17 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def lost(error: BaseException) -> bool:
-    """Whether an error says that other processes of the run are gone."""
-    return jax.distributed.is_initialized() and bool(LOST.search(str(error)))
-
-
 def leave(error: BaseException) -> NoReturn:
     """Print the error as one line and end at once with status 1. A regular exit would wait for the other processes."""
     LEAVING.set()
     words = str(error)
     if lost(error):
-        words = _lost_words((words.splitlines() or [""])[0])
-    elif (client := distributed.global_state.client) is not None:
-        with contextlib.suppress(Exception):  # another one was first, or the service is gone
-            client.key_value_set(ENDED, str(jax.process_index()))
+        words = lost_words((words.splitlines() or [""])[0])
+    else:
+        with contextlib.suppress(Exception):  # the service is gone
+            tell(ENDED, True)
     say(f"error: {words}")
-    if jax.process_index() == 0:
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(GRACE + 2)  # when process 0 ends, JAX ends the others at once: they print their errors before
     sys.stdout.flush()
     os._exit(1)
-
-
-def _watch_others() -> None:
-    """End this process in a line, from a thread, GRACE seconds after another one has left its number under ENDED."""
-
-    def watch() -> None:
-        while not LEAVING.wait(0.5) and (client := distributed.global_state.client) is not None:
-            with contextlib.suppress(Exception):  # nobody has left a number
-                other = client.key_value_try_get(ENDED)
-                if not LEAVING.wait(GRACE):
-                    say(f"error: {_lost_words(f'process {other} ended with an error')}")
-                    os._exit(1)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    atexit.register(lambda: (LEAVING.set(), thread.join()))  # before JAX leaves the service
-
-
-def _lost_words(reason: str) -> str:
-    return (
-        f"process {jax.process_index()} lost another one, which ended or cannot be reached ({reason}); read the "
-        "messages of that one, and start the same command on every host again to continue"
-    )

@@ -1,11 +1,13 @@
 """Meshes and sharding rules: the only file that names mesh axes.
 
-There are three axes:
+There are four axes:
 
 - `data` splits the batch. It also splits the width of weights and norms and the inputs of a predictor's projections
   (as in FSDP).
 - `model` splits heads, hidden units and the vocabulary (tensor parallel).
-- `sequence` splits the tokens of decoding's caches. It splits weights as `model` does.
+- `sequence` splits the tokens of decoding's caches and of evaluated rows. In decoding it splits weights as `model`
+  does, in an evaluation as `data` does (EVALUATION_RULES).
+- `expert` splits the experts of a mixture of experts, and nothing else.
 
 A dimension stays whole where the axis size does not divide it.
 """
@@ -24,9 +26,11 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = DATA, MODEL, SEQUENCE = ("data", "model", "sequence")
+AXES = DATA, MODEL, SEQUENCE, EXPERT = ("data", "model", "sequence", "expert")
 
-RULES: dict[str, tuple[str, ...]] = {
+Rules = dict[str, tuple[str, ...]]
+
+RULES: Rules = {
     "batch": (DATA,),
     "width": (DATA,),
     "norm": (DATA,),
@@ -38,8 +42,21 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": (MODEL, SEQUENCE),
     "cached_heads": (MODEL,),
     "tokens": (SEQUENCE,),
+    "experts": (EXPERT,),
 }
 """Logical axis -> the mesh axes that may split it, tried in this order."""
+
+EVALUATION_RULES = RULES | {
+    "width": (DATA, SEQUENCE),
+    "norm": (DATA, SEQUENCE),
+    "inputs": (DATA, SEQUENCE),
+    "heads": (MODEL,),
+    "kv_heads": (MODEL,),
+    "kv_inputs": (MODEL, DATA, SEQUENCE),
+    "hidden": (MODEL,),
+    "vocab": (MODEL,),
+}
+"""The rules for weights that evaluate long rows: to communicate the weights of a layer is cheaper than its tokens."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -87,7 +104,7 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         )
     if batch_size and sizes[SEQUENCE] != 1:
         raise ValueError(
-            f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data and model"
+            f"mesh {text!r}: the sequence axis splits the caches of decoding; training takes data, model and expert"
         )
     if needed != len(devices) and jax.process_count() != 1:
         raise ValueError(
@@ -110,14 +127,15 @@ def arrange(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
     return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+def partition(logical: tuple[str, ...], shape: tuple[int, ...], mesh: Any, rules: Rules = RULES) -> PartitionSpec:
     """Choose the mesh axes of an array, given a logical axis for each dimension and its shape.
 
-    A mesh axis splits the first dimension that RULES gives it and whose size it divides. Other dimensions stay whole.
+    A mesh axis splits the first dimension that the rules give it and whose size it divides. Other dimensions stay
+    whole.
     """
     free, chosen = set(mesh.shape), []
     for name, size in zip(logical, shape, strict=True):
-        axes = _splitting([axis for axis in RULES.get(name, ()) if axis in free], size, mesh)
+        axes = _splitting([axis for axis in rules.get(name, ()) if axis in free], size, mesh)
         free -= set(axes)
         chosen.append(_entry(axes))
     return PartitionSpec(*chosen)
@@ -138,17 +156,17 @@ def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return axes if len(axes) > 1 else (axes or (None,))[0]
 
 
-def shardings_for(mesh: Mesh):
+def shardings_for(mesh: Mesh, rules: Rules = RULES):
     """The function (logical axes, shape) -> NamedSharding on this mesh that `load_base` takes as `shardings`."""
-    return lambda logical, shape: NamedSharding(mesh, partition(logical, shape, mesh))
+    return lambda logical, shape: NamedSharding(mesh, partition(logical, shape, mesh, rules))
 
 
-def module_shardings(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> Any:
+def module_shardings(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh, rules: Rules = RULES) -> Any:
     """A pytree of NamedShardings with the structure of `module`; see module_partition."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), module_partition(module, logical_axes, mesh))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), module_partition(module, logical_axes, mesh, rules))
 
 
-def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Any) -> Any:
+def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh: Any, rules: Rules = RULES) -> Any:
     """A pytree of PartitionSpecs with the structure of `module`, or of any tree that names arrays as it does.
 
     logical_axes: by a parameter's name, or by its dotted path where two parameters share a name.
@@ -158,7 +176,7 @@ def module_partition(module: Any, logical_axes: dict[str, tuple[str, ...]], mesh
         names = [str(getattr(p, "key", getattr(p, "name", p))) for p in path]
         names = [n for n in names if n != "value"]
         logical = logical_axes.get(".".join(names[-2:])) or logical_axes[names[-1]] if leaf.ndim else ()
-        return partition(logical, leaf.shape, mesh)
+        return partition(logical, leaf.shape, mesh, rules)
 
     return jax.tree_util.tree_map_with_path(one, module)
 
@@ -211,9 +229,19 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {name: placed(rows) for name, rows in batch.items()}
 
 
-def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh) -> nnx.Module:
-    """Move a module's parameters to the shardings of their logical axes."""
-    return jax.device_put(module, module_shardings(module, logical_axes, mesh))
+def place(module: nnx.Module, logical_axes: dict[str, tuple[str, ...]], mesh: Mesh, rules: Rules = RULES) -> nnx.Module:
+    """Move a module's parameters to the shardings of their logical axes.
+
+    On several processes, parameters that one process holds alone must be the same in all of them.
+    """
+
+    def move(leaf, sharding):
+        if sharding.is_fully_addressable or not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(move, module, module_shardings(module, logical_axes, mesh, rules))
 
 
 def any_process(flag: bool, mesh: Mesh, after: jax.Array) -> jax.Array:
@@ -283,6 +311,37 @@ def by_rows_and_heads(
     return jax.shard_map(function, in_specs=tuple(map(spec, operands)), out_specs=results, check_vma=False)
 
 
+def splitting_axes(logical: str, size: int) -> tuple[str, ...]:
+    """The axes of the current mesh that split a dimension of this logical axis and size; () without a mesh."""
+    mesh = current_mesh()
+    return () if mesh is None else _splitting(RULES[logical], size, mesh)
+
+
+def map_shards(function: Callable[..., jax.Array], operands: Sequence[tuple], logical: tuple[str, ...], result: Any):
+    """Call `function` so that each device of the current mesh runs it on its own part of the operands.
+
+    Args:
+        operands: Pairs of an array and its logical axes. An axis that RULES does not name stays whole.
+        logical, result: The logical axes of the result, and its shape.
+    """
+    mesh, arrays = current_mesh(), [array for array, _ in operands]
+    if mesh is None:
+        return function(*arrays)
+    specs = tuple(partition(axes, array.shape, mesh) for array, axes in operands)
+    parts = partition(logical, result.shape, mesh)
+    return jax.shard_map(function, in_specs=specs, out_specs=parts, check_vma=False)(*arrays)
+
+
+def shard_index(axes: tuple[str, ...]) -> jax.Array | int:
+    """Which part of a dimension that these axes split a device has, inside of map_shards."""
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def sum_shards(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The sum over the devices along these axes, inside of map_shards."""
+    return jax.lax.psum(array, axes) if axes else array
+
+
 def constrain(array: jax.Array, logical: tuple[str, ...]) -> jax.Array:
     """Split an array over the current mesh by its logical axes (under jit). Without a mesh, return it as it is."""
     mesh = current_mesh()
@@ -291,17 +350,17 @@ def constrain(array: jax.Array, logical: tuple[str, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, partition(logical, array.shape, mesh))
 
 
-def constrain_module(module: Any, logical_axes: dict[str, tuple[str, ...]]) -> Any:
+def constrain_module(module: Any, logical_axes: dict[str, tuple[str, ...]], rules: Rules = RULES) -> Any:
     """Split a tree of parameters over the current mesh; logical_axes as in module_partition."""
     mesh = current_mesh()
     if mesh is None:
         return module
-    return jax.tree.map(jax.lax.with_sharding_constraint, module, module_partition(module, logical_axes, mesh))
+    return jax.tree.map(jax.lax.with_sharding_constraint, module, module_partition(module, logical_axes, mesh, rules))
 
 
-def on_host(array: jax.Array) -> np.ndarray:
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Copy a whole array to the host. Where other processes hold parts of it, every process has to call this."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     from jax.experimental import multihost_utils
 

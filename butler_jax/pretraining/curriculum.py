@@ -30,6 +30,7 @@ class Curriculum:
                 batch_size=batch_size,
                 seed=config.seed + phase,
                 data_dir=config.data_dir,
+                strict=config.strict_data,
                 whole=True,
                 rows=rows_here(batch_size, mesh),
             )

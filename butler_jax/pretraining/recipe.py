@@ -102,7 +102,8 @@ def read_held_out_batches(
     config: PretrainConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, list[dict[str, jax.Array]]]:
     """Held-out batches of each source of the data, on the mesh."""
-    settings = {"length": config.length, "batch_size": config.batch_size, "data_dir": config.data_dir}
+    settings = {"length": config.length, "batch_size": config.batch_size}
+    settings |= {"data_dir": config.data_dir, "strict": config.strict_data}
 
     def read(source):
         batches = read_held_out(source, tokenizer, count=VALIDATION_BATCHES, **settings)
@@ -137,7 +138,9 @@ def load_or_train_tokenizer(run_dir: Path, config: PretrainConfig) -> Tokenizer:
     if jax.process_index() == 0 and not (path / "tokenizer.json").exists():
         texts = []
         for part in parse_spec(config.data):
-            documents = open_documents(part.source, seed=config.seed, data_dir=config.data_dir)
+            documents = open_documents(
+                part.source, seed=config.seed, data_dir=config.data_dir, strict=config.strict_data
+            )
             count = min(TOKENIZER_DOCUMENTS, len(documents))
             texts += [documents[len(documents) // count * i] for i in range(count)]
         path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ def write_model(
     whole = jax.tree.map(on_host, model)
     card = {
         "parameters": parameter_count(model),
-        "recipe": {k: v for k, v in to_dict(config).items() if k not in ("run_dir", "out", "data_dir")},
+        "recipe": {k: v for k, v in to_dict(config).items() if k not in ("run_dir", "out", "data_dir", "strict_data")},
         "learning_rate": config.learning_rate or LEARNING_RATE,
         "losses": losses,
         "jax": jax.__version__,

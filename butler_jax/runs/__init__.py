@@ -8,12 +8,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "checkpoints": ["Checkpoints", "joined"],
-        "directory": ["claim", "holder", "recorded", "records"],
+        "checkpoints": ["Checkpoints", "copy_to_host", "joined"],
+        "directory": ["Record", "claim", "holder", "recorded", "records"],
         "finished_checkpoints": ["read_facts", "steps"],
         "inspection": ["base_of", "inspect_run"],
-        "provenance": ["command", "versions"],
+        "provenance": ["command", "devices", "environment", "revision", "versions"],
         "saved_predictor": ["about", "load_predictor", "save_predictor"],
-        "settings": ["read_settings", "run_config", "run_data"],
+        "settings": ["find_run", "read_settings", "run_base", "run_config", "run_data"],
     },
 )

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
+from butler_jax.model import compare_leaves, name_leaves, place_leaves
 from butler_jax.parallel import gather
 from butler_jax.runs import digests
 from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, damage, pick_best, read_facts, steps
@@ -47,6 +49,10 @@ class Checkpoints:
     Opening them to write removes what a killed save left, and moves damaged checkpoints to `damaged/` beside the
     directory; `notes` has a line for each. Use as a context manager, or call close().
 
+    Attributes:
+        notes: Lines for the user.
+        seconds: How long the last save took; 0 before the first.
+
     Args:
         keep: How many of the newest are kept. None only reads and does not disturb a save of another process.
         about: JSON facts that are stored with every checkpoint, such as the configuration and the base.
@@ -59,6 +65,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.about = about or {}
         self.notes: list[str] = []
+        self.seconds = 0.0
         self._keep = keep
         self._saving: int | None = None
         if keep is not None:
@@ -152,11 +159,36 @@ class Checkpoints:
         """
         if step in self.steps():
             return
-        about = {**self.about, "step": step, "data": joined(gather(data_state)), "metrics": metrics}
-        copied = jax.tree.map(jnp.copy, _named(state))  # the next step reuses the memory of the originals
-        with self._explained(step):
+        copied = jax.tree.map(jnp.copy, state)  # the next step reuses the memory of the originals
+        self._begin(step, copied, joined(gather(data_state)), metrics)
+
+    def save_beside(self, step: int, state: Any, data_state: Any, metrics: dict[str, float | None]) -> None:
+        """Save a checkpoint while the devices compute, and return when it is safe on this process's side.
+
+        All processes have to call it. It runs no computation on a device, and no collective.
+
+        Args:
+            state: On the host, as `copy_to_host` makes it.
+            data_state: State of the data iterators of all processes, joined.
+            metrics: As for save().
+
+        Raises:
+            OSError: It cannot be written, or the save before it failed.
+        """
+        self.wait(agree=False)
+        if step in steps(self.directory):
+            return
+        self._begin(step, state, data_state, metrics, active_processes=set(range(jax.process_count())))
+        self.wait(agree=False)
+
+    def _begin(self, step: int, state: Any, data_state: Any, metrics: dict[str, Any], **processes: Any) -> None:
+        """Begin a save of arrays that nobody changes. processes: Orbax's options for several."""
+        about = {**self.about, "step": step, "data": data_state, "metrics": metrics}
+        self._began = time.monotonic()
+        options = ocp.options.MultiprocessingOptions(**processes)
+        with self._explained(step), ocp.Context(multiprocessing_options=options):
             there = self._unfinished(step)
-            writing = ocp.save_async(there, copied, custom_metadata=about, overwrite=True)
+            writing = ocp.save_async(there, name_leaves(state), custom_metadata=about, overwrite=True)
         # Orbax keeps a thread and three open files for a save until its result is asked for.
         self._written = self._background.submit(writing.result)
         self._named = self._background.submit(self._name, step)
@@ -174,6 +206,7 @@ class Checkpoints:
             there.rename(self.directory / str(step))
             sync(self.directory)
             self._remove_old()
+        self.seconds = time.monotonic() - self._began
 
     def restore(self, step: int, state: Any) -> tuple[Any, Any]:
         """Restore a checkpoint, whatever the number of processes that saved it.
@@ -195,10 +228,10 @@ class Checkpoints:
                 f"not to {mine.get('base')!r} ({mine.get('fingerprint')}); load that base, or choose another run "
                 "directory"
             )
-        wanted = _named(state)
-        _compare(metadata.metadata, wanted, self.directory / str(step))
+        wanted = name_leaves(state)
+        compare_leaves(metadata.metadata, wanted, self.directory / str(step))
         loaded = ocp.load(self.directory / str(step), jax.tree.map(_abstract, wanted))
-        return _unnamed(state, loaded), saved["data"]
+        return place_leaves(state, loaded), saved["data"]
 
     def restore_module(self, step: int, shapes: Any) -> Any:
         """Restore the trained module alone, on the first device.
@@ -210,9 +243,9 @@ class Checkpoints:
             ValueError: Names or shapes differ, or the checkpoint holds more than a training saves.
         """
         saved = ocp.metadata(self.directory / str(step)).metadata
-        wanted = {f"module.{name}": leaf for name, leaf in _named(shapes).items()}
+        wanted = {f"module.{name}": leaf for name, leaf in name_leaves(shapes).items()}
         mine = {name: leaf for name, leaf in saved.items() if name.startswith("module.")}
-        _compare(mine, wanted, self.directory / str(step))
+        compare_leaves(mine, wanted, self.directory / str(step))
         sizes = [sum(math.prod(leaf.shape) for leaf in leaves) for leaves in (saved.values(), mine.values())]
         if sizes[0] > LARGEST_STATE * sizes[1] + 1024:
             raise ValueError(
@@ -222,7 +255,7 @@ class Checkpoints:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device) for n, m in saved.items()}
         loaded = ocp.load(self.directory / str(step), abstract)
-        return _unnamed(shapes, {name.removeprefix("module."): loaded[name] for name in mine})
+        return place_leaves(shapes, {name.removeprefix("module."): loaded[name] for name in mine})
 
     def facts(self, step: int) -> dict:
         """What `about` held when the step was saved."""
@@ -288,30 +321,13 @@ def _listed(found: dict[int, list[str]]) -> str:
     return ", ".join(f"{step}: {_few(words)}" for step, words in found.items())
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: tuple) -> str:
-    parts = (str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
-    return ".".join(part for part in parts if part != "value")
-
-
-def _unnamed(like: Any, named: dict[str, Any]) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: named[_name(path)], like)
-
-
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def _compare(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    for name in sorted(set(saved) | set(wanted)):
-        shapes = [tuple(tree[name].shape) if name in tree else None for tree in (saved, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{where} does not fit: {name} is {shapes[0] or 'missing'} there and {shapes[1] or 'unknown'} here"
-            )
+def copy_to_host(state: Any) -> Any:
+    """Begin to copy arrays to the host's memory, split as they are. The originals may be donated at once."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind("pinned_host")), state)
 
 
 def joined(states: list[Any], name: str = "state") -> Any:

@@ -130,7 +130,7 @@ def _lock(file: TextIO, run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[str, Any]]:
+def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[Record]:
     """Add this start to run.json: the command, the machine, the steps, and why it ended.
 
     A damaged run.json is kept as run.json.damaged. Only the first process writes.
@@ -140,10 +140,10 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[
         start: The step at which training begins.
 
     Yields:
-        The record. The caller sets "to" and "ended" when it is done. An error sets "ended"; after a kill it is None.
+        The record. The caller sets "to" and "ended" when it is done; `write` writes it at once. An error sets "ended";
+        after a kill it is None.
     """
-    began = time.monotonic()
-    record = {
+    facts = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": provenance.command(),
         "directory": str(Path.cwd()),
@@ -158,27 +158,34 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[dict[
         "to": None,
         "ended": None,
     }
-    if jax.process_index() != 0:
-        yield record
-        return
-    path, earlier = run_dir / RECORDS, records(run_dir)
-    if path.exists() and not earlier:
-        with writing(path):
-            os.replace(path, path.with_name(f"{RECORDS}.damaged"))
-
-    def write() -> None:
-        record["seconds"] = round(time.monotonic() - began, 1)
-        write_whole(path, json.dumps([*earlier, record], indent=1) + "\n")
-
-    write()
+    record = Record(run_dir / RECORDS, facts)
+    record.write()
     try:
         yield record
     except BaseException as error:
         record["ended"] = f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # the disk may be what is wrong
-            write()
+            record.write()
         raise
-    write()
+    record.write()
+
+
+class Record(dict):
+    """The record of a start. The first process alone writes it, behind those of earlier starts."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]):
+        super().__init__(facts)
+        self.path, self.began = path, time.monotonic()
+        self.earlier = records(path.parent) if jax.process_index() == 0 else []
+        if jax.process_index() == 0 and path.exists() and not self.earlier:
+            with writing(path):
+                os.replace(path, path.with_name(f"{RECORDS}.damaged"))
+
+    def write(self) -> None:
+        """Write it to the file, with the seconds since the start."""
+        if jax.process_index() == 0:
+            self["seconds"] = round(time.monotonic() - self.began, 1)
+            write_whole(self.path, json.dumps([*self.earlier, self], indent=1) + "\n")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

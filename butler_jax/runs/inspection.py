@@ -93,6 +93,8 @@ def _config(run_dir: Path, kind_of: Callable[[dict], type | None], problems: lis
     path = run_dir / CONFIG
     try:
         config = read_settings(run_dir)
+        if "fingerprint" in config and not deeper(config, LEVELS):  # of save_pretrained, which has no steps
+            return config
         kind = kind_of(config)
         if kind is None:
             raise ValueError(f"{path} names neither a predictor nor a vocab_size")
@@ -202,6 +204,8 @@ def _size(directory: Path) -> int:
 
 
 def _state(config: dict, starts: list[dict], held: str | None, done: int) -> str:
+    if "fingerprint" in config:
+        return "a predictor to hand on, without a training"
     saved = f"saved up to step {done} of {config['steps']}" if "steps" in config else f"saved at step {done}"
     if held:
         return f"training now (process {held}), {saved}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from butler_jax.predictors import CONFIG, WEIGHTS
 from butler_jax.storage import read_object, shown
-
-CONFIG = "config.json"
+from butler_jax.weights import download, parse_hub_id
 
 MOST_BYTES = 1 << 20
 """The largest config.json that is read, in bytes."""
@@ -23,6 +23,16 @@ FORMER_NAMES = {
 """Names of settings before they were nested, and their places now."""
 
 
+def with_former_defaults(predictor: Any) -> Any:
+    """Settings of a predictor; those that versions before did not write, or left open, get what they meant then."""
+    if not isinstance(predictor, dict):
+        return predictor
+    found = {"target": "attention", "offset": "none", **predictor}
+    if found.get("value_channels", 0) is None:
+        found["value_channels"] = 0 if found["target"] in ("attention", "weight") else 2
+    return found
+
+
 def read_settings(run: str | Path) -> dict[str, Any]:
     """The settings of a run directory, under their present names.
 
@@ -36,13 +46,47 @@ def read_settings(run: str | Path) -> dict[str, Any]:
 def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a training with FORMER_NAMES moved to their places. Settings that are nested already stay."""
     settings = {"hidden" if name == "inner" else name: value for name, value in settings.items()}  # of a pretraining
+    if isinstance(settings.get("predictor"), dict):
+        return {**settings, "predictor": with_former_defaults(settings["predictor"])}
     if not isinstance(settings.get("predictor"), str):
         return settings
     found = {name: value for name, value in settings.items() if name not in FORMER_NAMES}
     for name, (group, inner) in FORMER_NAMES.items():
         if name in settings:
             found.setdefault(group, {})[inner] = settings[name]
-    return found
+    return {**found, "predictor": with_former_defaults(found["predictor"])}
+
+
+def find_run(run: str | Path) -> Path:
+    """The directory of a run, or of a predictor that was handed on. One of the hub is downloaded.
+
+    A name below a directory that exists here, as in runs/my-run, is not looked for on the hub.
+
+    Raises:
+        FileNotFoundError: The hub does not deliver it.
+    """
+    path = Path(run).expanduser()
+    asked = parse_hub_id(str(run))
+    return path if asked is None or path.exists() or path.parent.is_dir() else download(*asked)
+
+
+def is_pretrained(directory: Path) -> bool:
+    """Whether `save_pretrained` wrote this directory."""
+    return (directory / WEIGHTS).is_file() and not (directory / "checkpoints").exists()
+
+
+def pin(base: str, revision: str | None) -> str:
+    """The spec of a base at a revision."""
+    return base if revision is None else f"{base}@{revision}"
+
+
+def run_base(run: str | Path) -> str:
+    """The spec of the base that a run was trained for, at its recorded revision. Raises as `run_config`."""
+    settings = run_config(run)
+    revision = settings.get("revision")
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{run}/{CONFIG}: the revision must be a text, got {shown(revision)}")
+    return pin(settings["base"], revision)
 
 
 def run_config(run: str | Path) -> dict[str, Any]:
@@ -52,12 +96,12 @@ def run_config(run: str | Path) -> dict[str, Any]:
         FileNotFoundError: It is no run directory.
         ValueError: config.json names no base, or its data are not text.
     """
-    path = Path(run) / CONFIG
+    path = find_run(run) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"{run} is no run directory: it has no {CONFIG}; give the directory of a run of butler-jax train"
         )
-    settings = read_settings(run)
+    settings = read_settings(path.parent)
     if not isinstance(settings.get("base"), str):
         raise ValueError(
             f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of "

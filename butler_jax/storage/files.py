@@ -79,17 +79,17 @@ def open_regular(path: Path) -> BinaryIO:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
 
 
-def file_in(directory: Path, name: str) -> Path | None:
-    """The regular file `name` of a model's directory; None where there is none.
+def file_in(directory: Path, name: str, folder: str = "") -> Path | None:
+    """The regular file `name` of a model's directory, or of a folder in it; None where there is none.
 
     Links are followed within the directory, and from a snapshot in the hub's cache to the blobs beside it.
 
     Raises:
         ValueError: It is a link that leads elsewhere, or the name contains a path.
     """
-    if "/" in name or "\\" in name:
+    if any(mark in part for part in (name, folder) for mark in "/\\"):
         raise ValueError(f"{directory}: {name!r} is not a file of this directory")
-    path = directory / name
+    path = directory / folder / name
     try:
         if not path.is_file():
             return None

@@ -10,6 +10,9 @@ from typing import Any, get_type_hints
 
 from butler_jax.storage.values import fits, shown
 
+ADDRESS = r"(?:^|[:,])((gs|s3|az|abfs|hdfs|memory):/+[^,]*)"
+"""Matches the address of a bucket, also of one whose path has lost a slash, in a setting."""
+
 
 def require_local(config) -> None:
     """Raise ValueError where a setting is the address of a bucket. Only data_dir may be one.
@@ -19,7 +22,7 @@ def require_local(config) -> None:
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         for one in value if isinstance(value, tuple) else (value,):
-            found = re.search(r"(?:^|[:,])((gs|s3):/+[^,]*)", str(one)) if isinstance(one, (str, Path)) else None
+            found = re.search(ADDRESS, str(one)) if isinstance(one, (str, Path)) else None
             if found is not None and entry.name not in ("data_dir", "prompt", "stop"):
                 raise ValueError(
                     f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's "

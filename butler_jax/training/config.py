@@ -18,7 +18,11 @@ class FitConfig(HostsConfig):
     """What every training run has: its length, its optimiser, its devices and its directory."""
 
     data: str = "python_docs"
-    """python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME, or a mixture as A:0.5+B:0.5."""
+    """python_docs, coreference, coreference_short, text:PATH[,PATH...], tfds:NAME, or a mixture as A:0.5+B:0.5. PATH is
+    a file (.txt, .jsonl, .parquet, also .gz, .zst, .xz), a directory, or - for standard input. #FEATURE after a path or
+    name says which feature holds the text."""
+    strict_data: bool = False
+    """End at a line or record of text: that cannot be read. Default: it is passed over, and a line says how many."""
     data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     steps: int = 300
@@ -40,7 +44,7 @@ class FitConfig(HostsConfig):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
     mesh: str = ""
-    """Devices as data=N,model=M. Default: as many devices on the data axis as divide the batch."""
+    """Devices as data=N,model=M,expert=X. Default: as many devices on the data axis as divide the batch."""
     attention: Literal["xla", "cudnn", "splash"] | None = None
     """Attention implementation. Default: splash on TPU, cuDNN on GPU where it can, else xla."""
     seed: int = 0
@@ -53,6 +57,9 @@ class FitConfig(HostsConfig):
     """How many of the newest checkpoints to keep; the best is kept besides."""
     eval_every: int = 100
     """Steps between validations, besides those at every checkpoint and at the end; 0: no others."""
+    grace: int = 25
+    """Seconds from SIGTERM or Ctrl-C to the end of the process. Where the step takes longer, the state before it is
+    saved meanwhile."""
     log_every: int = 10
     """Steps between lines on a plain screen; metrics.jsonl has every step."""
 
@@ -60,7 +67,8 @@ class FitConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
+        object.__setattr__(self, "run_dir", None if self.run_dir is None else Path(self.run_dir))
+        positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "grace", "log_every")
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -91,7 +99,8 @@ class TrainConfig(FitConfig):
     predictor: PredictorConfig = field(default=PredictorConfig())
     """The predictor to train."""
     objective: Literal["cross_entropy", "squared_error"] | None = None
-    """Distillation loss. Default: squared_error for contextual, cross_entropy for the others."""
+    """Distillation loss. Default: squared_error for contextual, cross_entropy for the others. squared_error goes with
+    the target attention."""
     selection: AlwaysReadConfig = field(default=AlwaysReadConfig())
     """Tokens that are read whatever their scores: the cross entropy leaves them out. Both 0 for the published loss."""
     calibration: int = 4
@@ -106,7 +115,8 @@ class TrainConfig(FitConfig):
             )
         if self.predictor.target != "attention" and self.objective == "squared_error":
             raise ValueError(
-                f"--target {self.predictor.target} is trained for by --objective cross_entropy, not by squared_error"
+                f"--target {self.predictor.target} is trained for by --objective cross_entropy, not by squared_error; "
+                "give --target attention"
             )
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")

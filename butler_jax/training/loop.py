@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from butler_jax.parallel import any_process, check_shared, gather, place_batch
-from butler_jax.runs import Checkpoints, joined, read_settings, recorded
+from butler_jax.parallel import any_process, check_shared, exchange, gather, place_batch, stand_alike, tell
+from butler_jax.runs import Checkpoints, Record, copy_to_host, joined, read_settings, recorded
 from butler_jax.storage import shown, to_dict, write_whole
 from butler_jax.training.config import FitConfig
 from butler_jax.training.interruptions import StopRequests, stop_requests
@@ -32,10 +32,12 @@ CHANGEABLE = {
     "log_every",
     "run_dir",
     "data_dir",
+    "strict_data",
     "mesh",
     "distributed",
     "start_timeout",
     "host_timeout",
+    "grace",
     "attention",
 }
 """Settings that may differ when a run goes on: they leave the losses as they are (steps: the schedule is stretched)."""
@@ -126,9 +128,10 @@ def fit(run: Run, state: TrainState) -> TrainState:
     forward_ratio (seconds over forward_seconds) and, where it was validated, what `validate` returned. Every start is
     recorded in run.json. Damaged checkpoints are set aside and an older one is taken.
 
-    After Ctrl-C or SIGTERM it finishes the step, saves without a validation, and returns early. What it reports as
-    saved is on disk. Where several processes train, one of them needs to be asked, and all stop at the same step, the
-    one after.
+    After Ctrl-C or SIGTERM it finishes the step, saves without a validation, and returns early. Where several processes
+    train, one of them needs to be asked, and all stop at the same step. Where that would outlast `config.grace`, a
+    thread saves the newest finished state while the step computes, and ends the process with status 0. What is reported
+    as saved is on disk.
 
     Args:
         state: The state before the first step; donated.
@@ -158,97 +161,201 @@ def fit(run: Run, state: TrainState) -> TrainState:
         with (
             contextlib.closing(metrics),
             recorded(directory, run.about, start) as record,
-            stop_requests(metrics.say) as requests,
+            stop_requests(metrics.say, config.grace) as requests,
         ):
-            loop = Loop(run, state, checkpoints, metrics, requests)
+            loop = Loop(run, state, checkpoints, metrics, requests, record)
             last = loop.train(start)
             checkpoints.wait()
-            record["to"] = last
-            record["ended"] = "finished" if last >= config.steps else "stopped"
-            if record["ended"] == "stopped":
-                metrics.say(f"stopped and saved at step {last}; run the same command again to go on")
+            loop.conclude(last)
     return loop.state
+
+
+class Finished(NamedTuple):
+    """The state after a finished step, to be saved while the next one computes.
+
+    Attributes:
+        step: The number of the step.
+        state: None where it is saved already, or nothing was trained yet.
+        place: What the batches said of their place after it.
+    """
+
+    step: int
+    state: TrainState | None
+    place: Any
 
 
 class Loop:
     """The steps of one start. The metrics of a step are read after the next one was dispatched."""
 
-    def __init__(self, run: Run, state: TrainState, checkpoints: Checkpoints, metrics: Metrics, requests: StopRequests):
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        requests: StopRequests,
+        record: Record,
+    ):
         self.run, self.state = run, state
-        self.checkpoints, self.metrics, self.requests = checkpoints, metrics, requests
+        self.checkpoints, self.metrics, self.requests, self.record = checkpoints, metrics, requests, record
         self.several = jax.process_count() > 1
         self.pending: tuple[int, dict] | None = None  # number and metrics of the dispatched step
+        self.row: dict[str, Any] | None = None  # of the step that is finished and not written down
+        self.newest: Finished | None = None  # what a thread can save meanwhile
+        self.saved = 0  # the last step with a checkpoint
         self.any_asked = False  # with several processes: any of them was asked to stop, and all know it
-        self.clock = time.monotonic()
+        self.usual: float | None = None  # seconds of the step before
+        self.usual_validation: float | None = None
+        self.keeps_state = False  # whether steps outlast the grace
+        self.clock = self.began = time.monotonic()
 
     def train(self, start: int) -> int:
         """Take the steps after `start`, to the end or a request to stop; returns the last one, which is saved."""
-        config = self.run.config
+        config, self.saved = self.run.config, start
         if start < config.steps:
             self.metrics.say("compiling the training step")
         for number in range(start + 1, config.steps + 1):
-            self.take_step(number)
+            place = self.run.batches.get_state()
+            batch = place_batch(next(self.run.batches), self.run.mesh)
+            self.finish_step()
+            self.write_row({})
             if self.stopping():  # a machine that is taken away leaves no time to validate
-                self.settle({})
-                self.save(number, None)
-                return number
+                self.save(number - 1, None, place)
+                return number - 1
+            self.keep_state(number - 1, place)
+            self.dispatch_step(number, batch)
             last = number == config.steps
             saves = last or number % config.checkpoint_every == 0
             if saves or (config.eval_every and number % config.eval_every == 0):
-                validation = self.validate(number)
-                if saves:
-                    self.save(number, validation["validation_loss"])
-            if last:
-                return number
+                self.finish_step()
+                place = self.run.batches.get_state()
+                loss = None if self.stopping() else self.validate(number, place)
+                self.write_row({})
+                stops = last or self.stopping()
+                if saves or stops:
+                    self.save(number, loss, place)
+                if stops:
+                    return number
         return start
 
-    def save(self, number: int, loss: float | None) -> None:
-        """Save a checkpoint after a step. loss: of its validation; None without one."""
-        self.metrics.sync()
-        self.checkpoints.save(number, self.state, self.run.batches.get_state(), {"loss": loss})
+    def conclude(self, last: int) -> None:
+        """Record how the start ended, after the step `last`, and say how to go on."""
+        finished = last >= self.run.config.steps
+        self.record.update(to=last, ended="finished" if finished else "stopped")
+        if not finished:
+            what = f"stopped and saved at step {last}" if last else "stopped before the first step was finished"
+            self.metrics.say(f"{what}; run the same command again to go on")
 
-    def take_step(self, number: int) -> None:
+    def save(self, number: int, loss: float | None, place: Any) -> None:
+        """Save a checkpoint after a step.
+
+        Args:
+            loss: Of its validation; None without one.
+            place: What the batches said of their place after it.
+        """
+        tell(f"{self.requests.key}/passed", number)  # a process that would leave an earlier step takes part instead
+        self.metrics.sync()
+        if number > self.saved:
+            self.checkpoints.save(number, self.state, place, {"loss": loss})
+            self.saved = number
+        self.requests.saving = self.checkpoints.seconds
+
+    def dispatch_step(self, number: int, batch: dict) -> None:
         """Dispatch a step, after the one before it was written down."""
-        batch = place_batch(next(self.run.batches), self.run.mesh)
-        self.settle({})
-        self.requests.began = time.monotonic()
-        self.state, values = self.run.step(self.state, self.run.model, batch)
+        self.began = time.monotonic()
+        with self.waiting():  # the first is compiled
+            self.state, values = self.run.step(self.state, self.run.model, batch)
         if self.several:  # a request to any process is known to all with the step's metrics, after the next
             values["stop"] = any_process(self.requests.asked, self.run.mesh, values["loss"])
+            values["long"] = any_process(self.outlasts_grace(), self.run.mesh, values["stop"])
         self.pending = (number, values)
 
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """The main thread waits for the step; of several processes, a step more may be needed to stop."""
+        usual = None if self.usual is None else self.usual * (2 if self.several else 1)
+        return self.requests.waiting(self.began, usual, self.leave if self.newest else None)
+
+    def outlasts_grace(self) -> bool:
+        """Whether steps are too long to be waited for after a request."""
+        return self.usual is not None and self.usual * (2 if self.several else 1) > self.requests.limit
+
+    def keep_state(self, number: int, place: Any) -> None:
+        """Keep what is needed to save the state after a step while the next one, which takes its memory, computes."""
+        if number == self.saved:
+            self.newest = Finished(number, None, place)
+        elif self.keeps_state:
+            self.newest = Finished(number, copy_to_host(self.state), place)
+        else:
+            self.newest = None
+
     def stopping(self) -> bool:
-        """Whether this step is the last because of a request."""
+        """Whether the finished step is the last because of a request."""
         return self.any_asked if self.several else self.requests.asked
 
-    def validate(self, number: int) -> dict[str, float]:
-        """Validate after a step and write it down; the time it takes is not counted as the step's."""
-        jax.block_until_ready(self.pending[1])
+    def validate(self, number: int, place: Any) -> float:
+        """Validate after a step and write it down; returns the loss. The time it takes is not the next step's."""
         before = time.monotonic()
-        validation = self.run.validate(self.state.module)
-        self.clock += time.monotonic() - before
-        self.settle(validation)
+        self.newest = Finished(number, self.state, place)
+        with self.requests.waiting(before, self.usual_validation, self.leave):
+            validation = self.run.validate(self.state.module)
+        self.clock = time.monotonic()
+        self.usual_validation = self.clock - before
+        self.write_row(validation)
         self.check_finite("validation loss after it", validation["validation_loss"], number)
-        return validation
+        return validation["validation_loss"]
 
-    def settle(self, validation: dict[str, float]) -> None:
-        """Wait for the dispatched step, check its loss and write its metrics."""
+    def leave(self) -> bool:
+        """Save the newest finished state from a thread, while the main thread waits; True where the process may end.
+
+        Of several processes, one may have finished a step that the others have not; these wait for the step's end.
+        """
+        key, until = self.requests.key, time.monotonic() + self.run.config.host_timeout
+        step, state, place = self.newest
+        tell(f"{key}/leaving", True)
+        if not stand_alike(f"{key}/newest", step, until, passed=f"{key}/passed"):
+            return False
+        self.write_row({})
+        self.metrics.sync()
+        if state is None:
+            self.checkpoints.wait(agree=False)
+        else:
+            places = exchange(f"{key}/place", place, until)
+            self.checkpoints.save_beside(step, copy_to_host(state), joined(places), {"loss": None})
+        self.conclude(step)
+        self.record.write()
+        self.metrics.close()
+        exchange(f"{key}/saved", True, until)  # the first process has named the checkpoint
+        tell(f"{key}/heard", True)
+        if self.several and jax.process_index() == 0:  # the others hear through this one, which therefore ends last
+            exchange(f"{key}/heard", True, until)
+            time.sleep(1.0)
+        return True
+
+    def finish_step(self) -> None:
+        """Wait for the dispatched step and check its loss."""
         if self.pending is None:
             return
         (number, values), self.pending = self.pending, None
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        with self.waiting():
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
         self.any_asked = bool(values.pop("stop", False))
         self.check_finite("loss", values["loss"], number)
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
-        if self.requests.usual is None and seconds > LONG and number < self.run.config.steps:
+        if self.usual is None and seconds > LONG and number < self.run.config.steps:
             self.metrics.say(f"the first step took {seconds:.0f} s with its compilation")
-        self.requests.usual = seconds
+        self.usual = seconds
+        self.keeps_state = bool(values.pop("long", self.outlasts_grace()))
         tokens = self.run.config.batch_size * self.run.config.length
-        row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        self.row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
         if self.run.forward_seconds:
-            row["forward_ratio"] = seconds / self.run.forward_seconds
-        self.metrics.write({**row, **validation})
+            self.row["forward_ratio"] = seconds / self.run.forward_seconds
+
+    def write_row(self, validation: dict[str, float]) -> None:
+        """Write down the finished step."""
+        if self.row is not None:
+            self.metrics.write({**self.row, **validation})
+            self.row = None
 
     def check_finite(self, name: str, value: float, number: int) -> None:
         """Raise NonFiniteLoss where a loss of a step is not finite."""

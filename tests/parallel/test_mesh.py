@@ -30,10 +30,10 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def test_axes_left_out_are_one():
-    assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2, "sequence": 1}
-    assert parse_mesh(" model=2 ") == {"data": 1, "model": 2, "sequence": 1}
-    assert parse_mesh("sequence=3") == {"data": 1, "model": 1, "sequence": 3}
-    assert parse_mesh("") == {"data": 1, "model": 1, "sequence": 1}
+    assert parse_mesh("data=4,model=2") == {"data": 4, "model": 2, "sequence": 1, "expert": 1}
+    assert parse_mesh(" model=2 ") == {"data": 1, "model": 2, "sequence": 1, "expert": 1}
+    assert parse_mesh("sequence=3") == {"data": 1, "model": 1, "sequence": 3, "expert": 1}
+    assert parse_mesh("") == {"data": 1, "model": 1, "sequence": 1, "expert": 1}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_meshes_that_cannot_be_are_refused(text, message):
 
 def test_training_has_no_use_for_a_sequence_axis(monkeypatch):
     monkeypatch.setattr("jax.devices", lambda: [types.SimpleNamespace(platform="none")] * 2)
-    with pytest.raises(ValueError, match="sequence axis splits the caches of decoding; training takes data and model"):
+    with pytest.raises(ValueError, match=r"sequence axis splits .* training takes data, model and expert"):
         make_mesh("sequence=2", batch_size=2)
 
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_that_promises_more_than_a_training_leaves_is_not_read(tmp_
 def test_a_checkpoint_that_names_no_base_or_predictor_is_told(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", keep=1, about={"fingerprint": "aaaa"}) as checkpoints:
         checkpoints.save(1, {"module": random_predictor("producer")}, None, {"loss": 0.0})
-    with pytest.raises(ValueError, match="does not say which base and predictor it is of"):
+    with pytest.raises(ValueError, match="do not say which base and predictor they are of"):
         load_predictor(tmp_path, BASE)
 
 

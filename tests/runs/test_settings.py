@@ -11,7 +11,14 @@ import pytest
 from butler_jax.cli import main
 from butler_jax.cli.info import inspect
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.runs.settings import FORMER_NAMES, read_settings, run_config, run_data, with_present_names
+from butler_jax.runs.settings import (
+    FORMER_NAMES,
+    read_settings,
+    run_config,
+    run_data,
+    with_former_defaults,
+    with_present_names,
+)
 from butler_jax.selection.config import AlwaysReadConfig
 from butler_jax.storage.json_objects import read_lines
 from butler_jax.storage.settings import from_dict, to_dict
@@ -56,6 +63,15 @@ def test_present_settings_stay_as_they_are():
     for config in (TrainConfig(), MEANT):
         written = json.loads(json.dumps(to_dict(config)))
         assert with_present_names(written) == written
+
+
+def test_a_predictor_without_a_target_was_trained_for_attention():
+    former = {"kind": "lookahead", "rank": 8, "stride": 4, "hidden": None}
+    assert from_dict(PredictorConfig, with_former_defaults(former)) == PredictorConfig(rank=8, target="attention")
+    with_values = {**former, "target": "centred", "offset": "share", "value_channels": None}  # 2 was the default then
+    assert from_dict(PredictorConfig, with_former_defaults(with_values)) == PredictorConfig(rank=8, value_channels=2)
+    settings = {"base": "tiny", "predictor": former}
+    assert with_present_names(settings)["predictor"] == with_former_defaults(former)
 
 
 def test_a_run_of_former_settings_goes_on_with_the_same_and_refuses_others(former):

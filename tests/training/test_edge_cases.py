@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,3 +134,7 @@ def test_a_batch_of_padding_trains_nothing(model, kind, objective):
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
     for old, new in zip(before, jax.tree.leaves(state.module), strict=True):
         np.testing.assert_array_equal(new, old)
+
+
+def test_a_run_directory_may_be_text():
+    assert TrainConfig(run_dir="runs/own").run_dir == Path("runs/own")

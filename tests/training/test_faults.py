@@ -279,7 +279,7 @@ def test_saved_is_said_when_it_is_on_disk(tmp_path, monkeypatch, capsys):
     )
     test_loop.run(tmp_path, batches=request)
     assert order == ["sealed", "sealed", "stopped"]
-    assert checkpoints.steps(tmp_path / "checkpoints") == [3, 5]
+    assert checkpoints.steps(tmp_path / "checkpoints") == [3, 4]
 
 
 def _slowly(order: list[str]) -> Callable:
@@ -338,13 +338,38 @@ def test_a_request_to_stop_while_it_validates_or_saves_loses_nothing(tmp_path, s
     monkeypatch.setattr(Checkpoints, "wait", wait)
     test_loop.run(tmp_path, validate=validate, keep=5)
     ended = json.loads((tmp_path / "run.json").read_text())[-1]
-    assert (ended["ended"], ended["to"]) == (("stopped", 7) if moment == "validation" else ("finished", 8))
+    assert (ended["ended"], ended["to"]) == (("stopped", 6) if moment == "validation" else ("finished", 8))
     monkeypatch.undo()
     test_loop.run(tmp_path, keep=5)
     rows = tiny_runs.rows(tmp_path)
     assert [row["loss"] for row in rows] == [row["loss"] for row in tiny_runs.rows(straight)]
     mine, theirs = arrays(tmp_path, 8), arrays(straight, 8)
     assert all(mine[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, straight, monkeypatch):
+    """It goes back an hour at every look. Before the first save, and where the run goes on, it is a year later.
+
+    Forward in a save is another matter: there Orbax takes the system's clock for its time limit, of five minutes.
+    """
+    looks, now, nanoseconds = itertools.count(step=-3600), time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: now() + next(looks))
+    monkeypatch.setattr(time, "time_ns", lambda: nanoseconds() + next(looks) * 10**9)
+
+    def jumps(at):
+        nonlocal looks
+        if at == 1:
+            looks = itertools.count(31_536_000, -3600)
+        if at == 7:
+            raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        test_loop.run(tmp_path, batches=test_loop.Numbers(jumps), keep=5)
+    looks = itertools.count(63_072_000, -3600)
+    test_loop.run(tmp_path, keep=5)
+    assert_same(tmp_path, straight, 8)
+    times = [row["seconds"] for row in (*tiny_runs.rows(tmp_path), *starts(tmp_path))]
+    assert len(times) == 10 and all(0 <= seconds < 600 for seconds in times)
 
 
 # Kills

@@ -133,10 +133,10 @@ def test_a_stop_request_saves_and_says_how_to_go_on(tmp_path, straight, capsys, 
     assert signal.getsignal(number) is before
     said = capsys.readouterr().out
     assert "stopping after this step, about 0 s; again to stop now" in said
-    assert "stopped and saved at step 5; run the same command again to go on" in said
-    assert max(kept(tmp_path)) == 5
+    assert "stopped and saved at step 4; run the same command again to go on" in said
+    assert max(kept(tmp_path)) == 4
     run(tmp_path)
-    assert "going on from step 5" in capsys.readouterr().out
+    assert "going on from step 4" in capsys.readouterr().out
     assert [row["loss"] for row in tiny_runs.rows(tmp_path)] == straight
 
 
@@ -154,8 +154,8 @@ def test_a_stopped_run_saves_without_a_validation(tmp_path):
     )
     regular = len(validated)
     with Checkpoints(tmp_path / "checkpoints") as found:
-        assert found.loss(5) == math.inf
-        assert found.best() != 5
+        assert found.loss(4) == math.inf
+        assert found.best() != 4
     assert regular == 1
 
 
