@@ -1,10 +1,10 @@
-"""Training and decode steps of Llama-3.1, compiled for TPU pods by the TPU compiler on a machine without a TPU.
+"""Steps of Llama-3.1, compiled for TPU pods by the TPU compiler on a machine without a TPU.
 
     python -m benchmarks.pods --json benchmarks/pods.json        # the whole table; needs jax[tpu], no TPU
     python -m benchmarks.pods --model llama-3.1-8b --topology v5e:16x16 --mesh data=256 --step train --length 4096
 
-The steps are those of train.py and generate, with the kernels that they choose on a TPU. Arguments are shapes with
-shardings, so no arrays are made. The figures of each step are those of one chip:
+The steps are those of train.py, generate and eval.py, with the kernels that they choose on a TPU. Arguments are shapes
+with shardings, so no arrays are made. The figures of each step are those of one chip:
 
 - the memory that the compiler allots for arguments and temporaries
 - collectives by kind, with the bytes that the chip sends (hlo.py says how they are counted)
@@ -38,129 +38,21 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from benchmarks import hlo
-from benchmarks.tpu_decode import LLAMA_8B, SELECTION, lower_decode
-from butler_jax.model import LOGICAL_AXES, BaseConfig, BaseModel, parameter_count
+from benchmarks.pod_evaluations import PASSES, Sizes, lower_evaluation, operations_of
+from benchmarks.pod_evaluations import markdown as evaluation_markdown
+from benchmarks.pod_plans import CHIPS, MODELS, TABLE, PodPlan
+from benchmarks.tpu_decode import SELECTION, lower_decode
+from butler_jax.model import LOGICAL_AXES, BaseModel, parameter_count
 from butler_jax.parallel import check_batch, module_shardings
 from butler_jax.parallel.mesh import arrange, batch_sharding, parse_mesh
-from butler_jax.predictors import PredictorConfig, make_predictor
+from butler_jax.predictors import make_predictor
 from butler_jax.runs import versions
 from butler_jax.storage import write_whole
 from butler_jax.training import TrainConfig, start_state
 from butler_jax.training.distillation import distil_step
 
-MODELS = {
-    "llama-3.1-8b": LLAMA_8B,
-    "llama-3.1-70b": dataclasses.replace(LLAMA_8B, width=8192, hidden=28672, layers=80, heads=64),
-}
-
-
-class Chip(NamedTuple):
-    """Peak rates: bfloat16 operations, bytes of memory, and bytes sent over all links, each per second."""
-
-    flops: float
-    memory: float
-    links: float
-
-
-# cloud.google.com/tpu/docs/v5e, v5p and v6e, as of 2026: links are given there both ways together; half of it goes out.
-CHIPS = {
-    "v5e": Chip(197e12, 819e9, 400e9 / 2),
-    "v5p": Chip(459e12, 2765e9, 1200e9 / 2),
-    "v6e": Chip(918e12, 1638e9, 800e9 / 2),
-}
 MIB = 2**20
 LANES = 128  # what the flash attention kernel pads heads to
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PodPlan:
-    """One step to compile. batch_size: 0 is one row for each chip of the data axis. layers: None is the model's."""
-
-    model: str = "llama-3.1-8b"
-    topology: str = "v5e:16x16"
-    mesh: str = "data=256"
-    step: str = "train"
-    length: int = 4096
-    batch_size: int = 0
-    predictor: str = "lookahead"
-    layers: int | None = None
-
-    def __post_init__(self):
-        if self.model not in MODELS:
-            raise ValueError(f"unknown model {self.model!r}; choose {', '.join(MODELS)}")
-        if self.chip not in CHIPS:
-            raise ValueError(f"unknown chip {self.chip!r}; choose {', '.join(CHIPS)}, as in v5e:16x16")
-        if self.step not in ("train", "decode"):
-            raise ValueError(f"--step is train or decode, got {self.step!r}")
-        rows = self.batch_size or parse_mesh(self.mesh)["data"]
-        object.__setattr__(self, "batch_size", rows)
-
-    @property
-    def chip(self) -> str:
-        """v5e, v5p or v6e."""
-        return self.topology.partition(":")[0]
-
-    @property
-    def base(self) -> BaseConfig:
-        """The model's configuration."""
-        base = MODELS[self.model]
-        return base if self.layers is None else dataclasses.replace(base, layers=self.layers)
-
-
-def _plans(model: str, step: str, *rows: tuple) -> list[PodPlan]:
-    """Plans from rows (topology, mesh, length) or (topology, mesh, length, batch_size)."""
-    names = ("topology", "mesh", "length", "batch_size")
-    return [PodPlan(model=model, step=step, **dict(zip(names, row, strict=False))) for row in rows]
-
-
-# What docs/guides/scaling.md shows.
-TABLE = [
-    *_plans(
-        "llama-3.1-8b",
-        "train",
-        ("v5e:16x16", "data=256", 4096),
-        ("v5e:16x16", "data=128,model=2", 4096),
-        ("v5e:16x16", "data=32,model=8", 4096),
-        ("v5p:4x4x4", "data=64", 4096),
-        ("v6e:8x8", "data=64", 4096),
-        ("v5p:2x2x1", "data=4", 131072),
-        ("v5p:4x4x4", "data=64", 131072),
-        ("v5p:4x4x4", "data=16,model=4", 131072),
-        ("v6e:8x8", "data=64", 131072),
-        ("v5e:16x16", "data=256", 131072),
-        ("v5e:16x16", "data=128,model=2", 131072),
-        ("v5e:16x16", "data=32,model=8", 131072),
-    ),
-    *_plans(
-        "llama-3.1-70b",
-        "train",
-        ("v5e:16x16", "data=256", 4096),
-        ("v5e:16x16", "data=128,model=2", 4096),
-        ("v5p:4x4x4", "data=64", 4096),
-        ("v6e:16x16", "data=128,model=2", 4096),
-        ("v5p:4x4x4", "data=64", 131072),
-        ("v5p:4x4x4", "data=16,model=4", 131072),
-    ),
-    *_plans(
-        "llama-3.1-8b",
-        "decode",
-        ("v5e:2x4", "model=8", 32768, 8),
-        ("v5e:16x16", "data=32,model=8", 32768, 256),
-        ("v5p:4x4x4", "data=8,model=8", 131072, 128),
-        ("v6e:8x8", "data=8,model=8", 131072, 64),
-    ),
-    *_plans(
-        "llama-3.1-70b",
-        "decode",
-        ("v5e:2x4", "model=8", 32768, 8),
-        ("v5e:16x16", "data=32,model=8", 32768, 256),
-        ("v5p:2x2x2", "data=2,model=4", 131072, 8),
-        ("v5p:4x4x4", "data=8,model=8", 131072, 128),
-        ("v5p:4x4x4", "data=2,model=8,sequence=4", 131072, 2),
-        ("v6e:8x8", "data=8,model=8", 131072, 64),
-        ("v6e:8x16", "data=16,model=8", 131072, 64),
-    ),
-]
 
 
 def mesh_of(plan: PodPlan) -> Mesh:
@@ -176,24 +68,27 @@ def mesh_of(plan: PodPlan) -> Mesh:
 def lower_step(plan: PodPlan, mesh: Mesh) -> Any:
     """The plan's step, lowered for the mesh from shapes and shardings."""
     if plan.step == "decode":
-        return lower_decode(mesh, base=plan.base, batch=plan.batch_size, capacity=plan.length)
+        options = dict(batch=plan.batch_size, capacity=plan.length, predictor=plan.predictor_config)
+        return lower_decode(mesh, base=plan.base, **options)
     check_batch(plan.batch_size, mesh)
+    if plan.step in PASSES:
+        sizes = Sizes(plan.batch_size, plan.length)
+        return lower_evaluation(mesh, step=plan.step, base=plan.base, sizes=sizes, config=plan.predictor_config)
     settings = TrainConfig(
-        predictor=PredictorConfig(kind=plan.predictor),
+        predictor=plan.predictor_config,
         length=plan.length,
         batch_size=plan.batch_size,
         steps=1000,
         attention="splash",
     )
     step, optimiser = distil_step(settings)
-    predictor = settings.predictor
 
     def described(shapes, axes):
         places = module_shardings(shapes, axes, mesh)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places)
 
     model = jax.eval_shape(lambda: BaseModel(plan.base, jax.random.key(0), jnp.bfloat16))
-    state = jax.eval_shape(lambda: start_state(make_predictor(plan.base, predictor), optimiser))
+    state = jax.eval_shape(lambda: start_state(make_predictor(plan.base, settings.predictor), optimiser))
     row = jax.ShapeDtypeStruct((plan.batch_size, plan.length), jnp.int32, sharding=batch_sharding(mesh))
     batch = dict.fromkeys(("tokens", "segments", "positions"), row)
     with jax.set_mesh(mesh):
@@ -211,9 +106,10 @@ def work_of(plan: PodPlan, held: float) -> Work:
     """The work of a step by formula, spread evenly over the chips. held: bytes of arguments on a chip.
 
     Training has the matrix products of the frozen layers once, and those of q_imp and k_imp once forward and once for
-    their gradient. The cross entropy calls attention three times forward (two products each) and twice backward (four
-    each), over half the square and in heads of 128 lanes. There are no logits. Operands and results are read or written
-    once; weights twice, because they are gathered first.
+    their gradient. The cross entropy with attention calls attention three times forward (two products each) and twice
+    backward (four each), over half the square and in heads of 128 lanes. That with errors calls it once, sums rows with
+    six products and takes the gradient of k_imp with five. There are no logits. Operands and results are read or
+    written once; weights twice, because they are gathered first.
 
     Decoding has two operations for every parameter and row, the scores of all cached tokens, and attention over the
     chosen ones. A chip reads all it holds except the keys and values that are not chosen; layer 0 reads all of them.
@@ -234,9 +130,10 @@ def work_of(plan: PodPlan, held: float) -> Work:
     frozen = [(E, H * D), (E, K * D), (E, K * D), (H * D, E), (E, hidden), (E, hidden), (hidden, E)]
     learned = [(E, H * R), (D, K * R)]
     products = sum(a * b for a, b in frozen + 2 * learned)
-    attention = (3 * 2 + 2 * 4) * tokens * length / 2 * H * LANES
+    products_a_pair, calls = (3 * 2 + 2 * 4, 5) if plan.target == "attention" else (2 + 6 + 5, 3)
+    attention = products_a_pair * tokens * length / 2 * H * LANES
     moved = sum(tokens * (a + b) + 2 * sizes["data"] * a * b for a, b in frozen + 2 * learned)
-    moved += 5 * tokens * 2 * (H + K) * LANES
+    moved += calls * tokens * 2 * (H + K) * LANES
     return Work(2 * L * (tokens * products + attention) / chips, 2 * L * moved / chips)
 
 
@@ -268,6 +165,19 @@ def compile_plan(plan: PodPlan) -> tuple[dict[str, Any], Any]:
         return {**report, "error": str(error).strip().splitlines()[0]}, None
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     kinds = hlo.by_kind(hlo.collectives(text, mesh.size))
+    report |= {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes_besides": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "whole_arguments": whole_arguments(compiled),
+        "collectives": kinds,
+        "compiler_flops": cost.get("flops"),
+        "compiler_bytes_accessed": cost.get("bytes accessed"),
+        "compile_seconds": time.perf_counter() - began,
+    }
+    if plan.step in PASSES:  # how often a chunk's scores are written is the compiler's choice: no times by formula
+        flops = operations_of(plan.step, plan.base, Sizes(plan.batch_size, plan.length)) / mesh.size
+        return {**report, "flops": flops}, compiled
     work, chip = work_of(plan, memory.argument_size_in_bytes), CHIPS[plan.chip]
     seconds = {
         "arithmetic": work.flops / chip.flops,
@@ -276,21 +186,13 @@ def compile_plan(plan: PodPlan) -> tuple[dict[str, Any], Any]:
     }
     return {
         **report,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "output_bytes_besides": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "whole_arguments": whole_arguments(compiled),
         "largest_stack_bytes": hlo.largest_stack(text, plan.base.layers),
         "layer_bytes": layer_bytes(plan),
-        "collectives": kinds,
         "flops": work.flops,
         "memory_bytes": work.memory,
-        "compiler_flops": cost.get("flops"),
-        "compiler_bytes_accessed": cost.get("bytes accessed"),
         "seconds": seconds,
         "seconds_at_least": max(seconds.values()),
         "seconds_without_overlap": sum(seconds.values()),
-        "compile_seconds": time.perf_counter() - began,
     }, compiled
 
 
@@ -303,14 +205,17 @@ def line_of(report: dict[str, Any]) -> str:
     moved = ", ".join(
         f"{kind} {one['count']} x, {one['bytes'] / 1e9:.3g} GB" for kind, one in report["collectives"].items()
     )
-    parts = ", ".join(f"{part} {1e3 * s:.3g}" for part, s in report["seconds"].items())
+    times = ""
+    if "seconds" in report:
+        parts = ", ".join(f"{part} {1e3 * s:.3g}" for part, s in report["seconds"].items())
+        bounds = (1e3 * report[f"seconds_{bound}"] for bound in ("at_least", "without_overlap"))
+        times = f", {report['memory_bytes'] / 1e9:.3g} GB of memory; ms at the peaks: {parts}; a step "
+        times += " to ".join(f"{bound:.3g}" for bound in bounds) + " ms"
     whole = f"; WHOLE ON EVERY CHIP: {', '.join(report['whole_arguments'])}" if report["whole_arguments"] else ""
     kept, needed = (report[f"{name}_bytes"] / 2**30 for name in ("argument", "temporary"))
     return (
         f"{name}: arguments {kept:.2f} GiB, temporaries {needed:.2f} GiB; {moved or 'no collectives'}; "
-        f"{report['flops'] / 1e12:.3g} TFLOP, "
-        f"{report['memory_bytes'] / 1e9:.3g} GB of memory; ms at the peaks: {parts}; a step "
-        f"{1e3 * report['seconds_at_least']:.3g} to {1e3 * report['seconds_without_overlap']:.3g} ms{whole}"
+        f"{report['flops'] / 1e12:.3g} TFLOP{times}{whole}"
     )
 
 
@@ -361,6 +266,7 @@ def main() -> None:
     if arguments.table:
         for kind in ("train", "decode"):
             print("\n".join(markdown(json.loads(arguments.table.read_text()), kind)), end="\n\n")
+        print("\n".join(evaluation_markdown(json.loads(arguments.table.read_text()))))
         return
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot hold programs for chips that are not here
     plans = TABLE

@@ -33,7 +33,8 @@ class EvalConfig(HostsConfig):
     """perplexity; attention (recalled mass, hit rate, rank correlation); coreference; needle, key_value, variables;
     lambada, piqa, winogrande, arc_easy (need --downstream and the extra harness)."""
     text: Path | None = None
-    """Text file for perplexity, attention, and the haystack of needles. Default: the held-out part of --data."""
+    """Text file for perplexity, attention, and the haystack of needles, as a path of --data text: (compressed, .jsonl,
+    .parquet, #FEATURE, -). Default: the held-out part of --data."""
     data: str | None = None
     """Text and data sets, as --data of train (text:..., tfds:...). Default: the run's, else python_docs."""
     downstream: Path | None = None
@@ -49,13 +50,14 @@ class EvalConfig(HostsConfig):
         default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours", "floor")}
     )
     """How tokens are chosen. Each of --budgets replaces its budget."""
-    allocations: tuple[str, ...] = ("per_head",)
+    allocations: tuple[str, ...] = ("per_head", "tolerance")
     """How heads share reads: per_head, per_layer, tolerance (as the allocation of a selection). A policy whose scores
     have no common unit for all heads runs per_head alone. The tolerance of a budget is calibrated on the text, so that
     the mean over layers and heads is the budget."""
-    prompt_tokens: int = 0
+    prompt_tokens: int | None = None
     """First tokens of every window that are read densely, as a prompt, and not counted: what follows is evaluated, as
-    if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row."""
+    if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row. Default:
+    a quarter of a window, and 0 with --stride."""
     tokens: int = 8192
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024
@@ -82,6 +84,10 @@ class EvalConfig(HostsConfig):
     score_dtype: Literal["int8"] | None = None
     """int8 rounds the predictor's k_imp as decoding stores it after a prompt of the whole text. Default: the precision
     of the base model."""
+    mesh: str = ""
+    """Devices that measure each cell together, as in data=4,model=2. data splits the batch, model and expert the base,
+    sequence the tokens of a row. Default: the first device; with --distributed, every host measures cells of its
+    own."""
     data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     seed: int = 0
@@ -109,11 +115,14 @@ class EvalConfig(HostsConfig):
         unknown = [a for a in self.allocations if a not in get_args(Allocation)]
         if unknown:
             raise ValueError(f"unknown allocation {', '.join(unknown)}; known: {', '.join(get_args(Allocation))}")
+        interval = self.selection.interval
+        if self.prompt_tokens is None:
+            prompt = 0 if self.stride is not None else self.context // 4 // interval * interval
+            object.__setattr__(self, "prompt_tokens", prompt)
         if not 0 <= self.prompt_tokens < self.context:
             raise ValueError(
                 f"--prompt-tokens must be 0 ... {self.context - 1}, below the context; got {self.prompt_tokens}"
             )
-        interval = self.selection.interval
         if interval.bit_count() != 1 or interval > 128:
             raise ValueError(f"the simulation chooses every 1, 2, 4, ... 128 rows; --interval is {interval}")
         if self.prompt_tokens % interval:

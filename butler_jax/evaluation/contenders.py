@@ -10,9 +10,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.hashes import hash_arrays, hash_code
+from butler_jax.parallel import EVALUATION_RULES, place
 from butler_jax.policies import Policy, describe, make_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
@@ -50,6 +52,12 @@ class EvaluatedPolicy(NamedTuple):
     def dense(self) -> bool:
         """Whether the policy reads everything."""
         return self.policy.reads_everything
+
+    def on(self, mesh: Mesh) -> EvaluatedPolicy:
+        """The policy with its predictor on a mesh."""
+        if self.predictor is None:
+            return self
+        return self._replace(predictor=place(self.predictor, self.predictor.logical_axes, mesh, EVALUATION_RULES))
 
     def selections(self, config: EvalConfig) -> dict[float | int, SelectionConfig]:
         """The selections by budget; a policy that reads everything has the one budget 1."""

@@ -6,7 +6,8 @@ report is a list of these. The rows of one task, policy and budget are a `Cell`.
 cells.jsonl and exchanged between hosts.
 
 Several hosts take turns. Each measures one of the next cells with the whole base on its first device, and the first
-host keeps the results. A cell is computed as a single host computes it, so the report is the same.
+host keeps the results. A cell is computed as a single host computes it, so the report is the same. With a mesh, all its
+devices measure each cell together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import datetime
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,8 @@ from butler_jax.evaluation.progress import CellProgress, Say
 from butler_jax.evaluation.report.report import Report, check_directory
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.registry import make_tasks
-from butler_jax.parallel import agree, gather
+from butler_jax.model import place_model
+from butler_jax.parallel import EVALUATION_RULES, agree, check_batch, gather, make_mesh
 from butler_jax.predictors import Predictor
 from butler_jax.runs import command, run_data, versions
 from butler_jax.selection import SelectionConfig
@@ -85,7 +88,8 @@ def evaluate(
 
     Raises:
         ValueError: A policy is unknown or lacks its predictor, the context is beyond the base's, a text is empty,
-            `keep` is a file, or the processes would not measure the same.
+            `keep` is a file, the mesh does not fit the devices or the batch, or the processes would not measure the
+            same.
     """
     config = config or EvalConfig()
     base.require_tokenizer()
@@ -100,12 +104,16 @@ def evaluate(
         notes.append(line)
         say(line)
 
-    policies = collect_policies(base, predictor, config, data, note)
-    policies = list(allocate_policies(policies, base, config, data, note))
-    tasks = make_tasks(base, config, data, note)
-    plan = plan_cells(base, tasks, policies, config)
-    kept = KeptCells(Path(keep) if keep is not None and first else None)
-    counts = _measure_missing(plan, kept, say)
+    with _on_mesh(config) as mesh:
+        if mesh is not None:
+            base = dataclasses.replace(base, model=place_model(base.model, mesh, EVALUATION_RULES))
+        policies = collect_policies(base, predictor, config, data, note)
+        policies = [policy.on(mesh) for policy in policies] if mesh is not None else policies
+        policies = list(allocate_policies(policies, base, config, data, note))
+        tasks = make_tasks(base, config, data, note)
+        plan = plan_cells(base, tasks, policies, config)
+        kept = KeptCells(Path(keep) if keep is not None and first else None)
+        counts = _measure_missing(plan, kept, say, hosts=jax.process_count() if mesh is None else 1)
     report = Report(about={**_describe(base, policies, config, data), "notes": notes, "cells": counts})
     for planned in plan:
         cell = kept.cells[planned.key]
@@ -115,6 +123,18 @@ def evaluate(
             report.arrays.setdefault(name, {}).setdefault(planned.policy.label, []).extend(values)
     report.about["seconds"] = round(sum(kept.cells[key].seconds for key in {cell.key: None for cell in plan}), 1)
     return report
+
+
+@contextmanager
+def _on_mesh(config: EvalConfig) -> Iterator[jax.sharding.Mesh | None]:
+    """Set the mesh of a configuration; None without one."""
+    if not config.mesh:
+        yield None
+        return
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, mesh, what="--batch-size")
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def plan_cells(
@@ -135,25 +155,32 @@ def plan_cells(
     return plan
 
 
-def _measure_missing(plan: Sequence[PlannedCell], kept: KeptCells, say: Say) -> dict[str, int]:
-    """Measure and keep the cells that are not kept, every host one of the next ones in each turn.
+def _measure_missing(plan: Sequence[PlannedCell], kept: KeptCells, say: Say, *, hosts: int) -> dict[str, int]:
+    """Measure and keep the cells that are not kept, `hosts` of them at the same time, one on each.
+
+    With one of several processes at a time, all of them measure it together.
 
     Returns how many cells were measured, and how many were kept.
     """
-    hosts = jax.process_count()
-    if hosts > 1:
+    if jax.process_count() > 1:
         _share_kept(kept, plan)
     missing = {cell.key: cell for cell in plan if cell.key not in kept.cells}
     counts = Counter(cell.task.name for cell in plan if cell.key in missing)
     progress = CellProgress({cell.task.name: counts[cell.task.name] for cell in plan}, len(plan), say, hosts=hosts)
+    measured = set()
     for planned in plan:
+        if planned.key not in kept.cells and jax.process_count() == 1:
+            kept.refresh()  # another evaluation may have measured it meanwhile
         if planned.key not in kept.cells:
             turn = [cell for key, cell in missing.items() if key not in kept.cells][:hosts]
-            for cell, found in zip(turn, _measure_turn(turn), strict=True):
+            progress.begin(planned.task.name, planned.policy.label)
+            results = [planned.measure()] if hosts == 1 else _measure_turn(turn)
+            for cell, found in zip(turn, results, strict=True):
                 kept.add(cell.key, found)
+                measured.add(cell.key)
         done = kept.cells[planned.key]
         progress.add(planned.task.name, planned.policy.label, done, kept=planned.key not in missing)
-    return {"measured": len(missing), "kept": len(plan) - len(missing)}
+    return {"measured": len(measured), "kept": len(plan) - len(measured)}
 
 
 def _describe(base: Any, policies: Sequence[EvaluatedPolicy], config: EvalConfig, data: str) -> dict[str, Any]:
@@ -183,6 +210,4 @@ def _measure_turn(turn: Sequence[PlannedCell]) -> list[Cell]:
     """The cells of one turn: every process measures its own, and receives those of the others."""
     number = jax.process_index()
     mine = turn[number].measure() if number < len(turn) else None
-    if jax.process_count() == 1:
-        return [mine]
     return [read_cell(read) for read in gather(mine and asdict(mine))[: len(turn)]]

@@ -12,12 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from butler_jax.parallel import on_host
+
 
 def hash_arrays(tree: Any) -> str:
     """Hash all numbers of a pytree with their types and shapes."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
-        values = np.asarray(leaf)
+        values = on_host(leaf)
         found.update(f"{values.dtype}{values.shape}".encode())
         found.update(np.ascontiguousarray(values).tobytes())
     return found.hexdigest()[:16]

@@ -24,6 +24,13 @@ class CellProgress:
         self.left, self.total, self.say, self.hosts = dict(missing), total, say, hosts
         self.spent: dict[str, list[float]] = {task: [] for task in missing}
         self.done = 0
+        self.compiled: set[tuple[str, str]] = set()
+
+    def begin(self, task: str, label: str) -> None:
+        """Report that a cell begins, where it is the first of its task and policy: their programs are compiled then."""
+        if (task, label) not in self.compiled:
+            self.compiled.add((task, label))
+            self.say(f"compiling {task} under {label}")
 
     def add(self, task: str, label: str, cell: Cell, *, kept: bool) -> None:
         """Report a finished cell; kept: an earlier evaluation has measured it."""

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
+from butler_jax.parallel import on_host
 from butler_jax.policies.scoring import Chunk, Scoring
 
 
@@ -47,7 +48,7 @@ class LowRank(Scoring):
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
         if sums is None:
             raise ValueError("lowrank finds its directions on text: give at least one batch")
-        products, mean, count = (np.asarray(a, np.float64) for a in sums)
+        products, mean, count = (on_host(a).astype(np.float64) for a in sums)
         mean = mean / count
         covariance = products / count - mean[..., :, None] * mean[..., None, :]
         directions = np.linalg.eigh(covariance)[1][..., ::-1][..., :rank]  # largest first

@@ -27,7 +27,7 @@ class Oracle(Scoring):
 
     def pool(self, scores, chunk: Chunk):
         """The largest weight in the group."""
-        return normalise(scores, chunk.allowed).max(axis=2)
+        return normalise(scores, chunk.allowed, chunk.sink_logits).max(axis=2)
 
 
 @dataclass(frozen=True, kw_only=True)

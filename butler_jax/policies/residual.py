@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.model import centred_squares, masked_softmax, output_gram, project_values
-from butler_jax.policies.scoring import Chunk, Scoring
+from butler_jax.model import centred_squares, masked_softmax, output_gram, output_projection, project_values
+from butler_jax.policies.scoring import Chunk, Scoring, log_total
 
 Error = Literal["centred", "value", "weight", "critical"]
 Pooling = Literal["maximum", "root_sum_square"]
@@ -59,7 +59,7 @@ class OracleResidual(Scoring):
     def scores(self, chunk: Chunk):
         """The logarithm of the error per query head."""
         allowed = jnp.where(chunk.allowed[:, None, None], chunk.logits, -jnp.inf)
-        weights = chunk.logits - jax.nn.logsumexp(allowed, axis=-1, keepdims=True)
+        weights = chunk.logits - log_total(allowed, chunk.sink_logits)
         if self.error == "critical":
             weights = jnp.logaddexp(weights, jnp.log(LEAST_WEIGHT))
         return weights + log_value_norms(chunk, self.error) - log_stream_norm(chunk)
@@ -77,14 +77,14 @@ def log_value_norms(chunk: Chunk, error: Error) -> Float[Array, "B K G _ _"]:
     if error == "weight":
         return jnp.zeros((1,) * 5)
     if error == "critical":
-        norms = _mean_l1_norms(chunk.weights.o[...], chunk.v)
+        norms = _mean_l1_norms(output_projection(chunk.weights), chunk.v)
         return jnp.log(jnp.maximum(norms, SMALLEST))[:, :, None, None]
-    gram = output_gram(chunk.weights.o[...], chunk.v.shape[1])
+    gram = output_gram(output_projection(chunk.weights), chunk.v.shape[1])
     projected, squares = project_values(chunk.v, gram)
     if error == "value":
         squares = squares[:, :, :, None]
     else:
-        weights = masked_softmax(chunk.logits, chunk.allowed[:, None, None])
+        weights = masked_softmax(chunk.logits, chunk.allowed[:, None, None], chunk.sink_logits)
         output = jnp.einsum("bkgcs,bksd->bkgcd", weights, chunk.v.astype(jnp.float32), precision="highest")
         squares = centred_squares(output, projected, squares, gram)
     return 0.5 * jnp.log(jnp.maximum(squares, SMALLEST))

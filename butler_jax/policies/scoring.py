@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.model import grouped_sinks, sink_logits
 from butler_jax.policies.base import Policy
 from butler_jax.selection import Rows, always_chosen
 
@@ -25,7 +26,7 @@ class Chunk(NamedTuple):
         q: Queries after rotary, times D**-0.5.
         k: Keys after rotary.
         v: Values.
-        logits: Scaled q . k of every key, masked or not, float32.
+        logits: Scaled q . k of every key, masked or not, float32, under the model's soft cap.
         predicted: Scores of the trained predictor in the layout of `logits`; None without a predictor.
         rows: Columns of the query rows and of the first token of their documents.
         columns: Positions of the keys along the sequence.
@@ -57,6 +58,11 @@ class Chunk(NamedTuple):
         """The keys that scores decide about: allowed, and neither sinks nor recent."""
         return self.allowed & ~always_chosen(self.rows, self.columns, self.sinks, self.recent)
 
+    @property
+    def sink_logits(self) -> Float[Array, "1 K G 1 1"] | None:
+        """The attention sink of every query head, which counts in the softmax of `logits`; None without."""
+        return grouped_sinks(sink_logits(self.weights), self.logits.shape[1])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring(Policy):
@@ -84,16 +90,30 @@ class Scoring(Policy):
         return None
 
 
-def normalise(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
+def normalise(
+    scores: Float[Array, "B K G C S"],
+    keys: Bool[Array, "B C S"],
+    sink_logits: Float[Array, "1 K G 1 1"] | None = None,
+) -> Float[Array, "B K G C S"]:
     """Subtract each head's log-sum-exp over the given keys of a row, which makes the heads of a group comparable.
+
+    The head's attention sink counts in it where it is given.
 
     A group of one head is unchanged. So is a head whose log-sum-exp is not finite: one without keys, or with a score of
     +inf or NaN.
     """
     if scores.shape[2] == 1:
         return scores
-    total = jax.nn.logsumexp(jnp.where(keys[:, None, None], scores, -jnp.inf), axis=-1, keepdims=True)
+    total = log_total(jnp.where(keys[:, None, None], scores, -jnp.inf), sink_logits)
     return scores - jnp.where(jnp.isfinite(total), total, 0.0)
+
+
+def log_total(
+    scores: Float[Array, "B K G C S"], sink_logits: Float[Array, "1 K G 1 1"] | None = None
+) -> Float[Array, "B K G C 1"]:
+    """The log-sum-exp of every row, its head's sink included."""
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    return total if sink_logits is None else jnp.logaddexp(total, sink_logits)
 
 
 def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:

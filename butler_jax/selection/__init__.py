@@ -15,6 +15,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             *("recent_from", "share_counts", "with_recent"),
         ],
         "config": ["Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
-        "masks": ["Rows", "always_chosen", "select_best", "select_mask"],
+        "masks": ["Rows", "always_chosen", "select_best", "select_mask", "tied_share"],
     },
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseConfig
 from butler_jax.selection.config import SelectionConfig
@@ -39,12 +39,14 @@ class Limits(NamedTuple):
             the budget alone.
         min_context: Rows of up to this many tokens read everything.
         prompts: The tokens of every document of a sequence that are a prompt, whose rows read everything; None without.
+        served: The layers that are served; None where all but layer 0 are. The others read everything.
     """
 
     table: Int[Array, " S+1"]
     threshold: Float[Array, "L K"] | None
     min_context: int
     prompts: Int[Array, " B"] | None = None
+    served: Bool[Array, " L"] | None = None
 
 
 def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
@@ -67,7 +69,8 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
                 f"{base.kv_heads} KV heads; calibrate them on this model"
             )
         threshold = jnp.asarray(config.threshold, jnp.float32)
-    return Limits(jnp.asarray(budget_table(config, length)), threshold, config.min_context)
+    served = jnp.asarray(base.served) if base.mixed else None
+    return Limits(jnp.asarray(budget_table(config, length)), threshold, config.min_context, served=served)
 
 
 def beyond(

@@ -53,7 +53,7 @@ class SelectionConfig(AlwaysReadConfig):
     """Tokens chosen together, a power of two. A page counts by its best token."""
     threshold: tuple[tuple[float, ...], ...] | None = field(default=None, metadata={"flag": None})
     """[L][K] scores: a token with a lower score is not read even where the budget has room. `calibrate_thresholds`
-    makes them. The entries of layer 0 are ignored."""
+    makes them. The entries of layers that are not served are ignored."""
     interval: int = 1
     """Decode steps from one choice to the next. The chosen tokens stay until then; the recent tokens move on."""
     neighbours: bool = False

@@ -19,7 +19,7 @@ from butler_jax.selection.allocation import allocate
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
-from pallas_kernels import BARRED, ordered_image, rank_image, top_mask, unit_image
+from pallas_kernels import BARRED, TOP, ordered_image, rank_image, top_mask, unit_image
 
 
 class Rows(NamedTuple):
@@ -112,15 +112,7 @@ def select_mask(
     Returns:
         The mask, within `allowed`.
     """
-    size = scores.shape[-1]
-    columns = jnp.arange(size, dtype=jnp.int32) if columns is None else columns
-    position = columns[None, None, None] - rows.start[:, None, :, None]
-    age = rows.own[:, None, :, None] - columns[None, None, None]
-    limit = None if threshold is None else threshold[..., None]
-    rules = dict(sinks=config.sinks, recent=config.recent, threshold=limit)
-    pages = Pages(config.unit, columns[0] - rows.start)
-    image = pages.image(rank_image(scores, allowed, age, position, **rules))
-
+    image, pages = _unit_images(scores, allowed, rows, config, columns, threshold)
     held = jnp.sum(allowed, axis=-1, dtype=jnp.int32)
     end = (rows.own - rows.start + 1)[:, None]
     units = Units(pages.numbers(image.shape[-1]), end - held, end)
@@ -130,7 +122,48 @@ def select_mask(
     mask = allocate(image, count, config)
     if config.neighbours:
         mask = add_neighbours(mask, units, config)
-    return mask if config.unit == 1 else pages.columns(mask, size) & allowed
+    return mask if config.unit == 1 else pages.columns(mask, scores.shape[-1]) & allowed
+
+
+def tied_share(
+    mask: Bool[Array, "B K C S"],
+    scores: Float[Array, "B K C S"],
+    allowed: Bool[Array, "B Q C S"],
+    rows: Rows,
+    config: SelectionConfig,
+    columns: Int[Array, " S"] | None = None,
+) -> Float[Array, "B K C"]:
+    """The share of each query's chosen units that only position tells from units left out: their scores are equal.
+
+    mask: what `select_mask` chose; the other arguments are its own. With neighbours, which no score chose, it is 0.
+    """
+    if config.neighbours:
+        return jnp.zeros(mask.shape[:-1])
+    image, pages = _unit_images(scores, allowed, rows, config, columns, None)
+    chosen = pages.image(jnp.where(mask, 1, BARRED)) > BARRED
+    lowest = jnp.min(jnp.where(chosen, image, TOP), axis=-1, keepdims=True)
+    equal = (image == lowest) & (image > BARRED)
+    tied, taken = (jnp.sum(a, axis=-1, dtype=jnp.int32) for a in (equal & chosen, chosen))
+    share = tied.astype(jnp.float32) / jnp.maximum(taken, 1).astype(jnp.float32)
+    return jnp.where(jnp.any(equal & ~chosen, axis=-1), share, 0.0)
+
+
+def _unit_images(
+    scores: Float[Array, "B K C S"],
+    allowed: Bool[Array, "B Q C S"],
+    rows: Rows,
+    config: SelectionConfig,
+    columns: Int[Array, " S"] | None,
+    threshold: Float[Array, "#B #K #C"] | None,
+) -> tuple[Int[Array, "B K C U"], Pages]:
+    """The images of the units, which sort as they are chosen, and how the columns lie in them."""
+    columns = jnp.arange(scores.shape[-1], dtype=jnp.int32) if columns is None else columns
+    position = columns[None, None, None] - rows.start[:, None, :, None]
+    age = rows.own[:, None, :, None] - columns[None, None, None]
+    limit = None if threshold is None else threshold[..., None]
+    rules = dict(sinks=config.sinks, recent=config.recent, threshold=limit)
+    pages = Pages(config.unit, columns[0] - rows.start)
+    return pages.image(rank_image(scores, allowed, age, position, **rules)), pages
 
 
 def select_best(

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.model import BaseModel
+from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of
@@ -44,7 +45,7 @@ def calibrate_thresholds(
     *,
     policy: Policy | None = None,
 ) -> SelectionConfig:
-    """Find thresholds under which a row reads `mean` on average, in every layer and head.
+    """Find thresholds under which a row reads `mean` on average, in every served layer and head.
 
     Args:
         predictor: Needed by policies with `needs_predictor`.
@@ -79,12 +80,12 @@ def calibrate_thresholds(
         trial, total, rows = (found + (1 << bit)).astype(np.int32), 0.0, 0.0
         for batch in batches:
             part = _sum_read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
-            total, rows = total + np.asarray(part[0], np.float64), rows + float(part[1])
+            total, rows = total + on_host(part[0]).astype(np.float64), rows + float(part[1])
         found = np.where(total / rows >= mean, trial, found)
     found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next one above, at which the mean is not exceeded
     values = np.asarray(from_image(jnp.asarray(found.astype(np.int32))))
     values = np.where(np.isnan(values), np.inf, values)
-    values[0] = -np.inf
+    values[~np.asarray(model.config.served)] = -np.inf
     return dataclasses.replace(selection, threshold=tuple(map(tuple, values.tolist())))
 
 
@@ -100,7 +101,7 @@ def calibrate_tolerance(
     rows: int | None = 512,
     corrections: int = CORRECTIONS,
 ) -> list[SelectionConfig]:
-    """Find the tolerance of the whole model under which rows read `means` on average over layers and heads.
+    """Find the tolerance of the whole model under which rows read `means` on average over served layers and heads.
 
     Two dense passes find all tolerances. Where little is read, residual streams and so scores differ from the dense
     ones. So each tolerance is then corrected by what simulations under it read.
@@ -150,7 +151,7 @@ def calibrate_tolerance(
                 prompt_tokens=prompt_tokens,
                 rows=rows,
             )
-            total, number = total + np.asarray(sums[0], np.float64), number + float(sums[1])
+            total, number = total + on_host(sums[0]).astype(np.float64), number + float(sums[1])
         if not number:
             raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
         return total / number
@@ -212,7 +213,7 @@ def _mean_read(
         asked = np.zeros(batch["tokens"].shape, bool)  # no logits
         found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
         counted = (np.asarray(batch["segments"]) > 0) & (np.asarray(batch["positions"]) >= prompt_tokens)
-        read = np.asarray(found.attended) * (np.asarray(batch["positions"]) + 1 if whole else 1)
+        read = on_host(found.attended) * (np.asarray(batch["positions"]) + 1 if whole else 1)
         total, number = total + np.sum(read[counted], dtype=np.float64), number + np.sum(counted)
     return total / number
 
@@ -230,7 +231,7 @@ def _sum_above(
     prompt_tokens: int,
     rows: int | None,
 ) -> tuple[Float[Array, "2 tolerances"], Float[Array, ""]]:
-    """Fractions and numbers of keys that score at least a logarithm of the grid, mean over layers and heads.
+    """Fractions and numbers of keys that score at least a logarithm of the grid, mean over served layers and heads.
 
     They are summed over the rows that count, whose number comes last.
     """
@@ -254,7 +255,8 @@ def _sum_above(
         return jax.lax.map(at, grid).T, jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
 
     sums, number = sum_chunks(model, predictor, batch, one, rows=rows)
-    return jnp.mean(sums[1:], axis=0), number[0]
+    served = np.asarray(model.config.served_layers)
+    return jnp.mean(sums[served], axis=0), number[served[0]]
 
 
 @partial(jax.jit, static_argnames=("policy", "rule", "whole"))

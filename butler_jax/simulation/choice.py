@@ -14,18 +14,17 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
     """Attention of a chunk over its chosen keys.
 
     Returns:
-        The output [B, K, M, D] of M = G C rows, and the fractions of its causal keys that each row read: of all
+        The output [B, K, G, C, D], and the fractions of its causal keys that each row read: of all
         choosing heads together, [B, C], and of each, [B, heads, C].
     """
     mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
-    batch, kv_heads, group, size, keys = chunk.logits.shape
+    batch, kv_heads, _, size, keys = chunk.logits.shape
     read, held = jnp.sum(mask, axis=3, dtype=jnp.int32), jnp.maximum(count, 1)
     fraction = jnp.sum(read, axis=1).astype(jnp.float32) / (mask.shape[1] * held).astype(jnp.float32)
     shares = read.astype(jnp.float32) / held.astype(jnp.float32)[:, None]
     mask = mask.reshape(batch, kv_heads, -1, size, keys)  # 1 or G sets in a group
-    weights, total, _ = exponentials(chunk.logits, mask)
-    output = weighted_values(weights.reshape(batch, kv_heads, group * size, keys), chunk.v)
-    output = output / total.reshape(batch, kv_heads, group * size, 1)
+    weights, total, _ = exponentials(chunk.logits, mask, chunk.sink_logits)
+    output = weighted_values(weights, chunk.v) / total
     return output.astype(chunk.v.dtype), fraction, shares
 
 
@@ -37,7 +36,9 @@ def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
 def chosen_mask(
     chunk: Chunk, scores: Float[Array, "B K C S"], limits: Limits, rule: SelectionConfig
 ) -> tuple[Bool[Array, "B K C S"], Int[Array, "B C"]]:
-    """The keys that the chunk's rows read, and how many they may see. Layer 0 and prompts read everything.
+    """The keys that the chunk's rows read, and how many they may see.
+
+    Layers that are not served read everything, and prompts do.
 
     With an interval, the rows at its multiples choose, and the first row after a prompt. The others read what was
     chosen then. Decoding counts from the prompt on: it chooses at the same rows where the prompt is a multiple.
@@ -49,7 +50,8 @@ def chosen_mask(
         raise ValueError(f"the simulation chooses every 1, 2, 4, ... {CHUNK} rows; the interval is {rule.interval}")
     allowed = jnp.broadcast_to(chunk.allowed, (chunk.q.shape[0], *chunk.allowed.shape[1:]))[:, None]
     count = jnp.sum(allowed[:, 0], axis=-1, dtype=jnp.int32)
-    limited = (chunk.layer > 0) & (chunk.rows.own - chunk.rows.start >= _prompts(limits))
+    served = chunk.layer > 0 if limits.served is None else limits.served[chunk.layer]
+    limited = served & (chunk.rows.own - chunk.rows.start >= _prompts(limits))
     tokens = jnp.where(limited, limits.table[count], count)
     threshold = None
     if limits.threshold is not None:

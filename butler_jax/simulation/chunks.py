@@ -6,6 +6,7 @@ The predictor's q_imp and k_imp come from `importance_walk`, layer by layer duri
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,21 +19,31 @@ from butler_jax.model import (
     CHUNK,
     BaseModel,
     LayerView,
-    by_sliding_window,
+    by_service,
     causal_attention,
     chunk_mask,
     dense_mixer,
     document_starts,
-    embed,
     make_bands,
+    merge_groups,
     run_layers,
+    soft_cap,
+    split_groups,
     split_keys,
-    split_queries,
     split_segments,
 )
 from butler_jax.policies import Chunk
-from butler_jax.predictors import Predictor, walk
+from butler_jax.predictors import Predictor, walk, zeros_of
 from butler_jax.selection import Rows
+from butler_jax.simulation.sharding import (
+    embed_split,
+    split_chunks,
+    split_heads,
+    split_keys_whole,
+    split_scores,
+    split_text,
+    split_view,
+)
 
 Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"], Float[Array, "B T H"] | None]
 Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
@@ -45,7 +56,7 @@ def map_chunks(
     segments: Int[Array, "B T"],
     sliding_window: int | None,
     rows: int | None = None,
-) -> tuple[Any, int]:
+) -> Any:
     """Call a function on the chunks of query rows of a layer.
 
     Args:
@@ -54,28 +65,29 @@ def map_chunks(
         rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
 
     Returns:
-        The results, stacked [chunks, ...], and the number of rows of a chunk.
+        The results, stacked [chunks, ...].
     """
     length, size = segments.shape[1], min(CHUNK, segments.shape[1])
     kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
+    view = split_view(view)
 
     x = jnp.pad(view.x, ((0, 0), (0, -length % size), (0, 0)))
-    queries, keys, values = split_queries(view.q, kv_heads, size), split_keys(view.k, size), split_keys(view.v, size)
+    queries = split_rows(view.q, kv_heads, size)
+    keys, values = (split_keys_whole(split_keys(a, size)) for a in (view.k, view.v))
     starts = split_segments(document_starts(segments), size)
     segments = split_segments(segments, size)
     if importance is not None:
         q_imp, k_imp, offset = importance
-        offset = None if offset is None else split_queries(offset[..., None], kv_heads, size)
-        importance = split_queries(q_imp, kv_heads, size), split_keys(k_imp, size), offset
+        offset = None if offset is None else split_rows(offset[..., None], kv_heads, size)
+        importance = split_rows(q_imp, kv_heads, size), split_keys_whole(split_keys(k_imp, size)), offset
 
     def scores(rows, columns):
-        """Scaled products of M = G C rows with keys per KV head or, where there are H of them, per query head."""
-        batch, _, _, width = rows.shape
-        rows = rows.reshape(batch, kv_heads, group, size, width)
+        """Scaled products of rows with keys per KV head or, where there are H of them, per query head."""
+        batch, width = rows.shape[0], rows.shape[-1]
         form = "bkgcd,bksd->bkgcs"
         if columns.shape[1] != kv_heads:
             form, columns = "bkgcd,bkgsd->bkgcs", columns.reshape(batch, kv_heads, group, -1, width)
-        return jnp.einsum(form, rows, columns, preferred_element_type=jnp.float32) * width**-0.5
+        return split_scores(jnp.einsum(form, rows, columns, preferred_element_type=jnp.float32) * width**-0.5)
 
     def one(band, number):
         first = band.first_key(number, size)
@@ -84,17 +96,17 @@ def map_chunks(
         if importance is not None:
             predicted = scores(importance[0][number], band.take(importance[1], first, 2))
             if importance[2] is not None:
-                offset = importance[2][number].reshape(*predicted.shape[:-1], 1)
+                offset = importance[2][number]
         start = jax.lax.dynamic_slice_in_dim(starts, number * size, size, axis=1)
         own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
         chunk = Chunk(
             layer=view.index,
             weights=view.weights,
             x=jax.lax.dynamic_slice_in_dim(x, number * size, size, axis=1),
-            q=(q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)).reshape(q.shape[0], kv_heads, group, size, -1),
+            q=q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype),
             k=k,
             v=band.take(values, first, 2),
-            logits=scores(q, k),
+            logits=soft_cap(scores(q, k), view.softcap),
             predicted=predicted,
             offset=offset,
             rows=Rows(own, start),
@@ -110,7 +122,17 @@ def map_chunks(
         numbers = [n for n in range(band.start, band.stop) if n in chosen]
         if numbers:
             parts.append(jax.lax.map(lambda number, band=band: one(band, number), jnp.asarray(numbers)))
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts), size
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+
+
+def split_rows(x: Float[Array, "B T H D"], kv_heads: int, size: int) -> Float[Array, "chunks B K G C D"]:
+    """Queries in chunks of rows, T padded with 0 to whole chunks."""
+    return split_chunks(split_groups(x, kv_heads, size))
+
+
+def merge_rows(x: Float[Array, "chunks B K G C D"], length: int) -> Float[Array, "B T H D"]:
+    """The inverse of split_rows."""
+    return split_heads(merge_groups(split_chunks(x), length))
 
 
 def spread(length: int, rows: int | None) -> list[int]:
@@ -175,20 +197,24 @@ def sum_chunks(
 ) -> Any:
     """Sum look(chunk) over the chunks of every layer of a dense pass. To be called in jitted code.
 
-    The sums are stacked over the layers. rows: as in `map_chunks`. The others are those of `importance_walk`.
+    The sums are stacked over the layers. Only those of the served layers mean something.
+
+    rows: as in `map_chunks`. The others are those of `importance_walk`.
     """
+    batch = split_text(batch)
     base, segments = model.config, batch["segments"]
-    x = embed(model, batch["tokens"])
+    x = embed_split(model, batch["tokens"])
     dense = dense_mixer(base, segments, implementation)
     begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
 
     def mixer(state, view):
+        view = split_view(view)
         state, importance = step(state, view)
 
         def total(sliding_window):
-            found, _ = map_chunks(look, view, importance, segments, sliding_window, rows)
+            found = map_chunks(look, view, importance, segments, sliding_window, rows)
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), found)
 
-        return dense(None, view)[0], state, by_sliding_window(base, view.index, total)
+        return dense(None, view)[0], state, by_service(base, view.index, total, partial(zeros_of, total, None))
 
     return run_layers(model, x, batch["positions"], mixer, begun)[2]

@@ -12,6 +12,7 @@ from butler_jax.decoding import EvictedRows, evict_rows
 from butler_jax.model import LayerView, causal_attention, document_starts
 from butler_jax.policies import Evicting
 from butler_jax.selection import Limits, Rows, SelectionConfig
+from butler_jax.simulation.sharding import rows_whole
 
 
 class Evicted(NamedTuple):
@@ -55,7 +56,8 @@ def evicting_attention(
 
     def dense():
         one = jnp.ones(segments.shape, jnp.float32)
-        output = causal_attention(view.q, view.k, view.v, segments=segments, sliding_window=sliding_window)
+        how = dict(segments=segments, sliding_window=sliding_window, **view.attention_terms)
+        output = causal_attention(view.q, view.k, view.v, **how)
         seen = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] >= document_starts(segments)[:, -1:]
         kept = jnp.broadcast_to(seen[:, None], (seen.shape[0], view.k.shape[2], seen.shape[1]))
         return output.astype(view.v.dtype), one, one if mass else None, kept
@@ -109,5 +111,7 @@ def rows_of(
     budgets = tables[:, keys]
     if prompts is not None:
         budgets = jnp.where((own - starts < prompts[:, None])[None], keys[None], budgets)
-    found = evict_rows(policy, view.q, view.k, view.v, rows, budgets, sliding_window, rule, **wanted)
+    how = view.attention_terms | wanted
+    q, k, v = (rows_whole(a, view.k.shape[2]) for a in (view.q, view.k, view.v))
+    found = evict_rows(policy, q, k, v, rows, budgets, sliding_window, rule, **how)
     return found, keys.astype(jnp.float32)

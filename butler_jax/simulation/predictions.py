@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseModel, logits
+from butler_jax.predictors import zeros_of
+from butler_jax.simulation.sharding import rows_here, split_row_groups, split_tables
 
 LOGIT_ROWS = 64  # rows of logits formed at a time
 
@@ -33,19 +35,20 @@ def predict_next(
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     chunks = -(-length // LOGIT_ROWS)
     pad = chunks * LOGIT_ROWS - length
+    model = split_tables(model)
 
     def split(a):
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
         return jnp.swapaxes(a.reshape(batch, chunks, LOGIT_ROWS, *a.shape[2:]), 0, 1)
 
     def told(stream, following, other):
-        values = logits(model, stream)
+        values = logits(model, rows_here(stream))
         greedy = jnp.argmax(values, axis=-1).astype(jnp.int32)
         logs = jax.nn.log_softmax(values)
         nll = -jnp.take_along_axis(logs, following[..., None], axis=-1)[..., 0]
         if other is None:
             return nll, greedy, None, None
-        values = logits(model, other)
+        values = logits(model, rows_here(other))
         same = (jnp.argmax(values, axis=-1) == greedy).astype(jnp.float32)
         return nll, greedy, jensen_shannon(logs, jax.nn.log_softmax(values)), same
 
@@ -53,11 +56,11 @@ def predict_next(
         *rows, asked = rows
         if asked is None:
             return told(*rows)
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(told, *rows))
-        return jax.lax.cond(jnp.any(asked), lambda: told(*rows), lambda: nothing)
+        return jax.lax.cond(jnp.any(asked), lambda: told(*rows), lambda: zeros_of(told, *rows))
 
-    rows = (x, following, reference, wanted)
-    parts = jax.lax.map(one, jax.tree.map(split, rows))
+    x, reference = (None if a is None else split_row_groups(split(a)) for a in (x, reference))
+    rows = (x, split(following), reference, None if wanted is None else split(wanted))
+    parts = jax.lax.map(one, rows)
     nll, greedy, *compared = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(batch, -1)[:, :length], parts)
     after = has_next(segments)
     return jnp.where(after, nll, 0.0), greedy, *(a if a is None else jnp.where(after, a, 0.0) for a in compared)

@@ -11,25 +11,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.stats import rankdata
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import BaseModel, by_sliding_window, dense_mixer, embed, masked_softmax, run_layers
+from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, masked_softmax, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring
-from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best
+from butler_jax.predictors import Predictor, zeros_of
+from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best, tied_share
 from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.eviction import evicted_sums
+from butler_jax.simulation.sharding import embed_split, split_text, split_view
 from butler_jax.simulation.statistics import Estimate, estimate_ratio
+from pallas_kernels import ordered_image
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Means over layers 1 ..., query heads and all measured rows, by policy.
+    """Means over the served layers, query heads and all measured rows, by policy.
 
     Attributes:
         mass: mass[policy][budget] is the sum of the true attention weights inside the chosen set.
@@ -38,13 +39,16 @@ class Recall:
             at least LEAST_KEYS keys. Policies that evict have none.
         spearman: The correlation of the ranks by score with the ranks by true logit, equal scores with their mean rank;
             over the same heads and rows.
-        by_head: The hit rate of every layer from 1 on and query head.
+        tied: tied[policy][budget] is the share of the chosen units that only their position tells from units left out,
+            since their scores are equal. Policies that evict have none.
+        by_head: The hit rate of every layer from 1 on and query head; NaN where the layer is not served.
     """
 
     mass: dict[str, dict[float, Estimate]]
     attended: dict[str, dict[float, Estimate]]
     hit_rate: dict[str, Estimate]
     spearman: dict[str, Estimate]
+    tied: dict[str, dict[float, Estimate]]
     by_head: dict[str, Float[np.ndarray, "L H"]]
 
 
@@ -54,14 +58,16 @@ class RecallSums(NamedTuple):
     Attributes:
         mass: Recalled mass, summed over layers too, mean over heads.
         attended: Fraction of the causal keys that was chosen, likewise.
-        hits: Hit rate of every layer and query head.
-        spearman: Rank correlation of every layer and query head.
+        tied: Share of the chosen units that their score does not tell from others, likewise.
+        hits: Hit rate of every served layer and query head.
+        spearman: Rank correlation of every served layer and query head.
         rows: How many rows were measured.
         long: How many of them have at least LEAST_KEYS keys.
     """
 
     mass: Float[Array, "policies budgets B"]
     attended: Float[Array, "policies budgets B"]
+    tied: Float[Array, "policies budgets B"]
     hits: Float[Array, "policies L H B"]
     spearman: Float[Array, "policies L H B"]
     rows: Float[Array, " B"]
@@ -134,28 +140,33 @@ def measure_recall(
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
     if not groups or not parts[0]:
         raise ValueError("recall needs at least one policy and one batch")
-    result = Recall({}, {}, {}, {}, {})
+    result = Recall({}, {}, {}, {}, {}, {})
     for group, found in zip(groups, parts, strict=True):
         sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
         if not sums.rows.any():
             raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
         for number, policy in enumerate(group):
-            _enter(result, policy.name, budgets, sums, number, model.config.layers - 1)
+            _enter(result, policy.name, budgets, sums, number, model.config)
     return result
 
 
 def _enter(
-    result: Recall, name: str, budgets: Sequence[float | int], sums: RecallSums, number: int, layers: int
+    result: Recall, name: str, budgets: Sequence[float | int], sums: RecallSums, number: int, base: BaseConfig
 ) -> None:
     """Enter the means of one policy, whose index in the sums is `number`."""
-    for table, values in ((result.mass, sums.mass), (result.attended, sums.attended)):
-        each = [estimate_ratio(v / layers, sums.rows) for v in values[number]]
+    layers = base.served_layers
+    by_budget = [(result.mass, sums.mass), (result.attended, sums.attended)]
+    if sums.long.any():
+        by_budget.append((result.tied, sums.tied))
+    for table, values in by_budget:
+        each = [estimate_ratio(v / len(layers), sums.rows) for v in values[number]]
         table[name] = dict(zip(budgets, each, strict=True))
     if not sums.long.any():
         return
     for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
         table[name] = estimate_ratio(values[number].mean(axis=(0, 1)), sums.long)
-    result.by_head[name] = sums.hits[number].sum(axis=-1) / sums.long.sum()
+    result.by_head[name] = np.full((base.layers - 1, base.heads), np.nan)
+    result.by_head[name][np.asarray(layers) - 1] = sums.hits[number].sum(axis=-1) / sums.long.sum()
 
 
 @partial(jax.jit, static_argnames=("policies", "options"))
@@ -172,9 +183,10 @@ def _sum_scoring(
     look = partial(_sum_chunk, counted=_counted(batch, options), policies=policies, tables=tables, options=options)
     how = dict(rows=options.rows, implementation=options.implementation, score_dtype=options.score_dtype)
     found = sum_chunks(model, predictor, batch, look, **how)
-    mass, attended = (jnp.sum(a[1:], axis=0) for a in found[:2])
-    hits, spearman = (jnp.swapaxes(a[1:], 0, 1) for a in found[2:4])
-    return RecallSums(mass, attended, hits, spearman, found.rows[0], found.long[1])
+    served = np.asarray(model.config.served_layers)
+    by_budget = (jnp.sum(a[served], axis=0) for a in found[:3])
+    by_head = (jnp.swapaxes(a[served], 0, 1) for a in found[3:5])
+    return RecallSums(*by_budget, *by_head, found.rows[served[0]], found.long[served[0]])
 
 
 @partial(jax.jit, static_argnames=("policy", "options"))
@@ -187,22 +199,25 @@ def _sum_evicting(
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of `_sum_scoring` over the same rows for a policy that evicts; without scores there is no hit rate."""
+    batch = split_text(batch)
     base, segments = model.config, batch["segments"]
     rule = policy.selection(options.selection).rule
     dense = dense_mixer(base, segments, options.implementation)
     counted = _counted(batch, options) & jnp.asarray(spread_rows(segments.shape[1], options.rows))[None]
 
     def mixer(state, view):
+        view = split_view(view)
+
         def measure(sliding_window):
             return evicted_sums(view, segments, sliding_window, policy, tables, rule, counted)
 
-        return dense(None, view)[0], state, by_sliding_window(base, view.index, measure)
+        return dense(None, view)[0], state, by_service(base, view.index, measure, partial(zeros_of, measure, None))
 
-    sums = run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
-    mass, attended = (jnp.sum(a[1:], axis=0)[None] for a in sums)
-    none = jnp.zeros((1, base.layers - 1, base.heads, segments.shape[0]))
+    sums = run_layers(model, embed_split(model, batch["tokens"]), batch["positions"], mixer, None)[2]
+    mass, attended = (jnp.sum(a[np.asarray(base.served_layers)], axis=0)[None] for a in sums)
+    none = jnp.zeros((1, len(base.served_layers), base.heads, segments.shape[0]))
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
-    return RecallSums(mass, attended, none, none, number, jnp.zeros_like(number))
+    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, number, jnp.zeros_like(number))
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:
@@ -227,7 +242,7 @@ def _sum_chunk(
     inside = chunk.rows.own <= last
     real = inside & jnp.take_along_axis(counted, jnp.minimum(chunk.rows.own, last), axis=1)
     long = real & (count >= LEAST_KEYS)
-    weights = masked_softmax(chunk.logits, allowed[:, None, None])
+    weights = masked_softmax(chunk.logits, allowed[:, None, None], chunk.sink_logits)
 
     def sum_means(per_head):
         return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)
@@ -238,14 +253,15 @@ def _sum_chunk(
         return jnp.broadcast_to(sums, (batch, kv_heads, group)).reshape(batch, -1).T
 
     def sum_mass(pooled, rule, table):
-        """Recalled mass and the fraction of keys read, summed over rows."""
+        """Recalled mass, the fraction of keys read and the share of ties, summed over rows."""
         mask, _ = chosen_mask(chunk, pooled, Limits(table, None, 0), rule)
+        tied = tied_share(mask, pooled, allowed[:, None], chunk.rows, rule, chunk.columns)
         mask = mask.reshape(batch, kv_heads, -1, size, keys)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32) / jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]
-        return sum_means(jnp.sum(jnp.where(mask, weights, 0.0), axis=-1)), sum_means(read)
+        found = jnp.sum(jnp.where(mask, weights, 0.0), axis=-1), read, tied[:, :, None]
+        return tuple(map(sum_means, found))
 
     best = choose_half(chunk.logits, allowed)
-    true = rank_keys(chunk.logits, allowed) if options.ranks else None
     found, hits, spearman = [], [], []
     for policy, table in zip(policies, tables, strict=True):
         rule = (policy.selection(options.selection) or options.selection).rule
@@ -254,12 +270,12 @@ def _sum_chunk(
         common = jnp.sum(best & choose_half(scores, allowed), axis=-1, dtype=jnp.int32)
         share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
         hits.append(sum_heads(share))
-        rho = correlate_ranks(rank_keys(scores, allowed), true, allowed) if options.ranks else jnp.zeros_like(share)
+        rho = correlate_ranks(scores, chunk.logits, allowed) if options.ranks else jnp.zeros_like(share)
         spearman.append(sum_heads(rho))
 
     rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long))
-    masses, attended = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return RecallSums(masses, attended, jnp.stack(hits), jnp.stack(spearman), *rows)
+    by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))
+    return RecallSums(*by_budget, jnp.stack(hits), jnp.stack(spearman), *rows)
 
 
 def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
@@ -275,16 +291,35 @@ def choose_best(
     return select_best(scores, keys[:, None, None], count[:, None, None])
 
 
-def rank_keys(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
-    """The rank of every key among those its row may see; 1 is the lowest, and equal scores share their mean rank."""
-    return rankdata(jnp.where(allowed[:, None, None], scores, jnp.inf), axis=-1)
-
-
 def correlate_ranks(
-    ranks: Float[Array, "B K #G C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
+    scores: Float[Array, "B K #G C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
 ) -> Float[Array, "B K G C"]:
-    """Spearman's coefficient of the ranks of the keys that each row may see; 0 where all ranks of a row are equal."""
-    middle = (jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None] + 1).astype(jnp.float32) / 2
-    ranks, other = (jnp.where(allowed[:, None, None], a - middle, 0.0) for a in (ranks, other))
-    spread = jnp.sum(ranks**2, axis=-1) * jnp.sum(other**2, axis=-1)
-    return jnp.sum(ranks * other, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))
+    """Spearman's rank correlation of two scores over the keys that each row may see.
+
+    Equal scores have their mean rank. It is 0 where all scores of a row are equal.
+
+    The keys are sorted by one score and then, with their ranks, by the other. Neither ranks nor keys are gathered.
+    """
+    scores = jnp.broadcast_to(scores, other.shape)
+    last = jnp.iinfo(jnp.int32).max  # behind all that a row may see
+    images = (jnp.where(allowed[:, None, None], ordered_image(a), last) for a in (other, scores))
+    ordered, images = jax.lax.sort(tuple(images), num_keys=1, is_stable=False)
+    images, ranks = jax.lax.sort((images, mean_ranks(ordered)), num_keys=1, is_stable=False)
+    count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None]
+    inside = jnp.arange(allowed.shape[-1], dtype=jnp.int32)[None, None, None, None] < count
+    middle = (count + 1).astype(jnp.float32) / 2
+    first, second = (jnp.where(inside, a - middle, 0.0) for a in (ranks, mean_ranks(images)))
+    spread = jnp.sum(first**2, axis=-1) * jnp.sum(second**2, axis=-1)
+    return jnp.sum(first * second, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))
+
+
+def mean_ranks(ordered: Int[Array, "*B S"]) -> Float[Array, "*B S"]:
+    """The ranks, from 1, of the entries of ascending rows; equal entries share their mean rank."""
+    size, axis = ordered.shape[-1], ordered.ndim - 1
+    places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32).reshape((1,) * axis + (-1,)), ordered.shape)
+    edge = jnp.ones_like(ordered[..., :1], bool)
+    differs = ordered[..., 1:] != ordered[..., :-1]
+    begins, ends = (jnp.concatenate(parts, axis=-1) for parts in ((edge, differs), (differs, edge)))
+    first = jax.lax.cummax(jnp.where(begins, places, 0), axis=axis)
+    last = jax.lax.cummin(jnp.where(ends, places, size), axis=axis, reverse=True)
+    return (first + last).astype(jnp.float32) / 2 + 1

@@ -1,4 +1,4 @@
-"""Decoding simulated in one pass: in all layers but the first, every row attends only to its own choice.
+"""Decoding simulated in one pass: in all served layers, every row attends only to its own choice.
 
     mixer of a layer:  importance_walk -> Chunk -> policy(chunk) -> chosen_mask -> attention over the mask
 
@@ -12,17 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import (
     BaseConfig,
     BaseModel,
-    by_sliding_window,
+    by_service,
     check_length,
     dense_mixer,
     document_starts,
-    embed,
-    merge_queries,
     run_layers,
     sliding_windows,
 )
@@ -30,9 +29,10 @@ from butler_jax.policies import Evicting, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation.choice import sparse_chunk
-from butler_jax.simulation.chunks import importance_walk, map_chunks
+from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows
 from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.predictions import predict_next
+from butler_jax.simulation.sharding import embed_split, split_heads, split_text, split_view
 
 
 class Simulated(NamedTuple):
@@ -41,8 +41,10 @@ class Simulated(NamedTuple):
     Attributes:
         nll: Negative log-likelihood of the next token in nats; 0 where it is padding or belongs to another document.
         greedy: The most likely next token.
-        attended: Fraction of its causal keys that a row read, mean over layers 1 ... and choosing heads.
-        read: Keys that a row read in all layers and heads, layer 0 included.
+        attended: Fraction of its causal keys that a row read, mean over the served layers and choosing heads.
+        read: Keys that a row read in all layers and heads, those that are not served included.
+        served: Keys that a row read in the served layers.
+        of_dense: Keys that a row read in all layers, as a share of those that a dense pass reads.
         shares: Fraction of its causal keys that a row read in every layer and choosing head; one head where all heads
             read as many.
         stream: The last residual stream.
@@ -54,6 +56,8 @@ class Simulated(NamedTuple):
     greedy: Int[Array, "B T"]
     attended: Float[Array, "B T"]
     read: Float[Array, "B T"]
+    served: Float[Array, "B T"]
+    of_dense: Float[Array, "B T"]
     shares: Float[Array, "L B _ T"]
     stream: Float[Array, "B T E"]
     divergence: Float[Array, "B T"] | None = None
@@ -109,10 +113,14 @@ def simulate(
 
 @partial(jax.jit, static_argnames=("policy", "rule", "score_dtype", "implementation"))
 def _simulate(model, predictor, batch, limits, wanted, reference, **how) -> Simulated:
+    batch = split_text(batch)
     x, (fractions, shares) = hidden_states(model, predictor, batch, limits, **how)
     found = predict_next(model, x, batch["tokens"], batch["segments"], wanted, reference)
-    read = count_keys(model.config, batch["segments"], fractions, how["policy"].choosing_heads(model.config))
-    return Simulated(*found[:2], jnp.mean(fractions[1:], axis=0), read, shares, x, *found[2:])
+    base, heads = model.config, how["policy"].choosing_heads(model.config)
+    read, served = count_keys(base, batch["segments"], fractions, heads)
+    whole, _ = count_keys(base, batch["segments"], jnp.ones_like(fractions), base.kv_heads)
+    attended = jnp.mean(fractions[np.asarray(base.served_layers)], axis=0)
+    return Simulated(*found[:2], attended, read, served, read / whole, shares, x, *found[2:])
 
 
 def hidden_states(
@@ -136,9 +144,10 @@ def hidden_states(
     """
     base, segments, positions = model.config, batch["segments"], batch["positions"]
     length = segments.shape[1]
-    x = embed(model, batch["tokens"])
+    x = embed_split(model, batch["tokens"])
+    dense = dense_mixer(base, segments, implementation)
     if rule is None:
-        x, _, _ = run_layers(model, x, positions, dense_mixer(base, segments, implementation), None)
+        x, _, _ = run_layers(model, x, positions, lambda carry, view: dense(carry, split_view(view)), None)
         ones = jnp.ones((base.layers, *segments.shape), jnp.float32)
         return x, (ones, ones[:, :, None])
     begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
@@ -149,29 +158,39 @@ def hidden_states(
 
     def attend_chosen(view, importance, sliding_window):
         apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
-        (outputs, *parts), size = map_chunks(apply, view, importance, segments, sliding_window)
+        outputs, *parts = map_chunks(apply, view, importance, segments, sliding_window)
         parts = (jnp.moveaxis(part, 0, -2) for part in parts)
-        return merge_queries(outputs, size, length), tuple(p.reshape(*p.shape[:-2], -1)[..., :length] for p in parts)
+        return merge_rows(outputs, length), tuple(p.reshape(*p.shape[:-2], -1)[..., :length] for p in parts)
 
     attend = attend_kept if isinstance(policy, Evicting) else attend_chosen
 
     def mixer(walk, view):
+        view = split_view(view)
         walk, importance = step(walk, view)
-        output, fractions = by_sliding_window(base, view.index, partial(attend, view, importance))
-        return output, walk, fractions
+
+        def leave():
+            output = dense(None, view)[0].astype(view.v.dtype)
+            return output, jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(serve, None)[1])
+
+        serve = partial(attend, view, importance)
+        output, fractions = by_service(base, view.index, serve, leave)
+        return split_heads(output), walk, fractions
 
     x, _, fractions = run_layers(model, x, positions, mixer, begun)
     return x, fractions
 
 
 def count_keys(
-    config: BaseConfig, segments: Int[Array, "B T"], fractions: Float[Array, "L B T"], heads: int
-) -> Float[Array, "B T"]:
-    """How many keys each row reads in all layers and heads.
+    config: BaseConfig,
+    segments: Int[Array, "B T"],
+    fractions: Float[Array, "L B T"],
+    heads: int,
+) -> Float[Array, "2 B T"]:
+    """How many keys each row reads in all layers, and in the served ones, over all heads.
 
     Args:
         fractions: Share of its causal keys that a row reads in each layer.
-        heads: Sets of keys that a layer chooses. Layer 0 reads all keys of every KV head.
+        heads: Sets of keys that a served layer chooses. The others read all keys of every KV head.
     """
     count = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments) + 1
     limits = sliding_windows(config)
@@ -179,5 +198,5 @@ def count_keys(
         count = jnp.broadcast_to(count[None], fractions.shape)
     else:
         count = jnp.minimum(count[None], jnp.asarray(limits)[:, None, None])
-    sets = jnp.where(jnp.arange(config.layers) > 0, heads, config.kv_heads).astype(jnp.float32)
-    return jnp.einsum("l,lbt->bt", sets, fractions * count.astype(jnp.float32))
+    sets = jnp.where(jnp.asarray(config.served), heads, jnp.asarray([[config.kv_heads], [0]])).astype(jnp.float32)
+    return jnp.einsum("nl,lbt->nbt", sets, fractions * count.astype(jnp.float32))

@@ -17,6 +17,20 @@ def test_a_bucket_stays_a_bucket():
 
 
 @pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ({}, 256),
+        (dict(context=100), 25),
+        (dict(context=100, selection=SelectionConfig(interval=8)), 24),
+        (dict(context=100, stride=50, text="a.txt"), 0),
+        (dict(prompt_tokens=0), 0),
+    ],
+)
+def test_a_quarter_of_a_window_is_its_prompt(given, prompt):
+    assert EvalConfig(**given).prompt_tokens == prompt
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(stride=5), "--stride must be 1 ... 1023, below the context, and needs --text"),

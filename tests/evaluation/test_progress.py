@@ -19,4 +19,7 @@ def test_the_time_left_is_that_of_cells_alike():
     shared.add("a", "oracle", cell, kept=False)
     assert shared.seconds_left() == (2 * 10 + 10) / 2
     assert said[0].startswith("[1/5] a") and said[0].endswith("10 s, about 30 s left")
+    for label in ("oracle", "oracle", "dense"):
+        shared.begin("a", label)
+    assert said[-2:] == ["compiling a under oracle", "compiling a under dense"]
     assert [format_duration(s) for s in (40, 720, 11100)] == ["40 s", "12 min", "3 h 5 min"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,18 @@ from butler_jax.policies import OracleResidual, TokenButler, make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import map_chunks, simulate
-from tests.tiny_models import make_batch, make_model
+from tests.tiny_models import BASE, make_batch, make_model
 
 
-@pytest.fixture(scope="module")
-def seen():
-    """The chunks of layer 1 of a random model on two documents, and the arrays they come from."""
-    model, batch = make_model(), make_batch([[20, 12]], 32)
+@pytest.fixture(scope="module", params=["pre", "sandwich"])
+def seen(request):
+    """The chunks of layer 1 of a random model on two documents, and what its values go through into the stream."""
+    model, batch = make_model(dataclasses.replace(BASE, norms=request.param)), make_batch([[20, 12]], 32)
+    scale = 1.0
+    if request.param == "sandwich":
+        norms = jax.random.uniform(jax.random.key(1), (BASE.layers, BASE.width), minval=0.5, maxval=2.0)
+        model.layers.attention_output_norm[...] = norms
+        scale = np.asarray(norms[1], np.float64)
     found = {}
 
     def mixer(carry, view):
@@ -27,13 +34,13 @@ def seen():
                 error: OracleResidual(error=error).scores(chunk) for error in ("weight", "value", "centred", "critical")
             }
 
-        values = map_chunks(watch, view, None, jnp.asarray(batch["segments"]), None)[0]
+        values = map_chunks(watch, view, None, jnp.asarray(batch["segments"]), None)
         return jnp.zeros_like(view.q), carry, values
 
     x = embed(model, jnp.asarray(batch["tokens"]))
     stacked = jax.jit(lambda: run_layers(model, x, jnp.asarray(batch["positions"]), mixer, None)[2])()
     found = {name: np.asarray(value[1, 0], np.float64) for name, value in stacked.items()}
-    return found, np.asarray(model.layers.o[...][1], np.float64)
+    return found, np.asarray(model.layers.o[...][1], np.float64) * scale
 
 
 @pytest.mark.parametrize("error", ["weight", "value", "centred"])

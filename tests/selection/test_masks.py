@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from butler_jax.selection import Rows, SelectionConfig, budget_table, select_mask
+from butler_jax.selection import Rows, SelectionConfig, budget_table, select_mask, tied_share
 from tests.selection.definitions import CASES, IDS, paged_choice, select, sorted_choice
 
 masked = jax.jit(select_mask, static_argnames="config")
@@ -98,3 +98,23 @@ def test_mask_of_packed_documents_is_the_choice_of_each_newest_token(fields):
         limit = None if config.threshold is None else config.threshold[1][head]
         wanted = paged_choice(scores[0, head, t, starts[t] :], held, table[held], config, limit)
         assert set(np.flatnonzero(mask[0, head, t]) - starts[t]) == wanted
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_the_share_of_ties_counts_what_position_settled(unit):
+    """Sinks 0 and 1, the newest 3, and five more units of which position tells three from their equals."""
+    config = SelectionConfig(sinks=2 * unit, recent=3 * unit, unit=unit)
+    scores = np.repeat([0, 0, 9, 8, 5, 5, 5, 5, 1, 0, 0, 0], unit).astype(np.float32)
+    size = len(scores)
+    rows = Rows(np.full((1, 3), size - 1, np.int32), np.zeros((1, 3), np.int32))
+    allowed, tokens = np.ones((1, 1, 3, size), bool), unit * np.asarray([[10, 9, 12]], np.int32)
+    scores = np.broadcast_to(scores, (1, 1, 3, size)).copy()
+    scores[0, 0, 1] = np.arange(size)[::-1]  # no ties
+
+    def both(scores):
+        mask = select_mask(scores, allowed, rows, tokens, config)
+        return mask, tied_share(mask, scores, allowed, rows, config)
+
+    mask, share = jax.jit(both)(scores)
+    assert np.flatnonzero(mask[0, 0, 0, ::unit]).tolist() == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11]
+    np.testing.assert_allclose(share[0, 0], [3 / 10, 0, 0], rtol=1e-6)  # the last row reads everything

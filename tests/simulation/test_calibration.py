@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,3 +93,17 @@ def test_bad_means_are_clear_errors(model):
         calibrate_thresholds(model, None, [batch_of()], most, 0)
     with pytest.raises(ValueError, match="needs a trained predictor"):
         calibrate_thresholds(model, None, [batch_of()], most, 0.125)
+
+
+@pytest.mark.slow
+def test_layers_that_are_not_served_have_no_threshold():
+    slides = dict(layers=4, sliding_window=16, sliding_layers=(True, False, True, False))
+    model = BaseModel(dataclasses.replace(BASE, **slides), jax.random.key(0))
+    batch, selection = batch_of(), SelectionConfig(budget=0.6, sinks=2, recent=3)
+    found = calibrate_thresholds(model, None, [batch], selection, 0.3, policy=make_policy("oracle"))
+    assert np.isneginf(found.threshold).all(axis=1).tolist() == [True, False, True, False]
+    real = batch["segments"] > 0
+    read = np.asarray(simulate(model, batch, make_policy("oracle"), found).attended)[real]
+    assert read.mean() == pytest.approx(
+        0.3, rel=0.1
+    )  # later layers see sparse streams, thresholds were set on dense ones

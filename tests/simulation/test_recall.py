@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from math import ceil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from butler_jax.policies import make_policy
+from butler_jax.policies import Scoring, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.simulation.chunks import spread
-from butler_jax.simulation.recall import correlate_ranks, rank_keys
+from butler_jax.simulation.recall import correlate_ranks, mean_ranks
 from tests.tiny_models import BASE, SCORES, make_batch, make_model, naive
 
 
@@ -70,6 +71,26 @@ def test_oracle_recalls_most_and_random_hits_half(model):
     assert found.spearman["random"].value == pytest.approx(0, abs=0.02)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Equal(Scoring):
+    """Every key is worth the same."""
+
+    name = "equal"
+
+    def scores(self, chunk):
+        return jnp.zeros_like(chunk.logits)
+
+
+def test_choices_that_ties_settle_are_counted(model):
+    """Of n keys ceil(n / 2) are chosen; 4 sinks and 8 recent ones are among them whatever their score."""
+    batch = make_batch([[60]], 64)
+    found = measure_recall(model, None, [batch], [Equal(), make_policy("oracle")], [0.5], ranks=False)
+    chosen = [ceil(n / 2) for n in range(1, 61)]
+    wanted = np.mean([max(c - 12, 0) / c for c in chosen])
+    assert found.tied["equal"][0.5].value == pytest.approx(wanted, abs=1e-5)
+    assert found.tied["oracle"][0.5].value == 0
+
+
 def test_recall_of_some_rows_measures_only_those(model):
     batch = make_batch([[256]], 256)
     found = measure_recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
@@ -116,13 +137,14 @@ def test_rank_correlation_is_pearsons_of_mean_ranks():
     scores[0, 0, 1, 2] = 1.0  # all equal
     allowed = np.arange(40)[None, None] <= np.asarray([7, 20, 39])[None, :, None]
     mask = jnp.asarray(allowed)
-    ranks = rank_keys(jnp.asarray(true), mask)
-    found = np.asarray(correlate_ranks(rank_keys(jnp.asarray(scores), mask), ranks, mask))
+    found = np.asarray(correlate_ranks(jnp.asarray(scores), jnp.asarray(true), mask))
     for g, c in np.ndindex(2, 3):
         a, b = (naive_ranks(x[0, 0, g, c][allowed[0, c]]) for x in (true, scores))
         wanted = 0.0 if b.std() == 0 else np.corrcoef(a, b)[0, 1]
         assert found[0, 0, g, c] == pytest.approx(wanted, abs=1e-5)
-        np.testing.assert_array_equal(np.asarray(ranks)[0, 0, g, c][allowed[0, c]], a)
+    ordered = np.sort(random.integers(0, 6, (3, 40)), axis=1).astype(np.int32)
+    ranks = np.asarray(mean_ranks(jnp.asarray(ordered)))
+    np.testing.assert_array_equal(ranks, [naive_ranks(row) for row in ordered])
 
 
 @pytest.mark.slow
@@ -143,3 +165,19 @@ def test_an_interval_that_chunks_cannot_hold_is_refused(model):
     ):
         with pytest.raises(ValueError, match=r"chooses every 1, 2, 4, ... 128 rows; the interval is 3"):
             measure(SelectionConfig(interval=3))
+
+
+@pytest.mark.slow
+def test_layers_that_are_not_served_do_not_count():
+    base = dataclasses.replace(BASE, layers=5, sliding_window=40, sliding_layers=(True, False, True, False, True))
+    model, batch = make_model(base), make_batch([[100]], 128)
+    policies = [make_policy("streaming"), make_policy("h2o")]
+    found = measure_recall(model, None, [batch], policies, [0.25])
+    count = np.arange(1, 101)
+    read = np.minimum(np.maximum(-(-count // 4), 12), count) / count  # of everything: no window limits these layers
+    for policy in policies:
+        assert found.attended[policy.name][0.25].value == pytest.approx(read.mean())
+        sums = simulate(model, batch, policy, SelectionConfig(budget=0.25))
+        assert float(sums.attended[0, :100].mean()) == pytest.approx(read.mean())
+    assert np.isnan(found.by_head["streaming"]).all(axis=1).tolist() == [False, True, False, True]
+    assert found.hit_rate["streaming"].value == pytest.approx(np.nanmean(found.by_head["streaming"]))

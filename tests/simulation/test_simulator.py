@@ -19,6 +19,8 @@ from butler_jax.simulation import simulate
 from butler_jax.simulation.predictions import jensen_shannon
 from tests.tiny_models import BASE, SCORES, NaivePredictor, make_batch, make_model, naive, next_nll
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -38,6 +40,26 @@ def test_simulation_equals_position_by_position_form(policy, sliding):
             # float32 against float64 through three layers; a wrongly chosen key changes the first digits
             np.testing.assert_allclose(result.nll[row, : size - 1], next_nll(logits, tokens), atol=2e-4)
             np.testing.assert_array_equal(result.greedy[row, :size], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("slides", [(True, False, True, False), pytest.param((False, True, True, False), marks=SLOW)])
+def test_layers_that_slide_beside_others_read_their_windows_and_choose_nothing(slides):
+    base = dataclasses.replace(BASE, layers=4, sliding_window=16, sliding_layers=slides)
+    model, batch, served = make_model(base), make_batch([[37]], 37), [n for n in range(1, 4) if not slides[n]]
+    result = simulate(model, batch, make_policy("oracle"), SelectionConfig(budget=0.375))
+    windows = tuple(16 if s else None for s in slides)
+    wanted, chosen, _ = naive(model, batch["tokens"][0], SCORES["oracle"], 0.375, sliding=windows)
+    # float32 against float64 through four layers; a wrongly chosen key changes the first digits
+    np.testing.assert_allclose(result.nll[0, :36], next_nll(wanted, batch["tokens"][0]), atol=2e-4)
+    for t in (0, 11, 20, 36):
+        read = [len(chosen[n][0, t]) for n in range(4)]
+        dense = [min(t + 1, w or t + 1) for w in windows]
+        assert [r < d for r, d in zip(read, dense, strict=True)] == [n in served and t > 12 for n in range(4)]
+        own = sum(read[n] for n in served)
+        assert result.attended[0, t] == pytest.approx(own / len(served) / (t + 1))
+        assert result.served[0, t] == pytest.approx(BASE.kv_heads * own)
+        assert result.read[0, t] == pytest.approx(BASE.kv_heads * sum(read))
+        assert result.of_dense[0, t] == pytest.approx(sum(read) / sum(dense))
 
 
 @pytest.mark.parametrize("kind", sorted(PREDICTORS))

@@ -3,7 +3,7 @@
 The analyses of TokenButler, arXiv 2503.07518, on the last C rows of each sequence (the decode steps, see rows.py), all
 from one dense pass. Where the paper leaves a definition open, the docstring has ours. Divergences are Jensen-Shannon,
 in nats: 0 for equal distributions, log 2 for disjoint ones. Layer 0 is measured too. Decoding always runs it densely,
-so means over layers begin with layer 1.
+so means over layers begin with layer 1. Where other layers are not served either, steps and rows have NaN for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, see_rows, softmax
+from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, of_served, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import Chunk, Evicting, Policy, TokenButler
 from butler_jax.predictors import Predictor
@@ -53,8 +53,8 @@ class Overlap(NamedTuple):
     predicted: Float[np.ndarray, "B L H C"] | None
 
     def curve(self, predicted: bool = False) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, " C"] | None]:
-        """The mean over layers 1 ..., heads and sequences, and its standard error over sequences (None for one)."""
-        each = (self.predicted if predicted else self.true)[:, 1:].mean(axis=(1, 2))
+        """The mean over served layers, heads and sequences, and its standard error over sequences (None for one)."""
+        each = np.nanmean((self.predicted if predicted else self.true)[:, 1:], axis=(1, 2))
         return each.mean(axis=0), None if len(each) < 2 else each.std(axis=0, ddof=1) / len(each) ** 0.5
 
 
@@ -100,7 +100,7 @@ def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -
         ValueError: As `measure_head_agreement` does, and where the model's sliding window is shorter than the steps.
     """
     _check_sliding_window(model, steps)
-    return np.asarray(_step_agreement(model, *_prepare(model, batch, steps)))
+    return of_served(model.config, np.asarray(_step_agreement(model, *_prepare(model, batch, steps))), axis=0)
 
 
 def measure_overlap(
@@ -119,7 +119,7 @@ def measure_overlap(
     _check_sliding_window(model, steps)
     batch, rows = _prepare(model, batch, steps)
     true, predicted = _overlap(model, predictor, batch, rows, _sizes(batch, fraction))
-    return Overlap(by_heads(true), None if predicted is None else by_heads(predicted))
+    return Overlap(*(None if a is None else of_served(model.config, by_heads(a)) for a in (true, predicted)))
 
 
 def measure_drift(
@@ -147,7 +147,7 @@ def measure_drift(
     _check_sliding_window(model, distance + 1)
     batch, columns = _prepare(model, batch, rows + distance)
     found = _drift(model, predictor, batch, columns, _sizes(batch, fraction), distance=distance)
-    return Drift(*map(by_heads, found))
+    return Drift(*(of_served(model.config, by_heads(a)) for a in found))
 
 
 def measure_access(
@@ -161,8 +161,8 @@ def measure_access(
 ) -> Access:
     """Measure how consistently tokens are read: the sets that a policy chooses for the last C rows, and how they agree.
 
-    Every row chooses for itself, from the queries and keys of the dense pass. Layer 0 reads everything. The default
-    selection is SelectionConfig().
+    Every row chooses for itself, from the queries and keys of the dense pass. Layers that are not served read
+    everything. The default selection is SelectionConfig().
 
     Raises:
         ValueError: As `measure_head_agreement` does, for a policy that evicts, and where it lacks its predictor.
@@ -174,12 +174,14 @@ def measure_access(
     frequency, agreement, kept = _token_access(
         model, predictor, batch, columns, limits, policy=policy, rule=selection.rule
     )
-    return Access(np.swapaxes(np.asarray(frequency), 0, 1), np.asarray(agreement), np.swapaxes(np.asarray(kept), 0, 1))
+    base, frequency, kept = model.config, *(np.swapaxes(np.asarray(a), 0, 1) for a in (frequency, kept))
+    return Access(frequency, of_served(base, np.asarray(agreement), axis=0), of_served(base, kept))
 
 
 def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
-    """Average y in up to `bins` bins of about equally many values along x. Equal x share a bin."""
+    """Average y in up to `bins` bins of about equally many values along x. Equal x share a bin; NaN are left out."""
     x, y = np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)
+    x, y = (a[~np.isnan(x)] for a in (x, y)) if x.size == y.size else (x, y)
     if not (x.size == y.size > 0 and bins > 0):
         raise ValueError(f"nothing to bin: {x.size} and {y.size} values, {bins} bins")
     edges = np.unique(np.quantile(x, np.arange(1, bins) / bins))
@@ -204,7 +206,9 @@ def _prepare(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array
 
 def _check_sliding_window(model: BaseModel, rows: int) -> None:
     sliding_window = model.config.sliding_window
-    if sliding_window is not None and sliding_window < rows + LEAST_KEYS:
+    if not any(slides and serves for slides, serves in zip(model.config.sliding, model.config.served, strict=True)):
+        return
+    if sliding_window < rows + LEAST_KEYS:
         raise ValueError(
             f"the model's sliding window is {sliding_window} tokens: {rows} rows have too few keys in common; use fewer"
         )

@@ -39,8 +39,8 @@ def draw_head_agreement(divergence: Float[np.ndarray, "L H H"], shown: int = 4) 
 
 
 def draw_step_agreement(divergence: Float[np.ndarray, "L C C"]) -> Any:
-    """Draw the divergence of every two decode steps, mean over layers 1 ..., and its growth with their distance."""
-    mean, steps = divergence[1:].mean(axis=0), divergence.shape[1]
+    """Draw the divergence of every two decode steps, mean over served layers, and its growth with their distance."""
+    mean, steps = np.nanmean(divergence[1:], axis=0), divergence.shape[1]
     figure, ((left, right),) = make_canvas(1, 2, (9, 3.6))
     image = draw_matrix(left, mean, (0, float(mean.max()) or 1.0), "magma_r", aspect="equal")
     left.set(xlabel="decode step", ylabel="decode step")
@@ -50,7 +50,7 @@ def draw_step_agreement(divergence: Float[np.ndarray, "L C C"]) -> Any:
     by_layer = np.array([[np.diagonal(d, n).mean() for n in apart] for d in divergence[1:]])
     for layer in by_layer:
         right.plot(apart, layer, color=GREY, lw=0.6, alpha=0.4)
-    _draw_line(right, apart, by_layer.mean(axis=0), "steps apart", "divergence (nats)")
+    _draw_line(right, apart, np.nanmean(by_layer, axis=0), "steps apart", "divergence (nats)")
     right.set_title("each layer, and their mean")
     return figure
 
@@ -81,7 +81,7 @@ def draw_drift(found: Drift, bins: int = 10) -> Any:
     for ax, (name, label) in zip(axes[0], names.items(), strict=True):
         bars = bin_means(getattr(found, name)[:, 1:], found.hit_rate[:, 1:], bins)
         ax.errorbar(bars.x, bars.y, bars.error, color=BLUE, marker="o", ms=4, lw=1.5, capsize=3)
-        ax.axhline(found.hit_rate[:, 1:].mean(), color=GREY, lw=1, ls=":")
+        ax.axhline(np.nanmean(found.hit_rate[:, 1:]), color=GREY, lw=1, ls=":")
         ax.set_xlabel(label)
         ax.grid()
     axes[0, 0].set_ylabel("hit rate")
@@ -98,7 +98,7 @@ def draw_access(found: Access, sequence: int = 0) -> Any:
     often.set(xlabel="token", ylabel="layer")
     often.set_title("share of the rows that read a token")
     figure.colorbar(image, ax=often)
-    image = draw_matrix(agree, found.agreement[1:].mean(axis=0), (0, 1), aspect="equal")
+    image = draw_matrix(agree, np.nanmean(found.agreement[1:], axis=0), (0, 1), aspect="equal")
     agree.set(xlabel="row", ylabel="row")
     agree.set_title("tokens read by both rows, over those read by either")
     figure.colorbar(image, ax=agree)

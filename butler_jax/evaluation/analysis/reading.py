@@ -12,11 +12,20 @@ from jaxtyping import Bool, Float, Int
 
 from butler_jax.evaluation.analysis.agreement import check_policy
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, row_chunk, softmax
-from butler_jax.model import BaseModel, by_sliding_window, check_length, dense_mixer, embed, merge_queries, run_layers
+from butler_jax.model import (
+    BaseModel,
+    by_sliding_window,
+    check_length,
+    dense_mixer,
+    embed,
+    grouped_sinks,
+    run_layers,
+    sink_logits,
+)
 from butler_jax.policies import Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
-from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, sparse_chunk, with_rule
+from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, merge_rows, sparse_chunk, with_rule
 
 LONGEST = 2048  # tokens of a text whose T x T weights are drawn
 
@@ -46,17 +55,24 @@ class Reading(NamedTuple):
         position: The row's column.
         policy: The name of the policy.
         selection: Its selection.
+        served: The layers in which it chooses; None for all but layer 0.
     """
 
     sets: Bool[np.ndarray, "L K T"]
     position: int
     policy: str
     selection: SelectionConfig
+    served: tuple[int, ...] | None = None
+
+    @property
+    def chosen(self) -> Bool[np.ndarray, "layers K T"]:
+        """The sets of the served layers."""
+        return self.sets[1:] if self.served is None else self.sets[list(self.served)]
 
     @property
     def counts(self) -> Int[np.ndarray, " T"]:
-        """How many of the sets of layers 1 ... hold each token."""
-        return self.sets[1:].sum(axis=(0, 1))
+        """How many of the sets of the served layers hold each token."""
+        return self.chosen.sum(axis=(0, 1))
 
     @property
     def by_layer(self) -> Int[np.ndarray, "L T"]:
@@ -65,8 +81,8 @@ class Reading(NamedTuple):
 
     @property
     def most(self) -> int:
-        """The largest possible count: the number of sets in layers 1 ...."""
-        return self.sets[1:, :, 0].size
+        """The largest possible count: the number of sets in the served layers."""
+        return self.chosen[:, :, 0].size
 
 
 def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, layer: int, head: int) -> Scored:
@@ -74,7 +90,7 @@ def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, l
 
     Args:
         batch: tokens, segments, positions [1, T], of at most LONGEST tokens: the result is T x T.
-        layer: From 1; layer 0 has no scores.
+        layer: A served one; others have no scores.
 
     Raises:
         ValueError: The batch has more than one row or is too long, the layer or the head does not exist, or there is no
@@ -86,6 +102,10 @@ def compare_attention(model: BaseModel, predictor: Predictor, batch: Batch, *, l
         raise ValueError(f"the text has {length} tokens and the picture is T x T; give at most {LONGEST} tokens")
     if not (1 <= layer < base.layers):
         raise ValueError(f"layer must be 1 ... {base.layers - 1} (layer 0 has no scores), got {layer}")
+    if not base.served[layer]:
+        raise ValueError(
+            f"layer {layer} slides and is not served, so it has no scores; take one of {base.served_layers}"
+        )
     if not (0 <= head < base.heads):
         raise ValueError(f"head must be 0 ... {base.heads - 1}, got {head}")
     found = _compare_attention(model, predictor, as_batch(batch), jnp.int32(layer), jnp.int32(head))
@@ -125,7 +145,8 @@ def find_reading(
     column = int(real[position])
     rows = jnp.full((1, 1), column, jnp.int32)
     sets = _find_sets(model, predictor, as_batch(batch), rows, limits, policy=policy, rule=selection.rule)
-    return Reading(np.asarray(sets)[:, 0, :, 0], column, policy.name, selection)
+    served = model.config.served_layers
+    return Reading(np.asarray(sets)[:, 0, :, 0], column, policy.name, selection, served)
 
 
 def _one_row(model: BaseModel, batch: Batch) -> int:
@@ -161,7 +182,9 @@ def _compare_attention(model, predictor, batch, layer, head):
                 sliding_window,
             )
             both = chunk.logits, chunk.predicted
-            weights = (softmax(a, chunk.allowed) for a in both)
+            sinks = sink_logits(view.weights)
+            own = None if sinks is None else grouped_sinks(jax.lax.dynamic_slice_in_dim(sinks, head, 1), 1)
+            weights = softmax(chunk.logits, chunk.allowed, own), softmax(chunk.predicted, chunk.allowed)
             seen = (jnp.where(chunk.allowed[:, None, None], a, jnp.nan) for a in both)
             return tuple(a[0, 0, 0] for a in (*weights, *seen))
 
@@ -183,10 +206,10 @@ def _find_sets(model, predictor, batch, rows, limits: Limits, *, policy: Policy,
 
         def attend(sliding_window):
             apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
-            (outputs, *_), size = map_chunks(apply, view, importance, segments, sliding_window)
+            outputs, *_ = map_chunks(apply, view, importance, segments, sliding_window)
             chunk = row_chunk(view, importance, segments, rows, sliding_window)
             sets, _ = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
-            return merge_queries(outputs, size, segments.shape[1]), sets
+            return merge_rows(outputs, segments.shape[1]), sets
 
         output, sets = by_sliding_window(base, view.index, attend)
         return output, state, sets

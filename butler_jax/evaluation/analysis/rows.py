@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.data import Batch, cut_windows
 from butler_jax.model import (
+    BaseConfig,
     BaseModel,
     LayerView,
     by_sliding_window,
@@ -24,6 +25,7 @@ from butler_jax.model import (
     embed,
     masked_softmax,
     run_layers,
+    soft_cap,
 )
 from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor
@@ -139,7 +141,7 @@ def row_chunk(
         q=q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype),
         k=jnp.moveaxis(view.k, 1, 2),
         v=jnp.moveaxis(view.v, 1, 2),
-        logits=scores(q, view.k),
+        logits=soft_cap(scores(q, view.k), view.softcap),
         predicted=predicted,
         offset=offset,
         rows=Rows(rows, start),
@@ -158,9 +160,23 @@ def visible(
     return seen if sliding_window is None else seen & (columns[None, None] > (rows - sliding_window)[:, :, None])
 
 
-def softmax(scores: Float[Array, "B K G C S"], keys: Bool[Array, "B C S"]) -> Float[Array, "B K G C S"]:
-    """Weights over the given keys of each row, 0 elsewhere."""
-    return masked_softmax(scores, keys[:, None, None])
+def softmax(
+    scores: Float[Array, "B K G C S"],
+    keys: Bool[Array, "B C S"],
+    sink_logits: Float[Array, "1 K G 1 1"] | None = None,
+) -> Float[Array, "B K G C S"]:
+    """Weights over the given keys of each row and, where it is given, the head's sink; 0 elsewhere."""
+    return masked_softmax(scores, keys[:, None, None], sink_logits)
+
+
+def of_served(base: BaseConfig, found: Float[np.ndarray, "*_"], axis: int = 1) -> Float[np.ndarray, "*_"]:
+    """What was found in every layer of the axis, NaN where a layer other than layer 0 is not served."""
+    if not base.mixed:
+        return found
+    left = [layer for layer in range(1, base.layers) if not base.served[layer]]
+    found = np.array(found)
+    np.moveaxis(found, axis, 0)[left] = np.nan
+    return found
 
 
 def by_heads(stacked: Array) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from butler_jax.evaluation.plots import STYLE, WIDTH, Look, finish_panels, make_canvas
+from butler_jax.evaluation.report.shares import is_mixed
 from butler_jax.evaluation.report.tables import (
     MINUS,
     Metric,
@@ -21,12 +22,12 @@ from butler_jax.evaluation.report.tables import (
     split_dense,
 )
 
-LOGARITHMIC = ("perplexity", "bytes_read")
-KEYS_READ, BYTES_READ = "share of the keys read, layer 0 aside", "bytes read, share of what dense reads in all layers"
+LOGARITHMIC = ("perplexity", "bytes_read", "served_bytes_read")
+BYTES_READ = "bytes read, share of what dense reads in all layers"
 
 
 def draw_curves(
-    metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], title: str, across: str = KEYS_READ
+    metric: str, shown: Metric, rows: Sequence[Row], styles: Mapping[str, Look], title: str, across: str = ""
 ) -> Any:
     """Draw a metric against `attended` of its rows, or against the budget where that is not known.
 
@@ -36,7 +37,7 @@ def draw_curves(
         rows: Rows of the metric.
         styles: Looks by label.
         title: Of the figure.
-        across: What `attended` of the rows is.
+        across: What `attended` of the rows is. Default: the share of the keys.
     """
     _, sparse = split_dense(rows)
     budgets = sort_budgets(rows)
@@ -47,6 +48,7 @@ def draw_curves(
         own = [r for r in sparse if r["policy"] == policy]
         points = [(100 * r["attended"] if shares else -budgets.index(r["budget"]), r) for r in own]
         _draw_line(axes, sorted(points, key=lambda p: p[0]), shown, styles[policy], policy)
+    across = across or "share of the keys read" + (" in the served layers" if is_mixed(rows) else ", layer 0 aside")
     if shares:
         _set_share_axis(axes, [100 * r["attended"] for r in sparse], across)
     else:

@@ -11,6 +11,7 @@ from butler_jax.evaluation.plots import Draw, Look, assign_looks
 from butler_jax.evaluation.report.curves import BYTES_READ, draw_curves, draw_parts, draw_positions
 from butler_jax.evaluation.report.heat_maps import draw_grid, draw_heads
 from butler_jax.evaluation.report.modes import label_allocations, split_prompts
+from butler_jax.evaluation.report.shares import is_mixed
 from butler_jax.evaluation.report.tables import (
     Row,
     find_axis,
@@ -34,6 +35,7 @@ CURVES = {
     "js_divergence": "The divergence of next-token distributions from the dense model's; 0 means that they are equal.",
     "top1_agreement": "How often the most likely next token is the dense model's.",
     "bytes_read": "Bytes that a policy reads for a token, those for its choice included. The dashed line is dense.",
+    "served_bytes_read": "The same in the served layers alone. The dashed line is dense.",
     "recalled_mass": "The true attention weight on the chosen keys. The oracle chooses by these weights.",
     "accuracy": "Higher is better. The dashed line with its band is the dense model.",
     "miss_rate": "Lower is better. A miss is a name with a wrong token. The dashed line is the dense model.",
@@ -136,7 +138,8 @@ def _plan_bytes(chosen: Sequence[Row], rows: Sequence[Row], styles: Mapping[str,
         task="perplexity",
         title=title,
         caption="The same values against the bytes of caches that a token reads, those for the choice included, and "
-        "layer 0, which is dense. At equal bytes the lower policy is the better one.",
+        + ("those of the layers that are not served" if is_mixed(rows) else "layer 0, which is dense")
+        + ". At equal bytes the lower policy is the better one.",
         alt=f"{title}; one line each for {', '.join(list_policies(known))}. The numbers are in the tables.",
         draw=lambda: draw_curves("perplexity", shown, [*dense, *known], styles, title, BYTES_READ),
     )
@@ -181,7 +184,8 @@ def _plan_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> PlannedFigure
         name="hit_rate_heads",
         task="attention",
         title="hit rate by layer and head (%)",
-        caption="Layers down from layer 1, heads across, one scale for all policies. Chance is 50 %.",
+        caption=f"Layers down from layer 1, heads across, one scale for all policies.{_name_blank(rates)} "
+        "Chance is 50 %.",
         alt=f"Heat maps of the hit rate of every layer and head for {', '.join(policies)}.",
         draw=lambda: draw_heads({p: rates[p] for p in policies}, "hit rate by layer and head (%)", (50.0, 100.0)),
     )
@@ -201,14 +205,16 @@ def _plan_reads(reads: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mappin
         if policy in uneven or not any(_are_close(known, other) for other in curves.values()):
             curves[policy] = known
     names, title = ", ".join(uneven), f"keys read by layer and head, budget {budgets} (%)"
+    blank = _name_blank({p: one["heads"] for p, one in uneven.items()})
+    layers = "all heads of the served layers" if blank else "all layers and heads but layer 0"
     along = f"keys read by position, budget {budgets} (%)"
     return [
         PlannedFigure(
             name="reads_by_head",
             task="perplexity",
             title=title,
-            caption="Layers down from layer 1, heads across, one scale for all policies. Policies whose heads all read "
-            "the same share are left out.",
+            caption=f"Layers down from layer 1, heads across, one scale for all policies.{blank} Policies whose heads "
+            "all read the same share are left out.",
             alt=f"Heat maps of the share of the keys that every layer and head reads for {names}.",
             draw=lambda: draw_heads({p: one["heads"] for p, one in uneven.items()}, title, (0.0, None)),
         ),
@@ -216,22 +222,32 @@ def _plan_reads(reads: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mappin
             name="reads_by_position",
             task="perplexity",
             title=along,
-            caption="The mean over all layers and heads but layer 0. Of policies that read the same share at every "
-            "position, one is shown.",
+            caption=f"The mean over {layers}. Of policies that read the same share at every position, one is shown.",
             alt=f"The share of the keys that is read by position in the window, for {', '.join(curves)}.",
             draw=lambda: draw_positions({p: tuple(zip(*c, strict=True)) for p, c in curves.items()}, styles, along),
         ),
     ]
 
 
-def _find_mean(heads: Sequence[Sequence[float]]) -> float:
-    shares = [share for layer in heads for share in layer]
+def _name_blank(shares: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
+    """What blank rows of heat maps are; empty where none is blank."""
+    blank = any(None in layer for layers in shares.values() for layer in layers)
+    return " Layers that are not served are blank." if blank else ""
+
+
+def _list_shares(heads: Sequence[Sequence[float | None]]) -> list[float]:
+    """The shares of the heads of served layers."""
+    return [share for layer in heads for share in layer if share is not None]
+
+
+def _find_mean(heads: Sequence[Sequence[float | None]]) -> float:
+    shares = _list_shares(heads)
     return sum(shares) / len(shares)
 
 
-def _find_spread(heads: Sequence[Sequence[float]]) -> float:
+def _find_spread(heads: Sequence[Sequence[float | None]]) -> float:
     """How far the shares of heads lie apart."""
-    shares = [share for layer in heads for share in layer]
+    shares = _list_shares(heads)
     return max(shares) - min(shares)
 
 

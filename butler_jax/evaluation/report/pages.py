@@ -14,7 +14,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from butler_jax.evaluation.plots import NO_PICTURES, plots_available, render_figure
-from butler_jax.evaluation.report.facts import describe_predictors, list_facts, list_settings, name_subject
+from butler_jax.evaluation.report.facts import (
+    describe_predictors,
+    describe_trainings,
+    list_facts,
+    list_settings,
+    name_subject,
+)
 from butler_jax.evaluation.report.figures import PlannedFigure, plan_figures
 from butler_jax.evaluation.report.modes import (
     describe_allocations,
@@ -75,6 +81,11 @@ def render_markdown(report: Any, pictures: Pictures | None = None) -> str:
     return _render("report.md.j2", report, pictures)
 
 
+def render_card(report: Any) -> str:
+    """The sections Training and Quality of a predictor's model card."""
+    return _render("card.md.j2", report, None)
+
+
 def escape_markdown(text: Any) -> str:
     """Text that Markdown shows as it is, on one line."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -98,6 +109,7 @@ def _render(template: str, report: Any, pictures: Pictures | None) -> str:
     return environment.get_template(template).render(
         subject=name_subject(about),
         predictors=describe_predictors(about),
+        trainings=describe_trainings(about),
         made_on=" · ".join(w for w in (str(about.get("device") or ""), date) if w),
         summaries=[_summarise(own, name_prompt(tokens) if len(groups) > 1 else "") for tokens, own in groups.items()],
         heads=HEADS,

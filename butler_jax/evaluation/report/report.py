@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from butler_jax.evaluation.report.tables import make_tables
-from butler_jax.storage import write_whole
+from butler_jax.storage import fits, read_object, write_whole
+
+MOST_BYTES = 256 << 20
+"""The largest report.json that is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +29,14 @@ class ReportRow:
         sequences: How many sequences these lie in, over which the error is taken.
         unit: What the sequences are: "windows" of text, "samples", or "overlapping windows", which are not independent.
         seed: Of the samples.
-        attended: The mean fraction of the causal keys that was read in layers 1 ...; None for hit_rate and spearman,
-            which are metrics of scores alone.
+        attended: The mean fraction of the causal keys that was read in the served layers; None for hit_rate and
+            spearman, which are metrics of scores alone.
         where: The part of the task that the row is about; {} for the whole task.
         allocation: How heads share the reads.
         prompt_tokens: First tokens of a window that are read densely and not counted; above 0, everything before a
             sample's answer is.
+        attended_of_dense: The keys that were read in all layers, as a mean share of those that a dense pass reads. Rows
+            have it where a layer other than layer 0 is not served.
     """
 
     task: str
@@ -48,6 +53,7 @@ class ReportRow:
     where: dict[str, Any]
     allocation: str = "per_head"
     prompt_tokens: int = 0
+    attended_of_dense: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Report:
         arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}, "reads": {policy: an object for each
             budget}}. An object of reads has the budget; heads, the mean share of the keys that is read, a list for each
             layer from 1 on; and positions, the share by position in a window, in bins of bin_size tokens.
+            In these lists None stands for a layer that is not served.
         about: Base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
             command and date; the seconds that all cells took when they were measured; and how many cells were measured
             now and how many were kept.
@@ -70,7 +77,10 @@ class Report:
 
     def add(self, row: ReportRow) -> None:
         """Append a row."""
-        self.rows.append(asdict(row))
+        values = asdict(row)
+        if row.attended_of_dense is None:
+            del values["attended_of_dense"]
+        self.rows.append(values)
 
     def value(self, task: str, policy: str, budget: float | None = None, metric: str | None = None) -> float:
         """The value of the first row about a whole task that matches; None matches everything.
@@ -105,6 +115,30 @@ class Report:
         write_whole(path, json.dumps(whole, indent=1) + "\n")
         write_pages(self, directory)
         return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read the report.json that `save` wrote; `path` is the file or its directory.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: The file holds no report.
+        """
+        path = Path(path)
+        path = path / "report.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no report in {path}; butler-jax eval makes one")
+        about = read_object(path, most=MOST_BYTES)
+        rows, arrays = about.pop("rows", None), about.pop("arrays", {})
+        if not fits(rows, list[dict]) or not isinstance(arrays, dict):
+            raise ValueError(f"{path} is no report: it has no rows; give the report.json that butler-jax eval wrote")
+        return cls(rows, arrays, about)
+
+    def card(self) -> str:
+        """How the predictor was trained and the main results, as Markdown for a model card."""
+        from butler_jax.evaluation.report.pages import render_card
+
+        return render_card(self)
 
     def print(self, console: Any = None) -> None:
         """Show a table for each task and metric, policies down and budgets across; plain text off a terminal."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from butler_jax.evaluation.report.modes import name_prompt
+from butler_jax.evaluation.report.shares import is_mixed
 from butler_jax.evaluation.report.tables import (
     Metric,
     Row,
@@ -96,7 +97,8 @@ def _write_least(rows: Sequence[Row]) -> str:
         return ""
     best, *others = ranked
     shares = [r["attended"] for r in rows if is_finite(r.get("attended"))]
-    read = f" ({_write_range(shares)} of the keys read, layer 0 aside)" if shares else ""
+    aside = " in the served layers" if is_mixed(rows) else ", layer 0 aside"
+    read = f" ({_write_range(shares)} of the keys read{aside})" if shares else ""
     words = f"At the smallest budget, {format_budget(best['budget'])}{read}, {best['policy']} is {_write_excess(best)}"
     ties = [r for r in others if _compare(r, best) == 0]
     if ties:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal
 
+from butler_jax.evaluation.report.shares import DASH, READ, TableColumn, find_shares, is_finite, is_mixed, name_served
 from butler_jax.policies import POLICIES, Policy
 
 Row = Mapping[str, Any]
-MINUS, DASH = "\u2212", "\u2013"
+MINUS = "\u2212"
 
 TASKS = {
     "perplexity": "Held-out text. The rows that count read only chosen keys.",
@@ -67,7 +69,9 @@ METRICS = {
     "top1_agreement": _percent("top-1 agreement with dense", "higher"),
     "effective_sparsity": _percent("effective sparsity", None),
     "bytes_of_dense": _percent("bytes read for a token, share of dense", None),
+    "served_bytes_of_dense": _percent("bytes read for a token in the served layers, share of dense there", None),
     "recalled_mass": _percent("recalled attention mass", "higher"),
+    "tied": _percent("chosen by position, since scores are equal", None),
     "hit_rate": _percent("hit rate", "higher"),
     "spearman": Metric("Spearman's rank correlation", "higher"),
     "miss_rate": _percent("miss rate", "lower"),
@@ -83,25 +87,19 @@ ALL_OR_NONE = ("accuracy", "accuracy_norm", "miss_rate", "token_inaccuracy")
 
 def find_metric(name: str, rows: Iterable[Row] = ()) -> Metric:
     """How to show a metric. The unit of bytes follows from the largest value of the rows."""
-    if name == "bytes_read":
+    if name in ("bytes_read", "served_bytes_read"):
         power = max(
             (int(math.log2(r["value"])) // 10 for r in rows if is_finite(r["value"]) and r["value"] >= 1), default=0
         )
         power = min(power, 4)
-        return Metric(
-            "bytes read for a token", None, ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024.0**-power, 2 if power else 0
-        )
+        title = "bytes read for a token" + (" in the served layers" if name != "bytes_read" else "")
+        return Metric(title, None, ("B", "KiB", "MiB", "GiB", "TiB")[power], 1024.0**-power, 2 if power else 0)
     return METRICS.get(name, Metric(name.replace("_", " ")))
 
 
 def make_title(task: str, metric: Metric) -> str:
     """The title of a table or figure: needle: accuracy (%). Metrics of text have no task before them."""
     return metric.heading if task in ("perplexity", "attention") else f"{task.replace('_', ' ')}: {metric.heading}"
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value is a number, and finite."""
-    return value is not None and math.isfinite(value)
 
 
 def is_dense(policy: str) -> bool:
@@ -190,22 +188,6 @@ class TableCell:
     text: str
     spread: str = ""
     best: bool = False
-
-
-@dataclass(frozen=True)
-class TableColumn:
-    """A budget or a part of a task, with the smallest and the largest share of the keys that policies read there."""
-
-    label: str
-    read: tuple[float, float] | None = None
-
-    @property
-    def share(self) -> str:
-        """'15.0 % read', or a range where policies differ; empty where unknown. Of the layers after the first."""
-        if self.read is None:
-            return ""
-        low, high = (f"{100 * r:.1f}" for r in self.read)
-        return f"{low} % read" if low == high else f"{low}{DASH}{high} % read"
 
 
 @dataclass(frozen=True)
@@ -313,7 +295,10 @@ def _make_table(
         TableLine(policy, tuple(_make_cell(shown, policy, inside) for _, inside in columns))
         for policy in list_policies(rows)
     )
-    heads = tuple(TableColumn(c, _find_shares(inside) if shares and not is_dense(c) else None) for c, inside in columns)
+    heads = tuple(
+        TableColumn(c, *map(partial(find_shares, inside), READ)) if shares and not is_dense(c) else TableColumn(c)
+        for c, inside in columns
+    )
     return ReportTable(
         task=task,
         metric=metric,
@@ -347,11 +332,6 @@ def find_best(metric: Metric, rows: Iterable[Row]) -> list[str]:
     return [p for p, v in values.items() if v == best]
 
 
-def _find_shares(rows: Sequence[Row]) -> tuple[float, float] | None:
-    shares = [r["attended"] for r in rows if r["budget"] is not None and is_finite(r.get("attended"))]
-    return (min(shares), max(shares)) if shares else None
-
-
 def _write_note(metric: Metric, rows: Sequence[Row], shares: bool) -> str:
     count = _format_range(rows, "n")
     words = [f"n = {count}"] if count else []
@@ -361,7 +341,8 @@ def _write_note(metric: Metric, rows: Sequence[Row], shares: bool) -> str:
         words += [
             "at 0 and 100 %, where the standard error is 0, ± is the length of the Wilson interval, 1 / (samples + 1)"
         ]
-    words += ["% read: of the keys, in the layers after the first"] if shares else []
+    if shares:
+        words += [f"% read: of the keys, {name_served(rows)}" + (", and of what dense reads" if is_mixed(rows) else "")]
     return "; ".join(words)
 
 

@@ -7,7 +7,7 @@ decoding, with every position limited to its own choice, would write that answer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -40,17 +40,19 @@ class Answers:
         right: Tokens of the answer that are the greedy ones.
         asked: Tokens of the answer.
         attended: The attended fractions of a sample's tokens, summed.
+        of_dense: What they read in all layers, as shares of what a dense pass reads, summed.
         tokens: Tokens of the sample that read a choice: all, or those that predict the answer after a prompt.
     """
 
     right: Int[np.ndarray, " samples"]
     asked: Int[np.ndarray, " samples"]
     attended: Float[np.ndarray, " samples"]
+    of_dense: Float[np.ndarray, " samples"]
     tokens: Int[np.ndarray, " samples"]
 
     def take(self, members: Int[np.ndarray, " members"]) -> Answers:
         """Some of the samples, by number."""
-        return Answers(*(a[members] for a in (self.right, self.asked, self.attended, self.tokens)))
+        return Answers(*(getattr(self, field.name)[members] for field in fields(self)))
 
     @property
     def whole(self) -> Bool[np.ndarray, " samples"]:
@@ -76,6 +78,11 @@ class Answers:
     def share_read(self) -> float:
         """The mean attended fraction."""
         return float(self.attended.sum() / self.tokens.sum())
+
+    @property
+    def share_of_dense(self) -> float:
+        """The mean share of what a dense pass reads."""
+        return float(self.of_dense.sum() / self.tokens.sum())
 
 
 def batch_answers(
@@ -109,9 +116,9 @@ def count_answers(
         limited = wanted if passes.prompted else real
         guessed = np.pad(found.greedy[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         good = (guessed == batch["tokens"]) & asked
-        attended = np.where(limited, found.attended.astype(np.float64), 0.0)
+        shares = (np.where(limited, a.astype(np.float64), 0.0) for a in (found.attended, found.of_dense))
         used = asked.any(axis=1)
-        parts.append([a.sum(axis=1)[used] for a in (good, asked, attended, limited)])
+        parts.append([a.sum(axis=1)[used] for a in (good, asked, *shares, limited)])
     return Answers(*(np.concatenate(a) for a in zip(*parts, strict=True)))
 
 
@@ -158,10 +165,9 @@ class AnsweringTask(Task):
         ((budget, selection),) = selections.items()
         found = count_answers(self.passes, self.batches, policy.policy, selection, policy.predictor)
         parts = [({}, found), *((label, found.take(members)) for label, members in self.groups)]
-        return Cell(
-            [
-                self.make_row(policy, name, getattr(part, name), budget=budget, attended=part.share_read, where=label)
-                for name in self.metrics
-                for label, part in parts
-            ]
-        )
+        rows = []
+        for name in self.metrics:
+            for label, part in parts:
+                read = dict(attended=part.share_read, of_dense=part.share_of_dense)
+                rows.append(self.make_row(policy, name, getattr(part, name), budget=budget, where=label, **read))
+        return Cell(rows)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from butler_jax.data import Batch
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
+from butler_jax.evaluation.tasks.perplexity import list_known
 from butler_jax.evaluation.tasks.texts import name_windows
 from butler_jax.simulation import measure_recall
 from butler_jax.weights import Base
+
+TIED = 0.01  # a share of ties that is worth a line of the report
 
 
 class AttentionTask(Task):
@@ -48,8 +49,13 @@ class AttentionTask(Task):
             self.make_row(policy, "recalled_mass", mass, budget=budget, attended=found.attended[name][budget].value)
             for budget, mass in found.mass[name].items()
         ]
+        rows += [
+            self.make_row(policy, "tied", tied, budget=budget, attended=found.attended[name][budget].value)
+            for budget, tied in found.tied.get(name, {}).items()
+            if tied.value > TIED
+        ]
         if name not in found.hit_rate:
             return Cell(rows)
         for metric, estimate in (("hit_rate", found.hit_rate[name]), ("spearman", found.spearman[name])):
             rows.append(self.make_row(policy, metric, estimate, budget=None, attended=None))
-        return Cell(rows, {"hit_rate": np.round(found.by_head[name], 5).tolist()})
+        return Cell(rows, {"hit_rate": list_known(found.by_head[name])})

@@ -47,9 +47,10 @@ class Task:
         *,
         budget: float | int | None,
         attended: float | None,
+        of_dense: float | None = None,
         where: dict[str, Any] | None = None,
     ) -> ReportRow:
-        """An estimate as a row of the report; see `ReportRow` for budget, attended and where."""
+        """An estimate as a row of the report; see `ReportRow` for budget, attended, attended_of_dense and where."""
         return ReportRow(
             task=self.name,
             metric=metric,
@@ -59,6 +60,7 @@ class Task:
             unit=self.unit,
             seed=self.config.seed,
             attended=attended,
+            attended_of_dense=of_dense if self.base.config.mixed else None,
             where=where or {},
             allocation=policy.allocation,
             prompt_tokens=self.config.prompt_tokens,

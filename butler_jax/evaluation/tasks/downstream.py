@@ -27,10 +27,14 @@ METRICS = {"acc": "accuracy", "acc_norm": "accuracy_norm", "perplexity": "perple
 
 
 class HarnessScores(NamedTuple):
-    """The metrics of a task, with errors over its samples, and the mean fraction of the causal keys that was read."""
+    """The metrics of a task with errors over its samples, and mean shares of the keys that were read.
+
+    attended: of the causal keys in the served layers. of_dense: in all layers, of those that a dense pass reads.
+    """
 
     estimates: dict[str, Estimate]
     attended: float
+    of_dense: float
 
 
 def run_harness(
@@ -72,7 +76,8 @@ def run_harness(
         tasks = make_local_tasks(directory, [task])
         found = evaluate(model, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = found["samples"][f"{task}_local"]
-    return HarnessScores({METRICS[n]: _estimate_metric(samples, n) for n in samples[0]["metrics"]}, model.attended)
+    estimates = {METRICS[n]: _estimate_metric(samples, n) for n in samples[0]["metrics"]}
+    return HarnessScores(estimates, model.attended, model.of_dense)
 
 
 def check_harness() -> None:
@@ -110,7 +115,7 @@ class DownstreamTask(Task):
             passes=self.passes,
         )
         rows = [
-            self.make_row(policy, name, estimate, budget=budget, attended=found.attended)
+            self.make_row(policy, name, estimate, budget=budget, attended=found.attended, of_dense=found.of_dense)
             for name, estimate in found.estimates.items()
         ]
         return Cell(rows)

@@ -29,6 +29,7 @@ from butler_jax.policies import Policy, describe
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
+from butler_jax.text import ChatTemplateError
 from butler_jax.weights import Base
 
 LEAST = 32  # rows are padded to the next of 1, 1.5, 2, 3, 4 ... times as many tokens
@@ -60,6 +61,7 @@ class ButlerLM(TemplateLM):
         add_bos_token: bool | None = None,
         progress: bool = True,
         prompted: bool = False,
+        enable_thinking: bool | None = None,
         passes: Passes | None = None,
     ):
         """Make the model.
@@ -71,6 +73,7 @@ class ButlerLM(TemplateLM):
             score_dtype: As `simulate` takes it.
             add_bos_token: Whether a text begins with the tokenizer's first token; None: as the tokenizer says.
             prompted: Whether a context is read densely. Only the rows that predict its continuation are limited then.
+            enable_thinking: Handed to the chat template, where it is not None.
             passes: Passes that other models of the base share.
 
         Raises:
@@ -93,7 +96,9 @@ class ButlerLM(TemplateLM):
         self.max_length, self.batch_size = max_length or most, number
         self.score_dtype, self.add_bos_token, self.progress = score_dtype, add_bos_token, progress
         self.passes = passes or Passes(base.model, prompted=prompted, score_dtype=score_dtype)
-        self.read, self.rows = 0.0, 0
+        self.template_name: str | None = None
+        self.template_variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self.read, self.rows = np.zeros(2), 0
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> ButlerLM:
@@ -128,11 +133,41 @@ class ButlerLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The name under which the harness caches tokens."""
-        return f"{self.base.name}-{self.base.fingerprint}"
+        return f"{self.base.name}-{self.base.fingerprint}".replace("/", "__")
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
-        """Raise ValueError: tokenizers are read without their templates."""
-        raise ValueError("the model butler has no chat templates; leave --apply_chat_template out")
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that `apply_chat_template` uses from now on: the named one, or with True the default; else None.
+
+        Raises:
+            ValueError: There is no such template.
+        """
+        if not chat_template:
+            return None
+        self.template_name = chat_template if isinstance(chat_template, str) else None
+        return self.text.require_chat_template().source(self.template_name)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation. Without add_generation_prompt, its last message is to be continued.
+
+        A template that refuses messages of the role system gets the conversation without them, as with the model hf.
+
+        Raises:
+            ValueError: The model has no chat template, or it refuses the messages.
+        """
+        template = self.text.require_chat_template()
+        how = dict(
+            name=self.template_name,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            variables=self.template_variables,
+        )
+        try:
+            return template.render(chat_history, **how)
+        except ChatTemplateError:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            return template.render(without, **how)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids; a text that begins with the name of the first token does not get that token twice."""
@@ -190,7 +225,7 @@ class ButlerLM(TemplateLM):
         nll = np.where(asked, found.nll.astype(np.float64), 0).sum(axis=1)
         greedy = ((found.greedy == following) | ~asked).all(axis=1)
         inputs = asked if self.passes.prompted else np.pad(batch["segments"][:, 1:], ((0, 0), (0, 1))) > 0
-        self.read += float(found.attended.astype(np.float64)[inputs].sum())
+        self.read += [a.astype(np.float64)[inputs].sum() for a in (found.attended, found.of_dense)]
         self.rows += int(inputs.sum())
         return [(-float(nll[b]), bool(greedy[b])) for b in range(len(rows))]
 
@@ -272,7 +307,7 @@ class ButlerLM(TemplateLM):
         """What the harness writes beside its results: base, policy, budget, and what attends to what."""
         return {
             "model_num_parameters": parameter_count(self.base.model),
-            "model_dtype": str(self.base.model.embedding[...].dtype),
+            "model_dtype": str(self.base.dtype),
             "base": self.base.name,
             "fingerprint": self.base.fingerprint,
             "policy": describe(self.policy),
@@ -285,8 +320,13 @@ class ButlerLM(TemplateLM):
 
     @property
     def attended(self) -> float | None:
-        """Mean fraction of the causal keys that was read in layers 1 ... for likelihoods; None before there are any."""
-        return self.read / self.rows if self.rows else None
+        """Mean fraction of the causal keys read in the served layers for likelihoods; None before there are any."""
+        return float(self.read[0] / self.rows) if self.rows else None
+
+    @property
+    def of_dense(self) -> float | None:
+        """Mean share of the keys that a dense pass reads in all layers; None likewise."""
+        return float(self.read[1] / self.rows) if self.rows else None
 
 
 def describe_modes(policy: Policy, prompted: bool = False) -> dict[str, str]:

@@ -36,7 +36,8 @@ def read_model_arguments(
         data_dir: Where prepared data sets lie, for a policy that is prepared on text.
         device: Refused; JAX_PLATFORMS names the device.
         max_batch_size: Refused; batch_size is a number.
-        others: max_length, batch_size, score_dtype, add_bos_token, progress, prompted, and the policy's own fields.
+        others: max_length, batch_size, score_dtype, add_bos_token, progress, prompted, enable_thinking, and the
+            policy's own fields.
 
     Raises:
         ValueError: An argument is refused or invalid.
@@ -52,20 +53,17 @@ def read_model_arguments(
             "nothing to evaluate: give run=DIR (a run of butler-jax train), or base=SPEC (a directory, a hub id, a "
             ".gguf file, tiny)"
         )
-    passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress", "prompted")
+    passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress", "prompted", "enable_thinking")
     settings = {name: others.pop(name) for name in passed if name in others}
     chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
     share = 1.0 if chosen.reads_everything else parse_budget(budget)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent)
     chosen.require_predictor(run)
-    if run is not None and not (Path(str(run)) / "checkpoints").is_dir():
-        raise ValueError(
-            f"{run} is no run directory: it has no checkpoints; give the directory of a run of butler-jax train"
-        )
-    from butler_jax.runs import load_predictor, run_config, run_data
+    from butler_jax.runs import find_run, load_predictor, run_base, run_data
 
-    loaded = load_base(base or run_config(Path(str(run)))["base"], dtype=dtype)
-    predictor = load_predictor(str(run), loaded) if chosen.needs_predictor else None
-    data = run_data(None if run is None else Path(str(run)))
+    place = None if run is None else find_run(str(run))
+    loaded = load_base(base or run_base(place), dtype=dtype)
+    predictor = load_predictor(place, loaded) if chosen.needs_predictor else None
+    data = run_data(place)
     (chosen,) = prepare_policies([chosen], loaded, data, data_dir=data_dir)
     return dict(base=loaded, policy=chosen, selection=selection, predictor=predictor, **settings)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from butler_jax.data import Batch
 from butler_jax.model import BaseModel
+from butler_jax.parallel import on_host
 from butler_jax.policies import Dense, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table
@@ -24,11 +25,13 @@ class RowPredictions(NamedTuple):
         nll: Negative log-likelihood of the next token, in nats.
         greedy: The most likely next token.
         attended: The fraction of the row's causal keys that was read.
+        of_dense: The keys that were read in all layers, as a share of those that a dense pass reads.
     """
 
     nll: Float[np.ndarray, "B T"]
     greedy: Int[np.ndarray, "B T"]
     attended: Float[np.ndarray, "B T"]
+    of_dense: Float[np.ndarray, "B T"]
 
 
 class Passes:
@@ -82,5 +85,5 @@ class Passes:
             prompts = wanted.argmax(axis=1) if self.prompted else None
             options = dict(prompts=prompts, wanted=jnp.asarray(wanted), **self.options)
             found = simulate(self.model, batch, policy, selection, predictor, **options)
-            self._found[key] = RowPredictions(*(np.asarray(a) for a in (found.nll, found.greedy, found.attended)))
+            self._found[key] = RowPredictions(*(on_host(getattr(found, name)) for name in RowPredictions._fields))
         return self._found[key]

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.data import Batch, find_counted
 from butler_jax.evaluation.cells import Cell
@@ -19,7 +19,8 @@ from butler_jax.evaluation.contenders import EvaluatedPolicy
 from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.texts import name_windows
-from butler_jax.model import BaseModel, check_length
+from butler_jax.model import BaseConfig, BaseModel, check_length
+from butler_jax.parallel import current_mesh, on_host
 from butler_jax.policies import Dense, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
@@ -36,9 +37,12 @@ class TextSums:
     Attributes:
         rows: How many rows count.
         nll: Negative log-likelihoods of the next tokens, in nats.
-        attended: Fractions of the causal keys that were read in layers 1 ....
+        attended: Fractions of the causal keys that were read in the served layers.
+        of_dense: Keys that were read in all layers, as shares of those that a dense pass reads.
         read: Keys that were read in all layers and KV heads.
         held: Keys that a dense pass reads there.
+        served: Keys that were read in the served layers.
+        served_held: Keys that a dense pass reads there.
         heads: Fractions of the causal keys that every layer and choosing head read.
         positions: Attended fractions of the rows in each bin of positions, and how many rows count there.
         divergence: Divergences from a reference, as in `Simulated`; None without one.
@@ -48,8 +52,11 @@ class TextSums:
     rows: Float[np.ndarray, " sequences"]
     nll: Float[np.ndarray, " sequences"]
     attended: Float[np.ndarray, " sequences"]
+    of_dense: Float[np.ndarray, " sequences"]
     read: Float[np.ndarray, " sequences"]
     held: Float[np.ndarray, " sequences"]
+    served: Float[np.ndarray, " sequences"]
+    served_held: Float[np.ndarray, " sequences"]
     heads: Float[np.ndarray, "sequences L _"]
     positions: Float[np.ndarray, "sequences 2 _"]
     divergence: Float[np.ndarray, " sequences"] | None = None
@@ -69,17 +76,18 @@ class TextSums:
         """The mean over rows of one of the sums."""
         return estimate_ratio(getattr(self, name), self.rows)
 
-    def find_reads(self) -> dict[str, list]:
+    def find_reads(self, base: BaseConfig) -> dict[str, list]:
         """Mean fractions read, JSON-ready.
 
         Returns:
-            heads: [L - 1][heads], in the layers after the first. positions: of each bin, in all these layers and heads;
-            None where no row counts.
+            heads: [L - 1][heads], in the layers after the first; None where a layer is not served. positions: of each
+            bin, in all served layers and heads; None where no row counts.
         """
-        heads = self.heads[:, 1:].sum(axis=0) / self.rows.sum()
+        heads = self.heads.sum(axis=0) / self.rows.sum()
+        heads[~np.asarray(base.served)] = np.nan
         attended, rows = self.positions.sum(axis=0)
         positions = [round(a / n, 5) if n else None for a, n in zip(attended.tolist(), rows.tolist(), strict=True)]
-        return {"heads": np.round(heads, 5).tolist(), "positions": positions}
+        return {"heads": list_known(heads[1:]), "positions": positions}
 
 
 def measure_perplexity(
@@ -90,7 +98,7 @@ def measure_perplexity(
     predictor: Predictor | None = None,
     *,
     prompt_tokens: int = 0,
-    references: Sequence[Float[np.ndarray, "B T E"]] | None = None,
+    references: Sequence[Float[Array | np.ndarray, "B T E"]] | None = None,
     keep: list | None = None,
     score_dtype: str | None = None,
     implementation: str | None = None,
@@ -116,29 +124,40 @@ def measure_perplexity(
     options = dict(score_dtype=score_dtype, implementation=implementation)
     for number, batch in enumerate(batches):
         counted = masks[number]
-        wanted = jnp.asarray(counted) if "counted" in batch or prompt_tokens else None
+        wanted = counted if "counted" in batch or prompt_tokens else None
         prompts = jnp.full(len(counted), prompt_tokens, jnp.int32) if prompt_tokens else None
         reference = None if references is None else references[number]
         result = simulate(
             model, batch, policy, config, predictor, prompts=prompts, wanted=wanted, reference=reference, **options
         )
         every = jnp.ones((model.config.layers, *counted.shape))
-        held = count_keys(model.config, jnp.asarray(batch["segments"]), every, model.config.kv_heads)
-        names = ("nll", "attended", "read", "divergence", "agrees")
-        parts = {"rows": counted, "held": held, **{name: getattr(result, name) for name in names}}
+        held, served = count_keys(model.config, jnp.asarray(batch["segments"]), every, model.config.kv_heads)
+        names = ("nll", "attended", "of_dense", "read", "served", "divergence", "agrees")
+        parts = {"rows": counted, "held": held, "served_held": served}
+        parts |= {name: getattr(result, name) for name in names}
         for name, values in parts.items():
             if values is not None:
-                found[name].extend(np.where(counted, np.asarray(values, np.float64), 0).sum(axis=1))
-        found["heads"].extend(np.einsum("lbht,bt->blh", np.asarray(result.shares, np.float64), counted))
-        found["positions"].extend(_sum_bins(batch["positions"], np.asarray(result.attended, np.float64), counted))
-        if keep is not None:
-            keep.append(np.asarray(result.stream))
+                found[name].extend(np.where(counted, _float64(values), 0).sum(axis=1))
+        found["heads"].extend(np.einsum("lbht,bt->blh", _float64(result.shares), counted))
+        found["positions"].extend(_sum_bins(batch["positions"], _float64(result.attended), counted))
+        if keep is not None:  # on a mesh it stays where it is: no device and no host has to hold all of it
+            keep.append(np.asarray(result.stream) if current_mesh() is None else result.stream)
     return TextSums(**{name: np.asarray(values) if values else None for name, values in found.items()})
+
+
+def _float64(values: Array | np.ndarray) -> np.ndarray:
+    return on_host(values).astype(np.float64)
 
 
 def find_bin_size(length: int) -> int:
     """Tokens of a bin of positions in windows of `length` tokens."""
     return -(-length // BINS)
+
+
+def list_known(values: Float[np.ndarray, "*_"]) -> list:
+    """The values as nested lists, rounded; None for NaN."""
+    rounded = np.round(values, 5)
+    return np.where(np.isnan(rounded), None, rounded).tolist() if np.isnan(rounded).any() else rounded.tolist()
 
 
 def _sum_bins(
@@ -188,25 +207,33 @@ class PerplexityTask(Task):
         if result.divergence is not None:
             found["over_dense"] = result.excess_over(reference)
             found["js_divergence"], found["top1_agreement"] = result.mean("divergence"), result.mean("agrees")
-        attended, layers = result.mean("attended"), self.base.config.layers
+        base = self.base.config
+        attended, layers, served = result.mean("attended"), base.layers, len(base.served_layers)
         found["effective_sparsity"] = attended.through(
-            lambda share: 1 - (1 + (layers - 1) * share) / layers, (layers - 1) / layers
+            lambda share: 1 - (layers - served + served * share) / layers, served / layers
         )
-        read = self._sum_bytes(policy, result)
-        found["bytes_read"] = estimate_ratio(read, result.rows)
-        if not policy.dense:
-            whole = self._sum_bytes(EvaluatedPolicy("dense", Dense()), reference)
-            found["bytes_of_dense"] = estimate_ratio(read, whole)._replace(n=found["bytes_read"].n)
+        for prefix in ("", "served_") if base.mixed else ("",):
+            read = self._sum_bytes(policy, result, prefix)
+            found[f"{prefix}bytes_read"] = estimate_ratio(read, result.rows)
+            if not policy.dense:
+                whole = self._sum_bytes(EvaluatedPolicy("dense", Dense()), reference, prefix)
+                share = estimate_ratio(read, whole)._replace(n=found["bytes_read"].n)
+                found[f"{prefix}bytes_of_dense"] = share
+        shares = dict(attended=attended.value, of_dense=result.mean("of_dense").value)
         size = find_bin_size(self.batches[0]["tokens"].shape[1])
         return Cell(
-            [self.make_row(policy, name, e, budget=budget, attended=attended.value) for name, e in found.items()],
-            {} if policy.dense else {"reads": [{"budget": budget, "bin_size": size, **result.find_reads()}]},
+            [self.make_row(policy, name, e, budget=budget, **shares) for name, e in found.items()],
+            {} if policy.dense else {"reads": [{"budget": budget, "bin_size": size, **result.find_reads(base)}]},
         )
 
-    def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums) -> Float[np.ndarray, " sequences"]:
-        """Bytes of caches read in all rows of each sequence: keys and values, and what the policy ranks by."""
+    def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums, prefix: str = "") -> Float[np.ndarray, " sequences"]:
+        """Bytes of caches read in all rows of each sequence: keys and values, and what the policy ranks by.
+
+        prefix: "served_" for the served layers alone.
+        """
         base = self.base.config
-        size = self.base.model.embedding[...].dtype.itemsize
+        size = self.base.dtype.itemsize
         numbers = policy.policy.numbers_read_per_key(base, policy.predictor)
         scored = 1 if policy.policy.needs_predictor and self.config.score_dtype == "int8" else size
-        return sums.read * 2 * base.head_dim * size + sums.held * (base.layers - 1) / base.layers * numbers * scored
+        ranked = sums.served_held if base.mixed else sums.held * (base.layers - 1) / base.layers
+        return (sums.served if prefix else sums.read) * 2 * base.head_dim * size + ranked * numbers * scored

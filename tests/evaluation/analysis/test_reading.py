@@ -81,3 +81,15 @@ def test_a_row_reads_nothing_impossible(model, batch, predictor):
         compare_attention(model, predictor, one, layer=1, head=4)
     with pytest.raises(ValueError, match=r"2049 tokens .* at most 2048"):
         compare_attention(long, predictor, make_batch([[2049]], 2049), layer=1, head=0)
+
+
+@pytest.mark.slow
+def test_layers_that_are_not_served_read_their_windows(batch):
+    base = dataclasses.replace(BASE, layers=4, sliding_window=20, sliding_layers=(True, False, True, False))
+    model, one = make_model(base), {k: v[:1] for k, v in batch.items()}
+    found = find_reading(model, None, one, make_policy("oracle"), SelectionConfig(budget=0.375))
+    assert found.sets.sum(-1).tolist() == [[20, 20], [23, 23], [20, 20], [23, 23]]  # ceil(0.375 * 60)
+    assert found.most == 4 and found.counts.sum() == 4 * 23
+    predictor = make_predictor(base, PredictorConfig(rank=8))
+    with pytest.raises(ValueError, match="layer 2 slides and is not served, so it has no scores"):
+        compare_attention(model, predictor, one, layer=2, head=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import shutil
 import sys
 from functools import partial
 
@@ -242,7 +243,7 @@ def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
         (dict(policy="dens"), "unknown policy 'dens'; known: dense, oracle"),
         (dict(policy="quest", pages=3), "policy quest has no pages"),
         (dict(policy="tokenbutler"), r"needs a trained predictor; give .*run=RUN in --model_args"),
-        (dict(policy="tokenbutler", run="nowhere"), "nowhere is no run directory.*butler-jax train"),
+        (dict(policy="tokenbutler", run="nowhere"), "nowhere has no checkpoints; give the directory of a run"),
         (dict(policy="oracle", budget="3/2"), "at most 1.0"),
         (dict(policy="oracle", budget="5"), "below 4 sinks"),
         (dict(policy="oracle", budget="half"), "not a number"),
@@ -254,7 +255,7 @@ def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
     ],
 )
 def test_bad_arguments_are_told(directory, arguments, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
         ButlerLM.create_from_arg_obj({"base": str(directory), **arguments})
 
 
@@ -327,6 +328,44 @@ def test_dense_agrees_with_the_harness_own_model_on_smollm2(shared_data, smollm2
     (ours, theirs), (right, wanted) = compare(smollm2_dir, shared_data / "data" / "evals", "lambada", 24, 1023)
     assert len(ours) == 24 and right == wanted
     np.testing.assert_allclose(ours, theirs, atol=1e-3)  # likewise, 30 layers
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|endoftext|>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def talking(directory, tmp_path):
+    """The base with a chat template."""
+    place = tmp_path / "talking"
+    shutil.copytree(directory, place)
+    (place / "chat_template.jinja").write_text(TEMPLATE)
+    return place
+
+
+def test_chats_are_put_into_the_models_template_as_transformers_does(base, talking):
+    model, theirs = dense(load_base(talking)), transformers.AutoTokenizer.from_pretrained(talking)
+    history = [{"role": "user", "content": "the river"}, {"role": "assistant", "content": "sings "}]
+    for told, asks in ((history[:1], True), (history, True), (history, False)):
+        how = dict(tokenize=False, add_generation_prompt=asks, continue_final_message=not asks)
+        assert model.apply_chat_template(told, asks) == theirs.apply_chat_template(told, **how)
+    refused = [{"role": "system", "content": "sing"}, *history]  # the model hf tries again without it
+    assert model.apply_chat_template(refused) == model.apply_chat_template(history)
+    assert model.chat_template(True) == TEMPLATE and model.chat_template(False) is None
+    with pytest.raises(ValueError, match="no chat template 'rag'; there are: default"):
+        model.chat_template("rag")
+    with pytest.raises(ValueError, match="the model has no chat template"):
+        dense(base).apply_chat_template(history)
+
+
+@pytest.mark.slow
+def test_dense_agrees_with_the_harness_own_model_in_a_chat(talking, data):
+    pytest.importorskip("accelerate")
+    (ours, theirs), (right, wanted) = compare(talking, data, "piqa", 8, 100, chat=True)
+    assert len(ours) == 2 and right == wanted
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)  # float32
 
 
 def test_the_likelihood_of_nothing_is_refused(base):

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from butler_jax.data.sources.passed_over import PassedOver
 from butler_jax.data.sources.text import read_passages
+from butler_jax.data.sources.text_files import TextFile
 from butler_jax.evaluation.tasks.local_tasks import make_local_tasks, read_samples
 from tests.tiny_evaluations import FILES, LINES, write_samples
 
@@ -89,4 +91,4 @@ def test_a_line_that_is_no_sample_is_named_with_its_number(tmp_path, line):
     path = tmp_path / "text.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=r"text\.jsonl.*line 2"):
-        list(read_passages(path))
+        list(read_passages(TextFile(path, "records"), PassedOver(strict=True)))

@@ -15,6 +15,8 @@ from butler_jax.evaluation import evaluate, measure_perplexity
 from butler_jax.evaluation.report.summary import summarise
 from butler_jax.model.decoder import forward
 from butler_jax.policies import make_policy
+from butler_jax.predictors import make_predictor
+from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from tests.tiny_evaluations import make_perplexity_evaluation
@@ -93,6 +95,40 @@ def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     share = report.value("perplexity", "tokenbutler", 0.5, "bytes_of_dense")
     assert share == pytest.approx(found / dense, rel=1e-5)
     assert f"{100 * share:.1f}\u00a0% of what dense reads, all layers" in " ".join(summarise(report.rows))
+
+
+def test_bytes_and_shares_are_those_of_all_layers_and_of_served_ones(tmp_path):
+    slides = dict(sliding_window=20, sliding_layers=(True, False, True))
+    base, _, config = make_perplexity_evaluation(make_model(dataclasses.replace(BASE, **slides)), tmp_path)
+    predictor = make_predictor(base.config, PredictorConfig(rank=8, stride=2))
+    report = evaluate(base, predictor, dataclasses.replace(config, budgets=(0.5,)))
+    count = np.arange(1, 100)  # keys that a row could read
+    window, read = np.minimum(count, 20), np.minimum(np.maximum(-(-count // 2), 12), count)
+    row, looked = 2 * BASE.head_dim * 4 * BASE.kv_heads, 8 * 4 * BASE.kv_heads * count  # rank 8, float32, layer 1
+    wanted = {
+        ("streaming", "bytes_read"): row * (2 * window + read),
+        ("streaming", "served_bytes_read"): row * read,
+        ("tokenbutler", "bytes_read"): row * (2 * window + read) + looked,
+        ("tokenbutler", "served_bytes_read"): row * read + looked,
+        ("dense", "bytes_read"): row * (2 * window + count),
+        ("dense", "served_bytes_read"): row * count,
+    }
+    found = {key: report.value("perplexity", key[0], 1 if key[0] == "dense" else 0.5, key[1]) for key in wanted}
+    assert found == pytest.approx({key: values.mean() for key, values in wanted.items()}, rel=1e-5)
+    for prefix in ("", "served_"):
+        share = found["tokenbutler", f"{prefix}bytes_read"] / found["dense", f"{prefix}bytes_read"]
+        assert report.value("perplexity", "tokenbutler", 0.5, f"{prefix}bytes_of_dense") == pytest.approx(share)
+    (line,) = (r for r in report.rows if (r["policy"], r["budget"], r["metric"]) == ("streaming", 0.5, "perplexity"))
+    share, of_dense = (read / count).mean(), ((2 * window + read) / (2 * window + count)).mean()
+    assert line["attended"] == pytest.approx(share) and line["attended_of_dense"] == pytest.approx(of_dense)
+    sparsity = report.value("perplexity", "streaming", 0.5, "effective_sparsity")
+    assert sparsity == pytest.approx(1 - (2 + share) / 3)
+    heads = report.arrays["reads"]["streaming"][0]["heads"]
+    assert heads[1] == [None] * BASE.kv_heads and heads[0] == pytest.approx([share] * BASE.kv_heads, abs=1e-5)
+    text = report.save(tmp_path / "report").with_name("report.md").read_text().replace("\u00a0", " ")
+    assert f"{100 * share:.1f} % read, {100 * of_dense:.1f} % in all layers" in text
+    assert "of the keys, in the served layers, and of what dense reads" in text
+    assert "layer 0" not in text and "layers after the first" not in text
 
 
 def test_a_report_has_the_reads_of_every_layer_head_and_position(model, tmp_path):
