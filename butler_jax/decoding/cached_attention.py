@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.parts import Part, part_of
-from butler_jax.model import LOWEST
+from butler_jax.model import LOWEST, grouped_sinks, soft_cap
 from butler_jax.parallel import by_rows_and_heads, platform, token_axis
 
 BLOCK = 1024  # cached keys looked at together on CPU: they stay in its caches
@@ -23,28 +23,33 @@ def attend_cached(
     layer: Int[Array, ""] | int,
     cached: Int[Array, " B"],
     sliding_window: Int[Array, ""] | int | None = None,
+    *,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Attention of tokens at positions cached ... cached + T - 1 over the `cached` ones of `layer` and themselves.
 
     Causal among the new ones. sliding_window: a token sees itself and the sliding_window - 1 before it; may be traced.
     As many blocks are read as the longest row holds, and no layer is copied out of the cache. Float32 sums; result in
     q's dtype. A row of length 0 sees itself and the new tokens before it; logits that are not finite count as in
-    causal_attention. Where the current mesh splits the cache's tokens, every device attends to its part of them.
+    causal_attention, and so do softcap and sink_logits. Where the current mesh splits the cache's tokens, every device
+    attends to its part of them.
     """
     size = k.shape[3]
     axis = token_axis(size)
     if axis is None:
-        return _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, None)
+        return _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, sink_logits, None, softcap)
 
-    def run(q, new_k, new_v, k, v, layer, cached, sliding_window):
-        return _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part_of(k.shape[3], axis))
+    def run(q, new_k, new_v, k, v, layer, cached, sliding_window, sink_logits):
+        part = part_of(k.shape[3], axis)
+        return _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, sink_logits, part, softcap)
 
-    operands = ("b-h-", "b-h-", "b-h-", "-bhs-", "-bhs-", "", "b", "")
+    operands = ("b-h-", "b-h-", "b-h-", "-bhs-", "-bhs-", "", "b", "", "h")
     split = by_rows_and_heads(run, operands, "b-h-", rows=q.shape[0], heads=k.shape[2], tokens=size)
-    return split(q, new_k, new_v, k, v, layer, cached, sliding_window)
+    return split(q, new_k, new_v, k, v, layer, cached, sliding_window, sink_logits)
 
 
-def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | None):
+def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, sink_logits, part: Part | None, softcap):
     """attend_cached over the tokens of one part of a cache, merged with the other parts."""
     batch, count, heads, dim = q.shape
     kv_heads, size = k.shape[2:4]
@@ -62,7 +67,7 @@ def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | N
         if sliding_window is not None:
             seen = seen & (positions[:, None] > own[..., None] - sliding_window)
         logits = jnp.einsum("bkmd,bksd->bkms", rows, keys, preferred_element_type=jnp.float32) * dim**-0.5
-        split = logits.reshape(batch, kv_heads, -1, count, keys.shape[2])
+        split = soft_cap(logits, softcap).reshape(batch, kv_heads, -1, count, keys.shape[2])
         logits = jnp.where(seen[:, None, None], split, -jnp.inf).reshape(logits.shape)
         higher = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
         weights, shrink = jnp.exp(logits - higher), jnp.exp(top - higher)
@@ -87,6 +92,11 @@ def _attend(q, new_k, new_v, k, v, layer, cached, sliding_window, part: Part | N
     if part is not None:
         state = part.merged(*state)
     fresh_k, fresh_v = (a.transpose(0, 2, 1, 3).astype(q.dtype) for a in (new_k, new_v))
-    _, total, sums = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself
+    top, total, sums = add(state, fresh_k, fresh_v, own, jnp.ones((1, 1, count), bool))  # every row sees itself
+    if sink_logits is not None:
+        sinks = jnp.repeat(grouped_sinks(sink_logits, kv_heads, rows=False), count, axis=2)
+        higher = jnp.maximum(top, sinks)
+        shrink = jnp.exp(top - higher)
+        total, sums = total * shrink + jnp.exp(sinks - higher), sums * shrink
     out = (sums / jnp.where(total == 0, 1.0, total)).reshape(batch, kv_heads, heads // kv_heads, count, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import (
     CHUNK,
+    grouped_sinks,
     make_bands,
     masked_softmax,
     merge_queries,
+    soft_cap,
     split_keys,
     split_queries,
     weighted_values,
@@ -48,6 +50,12 @@ class EvictedRows(NamedTuple):
 def nothing_kept(policy: Evicting, shape: tuple[int, int, int]) -> Eviction:
     """Before the first row; shape: [B, K, S]."""
     return Eviction(jnp.zeros(shape, bool), policy.begin(shape))
+
+
+def row_axes(policy: Evicting) -> Any:
+    """The axis of the rows B in every array of the policy's memory of a layer."""
+    few, more = (jax.eval_shape(lambda n=n: policy.begin((n, 1, 1))) for n in (2, 3))
+    return jax.tree.map(lambda a, b: [x == y for x, y in zip(a.shape, b.shape, strict=True)].index(False), few, more)
 
 
 def grown(policy: Evicting, state: Eviction, size: int) -> Eviction:
@@ -90,12 +98,14 @@ def evict_rows(
     *,
     output: bool = True,
     mass: bool = False,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
 ) -> EvictedRows:
     """All rows of a layer in order, under N budgets of each row in tokens.
 
     rows: columns of the queries, no later than their own index; below 0 they mean nothing. sliding_window: the layer's.
-    Only what depends on earlier rows runs row by row: logits, outputs and true attention are formed for 128 rows at a
-    time, whatever the budgets, and memory is linear in length.
+    softcap, sink_logits: as in `model.causal_attention`. Only what depends on earlier rows runs row by row: logits,
+    outputs and true attention are formed for 128 rows at a time, whatever the budgets, and memory is linear in length.
     """
     (batch, length, heads, dim), kv_heads, count = q.shape, k.shape[2], budgets.shape[0]
     size = min(CHUNK, length)
@@ -108,6 +118,8 @@ def evict_rows(
     low = start if sliding_window is None else jnp.maximum(start, own - sliding_window + 1)
     budgets = jnp.pad(budgets, ((0, 0), *front)).reshape(count * batch, -1)
 
+    sinks, sinks_of_row = (grouped_sinks(sink_logits, kv_heads, rows=rows) for rows in (True, False))
+
     def split(a):
         return a.T.reshape(chunks, size, -1)
 
@@ -117,15 +129,15 @@ def evict_rows(
     def chunk(keys, values, state, inputs):
         q, places = inputs
         logits = jnp.einsum("bkmd,bksd->bkms", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
-        logits = logits.reshape(batch, kv_heads, -1, size, keys.shape[2])
-        true = _group_weights(logits, places[0], places[2]) if mass else None
+        logits = soft_cap(logits, softcap).reshape(batch, kv_heads, -1, size, keys.shape[2])
+        true = _group_weights(logits, places[0], places[2], sinks) if mass else None
 
         def row(state, inputs):
             number, own, start, low, budget = inputs
             mine = repeat(jax.lax.dynamic_index_in_dim(logits, number, 3, keepdims=False))
             place = Place(repeat(own), repeat(start))
             kept = evict_row(policy, state, place, repeat(low), budget, rule)
-            weights = masked_softmax(mine, kept[:, :, None])
+            weights = masked_softmax(mine, kept[:, :, None], sinks_of_row)
             state = Eviction(kept, policy.observe(state.memory, jnp.sum(weights, axis=2), place, budget))
             read = jnp.sum(state.kept, axis=(1, 2), dtype=jnp.int32).astype(jnp.float32) / kv_heads
             inside = None
@@ -159,9 +171,12 @@ def evict_rows(
 
 
 def _group_weights(
-    logits: Float[Array, "B K G C S"], own: Int[Array, "C B"], low: Int[Array, "C B"]
+    logits: Float[Array, "B K G C S"],
+    own: Int[Array, "C B"],
+    low: Int[Array, "C B"],
+    sinks: Float[Array, "1 K G 1 1"] | None,
 ) -> Float[Array, "B K C S"]:
     """True attention of a chunk's rows, summed over the group."""
     columns = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
     allowed = (columns >= low.T[..., None]) & (columns <= own.T[..., None])
-    return jnp.sum(masked_softmax(logits, allowed[:, None, None]), axis=2)
+    return jnp.sum(masked_softmax(logits, allowed[:, None, None], sinks), axis=2)

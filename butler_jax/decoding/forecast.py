@@ -1,29 +1,29 @@
 """Score: what the predictor says of a layer before its attention runs.
 
 The predictor walks along the layers beside the model. At the first layer of a block it scores the cached tokens for all
-P layers of the block at once; where its scores alone decide, the block's choice is made there too.
+P served layers of the block at once; where its scores alone decide, the block's choice is made there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.choice import Chooser
 from butler_jax.decoding.layer_forecast import LayerForecast
 from butler_jax.decoding.newest_tokens import Newest
-from butler_jax.decoding.score_cache import ScoreCache, restored
+from butler_jax.decoding.score_cache import ScoreCache, place_scored, restored
 from butler_jax.decoding.scoring import pooled_scores, q_imp_of_block, raw_scores, with_own_score
 from butler_jax.decoding.store import KVStore
-from butler_jax.model import BaseModel, LayerView
-from butler_jax.predictors import Predictor, at, walk
+from butler_jax.model import BaseModel, LayerView, is_served
+from butler_jax.predictors import Predictor, at, schedule, walk, zeros_of
 from butler_jax.selection import Chosen
 
 UNROLLED = 8  # layers of a block that are scored without a loop
@@ -97,8 +97,8 @@ class Forecaster:
         walked, block = walk.begin(self.predictor, x, self.context, self.scores.trunk), None
         if self.ahead or self.per_head:
             features = walked.captured if walked.features is None else walked.features
-            block = _zeros(lambda: self._score_block(features, jnp.asarray(1)))
-        rows = _zeros(lambda: self._fetch(jnp.asarray(1), block, jnp.asarray(0))) if self.ahead else None
+            block = zeros_of(lambda: self._score_block(features, jnp.asarray(0)))
+        rows = zeros_of(lambda: self._fetch(jnp.asarray(0), block, jnp.asarray(0))) if self.ahead else None
         return Forecasts(walked, block, rows)
 
     def forecast(self, carry: Forecasts, view: LayerView) -> tuple[Forecasts, LayerForecast]:
@@ -108,7 +108,7 @@ class Forecaster:
         step = walk.advance(self.predictor, carry.walk, view, self.context, partial(attend_trunk, self.newest.cached))
         k_imp = self.predictor.k_imp(step.head, step.features, view, self.context)[:, 0]
         block, rows, scores, offset, chosen = carry.block, carry.rows, None, None, None
-        place = (view.index - 1) % self.predictor.stride
+        place = step.place.place
         if block is not None:
             now = step.place.starts if self.every_step else step.place.starts & self.chooser.now
             block = jax.lax.cond(now, lambda: self._score_block(step.features, view.index), lambda: block)
@@ -123,16 +123,24 @@ class Forecaster:
         return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, offset, chosen, rows)
 
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
-        """The carry, with the keys and values that the next layer will attend already being fetched.
+        """The carry, with the keys and values that the next served layer will attend already being fetched.
 
-        If the next layer begins a block and chooses anew, `forecast` fetches them again after that choice.
+        If that layer begins a block and chooses anew, `forecast` fetches them again after that choice.
         """
         if carry.rows is None:
             return carry
-        stride = self.predictor.stride
-        layer = jnp.minimum(view.index + 1, self.model.config.layers - 1)
-        place = jnp.minimum((view.index - 1) % stride + 1, stride - 1)
-        return carry._replace(rows=self._fetch(layer, carry.block, place))
+        config = self.model.config
+        following = np.searchsorted(config.served_layers, np.arange(config.layers), side="right")
+        layers = np.asarray(config.served_layers)[np.minimum(following, len(config.served_layers) - 1)]
+        layer = jnp.asarray(layers, jnp.int32)[view.index]
+
+        def fetch():
+            return self._fetch(layer, carry.block, schedule(self.predictor, layer).place)
+
+        if not config.mixed:
+            return carry._replace(rows=fetch())
+        fetches = is_served(config, view.index) | (view.index == 0)
+        return carry._replace(rows=jax.lax.cond(fetches, fetch, lambda: carry.rows))
 
     def _fetch(self, layer: Int[Array, ""], block: BlockForecast, place: Int[Array, ""]) -> Any:
         """The rows that a layer will attend, as far as the block knows its choice."""
@@ -140,23 +148,25 @@ class Forecaster:
         return self.kv.prefetch(layer, units, self.newest, self.chooser.plan.selection.unit)
 
     def _score_block(self, features: Any, index: Int[Array, ""]) -> BlockForecast:
-        """The block that starts at layer `index`; entries beyond the last layer mean nothing."""
+        """The block that starts at layer `index`; entries beyond its last layer repeat it."""
         predictor, config = self.predictor, self.model.config
-        layers = jnp.minimum(index + jnp.arange(predictor.stride, dtype=jnp.int32), config.layers - 1)
+        layers = jnp.asarray(predictor.members)[schedule(predictor, index).producer]
         q_imp, offset = q_imp_of_block(predictor, self.model, features, self.context, layers)
         chosen = None
         if self.ahead:
-            score = partial(pooled_scores, scores=self.scores, newest=self.newest, plan=self.chooser.plan)
+            fixed = dict(scores=self.scores, newest=self.newest, plan=self.chooser.plan, base=config)
+            score = partial(pooled_scores, **fixed)
             heads = (*q_imp.shape[:2], config.kv_heads, config.group)
             given = q_imp.reshape(*heads, -1), None if offset is None else offset.reshape(heads), layers
-            if predictor.stride <= UNROLLED:
-                parts = [score(*jax.tree.map(lambda a, p=p: a[p], given)) for p in range(predictor.stride)]
+            if len(layers) <= UNROLLED:
+                parts = [score(*jax.tree.map(lambda a, p=p: a[p], given)) for p in range(len(layers))]
                 pooled = jnp.stack(parts, axis=1)
             else:
                 pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), given), 0, 1)
             chosen = self.chooser.choose_block(pooled, layers)
-        scales = None if self.scores.scales is None else self.scores.scales[layers]
-        k_imp = restored(self.scores.k_imp[layers], scales)
+        places = place_scored(config, layers)
+        scales = None if self.scores.scales is None else self.scores.scales[places]
+        k_imp = restored(self.scores.k_imp[places], scales)
         return BlockForecast(q_imp, chosen, raw_scores(q_imp, k_imp) if self.per_head else None, offset)
 
 
@@ -165,8 +175,3 @@ def attend_trunk(cached: Int[Array, " B"], cache: Any, q: Array, k: Array, v: Ar
     rows = jnp.arange(cached.shape[0])
     new = tuple(a.at[rows, cached].set(b[:, 0].astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
     return attend_cached(q, k, v, *(a.transpose(0, 2, 1, 3)[None] for a in cache), 0, cached), new
-
-
-def _zeros(function: Callable[[], Any]) -> Any:
-    """Zeros in the shapes of what a function would return."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function))

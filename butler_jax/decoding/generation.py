@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket, room_for_all
-from butler_jax.decoding.config import SamplingConfig
+from butler_jax.decoding.config import SamplingConfig, read_sampling
+from butler_jax.decoding.eviction import Eviction, row_axes
+from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, check_offload, make_plan
-from butler_jax.decoding.prefill_pass import CHUNK, run_prompts
+from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
+from butler_jax.decoding.prompt_cache import PromptCache
 from butler_jax.decoding.sampling import draw, penalise
 from butler_jax.decoding.score_cache import check_score_dtype
+from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
 from butler_jax.decoding.store import offload as move_to_host
 from butler_jax.model import BaseConfig
@@ -33,44 +37,7 @@ from butler_jax.text import Prompts, Writer, encode, read_stops
 if TYPE_CHECKING:
     from butler_jax.weights import Base
 
-
-class Piece(NamedTuple):
-    """One new token: its row, its id, and the text it completes.
-
-    The text is "" without a tokenizer, in the middle of a character, and while a text to stop at may have begun.
-    """
-
-    row: int
-    token: int
-    text: str
-
-
-@dataclass
-class Generated:
-    """What was generated.
-
-    tokens: new ids of each row, those at which it stopped included. texts: what they say, up to a text to stop at; ""
-    without a tokenizer. attended: per row, the mean over steps, heads and layers 1 ... of the fraction of its tokens
-    that was read. prompt_tokens: per row. prefill_seconds: until the first token, compilation included; seconds: from
-    the second token to the last.
-    """
-
-    tokens: list[list[int]] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    attended: list[float] = field(default_factory=list)
-    prompt_tokens: list[int] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def text(self) -> str:
-        """The first row's text."""
-        return self.texts[0]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens of all rows, beyond the first two, which bear the prefill and compilation, over `seconds`."""
-        return sum(max(len(t) - 2, 0) for t in self.tokens) / self.seconds if self.seconds else 0.0
+TURN = 64  # tokens that run together where a few follow kept ones
 
 
 def generate(
@@ -89,6 +56,7 @@ def generate(
     offload: bool = False,
     score_dtype: str | None = None,
     implementation: str | None = None,
+    cache: PromptCache | None = None,
     stream: Callable[[Piece], Any] | None = None,
 ) -> Generated:
     """Continue prompts.
@@ -103,7 +71,7 @@ def generate(
         selection: How many cached tokens a step reads. With neither predictor nor selection, decoding is dense.
         policy: What ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
             Default: tokenbutler.
-        sampling: How tokens are drawn. Default: greedy.
+        sampling: How tokens are drawn. Default: as the model's generation_config.json says; greedy where it does not.
         stop: Token ids and texts that end a row. A text may come across tokens, and the row's text ends before it.
             Default: the tokenizer's ends.
         seed: The seed of row 0, from which the other rows count on; or one seed a row.
@@ -113,14 +81,15 @@ def generate(
         offload: Whether keys and values move to host memory after the prefill; only what a step reads comes back.
         score_dtype: "int8" stores k_imp in int8. Default: the precision of the base.
         implementation: Of the kernels of pallas_kernels. Default: what suits the device.
+        cache: Holds what it can of the caches for the next call with one prompt, and gives what an earlier call left.
         stream: Called with every new `Piece` as it comes, rows interleaved.
 
     Returns:
         The new tokens and texts of every row, with timings.
 
     Raises:
-        ValueError: A prompt is empty, an id is out of range, or prompt and new tokens fit neither the capacity nor the
-            context.
+        ValueError: A prompt is empty, an id is out of range, prompt and new tokens fit neither the capacity nor the
+            context, or there is a cache for several prompts.
     """
     result = Generated()
     pieces = generate_stream(
@@ -138,6 +107,7 @@ def generate(
         offload=offload,
         score_dtype=score_dtype,
         implementation=implementation,
+        cache=cache,
         result=result,
     )
     for piece in pieces:
@@ -162,6 +132,7 @@ def generate_stream(
     offload: bool = False,
     score_dtype: str | None = None,
     implementation: str | None = None,
+    cache: PromptCache | None = None,
     result: Generated | None = None,
 ) -> Iterator[Piece]:
     """Continue prompts, yielding every new `Piece` as it comes, the rows interleaved.
@@ -194,17 +165,24 @@ def generate_stream(
                 "a row would grow beyond the original context of longrope, where its cache is computed again, which "
                 "offload does not do; leave offload out, or ask for fewer new tokens"
             )
-    width = min(bucket(int(lengths.max()), 16), capacity)
+    how = Decoding(plan, sampling or read_sampling(base.generation)[0], capacity, chunk, score_dtype)
+    width, kept = min(bucket(int(lengths.max()), 16), capacity), None
+    if cache is not None:
+        kept = cache.take(base.model, predictor, rows)
+        if offload or not how.resumes(predictor):
+            cache = kept = None
+    if kept is not None:
+        width = capacity
     tokens = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row
     result = Generated() if result is None else result
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
-    how = Decoding(plan, sampling or SamplingConfig(), capacity, chunk, score_dtype)
+    result.sampling, result.kept_tokens = how.sampling, 0 if kept is None else int(kept.tokens)
     keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
-    steps = _steps(base.model, predictor, (tokens, lengths, keys), how, max_new_tokens, offload)
+    steps = _steps(base.model, predictor, (tokens, lengths, keys, kept), how, max_new_tokens, offload, cache)
     return _pieces(steps, writers, ends, max_new_tokens, result)
 
 
@@ -222,6 +200,20 @@ class Decoding:
     def prompts(self) -> dict[str, Any]:
         """The settings of `run_prompts`."""
         return dict(capacity=self.capacity, chunk=self.chunk, score_dtype=self.score_dtype)
+
+    def resumes(self, predictor: Predictor | None) -> bool:
+        """Whether a prefill can go on from kept caches.
+
+        A policy that evicts runs the prompt from its first token. The scales of int8 are those of the whole prompt.
+        """
+        return self.plan.when != "evicting" and (predictor is None or self.score_dtype is None)
+
+    def after(self, kept: Kept | None, longest: int) -> Decoding:
+        """The same for a prefill that goes on from kept tokens. It has two sizes of chunks, so it compiles twice."""
+        if kept is None:
+            return self
+        few = longest - int(kept.tokens) <= 4 * TURN
+        return dataclasses.replace(self, chunk=min(TURN if few else self.chunk, self.chunk, self.capacity))
 
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
@@ -241,14 +233,14 @@ def _pieces(
 ) -> Iterator[Piece]:
     """The tokens of every step as pieces; `result` is filled on the way."""
     rows = len(writers)
-    done, read = np.zeros(rows, bool), np.zeros(rows)
+    done, read = np.zeros(rows, bool), np.zeros((2, rows))
     began = time.perf_counter()
     for step, (token, fraction) in enumerate(steps):
         values = np.asarray(token)
         if step == 0:
             result.prefill_seconds = time.perf_counter() - began
         else:
-            read += np.where(done, 0.0, np.asarray(fraction))
+            read += np.where(done[None], 0.0, np.asarray(fraction))
         if step == 1:
             began = time.perf_counter()
         result.seconds = time.perf_counter() - began if step > 1 else 0.0
@@ -259,21 +251,28 @@ def _pieces(
             result.texts[b] += text
             done[b] = value in ends or writers[b].stopped
             yield Piece(int(b), value, text)
-        result.attended = [
-            float(total / max(len(row) - 1, 1)) if len(row) > 1 else 1.0
-            for total, row in zip(read, result.tokens, strict=True)
-        ]
+        result.attended, result.attended_of_dense = (
+            [
+                float(total / max(len(row) - 1, 1)) if len(row) > 1 else 1.0
+                for total, row in zip(totals, result.tokens, strict=True)
+            ]
+            for totals in read
+        )
         if done.all():
             return
 
 
-def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) -> Iterator[_Step]:
+def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool, cache) -> Iterator[_Step]:
     """The steps of a batch. Each step is yielded after the following one was dispatched.
 
-    prompts: tokens [B, T], lengths [B] and a key for every row.
+    prompts: tokens [B, T], lengths [B], a key a row, and the `Kept` of a prompt or None. cache: holds the state.
     """
-    tokens, lengths, keys = prompts
-    made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, how=how)
+    tokens, lengths, keys, kept = prompts
+    first = how.after(kept, int(lengths.max()))
+    made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, kept, how=first)
+    del prompts, kept
+    if cache is not None:
+        cache.hold(model, predictor, held.state, tokens[0, : lengths[0]].tolist(), dense=how.plan.selection is None)
     crosses, so_far = _crossing(model.config, lengths, count - 1).any(), []
     if offload:
         near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
@@ -292,6 +291,8 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool) 
                 so_far.append(np.asarray(ready.token))
             plan = _plan_step(model.config, how, lengths, step)
             made, held = advance(model, predictor, ready.token, keys, held, plan=plan, sampling=how.sampling)
+            if cache is not None:
+                cache.add(held.state, ready.token)
         yield ready
 
 
@@ -311,23 +312,23 @@ class _Held(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A step's tokens [B], and the fraction [B] of its tokens that each row read for them."""
+    """A step's tokens [B], and the fractions [2, B] that each row read for them, as `shares_read` gives them."""
 
     token: jax.Array
     attended: jax.Array
 
 
 @partial(jax.jit, static_argnames=("how",))
-def start(model, predictor, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
+def start(model, predictor, tokens, lengths, keys, kept: Kept | None = None, *, how: Decoding) -> tuple[_Step, _Held]:
     """The first token of every row and the caches of the prompts."""
-    logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, **how.prompts)
+    logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, kept=kept, **how.prompts)
     seen = None
     if how.sampling.repetition_penalty != 1:
         batch, width = tokens.shape
         inside = jnp.arange(width)[None] < lengths[:, None]
         place = jnp.where(inside, tokens, logits.shape[-1])
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], place].set(True, mode="drop")
-    return _next(logits, state, jnp.ones(lengths.shape), seen, keys, how.sampling)
+    return _next(logits, state, jnp.ones((2, *lengths.shape)), seen, keys, how.sampling)
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("held",))
@@ -336,12 +337,17 @@ def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) ->
     lengths = jnp.where(rows, tokens.shape[1], 1)
     fresh = run_prompts(model, tokens, lengths, predictor, how.plan, following=1, **how.prompts)[1]
 
-    def take(new, old):
-        return jnp.where(jnp.expand_dims(rows, (0, *range(2, old.ndim))), new, old)
+    def take(new, old, axis=1):
+        others = [n for n in range(old.ndim) if n != axis]
+        return jnp.where(jnp.expand_dims(rows, others), new, old)
 
     state = held.state
-    renewed = ("kv", "scores", "memory") if how.plan.when == "evicting" else ("kv", "scores")
-    caches = {name: jax.tree.map(take, getattr(fresh, name), getattr(state, name)) for name in renewed}
+    caches = {name: jax.tree.map(take, getattr(fresh, name), getattr(state, name)) for name in ("kv", "scores")}
+    if how.plan.when == "evicting":
+        new, old = fresh.memory, state.memory
+        after_layers = jax.tree.map(lambda axis: axis + 1, row_axes(how.plan.policy))
+        memory = jax.tree.map(take, new.memory, old.memory, after_layers)
+        caches["memory"] = Eviction(take(new.kept, old.kept), memory)
     return held._replace(state=dataclasses.replace(state, **caches))
 
 
@@ -349,7 +355,7 @@ def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) ->
 def advance(model, predictor, token, keys, held: _Held, *, plan: Plan, sampling: SamplingConfig) -> tuple[_Step, _Held]:
     """One more token for every row."""
     logits, state, found = take_step(model, token, held.state, predictor, plan)
-    share = jnp.mean(found.attended[1:].astype(jnp.float32), axis=(0, 2)) / state.lengths.astype(jnp.float32)
+    share = shares_read(model.config, found.attended.astype(jnp.float32), state.lengths)
     return _next(logits, state, share, held.seen, keys, sampling)
 
 

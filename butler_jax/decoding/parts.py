@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.model import LOWEST
+from butler_jax.model import LOWEST, soft_cap
 from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.selection import Chosen
 from pallas_kernels import compact
@@ -69,15 +69,25 @@ def with_new(
     top: Float[Array, "B H 1"],
     total: Float[Array, "B H 1"],
     sums: Float[Array, "B H D"],
+    *,
+    softcap: float | None = None,
+    sink_logits: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B H D"]:
-    """Attention of which all but the newest token is a state as `Part.merged` gives it; in the dtype of q."""
+    """Attention of which all but the newest token and the sinks is a state as `Part.merged` gives it; q's dtype."""
     batch, heads, dim = q.shape
     queries = q.reshape(batch, new_k.shape[1], -1, dim).astype(jnp.float32)
     logit = jnp.sum(queries * new_k[:, :, None].astype(jnp.float32), axis=-1).reshape(batch, heads, 1) * dim**-0.5
+    logit = soft_cap(logit, softcap)
     value = jnp.broadcast_to(new_v[:, :, None].astype(jnp.float32), queries.shape).reshape(q.shape)
     highest = jnp.maximum(top, logit)
+    if sink_logits is not None:
+        sinks = sink_logits.astype(jnp.float32)[None, :, None]
+        highest = jnp.maximum(highest, sinks)
     shrink, weight = jnp.exp(top - highest), jnp.exp(logit - highest)
-    return ((sums * shrink + value * weight) / (total * shrink + weight)).astype(q.dtype)
+    total = total * shrink + weight
+    if sink_logits is not None:
+        total = total + jnp.exp(sinks - highest)
+    return ((sums * shrink + value * weight) / total).astype(q.dtype)
 
 
 def check_units(capacity: int, unit: int) -> None:

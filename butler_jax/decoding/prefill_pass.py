@@ -7,7 +7,7 @@ the whole text would stand. A policy that cuts once keeps the whole prompt, and 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ from butler_jax.decoding.eviction import Eviction, evict_rows, grown, nothing_ke
 from butler_jax.decoding.newest_tokens import newest_of
 from butler_jax.decoding.parts import write_chunk
 from butler_jax.decoding.plan import Plan, make_plan
-from butler_jax.decoding.score_cache import SCORE_LETTERS, ScoreCache, check_score_dtype, store_scores
+from butler_jax.decoding.score_cache import SCORE_LETTERS, ScoreCache, check_score_dtype, select_scored, store_scores
 from butler_jax.decoding.scoring import empty_scores
 from butler_jax.decoding.store import EvictingStore, KVStore
 from butler_jax.model import (
     BaseConfig,
     BaseModel,
     LayerView,
-    by_sliding_window,
+    by_service,
     causal_attention,
     dense_mixer,
     embed,
@@ -43,6 +43,20 @@ CHUNK = 512  # tokens of a prompt that run together; shorter prompts run at once
 
 Prefilled = tuple[Float[Array, "B E"], KVStore, ScoreCache | None]
 """The last residual stream of each row, and the caches."""
+
+
+class Kept(NamedTuple):
+    """Caches of the first tokens of a prompt, from which a prefill goes on.
+
+    Attributes:
+        kv: Keys and values, with room for any number of tokens.
+        scores: What the predictor keeps of them; None without a predictor.
+        tokens: How many tokens of each row they hold; those beyond mean nothing.
+    """
+
+    kv: KVStore
+    scores: ScoreCache | None
+    tokens: Int[Array, ""]
 
 
 def prefill(
@@ -100,8 +114,9 @@ def run_prompts(
     score_dtype: str | None,
     implementation: str | None = None,
     following: int = 0,
+    kept: Kept | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
-    """Run prompts as `prefill` does, under a plan that is made."""
+    """Run prompts as `prefill` does, under a plan that is made. Kept tokens are not run again, where nothing evicts."""
     batch, length = tokens.shape
     _check_sizes(model.config, length, lengths, capacity, chunk)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
@@ -109,10 +124,10 @@ def run_prompts(
     if plan.when == "evicting":
         (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, whole, capacity, plan, implementation)
         return logits(model, last), DecodeState(kv, scores, lengths, steps, memory)
-    if length <= chunk:
+    if kept is None and length <= chunk:
         last, kv, scores = _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation)
     else:
-        last, kv, scores = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk)
+        last, kv, scores = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk, kept)
     if scores is not None:
         scores = store_scores(scores, lengths, score_dtype)
     memory = empty_memory(plan, model.config.layers, batch)
@@ -159,47 +174,84 @@ def _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, impleme
         trunk = empty_scores(predictor, model, batch, capacity, x.dtype).trunk
         walked = walk.begin(predictor, x, context, trunk)
     x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=whole)
+    k_imp = None if predictor is None else select_scored(model.config, k_imp)
     kv = empty_store(model.config, batch, capacity, x.dtype).append_chunk(k, v, 0)
     if predictor is not None:
         scores = ScoreCache(jnp.pad(k_imp, ((0, 0),) * 4 + ((0, room),)), walked.cache)
     return _last(x, lengths), kv, scores
 
 
-def _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk) -> Prefilled:
+def _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk, kept: Kept | None) -> Prefilled:
     """The same, a chunk of tokens at a time; the last chunk is moved back where it would reach beyond T."""
-    config, (batch, length) = model.config, tokens.shape
-    kv = empty_store(config, batch, capacity, model.embedding[...].dtype)
+    (batch, length), begin = tokens.shape, 0
+    filled = nothing_read(model, predictor, batch, capacity)
+    if kept is not None:
+        last, kv, scores = filled
+        filled, begin = (last, _fit(kv, kept.kv), _fit(scores, kept.scores)), kept.tokens
+
+    def one(number, filled):
+        start = jnp.minimum(begin + number * chunk, length - chunk)
+        part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        return read_chunk(model, predictor, part, start, lengths, whole, filled)
+
+    return jax.lax.fori_loop(0, -(-(jnp.max(lengths) - begin) // chunk), one, filled)
+
+
+def _fit(empty: Any, held: Any) -> Any:
+    """Caches held for more or fewer tokens, with the room and the form of the empty ones."""
+
+    def one(empty, held):
+        return jax.lax.dynamic_update_slice(empty, held[tuple(map(slice, empty.shape))], (0,) * empty.ndim)
+
+    return jax.tree.unflatten(jax.tree.structure(empty), map(one, jax.tree.leaves(empty), jax.tree.leaves(held)))
+
+
+def nothing_read(model: BaseModel, predictor: Predictor | None, batch: int, capacity: int) -> Prefilled:
+    """What a prefill in chunks begins with."""
+    dtype = jax.eval_shape(embed, model, jnp.zeros((batch, 1), jnp.int32)).dtype
+    kv = empty_store(model.config, batch, capacity, dtype)
     scores = None if predictor is None else empty_scores(predictor, model, batch, capacity, kv.k.dtype)
+    return jnp.zeros((batch, model.config.width), kv.k.dtype), kv, scores
 
-    def one(number, carry):
-        last, kv, scores = carry
-        start = jnp.minimum(number * chunk, length - chunk)
-        newest = newest_of(config, jnp.broadcast_to(start, (batch,)))
-        positions = start + jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32)[None], (batch, chunk))
-        x = embed(model, jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1))
-        context = None if predictor is None else predictor.context(positions, whole)
 
-        def attend_trunk(cache, q, k, v):
-            old = (a.transpose(0, 2, 1, 3)[None] for a in cache)
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-            new = tuple(write(a, b.astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
-            return attend_cached(q, k, v, *old, 0, newest.cached), new
+def read_chunk(
+    model: BaseModel,
+    predictor: Predictor | None,
+    tokens: Int[Array, "B C"],
+    start: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    whole: Int[Array, " B"],
+    filled: Prefilled,
+) -> Prefilled:
+    """Read the tokens start ... start + C - 1 of prompts whose earlier ones are cached.
 
-        def mixer(walked, view: LayerView):
-            walked, k_imp = _walk_layer(predictor, walked, view, context, attend_trunk)
-            return kv.attend_all(view, newest), walked, (*_by_heads(view.k, view.v), k_imp)
+    lengths: of the prompts. Tokens beyond them are read too and mean nothing. whole: as `length` in rope_angles.
+    """
+    config, (batch, chunk), (last, kv, scores) = model.config, tokens.shape, filled
+    newest = newest_of(config, jnp.broadcast_to(start, (batch,)))
+    positions = start + jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32)[None], (batch, chunk))
+    x = embed(model, tokens)
+    context = None if predictor is None else predictor.context(positions, whole)
 
-        walked = None if predictor is None else walk.begin(predictor, x, context, scores.trunk)
-        x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=whole)
-        kv = kv.append_chunk(k, v, start)
-        if predictor is not None:
-            scores = ScoreCache(write_chunk(scores.k_imp, k_imp, start, SCORE_LETTERS), walked.cache)
-        at = lengths - 1 - start
-        found = _last(x, jnp.clip(at, 0, chunk - 1) + 1)
-        return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), kv, scores
+    def attend_trunk(cache, q, k, v):
+        old = (a.transpose(0, 2, 1, 3)[None] for a in cache)
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        new = tuple(write(a, b.astype(a.dtype)) for a, b in zip(cache, (k, v), strict=True))
+        return attend_cached(q, k, v, *old, 0, newest.cached), new
 
-    last = jnp.zeros((batch, config.width), kv.k.dtype)
-    return jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), one, (last, kv, scores))
+    def mixer(walked, view: LayerView):
+        walked, k_imp = _walk_layer(predictor, walked, view, context, attend_trunk)
+        return kv.attend_all(view, newest), walked, (*_by_heads(view.k, view.v), k_imp)
+
+    walked = None if predictor is None else walk.begin(predictor, x, context, scores.trunk)
+    x, walked, (k, v, k_imp) = run_layers(model, x, positions, mixer, walked, length=whole)
+    kv = kv.append_chunk(k, v, start)
+    if predictor is not None:
+        k_imp = select_scored(config, k_imp)
+        scores = ScoreCache(write_chunk(scores.k_imp, k_imp, start, SCORE_LETTERS), walked.cache)
+    at = lengths - 1 - start
+    found = _last(x, jnp.clip(at, 0, chunk - 1) + 1)
+    return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), kv, scores
 
 
 def _prefill_evicting(
@@ -225,14 +277,18 @@ def _prefill_evicting(
         def sparse(sliding_window):
             q, rule = move(view.q, rows.own), plan.selection.rule
             budgets = table[rows.seen(sliding_window)]
-            found = evict_rows(policy, q, view.k, view.v, rows, budgets[None], sliding_window, rule)
+            how = view.attention_terms
+            found = evict_rows(policy, q, view.k, view.v, rows, budgets[None], sliding_window, rule, **how)
             return move(found.output, columns + shift), grown(policy, found.state, capacity)
 
         def everything():
             out = dense(None, view)[0].astype(view.v.dtype)
             return out, nothing_kept(policy, (batch, config.kv_heads, capacity))
 
-        out, memory = jax.lax.cond(view.index > 0, lambda: by_sliding_window(config, view.index, sparse), everything)
+        def serve(sliding_window):
+            return jax.lax.cond(view.index > 0, lambda: sparse(sliding_window), everything)
+
+        out, memory = by_service(config, view.index, serve, everything)
         return out, carry, (*_by_heads(view.k, view.v), memory)
 
     positions = jnp.broadcast_to(columns, tokens.shape)

@@ -31,10 +31,10 @@ def allowed_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Flo
 
 
 def draw(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], steps: Int[Array, ""], sampling: SamplingConfig
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], steps: Int[Array, "*B"], sampling: SamplingConfig
 ) -> Int[Array, " B"]:
     """One token a row. keys: of the rows; steps: tokens drawn before, so that every draw of a row is another."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, steps))(keys)
+    keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(steps, keys.shape))
     return jax.vmap(jax.random.categorical)(keys, allowed_logits(logits, sampling)).astype(jnp.int32)

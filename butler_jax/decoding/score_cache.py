@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from butler_jax.decoding.store import write_token
+from butler_jax.model import BaseConfig
 from butler_jax.selection import SelectionConfig
 from pallas_kernels import quantise_k_imp
 
@@ -28,7 +30,7 @@ SCORE_LETTERS = "-bh-s"  # dimensions of k_imp, as parallel.by_rows_and_heads na
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScoreCache:
-    """k_imp of every layer, the cached tokens in the minor dimension; layer 0's is unused.
+    """k_imp of the layers of `layers_scored`, the cached tokens in the minor dimension; layer 0's is unused.
 
     Attributes:
         k_imp: As the predictor makes it, or in int8.
@@ -39,6 +41,21 @@ class ScoreCache:
     k_imp: Float[Array, "L B Q R S"] | Int[Array, "L B Q R S"]
     trunk: Any = None
     scales: Float[Array, "L B Q"] | None = None
+
+
+def layers_scored(base: BaseConfig) -> list[int]:
+    """The layers of a score cache: 0, and those that are served."""
+    return [0, *base.served_layers]
+
+
+def place_scored(base: BaseConfig, layer: Int[Array, "*P"]) -> Int[Array, "*P"]:
+    """Where a score cache has a layer; 0 for those that are not served."""
+    return jnp.asarray(np.cumsum(base.served) * base.served, jnp.int32)[layer] if base.mixed else layer
+
+
+def select_scored(base: BaseConfig, found: Shaped[Array, "L ..."]) -> Shaped[Array, "_ ..."]:
+    """What was found in every layer, of the layers of a score cache."""
+    return found[np.asarray(layers_scored(base))] if base.mixed else found
 
 
 def check_score_dtype(score_dtype: str | None) -> None:

@@ -6,6 +6,7 @@ layer only, where its score joins those of the cached tokens.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import jax
@@ -15,11 +16,11 @@ from jaxtyping import Array, Float, Int
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.parts import part_of
 from butler_jax.decoding.plan import Plan
-from butler_jax.decoding.score_cache import ScoreCache
-from butler_jax.model import BaseModel, LayerView
+from butler_jax.decoding.score_cache import ScoreCache, layers_scored, place_scored
+from butler_jax.model import BaseConfig, BaseModel, LayerView, soft_cap, weights_of
 from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.policies import Chunk
-from butler_jax.predictors import Predictor, at, walk
+from butler_jax.predictors import Predictor, at, schedule, walk
 from butler_jax.selection import Rows
 from pallas_kernels import importance_scores, importance_totals
 
@@ -37,8 +38,8 @@ def q_imp_of_block(
         offset = predictor.offset(head, features, view, context)
         return predictor.q_imp(head, features, view, context)[:, 0], None if offset is None else offset[:, 0]
 
-    heads = jax.tree.map(lambda a: a[jnp.minimum(layers - 1, a.shape[0] - 1)], predictor.heads)
-    return jax.vmap(one)(heads, jax.tree.map(lambda a: a[layers], model.layers), layers)
+    heads = jax.tree.map(operator.itemgetter(schedule(predictor, layers).head), predictor.heads)
+    return jax.vmap(one)(heads, weights_of(model, layers), layers)
 
 
 def pooled_scores(
@@ -48,6 +49,7 @@ def pooled_scores(
     scores: ScoreCache,
     newest: Newest,
     plan: Plan,
+    base: BaseConfig,
 ) -> Float[Array, "B K S"]:
     """The score of every cached token of a layer, pooled over the group.
 
@@ -62,6 +64,7 @@ def pooled_scores(
     seen = 0 if sliding_window is None else newest.total - sliding_window
     first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(newest.total)
     contested = jnp.maximum(newest.total - selection.recent, 0)
+    layer = place_scored(base, layer)
     scales = None if scores.scales is None else scores.scales[layer]
 
     def run(q_imp, offset, k_imp, contested, first, layer, scales):
@@ -129,6 +132,7 @@ def chunk_of(
         allowed &= columns[None] >= first[:, None]
     if predicted is not None:
         predicted = predicted.reshape(batch, kv_heads, heads // kv_heads, 1, size)
+    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=jnp.float32) * dim**-0.5
     return Chunk(
         layer=view.index,
         weights=view.weights,
@@ -136,7 +140,7 @@ def chunk_of(
         q=q * jnp.asarray(dim**-0.5, q.dtype),
         k=k,
         v=v,
-        logits=jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=jnp.float32) * dim**-0.5,
+        logits=soft_cap(logits, view.softcap),
         predicted=predicted,
         offset=None if offset is None else offset.reshape(batch, kv_heads, -1, 1, 1),
         rows=Rows(cached[:, None], jnp.zeros_like(cached)[:, None]),
@@ -156,11 +160,12 @@ def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: i
         state = walk.begin(predictor, x, context)
         keys = jnp.zeros((batch, 1, config.kv_heads, config.head_dim), dtype)
         queries = jnp.zeros((batch, 1, config.heads, config.head_dim), dtype)
-        view = LayerView(jnp.asarray(1), at(model.layers, 1), x, queries, keys, keys, keys)
+        layer = config.served_layers[0]
+        view = LayerView(jnp.asarray(layer), weights_of(model, layer), x, queries, keys, keys, keys)
         features = state.captured if state.features is None else state.features
         return predictor.k_imp(at(predictor.heads, 0), features, view, context)[:, 0]
 
     shape = jax.eval_shape(key, token)
-    k_imp = jnp.zeros((config.layers, *shape.shape, capacity), shape.dtype)
+    k_imp = jnp.zeros((len(layers_scored(config)), *shape.shape, capacity), shape.dtype)
     trunk = predictor.trunk_cache(batch, capacity, dtype)
     return ScoreCache(k_imp, jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk))

@@ -1,4 +1,4 @@
-"""One token a row: score the cached tokens, choose a few, attend to those, in every layer but the first.
+"""One token a row: score the cached tokens, choose a few, attend to those, in every served layer.
 
 plan.py      what is chosen, by whom and when
 forecast.py  score: what the predictor says of a layer before it runs
@@ -8,6 +8,7 @@ store/       attend: where keys and values lie, and how the chosen ones are read
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,20 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.decoding.cache import DecodeState, constrain_state
 from butler_jax.decoding.choice import Chooser, make_chooser
 from butler_jax.decoding.forecast import Forecaster
-from butler_jax.decoding.newest_tokens import newest_of
+from butler_jax.decoding.newest_tokens import Newest, newest_of
 from butler_jax.decoding.plan import Plan, check_plan, make_plan
-from butler_jax.decoding.score_cache import append_scores
-from butler_jax.model import BaseModel, LayerView, embed, logits, run_layers
+from butler_jax.decoding.score_cache import append_scores, select_scored
+from butler_jax.decoding.store import KVStore
+from butler_jax.model import (
+    BaseConfig,
+    BaseModel,
+    LayerView,
+    by_sliding_window,
+    embed,
+    is_served,
+    logits,
+    run_layers,
+)
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, limits_of
@@ -33,7 +44,7 @@ class Found(NamedTuple):
         attended: Tokens that every layer and choosing head read, the row's own included.
         chosen: With details, the set itself; None where everything is read.
         scores: With details, the predictor's per query head, -inf where a row holds no token; None without a predictor.
-            Layer 0 is dense: its scores mean nothing.
+            Layers that are not served are dense: their scores mean nothing.
     """
 
     attended: Int[Array, "L B K"]
@@ -128,12 +139,15 @@ def take_step(
             return out, chooser.remember(view, memory, weights), (chooser.count_tokens(chosen, view.index), mask)
 
         def dense():
-            return kv.attend_first(view, newest), chooser.recall(view.index), read_all(chooser, view, details)
+            out = attend_unserved(model.config, kv, view, newest, plan.implementation)
+            return out, chooser.recall(view.index), read_all(chooser, view, details)
 
         if plan.selection is None:
-            out, memory, read = kv.attend_all(view, newest), None, read_all(chooser, view, False)
+            attend = partial(kv.attend_seen, view, newest, implementation=plan.implementation)
+            out, memory = by_sliding_window(model.config, view.index, attend), None
+            read = read_all(chooser, view, False)
         else:
-            out, memory, read = jax.lax.cond(view.index > 0, sparse, dense)
+            out, memory, read = jax.lax.cond(is_served(model.config, view.index), sparse, dense)
         found = Found(*read, scores=shown_scores(known.scores, newest.total) if details and per_head else None)
         result = LayerResult(view.k[:, 0], view.v[:, 0], known.k_imp, memory, found)
         return out, forecaster.fetch_next(carry, view), result
@@ -143,11 +157,27 @@ def take_step(
     x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), **how)
     scores = None
     if predictor is not None:
-        scores = append_scores(state.scores, new.k_imp, state.lengths, carry.walk.cache)
+        k_imp = select_scored(model.config, new.k_imp)
+        scores = append_scores(state.scores, k_imp, state.lengths, carry.walk.cache)
     memory = state.memory if new.memory is None else new.memory
     written = kv.append(new.k, new.v, state.lengths)
     state = DecodeState(written, scores, newest.total, state.steps + 1, memory)
     return logits(model, x[:, 0]), constrain_state(state), new.found
+
+
+def attend_unserved(
+    config: BaseConfig, kv: KVStore, view: LayerView, newest: Newest, implementation: str | None
+) -> Float[Array, "B 1 H D"]:
+    """Dense attention of a layer that is not served: layer 0, or one that slides where others see everything."""
+    window = config.sliding_window
+
+    def first():
+        return kv.attend_first(view, newest, window if config.sliding[0] else None, implementation=implementation)
+
+    def sliding():
+        return kv.attend_seen(view, newest, window, implementation=implementation)
+
+    return jax.lax.cond(view.index > 0, sliding, first) if config.mixed else first()
 
 
 def read_all(chooser: Chooser, view: LayerView, details: bool) -> tuple[Int[Array, "B K"], Bool[Array, "B K S"] | None]:

@@ -17,7 +17,9 @@ from tests.decoding.letters import BASE, Letters
 def base():
     model = BaseModel(BASE, jax.random.key(1))
     model.layers.q[...] = model.layers.q[...] * 4
-    return SimpleNamespace(name="letters", model=model, tokenizer=Letters(), config=BASE, fingerprint="f")
+    return SimpleNamespace(
+        name="letters", model=model, tokenizer=Letters(), config=BASE, fingerprint="f", generation={}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,10 @@ CAPACITY = 24
 
 def model_of(**changes) -> BaseModel:
     sizes = dict(vocab_size=61, width=64, hidden=96, layers=4, heads=4, kv_heads=2, head_dim=16, context=64)
-    return BaseModel(BaseConfig(family="qwen2", **{**sizes, **changes}), jax.random.key(0))
+    model = BaseModel(BaseConfig(family="qwen2", **{**sizes, **changes}), jax.random.key(0))
+    if model.layers.sinks is not None:
+        model.layers.sinks[...] = jax.random.normal(jax.random.key(1), model.layers.sinks.shape)
+    return model
 
 
 def rows_of(seed: int = 0) -> np.ndarray:

@@ -33,6 +33,7 @@ BASE = BaseConfig(
 pytestmark = pytest.mark.usefixtures("few_optimisations")
 
 SLIDING = dict(sliding_window=20, sliding_layers=(True, False, True, False))  # half of the layers see everything
+ALL_SLIDING = dict(sliding_window=20)
 TOTAL = 60
 PROMPTS = np.asarray([1, 5, 3])  # at most sinks + recent, so that the simulation reads all of them too
 
@@ -40,6 +41,8 @@ PROMPTS = np.asarray([1, 5, 3])  # at most sinks + recent, so that the simulatio
 def make_model(**changes) -> BaseModel:
     model = BaseModel(dataclasses.replace(BASE, **changes), jax.random.key(0))
     model.layers.q[...] = model.layers.q[...] * 4  # sharper: it matters which keys are read
+    if model.layers.sinks is not None:
+        model.layers.sinks[...] = jax.random.normal(jax.random.key(1), model.layers.sinks.shape) * 2
     return model
 
 
@@ -106,7 +109,16 @@ def simulated_masks(model, predictor, policy, selection, prompts=None):
         x, _ = jax.jit(run)(model, predictor, batch, limits)
         x.block_until_ready()
         jax.effects_barrier()
-    return np.stack([seen[layer] for layer in range(model.config.layers)])
+    shape = next(iter(seen.values())).shape
+    assert set(seen) - {0} == set(model.config.served_layers)
+    return np.stack([seen.get(n, dense_sets(model.config, n, shape)) for n in range(model.config.layers)])
+
+
+def dense_sets(config, layer, shape):
+    """What the rows of a layer read that is not served: everything, or their window."""
+    columns = np.arange(shape[-1])
+    low = columns[:, None] - config.sliding_window if config.sliding[layer] else -1
+    return np.broadcast_to((columns <= columns[:, None])[: shape[-2]] & (columns > low)[: shape[-2]], shape)
 
 
 QUICK = [
@@ -178,8 +190,10 @@ def compare(name, fields, budget, **changes):
     for (b, t), (sets, counts, _) in found.items():
         np.testing.assert_array_equal(sets, masks[:, b, :, t, :TOTAL], err_msg=f"row {b}, position {t}")
         np.testing.assert_array_equal(counts, sets.sum(-1))
-        smaller += int((counts[1:] < t + 1).sum())
-        assert sets[0].sum(-1).tolist() == [t + 1] * len(sets[0])  # layer 0 is dense
+        smaller += int((counts[list(model.config.served_layers)] < t + 1).sum())
+        seen = min(t + 1, model.config.sliding_window or TOTAL)
+        for layer in set(range(BASE.layers)) - set(model.config.served_layers):
+            assert sets[layer].sum(-1).tolist() == [seen] * len(sets[layer])  # layer 0 is dense
     assert smaller or budget["budget"] == 1.0
 
 
@@ -194,14 +208,48 @@ def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, 
     compare(name, fields, budget)
 
 
+MIXED = [
+    ("tokenbutler", {}, dict(budget=0.4)),
+    ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
+    ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
+    ("oracle_head", {}, dict(budget=0.4, unit=4)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "budget"), [MIXED[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in MIXED[1:])]
+)
+def test_decoding_chooses_the_simulations_rows_beside_layers_that_slide(name, fields, budget):
+    compare(name, fields, budget, **SLIDING)
+
+
+SINKS = dict(attention_sinks=True, attention_softcap=1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "budget"),
+    [
+        ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
+        pytest.param("oracle_head", {}, dict(budget=0.4), marks=pytest.mark.slow),
+    ],
+)
+def test_decoding_chooses_the_simulations_rows_under_sinks_and_a_soft_cap(name, fields, budget):
+    compare(name, fields, budget, **SLIDING, **SINKS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "budget"),
-    [(None, dict(budget=0.4)), ("lookahead", dict(budget=0.4)), ("producer", dict(budget=0.6, unit=4))],
+    ("kind", "changes", "budget"),
+    [
+        (None, ALL_SLIDING, dict(budget=0.4)),
+        ("lookahead", ALL_SLIDING, dict(budget=0.4)),
+        ("producer", SLIDING, dict(budget=0.6, unit=4)),
+        ("contextual", SLIDING, dict(budget=0.4)),
+    ],
 )
-def test_decoding_chooses_the_simulations_rows_in_sliding_layers(kind, budget):
+def test_decoding_chooses_the_simulations_rows_in_sliding_layers(kind, changes, budget):
     policy = make_policy("tokenbutler" if kind else "oracle")
-    model = make_model(**SLIDING)
+    model = make_model(**changes)
     predictor = make_predictor(model.config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16)) if kind else None
     selection = SelectionConfig(sinks=2, recent=3, **budget)
     masks = simulated_masks(model, predictor, policy, selection)
@@ -270,7 +318,8 @@ def simulated_kept(model, policy, selection):
         x, _ = jax.jit(run)(model, None, batch, limits_of(selection, model.config, TOTAL))
         x.block_until_ready()
         jax.effects_barrier()
-    seen[0] = np.tril(np.ones((TOTAL, TOTAL), bool))
+    for n in set(range(model.config.layers)) - set(model.config.served_layers):
+        seen[n] = dense_sets(model.config, n, seen.shape[1:])
     return seen, np.asarray(jax.jit(logits)(model, x))
 
 
@@ -281,13 +330,11 @@ def compare_evicting(name, fields, budget, **changes):
     kept, wanted = simulated_kept(model, policy, selection)
     found = decoded_sets(model, None, policy, selection, prompts=LONGER)
     assert len(found) == len(LONGER) * (TOTAL - LONGER.max())
-    table = budget_table(selection, TOTAL)
+    table, layers = budget_table(selection, TOTAL), model.config.served_layers
+    seen = model.config.sliding_window if model.config.sliding[layers[0]] else TOTAL
     for (b, t), (sets, counts, values) in found.items():
-        if model.config.sliding_window is None:
-            np.testing.assert_array_equal(sets, kept[:, b, :, t], err_msg=f"row {b}, position {t}")
-            assert (counts[1:] == table[t + 1]).all()
-        else:
-            np.testing.assert_array_equal(sets[1:], kept[1:, b, :, t], err_msg=f"row {b}, position {t}")
+        np.testing.assert_array_equal(sets, kept[:, b, :, t], err_msg=f"row {b}, position {t}")
+        assert (counts[list(layers)] == table[min(t + 1, seen)]).all()
         np.testing.assert_array_equal(counts, sets.sum(-1))
         np.testing.assert_allclose(values, wanted[b, t], atol=2e-4)  # float32 logits of size 10, other sums
 
@@ -308,6 +355,9 @@ LATER = dict(budget=10, min_context=30)
         (*EVICTING[0], dict(budget=12), SLIDING),
         (*EVICTING[1], dict(budget=12), {}),
         (*EVICTING[1], LATER, SLIDING),
+        (*EVICTING[1], LATER, ALL_SLIDING),
+        (*EVICTING[0], dict(budget=12), SINKS),
+        (*EVICTING[1], dict(budget=12), {**SINKS, **SLIDING}),
         (*EVICTING[2], dict(budget=1.0), {}),
         (*EVICTING[2], LATER, SLIDING),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import shutil
 from types import SimpleNamespace
@@ -17,14 +18,14 @@ from butler_jax.decoding import generation
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.decoding.step import decode_step
-from butler_jax.model.decoder import forward
+from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.policies import Evicting, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from butler_jax.weights.loading import TINY
-from tests.decoding.letters import PROMPTS, Letters
+from tests.decoding.letters import BASE, PROMPTS, Letters
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,18 @@ def test_a_batch_gives_each_rows_own_tokens(base, predictor):
         assert alone.tokens[0] == together.tokens[b]
         assert alone.attended[0] == pytest.approx(together.attended[b])
     assert all(0.25 < share < 0.6 for share in (together.attended[0], together.attended[2]))
+
+
+def test_shares_read_are_those_of_served_layers_and_of_all():
+    model = BaseModel(
+        dataclasses.replace(BASE, sliding_window=6, sliding_layers=(True, False, True)), jax.random.key(0)
+    )
+    mixed = SimpleNamespace(model=model, tokenizer=Letters(), config=model.config, generation={})
+    under = dict(selection=SelectionConfig(budget=8, sinks=1, recent=3), policy="streaming")
+    found = butler_jax.generate(mixed, PROMPTS[0], max_new_tokens=5, stop=(), **under)
+    held = np.arange(len(PROMPTS[0]) + 1, len(PROMPTS[0]) + 5)
+    assert found.attended == pytest.approx([np.mean(8 / held)])
+    assert found.attended_of_dense == pytest.approx([np.mean((6 + 6 + 8) / (6 + 6 + held))])
 
 
 def test_stop_tokens_end_a_row_and_pieces_are_the_text(base, dense):
@@ -140,7 +153,27 @@ def test_a_character_in_two_tokens_waits_until_it_is_whole():
     tokenizer = SimpleNamespace(decode=lambda ids: b"".join(table[i] for i in ids).decode(errors="replace"))
     writer = Writer(tokenizer)
     assert [writer.add(t, last=False) for t in (0, 1, 2, 3)] == ["a", "", "é", " b"]
-    assert Writer(tokenizer).add(1, last=True) == "\ufffd"
+    assert Writer(tokenizer).add(1, last=True) == ""  # the row ends in half a character
+
+
+@pytest.mark.parametrize("last", ["🙂", "!"])
+def test_an_emoji_in_four_byte_tokens_is_printed_whole_or_not_at_all(last):
+    import tokenizers
+    from tokenizers import decoders, models
+
+    from butler_jax.text.prompts import Writer
+    from butler_jax.text.tokenizer import Tokenizer
+
+    vocab = {"▁hi": 256, "!": 257} | {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    emoji, flag = list("🙂".encode()), list("🇫🇷".encode())
+    tokens = [256, *emoji, 257, *flag, *(emoji if last == "🙂" else [257])]
+    for cut in range(1, len(tokens) + 1):
+        writer = Writer(Tokenizer(backend=backend))
+        pieces = [writer.add(token, last=n + 1 == cut) for n, token in enumerate(tokens[:cut])]
+        wanted = bytes(b for t in tokens[:cut] for b in ({256: b" hi", 257: b"!"}.get(t) or bytes([t])))
+        assert "".join(pieces) == wanted.decode(errors="ignore")
 
 
 def test_prompts_of_a_bucket_share_one_compilation(base, dense):

@@ -61,7 +61,15 @@ def test_a_sparse_row_that_crosses_does_not_depend_on_the_rows_beside_it(pair):
 
 @pytest.mark.slow
 def test_a_policy_that_evicts_and_offload_at_the_border(pair, wanted):
-    keeps = dict(policy="h2o", selection=SelectionConfig(budget=1.0), max_new_tokens=NEW, stop=(), capacity=51)
-    assert butler_jax.generate(pair[1], PROMPTS[:1], **keeps).tokens == wanted[:1]
+    keeps = dict(selection=SelectionConfig(budget=1.0), max_new_tokens=NEW, stop=(), capacity=51)
+    for policy in ("h2o", "snapkv"):  # the second keeps the attention of many rows
+        assert butler_jax.generate(pair[1], PROMPTS[:2], policy=policy, **keeps).tokens == wanted[:2]
     with pytest.raises(ValueError, match="a row would grow beyond the original context of longrope"):
         butler_jax.generate(pair[1], PROMPTS[2], max_new_tokens=2, offload=True)
+
+
+@pytest.mark.slow
+def test_rows_of_a_queue_cross_where_they_come_to_the_border(pair, wanted):
+    requests = [butler_jax.Request(prompt, NEW, stop=()) for prompt in PROMPTS]
+    found = sorted(butler_jax.serve(pair[1], requests, slots=2, capacity=51, chunk=16), key=lambda one: one.number)
+    assert [one.tokens for one in found] == wanted

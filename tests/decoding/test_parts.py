@@ -62,6 +62,7 @@ cases = {
     "normalised, with details": dict(details=True),
     "maximum in int8, sliding": dict(pooling="maximum", score_dtype="int8", sliding_window=20),
     "oracle": dict(policy="oracle"),
+    "streaming, with sinks and a soft cap": dict(policy="streaming", attention_sinks=True, attention_softcap=0.5),
 }
 found, moved = {}, {}
 for text in ("data=1", *sys.argv[2:]):
@@ -70,8 +71,12 @@ for text in ("data=1", *sys.argv[2:]):
         sliding = {}
         if "sliding_window" in case:
             sliding = dict(sliding_window=case["sliding_window"], sliding_layers=(True, False) * 2)
-        config = BaseConfig(**sizes, **sliding)
-        model = place(BaseModel(config, jax.random.key(0)), LOGICAL_AXES, mesh)
+        terms = {key: case[key] for key in ("attention_sinks", "attention_softcap") if key in case}
+        config = BaseConfig(**sizes, **sliding, **terms)
+        model = BaseModel(config, jax.random.key(0))
+        if terms:
+            model.layers.sinks[...] = jax.random.normal(jax.random.key(1), model.layers.sinks.shape)
+        model = place(model, LOGICAL_AXES, mesh)
         predictor = make_predictor(config, PredictorConfig(rank=4, stride=2))
         predictor = place(predictor, predictor.logical_axes, mesh)
         options = {"pooling": case["pooling"]} if "pooling" in case else {}

@@ -24,8 +24,10 @@ from tests.decoding.ragged import CAPACITY, LENGTHS, PROMPTS, decoded, model_of,
                 kind="longrope", original_context=16, short_factor=(1.0,) * 8, long_factor=(1.0, 2.0) * 4, factor=4.0
             )
         },
+        {"attention_sinks": True, "sliding_window": 5, "sliding_layers": (True, False) * 2},
+        {"attention_softcap": 0.05},
     ],
-    ids=["bias and windows", "longrope"],
+    ids=["bias and windows", "longrope", "sinks and windows", "soft cap"],
 )
 def test_decoding_step_by_step_equals_the_full_pass(changes):
     model, tokens = model_of(**changes), rows_of()

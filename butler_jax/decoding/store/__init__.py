@@ -9,7 +9,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "base": ["KVStore", "write_token"],
+        "base": ["KVStore", "put_row", "write_token"],
         "evicting": ["EvictingStore"],
         "host": ["HostStore", "offload"],
         "resident": ["ResidentStore"],

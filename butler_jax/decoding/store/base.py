@@ -6,6 +6,7 @@ donated arrays are updated in place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -16,10 +17,13 @@ from jaxtyping import Array, Float, Int, Shaped
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.parts import write_chunk, write_parts
-from butler_jax.model import LayerView
+from butler_jax.model import LayerView, sink_logits
+from butler_jax.parallel import current_mesh
 from butler_jax.selection import Chosen
+from pallas_kernels import masked_topk_decode_attention
 
 CACHE_LETTERS = "-bhs-"  # dimensions of a cache, as parallel.by_rows_and_heads names them
+PAGE = 64  # the most tokens of a window that are read together
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,38 @@ class KVStore:
     def attend_all(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
         """Return attention of new tokens over all cached tokens of their layer and themselves."""
         sliding_window = newest.sliding_window(view.index)
-        return attend_cached(view.q, view.k, view.v, self.k, self.v, view.index, newest.cached, sliding_window)
+        where = (self.k, self.v, view.index, newest.cached, sliding_window)
+        return attend_cached(view.q, view.k, view.v, *where, **view.attention_terms)
 
-    def attend_first(self, view: LayerView, newest: Newest) -> Float[Array, "B T H D"]:
+    def attend_seen(
+        self, view: LayerView, newest: Newest, sliding_window: int | None, *, implementation: str | None
+    ) -> Float[Array, "B 1 H D"]:
+        """Return attention of one new token a row over all that it sees. Of the cache, only the window is read.
+
+        sliding_window: of the layer, static; None reads all.
+        """
+        if sliding_window is None or sliding_window >= self.capacity:
+            return self.attend_all(view, newest)
+        unit = min(self.page, 1 << (sliding_window.bit_length() - 1))
+        held = self.capacity // unit
+        count = min((sliding_window + unit - 2) // unit + 1, held)  # a window may begin inside of a page
+        first = jnp.minimum(jnp.maximum(newest.total - sliding_window, 0) // unit, held - count)
+        pages = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+        shape = (pages.shape[0], view.k.shape[2], pages.shape[1])
+        valid = pages * unit < newest.total[:, None]
+        window = Chosen(*(jnp.broadcast_to(a[:, None], shape) for a in (jnp.where(valid, pages, 0), valid)))
+        return self.attend(view, window, newest, unit=unit, rows=None, implementation=implementation)[0]
+
+    @property
+    def page(self) -> int:
+        """Tokens that are read together of a sliding window."""
+        return math.gcd(self.capacity, PAGE)
+
+    def attend_first(
+        self, view: LayerView, newest: Newest, sliding_window: int | None, *, implementation: str | None
+    ) -> Float[Array, "B 1 H D"]:
         """The same where the layer is known to be layer 0."""
-        return self.attend_all(view, newest)
+        return self.attend_seen(view, newest, sliding_window, implementation=implementation)
 
     def attend(
         self, view: LayerView, chosen: Chosen, newest: Newest, *, unit: int, rows: Any, implementation: str | None
@@ -74,19 +105,21 @@ class KVStore:
         batch, _, heads, dim = view.q.shape
         kv_heads = view.k.shape[2]
         group = chosen.indices.shape[1] // kv_heads
-        options = dict(unit=unit, implementation=implementation)
+        options, sinks = dict(unit=unit, implementation=implementation), sink_logits(view.weights)
         if group == 1:
-            return self._attend_set(view, view.q[:, 0], chosen, newest, rows=rows, **options)[:, None], None
+            options |= dict(rows=rows, sinks=sinks)
+            return self._attend_set(view, view.q[:, 0], chosen, newest, **options)[:, None], None
         queries = view.q.reshape(batch, kv_heads, group, dim)
         apart = jax.tree.map(lambda a: a.reshape(batch, kv_heads, group, -1), chosen)
-        parts = [
-            self._attend_set(view, queries[:, :, g], jax.tree.map(lambda a, g=g: a[:, :, g], apart), newest, **options)
-            for g in range(group)
-        ]
+        parts = []
+        for g in range(group):
+            own = jax.tree.map(lambda a, g=g: a[:, :, g], apart)
+            of_heads = None if sinks is None else sinks[g::group]
+            parts.append(self._attend_set(view, queries[:, :, g], own, newest, sinks=of_heads, **options))
         return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim), None
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, rows=None) -> Float[Array, "B H D"]:
-        """Attention of the queries [B, H, D] that share the chosen units of a KV head."""
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, rows=None) -> Float[Array, "B H D"]:
+        """Attention of the queries [B, H, D] that share the chosen units of a KV head. sinks: theirs, [H] or None."""
         raise TypeError(f"{type(self).__name__} must define _attend_set")
 
     def prefetch(self, layer: Int[Array, ""], chosen: Chosen, newest: Newest, unit: int) -> Any:
@@ -102,6 +135,39 @@ class KVStore:
         """The store with the tokens start ... start + T - 1 of all rows."""
         written = (write_chunk(a, b, start, CACHE_LETTERS) for a, b in ((self.k, k), (self.v, v)))
         return replace(self, **dict(zip("kv", written, strict=True)))
+
+    def put_row(self, row: KVStore, number: Int[Array, ""]) -> Self:
+        """The store with the only row of another one, of the same capacity, in the place of row `number`."""
+        return replace(self, k=put_row(self.k, row.k, number), v=put_row(self.v, row.v, number))
+
+
+def attend_chosen(
+    q: Float[Array, "B H D"],
+    k: Float[Array, "*L B K S D"],
+    v: Float[Array, "*L B K S D"],
+    chosen: Chosen,
+    sinks: Float[Array, " H"] | None,
+    **options: Any,
+) -> Float[Array, "B H D"]:
+    """`masked_topk_decode_attention` with options, and with one more logit of every query head in its softmax."""
+    if sinks is None:
+        return masked_topk_decode_attention(q, k, v, *chosen, **options)
+    out, total = masked_topk_decode_attention(q, k, v, *chosen, return_residual=True, **options)
+    share = jax.nn.sigmoid(total - sinks.astype(jnp.float32)[None])  # what is left beside the sink
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+
+
+def put_row(rows: Shaped[Array, "*rows"], row: Shaped[Array, "*row"], number: Int[Array, ""]) -> Shaped[Array, "*rows"]:
+    """An array of B rows with another row at `number`. The axis of rows is the one in which the two differ."""
+    row = row.astype(rows.dtype)
+    axis = next((n for n, (many, one) in enumerate(zip(rows.shape, row.shape, strict=True)) if many != one), None)
+    if axis is None:  # there is one row
+        return row
+    if current_mesh() is None:
+        return jax.lax.dynamic_update_slice_in_dim(rows, row, number, axis)
+    here = jnp.arange(rows.shape[axis]) == number  # no device asks for the rows of others
+    others = [n for n in range(rows.ndim) if n != axis]
+    return jnp.where(jnp.expand_dims(here, others), row, rows)
 
 
 def write_token(

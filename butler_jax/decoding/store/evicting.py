@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.store.base import KVStore
-from butler_jax.model import masked_softmax
+from butler_jax.model import grouped_sinks, masked_softmax, sink_logits, soft_cap
 from butler_jax.selection import Chosen
 
 
@@ -19,6 +19,7 @@ class EvictingStore(KVStore):
     """A resident store whose attention also gives the weights, from which the policy learns what a token is worth."""
 
     evicting = True
+    page = 1
 
     def attend(self, view, chosen, newest, *, unit, rows, implementation):
         """Attend to the tokens kept, the new one among them; weights are summed over the group."""
@@ -27,7 +28,8 @@ class EvictingStore(KVStore):
         k, v = (self._rows(a, b, view.index, chosen, newest.cached) for a, b in ((self.k, view.k), (self.v, view.v)))
         q = view.q.reshape(batch, kv_heads, heads // kv_heads, dim)
         logits = jnp.einsum("bkgd,bknd->bkgn", q, k, preferred_element_type=jnp.float32) * dim**-0.5
-        weights = masked_softmax(logits, chosen.valid[:, :, None])
+        sinks = grouped_sinks(sink_logits(view.weights), kv_heads, rows=False)
+        weights = masked_softmax(soft_cap(logits, view.softcap), chosen.valid[:, :, None], sinks)
         out = jnp.einsum("bkgn,bknd->bkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         places = jnp.where(chosen.valid, chosen.indices, self.capacity)
         spread = jnp.zeros((batch, kv_heads, self.capacity), jnp.float32)

@@ -17,10 +17,10 @@ from jax.experimental import compute_on
 from jaxtyping import Array, Bool, Float
 
 from butler_jax.decoding.cached_attention import attend_cached
-from butler_jax.decoding.store.base import KVStore
+from butler_jax.decoding.store.base import KVStore, attend_chosen
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import by_rows_and_heads
-from pallas_kernels import masked_topk_decode_attention
+from butler_jax.selection import Chosen
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 KIND = "pinned_host"
@@ -55,11 +55,12 @@ class HostStore(KVStore):
         """Return dense attention; the whole layer travels."""
         k, v = self._fetch_layer(view.index)
         sliding_window = newest.sliding_window(view.index)
-        return attend_cached(view.q, view.k, view.v, k, v, 0, newest.cached, sliding_window)
+        where = (k, v, 0, newest.cached, sliding_window)
+        return attend_cached(view.q, view.k, view.v, *where, **view.attention_terms)
 
-    def attend_first(self, view, newest):
+    def attend_first(self, view, newest, sliding_window, *, implementation):
         """Return dense attention of layer 0, which is near."""
-        return self.near.attend_all(view, newest)
+        return self.near.attend_first(view, newest, sliding_window, implementation=implementation)
 
     def prefetch(self, layer, chosen, newest, unit):
         """The rows of some units of a layer.
@@ -98,18 +99,29 @@ class HostStore(KVStore):
         new_k, new_v, place = jax.device_put((k.astype(self.k.dtype), v.astype(self.v.dtype), place), HOST)
         return HostStore(write(self.k, new_k, place), write(self.v, new_v, place), near)
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, rows=None):
+    def put_row(self, row, number):
+        """The store with another row, which lies on the device, in the place of row `number`."""
+        near = self.near.put_row(ResidentStore(row.k[:1], row.v[:1]), number)
+
+        @on_host
+        def write(cache, new, number):
+            return jax.lax.dynamic_update_slice_in_dim(cache, new, number, 1)
+
+        new_k, new_v, number = jax.device_put((row.k.astype(self.k.dtype), row.v.astype(self.v.dtype), number), HOST)
+        return HostStore(write(self.k, new_k, number), write(self.v, new_v, number), near)
+
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, rows=None):
         rows = self.prefetch(view.index, chosen, newest, unit) if rows is None else rows
         place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
 
-        def run(q, k, v, new_k, new_v, indices, valid):
-            options = dict(new_k=new_k, new_v=new_v, implementation=implementation)
-            return masked_topk_decode_attention(q, k, v, indices, valid, **options)
+        def run(q, k, v, new_k, new_v, indices, valid, sinks):
+            options = dict(new_k=new_k, new_v=new_v, implementation=implementation, softcap=view.softcap)
+            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, **options)
 
         batch, kv_heads = place.shape[:2]
-        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-")
+        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h")
         split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=place.shape[-1])
-        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held)
+        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks)
 
     def _fetch_layer(self, index):
         """One layer on the device, [1, B, K, S, D] each."""

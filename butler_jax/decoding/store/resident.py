@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float
 
-from butler_jax.decoding.store.base import CACHE_LETTERS, KVStore
+from butler_jax.decoding.store.base import CACHE_LETTERS, KVStore, attend_chosen
 from butler_jax.parallel import by_rows_and_heads
 from butler_jax.selection import Chosen
-from pallas_kernels import masked_topk_decode_attention
 
 
 @jax.tree_util.register_dataclass
@@ -18,18 +17,18 @@ from pallas_kernels import masked_topk_decode_attention
 class ResidentStore(KVStore):
     """All tokens of a row lie on the device that decodes it; a mesh splits rows and KV heads."""
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, rows=None):
-        def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer):
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, rows=None):
+        def run(q, k, v, new_k, new_v, indices, valid, lengths, first, layer, sinks):
             where = dict(lengths=lengths, first=first, layer=layer, unit=unit, implementation=implementation)
+            where |= dict(sinks=sinks, softcap=view.softcap)
             return self._attend_own(q, k, v, new_k, new_v, Chosen(indices, valid), **where)
 
         _, batch, kv_heads, size, _ = self.k.shape
-        operands = ("bh-", CACHE_LETTERS, CACHE_LETTERS, "bh-", "bh-", "bh-", "bh-", "b", "b", "")
+        operands = ("bh-", CACHE_LETTERS, CACHE_LETTERS, "bh-", "bh-", "bh-", "bh-", "b", "b", "", "h")
         split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=size)
-        return split(
-            q, self.k, self.v, view.k[:, 0], view.v[:, 0], *chosen, newest.cached, newest.first(view.index), view.index
-        )
+        arrays, seen = (q, self.k, self.v, view.k[:, 0], view.v[:, 0]), (newest.cached, newest.first(view.index))
+        return split(*arrays, *chosen, *seen, view.index, sinks)
 
-    def _attend_own(self, q, k, v, new_k, new_v, chosen: Chosen, **where) -> Float[Array, "B H D"]:
+    def _attend_own(self, q, k, v, new_k, new_v, chosen: Chosen, *, sinks, **where) -> Float[Array, "B H D"]:
         """Attention on one device, over its own rows and heads."""
-        return masked_topk_decode_attention(q, k, v, *chosen, new_k=new_k, new_v=new_v, **where)
+        return attend_chosen(q, k, v, chosen, sinks, new_k=new_k, new_v=new_v, **where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from butler_jax.decoding.parts import part_of, with_new
+from butler_jax.decoding.store.base import PAGE
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import token_axis
 from pallas_kernels import masked_topk_decode_attention
@@ -19,12 +21,19 @@ from pallas_kernels import masked_topk_decode_attention
 class ShardedStore(ResidentStore):
     """An axis of the current mesh splits the tokens of every row."""
 
-    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, **where):
+    @property
+    def page(self):
+        """Tokens that are read together of a sliding window; a part of the cache holds whole ones."""
+        return math.gcd(self.capacity // jax.sharding.get_abstract_mesh().shape[token_axis(self.capacity)], PAGE)
+
+    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, softcap, **where):
         part = part_of(k.shape[-2], token_axis(self.capacity))
         seen = dict(lengths=part.count(lengths), first=None if first is None else part.count(first))
         own = part.own(chosen, unit)
-        out, residual = masked_topk_decode_attention(q, k, v, *own, unit=unit, return_residual=True, **seen, **where)
-        return with_new(q, new_k, new_v, *part.merged(residual[..., None], 1.0, out.astype(jnp.float32)))
+        where |= dict(unit=unit, softcap=softcap, return_residual=True)
+        out, residual = masked_topk_decode_attention(q, k, v, *own, **seen, **where)
+        state = part.merged(residual[..., None], 1.0, out.astype(jnp.float32))
+        return with_new(q, new_k, new_v, *state, softcap=softcap, sink_logits=sinks)
 
 
 def make_store(k: Float[Array, "L B K S D"], v: Float[Array, "L B K S D"]) -> ResidentStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ import pytest
 import butler_jax
 from butler_jax.decoding import decode_step, prefill
 from butler_jax.decoding.store import offload
+from butler_jax.model import BaseModel
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
-from tests.decoding.letters import BASE, PROMPTS
+from tests.decoding.letters import BASE, PROMPTS, Letters
 
 pytestmark = pytest.mark.usefixtures("few_optimisations")
 
@@ -27,6 +29,21 @@ def test_offload_gives_the_resident_tokens(base, predictor):
         max_new_tokens=20,
         stop=(),
     )
+    resident = butler_jax.generate(base, PROMPTS, **settings)
+    offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
+    assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "interval"), [("lookahead", 2), ("producer", 1)])
+def test_offload_gives_the_resident_tokens_beside_layers_that_slide(kind, interval):
+    slides = (True, False, True, True, False, True)
+    config = dataclasses.replace(BASE, layers=6, sliding_window=7, sliding_layers=slides)
+    model = BaseModel(config, jax.random.key(1))
+    base = SimpleNamespace(model=model, tokenizer=Letters(), config=config, generation={})
+    predictor = make_predictor(config, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
+    selection = SelectionConfig(budget=0.4, sinks=1, recent=3, interval=interval)
+    settings = dict(predictor=predictor, selection=selection, max_new_tokens=16, stop=())
     resident = butler_jax.generate(base, PROMPTS, **settings)
     offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
     assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended

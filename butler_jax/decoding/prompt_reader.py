@@ -1,0 +1,47 @@
+"""The reading of one prompt, so that other rows can decode between its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from butler_jax.decoding.generation import Decoding
+from butler_jax.decoding.slots import ReadRow, begin_row, end_row, read_part, read_whole
+from butler_jax.model import BaseModel
+from butler_jax.predictors import Predictor
+
+
+class PromptReader:
+    """Reads a prompt part by part, in one of three widths. `found` is the row once the last part was dispatched."""
+
+    def __init__(self, model: BaseModel, predictor: Predictor | None, how: Decoding, tokens: list[int], following: int):
+        self.model, self.predictor, self.how, self.tokens = model, predictor, how, tokens
+        self.widths = sorted({how.chunk, max(how.chunk // 4, 1), max(how.chunk // 16, 1)}, reverse=True)
+        self.following, self.length, self.done = np.int32(following), np.asarray([len(tokens)], np.int32), 0
+        self.filled: Any = None
+        self.found: ReadRow | None = None
+
+    def read(self) -> None:
+        """Dispatch the next part. Under a policy that evicts, it is the whole prompt."""
+        model, predictor, how = self.model, self.predictor, self.how
+        if how.plan.when == "evicting":
+            width = min(1 << max(len(self.tokens) - 1, 63).bit_length(), how.capacity)
+            tokens = np.zeros((1, width), np.int32)
+            tokens[0, : len(self.tokens)] = self.tokens
+            self.found = read_whole(model, predictor, tokens, self.length, self.following, how=how)
+            return
+        if self.filled is None:
+            self.filled = begin_row(model, predictor, how=how)
+        left = len(self.tokens) - self.done
+        width = next((w for w in self.widths if left > w // 2), self.widths[-1])
+        start = min(self.done, how.capacity - width)  # the last part may reach back, never beyond the cache
+        tokens = np.zeros((1, width), np.int32)
+        part = self.tokens[start : start + width]
+        tokens[0, : len(part)] = part
+        where = np.int32(start), self.length, self.following
+        self.filled = read_part(model, predictor, tokens, *where, self.filled)
+        self.done = start + width
+        if self.done >= len(self.tokens):
+            self.found = end_row(model, self.length, *self.filled, how=how)
+            self.filled = None

@@ -1,0 +1,105 @@
+"""A queue of prompts in a fixed number of slots: rows join where a slot is free, and leave where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from butler_jax.decoding.capacity import bucket
+from butler_jax.decoding.config import SamplingConfig, read_sampling
+from butler_jax.decoding.generation import Decoding
+from butler_jax.decoding.plan import check_offload, make_plan
+from butler_jax.decoding.prefill_pass import CHUNK
+from butler_jax.decoding.requests import Completion, Request, request_of
+from butler_jax.decoding.score_cache import check_score_dtype
+from butler_jax.decoding.server import Server
+from butler_jax.policies import Policy, TokenButler, make_policy
+from butler_jax.predictors import Predictor
+from butler_jax.selection import SelectionConfig
+from butler_jax.text import encode_prompt
+
+if TYPE_CHECKING:
+    from butler_jax.weights import Base
+
+
+def serve(
+    base: Base,
+    requests: Iterable[Request | str | Sequence[int] | None],
+    *,
+    slots: int = 8,
+    capacity: int | None = None,
+    predictor: Predictor | None = None,
+    selection: SelectionConfig | None = None,
+    policy: Policy | str | None = None,
+    sampling: SamplingConfig | None = None,
+    chunk: int = CHUNK,
+    offload: bool = False,
+    score_dtype: str | None = None,
+    implementation: str | None = None,
+) -> Iterator[Completion]:
+    """Continue the prompts of a queue, in batches that rows join and leave (continuous batching).
+
+    A request takes the next free slot and leaves it when it ends, so that short and long ones run beside each other.
+    Its tokens are those of `generate` with its prompt and its seed alone, up to the order of sums. Prompts are read in
+    parts between the steps of the others, and a step of all slots is compiled once.
+
+    A request that fails is a `Completion` with its error, and so is one that was cancelled. Neither changes another.
+
+    Args:
+        requests: A `Request`, a text or token ids each. The iterable is asked for the next one when a slot is free, so
+            that it may go on for ever. It may give None where it has nothing at the moment. If it raises an exception,
+            those that are running end first.
+        slots: Rows that decode together.
+        capacity: Tokens that a slot has room for, of the prompt and the new ones. Default: what the longest request
+            needs that fits the context, where requests is a list or a tuple; else the context of the base.
+        sampling: How tokens are drawn, for all requests. Default: as in `generate`.
+        chunk: The most tokens of a prompt that run together. Other parts have a quarter and a sixteenth of it. Under a
+            policy that evicts, a prompt runs at once.
+        offload: Whether keys and values of the slots lie in host memory.
+
+    The other settings are those of `generate`.
+
+    Yields:
+        The completions, as they end.
+
+    Raises:
+        ValueError: A setting is wrong. Settings are checked before the first completion is asked for.
+    """
+    if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
+        raise ValueError(f"requests must be a list or another iterable of them, got one {type(requests).__name__}")
+    for name, value in (("slots", slots), ("chunk", chunk)):
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    check_score_dtype(score_dtype)
+    if predictor is not None and selection is None:
+        selection = SelectionConfig()
+    policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+    context = base.config.context
+    if capacity is None:
+        capacity = _room(base, requests) if isinstance(requests, (list, tuple)) else context
+    if not 1 <= capacity <= context:
+        raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
+    plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
+    if selection is not None:
+        policy.require_predictor(predictor)
+    if offload:
+        check_offload(plan, capacity)
+    sampling = sampling or read_sampling(base.generation)[0]
+    how = Decoding(plan, sampling, capacity, min(int(chunk), capacity), score_dtype)
+    return Server(base, predictor, how, int(slots), offload=offload).run(iter(requests))
+
+
+def _room(base: Base, requests: Sequence[Any]) -> int:
+    """Tokens that the longest request needs which fits the context."""
+    needed = [1]
+    for number, one in enumerate(requests):
+        try:
+            request = request_of(one)
+            row = encode_prompt(base.tokenizer, base.config.vocab_size, request.prompt, f"request {number}")
+            needed.append(len(row) + int(request.max_new_tokens) - 1)
+        except (TypeError, ValueError):  # it fails when its turn comes
+            continue
+    context = base.config.context
+    return min(bucket(max(n for n in needed if n <= context), 64), context)
