@@ -44,7 +44,7 @@ def _bench(config: BenchConfig) -> int:
         "device": f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
-        "dtype": str(base.model.embedding[...].dtype),
+        "dtype": str(base.dtype),
         "versions": versions(),
     }
     if config.json is not None:

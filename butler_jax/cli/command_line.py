@@ -45,7 +45,7 @@ def _unchecked(kind: type, flags: tuple[str, ...] | None = None) -> type:
             hint = Annotated[hint, tyro.conf.arg(name=field.metadata["flag"])]
         elif dataclasses.is_dataclass(hint):
             hint = _unchecked(hint, field.metadata.get("flags"))
-            default = hint(**{one.name: getattr(default, one.name) for one in dataclasses.fields(default)})
+            default = hint(**_left_out(default))
         elif default is None:  # the docstring says what is taken then
             hint = Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
         else:
@@ -55,6 +55,15 @@ def _unchecked(kind: type, flags: tuple[str, ...] | None = None) -> type:
     return dataclasses.make_dataclass(
         kind.__name__, changed, bases=(kind,), namespace=namespace, frozen=True, kw_only=True
     )
+
+
+def _left_out(config: Any) -> dict[str, Any]:
+    """The values of a nested configuration, with None where it chose a value itself, so that it chooses again."""
+    chosen, values = type(config)(), {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        values[one.name] = None if one.default is None and value == getattr(chosen, one.name) else value
+    return values
 
 
 def _checked(kind: type, values: Any) -> Any:

@@ -116,7 +116,7 @@ def load_peer(config: BenchConfig, base: Base) -> Callable[[np.ndarray], Round] 
         print(f"transformers is left out: {error}", flush=True)
         return None
     warnings.simplefilter("ignore", FutureWarning)  # the argument of the cache is being renamed
-    dtype = getattr(torch, str(base.model.embedding[...].dtype))
+    dtype = getattr(torch, str(base.dtype))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     directory = Path(os.path.expanduser(config.base))

@@ -19,18 +19,19 @@ def _evaluate(config: EvalConfig) -> int:
         raise ValueError(
             "nothing to evaluate: give --run DIR (a run of butler-jax train), or --base SPEC for a base model alone"
         )
-    out = config.out or (Path("eval") if config.run is None else config.run / "eval")
+    out = config.out or (config.run / "eval" if config.run is not None and config.run.is_dir() else Path("eval"))
     with interrupts_end(f"stopped; the same command goes on from what is finished in {out}"):
         import jax
 
         from butler_jax.evaluation import check_directory, evaluate
-        from butler_jax.parallel import join_hosts
-        from butler_jax.runs import run_config
+        from butler_jax.parallel import EVALUATION_RULES, join_hosts, make_mesh, shardings_for
+        from butler_jax.runs import run_base
         from butler_jax.weights import load_base
 
         join_hosts(config)
         check_directory(out)
-        base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype)
+        shardings = shardings_for(make_mesh(config.mesh), EVALUATION_RULES) if config.mesh else None
+        base = load_base(config.base or run_base(config.run), dtype=config.dtype, shardings=shardings)
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
     if jax.process_index() != 0:
         return 0

@@ -1,31 +1,37 @@
-"""`butler-jax generate`: continue a prompt with a predictor or another policy."""
+"""`butler-jax generate`: continue a prompt, or answer messages, with a predictor or another policy."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from butler_jax.cli.command_line import interrupts_end, read, run
-from butler_jax.decoding import SamplingConfig
+from butler_jax.decoding import SAMPLING_FILES, SamplingConfig, read_sampling
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import require_local
 
 if TYPE_CHECKING:
+    from butler_jax.decoding import Generated
     from butler_jax.policies import Policy
+    from butler_jax.weights import Base
 
 TIMED = 16  # new tokens from which a rate is said: of fewer, most of the time is the start
-NOTHING = (
-    "the model ended the text at once, so nothing was generated. A model made for chat answers a prompt in the form of "
-    "the chat_template in its tokenizer_config.json. Spell that out, special tokens too, as in "
+NOTHING = "the model ended the text at once, so nothing was generated. "
+CHAT = "It is made for chat: give --chat, which puts the prompt into the model's chat template"
+SPELLED = (
+    "A model made for chat answers a prompt in the form that it was trained on, and this one has no chat_template that "
+    "says it. Spell it out, special tokens too, as in "
     r"--prompt $'<|im_start|>user\nQUESTION<|im_end|>\n<|im_start|>assistant\n'"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continue a prompt, reading only the cached tokens that a trained predictor, or another policy, chooses.
+    """Continue a prompt, or answer a message. A step reads only the cached tokens that a trained predictor, or another
+    policy, chooses.
 
     The text goes to standard output as it comes, a line of figures to standard error.
     """
@@ -35,9 +41,16 @@ class GenerateConfig:
     base: str | None = None
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
     prompt: str | None = None
-    """The text to continue. Default: standard input."""
+    """The text to continue, or the message to answer. Default: standard input; with --chat at a terminal, a
+    conversation."""
     prompt_file: Path | None = None
-    """A file with the text to continue."""
+    """A file with the text to continue, or the message to answer."""
+    chat: bool = False
+    """Answer the prompt as a message: the model's chat template puts it into the form that the model was trained on."""
+    template: str | None = None
+    """The name of the chat template, where the model has several. Default: the model's default."""
+    system: str | None = None
+    """What the model is told before a chat. Default: nothing."""
     max_new_tokens: int = 128
     """The most tokens to generate."""
     dense: bool = False
@@ -55,7 +68,8 @@ class GenerateConfig:
     score_dtype: Literal["int8"] | None = None
     """int8 stores the predictor's k_imp in int8. Default: the precision of the base model."""
     sampling: SamplingConfig = field(default=SamplingConfig())
-    """How tokens are drawn."""
+    """How tokens are drawn. Settings that are not given are those of the model's generation_config.json, or of
+    general.sampling in a .gguf file."""
     seed: int = 0
     """Seed of the draws."""
     stop: tuple[str, ...] = ()
@@ -75,6 +89,10 @@ class GenerateConfig:
             )
         if self.prompt is not None and self.prompt_file is not None:
             raise ValueError("--prompt and --prompt-file exclude each other; give one of them")
+        if self.template is not None and not self.chat:
+            raise ValueError("--template names a chat template; give --chat too, or leave it out")
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is for a conversation; give --chat too, or write it into the prompt")
         policy = self.make_policy()
         if not self.dense:
             policy.require_predictor(self.run)
@@ -91,70 +109,145 @@ class GenerateConfig:
         """Whether a step reads everything."""
         return self.dense or self.make_policy().reads_everything
 
-    def read_prompt(self) -> str:
-        """The prompt. Raises ValueError for a file that is missing or not text."""
+    def read_prompts(self) -> Iterable[str]:
+        """The prompt, or the messages of a terminal as they are typed.
+
+        Raises:
+            ValueError: The file is not UTF-8 text.
+        """
+        if self.prompt is not None:
+            return [self.prompt]
         if self.prompt_file is None:
-            return sys.stdin.read() if self.prompt is None else self.prompt
+            return _read_messages() if self.chat and sys.stdin.isatty() else [sys.stdin.read()]
         try:
-            return self.prompt_file.read_text(encoding="utf-8")
+            return [self.prompt_file.read_text(encoding="utf-8")]
         except UnicodeDecodeError:
             raise ValueError(f"{self.prompt_file} is not UTF-8 text") from None
 
 
+def _read_messages() -> Iterator[str]:
+    """Messages typed at a terminal, up to Ctrl-D."""
+    import readline  # noqa: F401  input() edits lines with it
+
+    print("Type a message. Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            message = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if message:
+            yield message
+
+
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
+    given = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     with interrupts_end("\nstopped"):
-        return run(lambda: _continue_prompt(read(GenerateConfig, arguments, "butler-jax generate")))
+        return run(lambda: _generate(read(GenerateConfig, arguments, "butler-jax generate"), given))
 
 
-def _continue_prompt(config: GenerateConfig) -> int:
-    """Load, generate and print."""
+def _generate(config: GenerateConfig, given: set[str]) -> int:
+    """Load, generate and print. given: the names of the options on the command line."""
     import jax
 
-    from butler_jax.decoding import generate
     from butler_jax.evaluation import prepare_policies
     from butler_jax.parallel import make_mesh, place, shardings_for
-    from butler_jax.runs import load_predictor, run_config, run_data
+    from butler_jax.runs import load_predictor, run_base, run_data
     from butler_jax.weights import load_base
 
-    prompt, selection = config.read_prompt(), None if config.is_dense else config.selection
+    prompts, selection = config.read_prompts(), None if config.is_dense else config.selection
     mesh = make_mesh(config.mesh or "data=1")
     shardings = shardings_for(mesh) if config.mesh else None
-    base = load_base(config.base or run_config(config.run)["base"], dtype=config.dtype, shardings=shardings)
+    base = load_base(config.base or run_base(config.run), dtype=config.dtype, shardings=shardings)
+    tokenizer = base.require_tokenizer()
+    if config.chat:
+        tokenizer.require_chat_template().source(config.template)
     policy, predictor = config.make_policy(), None
     if selection is not None:
         (policy,) = prepare_policies([policy], base, run_data(config.run))
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
         predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
-    stop = None if not config.stop else [*config.stop, *base.require_tokenizer().ends]
-
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
-    show(prompt)
+    settings = dict(
+        predictor=predictor,
+        selection=selection,
+        policy=policy,
+        max_new_tokens=config.max_new_tokens,
+        sampling=choose_sampling(config, given, base.generation),
+        stop=None if not config.stop else [*config.stop, *tokenizer.ends],
+        seed=config.seed,
+        offload=config.offload,
+        score_dtype=config.score_dtype,
+        stream=lambda piece: _show(piece.text),
+    )
     with jax.set_mesh(mesh):
-        result = generate(
-            base,
-            prompt,
-            predictor=predictor,
-            selection=selection,
-            policy=policy,
-            max_new_tokens=config.max_new_tokens,
-            sampling=config.sampling,
-            stop=stop,
-            seed=config.seed,
-            offload=config.offload,
-            score_dtype=config.score_dtype,
-            stream=lambda piece: show(piece.text),
-        )
+        (_talk if config.chat else _continue_prompt)(config, base, prompts, settings)
+    return 0
+
+
+def choose_sampling(config: GenerateConfig, given: set[str], generation: Mapping[str, Any]) -> SamplingConfig:
+    """How tokens are drawn: as the command line says, and else as the model's files say, which is printed."""
+    names = [field.name for field in fields(SamplingConfig)]
+    sampling, passed_over = read_sampling(generation)
+    plain = SamplingConfig()
+    taken = [n for n in names if n not in given and getattr(sampling, n) != getattr(plain, n)]
+    sampling = replace(sampling, **{name: getattr(config.sampling, name) for name in names if name in given})
+    if sampling.temperature == 0:
+        taken = [name for name in taken if name == "repetition_penalty"]
+    told = ", ".join(f"{name} {getattr(sampling, name):g}" for name in taken)
+    passed = f"{', '.join(passed_over)} of it passed over: not supported" if passed_over else ""
+    if told or passed:
+        said = "; ".join(filter(None, (told, passed)))
+        print(f"sampling as in the model's {SAMPLING_FILES}: {said}", file=sys.stderr)
+    return sampling
+
+
+def _continue_prompt(config: GenerateConfig, base: Base, prompts: Iterable[str], settings: dict[str, Any]) -> None:
+    """Print a prompt and what follows it."""
+    from butler_jax.decoding import generate
+
+    for prompt in prompts:
+        _show(prompt)
+        result = generate(base, prompt, **settings)
+        show_figures(base, result)
+        tokenizer = base.require_tokenizer()
+        if len(result.tokens[0]) == 1 and result.tokens[0][0] in tokenizer.ends:
+            print(NOTHING + (SPELLED if tokenizer.chat_template is None else CHAT), file=sys.stderr)
+
+
+def _talk(config: GenerateConfig, base: Base, prompts: Iterable[str], settings: dict[str, Any]) -> None:
+    """Print the answer to every message. Each is answered as a part of the conversation so far."""
+    from butler_jax.decoding import PromptCache, chat
+
+    settings = {**settings, "template": config.template, "cache": PromptCache()}
+    messages = [] if config.system is None else [{"role": "system", "content": config.system}]
+    for prompt in prompts:
+        messages.append({"role": "user", "content": prompt})
+        result = chat(base, messages, **settings)
+        messages.append({"role": "assistant", "content": result.text})
+        show_figures(base, result)
+        if result.tokens[0][-1] not in base.require_tokenizer().ends and not config.stop:
+            print(
+                f"the answer was cut after {len(result.tokens[0])} tokens; --max-new-tokens allows more",
+                file=sys.stderr,
+            )
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def show_figures(base: Base, result: Generated) -> None:
+    """End the line of the text, and print a line of figures to standard error."""
     print(flush=True)
     new = len(result.tokens[0])
     rate = f", then {result.tokens_per_second:.1f} tokens/s" if new >= TIMED else ""
+    read = f"{100 * result.attended[0]:.1f} % of the cache read"
+    if base.config.mixed:
+        of_all = f"{100 * result.attended_of_dense[0]:.1f} % of what dense decoding reads"
+        read += f" in the {len(base.config.served_layers)} served layers, {of_all} in all {base.config.layers}"
+    kept = f" ({result.kept_tokens} of them kept)" if result.kept_tokens else ""
     print(
-        f"{result.prompt_tokens[0]} + {new} tokens; {result.prefill_seconds:.1f} s to the first{rate}; "
-        f"{100 * result.attended[0]:.1f} % of the cache read",
+        f"{result.prompt_tokens[0]}{kept} + {new} tokens; {result.prefill_seconds:.1f} s to the first{rate}; {read}",
         file=sys.stderr,
     )
-    if new == 1 and result.tokens[0][0] in base.require_tokenizer().ends:
-        print(NOTHING, file=sys.stderr)
-    return 0

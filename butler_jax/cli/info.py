@@ -1,4 +1,4 @@
-"""`butler-jax info`: show what a run directory holds, and the commands to go on and to evaluate."""
+"""`butler-jax info`: show what a run directory holds, with the commands to go on, or what is installed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from butler_jax.cli.command_line import flag_of, read, run
+from butler_jax.cli.installation import describe_installation, list_installation
 from butler_jax.parallel import parse_hosts
 from butler_jax.pretraining import PretrainConfig
 from butler_jax.storage import fits
@@ -35,23 +36,28 @@ LONGEST_CELL, LONGEST_TEXT = 500, 10_000
 class InfoConfig:
     """Show what a run directory holds: settings, starts, checkpoints (whole or damaged), and the commands to go on.
 
-    Files are only read. Whatever is damaged is named, and the rest is shown.
+    Files are only read. Whatever is damaged is named, and the rest is shown. Without a directory, show what is
+    installed: versions of all packages, devices, and the cache of compiled programs.
     """
 
-    run: tyro.conf.Positional[Path]
-    """Directory of a training run, of save_predictor, or a copy of one."""
+    run: tyro.conf.Positional[Path | None] = None
+    """Directory of a training run, of save_predictor, of save_pretrained, or a copy of one. Default: what is
+    installed."""
     json: bool = False
     """Print it as JSON, NaN and infinities as text."""
 
 
 def main(arguments: list[str]) -> int:
-    """Inspect one run; returns the exit status."""
+    """Inspect one run, or this installation; returns the exit status."""
 
     def command() -> int:
         config = read(InfoConfig, arguments, "butler-jax info")
-        found = inspect(config.run)
+        found = describe_installation() if config.run is None else inspect(config.run)
         if config.json:
             print(json.dumps(_valid(found), indent=1, allow_nan=False))
+        elif config.run is None:
+            for name, text in list_installation(found):
+                print(f"{name:<19} {text}")
         else:
             from rich.console import Console
 
@@ -63,6 +69,8 @@ def main(arguments: list[str]) -> int:
 
 def kind_of(config: dict[str, Any]) -> type[FitConfig] | None:
     """The configuration class of a run's settings; None where the run is not a training."""
+    if "fingerprint" in config:  # of save_pretrained
+        return None
     return TrainConfig if "predictor" in config else PretrainConfig if "vocab_size" in config else None
 
 
@@ -107,7 +115,7 @@ def _evaluate(run_dir: Path, found: dict[str, Any]) -> str | None:
         model = run_dir / "model"
         ready = (model / "model.safetensors").is_file()
         return where + shlex.join(["butler-jax", "eval", "--base", str(model)]) if ready else None
-    if all(one["state"] == "damaged" for one in found["checkpoints"]):
+    if "fingerprint" not in found["config"] and all(one["state"] == "damaged" for one in found["checkpoints"]):
         return None
     base = [] if found["config"] else ["--base", "BASE"]  # of save_predictor
     return where + shlex.join(["butler-jax", "eval", "--run", str(run_dir), *base])

@@ -246,7 +246,8 @@ def flags(config) -> list[tuple[str, object]]:
     """(flag, default) of a configuration and of those nested in it."""
     found = []
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.metadata.get("flag", field.name)
+        value = None if field.default is None else getattr(config, field.name)
+        name = field.metadata.get("flag", field.name)
         if dataclasses.is_dataclass(value):
             given = field.metadata.get("flags")
             found += [one for one in flags(value) if given is None or one[0].removeprefix("--") in given]
@@ -289,7 +290,7 @@ def test_a_mistyped_command_is_told_which_there_are(capsys):
     told = capsys.readouterr().err
     assert told == (
         "error: butler-jax has no command 'trian' (did you mean train?); commands: train, pretrain, eval, generate, "
-        "bench, info, lm-eval\n"
+        "bench, info, publish, lm-eval\n"
     )
     for arguments in ([], ["--help"], ["-h"]):
         assert main(arguments) == 0
@@ -389,7 +390,7 @@ def test_training_and_evaluating_from_the_command_line(place, tmp_path, capfd):
     assert {"report.md", "report.html", "cells.jsonl"} <= {path.name for path in (run / "eval").iterdir()}
     found = json.loads((run / "eval" / "report.json").read_text())["rows"]
     assert {"task", "metric", "policy", "budget", "value", "error", "n", "seed", "attended", "where"} <= set(found[0])
-    assert {row["policy"] for row in found} == {"tokenbutler"}
+    assert {row["policy"] for row in found} == {"tokenbutler", "tokenbutler:tolerance"}
 
 
 def test_a_pipe_that_is_closed_ends_a_command_without_a_line():

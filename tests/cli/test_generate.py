@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from butler_jax import generate, load_base
+from butler_jax import chat, generate, load_base
 from butler_jax.cli import main
 from butler_jax.cli.command_line import read
-from butler_jax.cli.generate import GenerateConfig
+from butler_jax.cli.generate import GenerateConfig, choose_sampling, show_figures
+from butler_jax.decoding import Generated
 from butler_jax.decoding.config import SamplingConfig
+from butler_jax.model import BaseConfig
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.runs.saved_predictor import save_predictor
@@ -41,6 +44,21 @@ def test_a_prompt_is_continued(run_dir, capfd):
     assert out.startswith("the river") and "tokens/s" in error and "% of the cache read" in error
 
 
+def test_both_shares_are_printed_where_layers_slide_beside_served_ones(capsys):
+    result = Generated(tokens=[[1, 2]], attended=[0.25], attended_of_dense=[0.6], prompt_tokens=[9])
+    sizes = dict(vocab_size=9, width=16, hidden=16, layers=4, heads=2, kv_heads=1, head_dim=8, context=32)
+    for slides, end in (
+        (
+            (True, False) * 2,
+            "25.0 % of the cache read in the 2 served layers, 60.0 % of what dense decoding reads in all 4",
+        ),
+        ((False,) * 4, "25.0 % of the cache read"),
+    ):
+        config = BaseConfig(family="mistral", sliding_window=8, sliding_layers=slides, **sizes)
+        show_figures(SimpleNamespace(config=config), result)
+        assert capsys.readouterr().err.endswith(end + "\n")
+
+
 def test_a_model_that_ends_at_once_and_a_rate_of_few_tokens(tmp_path, capfd):
     arguments = ["generate", "--base", "tiny", "--prompt", "def f(x):\n    return x\n\n\n", "--max-new-tokens", "3"]
     assert main(arguments) == 0
@@ -51,7 +69,89 @@ def test_a_model_that_ends_at_once_and_a_rate_of_few_tokens(tmp_path, capfd):
     (tmp_path / "tiny" / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
     arguments[2] = str(tmp_path / "tiny")
     assert main(arguments) == 0
-    assert "chat_template in its tokenizer_config.json" in capfd.readouterr().err
+    assert "has no chat_template that says it" in capfd.readouterr().err
+    (tmp_path / "tiny" / "chat_template.jinja").write_text(TEMPLATE)
+    assert main(arguments) == 0
+    assert "give --chat, which" in capfd.readouterr().err
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture
+def talking(tmp_path) -> Path:
+    """tiny, with a chat template."""
+    shutil.copytree(TINY, tmp_path / "talking")
+    (tmp_path / "talking" / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path / "talking"
+
+
+def test_a_message_is_answered_in_the_models_template(talking, capfd):
+    base = load_base(talking)
+    prompt = "system: Be kind.\nuser: The file\nassistant:"
+    wanted = generate(base, base.tokenizer.encode(prompt), max_new_tokens=6)
+    told = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "The file"}]
+    assert chat(base, told, max_new_tokens=6).tokens == wanted.tokens
+    arguments = ["--chat", "--system", "Be kind.", "--prompt", "The file", "--max-new-tokens", "6"]
+    assert main(["generate", "--base", str(talking), *arguments]) == 0
+    out, error = capfd.readouterr()
+    assert out == wanted.text + "\n" and "cut after 6 tokens" in error
+    assert main(["generate", "--base", "tiny", "--chat", "--prompt", "x"]) == 1
+    assert "error: the model has no chat template" in capfd.readouterr().err
+    assert main(["generate", "--base", "tiny", "--system", "x", "--prompt", "x"]) == 1
+    assert "give --chat too" in capfd.readouterr().err
+
+
+def test_a_template_is_chosen_by_its_name(talking, capfd):
+    base = ["generate", "--base", str(talking), "--prompt", "The file", "--max-new-tokens", "6"]
+    (talking / "additional_chat_templates").mkdir()
+    (talking / "additional_chat_templates" / "terse.jinja").write_text("{{ messages[0].content }}")
+    assert main([*base, "--chat", "--template", "terse"]) == 0
+    wanted = generate(load_base(talking), "The file", max_new_tokens=6).text
+    assert capfd.readouterr().out == wanted + "\n"
+    assert main([*base, "--chat", "--template", "rag"]) == 1
+    assert "no chat template 'rag'; there are: default, terse" in capfd.readouterr().err
+    assert main([*base, "--template", "terse"]) == 1
+    assert "--template names a chat template; give --chat too" in capfd.readouterr().err
+
+
+def test_a_conversation_at_a_terminal_keeps_its_turns(talking, capfd, monkeypatch):
+    typed = iter(["The file", "", "Return the"])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+
+    def ended():
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", lambda _: ended() if (text := next(typed, None)) is None else text)
+    base, messages, wanted = load_base(talking), [], ""
+    for question in ("The file", "Return the"):
+        messages.append({"role": "user", "content": question})
+        answer = chat(base, messages, max_new_tokens=6).text
+        messages.append({"role": "assistant", "content": answer})
+        wanted += answer + "\n"
+    assert main(["generate", "--base", str(talking), "--chat", "--max-new-tokens", "6"]) == 0
+    out, error = capfd.readouterr()
+    assert out == wanted + "\n" and "of them kept) + 6 tokens" in error
+
+
+def test_sampling_that_is_not_given_is_that_of_generation_config(talking, capfd):
+    drawn = {"do_sample": True, "temperature": 0.7, "top_k": 5, "min_p": 0.1}
+    (talking / "generation_config.json").write_text(json.dumps(drawn))
+    base = load_base(talking)
+    model, hot = SamplingConfig(temperature=0.7, top_k=5), SamplingConfig(temperature=2.0, top_k=5)
+    assert generate(base, "The file", max_new_tokens=2).sampling == model
+    source = "generation_config.json (in a .gguf file: general.sampling): "
+    for arguments, sampling, said in (
+        ([], model, source + "temperature 0.7, top_k 5; min_p of it passed over"),
+        (["--temperature=2"], hot, source + "top_k 5; min_p"),
+        (["--temperature", "0", "--top-k", "5"], SamplingConfig(top_k=5), source + "min_p of it passed"),
+    ):
+        given = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+        assert choose_sampling(read(GenerateConfig, ["--base", "x", *arguments], "generate"), given, drawn) == sampling
+        assert said in capfd.readouterr().err
+    assert main(["generate", "--base", str(talking), "--prompt", "The file", "--max-new-tokens", "8"]) == 0
+    wanted = generate(base, "The file", max_new_tokens=8, sampling=model).text
+    assert capfd.readouterr().out == f"The file{wanted}\n"
 
 
 @pytest.mark.parametrize(

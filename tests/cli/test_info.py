@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shlex
@@ -343,7 +344,7 @@ def test_a_sealed_checkpoint_without_a_loss_is_damaged(copy, report, facts):
         ({"steps": True}, "steps must be"),
         ({"steps": 1e9}, "steps must be"),
         ({"predictor": 5}, "'predictor' cannot be 5"),
-        ({"predictor": "x"}, "'predictor' cannot be {'kind': 'x'}"),
+        ({"predictor": "x"}, "'predictor' cannot be {'kind': 'x', "),
         ({"base": ["a"]}, "'base' cannot be ['a']"),
         ({"predictor": {"kind": "producer", "rank": "4"}}, "'predictor' cannot be"),
         ({"selection": 5}, "'selection' cannot be"),
@@ -488,3 +489,14 @@ def test_no_run_is_told_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"error: {directory} is no run directory: it has none of config.json, run.json,")
         assert error.count("\n") == 1
+
+
+def test_without_a_directory_the_installation_is_shown(capsys):
+    assert info.main([]) == 0
+    shown = capsys.readouterr().out
+    for name in ("jax", "jaxlib", "flax", "tokenizers", "jinja2"):
+        assert f"{name} {importlib.metadata.version(name)}" in shown
+    assert info.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["jax"] == jax.__version__ and set(found["extras"]) >= {"hub", "gguf", "harness", "test"}
+    assert found["devices"]["platform"] == "cpu"

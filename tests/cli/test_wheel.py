@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,27 +16,35 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
+def tracked(*below: str) -> list[str]:
+    """The files of this checkout that git knows or would add, below some directories or all."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *below]
+    names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in names if (REPOSITORY / name).is_file()]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel of this checkout, built without a network from what git tracks."""
-    place = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory) -> Path:
+    """A directory with the sdist of this checkout, and the wheel that is made from it, without a network."""
+    return build(tmp_path_factory.mktemp("built"))
+
+
+def build(place: Path) -> Path:
+    """Build both in a directory, from a copy of this checkout there; returns it."""
     source = place / "source"
-    source.mkdir()
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    for name in names:
-        if (REPOSITORY / name).is_file() and not name.startswith(("tests/", "notebooks/", "docs/", "benchmarks/")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((REPOSITORY / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", place, source]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((REPOSITORY / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", place, source]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (found,) = place.glob("*.whl")
+    return place
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (found,) = built.glob("*.whl")
     return found
 
 
@@ -74,12 +83,42 @@ def run(installed: Path, place: Path, *arguments: object) -> str:
 
 @pytest.mark.slow
 def test_every_file_of_the_packages_is_in_the_wheel(wheel):
-    """Among them the embedded model, texts, templates, tasks of the harness and py.typed."""
     names = zipfile.ZipFile(wheel).namelist()
-    command = ["git", "ls-files", "butler_jax", "pallas_kernels"]
-    tracked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
-    assert len(tracked) > 100 and {*tracked} <= {*names}
+    ours = tracked("butler_jax", "pallas_kernels")
+    assert len(ours) > 100 and {*ours} <= {*names}
+    for name in (
+        "butler_jax/py.typed",
+        "butler_jax/tiny/model.safetensors",
+        "butler_jax/predictors/templates/README.md.j2",
+        "butler_jax/evaluation/report/templates/report.html.j2",
+        "butler_jax/evaluation/tasks/harness_tasks/piqa.yaml",
+        "pallas_kernels/gpu/tiles.json",
+    ):
+        assert name in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"butler_jax", "pallas_kernels"}
+    entry_points = next(name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "butler-jax = butler_jax.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_every_file_of_the_repository(built):
+    """Tests, documentation, benchmarks and notebooks too; not what serves the repository alone."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    ours = {name for name in tracked() if not name.startswith(".")}
+    assert {"CITATION.cff", "LICENSE", "train.py", "docs/conf.py", "tests/conftest.py"} <= ours <= names
+
+
+@pytest.mark.slow
+def test_both_have_the_same_bytes_whenever_and_wherever_they_are_built(built, tmp_path):
+    """Where SOURCE_DATE_EPOCH is the same: from another directory, at another time."""
+    again = build(tmp_path)
+    names = {path.name for path in built.iterdir() if path.is_file()}
+    assert len(names) == 2
+    for name in names:
+        assert (again / name).read_bytes() == (built / name).read_bytes(), name
 
 
 @pytest.mark.slow
@@ -100,5 +139,6 @@ def test_the_wheel_trains_evaluates_and_generates(installed, tmp_path):
         installed, tmp_path, "butler-jax", "generate", "--run", "run", "--prompt", "The file", "--max-new-tokens", 4
     )
     assert text.startswith("The file")
+    assert "packages " in run(installed, tmp_path, "butler-jax", "info")
     shown = run(installed, tmp_path, "butler-jax", "info", "run")
     assert "finished, saved up to step 2 of 2" in shown and "butler-jax train --" in shown
