@@ -6,7 +6,8 @@ An input is a valid one that was changed: bytes are flipped, cut or doubled, num
 formats are inserted. For JSON, hypothesis also replaces values of an object. The seed determines every input.
 
 A finding is one of these: an exception other than ValueError and FileNotFoundError, an error that does not name its
-file, an input that takes more than SECONDS, a file that is written, or memory that grows by more than GROWTH.
+file, an input that takes more than SECONDS of computing, a file that is written, or memory that grows by more than
+GROWTH.
 
 `--atheris TARGET` lets atheris (libFuzzer, where it is installed) search for inputs by coverage; it ends at the first
 finding. With --json it runs in a process of its own. The number of inputs without a finding (null after a finding) is
@@ -38,9 +39,10 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from benchmarks.fuzz_targets import ALLOWED, Target, targets
+from benchmarks.fuzz_seeds import ALLOWED, Target
+from benchmarks.fuzz_targets import targets
 
-SECONDS = 5.0
+SECONDS = 5.0  # of computing, so that other work of the machine is no finding
 GROWTH = 512 << 20
 COUNTS = {  # inputs of each target
     "safetensors": 15000,
@@ -51,6 +53,8 @@ COUNTS = {  # inputs of each target
     "tokenizer_config.json": 8000,
     "samples.jsonl": 10000,
     "text.jsonl": 8000,
+    "text files": 10000,
+    "tables": 8000,
     "run config": 8000,
     "settings": 8000,
     "cells.jsonl": 8000,
@@ -58,6 +62,10 @@ COUNTS = {  # inputs of each target
     "prompts": 8000,
     "load_base": 1000,
     "run directory": 5000,
+    "chat template": 8000,
+    "generation_config": 8000,
+    "predictor": 3000,
+    "hub": 1000,
 }
 JSON_SHARE = 0.25  # of a JSON target's inputs, made by hypothesis
 PIECES = (
@@ -195,7 +203,7 @@ def inputs(target: Target, count: int, seed: int) -> Iterator[bytes]:
 
 
 class TooLong(BaseException):
-    """An input took more than SECONDS."""
+    """An input took more than SECONDS of computing."""
 
 
 def alarm(*_: Any) -> None:
@@ -230,17 +238,17 @@ def fuzz(target: Target, count: int, seed: int, directory: Path) -> dict[str, An
         target.run(one)  # what is valid is taken
     findings: dict[str, dict] = {}
     longest, there, before = 0.0, files(directory), peak()
-    began = time.perf_counter()
+    began = time.process_time()
     done = 0
     for data in inputs(target, count, seed):
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
-        faulthandler.dump_traceback_later(10 * SECONDS, exit=True)  # where not even the alarm is heard
-        start = time.perf_counter()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        faulthandler.dump_traceback_later(100 * SECONDS, exit=True)  # where not even the alarm is heard
+        start = time.process_time()
         try:
             said = complaint(target, data, directory)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        longest, done = max(longest, time.perf_counter() - start), done + 1
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        longest, done = max(longest, time.process_time() - start), done + 1
         if said is None and peak() - before > GROWTH:
             said, before = f"memory grew by {(peak() - before) >> 20} MiB", peak()
         if said is not None:
@@ -251,7 +259,7 @@ def fuzz(target: Target, count: int, seed: int, directory: Path) -> dict[str, An
         findings["files"] = {"said": f"files appeared: {sorted(set(files(directory)) - set(there))[:5]}", "times": 1}
     return {
         "inputs": done,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.process_time() - began, 1),
         "longest_ms": round(1000 * longest, 1),
         "findings": list(findings.values()),
     }
@@ -309,20 +317,38 @@ def kept(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def note(path: Path, results: dict[str, dict[str, Any]], seed: int, command: str) -> None:
+    """Write the results to the JSON file, beside the counts by coverage."""
+    about = {
+        "command": command,
+        "seed": seed,
+        "inputs": sum(r["inputs"] for r in results.values()),
+        "findings": sum(len(r["findings"]) for r in results.values()),
+        "seconds": round(sum(r["seconds"] for r in results.values()), 1),
+        "peak_memory_mib": peak() >> 20,
+        "seconds_allowed_each": SECONDS,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("hypothesis", "safetensors", "tokenizers", "gguf")},
+    }
+    coverage = {name: block for name, block in kept(path).items() if name == "atheris"}
+    path.write_text(json.dumps({**about, "targets": results, **coverage}, indent=2) + "\n")
+
+
 def main() -> int:
     """Run the command. Returns 1 where there are findings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the counts and findings here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of inputs")
-    parser.add_argument("--only", nargs="*", help="these targets alone")
+    parser.add_argument("--only", nargs="*", help="these targets alone; the JSON file keeps the others'")
     parser.add_argument("--atheris", metavar="TARGET", help="fuzz one target by coverage")
     parser.add_argument("--runs", type=int, default=20000, help="inputs of --atheris")
     arguments = parser.parse_args()
     if arguments.atheris and arguments.json:
         return note_coverage(arguments.json, arguments.atheris, arguments.runs, arguments.seed)
     if not arguments.atheris:  # libFuzzer has an alarm of its own
-        signal.signal(signal.SIGALRM, alarm)
+        signal.signal(signal.SIGPROF, alarm)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
         directory = Path(name)
         chosen = targets(directory)
@@ -331,7 +357,10 @@ def main() -> int:
                 next(t for t in chosen if t.name == arguments.atheris), arguments.runs, arguments.seed, directory
             )
             return 0
-        results = {}
+        earlier = kept(arguments.json) if arguments.json and arguments.only else {}
+        before = earlier.get("targets", {})
+        command = earlier.get("command", " ".join(["python -m benchmarks.fuzz", *sys.argv[1:]]))
+        results = {target.name: before[target.name] for target in chosen if target.name in before}
         for target in chosen:
             if not arguments.only or target.name in arguments.only:
                 count = max(1, int(COUNTS[target.name] * arguments.scale))
@@ -340,24 +369,10 @@ def main() -> int:
                 print(f"{target.name:22} {line}  {len(found['findings'])} findings", flush=True)
                 for finding in found["findings"]:
                     print(f"    {finding['times']} x {finding['said']}\n      {finding.get('bytes', '')[:300]!r}")
+                if arguments.json:  # after every target: what an interruption left is gone on with by --only
+                    note(arguments.json, results, arguments.seed, command)
     findings = sum(len(r["findings"]) for r in results.values())
-    total = sum(r["inputs"] for r in results.values())
-    print(f"{total} inputs, {findings} findings")
-    if arguments.json:
-        about = {
-            "command": " ".join(["python -m benchmarks.fuzz", *sys.argv[1:]]),
-            "seed": arguments.seed,
-            "inputs": total,
-            "findings": findings,
-            "seconds": round(sum(r["seconds"] for r in results.values()), 1),
-            "peak_memory_mib": peak() >> 20,
-            "seconds_allowed_each": SECONDS,
-            "date": datetime.date.today().isoformat(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("hypothesis", "safetensors", "tokenizers", "gguf")},
-        }
-        coverage = {name: block for name, block in kept(arguments.json).items() if name == "atheris"}
-        arguments.json.write_text(json.dumps({**about, "targets": results, **coverage}, indent=2) + "\n")
+    print(f"{sum(r['inputs'] for r in results.values())} inputs, {findings} findings")
     return 1 if findings else 0
 
 

@@ -6,23 +6,43 @@ one of ALLOWED. For a file, the message has to name its directory.
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
+import pyarrow as pa
+import zstandard
+from pyarrow import ipc, parquet
 from rich.console import Console
 from safetensors.numpy import save, save_file
-from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 
+from benchmarks import fuzz_hub
+from benchmarks.fuzz_seeds import (
+    ALLOWED,
+    CONFIG,
+    LONGROPE,
+    NEWER,
+    QWEN,
+    TENSORS,
+    Target,
+    encoded,
+    tokenizer_file,
+    weights,
+    write_gguf,
+    write_model,
+)
 from butler_jax.cli.info import inspect, show
 from butler_jax.data import parse_spec
+from butler_jax.data.sources.passed_over import PassedOver
 from butler_jax.data.sources.text import read_passages
+from butler_jax.data.sources.text_files import TextFile, find_files
 from butler_jax.evaluation import EvalConfig
 from butler_jax.evaluation.cells import FILE, Cell, KeptCells
 from butler_jax.evaluation.report.report import ReportRow
@@ -43,141 +63,6 @@ from butler_jax.weights import Base, load_base
 from butler_jax.weights.gguf import open_file
 from butler_jax.weights.huggingface import INDEX, SINGLE, open_safetensors, open_tensors
 
-ALLOWED = (ValueError, FileNotFoundError)
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 16,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-}
-QWEN = {
-    **CONFIG,
-    "model_type": "qwen3",
-    "use_sliding_window": True,
-    "sliding_window": 8,
-    "layer_types": ["full_attention"],
-}
-LONGROPE = {
-    **CONFIG,
-    "model_type": "phi3",
-    "sliding_window": 8,
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 1.0,
-    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.5, 2.0]},
-}
-TENSORS = {
-    "model.embed_tokens.weight": (16, 8),
-    "model.norm.weight": (8,),
-    **{
-        f"model.layers.0.{name}.weight": shape
-        for name, shape in {
-            "input_layernorm": (8,),
-            "post_attention_layernorm": (8,),
-            "self_attn.q_proj": (8, 8),
-            "self_attn.k_proj": (4, 8),
-            "self_attn.v_proj": (4, 8),
-            "self_attn.o_proj": (8, 8),
-            "mlp.gate_proj": (12, 8),
-            "mlp.up_proj": (12, 8),
-            "mlp.down_proj": (8, 12),
-        }.items()
-    },
-}
-GGUF_NAMES = {
-    "token_embd": (16, 8),
-    "output_norm": (8,),
-    "blk.0.attn_norm": (8,),
-    "blk.0.ffn_norm": (8,),
-    "blk.0.attn_q": (8, 8),
-    "blk.0.attn_k": (4, 8),
-    "blk.0.attn_v": (4, 8),
-    "blk.0.attn_output": (8, 8),
-    "blk.0.ffn_gate": (12, 8),
-    "blk.0.ffn_up": (12, 8),
-    "blk.0.ffn_down": (8, 12),
-}
-TOKENS = ["<s>", "a", "b", "c", "Ġ", "ab", "d", "e"]
-TINY = Path(__file__).parent.parent / "butler_jax" / "tiny"
-
-
-def weights(dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """The tensors of the model that CONFIG describes."""
-    return {name: np.full(shape, 0.5, dtype) for name, shape in TENSORS.items()}
-
-
-def tokenizer_file() -> dict:
-    """A tokenizer.json of TOKENS as an object."""
-    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(TOKENS)}, merges=[("a", "b")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.add_special_tokens(["<s>"])
-    return json.loads(backend.to_str())
-
-
-def write_gguf(path: Path, *, architecture: str = "llama", pieces: bool = False, quantised: bool = False) -> Path:
-    """Write the model of CONFIG as a GGUF file, with a byte-level tokenizer or one of pieces and scores."""
-    writer = gguf.GGUFWriter(path, architecture)
-    for add, value in (
-        ("block_count", 1),
-        ("context_length", 64),
-        ("embedding_length", 8),
-        ("feed_forward_length", 12),
-        ("head_count", 2),
-        ("head_count_kv", 1),
-        ("layer_norm_rms_eps", 1e-5),
-        ("rope_freq_base", 1e4),
-        ("rope_dimension_count", 4),
-        ("tokenizer_model", "llama" if pieces else "gpt2"),
-        ("token_list", TOKENS),
-        ("token_types", [3] + [1] * 7),
-        ("bos_token_id", 0),
-        *([("token_scores", [0.0] * 8)] if pieces else [("token_merges", ["a b"])]),
-    ):
-        getattr(writer, f"add_{add}")(value)
-    for name, shape in GGUF_NAMES.items():
-        writer.add_tensor(f"{name}.weight", np.full(shape, 0.5, np.float32))
-    if quantised:
-        kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor("more.weight", gguf.quantize(np.ones((2, 32), np.float32), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def write_model(directory: Path) -> Path:
-    """Write the model of CONFIG as a Hugging Face directory with its tokenizer."""
-    directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_file()))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
-    save_file(weights(), directory / SINGLE)
-    return directory
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A reader. seeds: valid inputs. run: reads the bytes of one input. named: its errors name the directory."""
-
-    name: str
-    seeds: tuple[bytes, ...]
-    run: Callable[[bytes], object]
-    named: bool = True
-
 
 def targets(directory: Path) -> list[Target]:
     """All targets. Each reads in a directory of its own below `directory`."""
@@ -192,6 +77,8 @@ def targets(directory: Path) -> list[Target]:
             _tokenizer_config,
             _samples,
             _text,
+            _text_files,
+            _tables,
             _run,
             _settings,
             _cells,
@@ -199,12 +86,9 @@ def targets(directory: Path) -> list[Target]:
             _prompts,
             _model,
             _run_directory,
+            *fuzz_hub.TARGETS,
         )
     ]
-
-
-def _encoded(*values: object) -> tuple[bytes, ...]:
-    return tuple(json.dumps(value).encode() for value in values)
 
 
 def _read_all(tensors: dict) -> None:
@@ -235,14 +119,21 @@ def _index(root: Path) -> Target:
         (directory / INDEX).write_bytes(data)
         _read_all(open_tensors(directory))
 
-    return Target("index", _encoded({"metadata": {"total_size": 1}, "weight_map": placed}), run)
+    return Target("index", encoded({"metadata": {"total_size": 1}, "weight_map": placed}), run)
 
 
 def _gguf(root: Path) -> Target:
     path = root / "model.gguf"
     seeds = tuple(
         write_gguf(path, **options).read_bytes()
-        for options in ({}, {"architecture": "qwen2"}, {"pieces": True}, {"quantised": True})
+        for options in (
+            {},
+            {"architecture": "qwen2"},
+            {"architecture": "gemma3", "key_length": 4, "sliding_window": 8},
+            {"architecture": "gpt-oss", "sliding_window": 8, "expert_count": 4, "expert_used_count": 2},
+            {"pieces": True},
+            {"quantised": True},
+        )
     )
 
     def run(data: bytes) -> None:
@@ -263,7 +154,7 @@ def _config(root: Path) -> Target:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    return Target("config.json", _encoded(CONFIG, QWEN, LONGROPE), run)
+    return Target("config.json", encoded(CONFIG, QWEN, LONGROPE, *NEWER), run)
 
 
 def _tokenizer(root: Path) -> Target:
@@ -286,7 +177,7 @@ def _tokenizer(root: Path) -> Target:
         "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
     }
     rich = {**plain, "normalizer": {"type": "Sequence", "normalizers": steps}, "post_processor": template}
-    return Target("tokenizer.json", _encoded(plain, rich), run)
+    return Target("tokenizer.json", encoded(plain, rich), run)
 
 
 def _use(tokenizer: Tokenizer) -> None:
@@ -308,7 +199,7 @@ def _tokenizer_config(root: Path) -> Target:
         "add_bos_token": True,
         "auto_map": {"AutoTokenizer": ["x.X", None]},
     }
-    return Target("tokenizer_config.json", _encoded(values), run)
+    return Target("tokenizer_config.json", encoded(values), run)
 
 
 def _samples(root: Path) -> Target:
@@ -325,7 +216,7 @@ def _samples(root: Path) -> Target:
         (directory / FILES[task]).write_bytes(data[1:])
         read_samples(directory, task)
 
-    seeds = tuple(bytes([at]) + b"\n".join(_encoded(line, line)) for at, line in enumerate(lines.values()))
+    seeds = tuple(bytes([at]) + b"\n".join(encoded(line, line)) for at, line in enumerate(lines.values()))
     return Target("samples.jsonl", seeds, run)
 
 
@@ -334,10 +225,69 @@ def _text(root: Path) -> Target:
 
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        for _ in read_passages(path):
-            pass
+        for strict in (False, True):
+            for _ in read_passages(TextFile(path, "records"), PassedOver(strict)):
+                pass
 
-    return Target("text.jsonl", (b"\n".join(_encoded({"text": "a b"}, {"text": "\u00e9 c", "id": 1})),), run)
+    return Target("text.jsonl", (b"\n".join(encoded({"text": "a b"}, {"text": "\u00e9 c", "id": 1})),), run)
+
+
+def _text_files(root: Path) -> Target:
+    directory = root / "texts"
+    directory.mkdir(exist_ok=True)
+    text = "One two.\r\n\nThree \u00e9\U0001f600.<|endoftext|>Four\n".encode() * 3
+    record = b'{"text": "a b"}\n'
+    whole = {
+        "a.txt": text,
+        "a.txt.gz": gzip.compress(text),
+        "a.txt.bz2": bz2.compress(text),
+        "a.txt.xz": lzma.compress(text),
+        "a.txt.zst": zstandard.compress(text) + zstandard.compress(text),
+        "a.md": text.decode().encode("utf-16"),
+        "a.rst": text.decode().encode("utf-32"),
+        "a.jsonl.gz": gzip.compress(record * 9),
+        "a.json": record,
+    }
+    return Target("text files", *_read_texts(directory, whole))
+
+
+def _tables(root: Path) -> Target:
+    directory = root / "tables"
+    directory.mkdir(exist_ok=True)
+    table, held = pa.table({"text": ["one", None, "two \u00e9"] * 4, "n": range(12)}), io.BytesIO()
+    parquet.write_table(table, held, row_group_size=5)
+    whole = {"a.parquet": held.getvalue()}
+    for name, opening in (("a.arrow", ipc.new_stream), ("a.feather", ipc.new_file)):
+        held = io.BytesIO()
+        with opening(held, table.schema) as writer:
+            writer.write_table(table, max_chunksize=5)
+        whole[name] = held.getvalue()
+    state, splits = b'{"_data_files": [{"filename": "kept.arrow"}]}', b'{"splits": ["train"]}'
+    for place in (directory, directory / "train"):
+        place.mkdir(exist_ok=True)
+        (place / "dataset_info.json").write_text("{}")
+        (place / "kept.arrow").write_bytes(whole["a.arrow"])
+    (directory / "train" / "state.json").write_bytes(state)
+    return Target("tables", *_read_texts(directory, {**whole, "state.json": state, "dataset_dict.json": splits}))
+
+
+def _read_texts(directory: Path, whole: dict[str, bytes]) -> tuple[tuple[bytes, ...], Callable[[bytes], None]]:
+    """Seeds and a reader of files; the first byte of an input says which of them it replaces."""
+    names = list(whole)
+
+    def run(data: bytes) -> None:
+        name = names[data[0] % len(names) if data else 0]
+        path = directory / name
+        path.write_bytes(data[1:])
+        try:
+            saved = name in ("state.json", "dataset_dict.json")
+            for file in find_files([directory if saved else path], lambda line: None):
+                for _ in read_passages(file, PassedOver()):
+                    pass
+        finally:
+            path.unlink()
+
+    return tuple(bytes([at]) + whole[name] for at, name in enumerate(names)), run
 
 
 def _run(root: Path) -> Target:
@@ -348,7 +298,7 @@ def _run(root: Path) -> Target:
         (directory / "config.json").write_bytes(data)
         run_config(directory)
 
-    return Target("run config", _encoded(to_dict(TrainConfig())), run)
+    return Target("run config", encoded(to_dict(TrainConfig())), run)
 
 
 def _settings(root: Path) -> Target:
@@ -358,7 +308,7 @@ def _settings(root: Path) -> Target:
         from_dict(kinds.get(data[:1].decode("latin1"), TrainConfig), parse_object(data[1:], "settings"))
 
     made = (TrainConfig(), EvalConfig(), PredictorConfig(), SelectionConfig(threshold=((0.5,),)))
-    seeds = zip(kinds, _encoded(*map(to_dict, made)), strict=True)
+    seeds = zip(kinds, encoded(*map(to_dict, made)), strict=True)
     return Target("settings", tuple(key.encode() + value for key, value in seeds), run, named=False)
 
 
@@ -448,7 +398,7 @@ def _run_directory(root: Path) -> Target:
         for step in (1, 2):
             made.save(step, {"module": predictor}, {"taken": step}, {"loss": 1.0 / step})
         record.update(to=2, ended="finished")
-    rows = _encoded({"step": 1, "loss": 1.5, "seconds": 0.1}, {"step": 2, "loss": 1.25, "validation_loss": 0.5})
+    rows = encoded({"step": 1, "loss": 1.5, "seconds": 0.1}, {"step": 2, "loss": 1.25, "validation_loss": 0.5})
     (directory / "metrics.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     files = ("config.json", RECORDS, "metrics.jsonl", f"checkpoints/2/{DIGESTS}", f"checkpoints/2/{METADATA}")
     whole = {name: (directory / name).read_bytes() for name in files}
@@ -465,5 +415,5 @@ def _run_directory(root: Path) -> Target:
         finally:
             (directory / name).write_bytes(whole[name])
 
-    lines = {name: text if name.endswith("l") else _encoded(json.loads(text))[0] for name, text in whole.items()}
+    lines = {name: text if name.endswith("l") else encoded(json.loads(text))[0] for name, text in whole.items()}
     return Target("run directory", tuple(bytes([at]) + lines[name] for at, name in enumerate(files)), run)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.about import about
-from butler_jax import SelectionConfig, generate, load_base, load_predictor, simulation
+from butler_jax import SamplingConfig, SelectionConfig, generate, load_base, load_predictor, simulation
 from butler_jax.data import cut_windows
 from butler_jax.policies import TokenButler
 
@@ -62,7 +62,7 @@ def main() -> None:
     prompts = [ids[s : s + asked.prompt_tokens] for s in starts]
 
     def continue_(selection: SelectionConfig | None) -> list[list[int]]:
-        given = dict(max_new_tokens=asked.tokens, stop=[])
+        given = dict(max_new_tokens=asked.tokens, stop=[], sampling=SamplingConfig())
         return generate(base, prompts, predictor=selection and predictor, selection=selection, **given).tokens
 
     dense = continue_(None)

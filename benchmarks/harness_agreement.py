@@ -19,9 +19,12 @@ from benchmarks.about import about
 
 
 def compare(
-    base: pathlib.Path, evals: pathlib.Path, task: str, limit: int, max_length: int
+    base: pathlib.Path, evals: pathlib.Path, task: str, limit: int, max_length: int, *, chat: bool = False
 ) -> tuple[list[np.ndarray], list[list[float]]]:
-    """Likelihoods [items, choices] in nats and accuracies of the items, of `butler` and of `hf`, in float32."""
+    """Likelihoods [items, choices] in nats and accuracies of the items, of `butler` and of `hf`, in float32.
+
+    chat: whether both put their contexts into the model's chat template.
+    """
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -33,7 +36,8 @@ def compare(
     theirs = HFLM(pretrained=str(base), device="cpu", dtype="float32", **settings)
     values, accuracies = [], []
     for model in (ours, theirs):
-        found = evaluate(model, make_local_tasks(evals, [task]), limit=limit, bootstrap_iters=0)
+        tasks = make_local_tasks(evals, [task])
+        found = evaluate(model, tasks, limit=limit, bootstrap_iters=0, apply_chat_template=chat)
         samples = found["samples"][f"{task}_local"]
         values.append(np.asarray([[answer[0][0] for answer in sample["resps"]] for sample in samples]))
         accuracies.append([sample["acc"] for sample in samples])

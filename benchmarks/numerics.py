@@ -272,7 +272,7 @@ def measure(spec: str, text: str, tokens: int, run: str | None, label: str) -> d
     base = bases["float32"]
     batch = batch_text(base, text, tokens)
     if run is None:
-        kind = PredictorConfig(rank=min(16, base.config.head_dim))
+        kind = PredictorConfig(rank=min(16, base.config.head_dim), target="attention")
         predictor = init_predictor(base, kind, batches=[batch])
     else:
         predictor = load_predictor(run, base)

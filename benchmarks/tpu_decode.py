@@ -53,7 +53,7 @@ def compile_decode(
     """Compile a decode step for a chip of CHIPS, with the heads split over the chips that it needs.
 
     parts: the tokens of the caches are split into this number, and the heads into correspondingly fewer. options: those
-    of decode_step; selection is SELECTION by default. score_dtype: that of prefill.
+    of decode_step; selection is SELECTION by default. score_dtype: that of prefill. predictor: its configuration.
     """
     name, count = CHIPS[chip]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
@@ -64,10 +64,11 @@ def compile_decode(
 def lower_decode(mesh: Mesh, *, base: BaseConfig, batch: int, capacity: int, **options: Any):
     """Lower a decode step for the chips of a mesh. options: as in compile_decode."""
     score_dtype = options.pop("score_dtype", None)
+    config = options.pop("predictor", PredictorConfig())
     options = {"selection": SELECTION, "implementation": "tpu", **options}
     bfloat16 = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, _narrow(a.dtype)))
     model = bfloat16(jax.eval_shape(lambda: BaseModel(base, jax.random.key(0))))
-    predictor = bfloat16(jax.eval_shape(lambda: make_predictor(base, PredictorConfig())))
+    predictor = bfloat16(jax.eval_shape(lambda: make_predictor(base, config)))
     tokens = jax.ShapeDtypeStruct((batch, 64), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
     fill = partial(prefill, capacity=capacity, selection=options["selection"], score_dtype=score_dtype)

@@ -47,7 +47,7 @@ def make_batch(vocab_size: int, batch_size: int, length: int) -> dict[str, jax.A
 
 def make_step(base: BaseConfig, kind: str, rank: int, stride: int) -> tuple[Any, Any]:
     """The jitted step of a predictor, and a function that makes its first state."""
-    config = TrainConfig(predictor=PredictorConfig(kind=kind, rank=rank, stride=stride), steps=1000)
+    config = TrainConfig(predictor=PredictorConfig(kind=kind, rank=rank, stride=stride, target="attention"), steps=1000)
     step, optimiser = distil_step(config)
     return step, lambda: start_state(make_predictor(base, config.predictor), optimiser)
 

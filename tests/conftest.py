@@ -1,5 +1,6 @@
 """Settings and data that all tests share."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -46,6 +47,28 @@ def pytest_configure(config):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if jax.__version_info__ < (0, 11):  # later versions have one kind of emitter, and no such flag
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+
+LONGEST = """
+    parallel/test_processes documentation/test_notebooks documentation/test_code_blocks training/test_faults
+    decoding/test_choice training/test_objective evaluation/test_evaluator parallel/test_mesh model/test_decoder
+    evaluation/tasks/test_harness evaluation/report/test_pages weights/test_placement decoding/test_compilation
+    simulation/test_recall decoding/test_generation pallas_kernels/test_compilation benchmarks/test_long_runs
+    benchmarks/test_numerics training/losses/test_cross_entropy pallas_kernels/test_interpreted benchmarks/test_pods
+    documentation/test_site cli/test_wheel cli/test_commands
+""".split()
+"""The files that take longest, fast or slow, come first: two workers then end at nearly the same time."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_collection_finish():
+    """What the modules hold stays: a collection of garbage, half a second else, passes it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

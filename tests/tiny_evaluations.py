@@ -57,5 +57,7 @@ def make_perplexity_evaluation(model: Any, directory: Path) -> tuple[Base, Any, 
         budgets="1/2,32",
         batch_size=3,
         policies="dense,streaming,tokenbutler",
+        allocations="per_head",
+        prompt_tokens=0,
     )
     return Base("letters", model, Letters(), "f"), predictor, config

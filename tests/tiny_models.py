@@ -63,6 +63,8 @@ def softmax(x):
 def naive(model, tokens, score, budget, sinks=4, recent=8, sliding=None):
     """One document, position by position in float64: logits [T, V], chosen sets and weights [l][h][t].
 
+    sliding: the window of all layers, or that of each layer; then those of None alone choose.
+
     score(layer, head, t, true) gives the scores of the keys row t may see; pooled by maximum over a group. A score
     with a method `see` is shown each layer's residual stream, attention input and keys before and after rotary.
     """
@@ -78,6 +80,7 @@ def naive(model, tokens, score, budget, sinks=4, recent=8, sliding=None):
     def rotate(x):
         return turn(x, cos, sin)
 
+    mixed = isinstance(sliding, tuple)
     x = np.float64(model.embedding[...])[tokens]
     sets, weights = [], []
     for layer in range(c.layers):
@@ -89,13 +92,15 @@ def naive(model, tokens, score, budget, sinks=4, recent=8, sliding=None):
         out = np.zeros_like(q)
         sets.append({}), weights.append({})
         for t in range(len(tokens)):
-            low = 0 if sliding is None else max(0, t - sliding + 1)
+            window = sliding[layer] if mixed else sliding
+            low = 0 if window is None else max(0, t - window + 1)
+            chooses = layer > 0 and not (mixed and window)
             for kv in range(c.kv_heads):
                 heads = range(kv * c.group, (kv + 1) * c.group)
                 logits = {head: k[low : t + 1, kv] @ q[t, head] for head in heads}
                 true = {head: softmax(z) for head, z in logits.items()}
                 count = t + 1 - low
-                n = min(max(ceil(budget * count), sinks + recent), count) if layer else count
+                n = min(max(ceil(budget * count), sinks + recent), count) if chooses else count
                 pooled = np.max([score(layer, head, t, true[head]) for head in heads], axis=0)
                 forced = [j for j in range(count) if j >= count - recent or j + low < sinks]
                 rest = sorted((j for j in range(count) if j not in forced), key=lambda j: (-pooled[j], j))

@@ -30,7 +30,12 @@ BASE = BaseConfig(
 @pytest.fixture(scope="module")
 def base():
     return SimpleNamespace(
-        name="random", model=BaseModel(BASE, jax.random.key(1)), tokenizer=None, config=BASE, fingerprint="f"
+        name="random",
+        model=BaseModel(BASE, jax.random.key(1)),
+        tokenizer=None,
+        config=BASE,
+        fingerprint="f",
+        generation={},
     )
 
 

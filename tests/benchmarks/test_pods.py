@@ -19,7 +19,7 @@ def test_a_plan_says_what_is_wrong_with_it():
     for wrong, message in (
         ({"model": "llama"}, "unknown model 'llama'; choose llama-3.1-8b, llama-3.1-70b"),
         ({"topology": "v9:2x2"}, "unknown chip 'v9'; choose v5e, v5p, v6e"),
-        ({"step": "serve"}, "--step is train or decode, got 'serve'"),
+        ({"step": "serve"}, "--step is train, decode, simulate, recall or calibrate, got 'serve'"),
         ({"mesh": "rows=4"}, "unknown axis 'rows'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -27,12 +27,14 @@ def test_a_plan_says_what_is_wrong_with_it():
     assert PodPlan(mesh="data=32,model=8").batch_size == 32  # a row for every chip of the data axis
 
 
-def test_work_is_what_a_transformer_does():
+@pytest.mark.parametrize(("target", "products"), [("attention", 14), ("centred", 13)])
+def test_work_is_what_a_transformer_does(target, products):
     """Against the usual counts: 2 operations a parameter and token, 4 H D a pair of tokens."""
-    short, long = (pods.work_of(PodPlan(mesh="data=64", length=length), 0).flops for length in (1024, 2048))
+    plans = (PodPlan(mesh="data=64", length=length, target=target) for length in (1024, 2048))
+    short, long = (pods.work_of(plan, 0).flops for plan in plans)
     layers = 6_979_584_000  # parameters of the matrices of Llama-3.1-8B's layers
-    # attention is 14 products where a forward pass has 2; of the rest 2 % is the predictor's
-    attention = 32 * 7 * 2 * 1024**2 * 32 * 128
+    # attention is 14 or 13 products where a forward pass has 2; of the rest 2 % is the predictor's
+    attention = 32 * products * 1024**2 * 32 * 128
     assert short - attention == pytest.approx(2 * 1024 * layers, rel=0.03)
     assert long - 4 * attention == pytest.approx(2 * (short - attention))
     decode = PodPlan(mesh="model=8", step="decode", length=32768, batch_size=8)
@@ -49,18 +51,27 @@ def test_the_table_of_the_docs_is_what_was_compiled():
     page = (REPOSITORY / "docs/guides/scaling.md").read_text()
     for kind in ("train", "decode"):
         assert "\n".join(pods.markdown(written, kind)) in page
+    assert "\n".join(pods.evaluation_markdown(written)) in page
+
+
+# the layer's own attention; and the two that make the loss and one gradient of each of those, or the loss of errors
+CALLS = {
+    "attention": ["splash_mha_dkv", "splash_mha_dkv", "splash_mha_fwd", "splash_mha_fwd", "splash_mha_fwd"],
+    "centred": ["error_key_gradients", "splash_mha_fwd", "sum_error_rows"],
+}
 
 
 @pytest.mark.slow
-def test_a_training_step_keeps_nothing_whole_that_grows_with_the_model(capsys):
+@pytest.mark.parametrize("target", CALLS)
+def test_a_training_step_keeps_nothing_whole_that_grows_with_the_model(target, capsys):
     pytest.importorskip("libtpu", reason=NO_COMPILER)
-    plan = PodPlan(topology="v5e:2x4", mesh="data=4,model=2", length=256, layers=6)
+    plan = PodPlan(topology="v5e:2x4", mesh="data=4,model=2", length=256, layers=6, target=target)
     report, compiled = pods.compile_plan(plan)
     with capsys.disabled():
         print("\n" + pods.line_of(report))
-    # the layer's own attention, the two that make the loss, and one gradient of each of those, once each
-    calls = re.findall(r"%(splash_mha_\w+?)[\d.]* = \S.* custom-call\(", compiled.as_text())
-    assert sorted(call.split("_")[2] for call in calls) == ["dkv", "dkv", "fwd", "fwd", "fwd"]
+    kernels = "splash_mha_dkv|splash_mha_fwd|sum_error_rows|error_key_gradients"
+    calls = re.findall(rf"%\w*?({kernels})\w*?[\d.]* = \S.* custom-call\(", compiled.as_text())
+    assert sorted(calls) == CALLS[target]  # each once
     assert not report["whole_arguments"]
     parameters = 2 * (6 * 218_112_000 + 2 * 128256 * 4096)  # bytes of six layers and two tables
     # a chip holds its eighth of the model, but for the unembedding, which is not read, and the predictor in float32
@@ -98,6 +109,7 @@ def test_every_factorisation_of_a_slice_is_a_mesh_and_hosts_know_their_rows():
     for topology, (chips, shares) in known.items():
         for model, count in shares.items():
             mesh = pods.mesh_of(PodPlan(topology=topology, mesh=f"data={chips // model},model={model}"))
-            assert dict(mesh.shape) == {"data": chips // model, "model": model, "sequence": 1}
+            shape = {"data": chips // model, "model": model, "sequence": 1, "expert": 1}
+            assert dict(mesh.shape) == shape
             found = {tuple(rows_here(256, mesh, host)) for host in range(chips // 4)}
             assert len(found) == count and sorted(row for rows in found for row in rows) == list(range(256))

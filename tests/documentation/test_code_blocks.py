@@ -29,7 +29,7 @@ KINDS = {
     "bench": BenchConfig,
     "info": InfoConfig,
 }
-COMMAND = re.compile(r"(?:^|[ (])(butler-jax|python (?:train|eval)\.py)(?: ([^#\n]*))?")
+COMMAND = re.compile(r"(?:^|[ (])(butler-jax|python (?:train|eval)\.py)(?: ((?:(?! #)[^\n])*))?")
 # The figures of the README are for a reader. These are sizes of the guides: what they compile is not compiled again.
 SMALL = {
     "steps=300": "steps=2, length=128, batch_size=2, calibration=1",

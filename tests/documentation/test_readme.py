@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from butler_jax.model import FAMILIES
 from butler_jax.policies import POLICIES
 from tests.documentation.pages import DOCS, PAGES, REPOSITORY, tables
 
@@ -129,6 +130,25 @@ def test_decoding_speeds_are_what_was_measured():
         assert f"| {label} | {' | '.join(cells)} |\n" in page
 
 
+def test_seconds_of_notebooks_are_what_was_measured():
+    found = json.loads((REPOSITORY / "benchmarks" / "notebooks.json").read_text())["notebooks"]
+    assert set(found) == {path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")}
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    for name, row in found.items():
+        assert f"notebooks/{name}>` | {row['computing']:.0f} |" in page, name
+
+
+def test_counts_of_broken_inputs_are_what_was_given():
+    found = json.loads((REPOSITORY / "benchmarks" / "fuzz.json").read_text())
+    assert found["findings"] == 0 and found["atheris"]["findings"] == []
+    given = f"{found['inputs']:,} broken inputs"
+    more = f"atheris {sum(found['atheris']['runs'].values()) / 1e6:.1f} million more"
+    for page in ("measured/robustness.md", "guides/security.md"):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert given in text and more in text, page
+    assert given in (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
 def test_pictures_are_what_their_code_draws():
     spec = importlib.util.spec_from_file_location("draw", DOCS / "draw.py")
     draw = importlib.util.module_from_spec(spec)
@@ -146,3 +166,52 @@ def test_links_of_pages_lead_to_files():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page, target)
+
+
+def test_the_version_is_the_same_wherever_it_is_written():
+    (version,) = re.findall(r'^version = "(.*)"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    assert f"version = {{{version}}}" in (DOCS / "citing.md").read_text()
+    assert f"butler_jax-{version}-py3" in (DOCS / "install.md").read_text()
+
+
+def test_the_seconds_of_starts_are_those_of_the_file():
+    text = (DOCS / "install.md").read_text()
+    for row in rows_of("starts.json"):
+        first, second = (f"{row[start]['seconds']:.1f} s" for start in ("first", "second"))
+        assert re.search(rf"{re.escape(row['program'])}\b[^,]*? {first}[^,]*? and {second}", text), row
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/train.md"])
+def test_the_pages_name_every_family(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    (named,) = re.findall(r"families are ([a-z0-9_, ]+) and ([a-z0-9_]+)\.", text)
+    assert {*named[0].split(", "), named[1]} == set(FAMILIES)
+
+
+def test_the_tables_of_families_are_what_was_measured():
+    measured = json.loads((REPOSITORY / "benchmarks" / "families.json").read_text(encoding="utf-8"))
+    families, real, gemma = (
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        for table in tables(DOCS / "measured" / "families.md")
+    )
+    tiny = {row["model"]: row for row in measured["tiny"]}
+    assert {row["family"] for row in measured["tiny"]} == set(FAMILIES) == {row[0] for row in families}
+    for family, model, deviation, largest in families:
+        assert tiny[model]["family"] == family
+        assert (deviation, largest) == (f"{tiny[model]['deviation']:.1e}", f"{tiny[model]['largest_logit']:.1f}")
+        share = tiny[model]["deviation"] / tiny[model]["largest_logit"]
+        own = [row for row in measured["tiny"] if row["family"] == family]
+        assert share == max(row["deviation"] / row["largest_logit"] for row in own) < 1e-5
+    for (_, model, tokens, ours, theirs), row in zip(real, measured["real"], strict=True):
+        assert (model, tokens) == (row["model"], f"{row['tokens']:,}")
+        assert (ours, theirs) == (f"{row['perplexity']:.4f}", f"{row['transformers']:.4f}")
+        assert row["relative"] < 1e-3
+    rows = {
+        (row["policy"], row["budget"]): row
+        for row in rows_of("quality/gemma3_270m.json")
+        if row["metric"] == "over_dense"
+    }
+    for policy, *cells in gemma:
+        found = [rows[policy, budget] for budget in (0.25, 0.0625)]
+        assert cells == [f"+{100 * row['value']:.1f} ± {100 * row['error']:.1f}" for row in found]

@@ -20,7 +20,7 @@ def site(tmp_path_factory) -> Path:
         reason = 'the site is built by Sphinx: pip install -e ".[docs]"'
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     out = tmp_path_factory.mktemp("site") / "html"
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "html", DOCS, out]
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", DOCS, out]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
