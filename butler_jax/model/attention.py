@@ -156,14 +156,16 @@ class Band(NamedTuple):
         return slice_keys(x, first, self.keys if self.sliding else first + self.keys, axis=axis)
 
 
-def make_bands(chunks: int, chunk: int, sliding_window: int | None) -> list[Band]:
+def make_bands(chunks: int, chunk: int, sliding_window: int | None, least: int = 1) -> list[Band]:
     """Static key ranges for `chunks` chunks of `chunk` query rows.
 
     Without a sliding window, the chunks of a band read the keys up to the band's end. With one, a chunk reads its own
     keys and those of the sliding window before its first row, so its work does not grow with the sequence.
+
+    least: chunks of a band, so that less is compiled for short sequences.
     """
     reach = chunks * chunk if sliding_window is None else chunk * (1 + -(-(sliding_window - 1) // chunk))
-    width = -(-chunks // BANDS)
+    width = max(-(-chunks // BANDS), least)
     found: list[Band] = []
     for start in range(0, chunks, width):
         stop = min(start + width, chunks)

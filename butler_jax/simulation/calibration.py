@@ -276,7 +276,7 @@ def _sum_read(
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end take the last column
 
     def one(chunk):
-        mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
+        mask, count = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
         if not whole:
             read = read / jnp.maximum(count, 1).astype(jnp.float32)[:, None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,7 +20,7 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
         The output [B, K, G, C, D], and the fractions of its causal keys that each row read: of all
         choosing heads together, [B, C], and of each, [B, heads, C].
     """
-    mask, count = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
+    mask, count = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
     batch, kv_heads, _, size, keys = chunk.logits.shape
     read, held = jnp.sum(mask, axis=3, dtype=jnp.int32), jnp.maximum(count, 1)
     fraction = jnp.sum(read, axis=1).astype(jnp.float32) / (mask.shape[1] * held).astype(jnp.float32)
@@ -34,11 +37,11 @@ def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
 
 
 def chosen_mask(
-    chunk: Chunk, scores: Float[Array, "B K C S"], limits: Limits, rule: SelectionConfig
+    chunk: Chunk, score: Callable[[], Float[Array, "B K C S"]], limits: Limits, rule: SelectionConfig
 ) -> tuple[Bool[Array, "B K C S"], Int[Array, "B C"]]:
     """The keys that the chunk's rows read, and how many they may see.
 
-    Layers that are not served read everything, and prompts do.
+    Layers that are not served read everything, and prompts do. A chunk whose rows all read everything is not scored.
 
     With an interval, the rows at its multiples choose, and the first row after a prompt. The others read what was
     chosen then. Decoding counts from the prompt on: it chooses at the same rows where the prompt is a multiple.
@@ -53,14 +56,22 @@ def chosen_mask(
     served = chunk.layer > 0 if limits.served is None else limits.served[chunk.layer]
     limited = served & (chunk.rows.own - chunk.rows.start >= _prompts(limits))
     tokens = jnp.where(limited, limits.table[count], count)
-    threshold = None
-    if limits.threshold is not None:
-        threshold = jnp.where(limited[:, None], limits.threshold[chunk.layer][None, :, None], -jnp.inf)
-        threshold = beyond(limits.min_context, count[:, None], threshold)
-    mask = select_mask(scores, allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
-    if rule.interval > 1:
-        mask = jnp.where(limited[:, None, :, None], _held(mask, chunk, count, limits, rule), mask) & allowed
-    return mask, count
+
+    def choose():
+        threshold = None
+        if limits.threshold is not None:
+            threshold = jnp.where(limited[:, None], limits.threshold[chunk.layer][None, :, None], -jnp.inf)
+            threshold = beyond(limits.min_context, count[:, None], threshold)
+        mask = select_mask(score(), allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
+        if rule.interval > 1:
+            mask = jnp.where(limited[:, None, :, None], _held(mask, chunk, count, limits, rule), mask) & allowed
+        return mask
+
+    def read_all():
+        return jnp.broadcast_to(allowed, jax.eval_shape(choose).shape)
+
+    less = limited if rule.interval > 1 or limits.threshold is not None else tokens < count
+    return jax.lax.cond(jnp.any(less), choose, read_all), count
 
 
 def _held(

@@ -45,6 +45,7 @@ from butler_jax.simulation.sharding import (
     split_view,
 )
 
+LEAST = 4  # chunks of a band: each band is compiled by itself, and a policy takes long to compile
 Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"], Float[Array, "B T H"] | None]
 Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
 
@@ -118,7 +119,7 @@ def map_chunks(
 
     parts = []
     chosen = spread(length, rows)
-    for band in make_bands(-(-length // size), size, sliding_window):
+    for band in make_bands(-(-length // size), size, sliding_window, LEAST):
         numbers = [n for n in range(band.start, band.stop) if n in chosen]
         if numbers:
             parts.append(jax.lax.map(lambda number, band=band: one(band, number), jnp.asarray(numbers)))

@@ -26,6 +26,7 @@ from butler_jax.simulation.statistics import Estimate, estimate_ratio
 from pallas_kernels import ordered_image
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
+RANKED = 8  # of so many rows, the keys of one are ranked: sorting takes longer than all the rest
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Recall:
         hit_rate: The share of the top half by true logit that is in the top half by score; per query head, over rows of
             at least LEAST_KEYS keys. Policies that evict have none.
         spearman: The correlation of the ranks by score with the ranks by true logit, equal scores with their mean rank;
-            over the same heads and rows.
+            over the same heads and every RANKED-th of these rows.
         tied: tied[policy][budget] is the share of the chosen units that only their position tells from units left out,
             since their scores are equal. Policies that evict have none.
         by_head: The hit rate of every layer from 1 on and query head; NaN where the layer is not served.
@@ -63,6 +64,7 @@ class RecallSums(NamedTuple):
         spearman: Rank correlation of every served layer and query head.
         rows: How many rows were measured.
         long: How many of them have at least LEAST_KEYS keys.
+        ranked: How many of these have a rank correlation.
     """
 
     mass: Float[Array, "policies budgets B"]
@@ -72,6 +74,7 @@ class RecallSums(NamedTuple):
     spearman: Float[Array, "policies L H B"]
     rows: Float[Array, " B"]
     long: Float[Array, " B"]
+    ranked: Float[Array, " B"]
 
 
 class RecallOptions(NamedTuple):
@@ -109,7 +112,7 @@ def measure_recall(
         selection: Sinks, recent tokens and units. `budgets` replaces its budget. Default: SelectionConfig().
         rows: About how many query rows of every sequence are measured, in chunks spread evenly along it and the same
             for all policies; None measures all. Policies that evict run through all rows in any case.
-        ranks: Whether to compute `spearman`, which sorts every row; it is 0 otherwise.
+        ranks: Whether to compute `spearman`, which sorts keys; it is 0 otherwise.
         score_dtype: As `simulate` takes it.
         implementation: The attention kernel of the dense pass; None chooses.
         prompt_tokens: First tokens of every document whose rows do not count.
@@ -163,8 +166,10 @@ def _enter(
         table[name] = dict(zip(budgets, each, strict=True))
     if not sums.long.any():
         return
-    for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
-        table[name] = estimate_ratio(values[number].mean(axis=(0, 1)), sums.long)
+    by_row = [(result.hit_rate, sums.hits, sums.long), (result.spearman, sums.spearman, sums.ranked)]
+    for table, values, rows in by_row:
+        if rows.any():
+            table[name] = estimate_ratio(values[number].mean(axis=(0, 1)), rows)
     result.by_head[name] = np.full((base.layers - 1, base.heads), np.nan)
     result.by_head[name][np.asarray(layers) - 1] = sums.hits[number].sum(axis=-1) / sums.long.sum()
 
@@ -186,7 +191,7 @@ def _sum_scoring(
     served = np.asarray(model.config.served_layers)
     by_budget = (jnp.sum(a[served], axis=0) for a in found[:3])
     by_head = (jnp.swapaxes(a[served], 0, 1) for a in found[3:5])
-    return RecallSums(*by_budget, *by_head, found.rows[served[0]], found.long[served[0]])
+    return RecallSums(*by_budget, *by_head, *(a[served[0]] for a in found[5:]))
 
 
 @partial(jax.jit, static_argnames=("policy", "options"))
@@ -217,7 +222,8 @@ def _sum_evicting(
     mass, attended = (jnp.sum(a[np.asarray(base.served_layers)], axis=0)[None] for a in sums)
     none = jnp.zeros((1, len(base.served_layers), base.heads, segments.shape[0]))
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
-    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, number, jnp.zeros_like(number))
+    zero = jnp.zeros_like(number)
+    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, number, zero, zero)
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:
@@ -242,19 +248,20 @@ def _sum_chunk(
     inside = chunk.rows.own <= last
     real = inside & jnp.take_along_axis(counted, jnp.minimum(chunk.rows.own, last), axis=1)
     long = real & (count >= LEAST_KEYS)
+    ranked = long[:, RANKED - 1 :: RANKED]
     weights = masked_softmax(chunk.logits, allowed[:, None, None], chunk.sink_logits)
 
     def sum_means(per_head):
         return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)
 
-    def sum_heads(per_head):
-        """Sums of every query head, [H, B]."""
-        sums = jnp.sum(jnp.where(long[:, None, None], per_head, 0.0), axis=-1)
+    def sum_heads(per_head, rows):
+        """Sums of every query head over rows, [H, B]."""
+        sums = jnp.sum(jnp.where(rows[:, None, None], per_head, 0.0), axis=-1)
         return jnp.broadcast_to(sums, (batch, kv_heads, group)).reshape(batch, -1).T
 
     def sum_mass(pooled, rule, table):
         """Recalled mass, the fraction of keys read and the share of ties, summed over rows."""
-        mask, _ = chosen_mask(chunk, pooled, Limits(table, None, 0), rule)
+        mask, _ = chosen_mask(chunk, lambda: pooled, Limits(table, None, 0), rule)
         tied = tied_share(mask, pooled, allowed[:, None], chunk.rows, rule, chunk.columns)
         mask = mask.reshape(batch, kv_heads, -1, size, keys)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32) / jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]
@@ -269,11 +276,12 @@ def _sum_chunk(
         found.append(jax.lax.map(partial(sum_mass, policy.pool(scores, chunk), rule), table))
         common = jnp.sum(best & choose_half(scores, allowed), axis=-1, dtype=jnp.int32)
         share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
-        hits.append(sum_heads(share))
-        rho = correlate_ranks(scores, chunk.logits, allowed) if options.ranks else jnp.zeros_like(share)
-        spearman.append(sum_heads(rho))
+        hits.append(sum_heads(share, long))
+        few = (a[..., RANKED - 1 :: RANKED, :] for a in (scores, chunk.logits))
+        rho = correlate_ranks(*few, allowed[:, RANKED - 1 :: RANKED]) if options.ranks else 0.0
+        spearman.append(sum_heads(jnp.broadcast_to(rho, (*share.shape[:3], ranked.shape[1])), ranked))
 
-    rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long))
+    rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long, ranked))
     by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))
     return RecallSums(*by_budget, jnp.stack(hits), jnp.stack(spearman), *rows)
 

@@ -296,7 +296,7 @@ def _drift(model, predictor, batch, rows, sizes, *, distance):
 @partial(jax.jit, static_argnames=("policy", "rule"))
 def _token_access(model, predictor, batch, rows, limits: Limits, *, policy: Policy, rule: SelectionConfig):
     def look(chunk):
-        mask, _ = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
+        mask, _ = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
         seen = jnp.sum(chunk.allowed, axis=1, dtype=jnp.int32)[:, None]
         frequency = jnp.sum(mask, axis=2, dtype=jnp.int32) / jnp.where(seen > 0, seen, jnp.nan)
         sets = mask.astype(jnp.float32)

@@ -208,7 +208,7 @@ def _find_sets(model, predictor, batch, rows, limits: Limits, *, policy: Policy,
             apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
             outputs, *_ = map_chunks(apply, view, importance, segments, sliding_window)
             chunk = row_chunk(view, importance, segments, rows, sliding_window)
-            sets, _ = chosen_mask(chunk, policy(with_rule(chunk, rule)), limits, rule)
+            sets, _ = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
             return merge_rows(outputs, segments.shape[1]), sets
 
         output, sets = by_sliding_window(base, view.index, attend)

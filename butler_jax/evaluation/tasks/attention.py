@@ -56,6 +56,7 @@ class AttentionTask(Task):
         ]
         if name not in found.hit_rate:
             return Cell(rows)
-        for metric, estimate in (("hit_rate", found.hit_rate[name]), ("spearman", found.spearman[name])):
-            rows.append(self.make_row(policy, metric, estimate, budget=None, attended=None))
+        for metric, estimates in (("hit_rate", found.hit_rate), ("spearman", found.spearman)):
+            if name in estimates:  # very short documents have no correlation
+                rows.append(self.make_row(policy, metric, estimates[name], budget=None, attended=None))
         return Cell(rows, {"hit_rate": list_known(found.by_head[name])})
