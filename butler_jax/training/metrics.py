@@ -66,9 +66,7 @@ class Metrics:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         if self.board:
-            for name, value in row.items():
-                if name != "step":
-                    self.board.add_scalar(name, value, row["step"])
+            self.board.write(row)
         self._show(row)
 
     def _show(self, row: dict[str, Any]) -> None:
@@ -99,13 +97,38 @@ class Metrics:
             self.board.close()
 
 
-def _open_board(directory: Path) -> Any:
+class _Board:
+    """A writer for TensorBoard, which a thread of its own writes for.
+
+    A full disk ends that thread. Nothing is written for it any more, since it would wait for the thread without end.
+    The run is told by metrics.jsonl, which is written first.
+    """
+
+    def __init__(self, writer: Any):
+        self.writer, self.thread = writer, writer.file_writer.event_writer._worker
+
+    def write(self, row: dict[str, Any]) -> None:
+        """The metrics of a step."""
+        if self.thread.is_alive():
+            for name, value in row.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flush what fits on the disk."""
+        if self.thread.is_alive():
+            with contextlib.suppress(OSError):
+                self.writer.close()
+
+
+def _open_board(directory: Path) -> _Board | None:
     """A TensorBoard writer, None where it is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(directory))
+    with writing(directory):
+        return _Board(SummaryWriter(str(directory), max_queue=1000))
 
 
 def _progress_bar(console: Console) -> Progress:
