@@ -37,7 +37,7 @@ import numpy as np
 
 from benchmarks.about import about
 from benchmarks.training_step import forward, make_batch
-from benchmarks.watch import COMPILED, memory_mib
+from benchmarks.watch import Compilations, memory_mib
 from butler_jax.decoding import SamplingConfig, empty_memory, generation, make_plan
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
@@ -52,27 +52,12 @@ LONG = 60.0  # seconds of a pass that runs once
 REPEATS = 3
 
 
-class Compiling:
-    """Seconds that XLA compiles while it is open."""
-
-    def __enter__(self) -> Compiling:
-        self.seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-        return self
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._note)
-
-    def _note(self, event: str, seconds: float, **_: Any) -> None:
-        self.seconds += seconds * (event == COMPILED)
-
-
 def measure(call: Callable[[], Any]) -> dict[str, float]:
     """Seconds of processor and clock of a pass, and the peak of memory beyond what was held before, in MiB."""
 
     def once():
         began = time.process_time(), time.perf_counter()
-        with Compiling() as compiling:
+        with Compilations() as compiling:
             jax.block_until_ready(call())
         return time.process_time() - began[0] - compiling.seconds, time.perf_counter() - began[1] - compiling.seconds
 

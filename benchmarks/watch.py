@@ -14,13 +14,14 @@ COMPILED = "/jax/core/compile/backend_compile_duration"  # one event a program, 
 
 
 class Compilations:
-    """Counts the programs that XLA builds, of every size, while it is open; use as a context manager."""
+    """Counts the programs that XLA builds, of every size, and the seconds it takes, while it is open."""
 
     def __init__(self):
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
 
     def _note(self, event: str, seconds: float, **_: Any) -> None:
-        self.count += event == COMPILED
+        if event == COMPILED:
+            self.count, self.seconds = self.count + 1, self.seconds + seconds
 
     def __enter__(self) -> Compilations:
         jax.monitoring.register_event_duration_secs_listener(self._note)

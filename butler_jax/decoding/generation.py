@@ -23,7 +23,7 @@ from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, check_offload, make_plan
 from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
 from butler_jax.decoding.prompt_cache import PromptCache
-from butler_jax.decoding.sampling import draw, penalise
+from butler_jax.decoding.sampling import draw_next
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
@@ -361,11 +361,7 @@ def advance(model, predictor, token, keys, held: _Held, *, plan: Plan, sampling:
 
 def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
     """The tokens drawn from logits."""
-    if seen is not None:
-        logits = penalise(logits, seen, sampling.repetition_penalty)
-    token = draw(logits, keys, state.steps, sampling)
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    token, seen = draw_next(logits, seen, keys, state.steps, sampling)
     return _Step(token, attended), _Held(state, seen)
 
 

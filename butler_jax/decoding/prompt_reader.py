@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from butler_jax.decoding.capacity import bucket
 from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.slots import ReadRow, begin_row, end_row, read_part, read_whole
 from butler_jax.model import BaseModel
@@ -26,9 +27,7 @@ class PromptReader:
         """Dispatch the next part. Under a policy that evicts, it is the whole prompt."""
         model, predictor, how = self.model, self.predictor, self.how
         if how.plan.when == "evicting":
-            width = min(1 << max(len(self.tokens) - 1, 63).bit_length(), how.capacity)
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, : len(self.tokens)] = self.tokens
+            tokens = self._padded(0, min(bucket(len(self.tokens), 64), how.capacity))
             self.found = read_whole(model, predictor, tokens, self.length, self.following, how=how)
             return
         if self.filled is None:
@@ -36,12 +35,17 @@ class PromptReader:
         left = len(self.tokens) - self.done
         width = next((w for w in self.widths if left > w // 2), self.widths[-1])
         start = min(self.done, how.capacity - width)  # the last part may reach back, never beyond the cache
-        tokens = np.zeros((1, width), np.int32)
-        part = self.tokens[start : start + width]
-        tokens[0, : len(part)] = part
+        tokens = self._padded(start, width)
         where = np.int32(start), self.length, self.following
         self.filled = read_part(model, predictor, tokens, *where, self.filled)
         self.done = start + width
         if self.done >= len(self.tokens):
             self.found = end_row(model, self.length, *self.filled, how=how)
             self.filled = None
+
+    def _padded(self, start: int, width: int) -> np.ndarray:
+        """`width` tokens of the prompt from `start` on, 0 after its end, int32 [1, width]."""
+        tokens = np.zeros((1, width), np.int32)
+        part = self.tokens[start : start + width]
+        tokens[0, : len(part)] = part
+        return tokens

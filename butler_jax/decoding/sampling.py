@@ -38,3 +38,20 @@ def draw(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(steps, keys.shape))
     return jax.vmap(jax.random.categorical)(keys, allowed_logits(logits, sampling)).astype(jnp.int32)
+
+
+def draw_next(
+    logits: Float[Array, "B V"],
+    seen: Bool[Array, "B V"] | None,
+    keys: Key[Array, " B"],
+    steps: Int[Array, "*B"],
+    sampling: SamplingConfig,
+) -> tuple[Int[Array, " B"], Bool[Array, "B V"] | None]:
+    """One token a row under the repetition penalty, and the tokens seen with it.
+
+    seen: tokens that a row holds; None without a penalty. The others are as in `draw`.
+    """
+    if seen is None:
+        return draw(logits, keys, steps, sampling), None
+    token = draw(penalise(logits, seen, sampling.repetition_penalty), keys, steps, sampling)
+    return token, seen.at[jnp.arange(token.shape[0]), token].set(True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from butler_jax.decoding.cache import DecodeState, constrain_state
 from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.prefill_pass import Prefilled, nothing_read, read_chunk, run_prompts
-from butler_jax.decoding.sampling import draw, penalise
+from butler_jax.decoding.sampling import draw_next
 from butler_jax.decoding.score_cache import store_scores
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
@@ -103,12 +103,10 @@ def read_whole(model, predictor, tokens, length, following, *, how: Decoding) ->
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("slots",))
 def admit(slots: Slots, row: ReadRow, slot, key, seen, *, how: Decoding) -> tuple[Int[Array, " 1"], Slots]:
     """The first token of a row, and the slots with the row in one of them; seen [1, V]: as in `Slots`."""
-    found, nothing = row.logits, jnp.zeros(1, jnp.int32)
+    nothing = jnp.zeros(1, jnp.int32)
+    token, seen = draw_next(row.logits, seen, key, nothing, how.sampling)
     if seen is not None:
-        found = penalise(found, seen, how.sampling.repetition_penalty)
-    token = draw(found, key, nothing, how.sampling)
-    if seen is not None:
-        seen = slots.seen.at[slot].set(seen[0].at[token[0]].set(True))
+        seen = slots.seen.at[slot].set(seen[0])
     at = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=0)
     lengths = at(slots.state.lengths, row.state.lengths)
     state = dataclasses.replace(_with_caches(slots.state, row.state, slot, how), lengths=lengths)
@@ -151,10 +149,5 @@ def advance_slots(
     state = dataclasses.replace(slots.state, lengths=lengths, steps=steps)
     found, state, read = take_step(model, slots.token, state, predictor, how.plan)
     share = shares_read(model.config, read.attended.astype(jnp.float32), state.lengths)
-    seen = slots.seen
-    if seen is not None:
-        found = penalise(found, seen, how.sampling.repetition_penalty)
-    token = draw(found, slots.keys, slots.drawn, how.sampling)
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    token, seen = draw_next(found, slots.seen, slots.keys, slots.drawn, how.sampling)
     return token, share, Slots(state, token, slots.keys, slots.drawn + 1, seen)

@@ -37,6 +37,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "sum_shards",
             "token_axis",
         ],
-        "messages": ["exchange", "stand_alike", "tell", "told"],
+        "messages": ["exchange", "stand_alike", "tell", "told", "try_to_tell"],
     },
 )

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import jax
 
-from butler_jax.parallel.messages import tell, told
+from butler_jax.parallel.messages import told, try_to_tell
 
 ENDED = "ended"
 """Name under which a process that ends with an error tells it."""
@@ -71,7 +71,7 @@ def watch_others(seconds: float) -> None:
         nonlocal rounds
         silence = Silence()
         while not LEAVING.wait(PAUSE):
-            tell_or_fail(BEATS, rounds)
+            try_to_tell(BEATS, rounds)
             if others := set(told(ENDED)) - {jax.process_index()}:
                 if not LEAVING.wait(GRACE):
                     end(f"process {min(others)} ended with an error")
@@ -93,20 +93,12 @@ def watch_others(seconds: float) -> None:
     def part() -> None:  # before JAX leaves the service
         LEAVING.set()
         threads[0].join(timeout=5.0)
-        tell_or_fail(BEATS, LEFT)
+        try_to_tell(BEATS, LEFT)
 
     threads = [threading.Thread(target=one, daemon=True) for one in (listen, guard)]
     for thread in threads:
         thread.start()
     atexit.register(part)
-
-
-def tell_or_fail(name: str, value: object) -> None:
-    """Tell the others, where the service is there."""
-    try:
-        tell(name, value)
-    except Exception:  # it is gone: its process ended, which JAX tells
-        return
 
 
 def end(reason: str) -> NoReturn:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from butler_jax.parallel.config import HostsConfig, parse_hosts
 from butler_jax.parallel.heartbeats import ENDED, GRACE, LEAVING, lost, lost_words, watch_others
-from butler_jax.parallel.messages import tell
+from butler_jax.parallel.messages import try_to_tell
 from butler_jax.storage import to_dict
 
 
@@ -173,8 +173,7 @@ def leave(error: BaseException) -> NoReturn:
     if lost(error):
         words = lost_words((words.splitlines() or [""])[0])
     else:
-        with contextlib.suppress(Exception):  # the service is gone
-            tell(ENDED, True)
+        try_to_tell(ENDED, True)
     say(f"error: {words}")
     if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(GRACE + 2)  # when process 0 ends, JAX ends the others at once: they print their errors before

@@ -19,6 +19,12 @@ def tell(name: str, value: Any) -> None:
         client.key_value_set(f"butler_jax/{name}/{jax.process_index()}", json.dumps(value), allow_overwrite=True)
 
 
+def try_to_tell(name: str, value: Any) -> None:
+    """`tell`, where the service still answers."""
+    with contextlib.suppress(Exception):  # it is gone: its process ended, which JAX tells
+        tell(name, value)
+
+
 def told(name: str) -> dict[int, Any]:
     """What the processes have told under a name, by their numbers. It is empty where the service does not answer."""
     client = distributed.global_state.client

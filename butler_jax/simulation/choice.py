@@ -68,7 +68,7 @@ def chosen_mask(
         return mask
 
     def read_all():
-        return jnp.broadcast_to(allowed, jax.eval_shape(choose).shape)
+        return jnp.broadcast_to(allowed, jax.eval_shape(score).shape)
 
     less = limited if rule.interval > 1 or limits.threshold is not None else tokens < count
     return jax.lax.cond(jnp.any(less), choose, read_all), count

@@ -248,7 +248,8 @@ def _sum_chunk(
     inside = chunk.rows.own <= last
     real = inside & jnp.take_along_axis(counted, jnp.minimum(chunk.rows.own, last), axis=1)
     long = real & (count >= LEAST_KEYS)
-    ranked = long[:, RANKED - 1 :: RANKED]
+    few = slice(RANKED - 1, None, RANKED)
+    ranked = long[:, few]
     weights = masked_softmax(chunk.logits, allowed[:, None, None], chunk.sink_logits)
 
     def sum_means(per_head):
@@ -277,9 +278,8 @@ def _sum_chunk(
         common = jnp.sum(best & choose_half(scores, allowed), axis=-1, dtype=jnp.int32)
         share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
         hits.append(sum_heads(share, long))
-        few = (a[..., RANKED - 1 :: RANKED, :] for a in (scores, chunk.logits))
-        rho = correlate_ranks(*few, allowed[:, RANKED - 1 :: RANKED]) if options.ranks else 0.0
-        spearman.append(sum_heads(jnp.broadcast_to(rho, (*share.shape[:3], ranked.shape[1])), ranked))
+        both = (a[..., few, :] for a in (scores, chunk.logits))
+        spearman.append(sum_heads(correlate_ranks(*both, allowed[:, few]) if options.ranks else 0.0, ranked))
 
     rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long, ranked))
     by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from butler_jax.parallel import leave, tell, told
+from butler_jax.parallel import leave, told, try_to_tell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 3.0  # seconds that a second request leaves to the main thread
@@ -102,8 +102,7 @@ class StopRequests:
         if self._answered == 1:
             # At a prompt, Ctrl-C ends the training and not the interpreter.
             self.begin(leaves=number != signal.SIGINT or not hasattr(sys, "ps1"))
-            with contextlib.suppress(Exception):  # the service is gone
-                tell(f"{self.key}/asked", True)
+            try_to_tell(f"{self.key}/asked", True)
         elif not self.ended.wait(PATIENCE):
             os._exit(128 + number)  # the main thread computes; what is saved stays
 
