@@ -46,7 +46,8 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     if jax.__version_info__ < (0, 11):  # later versions have one kind of emitter, and no such flag
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
 LONGEST = """
@@ -69,6 +70,26 @@ def pytest_collection_finish():
     """What the modules hold stays: a collection of garbage, half a second else, passes it over."""
     gc.collect()
     gc.freeze()
+
+
+KEPT = 200  # programs
+compiled = []  # the seconds of every compilation since programs were let go
+
+
+def note_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+        compiled.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Programs that are kept make every further one slower to compile: a thousand of them double the time."""
+    if len(compiled) > KEPT:
+        jax.clear_caches()
+        gc.collect()
+        compiled.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -66,6 +66,7 @@ def test_planted_faults_are_found(tmp_path, monkeypatch, alarm, fault, said):
     assert [f for f in found["findings"] if f["said"].startswith(said)], found
 
 
+@pytest.mark.slow
 def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypatch, alarm):
     """libFuzzer ends its process with 0 where it found nothing, with 77 at an error; no other status has a meaning."""
     path, before = tmp_path / "f.json", {"runs": {"gguf": 40_000}, "findings": []}

@@ -339,7 +339,9 @@ def compare_evicting(name, fields, budget, **changes):
         np.testing.assert_allclose(values, wanted[b, t], atol=2e-4)  # float32 logits of size 10, other sums
 
 
-@pytest.mark.parametrize(("name", "fields"), EVICTING)
+@pytest.mark.parametrize(
+    ("name", "fields"), [EVICTING[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in EVICTING[1:])]
+)
 def test_decoding_keeps_what_the_simulation_keeps(name, fields):
     compare_evicting(name, fields, dict(budget=0.3))
 

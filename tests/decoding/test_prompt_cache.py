@@ -34,6 +34,7 @@ def turns(base, lengths, new, *, end=None, **settings):
     return kept
 
 
+@pytest.mark.slow
 def test_dense_turns_keep_prompt_and_answer(base):
     drawn = SamplingConfig(temperature=1.0, repetition_penalty=1.1)
     assert turns(base, [9, 5, 1, 30], 8, sampling=drawn, seed=3) == [0, 16, 29, 38]  # the last token is not fed

@@ -60,6 +60,7 @@ def test_a_queue_gives_the_tokens_of_single_rows_with_one_compiled_step(base, de
 
 WHERE_CHOSEN = SelectionConfig(budget=0.3, sinks=1, recent=3, interval=3, min_context=24)
 CASES = {
+    "few": dict(selection=FEW),
     "interval": dict(selection=WHERE_CHOSEN, score_dtype="int8"),
     "offload": dict(selection=FEW, offload=True),
     "quest": dict(selection=FEW, policy="quest"),
@@ -67,9 +68,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [dict(selection=FEW), *(pytest.param(c, id=n, marks=pytest.mark.slow) for n, c in CASES.items())]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 def test_a_queue_under_a_selection_gives_the_tokens_of_single_rows(base, predictor, few_optimisations, case):
     settings = dict(sampling=DRAWN, predictor=None if "policy" in case else predictor, **case)
     sizes = [SIZES[n] for n in (0, 1, 3, 6, 2)]

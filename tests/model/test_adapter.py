@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_same_weights(model, base):
     assert found.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("target", ["attention", "value"])
+@pytest.mark.parametrize("target", ["attention", pytest.param("value", marks=pytest.mark.slow)])
 def test_a_training_step_has_the_same_loss_and_gradient(model, base, target):
     config = PredictorConfig(rank=8, target=target, offset="none" if target == "attention" else "share")
     objective = DistillationObjective("cross_entropy", sinks=2, recent=4)

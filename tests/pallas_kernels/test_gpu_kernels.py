@@ -58,8 +58,8 @@ def test_candidates_that_miss_the_threshold_do_not_change_the_choice(monkeypatch
 @pytest.mark.parametrize(
     ("unit", "pooling", "shared"),
     [
-        (1, "normalised", False),
         (16, "maximum", True),
+        pytest.param(1, "normalised", False, marks=SLOW),
         *(pytest.param(unit, "normalised", True, marks=SLOW) for unit in (1, 16, 256)),
         *(pytest.param(unit, "maximum", False, marks=SLOW) for unit in (1, 256)),
     ],

@@ -160,9 +160,8 @@ for kind in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["contextual", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lookahead", "producer"))]
-)
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("kind", ["contextual", "lookahead", "producer"])
 def test_a_step_hands_its_state_back_split_as_the_rules_say(kind):
     environment = {**os.environ, "XLA_FLAGS": host_devices(4), "JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -108,6 +108,7 @@ def test_meshes_that_do_not_fit_are_refused(tmp_path, monkeypatch):
         evaluate(base, predictor, dataclasses.replace(config, mesh="data=2"))
 
 
+@pytest.mark.slow
 def test_a_pass_on_a_mesh_reads_and_predicts_as_on_one_device(base):
     """Two chunks of rows, whose keys lie in two bands."""
     case = [256, ["tokenbutler"], ["data=2,model=2,sequence=2"], ["simulate"]]

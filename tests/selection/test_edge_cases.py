@@ -32,7 +32,9 @@ CHOICES = [  # scores, sinks, recent, tokens asked, tokens chosen
 ]
 
 
-@pytest.mark.parametrize("implementation", [None, *PLAIN, *KERNELS])
+@pytest.mark.parametrize(
+    "implementation", [None, *PLAIN, *(pytest.param(kernel, marks=pytest.mark.slow) for kernel in KERNELS)]
+)
 def test_special_scores_have_an_order(implementation):
     """Through `choose`, and by the kernels themselves; each case is worked out by hand."""
     for scores, sinks, recent, count, wanted in CHOICES:

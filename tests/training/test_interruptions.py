@@ -117,6 +117,7 @@ def record(run_dir: Path) -> dict:
     return json.loads((run_dir / "run.json").read_text())[-1]
 
 
+@pytest.mark.slow  # a process
 def test_a_step_longer_than_the_grace_is_left_with_the_state_before_it(tmp_path, straight):
     """Steps of 4.5 s are beyond a grace of 5 s less the time to save."""
     status, said, seconds = interrupt(tmp_path / "run", held=3, seconds=4.5)

@@ -135,7 +135,7 @@ def naive_loss(parameters, rest, model, batch, objective, sinks, recent):
 @pytest.mark.parametrize(
     ("kind", "objective", "sinks", "recent"),
     [
-        pytest.param(kind, *asked, marks=[pytest.mark.slow] if kind == "contextual" else [])
+        pytest.param(kind, *asked, marks=[] if kind == "lookahead" else [pytest.mark.slow])
         for kind in PREDICTORS
         for asked in (("squared_error", 0, 0), ("cross_entropy", 0, 0), ("cross_entropy", 2, 3))
     ]

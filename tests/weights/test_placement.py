@@ -189,6 +189,7 @@ def in_subprocess(code, **environment):
     return result.stdout
 
 
+@pytest.mark.slow  # a process
 def test_sharded_parameters_equal_unsharded_ones_on_8_devices_in_the_bytes_reckoned_before(directory):
     out = in_subprocess(
         f"""
@@ -218,6 +219,7 @@ def test_sharded_parameters_equal_unsharded_ones_on_8_devices_in_the_bytes_recko
     assert "equal" in out
 
 
+@pytest.mark.slow  # a process
 def test_host_memory_stays_under_one_layer_above_what_is_placed(tmp_path):
     """Peak resident memory while loading 24 layers, against what is resident once they are placed."""
     width, hidden, layers = 512, 2048, 24

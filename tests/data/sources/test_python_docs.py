@@ -37,6 +37,7 @@ def docs(tmp_path_factory):
     return python_docs.open_builder(str(tmp_path_factory.mktemp("docs")))
 
 
+@pytest.mark.slow
 def test_python_docs_is_megabytes_of_text_with_disjoint_splits(docs):
     train, test = docs.as_data_source("train"), docs.as_data_source("test")
     assert sum(len(record["text"]) for record in train) > 3_000_000

@@ -143,6 +143,7 @@ def test_any_part_of_an_evaluation_can_be_written(found, tmp_path):
     assert sorted(links) == sorted(p.name for p in written if p.suffix == ".png")
 
 
+@pytest.mark.slow
 def test_pictures_of_a_former_report_go_and_others_stay(tmp_path):
     pages.write_pages(report(few(rows())), tmp_path)
     former = {p.name for p in tmp_path.glob("*.png")}

@@ -97,6 +97,7 @@ def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     assert f"{100 * share:.1f}\u00a0% of what dense reads, all layers" in " ".join(summarise(report.rows))
 
 
+@pytest.mark.slow
 def test_bytes_and_shares_are_those_of_all_layers_and_of_served_ones(tmp_path):
     slides = dict(sliding_window=20, sliding_layers=(True, False, True))
     base, _, config = make_perplexity_evaluation(make_model(dataclasses.replace(BASE, **slides)), tmp_path)

@@ -24,6 +24,7 @@ def named(always):
     return {"sinks": always[0], "recent": always[1]}
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     length=st.sampled_from([1, 5, 128, 131, 200]),
