@@ -7,10 +7,13 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, get_type_hints
 
 import tyro
+
+from butler_jax.parallel import answered
 
 
 def read(kind: type, arguments: list[str], program: str) -> Any:
@@ -111,25 +114,32 @@ def _lost(error: Exception) -> bool:
     return isinstance(error, JaxRuntimeError) and lost(error)
 
 
-@contextlib.contextmanager
-def interrupts_end(said: str) -> Iterator[None]:
-    """Inside, Ctrl-C ends the program at once, with a line on stderr and status 130.
+PATIENCE = 0.5  # seconds in which the main thread, where it does not compute, flushes and ends by itself
 
-    A KeyboardInterrupt is lost where it meets a callback of the garbage collection, and after one JAX 0.10 crashes
-    where the interpreter ends by itself.
+
+@contextlib.contextmanager
+def interrupts_end(said: str, statuses: Mapping[int, int] = {signal.SIGINT: 130}) -> Iterator[None]:
+    """Inside, Ctrl-C ends the program at once, with a line on stderr and status 130, also while it compiles.
+
+    A KeyboardInterrupt waits for what is computed, is lost where it meets a callback of the garbage collection, and
+    after one JAX 0.10 crashes where the interpreter ends by itself.
+
+    Args:
+        said: The line.
+        statuses: The signals that end the program, and the exit status of each. One that is ignored stays so.
     """
 
-    def end(number, frame):
+    def end(number, frame=None):
         with contextlib.suppress(OSError, RuntimeError):  # no reader is left, or the signal came during a write
             sys.stdout.flush()
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), f"{said}\n".encode())
-        os._exit(130)
+        os._exit(statuses[number])
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # a shell's background job
-        signal.signal(signal.SIGINT, end)
-    try:
+    def end_soon(number):
+        time.sleep(PATIENCE)
+        end(number)
+
+    taken = [one for one in statuses if signal.getsignal(one) is not signal.SIG_IGN]  # as a shell's background job does
+    with answered(taken, end, end_soon):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

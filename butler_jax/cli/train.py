@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -54,13 +53,7 @@ def _pretrain(config: Any) -> str:
 
 def _run(read_config: Callable[[], Any], train: Callable[[Any], str]) -> int:
     """Run one training; returns the exit status. SIGTERM and Ctrl-C end it at once, except in its loop."""
-
-    def stop_at_once(number, frame):
-        """On SIGTERM before and after the training; during the training, its loop saves first."""
-        with contextlib.suppress(RuntimeError):  # the signal came while it was being written to
-            sys.stdout.flush()
-        os.write(sys.stderr.fileno(), f"{STOPPED}\n".encode())
-        os._exit(0)  # an exception would be lost where the signal meets a callback of the garbage collection
+    from butler_jax.cli.command_line import interrupts_end, run
 
     def command() -> int:
         config = read_config()
@@ -74,15 +67,10 @@ def _run(read_config: Callable[[], Any], train: Callable[[Any], str]) -> int:
             print(last)
         return 0
 
-    before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
-        from butler_jax.cli.command_line import interrupts_end, run
-
-        with interrupts_end(STOPPED):
+        with interrupts_end(STOPPED, {signal.SIGTERM: 0, signal.SIGINT: 130}):
             return run(command)
     except KeyboardInterrupt:  # the second one while it trains
         sys.stdout.flush()
         print(STOPPED, file=sys.stderr, flush=True)
         os._exit(130)  # JAX 0.10 crashes where the interpreter ends by itself after one
-    finally:
-        signal.signal(signal.SIGTERM, before)

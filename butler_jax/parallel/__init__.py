@@ -38,5 +38,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "token_axis",
         ],
         "messages": ["exchange", "stand_alike", "tell", "told", "try_to_tell"],
+        "signals": ["answered"],
     },
 )

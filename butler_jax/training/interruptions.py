@@ -1,8 +1,7 @@
 """Requests to stop: Ctrl-C and SIGTERM, which is the notice that a cloud machine is taken away.
 
-Python runs a signal's handler between two of its instructions, so not while a step computes. A thread therefore reads
-the signals that Python notes at once, and answers. Where what the main thread waits for outlasts the grace, another
-thread saves the newest finished state and ends the process.
+A thread answers a signal at once, also while a step computes. Where what the main thread waits for outlasts the grace,
+another thread saves the newest finished state and ends the process.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from butler_jax.parallel import leave, told, try_to_tell
+from butler_jax.parallel import answered, leave, told, try_to_tell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 3.0  # seconds that a second request leaves to the main thread
@@ -162,39 +160,13 @@ def stop_requests(say: Callable[[str], None], grace: float) -> Iterator[StopRequ
         if threading.current_thread() is not threading.main_thread():  # a notebook's own handling stays
             yield requests
             return
-        with _signals_answered(requests), _others_heard(requests):
+        with answered(SIGNALS, requests.handle, requests.answer), _others_heard(requests):
             try:
                 yield requests
             finally:
                 requests.ended.set()
         if requests.refused:
             raise KeyboardInterrupt  # again: the handler's is lost where it meets a callback of the garbage collection
-
-
-@contextlib.contextmanager
-def _signals_answered(requests: StopRequests) -> Iterator[None]:
-    noted, notes = socket.socketpair()
-    notes.setblocking(False)
-
-    def answer_all():
-        while note := noted.recv(1):
-            if note[0] in SIGNALS:
-                requests.answer(note[0])
-
-    thread = threading.Thread(target=answer_all, name="stop requests", daemon=True)
-    thread.start()
-    handlers = {number: signal.signal(number, requests.handle) for number in SIGNALS}
-    descriptor = signal.set_wakeup_fd(notes.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        requests.ended.set()
-        signal.set_wakeup_fd(descriptor)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        notes.close()
-        thread.join()
-        noted.close()
 
 
 @contextlib.contextmanager
