@@ -56,6 +56,7 @@ def test_compilations_are_counted_where_they_happen():
     assert counted.count == 2
 
 
+@pytest.mark.slow
 def test_decoding_compiles_nothing_as_the_cache_fills(base, settings):
     prompts = [[1, 2, 3], [4]]
     seen = []
@@ -84,6 +85,7 @@ def test_prompts_of_every_length_share_few_programs(base, settings, fields):
     assert after[1] - before[1] <= 2 * (3 if fields else 1)  # dense, mixed and sparse steps under min_context
 
 
+@pytest.mark.slow
 def test_generations_leave_nothing_behind(base, settings):
     drawn = SamplingConfig(temperature=1.0)
     with Watch() as watch:

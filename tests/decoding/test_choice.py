@@ -216,9 +216,8 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "budget"), [MIXED[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in MIXED[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields", "budget"), MIXED)
 def test_decoding_chooses_the_simulations_rows_beside_layers_that_slide(name, fields, budget):
     compare(name, fields, budget, **SLIDING)
 
@@ -226,11 +225,12 @@ def test_decoding_chooses_the_simulations_rows_beside_layers_that_slide(name, fi
 SINKS = dict(attention_sinks=True, attention_softcap=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields", "budget"),
     [
         ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
-        pytest.param("oracle_head", {}, dict(budget=0.4), marks=pytest.mark.slow),
+        ("oracle_head", {}, dict(budget=0.4)),
     ],
 )
 def test_decoding_chooses_the_simulations_rows_under_sinks_and_a_soft_cap(name, fields, budget):

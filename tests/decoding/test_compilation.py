@@ -58,6 +58,7 @@ def stepper(base, predictor, selection, layers=None):
     return step.lower(model, predictor, jax.ShapeDtypeStruct((2,), jnp.int32), state), state
 
 
+@pytest.mark.slow
 def test_a_deeper_model_is_no_longer_a_program(base, predictor):
     selection = SelectionConfig(budget=0.25, interval=2)
     few, many = (len(stepper(base, predictor, selection, n)[0].as_text().splitlines()) for n in (4, 32))

@@ -53,6 +53,7 @@ def test_dense_attention_of_logits_that_are_not_finite():
         np.testing.assert_allclose(one[0, 0], wanted[0, t], atol=1e-6)  # the same sums in another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", PLAIN)
 def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, implementation):
     broken = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
@@ -70,6 +71,7 @@ def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, im
     assert np.asarray(found.greedy)[0, -1] == np.asarray(logits)[0].argmax()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", PLAIN)
 @pytest.mark.parametrize("fields", [None, dict(), dict(unit=4, interval=2)], ids=["dense", "tokens", "pages"])
 def test_a_row_that_holds_nothing_begins_with_the_token_given(model, predictor, implementation, fields):

@@ -41,6 +41,7 @@ def test_rows_beside_others_are_continued_as_by_transformers(pair, wanted, capac
     assert found.tokens == wanted
 
 
+@pytest.mark.slow
 def test_a_row_that_crosses_is_read_again_with_the_predictors_caches(pair, wanted):
     base = pair[1]
     predictor = make_predictor(base.config, PredictorConfig(rank=4, stride=2))

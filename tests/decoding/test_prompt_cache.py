@@ -40,6 +40,7 @@ def test_dense_turns_keep_prompt_and_answer(base):
     assert turns(base, [9, 5, 1, 30], 8, sampling=drawn, seed=3) == [0, 16, 29, 38]  # the last token is not fed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lookahead", pytest.param("contextual", marks=pytest.mark.slow)])
 def test_sparse_turns_keep_the_prompt(base, kind):
     predictor = make_predictor(base.config, PredictorConfig(kind=kind, rank=8, stride=2))

@@ -105,6 +105,7 @@ def test_a_short_prompt_leaves_room_for_what_comes():
         assert float(jnp.mean(beyond)) < 5e-4, held
 
 
+@pytest.mark.slow
 def test_decoding_chooses_by_the_stored_keys(model, predictor, tokens, states):
     """The same step on int8 keys and on the floats they stand for."""
     stored = states["int8"]

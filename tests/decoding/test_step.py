@@ -42,8 +42,9 @@ def test_decoding_step_by_step_equals_the_full_pass(changes):
         np.testing.assert_allclose(found, full[b, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["lookahead", pytest.param("contextual", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sliding", [(True, False) * 3, pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lookahead", "contextual"])
+@pytest.mark.parametrize("sliding", [(), (True, False) * 3])
 def test_a_step_with_its_layers_unrolled_equals_the_scan(monkeypatch, kind, sliding):
     """As on GPU. Six layers: a dense one, and producers of 4 and of 1."""
     model = model_of(layers=6, sliding_window=6 if sliding else None, sliding_layers=sliding)

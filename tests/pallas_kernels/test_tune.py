@@ -29,8 +29,8 @@ SMALL = tiles.Tiles(
 )
 
 
-# A row that is held, and one that is read in parts.
-@pytest.mark.parametrize("size", [50, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [50, 300])  # a row that is held, and one that is read in parts
 @pytest.mark.parametrize("pooling", pk.checks.POOLINGS)
 def test_small_tiles_give_the_references_results(size, pooling):
     arrays = dict(q=normal(0, 2, 6, 16), k=normal(1, 2, 2, size, 16), v=normal(2, 2, 2, size, 16))

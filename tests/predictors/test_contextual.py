@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from butler_jax.model.config import RopeConfig
 from butler_jax.predictors import make_predictor
@@ -12,6 +13,7 @@ from butler_jax.predictors.config import PredictorConfig
 from tests.predictors.passes import all_scores, batch_of, model_of
 
 
+@pytest.mark.slow
 def test_contextual_follows_the_rotary_embedding_of_the_base():
     def scores(rope: RopeConfig, stretch: int):
         model, batch = model_of(rope=rope), batch_of()

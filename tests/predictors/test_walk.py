@@ -34,6 +34,7 @@ def test_scores_never_depend_on_later_tokens(kind):
     np.testing.assert_allclose(other[1:, 0, :, :15, :15], before[1:, 0, :, :15, :15], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_document_scores_alike_wherever_it_is_packed():
     model, batch = model_of(layers=6), batch_of()
     alone = {k: v[:1, 15:24] for k, v in batch.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel, forward
@@ -15,6 +16,7 @@ BASE = BaseConfig(
 )
 
 
+@pytest.mark.slow
 def test_tokens_after_the_first_of_their_document_count():
     model = BaseModel(BASE, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(1, 17, (1, 10)).astype(np.int32)

@@ -28,6 +28,7 @@ def shared_choice(scores, barred, counts, floor):
     return set((first + rest)[: int(counts.sum())])
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 7), (2, 1), (4, 40)]), st.sampled_from([0.0, 0.2, 1.0]))
 def test_heads_share_the_sum_of_their_counts(seed, shape, floor):
@@ -42,6 +43,7 @@ def test_heads_share_the_sum_of_their_counts(seed, shape, floor):
     assert set(map(tuple, np.argwhere(found))) == shared_choice(scores, barred, counts, floor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1, 4])
 def test_decoding_reads_as_many_units_in_all_as_separate_heads_would(unit):
     scores = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 64)), jnp.float32)

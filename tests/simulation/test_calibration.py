@@ -53,6 +53,7 @@ def test_mean_of_what_rows_read_is_reached(model, mean, unit):
     assert (tokens <= np.minimum(limit, counts)[real] + 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_tokens", [0, 40])
 def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):
     batch, policy = batch_of(), make_policy("oracle_residual")

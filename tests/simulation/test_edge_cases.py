@@ -27,6 +27,7 @@ def predictor():
     return make_predictor(BASE, PredictorConfig(rank=8, stride=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenbutler", "oracle", "streaming", "h2o"])
 def test_a_pass_over_one_token_or_none_is_dense(model, predictor, name):
     policy, selection = make_policy(name), SelectionConfig(budget=0.25)
@@ -49,6 +50,7 @@ def test_an_empty_row_changes_nothing_for_the_others(model, predictor):
     assert masses[0].value == pytest.approx(masses[1].value, abs=1e-6) and masses[0].n == masses[1].n
 
 
+@pytest.mark.slow
 def test_a_budget_or_sliding_window_beyond_the_length_is_dense(model, predictor):
     batch, policy = text(20, 7, total=20), make_policy("tokenbutler")
     wanted = np.asarray(simulate(model, batch, make_policy("dense"), SelectionConfig()).nll)

@@ -52,6 +52,7 @@ def test_recall_and_hit_rate_equal_sorted_form(model):
         assert (found.mass[name][0.5].n, found.hit_rate[name].n) == (60, 29)
 
 
+@pytest.mark.slow
 def test_oracle_recalls_most_and_random_hits_half(model):
     predictor = make_predictor(BASE, PredictorConfig(kind="lookahead", rank=8, stride=2))
     names = ["oracle_head", "oracle", "random", "tokenbutler"]

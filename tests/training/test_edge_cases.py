@@ -73,6 +73,7 @@ def test_an_empty_row_weighs_nothing_in_a_loss(options):
     assert loss == count == 0 and not any(np.asarray(g).any() for g in gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_sinks_and_recent_beyond_the_length_leave_no_loss(form):
     for length, sinks, recent in ((1, 0, 1), (1, 4, 8), (9, 4, 8), (9, 0, 9), (9, 9, 0)):
@@ -118,6 +119,7 @@ def test_a_score_of_minus_infinity_where_attention_goes_is_an_infinite_loss(form
     assert not np.isfinite(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "objective"),
     [("lookahead", "cross_entropy"), ("producer", "squared_error"), ("contextual", "cross_entropy")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from butler_jax.evaluation.analysis import pictures
 from butler_jax.evaluation.analysis.agreement import (
@@ -53,6 +54,7 @@ def test_wide_pictures_keep_every_column():
     assert figure.axes[1].get_images()[0].get_extent() == [-0.5, 449.5, 2.5, -0.5]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_model_show_what_was_measured(model, batch, predictor):
     one = {k: v[:1] for k, v in batch.items()}
     drift = measure_drift(model, predictor, batch, rows=8, distance=2)

@@ -117,6 +117,7 @@ def test_names_are_shown_and_never_run():
     assert "<script" not in re.sub(r"```.*?```", "", render_markdown(made, pictures), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "found",
     [

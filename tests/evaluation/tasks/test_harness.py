@@ -110,6 +110,7 @@ def test_the_greedy_continuation_is_told(base, exact):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [dense, sparse])
 def test_neither_the_batch_nor_the_order_matters(base, predictor, kind):
     more = () if kind is dense else (predictor,)

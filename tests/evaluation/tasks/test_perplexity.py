@@ -41,6 +41,7 @@ def test_perplexity_is_exp_of_mean_over_predicted_tokens(model):
     assert found.perplexity.n == sum(map(len, nll)) and found.mean("attended").value == 1
 
 
+@pytest.mark.slow
 def test_strided_perplexity_is_that_of_each_tokens_own_window(model):
     ids = np.random.default_rng(3).integers(0, 61, 50)
     found = measure_perplexity(

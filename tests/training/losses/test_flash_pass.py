@@ -72,6 +72,7 @@ def test_flash_and_fused_give_the_same(error, heads, options):
         assert_close(flash, np.asarray(fused, np.float64))
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_what_float32_gives_on_rounded_inputs():
     """The fused form multiplies the same rounded inputs in float32.
 
