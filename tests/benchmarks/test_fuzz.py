@@ -107,6 +107,7 @@ def test_errors_that_are_documented_are_no_findings(tmp_path, alarm):
     assert found["inputs"] == 50 and found["findings"] == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_thousands_of_broken_inputs_end_in_documented_errors(tmp_path):
     """One input in forty, with another seed than the report's. Its alarm counts all threads of its process."""

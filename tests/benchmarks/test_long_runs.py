@@ -112,6 +112,7 @@ def test_a_stream_of_bytes_that_are_no_text_costs_the_same_to_the_end():
     assert [writer.add(byte, last=False) for byte in "é€a".encode()] == ["", "é", "", "", "€", "a"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_and_decoding_stay_flat_and_compile_nothing_more(tmp_path):
     """The benchmark's own runs, shorter: 200 steps with eight checkpoints, then 3,200 tokens."""

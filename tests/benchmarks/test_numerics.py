@@ -18,6 +18,7 @@ from butler_jax.training.losses.squared_error import sum_squared_errors
 README = Path(__file__).parent.parent.parent / "README.md"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_errors_on_a_trained_model_are_those_of_rounding():
     found = numerics.measure("tiny", README.read_text(), 240, None, "tiny")

@@ -126,8 +126,13 @@ def test_a_picture_is_near_the_top(path):
     assert shows.index(True) < (14 if path.stem in CLASSES and "Decoder" in CLASSES[path.stem] else 9)
 
 
+OFTEN = {"01_quickstart", "07_tour"}  # run by .ci/run
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem in OFTEN else [pytest.mark.long]) for p in NOTEBOOKS]
+)
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, REPOSITORY / "tests" / "notebook_runner.py", path, json.dumps(SMALL)]

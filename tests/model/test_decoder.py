@@ -272,6 +272,7 @@ def test_stories_model_has_its_known_loss(shared_data):
     assert nats(base, rows)[inside[:, 1:]].mean() == pytest.approx(1.28, abs=0.03)  # a sample of the known mean
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_smollm2_has_its_known_perplexity_and_facts(shared_data, smollm2_dir):
     base = load_base(smollm2_dir)

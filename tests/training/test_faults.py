@@ -469,6 +469,7 @@ def undisturbed(place, tmp_path_factory) -> TrainingProcess:
     return training
 
 
+@pytest.mark.long
 @pytest.mark.slow  # six starts of some seconds each
 def test_kills_at_random_moments_change_nothing(place, undisturbed, tmp_path):
     """Five kills; benchmarks/faults.py does twenty."""
