@@ -21,6 +21,7 @@ import jaxtyping
 import pytest
 
 import tests.shapes  # before the hook, which finds the checker by its name
+from benchmarks.watch import Compilations
 
 CHECKED = (
     "data",
@@ -73,23 +74,22 @@ def pytest_collection_finish():
 
 
 KEPT = 200  # programs
-compiled = []  # the seconds of every compilation since programs were let go
 
 
-def note_compilation(event: str, seconds: float, **_: Any) -> None:
-    if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
-        compiled.append(seconds)
+@pytest.fixture(scope="session")
+def compilations() -> Iterator[Compilations]:
+    with Compilations() as counted:
+        yield counted
 
 
-jax.monitoring.register_event_duration_secs_listener(note_compilation)
-
-
-def pytest_runtest_teardown(item, nextitem):
+@pytest.fixture(autouse=True)
+def programs_let_go(compilations) -> Iterator[None]:
     """Programs that are kept make every further one slower to compile: a thousand of them double the time."""
-    if len(compiled) > KEPT:
+    yield
+    if compilations.count > KEPT:
         jax.clear_caches()
         gc.collect()
-        compiled.clear()
+        compilations.count = 0
 
 
 @pytest.fixture(autouse=True)

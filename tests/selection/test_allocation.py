@@ -29,7 +29,7 @@ def shared_choice(scores, barred, counts, floor):
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 7), (2, 1), (4, 40)]), st.sampled_from([0.0, 0.2, 1.0]))
 def test_heads_share_the_sum_of_their_counts(seed, shape, floor):
     heads, units = shape
