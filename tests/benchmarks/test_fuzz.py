@@ -1,9 +1,7 @@
 """The fuzzer finds planted faults, makes the same inputs every time, and finds no fault in a few thousand of them."""
 
-import gc
 import json
 import random
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,14 +13,13 @@ from benchmarks.fuzz_seeds import Target
 from tests.documentation.pages import REPOSITORY
 
 
-@pytest.fixture
-def alarm():
-    """The alarm that ends an input which takes too long. Garbage of other tests, collected then, would be its time."""
-    before = signal.signal(signal.SIGPROF, fuzz.alarm)
-    gc.disable()
-    yield
-    gc.enable()
-    signal.signal(signal.SIGPROF, before)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the fuzzer finds in functions with planted faults, by the fault's name."""
+    command = [sys.executable, "-m", "tests.benchmarks.planted_faults", str(tmp_path_factory.mktemp("faults"))]
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
 
 
 def test_a_seed_decides_every_input():
@@ -40,46 +37,42 @@ def test_changes_reach_every_byte_and_keep_most():
     assert sum(data[:32] == seed[:32] for data in changed) > len(changed) / 3
 
 
-def _raise(error):
-    raise error
-
-
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [
-        (lambda data, directory: {}["k"], "KeyError"),
-        (lambda data, directory: _raise(RecursionError("deep")), "RecursionError: deep"),
-        (lambda data, directory: _raise(type("PanicException", (BaseException,), {})("rust")), "PanicException: rust"),
-        (lambda data, directory: _raise(ValueError("bad")), "the error does not name the file: ValueError: bad"),
-        (lambda data, directory: all(n == 0 for n in iter(int, 1)), "more than 0.2 s"),
-        (lambda data, directory: (directory / str(len(data))).touch(), "files appeared"),
-        (lambda data, directory: len(bytes(64 << 20).replace(b"\0", b"1")), "memory grew by"),
-    ],
-    ids=["bare KeyError", "recursion", "panic", "unnamed", "hang", "file", "memory"],
+    {
+        "bare KeyError": "KeyError",
+        "recursion": "RecursionError: deep",
+        "panic": "PanicException: rust",
+        "unnamed": "the error does not name the file: ValueError: bad",
+        "hang": "more than 0.5 s",
+        "file": "files appeared",
+        "memory": "memory grew by",
+    }.items(),
 )
-def test_planted_faults_are_found(tmp_path, monkeypatch, alarm, fault, said):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
-    monkeypatch.setattr(fuzz, "GROWTH", 32 << 20)
-    if said == "memory grew by":  # the peak of this process may be higher than what the fault takes
-        peaks = iter(range(0, 1 << 40, 64 << 20))
-        monkeypatch.setattr(fuzz, "peak", lambda: next(peaks))
-        fault = lambda data, directory: None  # noqa: E731
-    seed = b'{"a": 1}'
-    found = fuzz.fuzz(Target("t", (seed,), lambda data: data == seed or fault(data, tmp_path)), 6, 0, tmp_path)
-    assert [f for f in found["findings"] if f["said"].startswith(said)], found
+def test_planted_faults_are_found(found, fault, said):
+    assert [f for f in found[fault]["findings"] if f["said"].startswith(said)], found[fault]
+
+
+def test_errors_that_are_documented_are_no_findings(found):
+    assert found["none"]["inputs"] == 6 and found["none"]["findings"] == []
+
+
+def run(*options) -> None:
+    """Run the fuzzer in a process of its own, which is to find nothing."""
+    command = [sys.executable, "-m", "benchmarks.fuzz", *map(str, options)]
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
 
 
 @pytest.mark.slow
-def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypatch, alarm):
+def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypatch):
     """libFuzzer ends its process with 0 where it found nothing, with 77 at an error; no other status has a meaning."""
     path, before = tmp_path / "f.json", {"runs": {"gguf": 40_000}, "findings": []}
     path.write_text(json.dumps({"atheris": before}))
-    monkeypatch.setattr(sys, "argv", ["fuzz", "--json", str(path), "--only", "strings", "--scale", "0.001"])
-    assert fuzz.main() == 0
+    run("--json", path, "--only", "strings", "--scale", 0.001)
     report = json.loads(path.read_text())
     assert report["atheris"] == before and report["targets"]["strings"]["inputs"] == 10
-    monkeypatch.setattr(sys, "argv", ["fuzz", "--json", str(path), "--only", "settings", "--scale", "0.001"])
-    assert fuzz.main() == 0
+    run("--json", path, "--only", "settings", "--scale", 0.001)
     report = json.loads(path.read_text())
     assert {name: found["inputs"] for name, found in report["targets"].items()} == {"strings": 10, "settings": 8}
     assert report["inputs"] == 18 and report["command"].endswith("--only strings --scale 0.001")
@@ -100,19 +93,10 @@ def test_counts_by_coverage_and_the_others_outlive_each_other(tmp_path, monkeypa
         assert {**now, "atheris": None} == {**report, "atheris": None}
 
 
-def test_errors_that_are_documented_are_no_findings(tmp_path, alarm):
-    seed = b'{"a": 1}'
-    target = Target("t", (seed,), lambda data: data == seed or _raise(FileNotFoundError(f"{tmp_path}/x is missing")))
-    found = fuzz.fuzz(target, 50, 0, tmp_path)
-    assert found["inputs"] == 50 and found["findings"] == []
-
-
 @pytest.mark.long
 @pytest.mark.slow
 def test_thousands_of_broken_inputs_end_in_documented_errors(tmp_path):
-    """One input in forty, with another seed than the report's. Its alarm counts all threads of its process."""
+    """One input in forty, with another seed than the report's."""
     counts = tmp_path / "counts.json"
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--scale", "0.025", "--seed", "7", "--json", str(counts)]
-    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert process.returncode == 0, (process.stdout + process.stderr)[-3000:]
+    run("--scale", 0.025, "--seed", 7, "--json", counts)
     assert json.loads(counts.read_text())["inputs"] > 3000

@@ -36,6 +36,10 @@ SMALL = {
     "tokens=4096": "tokens=512, context=128, tasks='perplexity'",
 }
 DEVICES = {"docs/guides/decode.md": 8}  # its last part uses several
+# Pages that .ci/run runs; the others are in `pytest -m long`.
+OFTEN = {"README.md", "docs/install.md"} | {
+    f"docs/guides/{guide}.md" for guide in ("train", "evaluate", "decode", "kernels")
+}
 
 
 def commands(page) -> list[list[str]]:
@@ -74,7 +78,9 @@ def test_every_module_that_is_run_exists(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", python_pages(), ids=name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=name(p), marks=() if name(p) in OFTEN else pytest.mark.long) for p in python_pages()]
+)
 def test_python_blocks_run_from_top_to_bottom(page, tmp_path):
     program = "\n\n".join(blocks(page, "python"))
     for said, small in SMALL.items():

@@ -131,7 +131,7 @@ OFTEN = {"01_quickstart", "07_tour"}  # run by .ci/run
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=[] if p.stem in OFTEN else [pytest.mark.long]) for p in NOTEBOOKS]
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in OFTEN else pytest.mark.long) for p in NOTEBOOKS]
 )
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

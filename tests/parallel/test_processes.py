@@ -227,6 +227,7 @@ def test_processes_agree_on_everything_that_is_wrong(place):
     assert rows == [{mesh: parts[index] for mesh, parts in halves.items()} for index in range(2)]
 
 
+@pytest.mark.long
 def test_two_processes_pretrain_like_one(place):
     sizes = "--steps 6 --long-steps 2 --checkpoint-every 10 --batch-size 8 --length 32 --context 64 --vocab-size 280"
     sizes += " --width 32 --hidden 32 --layers 2 --heads 2 --kv-heads 1 --head-dim 16 --eval-every 0"
