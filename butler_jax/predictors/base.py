@@ -176,7 +176,7 @@ class Predictor(nnx.Module):
             The directory.
 
         Raises:
-            FileExistsError: The directory is that of a run.
+            FileExistsError: The directory is that of a run, or has files of these names that are not of a predictor.
             ValueError: The report is about another base.
         """
         from butler_jax.predictors.pretrained import write_pretrained

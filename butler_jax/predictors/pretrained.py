@@ -36,8 +36,7 @@ def write_pretrained(
 ) -> Path:
     """Write the files of a predictor; arguments as of `Predictor.save_pretrained`. name: of its repository."""
     directory = Path(directory)
-    if (directory / "checkpoints").exists():
-        raise FileExistsError(f"{directory} is a run's directory; choose another one for the files to hand on")
+    _check_place(directory)
     if report is not None and report.about.get("fingerprint") not in (None, base.fingerprint):
         raise ValueError(
             f"the report is about base {report.about.get('base')!r} ({report.about['fingerprint']}), the predictor for "
@@ -59,6 +58,24 @@ def write_pretrained(
     write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     write_whole(directory / CARD, _make_card(config, report, name))
     return directory
+
+
+def _check_place(directory: Path) -> None:
+    """Refuse a directory where other files would be lost: a run, a base model, a project with a README.md."""
+    if (directory / "checkpoints").exists():
+        raise FileExistsError(f"{directory} is a run's directory; choose another one for the files to hand on")
+    there = [name for name in (WEIGHTS, CONFIG, CARD) if (directory / name).exists()]
+    if not there:
+        return
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not (isinstance(config, dict) and config.get("library_name") == LIBRARY):
+        raise FileExistsError(
+            f"{directory} has {', '.join(there)}, but not of a predictor; choose another directory, so that nothing is "
+            "overwritten"
+        )
 
 
 def push_pretrained(name: str, predictor: Any, base: Base, *, private: bool = False, **card: Any) -> str:

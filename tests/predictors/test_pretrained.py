@@ -123,6 +123,23 @@ def test_the_card_says_base_use_training_and_quality(base, tmp_path):
         predictor_for(base).save_pretrained(tmp_path, base)
 
 
+@pytest.mark.parametrize(
+    "there", [{"README.md": "my project"}, {"model.safetensors": "", "config.json": '{"model_type": "llama"}'}]
+)
+def test_files_of_something_else_are_not_overwritten(base, tmp_path, there):
+    for name, text in there.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(FileExistsError, match=f"has {sorted(there)[-1]}.*, but not of a predictor; choose another"):
+        predictor_for(base).save_pretrained(tmp_path, base)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == there
+
+
+def test_a_predictor_may_be_written_again(base, tmp_path):
+    for _ in range(2):
+        predictor_for(base).save_pretrained(tmp_path, base, base_id="some/base")
+    assert json.loads((tmp_path / "config.json").read_text())["base"] == "some/base"
+
+
 def test_a_card_without_a_report_says_so(base, tmp_path):
     predictor_for(base).save_pretrained(tmp_path, base)
     card = (tmp_path / "README.md").read_text()
