@@ -25,7 +25,6 @@ import os
 import platform
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_seeds import ALLOWED, Target
 from benchmarks.fuzz_targets import targets
+from benchmarks.watch import memory_mib
 
 SECONDS = 5.0  # of computing, so that other work of the machine is no finding
 GROWTH = 512 << 20
@@ -266,8 +266,8 @@ def fuzz(target: Target, count: int, seed: int, directory: Path) -> dict[str, An
 
 
 def peak() -> int:
-    """The process's peak resident memory in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The process's peak resident memory in bytes. getrusage counts that of the process which started this one too."""
+    return int(memory_mib(trim=False)[1] * 2**20)
 
 
 def by_coverage(target: Target, runs: int, seed: int, directory: Path) -> None:

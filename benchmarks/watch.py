@@ -31,13 +31,14 @@ class Compilations:
         jax.monitoring.unregister_event_duration_listener(self._note)
 
 
-def memory_mib() -> tuple[float, float]:
+def memory_mib(*, trim: bool = True) -> tuple[float, float]:
     """Resident memory of this process in MiB, and its peak so far; 0 where the system does not say.
 
-    What the allocator holds in reserve is given back first.
+    trim: What the allocator holds in reserve is given back first, which takes milliseconds.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+    if trim:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
     try:
         status = pathlib.Path("/proc/self/status").read_text()
     except OSError:
