@@ -155,6 +155,8 @@ def main() -> None:
             for name in arguments.passes:
                 command = [sys.executable, "-m", "benchmarks.growth", "--lengths", str(length), "--passes", name, *own]
                 subprocess.run(command, check=True)
+        report = json.loads(arguments.json.read_text()) | about("growth")  # the command that ran them all
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
         return
     (length,), (name,) = arguments.lengths, arguments.passes
     base = load_base(arguments.base)
