@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.numpy import save
 
 from butler_jax.model import name_leaves
-from butler_jax.storage import to_dict, write_whole
+from butler_jax.storage import read_object, to_dict, write_whole
 from butler_jax.weights import Base, parse_hub_id, upload
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -68,10 +68,10 @@ def _check_place(directory: Path) -> None:
     if not there:
         return
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        library = read_object(directory / CONFIG).get("library_name")
     except (OSError, ValueError):
-        config = None
-    if not (isinstance(config, dict) and config.get("library_name") == LIBRARY):
+        library = None
+    if library != LIBRARY:
         raise FileExistsError(
             f"{directory} has {', '.join(there)}, but not of a predictor; choose another directory, so that nothing is "
             "overwritten"
