@@ -141,6 +141,11 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def write(path: pathlib.Path, report: dict[str, Any]) -> None:
+    """Write the figures, and the command of this process."""
+    path.write_text(json.dumps(report | about("growth"), indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", required=True, help="a base model, as --base of train")
@@ -155,8 +160,7 @@ def main() -> None:
             for name in arguments.passes:
                 command = [sys.executable, "-m", "benchmarks.growth", "--lengths", str(length), "--passes", name, *own]
                 subprocess.run(command, check=True)
-        report = json.loads(arguments.json.read_text()) | about("growth")  # the command that ran them all
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(arguments.json, json.loads(arguments.json.read_text()))  # with the command that ran them all
         return
     (length,), (name,) = arguments.lengths, arguments.passes
     base = load_base(arguments.base)
@@ -177,8 +181,7 @@ def main() -> None:
         base: exponents([row for row in report["rows"] if row["base"] == base])
         for base in dict.fromkeys(row["base"] for row in report["rows"])
     }
-    report |= about("growth")
-    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    write(arguments.json, report)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).parent.parent.parent
 DOCS = REPOSITORY / "docs"
@@ -18,6 +21,11 @@ PAGES = [
 def name(page: Path) -> str:
     """The page's path in the repository, for the names of tests."""
     return str(page.relative_to(REPOSITORY))
+
+
+def cases(paths: Iterable[Path], name: Callable[[Path], str], often: Set[str]) -> list:
+    """Cases of slow tests. `.ci/run` runs those whose name is in `often`, `pytest -m long` the others."""
+    return [pytest.param(p, id=name(p), marks=() if name(p) in often else pytest.mark.long) for p in paths]
 
 
 def blocks(page: Path, language: str = "") -> list[str]:

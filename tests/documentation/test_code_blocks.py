@@ -18,7 +18,7 @@ from butler_jax.cli.info import InfoConfig
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.pretraining.config import PretrainConfig
 from butler_jax.training.config import TrainConfig
-from tests.documentation.pages import PAGES, REPOSITORY, blocks, name
+from tests.documentation.pages import PAGES, REPOSITORY, blocks, cases, name
 from tests.host_devices import host_devices
 
 KINDS = {
@@ -36,7 +36,6 @@ SMALL = {
     "tokens=4096": "tokens=512, context=128, tasks='perplexity'",
 }
 DEVICES = {"docs/guides/decode.md": 8}  # its last part uses several
-# Pages that .ci/run runs; the others are in `pytest -m long`.
 OFTEN = {"README.md", "docs/install.md"} | {
     f"docs/guides/{guide}.md" for guide in ("train", "evaluate", "decode", "kernels")
 }
@@ -78,9 +77,7 @@ def test_every_module_that_is_run_exists(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [pytest.param(p, id=name(p), marks=() if name(p) in OFTEN else pytest.mark.long) for p in python_pages()]
-)
+@pytest.mark.parametrize("page", cases(python_pages(), name, OFTEN))
 def test_python_blocks_run_from_top_to_bottom(page, tmp_path):
     program = "\n\n".join(blocks(page, "python"))
     for said, small in SMALL.items():

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.documentation.pages import REPOSITORY, cases
 from tests.notebook_runner import code_cells
 
-REPOSITORY = Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 SMALL = {"STEPS": 4, "LENGTH": 128, "TOKENS": 512, "SAMPLES": 2, "DECODE_STEPS": 8, "BUDGETS": [0.5, 0.25]}
 SHOWN = {  # what a notebook prints, how many pictures and coloured texts it shows
@@ -126,13 +126,11 @@ def test_a_picture_is_near_the_top(path):
     assert shows.index(True) < (14 if path.stem in CLASSES and "Decoder" in CLASSES[path.stem] else 9)
 
 
-OFTEN = {"01_quickstart", "07_tour"}  # run by .ci/run
+OFTEN = {"01_quickstart", "07_tour"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in OFTEN else pytest.mark.long) for p in NOTEBOOKS]
-)
+@pytest.mark.parametrize("path", cases(NOTEBOOKS, lambda p: p.stem, OFTEN))
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, REPOSITORY / "tests" / "notebook_runner.py", path, json.dumps(SMALL)]
