@@ -42,7 +42,7 @@ class EvalConfig(HostsConfig):
     policies: tuple[str, ...] | None = None
     """dense, oracle, oracle_head, oracle_residual, random, streaming, h2o, snapkv, citrus, quest, lowrank, tokenbutler,
     each with settings after it if need be (quest:page=8); in Python also Policy objects. snapkv and citrus run row by
-    row here. Default: dense, oracle, random, streaming and, where there is a predictor, tokenbutler."""
+    row here. Default: dense, oracle, streaming and, where there is a predictor, tokenbutler."""
     budgets: tuple[str | float, ...] = (0.5, 0.25, 0.125, 0.0625)
     """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
     tokens."""

@@ -20,7 +20,7 @@ from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
 
-DEFAULT = ("dense", "oracle", "random", "streaming", "tokenbutler")
+DEFAULT = ("dense", "oracle", "streaming", "tokenbutler")
 PREPARED_TOKENS = 8192  # of text that a policy is prepared on
 
 

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "adapter": ["AttentionInputs", "LayerWeights", "ModelAdapter", "place_model", "split_layers"],
         "angles": ["RotaryAngles", "rope_angles"],
         "attention": [
+            "Band",
             "CHUNK",
             "LOWEST",
             "causal_attention",
@@ -19,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "exponentials",
             "grouped_sinks",
             "make_bands",
+            "masked_exponentials",
             "masked_softmax",
             "merge_groups",
             "merge_queries",
@@ -34,6 +36,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "BaseModel",
             "LOGICAL_AXES",
             "LayerView",
+            "Mixer",
             "by_service",
             "by_sliding_window",
             "check_length",

@@ -225,20 +225,22 @@ def chunk_mask(
     sliding_window: int | None,
     chunk: int,
     key_segments: Int[Array, "B S"] | None = None,
+    before: int = 0,
 ) -> Bool[Array, "#B C {keys}"]:
     """Which of the keys first ... first+keys-1 the rows of chunk `index` attend to; B is 1 without segments.
 
     segments: documents of the queries, padded to whole chunks; None where all tokens are of one document. key_segments:
-    of the keys, by default those of the queries.
+    of the keys, by default those of the queries. before: tokens before the rows of chunk 0.
     """
-    rows = (index * chunk + jnp.arange(chunk))[:, None]
+    start = before + index * chunk
+    rows = (start + jnp.arange(chunk))[:, None]
     columns = (first + jnp.arange(keys))[None, :]
     mask = columns <= rows
     if sliding_window is not None:
         mask &= columns > rows - sliding_window
     mask = mask[None]
     if segments is not None:
-        own = jax.lax.dynamic_slice_in_dim(segments, index * chunk, chunk, axis=1)
+        own = jax.lax.dynamic_slice_in_dim(segments, start, chunk, axis=1)
         other = segments if key_segments is None else key_segments
         other = jax.lax.dynamic_slice_in_dim(other, first, keys, axis=1)
         mask = mask & (own[:, :, None] == other[:, None, :])

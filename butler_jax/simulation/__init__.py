@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "calibration": ["calibrate_thresholds", "calibrate_tolerance"],
         "choice": ["chosen_mask", "sparse_chunk", "with_rule"],
         "chunks": ["Importance", "importance_walk", "map_chunks", "merge_rows"],
+        "prompts": ["ReadPrompts", "read_prompts"],
         "recall": ["LEAST_KEYS", "Recall", "choose_best", "choose_half", "measure_recall"],
         "simulator": ["Simulated", "count_keys", "simulate"],
         "statistics": ["Estimate", "estimate_ratio", "estimate_share"],

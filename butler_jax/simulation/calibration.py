@@ -29,7 +29,7 @@ from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
 
-GRID = np.arange(-40.0, 10.5, 0.5)  # logarithms of the tolerances that are tried first
+GRID = np.arange(-40.0, 11.0)  # logarithms of the tolerances that are tried first
 FINE = 16  # tolerances that are then tried between two of the grid
 CORRECTIONS = 2  # simulations that correct a tolerance for what the dense pass does not show
 CLOSE = 0.02  # relative distance from a mean at which its tolerance is not corrected further
@@ -98,7 +98,7 @@ def calibrate_tolerance(
     *,
     policy: Policy | None = None,
     prompt_tokens: int = 0,
-    rows: int | None = 512,
+    rows: int | None = 256,
     corrections: int = CORRECTIONS,
 ) -> list[SelectionConfig]:
     """Find the tolerance of the whole model under which rows read `means` on average over served layers and heads.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.decoding import rounded
 from butler_jax.model import (
     CHUNK,
+    Band,
     BaseModel,
     LayerView,
     by_service,
@@ -30,11 +31,11 @@ from butler_jax.model import (
     soft_cap,
     split_groups,
     split_keys,
-    split_segments,
 )
 from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor, walk, zeros_of
 from butler_jax.selection import Rows
+from butler_jax.simulation.prompts import ReadPrompts, attend_last
 from butler_jax.simulation.sharding import (
     embed_split,
     split_chunks,
@@ -45,8 +46,8 @@ from butler_jax.simulation.sharding import (
     split_view,
 )
 
-LEAST = 4  # chunks of a band: each band is compiled by itself, and a policy takes long to compile
-Importance = tuple[Float[Array, "B T H R"], Float[Array, "B T Q R"], Float[Array, "B T H"] | None]
+LEAST = 4  # chunks of a band, twice as many where few rows run: each band is compiled by itself, which takes long
+Importance = tuple[Float[Array, "B T H R"], Float[Array, "B S Q R"], Float[Array, "B T H"] | None]
 Step = Callable[[Any, LayerView], tuple[Any, Importance | None]]
 
 
@@ -54,13 +55,14 @@ def map_chunks(
     apply: Callable[[Chunk], Any],
     view: LayerView,
     importance: Importance | None,
-    segments: Int[Array, "B T"],
+    segments: Int[Array, "B S"],
     sliding_window: int | None,
     rows: int | None = None,
 ) -> Any:
     """Call a function on the chunks of query rows of a layer.
 
     Args:
+        view: The layer, with queries of all tokens or of the last ones, and keys and values of all.
         importance: (q_imp, k_imp, offset), with k_imp per KV head or per query head; None without a predictor.
         sliding_window: Of the layer, in tokens, static; None without one.
         rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
@@ -68,19 +70,26 @@ def map_chunks(
     Returns:
         The results, stacked [chunks, ...].
     """
-    length, size = segments.shape[1], min(CHUNK, segments.shape[1])
+    length = view.q.shape[1]
+    size, before = min(CHUNK, length), segments.shape[1] - length
     kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
     view = split_view(view)
 
-    x = jnp.pad(view.x, ((0, 0), (0, -length % size), (0, 0)))
+    def pad(a):
+        """T or S in whole chunks."""
+        return jnp.pad(a, ((0, 0), (0, -length % size)) + ((0, 0),) * (a.ndim - 2))
+
+    def keys_of(a):
+        return split_keys_whole(split_keys(pad(a), 1))
+
+    x = pad(view.x)
     queries = split_rows(view.q, kv_heads, size)
-    keys, values = (split_keys_whole(split_keys(a, size)) for a in (view.k, view.v))
-    starts = split_segments(document_starts(segments), size)
-    segments = split_segments(segments, size)
+    keys, values = keys_of(view.k), keys_of(view.v)
+    starts, segments = pad(document_starts(segments)), pad(segments)
     if importance is not None:
         q_imp, k_imp, offset = importance
         offset = None if offset is None else split_rows(offset[..., None], kv_heads, size)
-        importance = split_rows(q_imp, kv_heads, size), split_keys_whole(split_keys(k_imp, size)), offset
+        importance = split_rows(q_imp, kv_heads, size), keys_of(k_imp), offset
 
     def scores(rows, columns):
         """Scaled products of rows with keys per KV head or, where there are H of them, per query head."""
@@ -98,8 +107,9 @@ def map_chunks(
             predicted = scores(importance[0][number], band.take(importance[1], first, 2))
             if importance[2] is not None:
                 offset = importance[2][number]
-        start = jax.lax.dynamic_slice_in_dim(starts, number * size, size, axis=1)
-        own = jnp.broadcast_to((number * size + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
+        row = before + number * size
+        start = jax.lax.dynamic_slice_in_dim(starts, row, size, axis=1)
+        own = jnp.broadcast_to((row + jnp.arange(size, dtype=jnp.int32))[None], start.shape)
         chunk = Chunk(
             layer=view.index,
             weights=view.weights,
@@ -112,14 +122,18 @@ def map_chunks(
             offset=offset,
             rows=Rows(own, start),
             columns=first + jnp.arange(band.keys, dtype=jnp.int32),
-            allowed=chunk_mask(number, first, band.keys, segments, sliding_window, size),
+            allowed=chunk_mask(number, first, band.keys, segments, sliding_window, size, before=before),
             starts=band.take(starts, first, 1),
         )
         return apply(chunk)
 
     parts = []
     chosen = spread(length, rows)
-    for band in make_bands(-(-length // size), size, sliding_window, LEAST):
+    number = x.shape[1] // size
+    bands = make_bands(number, size, sliding_window, LEAST if rows is None else 2 * LEAST)
+    if before:
+        bands = [Band(0, number, segments.shape[1], False)]
+    for band in bands:
         numbers = [n for n in range(band.start, band.stop) if n in chosen]
         if numbers:
             parts.append(jax.lax.map(lambda number, band=band: one(band, number), jnp.asarray(numbers)))
@@ -152,8 +166,9 @@ def spread_rows(length: int, rows: int | None) -> Bool[np.ndarray, " T"]:
 def importance_walk(
     predictor: Predictor | None,
     x: Float[Array, "B T E"],
-    batch: dict[str, Int[Array, "B T"]],
+    batch: dict[str, Int[Array, "B S"]],
     *,
+    read: ReadPrompts | None = None,
     implementation: str | None = None,
     score_dtype: str | None = None,
 ) -> tuple[Any, Step]:
@@ -161,6 +176,8 @@ def importance_walk(
 
     Args:
         predictor: Without one the importance is None.
+        x: The embeddings, of the tokens after those read.
+        read: The first tokens, where a pass of them was run before.
         implementation: As in `model.causal_attention`, for attention in the predictor.
         score_dtype: "int8" rounds k_imp as decoding stores it; None keeps the predictor's precision.
 
@@ -170,20 +187,25 @@ def importance_walk(
     if predictor is None:
         return None, lambda state, view: (state, None)
     segments = batch["segments"]
-    context = predictor.context(batch["positions"])
+    context = predictor.context(batch["positions"][:, -x.shape[1] :])
 
     def attend(cache, q, k, v):
+        if read is not None:
+            k, v = (jnp.concatenate(parts, axis=1) for parts in zip(cache, (k, v), strict=True))
+            return attend_last(q, k, v, segments), cache
         return causal_attention(q, k, v, segments=segments, implementation=implementation), None
 
     def step(state, view):
         at = walk.advance(predictor, state, view, context, attend)
         functions = predictor.q_imp, predictor.k_imp, predictor.offset
         q_imp, k_imp, offset = (f(at.head, at.features, view, context) for f in functions)
+        if read is not None:
+            k_imp = jnp.concatenate([read.k_imp[view.index], k_imp], axis=1)
         if score_dtype is not None:
             k_imp = rounded(k_imp, segments > 0)
         return at.state, (q_imp, k_imp, offset)
 
-    return walk.begin(predictor, x, context), step
+    return walk.begin(predictor, x, context, None if read is None else read.trunk), step
 
 
 def sum_chunks(

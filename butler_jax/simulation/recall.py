@@ -26,7 +26,7 @@ from butler_jax.simulation.statistics import Estimate, estimate_ratio
 from pallas_kernels import ordered_image
 
 LEAST_KEYS = 32  # rows with fewer keys have no hit rate
-RANKED = 8  # of so many rows, the keys of one are ranked: sorting takes longer than all the rest
+RANKED = 16  # of so many rows, the keys of one are ranked: ranking takes longer than all the rest
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Recall:
     Attributes:
         mass: mass[policy][budget] is the sum of the true attention weights inside the chosen set.
         attended: attended[policy][budget] is the fraction of the causal keys that was chosen.
-        hit_rate: The share of the top half by true logit that is in the top half by score; per query head, over rows of
-            at least LEAST_KEYS keys. Policies that evict have none.
+        hit_rate: The share of the top half by true logit that is in the top half by score; per query head, over every
+            RANKED-th row of at least LEAST_KEYS keys. Policies that evict have none.
         spearman: The correlation of the ranks by score with the ranks by true logit, equal scores with their mean rank;
-            over the same heads and every RANKED-th of these rows.
+            over the same heads and rows.
         tied: tied[policy][budget] is the share of the chosen units that only their position tells from units left out,
             since their scores are equal. Policies that evict have none.
         by_head: The hit rate of every layer from 1 on and query head; NaN where the layer is not served.
@@ -63,8 +63,7 @@ class RecallSums(NamedTuple):
         hits: Hit rate of every served layer and query head.
         spearman: Rank correlation of every served layer and query head.
         rows: How many rows were measured.
-        long: How many of them have at least LEAST_KEYS keys.
-        ranked: How many of these have a rank correlation.
+        ranked: How many of them have a hit rate and a rank correlation.
     """
 
     mass: Float[Array, "policies budgets B"]
@@ -73,7 +72,6 @@ class RecallSums(NamedTuple):
     hits: Float[Array, "policies L H B"]
     spearman: Float[Array, "policies L H B"]
     rows: Float[Array, " B"]
-    long: Float[Array, " B"]
     ranked: Float[Array, " B"]
 
 
@@ -159,19 +157,17 @@ def _enter(
     """Enter the means of one policy, whose index in the sums is `number`."""
     layers = base.served_layers
     by_budget = [(result.mass, sums.mass), (result.attended, sums.attended)]
-    if sums.long.any():
+    if sums.ranked.any():
         by_budget.append((result.tied, sums.tied))
     for table, values in by_budget:
         each = [estimate_ratio(v / len(layers), sums.rows) for v in values[number]]
         table[name] = dict(zip(budgets, each, strict=True))
-    if not sums.long.any():
+    if not sums.ranked.any():
         return
-    by_row = [(result.hit_rate, sums.hits, sums.long), (result.spearman, sums.spearman, sums.ranked)]
-    for table, values, rows in by_row:
-        if rows.any():
-            table[name] = estimate_ratio(values[number].mean(axis=(0, 1)), rows)
+    for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
+        table[name] = estimate_ratio(values[number].mean(axis=(0, 1)), sums.ranked)
     result.by_head[name] = np.full((base.layers - 1, base.heads), np.nan)
-    result.by_head[name][np.asarray(layers) - 1] = sums.hits[number].sum(axis=-1) / sums.long.sum()
+    result.by_head[name][np.asarray(layers) - 1] = sums.hits[number].sum(axis=-1) / sums.ranked.sum()
 
 
 @partial(jax.jit, static_argnames=("policies", "options"))
@@ -223,7 +219,7 @@ def _sum_evicting(
     none = jnp.zeros((1, len(base.served_layers), base.heads, segments.shape[0]))
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
     zero = jnp.zeros_like(number)
-    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, number, zero, zero)
+    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, number, zero)
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:
@@ -247,17 +243,16 @@ def _sum_chunk(
     last = counted.shape[1] - 1
     inside = chunk.rows.own <= last
     real = inside & jnp.take_along_axis(counted, jnp.minimum(chunk.rows.own, last), axis=1)
-    long = real & (count >= LEAST_KEYS)
     few = slice(RANKED - 1, None, RANKED)
-    ranked = long[:, few]
+    ranked, held = (real & (count >= LEAST_KEYS))[:, few], allowed[:, few]
     weights = masked_softmax(chunk.logits, allowed[:, None, None], chunk.sink_logits)
 
     def sum_means(per_head):
         return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)
 
-    def sum_heads(per_head, rows):
-        """Sums of every query head over rows, [H, B]."""
-        sums = jnp.sum(jnp.where(rows[:, None, None], per_head, 0.0), axis=-1)
+    def sum_heads(per_head):
+        """Sums of every query head over the rows that are ranked, [H, B]."""
+        sums = jnp.sum(jnp.where(ranked[:, None, None], per_head, 0.0), axis=-1)
         return jnp.broadcast_to(sums, (batch, kv_heads, group)).reshape(batch, -1).T
 
     def sum_mass(pooled, rule, table):
@@ -269,19 +264,19 @@ def _sum_chunk(
         found = jnp.sum(jnp.where(mask, weights, 0.0), axis=-1), read, tied[:, :, None]
         return tuple(map(sum_means, found))
 
-    best = choose_half(chunk.logits, allowed)
+    true = chunk.logits[..., few, :]
+    best, half = choose_half(true, held), jnp.maximum(count[:, few] // 2, 1).astype(jnp.float32)
     found, hits, spearman = [], [], []
     for policy, table in zip(policies, tables, strict=True):
         rule = (policy.selection(options.selection) or options.selection).rule
         scores = policy.scores(chunk)
         found.append(jax.lax.map(partial(sum_mass, policy.pool(scores, chunk), rule), table))
-        common = jnp.sum(best & choose_half(scores, allowed), axis=-1, dtype=jnp.int32)
-        share = common.astype(jnp.float32) / jnp.maximum(count // 2, 1).astype(jnp.float32)[:, None, None]
-        hits.append(sum_heads(share, long))
-        both = (a[..., few, :] for a in (scores, chunk.logits))
-        spearman.append(sum_heads(correlate_ranks(*both, allowed[:, few]) if options.ranks else 0.0, ranked))
+        few_scores = scores[..., few, :]
+        common = jnp.sum(best & choose_half(few_scores, held), axis=-1, dtype=jnp.int32)
+        hits.append(sum_heads(common.astype(jnp.float32) / half[:, None, None]))
+        spearman.append(sum_heads(correlate_ranks(few_scores, true, held) if options.ranks else 0.0))
 
-    rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, long, ranked))
+    rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, ranked))
     by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))
     return RecallSums(*by_budget, jnp.stack(hits), jnp.stack(spearman), *rows)
 

@@ -32,11 +32,12 @@ from butler_jax.simulation.choice import sparse_chunk
 from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows
 from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.predictions import predict_next
+from butler_jax.simulation.prompts import ReadPrompts, last_mixer
 from butler_jax.simulation.sharding import embed_split, split_heads, split_text, split_view
 
 
 class Simulated(NamedTuple):
-    """The results of a pass.
+    """The results of a pass, over all tokens or those after prompts that were read before.
 
     Attributes:
         nll: Negative log-likelihood of the next token in nats; 0 where it is padding or belongs to another document.
@@ -66,7 +67,7 @@ class Simulated(NamedTuple):
 
 def simulate(
     model: BaseModel,
-    batch: dict[str, Int[Array, "B T"]],
+    batch: dict[str, Int[Array, "B S"]],
     policy: Policy,
     config: SelectionConfig,
     predictor: Predictor | None = None,
@@ -74,6 +75,7 @@ def simulate(
     prompts: Int[Array, " B"] | None = None,
     wanted: Bool[Array, "B T"] | None = None,
     reference: Float[Array, "B T E"] | None = None,
+    read: ReadPrompts | None = None,
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Simulated:
@@ -83,6 +85,8 @@ def simulate(
 
     Args:
         batch: tokens, segments (0 is padding) and positions, int32 [B, T] each.
+        read: What `read_prompts` kept of the first tokens of the batch. Only the T rows after these run, and `wanted`,
+            `reference` and the results are theirs alone. The batch holds all tokens.
         policy: The policy that ranks or evicts the keys.
         config: Budget, sinks, recent tokens and units.
         predictor: Needed by policies with `needs_predictor`.
@@ -96,26 +100,30 @@ def simulate(
 
     Raises:
         ValueError: The text exceeds the model's context, the policy lacks its predictor, the thresholds are those of
-            another model, or the interval does not divide the rows of a chunk.
+            another model, or the interval does not divide the rows of a chunk. Or prompts were read before, and the
+            policy evicts, or needs a predictor that they were read without.
     """
     length = batch["tokens"].shape[1]
     check_length(model.config, length)
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
+    if read is not None:
+        read.check(policy, predictor)
     limits = None
     if config is not None:
         limits = limits_of(config, model.config, length)
         limits = limits._replace(prompts=None if prompts is None else jnp.asarray(prompts, jnp.int32))
     how = dict(policy=policy, rule=config and config.rule, score_dtype=score_dtype, implementation=implementation)
-    return _simulate(model, predictor, batch, limits, wanted, reference, **how)
+    return _simulate(model, predictor, batch, limits, wanted, reference, read, **how)
 
 
 @partial(jax.jit, static_argnames=("policy", "rule", "score_dtype", "implementation"))
-def _simulate(model, predictor, batch, limits, wanted, reference, **how) -> Simulated:
+def _simulate(model, predictor, batch, limits, wanted, reference, read, **how) -> Simulated:
     batch = split_text(batch)
-    x, (fractions, shares) = hidden_states(model, predictor, batch, limits, **how)
-    found = predict_next(model, x, batch["tokens"], batch["segments"], wanted, reference)
+    x, (fractions, shares) = hidden_states(model, predictor, batch, limits, read=read, **how)
+    tokens, segments = (batch[name][:, -x.shape[1] :] for name in ("tokens", "segments"))
+    found = predict_next(model, x, tokens, segments, wanted, reference)
     base, heads = model.config, how["policy"].choosing_heads(model.config)
     read, served = count_keys(base, batch["segments"], fractions, heads)
     whole, _ = count_keys(base, batch["segments"], jnp.ones_like(fractions), base.kv_heads)
@@ -126,11 +134,12 @@ def _simulate(model, predictor, batch, limits, wanted, reference, **how) -> Simu
 def hidden_states(
     model: BaseModel,
     predictor: Predictor | None,
-    batch: dict[str, Int[Array, "B T"]],
+    batch: dict[str, Int[Array, "B S"]],
     limits: Limits | None,
     *,
     policy: Policy,
     rule: SelectionConfig | None,
+    read: ReadPrompts | None = None,
     score_dtype: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T E"], tuple[Float[Array, "L B T"], Float[Array, "L B _ T"]]]:
@@ -141,16 +150,24 @@ def hidden_states(
     Args:
         limits: Budgets as data; None where everything is read.
         rule: `SelectionConfig.rule`; None where everything is read.
+        read: As in `simulate`.
     """
-    base, segments, positions = model.config, batch["segments"], batch["positions"]
-    length = segments.shape[1]
-    x = embed_split(model, batch["tokens"])
-    dense = dense_mixer(base, segments, implementation)
+    base, segments, first = model.config, batch["segments"], 0 if read is None else read.tokens
+    length = segments.shape[1] - first
+    positions = batch["positions"][:, first:]
+    x = embed_split(model, batch["tokens"][:, first:])
+    dense = dense_mixer(base, segments, implementation) if read is None else last_mixer(base, segments)
+
+    def whole(view):
+        """The layer with the keys and values of the prompts read before."""
+        return view if read is None else read.extend(view)
+
     if rule is None:
-        x, _, _ = run_layers(model, x, positions, lambda carry, view: dense(carry, split_view(view)), None)
-        ones = jnp.ones((base.layers, *segments.shape), jnp.float32)
+        x, _, _ = run_layers(model, x, positions, lambda carry, view: dense(carry, whole(split_view(view))), None)
+        ones = jnp.ones((base.layers, segments.shape[0], length), jnp.float32)
         return x, (ones, ones[:, :, None])
-    begun, step = importance_walk(predictor, x, batch, implementation=implementation, score_dtype=score_dtype)
+    how = dict(read=read, implementation=implementation, score_dtype=score_dtype)
+    begun, step = importance_walk(predictor, x, batch, **how)
 
     def attend_kept(view, importance, sliding_window):
         found = evicting_attention(view, segments, sliding_window, policy, limits, rule)
@@ -167,6 +184,7 @@ def hidden_states(
     def mixer(walk, view):
         view = split_view(view)
         walk, importance = step(walk, view)
+        view = whole(view)
 
         def leave():
             output = dense(None, view)[0].astype(view.v.dtype)
@@ -182,17 +200,18 @@ def hidden_states(
 
 def count_keys(
     config: BaseConfig,
-    segments: Int[Array, "B T"],
+    segments: Int[Array, "B S"],
     fractions: Float[Array, "L B T"],
     heads: int,
 ) -> Float[Array, "2 B T"]:
     """How many keys each row reads in all layers, and in the served ones, over all heads.
 
     Args:
-        fractions: Share of its causal keys that a row reads in each layer.
+        fractions: Share of its causal keys that a row reads in each layer; of all rows, or of the last ones.
         heads: Sets of keys that a served layer chooses. The others read all keys of every KV head.
     """
     count = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments) + 1
+    count = count[:, -fractions.shape[2] :]
     limits = sliding_windows(config)
     if limits is None:
         count = jnp.broadcast_to(count[None], fractions.shape)

@@ -40,7 +40,7 @@ def test_recall_and_hit_rate_equal_sorted_form(model):
                     forced = {*range(max(0, t - 7), t + 1), *range(min(4, t + 1))}
                     rest = sorted(set(range(t + 1)) - forced, key=lambda j: (-pooled[j], j))
                     mass.append(true[[*forced, *rest[: n - len(forced)]]].sum())
-                    if t >= 31:
+                    if t in (31, 47):  # every sixteenth row
                         half = (t + 1) // 2
                         own = score(layer, head, t, true)
                         tops = (set(np.argsort(-a, kind="stable")[:half]) for a in (true, own))
@@ -49,7 +49,7 @@ def test_recall_and_hit_rate_equal_sorted_form(model):
             assert found.mass[name][budget].value == pytest.approx(np.mean(mass), abs=2e-5)
         assert found.hit_rate[name].value == pytest.approx(np.mean(hits), abs=1e-5)
         assert found.by_head[name].mean() == pytest.approx(np.mean(hits), abs=1e-5)
-        assert (found.mass[name][0.5].n, found.hit_rate[name].n) == (60, 29)
+        assert (found.mass[name][0.5].n, found.hit_rate[name].n) == (60, 2)
 
 
 @pytest.mark.slow
@@ -67,8 +67,8 @@ def test_oracle_recalls_most_and_random_hits_half(model):
         assert all(0 < found.attended[n][budget].value < 1 for n in names)
     assert found.hit_rate["oracle"].value == pytest.approx(1, abs=1e-6)
     assert found.spearman["oracle"].value == pytest.approx(1, abs=1e-6)
-    # about 260 rows x 2 layers x 2 KV heads of 16 to 64 draws each: standard error below 0.002
-    assert found.hit_rate["random"].value == pytest.approx(0.5, abs=0.01)
+    # 16 rows x 2 layers x 2 KV heads of 16 to 64 draws each: standard error below 0.01
+    assert found.hit_rate["random"].value == pytest.approx(0.5, abs=0.03)
     assert found.spearman["random"].value == pytest.approx(0, abs=0.02)
 
 

@@ -1,8 +1,12 @@
-"""Passes that run only once: in short rows, several budgets often let a row read equally many tokens."""
+"""Passes that run only once: in short rows, several budgets often let a row read equally many tokens.
+
+Where rows are prompts, all passes over a batch share one dense pass over these.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,10 +16,13 @@ from jaxtyping import Bool, Float, Int
 from butler_jax.data import Batch
 from butler_jax.model import BaseModel
 from butler_jax.parallel import on_host
-from butler_jax.policies import Dense, Policy
+from butler_jax.policies import Dense, Policy, Scoring
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table
-from butler_jax.simulation import simulate
+from butler_jax.simulation import ReadPrompts, Simulated, read_prompts, simulate
+
+LEAST_ROWS = 32  # that run after a prompt, so that answers of different lengths rarely compile anew
+KEPT_PROMPTS = 2 << 30  # bytes
 
 
 class RowPredictions(NamedTuple):
@@ -53,6 +60,7 @@ class Passes:
         self.model, self.options = model, dict(score_dtype=score_dtype, implementation=implementation)
         self._found: dict[Any, RowPredictions] = {}
         self._predictors: dict[int, Predictor] = {}  # kept alive, so that no other takes its id
+        self._prompts: OrderedDict[Any, ReadPrompts] = OrderedDict()
 
     def __call__(
         self,
@@ -82,8 +90,80 @@ class Passes:
         key = content, batch["tokens"].shape, policy, id(predictor), *limits
         if key not in self._found:
             self._predictors[id(predictor)] = predictor
-            prompts = wanted.argmax(axis=1) if self.prompted else None
-            options = dict(prompts=prompts, wanted=jnp.asarray(wanted), **self.options)
-            found = simulate(self.model, batch, policy, selection, predictor, **options)
-            self._found[key] = RowPredictions(*(on_host(getattr(found, name)) for name in RowPredictions._fields))
+            ends = AlignedEnds.of(batch, wanted) if self.prompted else None
+            if ends is None or not isinstance(policy, Scoring) or chosen.interval > 1:
+                prompts = wanted.argmax(axis=1) if self.prompted else None
+                options = dict(prompts=prompts, wanted=jnp.asarray(wanted), **self.options)
+                found = _on_host(simulate(self.model, batch, policy, selection, predictor, **options))
+            else:
+                read = self._read((content, id(predictor)), ends, predictor)
+                options = dict(prompts=ends.prompts, wanted=jnp.asarray(ends.wanted), read=read, **self.options)
+                found = ends.restore(simulate(self.model, ends.batch, policy, selection, predictor, **options))
+            self._found[key] = found
         return self._found[key]
+
+    def _read(self, key: Any, ends: AlignedEnds, predictor: Predictor | None) -> ReadPrompts:
+        """The prompts of a batch as a predictor needs them; the last ones are kept, up to KEPT_PROMPTS bytes."""
+        if key not in self._prompts:
+            how = dict(implementation=self.options["implementation"])
+            self._prompts[key] = read_prompts(self.model, ends.batch, ends.first, predictor, **how)
+            while len(self._prompts) > 1 and sum(read.bytes for read in self._prompts.values()) > KEPT_PROMPTS:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(key)
+        return self._prompts[key]
+
+
+class AlignedEnds(NamedTuple):
+    """A batch of one document a row, moved so that the tokens after the last row wanted are cut off.
+
+    All rows end in the last column, so that the rows after the prompts are the last columns of the batch.
+
+    Attributes:
+        batch: tokens, segments, positions [B, S].
+        wanted: The rows wanted among the last T.
+        prompts: Tokens of each prompt.
+        shift: How many columns each row was moved to the right.
+    """
+
+    batch: Batch
+    wanted: Bool[np.ndarray, "B T"]
+    prompts: Int[np.ndarray, " B"]
+    shift: Int[np.ndarray, " B"]
+
+    @classmethod
+    def of(cls, batch: Batch, wanted: Bool[np.ndarray, "B S"]) -> AlignedEnds | None:
+        """The aligned batch; None where more than half of it would run after the prompts."""
+        size, used = wanted.shape[1], wanted.any(axis=1)
+        prompts = wanted.argmax(axis=1) * used
+        ends = (size - wanted[:, ::-1].argmax(axis=1) + 1) * used  # the token after the last row is its target
+        rows = max(LEAST_ROWS, 1 << int(max(ends - prompts) - 1).bit_length())
+        if rows > size // 2 or (batch["positions"] != np.arange(size)[None])[batch["segments"] > 0].any():
+            return None
+        shift = size - np.minimum(ends, size)
+        place = np.arange(size)[None] - shift[:, None]
+        moved = {
+            name: np.where(place >= 0, np.take_along_axis(batch[name], np.maximum(place, 0), axis=1), 0)
+            for name in ("tokens", "segments", "positions")
+        }
+        asked = np.take_along_axis(wanted, np.maximum(place, 0), axis=1) & (place >= 0)
+        return cls(moved, asked[:, -rows:], prompts, shift)
+
+    @property
+    def first(self) -> int:
+        """The first column after the prompts."""
+        return self.batch["tokens"].shape[1] - self.wanted.shape[1]
+
+    def restore(self, found: Simulated) -> RowPredictions:
+        """The predictions at the places where the rows were; 0 elsewhere."""
+        size, rows = self.batch["tokens"].shape[1], self.wanted.shape[1]
+        place = np.arange(size)[None] + self.shift[:, None] - self.first
+        inside = (place >= 0) & (place < rows)
+
+        def moved(a):
+            return np.where(inside, np.take_along_axis(a, np.clip(place, 0, rows - 1), axis=1), 0)
+
+        return RowPredictions(*map(moved, _on_host(found)))
+
+
+def _on_host(found: Simulated) -> RowPredictions:
+    return RowPredictions(*(on_host(getattr(found, name)) for name in RowPredictions._fields))
