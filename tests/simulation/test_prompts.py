@@ -26,6 +26,7 @@ CASES = {
     "contextual, long": (dataclasses.replace(BASE, rope=LONG), "tokenbutler", "contextual", {}),
     "producer, windows": (MIXED, "tokenbutler", "producer", {}),
 }
+SLOW = pytest.mark.slow
 FAST = ("pages", "lookahead, int8")
 
 
@@ -52,7 +53,7 @@ def test_rows_after_prompts_are_those_of_a_whole_pass(case):
     np.testing.assert_allclose(part.shares, whole.shares[..., -rows:], atol=1e-6)
 
 
-@pytest.mark.slow
+@SLOW
 def test_more_rows_than_a_chunk_run_after_a_prompt():
     model, batch, policy = make_model(), make_batch([[300]], 300), make_policy("oracle")
     selection, prompts = SelectionConfig(budget=0.25), np.asarray([150])
