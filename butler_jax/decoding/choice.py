@@ -29,6 +29,7 @@ from butler_jax.selection import (
     kept,
     recent_from,
     share_counts,
+    weigh_units,
     with_recent,
 )
 from pallas_kernels import compact
@@ -129,9 +130,12 @@ class Chooser:
         """The choice of a policy that ranks by the layer's own queries, keys or values."""
         selection = self.plan.selection
         chunk = chunk_of(view, *self.kv.layer(view.index), self.newest, known.scores, known.offset)
-        scores = self.plan.policy(chunk._replace(sinks=selection.sinks, recent=selection.recent))[:, :, 0]
+        scores = self.plan.policy(chunk.under(selection))
         threshold = None if self.limits.threshold is None else self.limits.threshold[view.index][None]
-        return self._select(scores, self.newest.total, self.newest.first(view.index), threshold)
+        if selection.allocation == "top_p":
+            weighed = weigh_units(scores, chunk.allowed[:, None], chunk.rows, selection, chunk.columns)
+            scores, threshold = weighed.scores, weighed.threshold(threshold[..., None])[..., 0]
+        return self._select(scores[:, :, 0], self.newest.total, self.newest.first(view.index), threshold)
 
     def _select(self, scores, lengths, first, threshold) -> Chosen:
         """Units by scores [B, K, S] of rows that hold `lengths` tokens and see those from `first` on."""

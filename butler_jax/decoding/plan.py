@@ -82,7 +82,8 @@ def make_plan(
             )
         when = "evicting"
     else:
-        when = "in_layer" if policy.predictor_pooling is None else "ahead"
+        ahead = policy.predictor_pooling is not None and selection.allocation != "top_p"  # weighed per query head
+        when = "ahead" if ahead else "in_layer"
     heads = policy.choosing_heads(base)
     room = room_for(selection, capacity, most, heads=heads)
     return Plan(selection, policy, when, heads, room, implementation)

@@ -51,9 +51,9 @@ class EvalConfig(HostsConfig):
     )
     """How tokens are chosen. Each of --budgets replaces its budget."""
     allocations: tuple[str, ...] = ("per_head", "tolerance")
-    """How heads share reads: per_head, per_layer, tolerance (as the allocation of a selection). A policy whose scores
-    have no common unit for all heads runs per_head alone. The tolerance of a budget is calibrated on the text, so that
-    the mean over layers and heads is the budget."""
+    """How heads share reads: per_head, per_layer, tolerance, top_p (as the allocation of a selection). A policy runs
+    under those that its scores allow, and per_head where they allow none. The tolerance of a budget, and the p of
+    top_p, are calibrated on the text, so that the mean over layers and heads is the budget."""
     prompt_tokens: int | None = None
     """First tokens of every window that are read densely, as a prompt, and not counted: what follows is evaluated, as
     if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row. Default:

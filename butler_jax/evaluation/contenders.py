@@ -33,7 +33,7 @@ class EvaluatedPolicy(NamedTuple):
         predictor: None where the policy needs none.
         training: How the predictor was trained; empty where that is not known.
         allocation: How heads share reads.
-        calibrated: Under a tolerance, the selections by budget.
+        calibrated: Under a tolerance or top-p, the selections by budget.
     """
 
     label: str

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 
-from butler_jax.selection import SelectionConfig
+from butler_jax.selection import Allocation, SelectionConfig
 
 if TYPE_CHECKING:
     from butler_jax.model import BaseConfig, BaseModel
@@ -27,6 +27,7 @@ class Policy:
         needs_predictor: Whether a trained predictor's scores are needed.
         is_bound: Whether the policy ranks by what no choice can know beforehand. Reports never name it as the best.
         one_unit: Whether scores are logarithms in one unit for all heads and layers, so that they can share reads.
+        estimates_logits: Whether scores estimate attention logits, so that their softmax estimates attention weights.
         form: How the policy differs from its publication, for reports.
     """
 
@@ -34,6 +35,7 @@ class Policy:
     needs_predictor: ClassVar[bool] = False
     is_bound: ClassVar[bool] = False
     one_unit: ClassVar[bool] = False
+    estimates_logits: ClassVar[bool] = False
     form: ClassVar[str] = ""
 
     def prepare(self, model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> Policy:
@@ -63,12 +65,22 @@ class Policy:
         Raises:
             ValueError: The selection has an allocation between heads that the policy cannot compare.
         """
-        if config.allocation != "per_head" and not self.one_unit:
+        if not self.allows(config.allocation):
+            lack = "are no estimates of attention logits"
+            if config.allocation != "top_p":
+                lack = "have no common unit for all heads"
+            others = [name for name in get_args(Allocation) if self.allows(name)]
             raise ValueError(
-                f"the scores of the policy {self.name} have no common unit for all heads, which the allocation "
-                f"{config.allocation} needs; take per_head"
+                f"the scores of the policy {self.name} {lack}, which the allocation {config.allocation} needs; take "
+                f"{' or '.join(others)}"
             )
         return config
+
+    def allows(self, allocation: Allocation) -> bool:
+        """Whether heads can share reads in this way by the policy's scores."""
+        if allocation == "top_p":
+            return self.estimates_logits
+        return allocation == "per_head" or self.one_unit
 
     @property
     def reads_everything(self) -> bool:

@@ -26,6 +26,7 @@ class LowRank(Scoring):
     """
 
     name = "lowrank"
+    estimates_logits = True
     rank: int | None = None
     directions: np.ndarray | None = None
 

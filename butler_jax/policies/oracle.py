@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from butler_jax.policies.scoring import Chunk, Scoring, normalise, per_query_head
+from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, normalise, per_query_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class Oracle(Scoring):
 
     name = "oracle"
     is_bound = True
+    estimates_logits = True
 
     def numbers_read_per_key(self, base, predictor):
         """The head dimension: whole keys are read."""
@@ -43,3 +44,7 @@ class OracleHead(Oracle):
     def pool(self, scores, chunk: Chunk):
         """The scores of every query head."""
         return per_query_head(scores)
+
+    def log_weights(self, chunk: Chunk):
+        """The logarithms of the weights of every query head."""
+        return per_query_head(estimate_weights(self.scores(chunk), chunk.allowed, chunk.sink_logits))

@@ -19,13 +19,15 @@ Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
 class Quest(Scoring):
     """Scores a page by sum_d max(q_d min_d, q_d max_d) over the range of its keys, and reads whole pages.
 
-    Of a row's own page, only the keys up to the row count.
+    Of a row's own page, only the keys up to the row count. Under the allocation top_p, the bound estimates the logit of
+    every key of the page.
 
     Attributes:
         page: Tokens of a page, a power of two.
     """
 
     name = "quest"
+    estimates_logits = True
     page: int = 16
 
     def __post_init__(self):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import grouped_sinks, sink_logits
 from butler_jax.policies.base import Policy
-from butler_jax.selection import Rows, always_chosen
+from butler_jax.selection import Allocation, Rows, SelectionConfig, always_chosen
 
 
 class Chunk(NamedTuple):
@@ -35,6 +35,7 @@ class Chunk(NamedTuple):
         offset: Of the trained predictor, for every row and query head; None where it has none.
         sinks: Sinks of the selection that will choose.
         recent: Recent tokens of the selection that will choose.
+        allocation: Of the selection that will choose.
     """
 
     layer: Int[Array, ""]
@@ -52,6 +53,11 @@ class Chunk(NamedTuple):
     offset: Float[Array, "B K G C 1"] | None = None
     sinks: int = 0
     recent: int = 0
+    allocation: Allocation = "per_head"
+
+    def under(self, selection: SelectionConfig) -> Chunk:
+        """The chunk with what it has to know of the selection that will choose."""
+        return self._replace(sinks=selection.sinks, recent=selection.recent, allocation=selection.allocation)
 
     @property
     def contested(self) -> Bool[Array, "B C S"]:
@@ -76,8 +82,18 @@ class Scoring(Policy):
         """Scores per choosing head, [B, K, C, S] or [B, H, C, S]; by default the maximum over the group."""
         return jnp.max(scores, axis=2)
 
+    def log_weights(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
+        """The logarithm of the estimated attention weight of each key, per choosing head, for the allocation top_p.
+
+        By default it is the softmax of the scores over the keys that a row may see, the mean over the query heads of
+        the group. So p is the share of all their attention together.
+        """
+        return mean_over_group(estimate_weights(self.scores(chunk), chunk.allowed, chunk.sink_logits))
+
     def __call__(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
-        """The pooled scores that selection compares."""
+        """What selection compares: the pooled scores, or under top_p the logarithms of estimated weights."""
+        if chunk.allocation == "top_p":
+            return self.log_weights(chunk)
         return self.pool(self.scores(chunk), chunk)
 
     @property
@@ -114,6 +130,25 @@ def log_total(
     """The log-sum-exp of every row, its head's sink included."""
     total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     return total if sink_logits is None else jnp.logaddexp(total, sink_logits)
+
+
+def estimate_weights(
+    scores: Float[Array, "B K G C S"],
+    keys: Bool[Array, "_ C S"],
+    sink_logits: Float[Array, "1 K G 1 1"] | None = None,
+) -> Float[Array, "B K G C S"]:
+    """The logarithms of the softmax of each row over the given keys and the head's attention sink.
+
+    NaN counts as -inf, and inf as the largest number. A row without finite scores is unchanged.
+    """
+    scores = jnp.minimum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).max)
+    total = log_total(jnp.where(keys[:, None, None], scores, -jnp.inf), sink_logits)
+    return scores - jnp.where(jnp.isfinite(total), total, 0.0)
+
+
+def mean_over_group(log_weights: Float[Array, "B K G C S"]) -> Float[Array, "B K C S"]:
+    """The logarithm of the mean of the weights over the query heads of each group."""
+    return jax.nn.logsumexp(log_weights, axis=2) - jnp.log(jnp.float32(log_weights.shape[2]))
 
 
 def per_query_head(scores: Float[Array, "B K G C S"]) -> Float[Array, "B H C S"]:

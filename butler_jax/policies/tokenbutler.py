@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from butler_jax.policies.residual import log_stream_norm, log_value_norms
-from butler_jax.policies.scoring import Chunk, Scoring, normalise
+from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, mean_over_group, normalise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,11 @@ class TokenButler(Scoring):
         """Whether scores are logarithms of errors: values or an offset count too."""
         return self.error is not None or self.offset != "none"
 
+    @property
+    def estimates_logits(self):
+        """Whether scores are logits, up to a number for each row and head: neither values nor an offset count."""
+        return not self.one_unit
+
     def numbers_read_per_key(self, base, predictor):
         """The numbers of k_imp, shared by the KV heads, and with values one norm for each query head of a group."""
         norms = 0 if self.error is None else base.group
@@ -76,6 +81,10 @@ class TokenButler(Scoring):
         """The importance per query head. NaN counts as -inf."""
         self.require_predictor(chunk.predicted)
         return jnp.where(jnp.isnan(chunk.predicted), -jnp.inf, chunk.predicted)
+
+    def log_weights(self, chunk: Chunk):
+        """Of weights among the contested keys alone, which the predictor was trained on. So p is a share of these."""
+        return mean_over_group(estimate_weights(self.scores(chunk), chunk.contested))
 
     def pool(self, scores, chunk: Chunk):
         """The maximum over the group."""

@@ -14,7 +14,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             *("Chosen", "attended_tokens", "choose", "chosen_tokens", "kept"),
             *("recent_from", "share_counts", "with_recent"),
         ],
-        "config": ["Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
+        "config": ["LIMITED", "Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
+        "mass": ["WeighedUnits", "weigh_units"],
         "masks": ["Rows", "always_chosen", "select_best", "select_mask", "tied_share"],
     },
 )

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseConfig
-from butler_jax.selection.config import SelectionConfig
+from butler_jax.selection.config import LIMITED, SelectionConfig
 
 
 def budget_table(config: SelectionConfig, length: int) -> Int[np.ndarray, " S"]:
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
     Attributes:
         table: `budget_table`.
         threshold: The lowest score that is read, of every layer and choosing head (or 1 for all heads); None reads by
-            the budget alone.
+            the budget alone. Under top_p, the logarithm of the weight that may stay unread (mass.py).
         min_context: Rows of up to this many tokens read everything.
         prompts: The tokens of every document of a sequence that are a prompt, whose rows read everything; None without.
         served: The layers that are served; None where all but layer 0 are. The others read everything.
@@ -56,9 +56,11 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
         ValueError: The thresholds are not those of a model of these sizes, or the tolerance is missing.
     """
     threshold = None
-    if config.allocation == "tolerance":
+    if config.allocation in LIMITED:
         if config.tolerance is None:
-            raise ValueError("the allocation tolerance needs a tolerance; give one, or let calibrate_tolerance find it")
+            raise ValueError(
+                f"the allocation {config.allocation} needs a tolerance; give one, or let calibrate_tolerance find it"
+            )
         with np.errstate(divide="ignore"):
             threshold = jnp.full((base.layers, 1), np.log(config.tolerance), jnp.float32)
     if config.threshold is not None:

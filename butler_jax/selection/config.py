@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Allocation = Literal["per_head", "per_layer", "tolerance"]
+Allocation = Literal["per_head", "per_layer", "tolerance", "top_p"]
+LIMITED = ("tolerance", "top_p")  # allocations whose rows read what reaches a tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,14 @@ class SelectionConfig(AlwaysReadConfig):
     allocation: Allocation = "per_head"
     """How reads are shared out. per_head: every head reads its own budget. per_layer: the K choosing heads of a layer
     share K budgets, and their tokens are ranked together. tolerance: every head of every layer reads the tokens that
-    score at least the logarithm of --tolerance, and the budget is the most that it may read. The last two need a
-    policy whose scores have one unit for all heads."""
+    score at least the logarithm of --tolerance. per_layer and tolerance need a policy whose scores have one unit for
+    all heads. top_p: every head reads the fewest tokens whose estimated attention weights sum to p = 1 - tolerance
+    (Twilight, Lin et al. 2025, arXiv 2502.02770). It needs a policy whose scores estimate attention logits. Under
+    tolerance and top_p, the budget is the most that a head may read."""
     tolerance: float | None = None
-    """Error in the residual stream, relative to its norm, below which a token is not read. `calibrate_tolerance` finds
-    it for a mean budget. For the allocation tolerance only."""
+    """Under the allocation tolerance, the error in the residual stream, relative to its norm, below which a token is
+    not read. Under top_p, the share of the estimated attention weight that may stay unread, 1 - p.
+    `calibrate_tolerance` finds both for a mean budget."""
     floor: float = 0.0
     """Under the allocation per_layer, the share of its budget that every head reads in any case (0.2 in AdaKV, Feng et
     al. 2024, arXiv 2407.11550)."""
@@ -106,8 +110,9 @@ class SelectionConfig(AlwaysReadConfig):
         if self.allocation not in get_args(Allocation):
             raise ValueError(f"unknown allocation {self.allocation!r}; known: {', '.join(get_args(Allocation))}")
         if self.tolerance is not None:
-            if self.allocation != "tolerance":
-                raise ValueError(f"a tolerance goes with the allocation tolerance, the allocation is {self.allocation}")
+            if self.allocation not in LIMITED:
+                known = " and ".join(LIMITED)
+                raise ValueError(f"a tolerance goes with the allocations {known}, the allocation is {self.allocation}")
             if not self.tolerance >= 0:
                 raise ValueError(f"the tolerance must be at least 0, got {self.tolerance}")
         if self.threshold is not None and self.allocation != "per_head":

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from butler_jax.selection.allocation import allocate
 from butler_jax.selection.config import SelectionConfig
@@ -66,23 +67,32 @@ class Pages(NamedTuple):
 
     def image(self, tokens: Int[Array, "B K C S"]) -> Int[Array, "B K C U"]:
         """The image of every page, which is that of its best token."""
+        return tokens if self.unit == 1 else unit_image(self._lay(tokens, BARRED), self.unit)
+
+    def sums(self, tokens: Float[Array, "B K C S"]) -> Float[Array, "B K C U"]:
+        """The sum of the tokens of every page."""
         if self.unit == 1:
             return tokens
+        span = (*[1] * (tokens.ndim - 1), self.unit)
+        return jax.lax.reduce_window(self._lay(tokens, 0.0), 0.0, jax.lax.add, span, span, "VALID")
+
+    def _lay(self, tokens: Shaped[Array, "B K C S"], empty: float) -> Shaped[Array, "B K C _"]:
+        """Values of tokens in whole pages, `empty` where a page has no column."""
         size = tokens.shape[-1]
         at = jnp.arange(-(-(size + self.unit - 1) // self.unit) * self.unit, dtype=jnp.int32)[None, None] - self._offset
-        image = jnp.take_along_axis(tokens, jnp.clip(at, 0, size - 1)[:, None], axis=-1)
-        return unit_image(jnp.where(((at >= 0) & (at < size))[:, None], image, BARRED), self.unit)
+        laid = jnp.take_along_axis(tokens, jnp.clip(at, 0, size - 1)[:, None], axis=-1)
+        return jnp.where(((at >= 0) & (at < size))[:, None], laid, empty)
 
     def numbers(self, count: int) -> Int[Array, "B 1 C U"]:
         """The numbers of the first `count` pages in each query's document."""
         return ((self.position // self.unit)[..., None] + jnp.arange(count, dtype=jnp.int32)[None, None])[:, None]
 
-    def columns(self, mask: Bool[Array, "B K C U"], size: int) -> Bool[Array, "B K C S"]:
-        """Which of the first `size` columns lie in the pages of the mask."""
+    def columns(self, pages: Shaped[Array, "B K C U"], size: int) -> Shaped[Array, "B K C S"]:
+        """For each of the first `size` columns the value of its page."""
         if self.unit == 1:
-            return mask
+            return pages
         column = jnp.arange(size, dtype=jnp.int32)[None, None]
-        return jnp.take_along_axis(mask, ((column + self._offset) // self.unit)[:, None], axis=-1)
+        return jnp.take_along_axis(pages, ((column + self._offset) // self.unit)[:, None], axis=-1)
 
 
 def select_mask(

@@ -23,7 +23,7 @@ from butler_jax.model import BaseModel
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of
+from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, weigh_units
 from butler_jax.simulation.choice import chosen_mask, with_rule
 from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.simulator import simulate
@@ -31,6 +31,7 @@ from pallas_kernels import BARRED, from_image
 
 GRID = np.arange(-40.0, 11.0)  # logarithms of the tolerances that are tried first
 FINE = 16  # tolerances that are then tried between two of the grid
+UNREAD = np.arange(-24.0, 1.0, 2.0), 8  # the same for what top-p leaves unread, of which each value takes longer
 CORRECTIONS = 2  # simulations that correct a tolerance for what the dense pass does not show
 CLOSE = 0.02  # relative distance from a mean at which its tolerance is not corrected further
 PASSES = 16  # bits of a threshold: a precision of 2**-7 of its value
@@ -110,11 +111,12 @@ def calibrate_tolerance(
         model: The base model.
         predictor: Needed by policies with `needs_predictor`.
         batches: tokens, segments, positions of one shape [B, T].
-        selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Units of
-            several tokens and neighbours are not possible.
+        selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Under the
+            allocation top_p, the tolerance is 1 - p, and any other allocation counts as tolerance. Neighbours are not
+            possible, and units of several tokens only under top_p.
         means: Fractions of the keys that a dense query reads, or numbers of tokens; one result for each. Where sinks
             and recent tokens alone exceed a mean, its tolerance is infinite.
-        policy: Default: tokenbutler with values.
+        policy: Default: tokenbutler with values, and without them under top_p.
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
         rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it; None
             takes all.
@@ -122,21 +124,23 @@ def calibrate_tolerance(
             passes.
 
     Returns:
-        The selection under the allocation tolerance, once for each mean.
+        The selection under the allocation tolerance or top_p, once for each mean.
 
     Raises:
         ValueError: There are no batches or no rows after the prompts, a mean is out of range, or the policy's scores
-            have no common unit.
+            do not allow the allocation.
     """
-    policy = policy or TokenButler(error="value")
+    by_mass = selection.allocation == "top_p"
+    policy = policy or TokenButler(error=None if by_mass else "value")
     if not batches:
         raise ValueError("a tolerance is calibrated on text: give at least one batch")
     if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
         raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {list(means)}")
-    if selection.unit != 1 or selection.neighbours:
+    if (selection.unit != 1 and not by_mass) or selection.neighbours:
         raise ValueError("a tolerance is found for single tokens: leave out unit and neighbours")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
-    selection = policy.selection(dataclasses.replace(selection, allocation="tolerance", tolerance=np.inf, floor=0.0))
+    allocation, (values, between) = ("top_p", UNREAD) if by_mass else ("tolerance", (GRID, FINE))
+    selection = policy.selection(dataclasses.replace(selection, allocation=allocation, tolerance=np.inf, floor=0.0))
     limits = limits_of(selection, model.config, batches[0]["tokens"].shape[1])
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
 
@@ -160,9 +164,9 @@ def calibrate_tolerance(
         """The last tolerance of the grid that reads at least the mean; -1 where none does."""
         return int(np.sum(read[int(isinstance(mean, int))] >= mean)) - 1
 
-    coarse = curve(GRID)
-    starts = [min(max(place(GRID, coarse, mean), 0), len(GRID) - 2) for mean in means]
-    fine = np.unique(np.concatenate([np.linspace(GRID[i], GRID[i + 1], FINE + 1) for i in starts]))
+    coarse = curve(values)
+    starts = [min(max(place(values, coarse, mean), 0), len(values) - 2) for mean in means]
+    fine = np.unique(np.concatenate([np.linspace(values[i], values[i + 1], between + 1) for i in starts]))
     read, found = curve(fine), []
     for mean in means:
         own, at = read[int(isinstance(mean, int))], place(fine, read, mean)
@@ -171,8 +175,8 @@ def calibrate_tolerance(
             continue
         share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
         value = fine[at] + share * (fine[at + 1] - fine[at])
-        slopes = np.gradient(np.log(np.maximum(coarse[int(isinstance(mean, int))], 1e-12)), GRID)
-        slope = np.interp(value, GRID, slopes)
+        slopes = np.gradient(np.log(np.maximum(coarse[int(isinstance(mean, int))], 1e-12)), values)
+        slope = np.interp(value, values, slopes)
 
         def read_at(value, mean=mean):
             selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
@@ -240,14 +244,19 @@ def _sum_above(
 
     def one(chunk):
         scores, allowed = policy(with_rule(chunk, rule)), chunk.allowed
-        forced = always_chosen(chunk.rows, chunk.columns, rule.sinks, rule.recent)
-        scores = jnp.where(forced[:, None], jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+        if rule.allocation == "top_p":
+            weighed = weigh_units(scores, allowed[:, None], chunk.rows, rule, chunk.columns)
+            scores = weighed.scores
+        else:
+            forced = always_chosen(chunk.rows, chunk.columns, rule.sinks, rule.recent)
+            scores = jnp.where(forced[:, None], jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
         held = jnp.broadcast_to(jnp.sum(allowed, axis=-1, dtype=jnp.int32), counts.shape[:1] + allowed.shape[1:2])
         most = jnp.where(held > limits.min_context, limits.table[held], held)
         inside = jnp.take_along_axis(counts, jnp.minimum(chunk.rows.own, segments.shape[1]), axis=1)
 
         def at(value):
-            read = jnp.sum((scores >= value) & allowed[:, None], axis=-1, dtype=jnp.int32)
+            least = weighed.threshold(value.reshape(1, 1, 1))[..., None] if rule.allocation == "top_p" else value
+            read = jnp.sum((scores >= least) & allowed[:, None], axis=-1, dtype=jnp.int32)
             read = jnp.where(held > limits.min_context, jnp.mean(jnp.minimum(read, most[:, None]), axis=1), held)
             both = jnp.stack([read / jnp.maximum(held, 1), read])
             return jnp.sum(jnp.where(inside, both, 0.0), axis=(1, 2))

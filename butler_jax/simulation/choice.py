@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import CHUNK, exponentials, weighted_values
 from butler_jax.policies import Chunk, Scoring
-from butler_jax.selection import Limits, SelectionConfig, beyond, recent_from, select_mask
+from butler_jax.selection import Limits, SelectionConfig, beyond, recent_from, select_mask, weigh_units
 
 
 def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig):
@@ -32,8 +32,8 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
 
 
 def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
-    """The chunk with the numbers of sinks and recent tokens of the selection."""
-    return chunk._replace(sinks=rule.sinks, recent=rule.recent)
+    """The chunk with the sinks, recent tokens and allocation of the selection."""
+    return chunk.under(rule)
 
 
 def chosen_mask(
@@ -58,11 +58,14 @@ def chosen_mask(
     tokens = jnp.where(limited, limits.table[count], count)
 
     def choose():
-        threshold = None
+        scores, threshold = score(), None
         if limits.threshold is not None:
             threshold = jnp.where(limited[:, None], limits.threshold[chunk.layer][None, :, None], -jnp.inf)
             threshold = beyond(limits.min_context, count[:, None], threshold)
-        mask = select_mask(score(), allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
+        if rule.allocation == "top_p":
+            weighed = weigh_units(scores, allowed, chunk.rows, rule, chunk.columns)
+            scores, threshold = weighed.scores, weighed.threshold(threshold)
+        mask = select_mask(scores, allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
         if rule.interval > 1:
             mask = jnp.where(limited[:, None, :, None], _held(mask, chunk, count, limits, rule), mask) & allowed
         return mask

@@ -128,6 +128,7 @@ QUICK = [
     ("quest", {"page": 4}, dict(budget=0.4)),
     ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
     ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
+    ("oracle", {}, dict(budget=0.8, allocation="top_p", tolerance=0.3)),
 ]
 # Scores meet budgets in the number of heads alone: every policy, every budget, and both numbers of heads under what
 # counts heads or units.
@@ -154,6 +155,7 @@ COVERING = [
 PER_LAYER = dict(budget=0.5, allocation="per_layer", unit=4, floor=0.3)
 PER_LAYER_AND_NEIGHBOURS = dict(budget=12, allocation="per_layer", neighbours=True)
 TOLERANCE = dict(budget=0.7, allocation="tolerance", tolerance=0.1, min_context=30)
+TOP_P = dict(budget=0.9, allocation="top_p", tolerance=0.3)
 ALLOCATED = [
     ("oracle_residual", {"error": "weight"}, PER_LAYER),
     ("oracle_residual", {"error": "weight"}, TOLERANCE),
@@ -163,6 +165,10 @@ ALLOCATED = [
     ("tokenbutler", {"error": "value"}, {**TOLERANCE, "offset": "share", "target": "weight"}),
     ("tokenbutler", {}, {**PER_LAYER, "offset": "share"}),
     ("tokenbutler", {}, {**PER_LAYER, "offset": "self_normalised"}),
+    ("oracle_head", {}, {**TOP_P, "unit": 4}),
+    ("quest", {"page": 4}, TOP_P),
+    ("lowrank", {"rank": 4}, {**TOP_P, "min_context": 30}),
+    ("tokenbutler", {}, {**TOP_P, "unit": 4}),
 ]
 
 
@@ -213,6 +219,7 @@ MIXED = [
     ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
     ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
     ("oracle_head", {}, dict(budget=0.4, unit=4)),
+    ("quest", {"page": 4}, TOP_P),
 ]
 
 
@@ -231,6 +238,7 @@ SINKS = dict(attention_sinks=True, attention_softcap=1.5)
     [
         ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
         ("oracle_head", {}, dict(budget=0.4)),
+        ("oracle", {}, TOP_P),
     ],
 )
 def test_decoding_chooses_the_simulations_rows_under_sinks_and_a_soft_cap(name, fields, budget):
@@ -264,6 +272,7 @@ INTERVALS = [
     ("oracle", {}, dict(budget=14, interval=2, neighbours=True)),
     ("streaming", {}, dict(budget=0.3, interval=4, min_context=30)),
     ("oracle_residual", {}, dict(budget=0.8, interval=4, allocation="tolerance", tolerance=0.1)),
+    ("quest", {"page": 4}, dict(budget=0.9, interval=4, allocation="top_p", tolerance=0.3)),
 ]
 
 

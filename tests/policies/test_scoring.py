@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from butler_jax.policies import make_policy
+from butler_jax.selection import SelectionConfig
 from tests.policies.chunks import B, C, softmax
 
 
@@ -22,3 +23,28 @@ def test_pooled_score_orders_as_largest_weight_of_group(chunk, name, field):
     inside = np.broadcast_to(keys[:, 0], wanted.shape)
     # float32 logits of size 10 carry an error of 1e-6, and so do their exponentials in relation
     np.testing.assert_allclose(np.exp(scores[inside]), wanted[inside], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("oracle", "logits"), ("oracle_head", "logits"), ("tokenbutler", "predicted")]
+)
+def test_weights_for_top_p_are_means_of_softmaxes_over_the_group(chunk, name, field):
+    keys = np.array(chunk.allowed)
+    if name == "tokenbutler":
+        keys = np.array(chunk.contested)
+    weights = softmax(np.asarray(getattr(chunk, field)), keys[:, None, None])
+    wanted = weights.reshape(B, -1, *weights.shape[3:]) if name == "oracle_head" else weights.mean(axis=2)
+    found = np.exp(np.asarray(make_policy(name)(chunk._replace(allocation="top_p")), np.float64))
+    inside = np.broadcast_to(keys[:, None], wanted.shape)
+    np.testing.assert_allclose(found[inside], wanted[inside], rtol=2e-5)  # float32 logits of size 10, as above
+
+
+def test_a_policy_refuses_top_p_whose_scores_estimate_no_logits():
+    selection = SelectionConfig(allocation="top_p", tolerance=0.1)
+    for name in ("streaming", "random", "h2o"):
+        message = rf"{name} are no estimates of attention logits.* top_p needs; take per_head$"
+        with pytest.raises(ValueError, match=message):
+            make_policy(name).selection(selection)
+    with pytest.raises(ValueError, match="take per_head or per_layer or tolerance"):
+        make_policy("tokenbutler", offset="share").selection(selection)
+    assert make_policy("quest").selection(selection).unit == 16

@@ -60,8 +60,8 @@ def test_decoding_reads_as_many_units_in_all_as_separate_heads_would(unit):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(allocation="by_luck"), "unknown allocation 'by_luck'; known: per_head, per_layer, tolerance"),
-        (dict(tolerance=0.1), "a tolerance goes with the allocation tolerance"),
+        (dict(allocation="by_luck"), "unknown allocation 'by_luck'; known: per_head, per_layer, tolerance, top_p"),
+        (dict(tolerance=0.1), "a tolerance goes with the allocations tolerance and top_p, the allocation is per_head"),
         (dict(allocation="tolerance", tolerance=-1.0), "must be at least 0"),
         (dict(allocation="per_layer", floor=1.5), "floor is a share"),
         (dict(allocation="per_layer", threshold=((0.0,),)), "thresholds go with the allocation per_head"),

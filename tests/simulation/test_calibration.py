@@ -73,6 +73,23 @@ def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):
     assert tolerances[0] > tolerances[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "means"), [("oracle", [0.3]), pytest.param("quest:page=4", [0.3, 30], marks=pytest.mark.slow)]
+)
+def test_one_p_reaches_means_over_all_heads(model, name, means):
+    batch, policy = batch_of(), make_policy(name)
+    most = SelectionConfig(budget=1.0, sinks=2, recent=3, allocation="top_p")
+    how = dict(policy=policy, prompt_tokens=40, rows=None, corrections=0)
+    found = calibrate_tolerance(model, None, [batch], most, means, **how)
+    counted = (batch["segments"] > 0) & (batch["positions"] >= 40)
+    for mean, selection in zip(means, found, strict=True):
+        assert selection.allocation == "top_p" and 0 < selection.tolerance < 1
+        share = np.asarray(simulate(model, batch, policy, selection, prompts=np.full(2, 40, np.int32)).attended)
+        read = (share if isinstance(mean, float) else share * np.arange(1, 129))[counted]
+        np.testing.assert_allclose(read.mean(), mean, rtol=0.03)
+        assert np.ptp(read) > 0.05 * read.mean()
+
+
 def test_a_mean_below_sinks_and_recent_has_an_infinite_tolerance(model):
     most = SelectionConfig(budget=1.0, sinks=4, recent=8)
     (found,) = calibrate_tolerance(model, None, [batch_of()], most, [10], policy=make_policy("oracle_residual"))

@@ -11,6 +11,8 @@ ALLOCATIONS = {
     "per_layer": "The heads of a layer share their budgets, and their tokens are ranked together.",
     "tolerance": "Every head of every layer reads the tokens whose score reaches one number. The number is set so that "
     "the mean that is read is about the budget.",
+    "top_p": "Every head reads the fewest tokens whose estimated attention weights sum to p (Twilight, Lin et al. "
+    "2025, arXiv 2502.02770). p is one number, set so that the mean that is read is about the budget.",
 }
 
 

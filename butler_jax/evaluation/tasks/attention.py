@@ -11,6 +11,7 @@ from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.perplexity import list_known
 from butler_jax.evaluation.tasks.texts import name_windows
+from butler_jax.selection import LIMITED
 from butler_jax.simulation import measure_recall
 from butler_jax.weights import Base
 
@@ -28,8 +29,8 @@ class AttentionTask(Task):
         self.batches, self.unit = batches, name_windows(config)
 
     def takes(self, policy):
-        """Every policy that does not read everything; under a tolerance, budgets are not tables of tokens."""
-        return not policy.dense and policy.allocation != "tolerance"
+        """Every policy that does not read everything; under a tolerance and top-p, budgets are not tables of tokens."""
+        return not policy.dense and policy.allocation not in LIMITED
 
     def evaluate(self, policy, selections):
         """Measure all budgets."""

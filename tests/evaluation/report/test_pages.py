@@ -204,7 +204,7 @@ def test_prompts_and_allocations_are_apart_and_in_words():
     def after(prompt, value):
         given = [
             ("oracle", 0.25, "per_head"),
-            ("oracle", 0.25, "tolerance"),
+            ("oracle", 0.25, "top_p"),
             ("tokenbutler:per_layer", 0.25, "per_layer"),
         ]
         made = [row("perplexity", "perplexity", "dense", 1, value)]
@@ -224,14 +224,14 @@ def test_prompts_and_allocations_are_apart_and_in_words():
         "There is no prompt: every row of a window is limited.",
         "The first 256 tokens of each window are a prompt. They are read densely and do not count.",
         "The heads of a layer share their budgets",
-        "Every head of every layer reads the tokens whose score reaches one number.",
+        "Every head reads the fewest tokens whose estimated attention weights sum to p",
         "Main results after a prompt of 256 tokens",
     ):
         assert said in words, said
     for part, value in zip(text.split('<section id="task-')[1:3], (30.0, 20.0), strict=True):
         table = Reader(part).tables["perplexity"]
         assert table["dense", "dense"] == value and table["oracle", "1/4"] == value + 1
-        assert table["oracle:tolerance", "1/4"] == value + 2 and table["tokenbutler:per_layer", "1/4"] == value + 3
+        assert table["oracle:top_p", "1/4"] == value + 2 and table["tokenbutler:per_layer", "1/4"] == value + 3
         assert part.count("<figure>") == 2
     names = [f.name for f in plan_figures(found)]
     assert len(names) == len(set(names)) == 4

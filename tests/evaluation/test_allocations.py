@@ -1,0 +1,64 @@
+"""Every policy runs under the allocations that its scores allow, at one mean."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from butler_jax.evaluation import allocations, evaluate
+from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.contenders import EvaluatedPolicy
+from butler_jax.policies import make_policy
+from butler_jax.selection import SelectionConfig
+from tests.tiny_evaluations import make_perplexity_evaluation
+from tests.tiny_models import make_model
+
+
+def test_policies_run_under_the_allocations_that_their_scores_allow(monkeypatch):
+    asked = []
+
+    def calibrate(model, predictor, windows, selection, means, **how):
+        asked.append((how["policy"].name, selection.allocation))
+        return [dataclasses.replace(selection, tolerance=0.1)] * len(means)
+
+    monkeypatch.setattr(allocations, "calibrate_tolerance", calibrate)
+    monkeypatch.setattr(allocations, "read_windows", lambda *given: [])
+    names = ("dense", "oracle", "quest", "streaming", "oracle_residual")
+    policies = [EvaluatedPolicy(name, make_policy(name)) for name in names]
+    policies.append(EvaluatedPolicy("tokenbutler", make_policy("tokenbutler", offset="share")))
+    config = EvalConfig(allocations="per_head,top_p,tolerance", budgets="1/4,64")
+
+    class Anything:
+        model = None
+
+    found = list(allocations.allocate_policies(policies, Anything, config, "", print))
+    assert [one.label for one in found] == [
+        *("dense", "oracle", "oracle:top_p", "quest", "quest:top_p", "streaming"),
+        *("oracle_residual", "oracle_residual:tolerance", "tokenbutler", "tokenbutler:tolerance"),
+    ]
+    assert asked == [
+        *(("oracle", "top_p"), ("quest", "top_p")),
+        *(("oracle_residual", "tolerance"), ("tokenbutler", "tolerance")),
+    ]
+    selections = found[2].selections(config)
+    assert selections == dict.fromkeys((0.25, 64), SelectionConfig(budget=1.0, allocation="top_p", tolerance=0.1))
+    alone = dataclasses.replace(config, allocations="top_p")
+    labels = [one.label for one in allocations.allocate_policies(policies, Anything, alone, "", print)]
+    assert labels == ["dense", "oracle:top_p", "quest:top_p", "streaming", "oracle_residual", "tokenbutler"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_under_top_p_reads_the_mean(tmp_path):
+    base, _, config = make_perplexity_evaluation(make_model(), tmp_path)
+    changes = dict(policies="dense,oracle,quest:page=2", allocations="per_head,top_p", budgets="1/2", prompt_tokens=8)
+    report = evaluate(base, None, dataclasses.replace(config, **changes))
+    rows = [row for row in report.rows if row["metric"] == "perplexity" and row["policy"] != "dense"]
+    assert {(row["policy"], row["allocation"]) for row in rows} == {
+        *(("oracle", "per_head"), ("oracle:top_p", "top_p")),
+        *(("quest", "per_head"), ("quest:top_p", "top_p")),
+    }
+    for row in rows:
+        if row["allocation"] == "top_p":
+            np.testing.assert_allclose(row["attended"], 0.5, rtol=0.04)  # a correction ends within 2 %
