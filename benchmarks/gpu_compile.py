@@ -22,7 +22,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,62 +36,11 @@ from benchmarks.hlo import parse_program
 from benchmarks.tpu_decode import LLAMA_8B, lower_decode
 from butler_jax.parallel.mesh import arrange, parse_mesh
 from butler_jax.selection import SelectionConfig
+from pallas_kernels.bench.chips import CHIPS
 
 STRICT = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 LAUNCHED = ("fusion", "custom-call", "copy", "sort", "scatter", "while", "conditional")
 KERNEL = re.compile(r'name = "(\w+)"')
-
-
-class GpuChip(NamedTuple):
-    """A chip as XLA needs it described, by NVIDIA's data sheets."""
-
-    name: str
-    capability: tuple[int, int]
-    multiprocessors: int
-    bandwidth: int  # bytes a second
-    memory: int  # GiB
-    cache: int  # MiB
-    shared: int  # KiB of shared memory, a multiprocessor
-
-    def describe(self) -> str:
-        """A text proto of xla.GpuTargetConfigProto."""
-        device = dict(
-            threads_per_block_limit=1024,
-            threads_per_warp=32,
-            threads_per_core_limit=2048,
-            registers_per_core_limit=65536,
-            registers_per_block_limit=65536,
-            shared_memory_per_block=48 << 10,
-            shared_memory_per_block_optin=(self.shared - 1) << 10,
-            shared_memory_per_core=self.shared << 10,
-            core_count=self.multiprocessors,
-            fpus_per_core=128,
-            clock_rate_ghz=1.8,
-            block_dim_limit_x=2**31 - 1,
-            block_dim_limit_y=65535,
-            block_dim_limit_z=65535,
-            memory_bandwidth=self.bandwidth,
-            device_memory_size=self.memory << 30,
-            l2_cache_size=self.cache << 20,
-            driver_version='"13.0.0"',
-        )
-        major, minor = self.capability
-        lines = [f"cuda_compute_capability {{ major: {major} minor: {minor} }}"]
-        lines += [f"{name}: {value}" for name, value in device.items()]
-        versions = "dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }"
-        inside = "\n  ".join(lines)
-        return (
-            f'gpu_device_info {{\n  {inside}\n}}\nplatform_name: "CUDA"\n{versions}\n'
-            f'device_description_str: "{self.name}"\n'
-        )
-
-
-CHIPS = {
-    "a100": GpuChip("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2_039_000_000_000, 80, 40, 164),
-    "h100": GpuChip("NVIDIA H100 80GB HBM3", (9, 0), 132, 3_350_000_000_000, 80, 50, 228),
-    "h200": GpuChip("NVIDIA H200", (9, 0), 132, 4_800_000_000_000, 141, 50, 228),
-    "b200": GpuChip("NVIDIA B200", (10, 0), 148, 8_000_000_000_000, 180, 126, 228),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

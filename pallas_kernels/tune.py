@@ -2,10 +2,15 @@
 
     python -m pallas_kernels.tune                     # prints what it tries, and writes the table of tiles
     python -m pallas_kernels.tune --minutes 2 --dry   # does not write
+    python -m pallas_kernels.tune --model a100        # by a model, for a chip that is not here
 
 One setting after the other is changed, and kept where the operation is faster on the geometric mean over several
 batches and lengths. The timed programs and their inputs are those of `pallas_kernels.bench`: they attend to several
 layers in turn, and the time of a layer is the median of several runs.
+
+The model knows the grids of the kernels, and their code with the default tiles. So it can tell how many programs share
+a row, and nothing about blocks, warps and stages. What it finds is marked as modelled in the table, and gives way to
+what is measured. A change must gain MODELLED_GAIN, for what the model says within a few per cent means nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.chips import CHIPS, GpuChip
 from pallas_kernels.bench.measurements import take_turns
+from pallas_kernels.bench.prediction import kernels_seconds
 from pallas_kernels.bench.programs import make_inputs, predict_program
 from pallas_kernels.gpu.tiles import TRIALS, Tiles, current_tiles, try_tiles, write_tiles
 
@@ -31,6 +38,7 @@ CASES = ((1, 32768), (1, 131072), (16, 8192), (16, 32768))  # batch, tokens
 LAYERS = 6
 REPEATS = 15
 GAIN = 0.99  # a change is kept if the time is less than this share
+MODELLED_GAIN = 0.95
 
 
 def search(minutes: float, pooling: str, say=print) -> tuple[Tiles, dict]:
@@ -82,6 +90,30 @@ def search(minutes: float, pooling: str, say=print) -> tuple[Tiles, dict]:
     return best, {"cases": CASES, "before_us": _micros(first), "after_us": _micros(now)}
 
 
+def search_model(chip: GpuChip, pooling: str, say=print) -> tuple[Tiles, dict]:
+    """The grids that the model finds best for a chip, and the seconds of every case before and after."""
+    shared = dict(shape=SHAPES["llama8b"], dtype=jnp.dtype(jnp.bfloat16), pooling=pooling)
+    cases = [Case(context=size, batch=batch, tokens=size // 16, **shared) for batch, size in CASES]
+
+    def times(tiles):
+        return [sum(kernels_seconds(case, chip, tiles=tiles).values()) for case in cases]
+
+    best, many = Tiles(), chip.multiprocessors
+    first = now = times(best)
+    say(f"{_micro(now)}  before")
+    trials = dict(choosers=(many // 2, many, 2 * many), programs=(2 * many, 4 * many, 8 * many), least_tokens=(32, 64))
+    for name, values in trials.items():
+        tried = [replace(best, **{name: value}) for value in values if value != getattr(best, name)]
+        found = {tiles: times(tiles) for tiles in tried}
+        fastest = min(tried, key=lambda tiles, found=found: _mean(found[tiles]))
+        better = _mean(found[fastest]) < MODELLED_GAIN * _mean(now)
+        for tiles in tried:
+            kept = "  kept" if better and tiles == fastest else ""
+            say(f"{_micro(found[tiles])}  {name} {getattr(tiles, name)}{kept}")
+        best, now = (fastest, found[fastest]) if better else (best, now)
+    return best, {"modelled": True, "cases": CASES, "before_us": _micros(first), "after_us": _micros(now)}
+
+
 def _mean(times):
     return math.exp(sum(map(math.log, times)) / len(times))
 
@@ -100,7 +132,19 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--minutes", type=float, default=5.0, help="begin no new setting after so many minutes")
     command.add_argument("--pooling", default="maximum", help="of the scores of a group of query heads")
     command.add_argument("--dry", action="store_true", help="do not write the table")
+    command.add_argument("--model", choices=tuple(CHIPS), help="by the model of this chip, which need not be there")
     asked = command.parse_args(arguments)
+    today = dict(date=datetime.date.today().isoformat(), jax=jax.__version__, pooling=asked.pooling)
+    if asked.model:
+        chip = CHIPS[asked.model]
+        print(f"{chip.name}, MODELLED; microseconds a layer: {CASES} (batch, tokens)")
+        best, modelled = search_model(chip, asked.pooling)
+        print(best)
+        if best == Tiles():
+            print("the model prefers no other grid to the defaults: nothing to write")
+        elif not asked.dry:
+            write_tiles(chip.name, best, today | modelled)
+        return 0
     device = jax.devices()[0]
     if device.platform != "gpu":
         command.error(f"it times kernels on a GPU, the platform is {device.platform}; run it on the chip to tune for")
@@ -108,8 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     best, measured = search(asked.minutes, asked.pooling, lambda line: print(line, flush=True))
     print(best)
     if not asked.dry:
-        about = dict(date=datetime.date.today().isoformat(), jax=jax.__version__, pooling=asked.pooling, **measured)
-        write_tiles(device.device_kind, best, about)
+        write_tiles(device.device_kind, best, today | measured)
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.bench --shape llama8b --context 32768,131072 --budget 1/16 --batch 1 --interval 1,8
     python -m pallas_kernels.bench --h200        # everything a GPU with 100 GB can show in 8 minutes
+    python -m pallas_kernels.bench --model h200  # a model of the time on a chip that need not be there
 
 A row measures the decode attention of one layer. `seconds` is the mean time of a step over an interval, in which one
 step scores and chooses and the others attend to that choice again. `dense_seconds` is that of the fastest dense form on
@@ -28,7 +29,9 @@ import numpy as np
 
 from pallas_kernels import api, checks
 from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.measurements import copy_bandwidth, measure_case
+from pallas_kernels.bench.modelled import DEFAULTS, read_assumption, run_model
 from pallas_kernels.bench.table import HEADER, line, peers_line, plot
 
 H200 = {  # lists begin with what matters most
@@ -95,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=None, help="stop in time to end within so many minutes")
     add("--json", type=Path, default=None, help="where the rows go; the plot goes beside them")
     add("--h200", action="store_true", help="a check and the whole table of an H200, into benchmarks/h200/")
+    add("--model", choices=tuple(CHIPS), default=None, help="print a model of this chip, which need not be there")
+    add("--assume", type=read_assumption, action="append", default=[], help="a figure of the model, name=value")
     return found
 
 
@@ -138,6 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
             )
         check_kernels("gpu")
         print("the kernels agree with the reference on this GPU", flush=True)
+    if command.parse_args(arguments).model:
+        asked = command.parse_args([*(f"--{name}={value}" for name, value in DEFAULTS.items()), *arguments])
+        try:
+            run_model(asked)
+        except ValueError as error:
+            command.error(str(error))
+        return 0
     asked = command.parse_args(arguments)
     name = checks.choose_implementation(asked.implementation, None)
     device = jax.devices()[0]

@@ -130,6 +130,21 @@ def test_decoding_speeds_are_what_was_measured():
         assert f"| {label} | {' | '.join(cells)} |\n" in page
 
 
+def test_the_tables_of_the_model_of_gpus_are_those_of_its_file():
+    found = json.loads((REPOSITORY / "benchmarks" / "gpu_model.json").read_text())
+    page = (DOCS / "measured" / "decoding.md").read_text(encoding="utf-8")
+    for row in found["compared"]:
+        pairs = [f"{row[part][0]:.1f}, {row[part][1]:.1f}" for part in ("dense", "reuse", "predict")]
+        assert f"| {row['context']:,} | {row['batch']} | {row['pooling']} | {' | '.join(pairs)} |\n" in page
+    lines: dict[tuple, list[dict]] = {}
+    for row in found["rows"]:
+        lines.setdefault((row["batch"], row["interval"], row["context"]), []).append(row)
+    for (batch, interval, context), rows in lines.items():
+        cells = [f"{row['speedup']:.2f}x" for row in rows]
+        share = 100 * next(row for row in rows if row["chip"] == "h200")["share_of_cap"]
+        assert f"| {batch} | {interval} | {context:,} | {' | '.join(cells)} | {share:.0f} % |\n" in page
+
+
 def test_seconds_of_notebooks_are_what_was_measured():
     found = json.loads((REPOSITORY / "benchmarks" / "notebooks.json").read_text())["notebooks"]
     assert set(found) == {path.stem for path in (REPOSITORY / "notebooks").glob("*.ipynb")}

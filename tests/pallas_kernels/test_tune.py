@@ -44,7 +44,7 @@ def test_small_tiles_give_the_references_results(size, pooling):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path):
+def testtiles_of_the_table_are_tiles(monkeypatch, tmp_path):
     for entry in json.loads(tiles.TABLE.read_text()).values():
         assert dataclasses.replace(tiles.Tiles(), **entry["tiles"])
     table = tmp_path / "tiles.json"
@@ -54,8 +54,24 @@ def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path):
     tiles.write_tiles(device, SMALL, {"jax": jax.__version__})
     assert tiles.current_tiles() == SMALL
     monkeypatch.undo()
-    tiles._tiles_of.cache_clear()
+    tiles.tiles_of.cache_clear()
     assert tiles.current_tiles() == tiles.Tiles()
+
+
+@pytest.mark.slow
+def test_modelled_tiles_of_the_table_are_what_the_model_finds(monkeypatch, tmp_path):
+    """The grid of an A100 alone is better by the model; a measurement takes its place."""
+    shipped = json.loads(tiles.TABLE.read_text())
+    monkeypatch.setattr(tiles, "TABLE", tmp_path / "tiles.json")
+    tiles.TABLE.write_text("{}")
+    for chip in ("a100", "b200"):
+        assert tune.main(["--model", chip]) == 0
+    modelled = json.loads(tiles.TABLE.read_text())
+    assert [*modelled] == ["NVIDIA A100-SXM4-80GB"] and modelled["NVIDIA A100-SXM4-80GB"]["tiles"]["choosers"] == 108
+    for chip, entry in shipped.items():
+        assert not entry.get("modelled") or entry["tiles"] == modelled[chip]["tiles"]
+    monkeypatch.undo()
+    tiles.tiles_of.cache_clear()
 
 
 def test_the_tuner_needs_a_gpu(capsys):

@@ -1,0 +1,72 @@
+"""The command `python -m pallas_kernels.bench --model CHIP`: the table of a chip that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.bench.assumptions import Assumptions
+from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.chips import CHIPS
+from pallas_kernels.bench.prediction import predict_rows, shortest_gain
+
+DEFAULTS = {
+    "shape": "llama8b",
+    "dtype": "bfloat16",
+    "unit": "1",
+    "context": "4096,8192,16384,32768,65536,131072",
+    "batch": "1,16",
+    "interval": "1,8",
+}
+HEADER = (
+    f"{'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'us':>9} {'dense us':>9} {'speed-up':>8} {'cap':>6} "
+    f"{'share':>6} {'launches':>8}  us of each kernel"
+)
+
+
+def read_assumption(text: str) -> tuple[str, float]:
+    """A name and a figure from name=value. Raises ArgumentTypeError for other text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give name=value such as launch=1.5, got {text!r}") from None
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    kernels = ", ".join(f"{name} {1e6 * t:.1f}" for name, t in row["kernels"].items())
+    return (
+        f"{row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
+        f"{1e6 * row['seconds']:>9.1f} {1e6 * row['dense_seconds']:>9.1f} {row['speedup']:>8.2f} {row['cap']:>6.1f} "
+        f"{row['share_of_cap']:>6.0%} {row['launches']:>8}  {kernels}"
+    )
+
+
+def run_model(asked: argparse.Namespace) -> dict[str, Any]:
+    """Print the table of a chip and the assumptions behind it, and return both; `asked` is of `benchmark.parser`."""
+    chip, assumed = CHIPS[asked.model], Assumptions().replaced(dict(asked.assume))
+    settings = dict(dtype=asked.dtype, unit=asked.unit, pooling=asked.pooling, int8=asked.int8)
+    report: dict[str, Any] = dict(chip=chip.name, modelled=True, shape=asked.shape, **settings)
+    print(f"{chip.name}, MODELLED, nothing was run: {asked.shape}, {', '.join(map(str, settings.values()))}\n{HEADER}")
+    report |= dict(rows=[], assumptions=assumed.records())
+    own = settings | dict(shape=SHAPES[asked.shape], dtype=jnp.dtype(asked.dtype))
+    for batch, budget, context in itertools.product(asked.batch, asked.budget, asked.context):
+        tokens = budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
+        if tokens <= context:
+            case = Case(context=context, batch=batch, tokens=tokens, **own)
+            report["rows"] += predict_rows(case, chip, asked.interval, assumed)
+            print(*map(line, report["rows"][-len(asked.interval) :]), sep="\n", flush=True)
+    for batch, interval in itertools.product(asked.batch, asked.interval):
+        gain = shortest_gain([r for r in report["rows"] if (r["batch"], r["interval"]) == (batch, interval)])
+        told = f"faster than dense from {gain} tokens on" if gain else "not faster than dense at the longest context"
+        print(f"batch {batch}, a choice every {interval} steps: {told}")
+    print("assumed (--assume name=value replaces one):", *assumed.lines(), sep="\n")
+    if asked.json:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    return report
