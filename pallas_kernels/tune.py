@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -126,12 +128,19 @@ def _micro(times):
     return " ".join(f"{t:8.1f}" for t in _micros(times)) + " us"
 
 
+def write_found(path: Path | None, chip: str, tiles: Tiles, about: dict) -> None:
+    """Write tiles and what is known of them to a file of their own, if there is a path."""
+    if path is not None:
+        path.write_text(json.dumps({"chip": chip, **about, "tiles": asdict(tiles)}, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tuner; returns the exit status."""
     command = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__.splitlines()[0])
     command.add_argument("--minutes", type=float, default=5.0, help="begin no new setting after so many minutes")
     command.add_argument("--pooling", default="maximum", help="of the scores of a group of query heads")
     command.add_argument("--dry", action="store_true", help="do not write the table")
+    command.add_argument("--json", type=Path, help="write what was found here too")
     command.add_argument("--model", choices=tuple(CHIPS), help="by the model of this chip, which need not be there")
     asked = command.parse_args(arguments)
     today = dict(date=datetime.date.today().isoformat(), jax=jax.__version__, pooling=asked.pooling)
@@ -140,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{chip.name}, MODELLED; microseconds a layer: {CASES} (batch, tokens)")
         best, modelled = search_model(chip, asked.pooling)
         print(best)
+        write_found(asked.json, chip.name, best, today | modelled)
         if best == Tiles():
             print("the model prefers no other grid to the defaults: nothing to write")
         elif not asked.dry:
@@ -151,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{device.device_kind}, jax {jax.__version__}; microseconds a layer: {CASES} (batch, tokens)")
     best, measured = search(asked.minutes, asked.pooling, lambda line: print(line, flush=True))
     print(best)
+    write_found(asked.json, device.device_kind, best, today | measured)
     if not asked.dry:
         write_tiles(device.device_kind, best, today | measured)
     return 0

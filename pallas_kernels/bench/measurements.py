@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.cases import Case
-from pallas_kernels.bench.peers import peer_programs, torch_seconds
+from pallas_kernels.bench.peers import flashinfer_seconds, peer_programs, torch_seconds
 from pallas_kernels.bench.programs import layers_that_fit, make_inputs, sparse_programs
 
 COPIED = 2**28  # bytes of the array whose copy measures the bandwidth
@@ -51,8 +51,9 @@ def measure_case(
     timed = {name: value / layers for name, value in take_turns(programs | others, repeats).items()}
     first, again = timed.pop("predict"), timed.pop("reuse")
     if jax.default_backend() == "gpu":
-        found = torch_seconds(case, layers, repeats)
-        (missing if isinstance(found, str) else timed)["torch_sdpa"] = found
+        for name, measure in dict(torch_sdpa=torch_seconds, flashinfer=flashinfer_seconds).items():
+            found = measure(case, layers, repeats)
+            (missing if isinstance(found, str) else timed)[name] = found
     dense_name, dense = min(((n, t) for n, t in timed.items() if n != "masked"), key=lambda pair: pair[1])
     shared = dict(budget=case.tokens / case.context, dense_seconds=dense, dense_form=dense_name, peers=timed | missing)
     shared |= dict(predict_seconds=first, reuse_seconds=again, dense_bytes=case.dense_bytes, copy_gb_s=bandwidth / 1e9)

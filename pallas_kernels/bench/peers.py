@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.programs import chain
 
+PAGE = 16  # tokens of a page of FlashInfer
+WORKSPACE = 128 * 2**20  # bytes that it asks for
+
 
 def peer_programs(case: Case, given: dict[str, Any], chosen: list) -> tuple[dict[str, Any], dict[str, str]]:
     """Other forms of decode attention on the same inputs, and the reasons why some of them cannot run.
@@ -81,21 +84,56 @@ def torch_seconds(case: Case, layers: int, repeats: int) -> float | str:
     try:
         import torch
 
-        if not torch.cuda.is_available():
-            return "torch sees no GPU"
-        dtype = getattr(torch, jnp.dtype(case.dtype).name)
-        shape = case.shape
-        size = (case.batch, shape.kv_heads, case.context, shape.dim)
-        q = torch.randn(case.batch, shape.heads, 1, shape.dim, dtype=dtype, device="cuda")
-        caches = [[torch.randn(size, dtype=dtype, device="cuda") for _ in range(2)] for _ in range(layers)]
-        times = []
-        for _ in range(repeats + 1):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for k, v in caches:
-                torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:]) / layers
+        size = (case.batch, case.shape.kv_heads, case.context, case.shape.dim)
+        q, caches = _torch_inputs(case, layers, size)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return _torch_median(lambda k, v: attend(q[:, :, None], k, v, enable_gqa=True), caches, repeats)
     except Exception as error:
         return _reason(error)
+
+
+def flashinfer_seconds(case: Case, layers: int, repeats: int) -> float | str:
+    """Seconds of FlashInfer's decode attention over pages of PAGE tokens, or the reason why it cannot run."""
+    try:
+        import flashinfer
+        import torch
+
+        shape, pages = case.shape, -(-case.context // PAGE)
+        q, caches = _torch_inputs(case, layers, (case.batch * pages, shape.kv_heads, PAGE, shape.dim))
+        whole = dict(dtype=torch.int32, device="cuda")
+        bounds = torch.arange(case.batch + 1, **whole) * pages
+        last = torch.full((case.batch,), case.context - PAGE * (pages - 1), **whole)
+        room = torch.empty(WORKSPACE, dtype=torch.uint8, device="cuda")
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(room, "HND", use_tensor_cores=True)
+        indices = torch.arange(case.batch * pages, **whole)
+        sizes = (shape.heads, shape.kv_heads, shape.dim, PAGE)
+        wrapper.plan(bounds, indices, last, *sizes, q_data_type=q.dtype, kv_data_type=q.dtype)
+        return _torch_median(lambda k, v: wrapper.run(q, (k, v)), caches, repeats)
+    except Exception as error:
+        return _reason(error)
+
+
+def _torch_inputs(case, layers, size):
+    """Queries [B, H, D], and keys and values of a size for every layer, on torch's GPU. Raises RuntimeError without."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    how = dict(dtype=getattr(torch, jnp.dtype(case.dtype).name), device="cuda")
+    q = torch.randn(case.batch, case.shape.heads, case.shape.dim, **how)
+    return q, [[torch.randn(size, **how) for _ in range(2)] for _ in range(layers)]
+
+
+def _torch_median(attend, caches, repeats):
+    """Median seconds of a layer, after one run that warms up."""
+    import torch
+
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for k, v in caches:
+            attend(k, v)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:]) / len(caches)

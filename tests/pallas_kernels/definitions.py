@@ -21,11 +21,16 @@ PLAIN = ("reference", "xla")
 KERNELS = ("tpu", "gpu")
 
 
+def interpreted(implementation):
+    """The argument `interpret`: kernels are interpreted, except on their own platform."""
+    return True if implementation in KERNELS and implementation != jax.default_backend() else None
+
+
 @functools.cache
 def jitted(function, implementation, static):
     """The function of (arrays, named arrays), jitted once for all tests; the kernels are interpreted."""
-    interpret = True if implementation in KERNELS and implementation != jax.default_backend() else None
-    call = functools.partial(function, implementation=implementation, interpret=interpret, **dict(static))
+    how = dict(implementation=implementation, interpret=interpreted(implementation))
+    call = functools.partial(function, **how, **dict(static))
     return jax.jit(lambda arrays, named: call(*arrays, **named))
 
 

@@ -8,15 +8,15 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.gpu.tiles import Tiles, try_tiles
-from tests.pallas_kernels.definitions import normal
+from tests.pallas_kernels.definitions import interpreted, normal
 
 SMALL = Tiles(score_tokens=128, held=512, candidates=1024, written=256, choosers=8)
 
 
 def choose(scores, lengths, n, implementation, **options):
-    interpret = True if implementation == "gpu" else None
+    how = dict(implementation=implementation, interpret=interpreted(implementation))
     with try_tiles(SMALL):
-        return pk.select_top_k(scores, lengths, n, implementation=implementation, interpret=interpret, **options)
+        return pk.select_top_k(scores, lengths, n, **how, **options)
 
 
 SLOW = pytest.mark.slow
@@ -73,8 +73,9 @@ def test_one_call_is_its_three_operations(unit, pooling, shared):
     options = dict(n=64 // unit + 2, unit=unit, sinks=3, recent=5, pooling=pooling, new_k=new_k, new_v=new_v)
     options |= dict(lengths=jnp.array([900, 555]), first=jnp.array([0, 130]), threshold=jnp.array([-9.0, -8.0]))
     options |= dict(counts=jnp.array([[6, 3], [2, 0]]), return_residual=True, return_selection=True)
+    how = dict(interpret=interpreted("gpu"))
     with try_tiles(SMALL):
-        ours = pk.sparse_decode_attention(q, k, v, q_imp, k_imp, implementation="gpu", interpret=True, **options)
+        ours = pk.sparse_decode_attention(q, k, v, q_imp, k_imp, implementation="gpu", **how, **options)
     theirs = pk.sparse_decode_attention(q, k, v, q_imp, k_imp, implementation="reference", **options)
     for one, other in zip(ours[:2], theirs[:2], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

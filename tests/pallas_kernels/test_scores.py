@@ -10,7 +10,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.gpu import scores as gpu_scores
-from tests.pallas_kernels.definitions import KERNELS, PLAIN, normal, oracle_scores, run, wide
+from tests.pallas_kernels.definitions import KERNELS, PLAIN, interpreted, normal, oracle_scores, run, wide
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
@@ -105,7 +105,7 @@ def test_int8_keys_with_offsets_beyond_32_bits_are_read_layer_by_layer(monkeypat
     how = dict(scales=scales[1, 0], layer=1)
     expected = pk.importance_scores(q_imp, keys, lengths, implementation="reference", **how)
     monkeypatch.setattr(gpu_scores, "ADDRESSED", keys.size - 1)
-    found = pk.importance_scores(q_imp, keys, lengths, implementation="gpu", interpret=True, **how)
+    found = pk.importance_scores(q_imp, keys, lengths, implementation="gpu", interpret=interpreted("gpu"), **how)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     monkeypatch.setattr(gpu_scores, "ADDRESSED", keys[0].size - 1)
     with pytest.raises(ValueError, match="which GPU kernels cannot address; split the batch"):

@@ -14,7 +14,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels import tune
 from pallas_kernels.gpu import tiles
-from tests.pallas_kernels.definitions import normal
+from tests.pallas_kernels.definitions import interpreted, normal
 
 SMALL = tiles.Tiles(
     held=64,
@@ -39,7 +39,8 @@ def test_small_tiles_give_the_references_results(size, pooling):
     call = functools.partial(pk.sparse_decode_attention, **how)
     expected, chosen = call(**arrays, implementation="reference")
     with tiles.try_tiles(SMALL):
-        found, selection = jax.jit(lambda arrays: call(**arrays, implementation="gpu", interpret=True))(arrays)
+        own = functools.partial(call, implementation="gpu", interpret=interpreted("gpu"))
+        found, selection = jax.jit(lambda arrays: own(**arrays))(arrays)
     np.testing.assert_array_equal(selection.indices, chosen.indices)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
