@@ -49,9 +49,10 @@ TOTAL = 25.0  # minutes
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL: a training saves its state within 25
 KERNEL_TESTS = "test_attention test_edge_cases test_gpu_kernels test_interpreted test_scores test_selection test_tune"
 DEVICE = """
-import json, subprocess, sys, jax
+import json, shutil, subprocess, sys, jax
 from importlib.metadata import distributions
-said = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if sys.argv[2] == "gpu" else ""
+smi = shutil.which("nvidia-smi")
+said = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
 names = ("jax", "jaxlib", "torch", "flashinfer-python", "nvidia-cudnn-cu13", "jax-cuda13-plugin")
 found = {d.name: d.version for d in distributions() if d.name in names}
 device = jax.devices()[0]
@@ -139,7 +140,7 @@ def make_parts(out: Path, bases: list[str], tiny: bool) -> list[GpuPart]:
     for name, base in names.items():
         file = out / f"decode_{name}_rows.json"
         lengths = ["--contexts=32", "--tokens=2", "--rounds=1"] if tiny else ["--contexts=1024,8192,32768"]
-        command = [*python, "butler_jax", "bench", f"--base={base}", *lengths, f"--json={file}"]
+        command = [*python, "butler_jax", "bench", "--no-peer", f"--base={base}", *lengths, f"--json={file}"]
         add(f"decode_{name}", 2 * share, command, read_json, file.name)
     for name, base in names.items():
         run_dir = out / f"run_{name}"
@@ -258,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
             record = run_part(part, out, min(left, 60 * part.minutes), environment)
             print(f"{part.name}: {record['status']}, {record['seconds']} s", flush=True)
             if part.name == "device" and record["status"] != "ok":
-                print(*record["tail"][-3:], sep="\n")
+                print(*record["tail"][-1:])
                 return 1
         report = summarise(out, parts)
     print_summary(report)
