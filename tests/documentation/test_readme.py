@@ -95,6 +95,21 @@ def test_the_tables_after_a_prompt_are_what_was_measured():
         assert f"| {label} | {' | '.join(cells)} |\n" in readme
 
 
+def test_the_table_of_top_p_is_what_was_measured():
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    words = {"per_head": "per head", "top_p": "top-p", "tolerance": "one tolerance"}
+    for metric, scale, digits in (("over_dense", 100, 1), ("js_divergence", 1000, 2)):
+        found: dict[tuple[str, str], list[str]] = {}
+        for r in rows_of("quality/top_p_tiny.json"):
+            if r["metric"] == metric and r["policy"] != "dense":
+                cell = f"{scale * r['value']:.{digits}f} ± {scale * r['error']:.{digits}f}"
+                found.setdefault((r["policy"].split(":")[0], r["allocation"]), []).append(cell)
+        assert len(found) == 8 and all(len(cells) == 3 for cells in found.values())
+        for (policy, allocation), cells in found.items():
+            name = f"**{policy}**" if policy == "tokenbutler" else policy
+            assert f"| {name}, {words[allocation]} | {' | '.join(cells)} |\n" in page, (policy, allocation, cells)
+
+
 def test_the_table_beside_kvpress_is_what_was_measured():
     rows = rows_of("kvpress.json")
     ours, once = "decoded, as many read", "chosen once, at its end"
