@@ -77,6 +77,7 @@ def test_sinks_and_window_stay():
     assert kept[..., :3].all() and kept[..., -2:].all() and (kept.sum(-1) == 9).all()
 
 
+@pytest.mark.slow
 def test_a_prompt_kept_whole_is_followed_densely_and_a_token_dropped_is_not_read():
     config = BaseConfig(
         family="llama", vocab_size=61, width=24, hidden=32, layers=2, heads=6, kv_heads=2, head_dim=8, context=64

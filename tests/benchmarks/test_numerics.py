@@ -60,6 +60,7 @@ def test_the_squared_error_asks_for_all_of_float32():
     assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.slow
 def test_the_float64_form_is_the_model_within_float32():
     base = load_base("tiny")
     batch = batch_text(base, README.read_text(), 40)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import pods
 from benchmarks.pods import PodPlan
+from tests.marked import long
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NO_COMPILER = 'libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler'
@@ -62,7 +63,7 @@ CALLS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", CALLS)
+@pytest.mark.parametrize("target", [target if target == "centred" else long(target) for target in CALLS])
 def test_a_training_step_keeps_nothing_whole_that_grows_with_the_model(target, capsys):
     pytest.importorskip("libtpu", reason=NO_COMPILER)
     plan = PodPlan(topology="v5e:2x4", mesh="data=4,model=2", length=256, layers=6, target=target)

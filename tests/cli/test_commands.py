@@ -214,16 +214,12 @@ def test_refused_settings_leave_no_run_behind(fails, place, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_batch_not_divisible_by_the_mesh(place, tmp_path):
     arguments = [*common(place, tmp_path), "--mesh", "data=4", "--batch-size", 6]
     done = subprocess.run(
         [sys.executable, REPOSITORY / "train.py", *map(str, arguments)],
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(tmp_path),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": host_devices(4),
-        },
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": host_devices(4)},
         capture_output=True,
         text=True,
         timeout=300,

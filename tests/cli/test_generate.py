@@ -134,6 +134,7 @@ def test_a_conversation_at_a_terminal_keeps_its_turns(talking, capfd, monkeypatc
     assert out == wanted + "\n" and "of them kept) + 6 tokens" in error
 
 
+@pytest.mark.slow
 def test_sampling_that_is_not_given_is_that_of_generation_config(talking, capfd):
     drawn = {"do_sample": True, "temperature": 0.7, "top_k": 5, "min_p": 0.1}
     (talking / "generation_config.json").write_text(json.dumps(drawn))

@@ -23,6 +23,7 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.budget import budget_table, limits_of
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import eviction as simulated
+from tests.marked import long, slow
 
 simulation = importlib.import_module("butler_jax.simulation.simulator")
 choosing = importlib.import_module("butler_jax.simulation.choice")
@@ -123,52 +124,52 @@ def dense_sets(config, layer, shape):
 
 QUICK = [
     ("tokenbutler", {}, dict(budget=0.4, unit=4)),
-    ("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
-    ("oracle", {}, dict(budget=0.3, neighbours=True)),
-    ("quest", {"page": 4}, dict(budget=0.4)),
     ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
     ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
     ("oracle", {}, dict(budget=0.8, allocation="top_p", tolerance=0.3)),
+    slow("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
+    slow("oracle", {}, dict(budget=0.3, neighbours=True)),
+    slow("quest", {"page": 4}, dict(budget=0.4)),
 ]
 # Scores meet budgets in the number of heads alone: every policy, every budget, and both numbers of heads under what
 # counts heads or units.
 COVERING = [
-    ("tokenbutler", {}, dict(budget=1.0)),
-    ("tokenbutler", {}, dict(budget=0.5, neighbours=True)),
     ("tokenbutler", {}, dict(budget=0.5, threshold=-3.0)),
-    ("tokenbutler", {"pooling": "maximum"}, dict(budget=45, unit=16)),
     ("tokenbutler", {"pooling": "maximum"}, dict(budget=0.2, min_context=30)),
-    ("oracle", {}, dict(budget=0.2, min_context=30)),
     ("oracle", {}, dict(budget=45, unit=16)),
-    ("oracle_head", {}, dict(budget=0.25)),
-    ("oracle_head", {}, dict(budget=0.4, unit=4)),
     ("oracle_head", {}, dict(budget=0.5, neighbours=True)),
-    ("oracle_head", {}, dict(budget=0.5, threshold=-3.0)),
-    ("random", {"seed": 3}, dict(budget=12)),
     ("random", {"seed": 3}, dict(budget=1.0)),
     ("streaming", {}, dict(budget=12)),
-    ("streaming", {}, dict(budget=0.5, neighbours=True)),
-    ("lowrank", {"rank": 4}, dict(budget=0.25)),
     ("lowrank", {"rank": 4}, dict(budget=0.4, unit=4)),
-    ("lowrank", {"rank": 4}, dict(budget=0.2, min_context=30)),
+    long("tokenbutler", {}, dict(budget=1.0)),
+    long("tokenbutler", {}, dict(budget=0.5, neighbours=True)),
+    long("tokenbutler", {"pooling": "maximum"}, dict(budget=45, unit=16)),
+    long("oracle", {}, dict(budget=0.2, min_context=30)),
+    long("oracle_head", {}, dict(budget=0.25)),
+    long("oracle_head", {}, dict(budget=0.4, unit=4)),
+    long("oracle_head", {}, dict(budget=0.5, threshold=-3.0)),
+    long("random", {"seed": 3}, dict(budget=12)),
+    long("streaming", {}, dict(budget=0.5, neighbours=True)),
+    long("lowrank", {"rank": 4}, dict(budget=0.25)),
+    long("lowrank", {"rank": 4}, dict(budget=0.2, min_context=30)),
 ]
 PER_LAYER = dict(budget=0.5, allocation="per_layer", unit=4, floor=0.3)
 PER_LAYER_AND_NEIGHBOURS = dict(budget=12, allocation="per_layer", neighbours=True)
 TOLERANCE = dict(budget=0.7, allocation="tolerance", tolerance=0.1, min_context=30)
 TOP_P = dict(budget=0.9, allocation="top_p", tolerance=0.3)
 ALLOCATED = [
-    ("oracle_residual", {"error": "weight"}, PER_LAYER),
     ("oracle_residual", {"error": "weight"}, TOLERANCE),
     ("oracle_residual", {"pooling": "root_sum_square"}, PER_LAYER_AND_NEIGHBOURS),
-    ("oracle_residual", {"pooling": "root_sum_square"}, TOLERANCE),
-    ("tokenbutler", {"error": "value"}, PER_LAYER_AND_NEIGHBOURS),
     ("tokenbutler", {"error": "value"}, {**TOLERANCE, "offset": "share", "target": "weight"}),
     ("tokenbutler", {}, {**PER_LAYER, "offset": "share"}),
-    ("tokenbutler", {}, {**PER_LAYER, "offset": "self_normalised"}),
     ("oracle_head", {}, {**TOP_P, "unit": 4}),
     ("quest", {"page": 4}, TOP_P),
     ("lowrank", {"rank": 4}, {**TOP_P, "min_context": 30}),
-    ("tokenbutler", {}, {**TOP_P, "unit": 4}),
+    long("tokenbutler", {}, {**TOP_P, "unit": 4}),
+    long("oracle_residual", {"error": "weight"}, PER_LAYER),
+    long("oracle_residual", {"pooling": "root_sum_square"}, TOLERANCE),
+    long("tokenbutler", {"error": "value"}, PER_LAYER_AND_NEIGHBOURS),
+    long("tokenbutler", {}, {**PER_LAYER, "offset": "self_normalised"}),
 ]
 
 
@@ -215,11 +216,11 @@ def test_decoding_chooses_the_simulations_rows_under_every_policy(name, fields, 
 
 
 MIXED = [
-    ("tokenbutler", {}, dict(budget=0.4)),
     ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
     ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
-    ("oracle_head", {}, dict(budget=0.4, unit=4)),
     ("quest", {"page": 4}, TOP_P),
+    long("tokenbutler", {}, dict(budget=0.4)),
+    long("oracle_head", {}, dict(budget=0.4, unit=4)),
 ]
 
 
@@ -237,8 +238,8 @@ SINKS = dict(attention_sinks=True, attention_softcap=1.5)
     ("name", "fields", "budget"),
     [
         ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
-        ("oracle_head", {}, dict(budget=0.4)),
         ("oracle", {}, TOP_P),
+        long("oracle_head", {}, dict(budget=0.4)),
     ],
 )
 def test_decoding_chooses_the_simulations_rows_under_sinks_and_a_soft_cap(name, fields, budget):
@@ -249,10 +250,10 @@ def test_decoding_chooses_the_simulations_rows_under_sinks_and_a_soft_cap(name, 
 @pytest.mark.parametrize(
     ("kind", "changes", "budget"),
     [
-        (None, ALL_SLIDING, dict(budget=0.4)),
+        long(None, ALL_SLIDING, dict(budget=0.4)),
         ("lookahead", ALL_SLIDING, dict(budget=0.4)),
         ("producer", SLIDING, dict(budget=0.6, unit=4)),
-        ("contextual", SLIDING, dict(budget=0.4)),
+        long("contextual", SLIDING, dict(budget=0.4)),
     ],
 )
 def test_decoding_chooses_the_simulations_rows_in_sliding_layers(kind, changes, budget):
@@ -280,8 +281,10 @@ INTERVALS = [
     ("name", "fields", "budget", "changes"),
     [
         (*INTERVALS[0], {}),
-        *(pytest.param(*one, {}, marks=pytest.mark.slow) for one in (INTERVALS[1], *INTERVALS[3:])),
-        *(pytest.param(*one, SLIDING, marks=pytest.mark.slow) for one in (INTERVALS[0], INTERVALS[2])),
+        *(long(*one, {}) for one in (INTERVALS[1], INTERVALS[3])),
+        slow(*INTERVALS[4], {}),
+        slow(*INTERVALS[2], SLIDING),
+        long(*INTERVALS[0], SLIDING),
     ],
 )
 def test_decoding_keeps_its_choice_between_the_choices_of_an_interval_as_the_simulation_does(
@@ -348,9 +351,7 @@ def compare_evicting(name, fields, budget, **changes):
         np.testing.assert_allclose(values, wanted[b, t], atol=2e-4)  # float32 logits of size 10, other sums
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"), [EVICTING[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in EVICTING[1:])]
-)
+@pytest.mark.parametrize(("name", "fields"), [EVICTING[0], *(slow(*one) for one in EVICTING[1:])])
 def test_decoding_keeps_what_the_simulation_keeps(name, fields):
     compare_evicting(name, fields, dict(budget=0.3))
 
@@ -362,15 +363,15 @@ LATER = dict(budget=10, min_context=30)
 @pytest.mark.parametrize(
     ("name", "fields", "budget", "changes"),
     [
-        (*EVICTING[0], LATER, {}),
         (*EVICTING[0], dict(budget=12), SLIDING),
-        (*EVICTING[1], dict(budget=12), {}),
-        (*EVICTING[1], LATER, SLIDING),
         (*EVICTING[1], LATER, ALL_SLIDING),
-        (*EVICTING[0], dict(budget=12), SINKS),
         (*EVICTING[1], dict(budget=12), {**SINKS, **SLIDING}),
-        (*EVICTING[2], dict(budget=1.0), {}),
         (*EVICTING[2], LATER, SLIDING),
+        long(*EVICTING[0], LATER, {}),
+        long(*EVICTING[1], dict(budget=12), {}),
+        long(*EVICTING[1], LATER, SLIDING),
+        long(*EVICTING[0], dict(budget=12), SINKS),
+        long(*EVICTING[2], dict(budget=1.0), {}),
     ],
 )
 def test_decoding_keeps_what_the_simulation_keeps_under_every_budget(name, fields, budget, changes):

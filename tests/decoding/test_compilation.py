@@ -14,12 +14,13 @@ from butler_jax.decoding import decode_step, prefill
 from butler_jax.model import BaseModel
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
+from tests.marked import long
 
 MEMORY_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", tpu_decode.CHIPS)
+@pytest.mark.parametrize("chip", ["v5p", *(long(chip) for chip in tpu_decode.CHIPS if chip != "v5p")])
 def test_a_decode_step_of_llama_compiles(chip, capsys):
     pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
     compiled = tpu_decode.compile_decode(chip)

@@ -23,7 +23,7 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import simulate
 from tests.edge_cases import BASE, NAN, normal, text
-from tests.pallas_kernels.definitions import PLAIN
+from tests.marked import long
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_dense_attention_of_logits_that_are_not_finite():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("implementation", ["xla", long("reference")])
 def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, implementation):
     broken = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
     selection = SelectionConfig(budget=10, sinks=2, recent=3)
@@ -72,7 +72,7 @@ def test_a_predictor_that_is_no_number_chooses_the_earliest(model, predictor, im
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", PLAIN)
+@pytest.mark.parametrize("implementation", ["xla", long("reference")])
 @pytest.mark.parametrize("fields", [None, dict(), dict(unit=4, interval=2)], ids=["dense", "tokens", "pages"])
 def test_a_row_that_holds_nothing_begins_with_the_token_given(model, predictor, implementation, fields):
     """A cache of one token's room, and beside a longer row: logits of a pass over that token alone."""

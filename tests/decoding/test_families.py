@@ -10,13 +10,14 @@ import pytest
 from butler_jax.decoding import decode_step, prefill
 from butler_jax.weights import load_base
 from tests import reference_models
+from tests.marked import long, slow
 
 PROMPT, TOTAL = 9, 20
-FAMILIES = ["gemma2", "gemma3", "olmo2", "olmo3", "smollm3", "granite", "mixtral", "qwen3_moe"]
+SLOW, LONG = ("gemma2", "qwen3_moe"), ("gemma3", "olmo2", "olmo3", "smollm3", "granite", "mixtral")
 pytestmark = pytest.mark.usefixtures("few_optimisations")
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+@pytest.mark.parametrize("name", ["gpt_oss", *map(slow, SLOW), *map(long, LONG)])
 def test_decoding_gives_the_logits_of_transformers(name, tmp_path):
     theirs = reference_models.save_model(name, tmp_path)
     model = load_base(tmp_path).model

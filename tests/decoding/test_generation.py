@@ -26,6 +26,7 @@ from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from butler_jax.weights.loading import TINY
 from tests.decoding.letters import BASE, PROMPTS, Letters
+from tests.marked import long, slow
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_greedy_tokens_are_those_of_whole_passes(base, dense):
 
 @pytest.mark.parametrize(
     "fields",
-    [pytest.param(dict(), marks=pytest.mark.slow), dict(unit=4, interval=3, neighbours=True)],
+    [slow(dict()), dict(unit=4, interval=3, neighbours=True)],
     ids=lambda f: "-".join(f) or "tokens",
 )
 def test_a_budget_of_everything_gives_dense_tokens(base, predictor, dense, fields):
@@ -299,12 +300,13 @@ def test_settings_are_named_in_the_signature_and_a_typo_blames_the_function(base
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields", [dict(), dict(unit=16), dict(interval=4, neighbours=True)], ids=lambda f: "-".join(f)
+    "fields", [long(dict()), long(dict(unit=16)), dict(interval=4, neighbours=True)], ids=lambda f: "-".join(f)
 )
 def test_everything_is_dense_on_stories(shared_data, fields):
     check_everything(load_base(shared_data / "data" / "stories260K"), fields, 200)
 
 
+@pytest.mark.long  # as on stories
 @pytest.mark.slow
 def test_everything_is_dense_on_smollm2(smollm2_dir):
     check_everything(load_base(smollm2_dir), dict(), 50)
@@ -321,9 +323,7 @@ def check_everything(base, fields, count):
     assert len(dense.tokens[0]) == count and found.tokens == dense.tokens
 
 
-@pytest.mark.parametrize(
-    "name", ["h2o", *(pytest.param(n, marks=pytest.mark.slow) for n in ("snapkv", "citrus", "quest", "lowrank"))]
-)
+@pytest.mark.parametrize("name", [*map(slow, ("h2o", "snapkv", "quest")), *map(long, ("citrus", "lowrank"))])
 def test_every_policy_generates_what_it_would_have_read(base, name):
     """Policies that evict run the prompt as well; the others leave it dense, so theirs is of one token."""
     policy = make_policy(name, **{"quest": {"page": 4}, "snapkv": {"once": False}}.get(name, {}))

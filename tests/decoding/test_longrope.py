@@ -11,6 +11,7 @@ from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.weights import load_base
 from tests import reference_models
+from tests.marked import long
 
 NAME, BORDER, NEW = "phi3 longrope", 32, 12
 LENGTHS = (27, 40, 32, 5)  # one crosses, one is beyond, one crosses with its first token, one stays
@@ -35,7 +36,7 @@ def wanted(pair):
     return rows
 
 
-@pytest.mark.parametrize("capacity", [51, pytest.param(96, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("capacity", [51, long(96)])
 def test_rows_beside_others_are_continued_as_by_transformers(pair, wanted, capacity):
     found = butler_jax.generate(pair[1], PROMPTS, max_new_tokens=NEW, stop=(), capacity=capacity)
     assert found.tokens == wanted

@@ -12,6 +12,7 @@ from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.weights import load_base
 from tests import reference_models
+from tests.marked import long
 
 WORDS = np.random.default_rng(0).integers(3, 25, 200).tolist()
 SOME = SelectionConfig(budget=0.4, sinks=1, recent=2, interval=3, unit=2)
@@ -41,7 +42,7 @@ def test_dense_turns_keep_prompt_and_answer(base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lookahead", pytest.param("contextual", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lookahead", long("contextual")])
 def test_sparse_turns_keep_the_prompt(base, kind):
     predictor = make_predictor(base.config, PredictorConfig(kind=kind, rank=8, stride=2))
     assert turns(base, [9, 40], 12, predictor=predictor, selection=SOME) == [0, 9]

@@ -13,19 +13,20 @@ from butler_jax.model.decoder import forward, run_layers
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from tests.decoding.ragged import CAPACITY, LENGTHS, PROMPTS, decoded, model_of, rows_of
+from tests.marked import long, slow
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"qkv_bias": True, "kv_heads": 1, "sliding_window": 5, "sliding_layers": (True, False) * 2},
+        slow({"qkv_bias": True, "kv_heads": 1, "sliding_window": 5, "sliding_layers": (True, False) * 2}),
         {
             "rope": RopeConfig(
                 kind="longrope", original_context=16, short_factor=(1.0,) * 8, long_factor=(1.0, 2.0) * 4, factor=4.0
             )
         },
         {"attention_sinks": True, "sliding_window": 5, "sliding_layers": (True, False) * 2},
-        {"attention_softcap": 0.05},
+        slow({"attention_softcap": 0.05}),
     ],
     ids=["bias and windows", "longrope", "sinks and windows", "soft cap"],
 )
@@ -42,9 +43,19 @@ def test_decoding_step_by_step_equals_the_full_pass(changes):
         np.testing.assert_allclose(found, full[b, t], atol=2e-5)
 
 
+SLIDING = (True, False) * 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lookahead", "contextual"])
-@pytest.mark.parametrize("sliding", [(), (True, False) * 3])
+@pytest.mark.parametrize(
+    ("kind", "sliding"),
+    [
+        ("lookahead", SLIDING),
+        long("lookahead", ()),
+        long("contextual", ()),
+        long("contextual", SLIDING),
+    ],
+)
 def test_a_step_with_its_layers_unrolled_equals_the_scan(monkeypatch, kind, sliding):
     """As on GPU. Six layers: a dense one, and producers of 4 and of 1."""
     model = model_of(layers=6, sliding_window=6 if sliding else None, sliding_layers=sliding)

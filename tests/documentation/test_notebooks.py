@@ -126,7 +126,7 @@ def test_a_picture_is_near_the_top(path):
     assert shows.index(True) < (14 if path.stem in CLASSES and "Decoder" in CLASSES[path.stem] else 9)
 
 
-OFTEN = {"01_quickstart", "07_tour"}
+OFTEN = {"01_quickstart"}
 
 
 @pytest.mark.slow

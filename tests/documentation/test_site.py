@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.documentation.pages import DOCS, REPOSITORY
+from tests.marked import long
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_the_reference_describes_what_the_package_exports(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [360, long(1280)])
 def test_every_page_opens_in_a_browser(browser, site, width):
     context = browser.new_context(viewport={"width": width, "height": 800}, offline=True)
     opened, wrong = context.new_page(), []

@@ -362,6 +362,7 @@ def test_another_version_of_the_package_measures_anew(place, tmp_path, monkeypat
     assert not any("kept" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_haystack_that_is_repeated_is_told_and_noted(place):
     base, _, config = place
     config = dataclasses.replace(

@@ -18,6 +18,7 @@ from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import simulate
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.weights import Base, adapt_model, fingerprint
+from tests.marked import long, slow
 from tests.own_decoder import OwnAdapter, OwnDecoder
 from tests.tiny_models import BASE, make_batch, make_model
 
@@ -47,7 +48,7 @@ def test_logits_are_those_of_the_same_weights(model, base):
     assert found.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("target", ["attention", pytest.param("value", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", [slow("attention"), long("value")])
 def test_a_training_step_has_the_same_loss_and_gradient(model, base, target):
     config = PredictorConfig(rank=8, target=target, offset="none" if target == "attention" else "share")
     objective = DistillationObjective("cross_entropy", sinks=2, recent=4)
@@ -84,6 +85,7 @@ def test_generation_gives_the_same_tokens_from_a_list_of_layers_and_from_stacked
         assert one.attended == expected.attended
 
 
+@pytest.mark.long  # a simulation, above, is what an evaluation is made of
 @pytest.mark.slow
 def test_an_evaluation_reports_the_same_numbers():
     tiny = butler_jax.load_base("tiny")

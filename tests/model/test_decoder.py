@@ -21,6 +21,7 @@ from butler_jax.model.decoder import (
 from butler_jax.model.hugging_face_config import base_config
 from butler_jax.weights import load_base
 from tests import reference_models
+from tests.marked import long, slow
 
 ATOL = 2e-5  # three layers of float32 sums over at most 64 terms of size 1, in another order
 run = jax.jit(forward)
@@ -42,7 +43,24 @@ def random_tokens(*shape, seed=0):
     return np.random.default_rng(seed).integers(3, 96, shape, dtype=np.int32)
 
 
-@pytest.mark.parametrize("name", [name for name in reference_models.MODELS if "blocks" not in name])
+# Each kind of layer once; the fast tests of loading read the other names.
+OFTEN = {
+    "llama",
+    "llama with biases",
+    "mistral with layer types",
+    "qwen3 with sliding layers",
+    "gemma2",
+    "gpt_oss",
+    "olmo2",
+    "phi3 longrope",
+    "qwen3_moe, normalised",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in OFTEN else slow(name) for name in reference_models.MODELS if "blocks" not in name],
+)
 def test_logits_equal_those_of_transformers(loaded, name):
     theirs, base = loaded(name)
     for length in (24, 48) if "longrope" in name else (24,):  # on both sides of the original context, 32
@@ -51,7 +69,13 @@ def test_logits_equal_those_of_transformers(loaded, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama with biases", "qwen2 with sliding layers", "qwen3", "phi3 longrope", "gpt_oss", "gemma2"]
+    "name",
+    [
+        "llama with biases",
+        "gemma2",
+        slow("gpt_oss"),
+        *map(long, ("qwen2 with sliding layers", "qwen3", "phi3 longrope")),
+    ],
 )
 def test_attention_and_every_layer_equal_those_of_transformers(loaded, name):
     theirs, base = loaded(name)
@@ -81,7 +105,8 @@ def test_attention_and_every_layer_equal_those_of_transformers(loaded, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope", "gpt_oss"]
+    "name",
+    ["llama", "gpt_oss", *map(long, ("mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope"))],
 )
 def test_padded_rows_equal_their_documents_alone(loaded, name):
     theirs, base = loaded(name)
@@ -95,7 +120,7 @@ def test_padded_rows_equal_their_documents_alone(loaded, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral with a sliding_window", "qwen3 with sliding layers", "phi3 longrope"]
+    "name", ["llama", "qwen3 with sliding layers", *map(long, ("mistral with a sliding_window", "phi3 longrope"))]
 )
 def test_packed_documents_equal_the_documents_alone(loaded, name):
     theirs, base = loaded(name)
@@ -261,6 +286,7 @@ def test_stories_model_tells_its_known_story(shared_data):
     )
 
 
+@pytest.mark.slow
 def test_stories_model_has_its_known_loss(shared_data):
     base = load_base(shared_data / "data" / "stories260K")
     text = (shared_data / "data" / "text" / "tinystories_valid_head.txt").read_text(encoding="utf-8")

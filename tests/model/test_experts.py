@@ -260,6 +260,7 @@ for config, text in zip(configs, sys.argv[2:], strict=True):
 """
 
 
+@pytest.mark.long  # the training and decoding below are on such meshes too
 @pytest.mark.slow
 def test_experts_on_several_devices_compute_what_one_does():
     environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}

@@ -10,10 +10,11 @@ import pytest
 
 import pallas_kernels as pk
 from tests.edge_cases import INF, NAN, normal
+from tests.marked import slow
 from tests.pallas_kernels.definitions import KERNELS, PLAIN, run
 
 
-@pytest.mark.parametrize("implementation", [*PLAIN, *KERNELS])
+@pytest.mark.parametrize("implementation", [*PLAIN, *map(slow, KERNELS)])
 def test_empty_rows_and_budgets_choose_nothing(implementation):
     scores, lengths = normal(0, 3, 2, 20), jnp.asarray([20, 0, 1])
     pick = partial(run, pk.select_top_k, scores, lengths, implementation=implementation, sinks=4, recent=8)
@@ -48,7 +49,7 @@ def test_a_row_of_length_0_has_no_scores_and_leaves_the_others_alone(implementat
     np.testing.assert_allclose(found[1], 0, atol=1e-6)  # one token: its own log-sum-exp off
 
 
-@pytest.mark.parametrize("implementation", [*PLAIN, *KERNELS])
+@pytest.mark.parametrize("implementation", [*PLAIN, *map(slow, KERNELS)])
 def test_decode_attention_of_logits_that_are_not_finite(implementation):
     k, v = jnp.abs(normal(1, 3, 1, 16, 16)) + 0.1, normal(2, 3, 1, 16, 16)
     q = jnp.ones((3, 1, 16)).at[0].set(-1e34).at[1].set(3e38)  # as good as -inf, +inf, ordinary

@@ -8,6 +8,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.gpu.tiles import Tiles, try_tiles
+from tests.marked import long, slow
 from tests.pallas_kernels.definitions import interpreted, normal
 
 SMALL = Tiles(score_tokens=128, held=512, candidates=1024, written=256, choosers=8)
@@ -19,7 +20,6 @@ def choose(scores, lengths, n, implementation, **options):
         return pk.select_top_k(scores, lengths, n, **how, **options)
 
 
-SLOW = pytest.mark.slow
 SCORES = {
     "normal": normal(0, 2, 2, 3000),
     "rounded": jnp.round(normal(1, 2, 2, 3000)),  # more ties than candidates
@@ -34,12 +34,19 @@ RULES = {
     "first": dict(n=200, first=jnp.array([700, 1201]), sinks=4, recent=30),
     "threshold": dict(n=900, threshold=jnp.array([1.0, 7.0]), sinks=3, recent=5),
 }
-FAST = [("rounded", "plain"), ("normal", "counts"), ("uneven", "first"), ("infinite", "threshold")]
+# Each scores and each rules once: a rounded choice of plain ones is the hardest, and fast.
+FAST = [("rounded", "plain")]
+SLOWER = [("normal", "counts"), ("uneven", "first"), ("infinite", "threshold"), ("zero", "plain"), ("sorted", "counts")]
+OFTEN = {*FAST, *SLOWER}
 
 
 @pytest.mark.parametrize(
     ("scores", "rules"),
-    [*FAST, *(pytest.param(s, r, marks=SLOW) for s in SCORES for r in RULES if (s, r) not in FAST)],
+    [
+        *FAST,
+        *(slow(*one) for one in SLOWER),
+        *(long(s, r) for s in SCORES for r in RULES if (s, r) not in FAST + SLOWER),
+    ],
 )
 def test_rows_beyond_the_registers_are_selected_exactly(scores, rules):
     lengths, scores, options = jnp.array([3000, 2500]), SCORES[scores], RULES[rules]
@@ -59,9 +66,10 @@ def test_candidates_that_miss_the_threshold_do_not_change_the_choice(monkeypatch
     ("unit", "pooling", "shared"),
     [
         (16, "maximum", True),
-        pytest.param(1, "normalised", False, marks=SLOW),
-        *(pytest.param(unit, "normalised", True, marks=SLOW) for unit in (1, 16, 256)),
-        *(pytest.param(unit, "maximum", False, marks=SLOW) for unit in (1, 256)),
+        slow(1, "normalised", False),
+        slow(256, "normalised", True),
+        *(long(unit, "normalised", True) for unit in (1, 16)),
+        *(long(unit, "maximum", False) for unit in (1, 256)),
     ],
 )
 def test_one_call_is_its_three_operations(unit, pooling, shared):

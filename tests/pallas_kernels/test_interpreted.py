@@ -18,6 +18,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as simulator
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels as pk
+from tests.marked import long
 from tests.pallas_kernels.definitions import attention_case, check_attention, check_choice, normal, oracle_scores, run
 
 SIMULATED = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
@@ -25,7 +26,7 @@ FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim, unit, dtype", [(64, 16, jnp.float32), (128, 32, jnp.bfloat16)])
+@pytest.mark.parametrize("dim, unit, dtype", [long(64, 16, jnp.float32), (128, 32, jnp.bfloat16)])
 def test_simulated_tpu_memories_leak_no_nan_and_see_no_race(dim, unit, dtype):
     batch, heads, group, size, n = 2, 2, 3, 10 * unit, 9
     case = attention_case(1, batch=batch, heads=heads, group=group, dim=dim, size=size, n=n, unit=unit, dtype=dtype)
@@ -55,15 +56,15 @@ def test_simulated_tpu_memories_leak_no_nan_and_see_no_race(dim, unit, dtype):
     ("implementation", "dim", "dtype"),
     [
         ("tpu", 80, jnp.float32),
-        ("tpu", 80, jnp.bfloat16),
-        ("tpu", 96, jnp.bfloat16),
-        ("tpu", 128, jnp.float32),
         ("tpu", 128, jnp.bfloat16),
-        ("tpu", 256, jnp.float32),
-        ("gpu", 80, jnp.bfloat16),
         ("gpu", 96, jnp.float32),
-        ("gpu", 128, jnp.bfloat16),
         ("gpu", 256, jnp.float32),
+        ("gpu", 128, jnp.bfloat16),
+        long("tpu", 80, jnp.bfloat16),
+        long("tpu", 96, jnp.bfloat16),
+        long("tpu", 128, jnp.float32),
+        long("tpu", 256, jnp.float32),
+        long("gpu", 80, jnp.bfloat16),
     ],
 )
 def test_attention_kernels_take_every_width_and_bfloat16(implementation, dim, dtype):

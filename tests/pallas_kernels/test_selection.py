@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from tests.marked import long, slow
 from tests.pallas_kernels.definitions import KERNELS, PLAIN, check_choice, normal, run
 
 
@@ -80,17 +81,12 @@ def test_a_large_choice_without_sorting_is_that_of_a_sort(distribution):
     ("implementation", "size"),
     [
         ("xla", 131_073),  # a sample of it does not fill its columns
-        ("gpu", 131_073),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                *(("xla", size) for size in (131_071, 140_000, 262_145, 999_999)),
-                ("reference", 999_999),
-                ("gpu", 999_999),
-                ("tpu", 131_073),
-                ("tpu", 262_145),  # XLA's selection
-            )
-        ),
+        slow("gpu", 131_073),
+        slow("tpu", 131_073),
+        slow("tpu", 262_145),  # XLA's selection
+        slow("xla", 999_999),
+        *(long("xla", size) for size in (131_071, 140_000, 262_145)),
+        *(long(name, 999_999) for name in ("reference", "gpu")),
     ],
 )
 def test_any_size_is_taken(implementation, size):
@@ -101,10 +97,7 @@ def test_any_size_is_taken(implementation, size):
     np.testing.assert_array_equal(found.indices[0, 0], np.sort(best))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("reference", *KERNELS)]
-
-
-@pytest.mark.parametrize("implementation", ["xla", *SLOW])
+@pytest.mark.parametrize("implementation", ["xla", long("reference"), *map(slow, KERNELS)])
 def test_a_planted_key_is_found_among_262144_and_ties_go_to_the_earlier(implementation):
     """One key lies along the query, four have the same score below it, and all others are nearly orthogonal."""
     size, place, equal = 262_144, 201_357, [7, 99_999, 150_000, 262_000]

@@ -10,6 +10,7 @@ import pytest
 
 from butler_jax.parallel.heartbeats import Silence
 from tests.host_processes import Place, Signal
+from tests.marked import long
 
 
 def test_only_others_that_stay_silent_while_this_one_looks_are_suspected(monkeypatch):
@@ -25,7 +26,7 @@ def test_only_others_that_stay_silent_while_this_one_looks_are_suspected(monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, long(1)])
 def test_a_process_that_freezes_ends_the_other_in_a_line(tmp_path, index):
     place = Place(tmp_path)
     stopped = Signal(signal.SIGSTOP, 2, place.directory)

@@ -17,6 +17,7 @@ from butler_jax.evaluation.evaluator import evaluate
 from butler_jax.policies import POLICIES
 from tests import tiny_evaluations, tiny_runs
 from tests.host_devices import host_devices
+from tests.marked import long
 from tests.tiny_models import make_model
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -123,7 +124,7 @@ SEVERAL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", SEVERAL)
+@pytest.mark.parametrize("mesh", [mesh if "sequence" in mesh else long(mesh) for mesh in SEVERAL])
 def test_every_policy_on_a_mesh_reads_and_predicts_as_on_one_device(base, mesh):
     assert {name.split(":")[0] for names in SEVERAL.values() for name in names} == {*POLICIES} - {"tokenbutler"}
     assert_as_on_one(on_eight_devices(PASSES, str(base), json.dumps([32, SEVERAL[mesh], [mesh], ["simulate"]])))

@@ -14,6 +14,7 @@ from butler_jax.runs.directory import claim
 from tests import tiny_runs
 from tests.host_devices import host_devices
 from tests.host_processes import STEPS, Ended, Place, Signal, free_port
+from tests.marked import long
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +75,7 @@ def test_processes_end_when_one_dies_and_go_on_at_the_next_start(deaths, alone):
     assert len(second.losses) > first.kept[-1]
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(1, ""), (2, "model=2")])
+@pytest.mark.parametrize(("count", "mesh"), [long(1, ""), (2, "model=2")])
 def test_checkpoints_of_four_processes_go_on_in_fewer(place, deaths, alone, count, mesh):
     run, last = f"four-{count}", deaths[-1].kept[-1]
     place.copy("four", run)
@@ -157,6 +158,7 @@ def test_an_error_of_one_process_ends_all_in_a_line(place):
     assert "error: process 1 lost another one, which ended or cannot be reached" in second.said
 
 
+@pytest.mark.long  # an error of one process, above, ends all alike
 def test_a_full_disk_ends_all_in_a_line(place, small_disk):
     """Each writes its own part of a checkpoint."""
     tiny_runs.fill(small_disk, 40960)

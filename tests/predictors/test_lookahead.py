@@ -17,6 +17,7 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import init_predictor
 from butler_jax.weights import Base
+from tests.marked import long, slow
 from tests.predictors.passes import all_scores, batch_of, model_of, views_of
 
 STARTING = {
@@ -38,7 +39,7 @@ STARTING = {
 }
 
 
-@pytest.mark.parametrize("name", STARTING)
+@pytest.mark.parametrize("name", [name if name in ("llama", "longrope") else long(name) for name in STARTING])
 def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
     model, batch = model_of(**STARTING[name]), batch_of()
     base = model.config
@@ -65,7 +66,7 @@ def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
     np.testing.assert_allclose(mine[1:], true[1:], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2 with biases", "phi3 of partial rotary"])
+@pytest.mark.parametrize("name", ["llama", long("qwen2 with biases"), slow("phi3 of partial rotary")])
 def test_value_channels_start_as_the_norm_of_the_value_in_the_stream(name):
     model, batch = model_of(**STARTING[name]), batch_of()
     base = model.config
@@ -117,7 +118,7 @@ def test_lookahead_reads_the_stream_at_the_producer_layer():
         np.testing.assert_allclose(scores[layer], expected, atol=5e-5)  # float32; logits are below 30
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.75])
+@pytest.mark.parametrize("fraction", [slow(1.0), 0.75])
 def test_lookahead_takes_the_pairs_of_most_energy_and_spread(fraction):
     model = model_of(rope=RopeConfig(fraction=fraction))
     base, calibration = model.config, [batch_of(1), batch_of(2)]

@@ -15,6 +15,7 @@ from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import calibrate_thresholds, calibrate_tolerance, simulate
 from pallas_kernels import from_image, ordered_image
+from tests.marked import long
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16, context=256
@@ -54,7 +55,7 @@ def test_mean_of_what_rows_read_is_reached(model, mean, unit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt_tokens", [0, 40])
+@pytest.mark.parametrize("prompt_tokens", [long(0), 40])
 def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):
     batch, policy = batch_of(), make_policy("oracle_residual")
     most = SelectionConfig(budget=1.0, sinks=2, recent=3)

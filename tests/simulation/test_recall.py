@@ -16,6 +16,7 @@ from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.simulation.chunks import spread
 from butler_jax.simulation.recall import correlate_ranks, mean_ranks
+from tests.marked import long, slow
 from tests.tiny_models import BASE, SCORES, make_batch, make_model, naive
 
 
@@ -99,7 +100,7 @@ def test_recall_of_some_rows_measures_only_those(model):
     assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
 
 
-@pytest.mark.parametrize("name", [pytest.param("streaming", marks=pytest.mark.slow), "h2o"])
+@pytest.mark.parametrize("name", [long("streaming"), "h2o"])
 def test_rows_of_a_prompt_do_not_count(model, name):
     """The sums over all rows are those over the rows of a prompt and those after it."""
     batch, policies = make_batch([[96]], 96), [make_policy(name)]
@@ -113,7 +114,7 @@ def test_rows_of_a_prompt_do_not_count(model, name):
         measure_recall(model, None, [batch], policies, [0.5], ranks=False, prompt_tokens=96)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.slow), 128])
+@pytest.mark.parametrize("rows", [long(None), slow(128)])
 def test_policies_that_evict_and_policies_that_score_are_measured_on_the_same_rows(model, rows):
     batch = make_batch([[300], [100, 120]], 300)
     found = measure_recall(model, None, [batch], [make_policy("streaming"), make_policy("h2o")], [0.5, 20], rows=rows)

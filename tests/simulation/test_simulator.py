@@ -17,9 +17,8 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from butler_jax.simulation.predictions import jensen_shannon
+from tests.marked import long, slow
 from tests.tiny_models import BASE, SCORES, NaivePredictor, make_batch, make_model, naive, next_nll
-
-SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def model():
 
 
 @pytest.mark.parametrize("policy", sorted(SCORES))
-@pytest.mark.parametrize("sliding", [None, 20])
+@pytest.mark.parametrize("sliding", [None, slow(20)])
 def test_simulation_equals_position_by_position_form(policy, sliding):
     model = make_model(dataclasses.replace(BASE, sliding_window=sliding))
     batch = make_batch([[37], [30]], 37)
@@ -42,7 +41,7 @@ def test_simulation_equals_position_by_position_form(policy, sliding):
             np.testing.assert_array_equal(result.greedy[row, :size], logits.argmax(-1))
 
 
-@pytest.mark.parametrize("slides", [(True, False, True, False), pytest.param((False, True, True, False), marks=SLOW)])
+@pytest.mark.parametrize("slides", [(True, False, True, False), slow((False, True, True, False))])
 def test_layers_that_slide_beside_others_read_their_windows_and_choose_nothing(slides):
     base = dataclasses.replace(BASE, layers=4, sliding_window=16, sliding_layers=slides)
     model, batch, served = make_model(base), make_batch([[37]], 37), [n for n in range(1, 4) if not slides[n]]
@@ -62,7 +61,7 @@ def test_layers_that_slide_beside_others_read_their_windows_and_choose_nothing(s
         assert result.of_dense[0, t] == pytest.approx(sum(read) / sum(dense))
 
 
-@pytest.mark.parametrize("kind", sorted(PREDICTORS))
+@pytest.mark.parametrize("kind", [k if k == "lookahead" else slow(k) for k in sorted(PREDICTORS)])
 def test_simulated_predictor_equals_position_by_position_form(kind):
     base = dataclasses.replace(BASE, layers=4)  # two producers, at layers 0 and 2
     model = make_model(base)
@@ -82,7 +81,7 @@ def test_simulated_predictor_equals_position_by_position_form(kind):
     assert any(set(own) != recent[t] for sets in chosen[1:] for (_, t), own in sets.items() if t > 32)
 
 
-@pytest.mark.parametrize("kind", sorted(PREDICTORS))
+@pytest.mark.parametrize("kind", [k if k == "contextual" else long(k) for k in sorted(PREDICTORS)])
 def test_full_budget_equals_dense_pass(model, kind):
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2))
     batch = make_batch([[20, 80], [100], [128]], 128)
@@ -97,7 +96,7 @@ def test_full_budget_equals_dense_pass(model, kind):
     np.testing.assert_array_equal(np.asarray(result.attended), 1.0)
 
 
-@pytest.mark.parametrize("policy", ["oracle", "oracle_head", "random", "tokenbutler"])
+@pytest.mark.parametrize("policy", ["tokenbutler", slow("oracle"), *map(long, ("oracle_head", "random"))])
 def test_documents_and_padding_change_nothing(model, policy):
     predictor = make_predictor(BASE, PredictorConfig(kind="contextual", rank=8, stride=2))
     batch = make_batch([[50, 75], [50], [75]], 128)

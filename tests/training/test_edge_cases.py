@@ -19,6 +19,7 @@ from butler_jax.training.losses.squared_error import sum_squared_errors
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import learning_schedule, make_optimiser, make_train_step, start_state
 from tests.edge_cases import BASE, NAN, normal, text
+from tests.marked import long, slow
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def value_and_gradients(name, q, k, p, r, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"form": "fused"}, {"form": "two_calls"}, {}], ids=["fused", "two calls", "square"]
+    "options", [slow({"form": "fused"}), {"form": "two_calls"}, {}], ids=["fused", "two calls", "square"]
 )
 def test_an_empty_row_weighs_nothing_in_a_loss(options):
     name = "cross_entropy" if options else "squared_error"
@@ -122,7 +123,7 @@ def test_a_score_of_minus_infinity_where_attention_goes_is_an_infinite_loss(form
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "objective"),
-    [("lookahead", "cross_entropy"), ("producer", "squared_error"), ("contextual", "cross_entropy")],
+    [("lookahead", "cross_entropy"), ("producer", "squared_error"), long("contextual", "cross_entropy")],
 )
 def test_a_batch_of_padding_trains_nothing(model, kind, objective):
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))

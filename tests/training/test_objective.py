@@ -25,6 +25,7 @@ from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses.target import PENALTY, log_total
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import make_optimiser, make_train_step, start_state
+from tests.marked import long, slow
 
 SIZES = dict(vocab_size=61, width=64, hidden=96, layers=6, heads=4, kv_heads=2, head_dim=16, context=4096)
 BASE = BaseConfig(family="qwen2", qkv_bias=True, **SIZES)
@@ -135,11 +136,15 @@ def naive_loss(parameters, rest, model, batch, objective, sinks, recent):
 @pytest.mark.parametrize(
     ("kind", "objective", "sinks", "recent"),
     [
-        pytest.param(kind, *asked, marks=[] if kind == "lookahead" else [pytest.mark.slow])
-        for kind in PREDICTORS
-        for asked in (("squared_error", 0, 0), ("cross_entropy", 0, 0), ("cross_entropy", 2, 3))
-    ]
-    + [("errors", "cross_entropy", 2, 3)],
+        ("lookahead", "squared_error", 0, 0),
+        ("errors", "cross_entropy", 2, 3),
+        slow("producer", "squared_error", 0, 0),
+        slow("contextual", "cross_entropy", 2, 3),
+        *(long("lookahead", "cross_entropy", *always) for always in ((0, 0), (2, 3))),
+        *(long("producer", "cross_entropy", *always) for always in ((0, 0), (2, 3))),
+        long("contextual", "squared_error", 0, 0),
+        long("contextual", "cross_entropy", 0, 0),
+    ],
 )
 def test_loss_and_gradient_equal_unrolled_autodiff(model, predictors, kind, objective, sinks, recent):
     predictor, batch = predictors[kind], random_batch(3)
@@ -163,9 +168,7 @@ def test_loss_and_gradient_equal_unrolled_autodiff(model, predictors, kind, obje
     np.testing.assert_allclose(count, BASE.heads * terms, rtol=1e-6)  # a mean over layers: rounding only
 
 
-@pytest.mark.parametrize(
-    "kind", [k if k == "producer" else pytest.param(k, marks=pytest.mark.slow) for k in PREDICTORS]
-)
+@pytest.mark.parametrize("kind", [slow(k) if k == "producer" else long(k) for k in PREDICTORS])
 def test_layers_that_slide_beside_others_have_no_loss(kind):
     """Blocks of layer 1, and of the layers 3 and 4: layer 2 lies between them, and layer 5 has no head."""
     base = dataclasses.replace(BASE, sliding_window=9, sliding_layers=(True, False, True, False, False, True))
@@ -213,9 +216,9 @@ def compiled(kind: str, objective: str, *, length: int, layers: int):
 @pytest.mark.parametrize(
     ("kind", "objective"),
     [
-        pytest.param("lookahead", "cross_entropy", marks=pytest.mark.slow),
-        pytest.param("producer", "cross_entropy", marks=pytest.mark.slow),
-        pytest.param("contextual", "squared_error", marks=pytest.mark.slow),
+        slow("lookahead", "cross_entropy"),
+        long("producer", "cross_entropy"),
+        slow("contextual", "squared_error"),
     ],
 )
 def test_memory_grows_with_length_alone_and_holds_no_square(kind, objective):
@@ -240,7 +243,7 @@ def copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-@pytest.mark.parametrize("kind", ["producer", "lookahead"])
+@pytest.mark.parametrize("kind", [long("producer"), "lookahead"])
 def test_accumulation_changes_rounding_only(model, predictors, kind):
     batch, results = random_batch(4), []
     optimiser = optax.sgd(0.1)  # linear in the gradient: Adam would magnify the rounding of tiny ones
@@ -281,7 +284,7 @@ def test_dropout_follows_seed_and_step(model, predictors):
     assert len({*losses[0, "first"], *losses[1, "first"]}) == 4
 
 
-@pytest.mark.parametrize("kind", PREDICTORS)
+@pytest.mark.parametrize("kind", [k if k == "lookahead" else long(k) for k in PREDICTORS])
 def test_thirty_steps_on_one_batch_lower_the_loss_and_leave_the_base_alone(model, predictors, kind):
     batch, before = random_batch(4), jax.tree.map(np.array, model)
     optimiser = make_optimiser(CONFIG, 1e-2)

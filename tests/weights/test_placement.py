@@ -83,6 +83,7 @@ def test_a_model_larger_than_memory_is_refused_by_arithmetic(monkeypatch):
         check_memory({large: 35 * 10**9, small: 35 * 10**9}, "m")
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_memory_is_refused_on_simulated_devices_before_it_is_placed(small_model):
     """2e9 embeddings of 8 float32: 64 GB that the file only claims, on two devices of a machine of 25 GB."""
     change_config(small_model, vocab_size=2 * 10**9)

@@ -13,6 +13,7 @@ from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.store import EvictingStore, make_store, offload
 from butler_jax.model import LayerView
 from butler_jax.selection import Chosen
+from tests.marked import slow
 
 CACHED, CAP = np.asarray([3, 11]), 0.9
 SINKS = jnp.asarray([1.0, -0.5, 0.3, 2.0])
@@ -32,8 +33,8 @@ def wanted(q, k, v, sets):
     return out
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["a set a group", "a set a head"])
-@pytest.mark.parametrize("make", [make_store, EvictingStore, make_host])
+@pytest.mark.parametrize("apart", [False, slow(True)], ids=["a set a group", "a set a head"])
+@pytest.mark.parametrize("make", [make_store, EvictingStore, slow(make_host)])
 def test_chosen_tokens_are_attended_under_cap_and_sinks(make, apart):
     if make is make_host and not any(m.kind == "pinned_host" for m in jax.devices()[0].addressable_memories()):
         pytest.skip("no pinned host memory here")

@@ -18,6 +18,7 @@ from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from tests.decoding.letters import BASE, PROMPTS, Letters
+from tests.marked import long
 
 pytestmark = pytest.mark.usefixtures("few_optimisations")
 
@@ -35,7 +36,7 @@ def test_offload_gives_the_resident_tokens(base, predictor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "interval"), [("lookahead", 2), ("producer", 1)])
+@pytest.mark.parametrize(("kind", "interval"), [("lookahead", 2), long("producer", 1)])
 def test_offload_gives_the_resident_tokens_beside_layers_that_slide(kind, interval):
     slides = (True, False, True, True, False, True)
     config = dataclasses.replace(BASE, layers=6, sliding_window=7, sliding_layers=slides)
@@ -53,12 +54,12 @@ def test_offload_gives_the_resident_tokens_beside_layers_that_slide(kind, interv
 @pytest.mark.parametrize(
     ("kind", "fields", "pooling"),
     [
-        ("lookahead", dict(budget=0.4), "normalised"),
         ("lookahead", dict(budget=0.4, interval=3), "maximum"),
-        ("producer", dict(budget=0.5, unit=4), "maximum"),
-        ("producer", dict(budget=0.4, interval=3), "normalised"),
-        ("contextual", dict(budget=0.4), "maximum"),
         ("contextual", dict(budget=0.5, unit=4), "normalised"),
+        long("lookahead", dict(budget=0.4), "normalised"),
+        long("producer", dict(budget=0.5, unit=4), "maximum"),
+        long("producer", dict(budget=0.4, interval=3), "normalised"),
+        long("contextual", dict(budget=0.4), "maximum"),
     ],
 )
 def test_offload_gives_the_resident_logits(base, kind, fields, pooling):

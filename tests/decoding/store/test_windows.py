@@ -10,6 +10,7 @@ import pytest
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.store import EvictingStore, make_store, offload
 from butler_jax.model import LayerView
+from tests.marked import slow
 
 WINDOW, LENGTHS = 21, np.asarray([0, 5, 20, 21, 58, 95])
 
@@ -22,9 +23,9 @@ def make_host(k, v):
     ("make", "capacity"),  # pages of 16 tokens, and of one
     [
         (make_store, 96),
-        pytest.param(make_store, 99, marks=pytest.mark.slow),
-        pytest.param(EvictingStore, 99, marks=pytest.mark.slow),
-        pytest.param(make_host, 96, marks=pytest.mark.slow),
+        slow(make_store, 99),
+        slow(EvictingStore, 99),
+        slow(make_host, 96),
     ],
 )
 def test_a_window_is_read_alone(make, capacity):

@@ -20,6 +20,7 @@ from butler_jax.evaluation.report.tables import (
     make_tables,
     make_title,
 )
+from tests.marked import long
 from tests.tiny_reports import BUDGETS, POLICIES, few, report, row, rows
 
 
@@ -164,6 +165,7 @@ def drawn():
     return [(f, *render_figure(f.draw, f.name, f.alt)) for f in plan_figures(made.rows, made.arrays)]
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_from_outside(drawn):
     whole = render_page(report(), [(f, element) for f, _, element in drawn])
     found, text = Reader(whole), re.sub(r'"data:image/[^"]*"', '"data:image/"', whole)
@@ -327,8 +329,7 @@ def test_notes_stay_and_legends_are_readable_on_a_phone(browser, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light"), long(390, "light"), long(1280, "dark")])
 def test_the_page_reads_well_in_a_browser(browser, tmp_path, scheme, width):
     pages.write_pages(
         report(base="<b>a base</b> with_a_very_long_name_that_nobody_would_ever_want_to_type_" * 2), tmp_path

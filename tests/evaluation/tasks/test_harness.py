@@ -31,6 +31,7 @@ from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.weights import load_base
+from tests.marked import long, slow
 
 PAIRS = [("the river sings", " over old stone"), ("a", " bird"), ("quiet morning ", "light"), ("", "then the hill")]
 
@@ -177,7 +178,7 @@ def test_a_rolling_likelihood_is_the_sum_over_its_windows(base, exact):
     assert found[1] == pytest.approx(sum(exact(short)[i][t] for i, t in enumerate(short[1:])), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [dense, sparse])
+@pytest.mark.parametrize("kind", [dense, slow(sparse)])
 def test_a_generated_text_ends_before_the_first_stop_string_and_so_does_the_work(base, predictor, kind, monkeypatch):
     more, pieces = () if kind is dense else (predictor,), []
     counted = partial(harness.generate, stream=pieces.append)
@@ -312,7 +313,7 @@ def test_the_command_runs_the_harness_with_the_model_and_local_tasks(directory, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["lambada", "piqa"])
+@pytest.mark.parametrize("task", ["lambada", long("piqa")])
 def test_dense_agrees_with_the_harness_own_model_on_stories(shared_data, task):
     pytest.importorskip("accelerate")
     where = shared_data / "data" / "stories260K"
@@ -322,6 +323,7 @@ def test_dense_agrees_with_the_harness_own_model_on_stories(shared_data, task):
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.long  # as on stories
 @pytest.mark.slow
 def test_dense_agrees_with_the_harness_own_model_on_smollm2(shared_data, smollm2_dir):
     """On 24 items; benchmarks/harness_agreement.py takes 200 of two tasks."""

@@ -18,6 +18,7 @@ def model():
     return make_model()
 
 
+@pytest.mark.slow
 def test_budgets_that_mean_the_same_tokens_are_run_once(model, monkeypatch):
     import butler_jax.evaluation.tasks.passes as module
 

@@ -133,6 +133,7 @@ def test_bytes_and_shares_are_those_of_all_layers_and_of_served_ones(tmp_path):
     assert "layer 0" not in text and "layers after the first" not in text
 
 
+@pytest.mark.slow
 def test_a_report_has_the_reads_of_every_layer_head_and_position(model, tmp_path):
     base, predictor, config = make_perplexity_evaluation(model, tmp_path)
     policies, allocations = ("dense", "oracle_residual"), ("per_head", "tolerance")

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from butler_jax.training.losses.cross_entropy import FORMS, attend_with_cross_entropy
+from tests.marked import long, slow
 from tests.tiny_models import random_documents
 from tests.training.losses.naive import HEADS, assert_close, assert_equals_naive, random_inputs
 
@@ -51,11 +52,11 @@ def test_cross_entropy_equals_naive_form_in_float64(length, heads, sliding_windo
 @pytest.mark.parametrize(
     ("form", "sliding_window", "always"),
     [
-        ("fused", None, (4, 8)),
-        ("fused", 200, (0, 0)),
         ("fused", 200, (4, 150)),
-        ("two_calls", 50, (0, 0)),
         ("two_calls", 50, (4, 8)),
+        slow("fused", None, (4, 8)),
+        long("fused", 200, (0, 0)),
+        long("two_calls", 50, (0, 0)),
     ],
 )
 def test_cross_entropy_over_many_chunks_equals_naive_form(form, sliding_window, always):
@@ -69,7 +70,9 @@ def test_cross_entropy_over_many_chunks_equals_naive_form(form, sliding_window, 
     assert_equals_naive("cross entropy", loss, inputs, **options)
 
 
-@pytest.mark.parametrize(("heads", "sinks", "recent"), [((4, 2, 2), 4, 8), ((4, 2, 2), 0, 0), ((4, 2, 4), 2, 1)])
+@pytest.mark.parametrize(
+    ("heads", "sinks", "recent"), [long((4, 2, 2), 4, 8), slow((4, 2, 2), 0, 0), ((4, 2, 4), 2, 1)]
+)
 def test_two_calls_and_fused_give_the_same(heads, sinks, recent):
     q, k, v, q_imp, k_imp = random_inputs(2, 2, 150, *heads)
     options = {"segments": random_documents(2, 2, 150), "sliding_window": 70, "sinks": sinks, "recent": recent}
@@ -88,8 +91,9 @@ def test_two_calls_and_fused_give_the_same(heads, sinks, recent):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (4, 8)])
-@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize(
+    ("documents", "sinks", "recent"), [(True, 4, 8), long(True, 0, 0), long(False, 0, 0), long(False, 4, 8)]
+)
 def test_splash_cross_entropy_equals_naive_form(documents, sinks, recent):
     inputs = q, k, v, *_ = random_inputs(3, 1, 140, 4, 2, 2)
     segments = random_documents(3, 1, 140) if documents else None
@@ -158,7 +162,7 @@ def test_errors_name_what_is_wrong(change, message):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("always", [(0, 0), (4, 8)])
+@pytest.mark.parametrize("always", [slow((0, 0)), (4, 8)])
 def test_the_target_has_the_soft_cap_and_the_sinks_of_the_attention(form, always):
     """A sink takes its share of the target: what goes to keys sums to less than 1."""
     length, cap, sink_logits = 140, 0.7, jnp.asarray([0.5, 3.0, -1.0, 2.0])

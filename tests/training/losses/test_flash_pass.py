@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy, flash_pass
 from tests.host_devices import host_devices
+from tests.marked import long, slow
 from tests.tiny_models import random_documents
 from tests.training.losses.naive import assert_close
 from tests.training.losses.test_target import make_inputs
@@ -58,8 +59,8 @@ def run(arrays, target, *, form, rule, **options):
     [
         # three blocks of keys and of rows
         ("centred", (4, 2, 2), {"softcap": 3.0, "sink_logits": np.float32([0.5, 3.0, -1.0, 2.0])}),
-        ("value", (3, 1, 3), {"sliding_window": 100, "sinks": 4, "recent": 8}),
-        ("weight", (2, 2, 2), {"sinks": 70, "recent": 0, "sliding_window": 200}),
+        slow("value", (3, 1, 3), {"sliding_window": 100, "sinks": 4, "recent": 8}),
+        long("weight", (2, 2, 2), {"sinks": 70, "recent": 0, "sliding_window": 200}),
     ],
 )
 def test_flash_and_fused_give_the_same(error, heads, options):

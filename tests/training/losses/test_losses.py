@@ -13,6 +13,7 @@ from benchmarks.float64 import distillation_loss
 from butler_jax.model.attention import causal_attention
 from butler_jax.training.losses.cross_entropy import attend_with_cross_entropy
 from butler_jax.training.losses.squared_error import attend_with_squared_error, sum_squared_errors
+from tests.marked import slow
 from tests.tiny_models import random_documents
 from tests.training.losses.naive import assert_close, random_inputs
 
@@ -28,7 +29,7 @@ SUMS = {"cross entropy": cross_entropy, "squared error": sum_squared_errors}
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("key_heads", [slow(2), 4])
 def test_output_is_the_frozen_attention_and_carries_no_gradient(name, key_heads):
     inputs = q, k, v, q_imp, k_imp = random_inputs(4, 2, 140, 4, 2, key_heads)
     segments = random_documents(4, 2, 140)
@@ -99,7 +100,7 @@ def test_bfloat16_inputs_give_float32_losses_close_to_float32(name):
 
 
 @pytest.mark.parametrize("name", SUMS)
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("documents", [slow(False), True])
 def test_memory_is_linear_in_the_sequence(name, documents):
     def compiled(length):
         shapes = (2, 8), (1, 8), (2, 4), (1, 4)

@@ -14,6 +14,7 @@ from butler_jax.model.decoder import forward
 from butler_jax.model.layers import rope_frequencies
 from butler_jax.weights import load_base
 from tests import reference_models
+from tests.marked import slow
 
 TYPE = gguf.GGMLQuantizationType
 
@@ -117,11 +118,11 @@ def assert_equal(a, b, **tolerance):
     [
         ("llama", "llama"),
         ("llama of all KV heads, tied", "llama"),
-        ("mistral with a sliding_window", "llama"),
-        ("qwen3", "qwen3"),
         ("phi3", "phi3"),
         ("mixtral", "llama"),
-        ("qwen3_moe, normalised", "qwen3moe"),
+        slow("mistral with a sliding_window", "llama"),
+        slow("qwen3", "qwen3"),
+        slow("qwen3_moe, normalised", "qwen3moe"),
     ],
 )
 def test_float32_files_load_like_their_directories(name, architecture, tmp_path):
@@ -145,11 +146,11 @@ PATTERN = {"attention.sliding_window_pattern": [True, False, True]}
     ("name", "metadata"),
     [
         ("gpt_oss", YARN),
-        ("gemma2", {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
         ("gemma3", LINEAR | PATTERN | {"final_logit_softcapping": 3.0}),
-        ("olmo2", {}),
-        ("smollm3", {}),
-        ("granite", SCALES),
+        slow("gemma2", {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+        slow("olmo2", {}),
+        slow("smollm3", {}),
+        slow("granite", SCALES),
     ],
 )
 def test_files_of_the_newer_families_load_like_their_directories(name, metadata, tmp_path):
@@ -189,6 +190,7 @@ def test_llama_biases_and_smoothed_scaling_load(tmp_path):
         assert tables[0][1] == tables[1][1] == 1.0
 
 
+@pytest.mark.slow
 def test_phi3_longrope_factors_load(tmp_path):
     rope = reference_models.LONGROPE
     attention = math.sqrt(1 + math.log(256 / 32) / math.log(32))
