@@ -134,8 +134,8 @@ class Place:
     def evaluate(self, run: str, *more: object) -> list[str]:
         """The arguments of an evaluation of that run."""
         given = ["--run", self.directory / run, "--text", self.files["text"], "--context", 64, "--tokens", 256]
-        given += "--tasks perplexity,attention --policies dense,oracle,tokenbutler --allocations per_head".split()
-        given += ["--budgets", "1/2,1/4"]
+        given += "--tasks perplexity --policies dense,oracle,tokenbutler --allocations per_head".split()
+        given += ["--budgets", "3/4,1/2,1/4"]  # budgets share a program
         return ["eval.py", *map(str, given), *map(str, more)]
 
     def run(

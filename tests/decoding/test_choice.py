@@ -280,7 +280,7 @@ INTERVALS = [
 @pytest.mark.parametrize(
     ("name", "fields", "budget", "changes"),
     [
-        (*INTERVALS[0], {}),
+        slow(*INTERVALS[0], {}),
         *(long(*one, {}) for one in (INTERVALS[1], INTERVALS[3])),
         slow(*INTERVALS[4], {}),
         slow(*INTERVALS[2], SLIDING),
@@ -351,7 +351,7 @@ def compare_evicting(name, fields, budget, **changes):
         np.testing.assert_allclose(values, wanted[b, t], atol=2e-4)  # float32 logits of size 10, other sums
 
 
-@pytest.mark.parametrize(("name", "fields"), [EVICTING[0], *(slow(*one) for one in EVICTING[1:])])
+@pytest.mark.parametrize(("name", "fields"), [slow(*one) for one in EVICTING])
 def test_decoding_keeps_what_the_simulation_keeps(name, fields):
     compare_evicting(name, fields, dict(budget=0.3))
 

@@ -95,6 +95,7 @@ def test_a_row_that_holds_nothing_begins_with_the_token_given(model, predictor, 
             decode_step(model, jnp.asarray([1, 1]), state, **options)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_one_token_keeps_its_int8_keys(model, predictor):
     _, state = prefill(model, jnp.asarray([[7]]), jnp.asarray([1]), capacity=2, predictor=predictor, score_dtype="int8")
     assert isinstance(state.scores, ScoreCache) and (np.asarray(state.scores.scales)[1:] > 0).all()

@@ -347,6 +347,7 @@ def test_every_policy_generates_what_it_would_have_read(base, name):
             butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
 
 
+@pytest.mark.slow
 def test_a_policy_may_be_given_by_its_name(base):
     settings = dict(selection=SelectionConfig(budget=0.4, sinks=2, recent=3), max_new_tokens=8, stop=())
     policies = ("oracle", make_policy("oracle"))

@@ -51,6 +51,7 @@ def test_a_row_that_crosses_is_read_again_with_the_predictors_caches(pair, wante
     assert everything.tokens == wanted
 
 
+@pytest.mark.long  # the tokens of dense rows above do not either
 @pytest.mark.slow
 def test_a_sparse_row_that_crosses_does_not_depend_on_the_rows_beside_it(pair):
     base = pair[1]

@@ -71,6 +71,7 @@ def test_what_cannot_go_on_is_read_anew(base, predictor):
     assert butler_jax.generate(base, WORDS[:12], cache=cache, predictor=predictor, **settings).kept_tokens == 0
 
 
+@pytest.mark.long  # as a queue of test_longrope.py
 @pytest.mark.slow
 def test_longrope_is_read_anew_beyond_its_original_context(tmp_path):
     reference_models.save_model("phi3 longrope", tmp_path)

@@ -18,7 +18,7 @@ from butler_jax import Request, SelectionConfig
 from butler_jax.decoding import SamplingConfig, slots
 from tests.decoding.letters import Letters
 from tests.host_devices import host_devices
-from tests.marked import long
+from tests.marked import long, slow
 
 SIZES = [(11, 20), (1, 30), (5, 3), (40, 25), (70, 10), (2, 1), (33, 12), (17, 9)]  # tokens of a prompt, and new ones
 FEW = SelectionConfig(budget=0.3, sinks=1, recent=3)
@@ -72,7 +72,10 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [long(case, id=name) if name in ("few", "quest") else pytest.param(case, id=name) for name, case in CASES.items()],
+    [
+        long(case, id=name) if name in ("few", "quest", "offload") else slow(case, id=name)
+        for name, case in CASES.items()
+    ],
 )
 def test_a_queue_under_a_selection_gives_the_tokens_of_single_rows(base, predictor, few_optimisations, case):
     settings = dict(sampling=DRAWN, predictor=None if "policy" in case else predictor, **case)

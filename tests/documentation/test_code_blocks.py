@@ -36,7 +36,7 @@ SMALL = {
     "tokens=4096": "tokens=512, context=128, tasks='perplexity'",
 }
 DEVICES = {"docs/guides/decode.md": 8}  # its last part uses several
-OFTEN = {"README.md", "docs/install.md"} | {f"docs/guides/{guide}.md" for guide in ("train", "evaluate", "kernels")}
+OFTEN = {"README.md", "docs/install.md"} | {f"docs/guides/{guide}.md" for guide in ("evaluate", "kernels")}
 
 
 def commands(page) -> list[list[str]]:

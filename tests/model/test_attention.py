@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from butler_jax.model import attention
 from butler_jax.model.attention import causal_attention, document_starts
+from tests.marked import long
 from tests.tiny_models import random_documents
 
 
@@ -128,7 +129,7 @@ def test_bfloat16_stays_close_to_float32():
     assert lse.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("sliding_window", [None, 60])
+@pytest.mark.parametrize("sliding_window", [long(None), 60])
 def test_splash_equals_naive_form(sliding_window):
     # Interpreted on CPU; 200 tokens are padded to 256, widths 8 and 5 to 128.
     q, k, v = _inputs(5, 2, 200, 4, 2, 8, 5)
@@ -141,7 +142,7 @@ def test_splash_equals_naive_form(sliding_window):
     np.testing.assert_allclose(lse, expected_lse, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("return_lse", [long(False), True])
 def test_splash_gradients_equal_xla(return_lse):
     q, k, v = _inputs(6, 1, 130, 2, 1, 8, 8)
     segments = random_documents(6, 1, 130, most=4)

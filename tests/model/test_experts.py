@@ -24,6 +24,7 @@ from butler_jax.weights.huggingface import open_safetensors
 from butler_jax.weights.stored import StoredTensor
 from tests import reference_models, tiny_runs
 from tests.host_devices import host_devices
+from tests.marked import long
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -81,7 +82,7 @@ def naive(config, layer, h):
 
 
 @pytest.mark.parametrize("config", [BASE, dataclasses.replace(BASE, normalised_experts=False), OSS])
-@pytest.mark.parametrize(("tokens", "block"), [(1, 128), (3, 128), (37, 4), (37, 128)])
+@pytest.mark.parametrize(("tokens", "block"), [(1, 128), (37, 4), long(3, 128), long(37, 128)])
 def test_mixtures_equal_a_loop_over_tokens_and_experts(config, tokens, block, monkeypatch):
     monkeypatch.setattr(experts, "BLOCK", block)
     h = np.random.default_rng(1).normal(size=(tokens, config.width))

@@ -55,6 +55,7 @@ def test_rows_beyond_the_registers_are_selected_exactly(scores, rules):
     np.testing.assert_array_equal(ours.indices, theirs.indices)
 
 
+@pytest.mark.slow
 def test_candidates_that_miss_the_threshold_do_not_change_the_choice(monkeypatch):
     monkeypatch.setattr("pallas_kernels.gpu.selection.SPREAD", -40.0)  # between two values far from the threshold
     scores, lengths = normal(0, 1, 2, 3000), jnp.array([2900])

@@ -31,7 +31,7 @@ def test_ties_go_to_the_earlier_token():
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
-@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("unit", [long(1), 4])
 def test_the_choice_is_the_best_by_score_with_sinks_and_recent_first(implementation, unit):
     scores, lengths = normal(2, 3, 2, 70), jnp.array([70, 33, 0])
     options = dict(n=9, sinks=3, recent=5, unit=unit)

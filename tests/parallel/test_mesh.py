@@ -274,7 +274,7 @@ print(json.dumps(found))
         long({"budget": 0.3}, ["data=4,model=2", "data=2,sequence=4"]),  # .ci/run takes this one with the newer Python
         long({"budget": 0.3}, ["model=2", "data=2,model=4"]),
         slow({"budget": 0.5, "unit": 4, "interval": 3}, ["data=4,model=2", "model=2,sequence=4"]),
-        slow({"budget": 0.2, "neighbours": True}, ["sequence=8", "model=2,sequence=2"]),
+        long({"budget": 0.2, "neighbours": True}, ["sequence=8", "model=2,sequence=2"]),
     ],
 )
 def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, meshes):

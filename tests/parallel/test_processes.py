@@ -49,14 +49,16 @@ class Death(NamedTuple):
 
 @pytest.fixture(scope="module")
 def deaths(place) -> list[Death]:
-    """Two starts of a run `four` of four processes, in each of which one kills itself."""
+    """A start of a run `four` of four processes, and one of its copy `two` by two; in each a process kills itself."""
     # Four at once prepare the data. The third dies when checkpoint 4 is there and 6 is being written; started again,
-    # the first does, at which the others look for each other.
-    command = place.train("four", "--data-dir", place.directory / "another")
-    found = []
-    for index, step, waits in ((2, 7, place.directory / "four" / "checkpoints" / "4"), (0, 3, place.directory)):
-        ended = place.run(4, command, signals={index: Signal(signal.SIGKILL, step, waits)})
-        found.append(Death(index, ended, place.losses("four"), place.kept("four")))
+    # the first does, at which the other looks for it.
+    more, found = ("--data-dir", place.directory / "another"), []
+    written = place.directory / "four" / "checkpoints" / "4"
+    ended = place.run(4, place.train("four", *more), signals={2: Signal(signal.SIGKILL, 7, written)})
+    found.append(Death(2, ended, place.losses("four"), place.kept("four")))
+    place.copy("four", "two")
+    ended = place.run(2, place.train("two", *more), signals={0: Signal(signal.SIGKILL, 3, place.directory)})
+    found.append(Death(0, ended, place.losses("two"), place.kept("two")))
     return found
 
 
@@ -77,7 +79,7 @@ def test_processes_end_when_one_dies_and_go_on_at_the_next_start(deaths, alone):
 
 @pytest.mark.parametrize(("count", "mesh"), [long(1, ""), (2, "model=2")])
 def test_checkpoints_of_four_processes_go_on_in_fewer(place, deaths, alone, count, mesh):
-    run, last = f"four-{count}", deaths[-1].kept[-1]
+    run, last = f"four-{count}", deaths[0].kept[-1]
     place.copy("four", run)
     ended = place.finish(count, place.train(run, "--mesh", mesh))
     assert f"going on from step {last}" in ended[0].said

@@ -12,6 +12,7 @@ import pytest
 import pallas_kernels as pk
 from butler_jax.selection import Rows, SelectionConfig, choose, room_for
 from tests.edge_cases import INF, NAN, normal
+from tests.marked import long, slow
 from tests.pallas_kernels.definitions import KERNELS, PLAIN
 from tests.selection.definitions import select
 
@@ -32,9 +33,7 @@ CHOICES = [  # scores, sinks, recent, tokens asked, tokens chosen
 ]
 
 
-@pytest.mark.parametrize(
-    "implementation", [None, *PLAIN, *(pytest.param(kernel, marks=pytest.mark.slow) for kernel in KERNELS)]
-)
+@pytest.mark.parametrize("implementation", [long(None), *PLAIN, *map(slow, KERNELS)])
 def test_special_scores_have_an_order(implementation):
     """Through `choose`, and by the kernels themselves; each case is worked out by hand."""
     for scores, sinks, recent, count, wanted in CHOICES:

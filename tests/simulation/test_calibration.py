@@ -91,6 +91,7 @@ def test_one_p_reaches_means_over_all_heads(model, name, means):
         assert np.ptp(read) > 0.05 * read.mean()
 
 
+@pytest.mark.slow
 def test_a_mean_below_sinks_and_recent_has_an_infinite_tolerance(model):
     most = SelectionConfig(budget=1.0, sinks=4, recent=8)
     (found,) = calibrate_tolerance(model, None, [batch_of()], most, [10], policy=make_policy("oracle_residual"))

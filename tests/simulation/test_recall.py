@@ -100,7 +100,7 @@ def test_recall_of_some_rows_measures_only_those(model):
     assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
 
 
-@pytest.mark.parametrize("name", [long("streaming"), "h2o"])
+@pytest.mark.parametrize("name", [long("streaming"), slow("h2o")])
 def test_rows_of_a_prompt_do_not_count(model, name):
     """The sums over all rows are those over the rows of a prompt and those after it."""
     batch, policies = make_batch([[96]], 96), [make_policy(name)]

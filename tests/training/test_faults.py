@@ -564,6 +564,7 @@ def test_sigterm_saves_and_exits_with_0_at_any_time(place, undisturbed, tmp_path
     assert checkpoints.damage(run_dir / "checkpoints" / str(step)) == []
 
 
+@pytest.mark.long  # as a full disk, above
 @pytest.mark.slow  # two starts
 def test_a_file_too_large_for_the_disk_ends_the_command_in_one_line(place, undisturbed, tmp_path):
     """A limit on the size of files, which needs no mount: a checkpoint's arrays do not fit, all else does."""

@@ -196,6 +196,7 @@ def test_unknown_objective_is_named():
         DistillationObjective("hinge")
 
 
+@pytest.mark.slow
 def test_bfloat16_base_gives_nearly_the_same_loss(model, predictors):
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model)
     run, batch = jax.jit(DistillationObjective("cross_entropy").differentiate), random_batch()

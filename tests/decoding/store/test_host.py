@@ -23,6 +23,7 @@ from tests.marked import long
 pytestmark = pytest.mark.usefixtures("few_optimisations")
 
 
+@pytest.mark.slow
 def test_offload_gives_the_resident_tokens(base, predictor):
     settings = dict(
         predictor=predictor,

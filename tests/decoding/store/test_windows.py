@@ -22,7 +22,7 @@ def make_host(k, v):
 @pytest.mark.parametrize(
     ("make", "capacity"),  # pages of 16 tokens, and of one
     [
-        (make_store, 96),
+        slow(make_store, 96),
         slow(make_store, 99),
         slow(EvictingStore, 99),
         slow(make_host, 96),

@@ -22,6 +22,7 @@ from butler_jax.evaluation.analysis.agreement import (
 from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import measure_recall
+from tests.marked import long
 from tests.tiny_models import BASE, SCORES, NaivePredictor, make_batch, make_model, naive, softmax
 
 SIZES = (60, 50)  # of the documents of the batch
@@ -172,7 +173,7 @@ def test_bins_hold_every_value_once_and_their_means():
     assert single.count.tolist() == [4] and single.error[0] == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2)
 
 
-@pytest.mark.parametrize("name", sorted(SCORES))
+@pytest.mark.parametrize("name", [name if name == "oracle" else long(name) for name in sorted(SCORES)])
 def test_access_counts_the_rows_that_read_a_token(model, batch, name):
     found = measure_access(model, None, batch, make_policy(name), SelectionConfig(budget=0.375), rows=7)
     assert found.frequency.shape == (2, 3, 2, 64) and found.consistency.shape == (2, 3, 2, 6)
@@ -204,6 +205,7 @@ def test_what_cannot_be_measured_is_said(model, batch):
         measure_access(model, None, batch, make_policy("h2o"), rows=4)
 
 
+@pytest.mark.slow
 def test_analyses_take_bfloat16_as_it_is(batch, predictor):
     model = jax.tree.map(lambda a: a.astype(jnp.bfloat16), make_model())
     found = measure_head_agreement(model, batch, rows=4)

@@ -13,6 +13,7 @@ from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
+from tests.marked import slow
 from tests.tiny_models import BASE, NaivePredictor, make_batch, make_model, naive, softmax
 
 CLOSE = dict(atol=2e-5)  # float32 weights after three layers, against float64
@@ -46,7 +47,7 @@ def test_a_policy_for_every_query_head_reads_as_many_sets(model, batch):
     np.testing.assert_array_equal(found.sets.sum(-1)[1:], 23)  # ceil(0.375 * 60)
 
 
-@pytest.mark.parametrize("kind", sorted(PREDICTORS))
+@pytest.mark.parametrize("kind", [k if k == "lookahead" else slow(k) for k in sorted(PREDICTORS)])
 def test_attention_and_scores_are_those_of_one_head(model, kind):
     batch = make_batch([[37]], 40)
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=24))

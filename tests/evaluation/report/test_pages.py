@@ -329,7 +329,9 @@ def test_notes_stay_and_legends_are_readable_on_a_phone(browser, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light"), long(390, "light"), long(1280, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(390, "dark"), long(1280, "light"), long(390, "light"), long(1280, "dark")]
+)
 def test_the_page_reads_well_in_a_browser(browser, tmp_path, scheme, width):
     pages.write_pages(
         report(base="<b>a base</b> with_a_very_long_name_that_nobody_would_ever_want_to_type_" * 2), tmp_path

@@ -123,6 +123,7 @@ def test_neither_the_batch_nor_the_order_matters(base, predictor, kind):
     assert [g for _, g in alone] == [g for _, g in turned]
 
 
+@pytest.mark.slow
 def test_a_whole_budget_reads_everything_and_a_small_one_does_not(base, predictor):
     pairs = [("the river stone bird sings over under old green hill " * 2, "and then")]
     whole = ButlerLM(base, make_policy("oracle"), SelectionConfig(budget=1.0), progress=False)
@@ -195,6 +196,7 @@ def test_a_generated_text_ends_before_the_first_stop_string_and_so_does_the_work
     assert len(pieces) < everything == 24
 
 
+@pytest.mark.slow
 def test_generated_texts_do_not_depend_on_their_batch_and_drawn_ones_differ(base):
     draw = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5}
     greedy = {"until": ["zzz"], "max_gen_toks": 8, "do_sample": False}

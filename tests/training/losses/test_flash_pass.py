@@ -192,6 +192,7 @@ def test_the_loss_of_a_layer_compiles_for_tpus(capsys):
         print("\nv5e, T = 4,096: arguments {:.0f}, temporaries {:.0f} MiB".format(*megabytes(compiled)))
 
 
+@pytest.mark.long  # benchmarks/test_pods.py compiles them in a step
 @pytest.mark.slow
 def test_the_kernels_keep_a_few_times_what_the_queries_take(monkeypatch, capsys):
     """At 131,072 tokens, without Splash attention, which prepares its mask for a minute at this length."""

@@ -11,7 +11,7 @@ import pytest
 
 from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy, cross_entropy
 from butler_jax.training.losses.target import PENALTY
-from tests.marked import long
+from tests.marked import long, slow
 from tests.training.losses.naive import assert_close
 
 SINKS, RECENT, ROOM = 2, 3, 6
@@ -59,7 +59,7 @@ def naive(arrays, target, rule, segments):
     [
         *itertools.product(["weight", "value", "centred"], [False, True], [40], [4], [2], ["fused"]),
         *(long(e, n, 140, 3, 1, "fused") for e, n in itertools.product(["weight", "value", "centred"], [False, True])),
-        ("centred", True, 140, 3, 1, "flash"),
+        slow("centred", True, 140, 3, 1, "flash"),
     ],
 )
 def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, heads, kv_heads, form):
