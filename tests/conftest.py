@@ -52,12 +52,14 @@ def pytest_configure(config):
 
 
 LONGEST = """
-    parallel/test_processes documentation/test_notebooks documentation/test_code_blocks training/test_faults
-    decoding/test_choice training/test_objective evaluation/test_evaluator parallel/test_mesh model/test_decoder
-    evaluation/tasks/test_harness evaluation/report/test_pages weights/test_placement decoding/test_compilation
-    simulation/test_recall decoding/test_generation pallas_kernels/test_compilation benchmarks/test_long_runs
-    benchmarks/test_numerics training/losses/test_cross_entropy pallas_kernels/test_interpreted benchmarks/test_pods
-    documentation/test_site cli/test_wheel cli/test_commands
+    parallel/test_processes training/test_faults documentation/test_site evaluation/test_evaluator
+    documentation/test_notebooks cli/test_commands training/test_interruptions pallas_kernels/test_compilation
+    decoding/test_choice documentation/test_code_blocks decoding/test_generation cli/test_wheel decoding/test_parts
+    evaluation/report/test_pages parallel/test_mesh_evaluation evaluation/tasks/test_harness parallel/test_mesh
+    model/test_experts training/test_objective model/test_attention decoding/test_compilation parallel/test_heartbeats
+    benchmarks/test_pods model/test_decoder simulation/test_simulator pallas_kernels/test_selection cli/test_info
+    selection/test_choices pallas_kernels/test_interpreted benchmarks/test_long_runs simulation/test_recall
+    cli/test_generate model/test_adapter decoding/test_serving decoding/test_longrope
 """.split()
 """The files that take longest, fast or slow, come first: two workers then end at nearly the same time."""
 

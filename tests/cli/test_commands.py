@@ -27,7 +27,7 @@ from butler_jax.storage.settings import to_dict
 from butler_jax.training.config import TrainConfig
 from tests import tiny_runs
 from tests.host_devices import host_devices
-from tests.marked import slow
+from tests.marked import long, slow
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -319,7 +319,7 @@ def test_heavy_packages_are_imported_only_where_they_are_used(arguments):
 @pytest.mark.parametrize(
     ("arguments", "begun", "said"),
     [
-        (["eval.py", "--base", "tiny", "--tasks", "perplexity", "--out", "out"], "s left\n", "stopped; the same"),
+        long(["eval.py", "--base", "tiny", "--tasks", "perplexity", "--out", "out"], "s left\n", "stopped; the same"),
         (["-m", "butler_jax", "generate", "--base=tiny", "--prompt=A", "--max-new-tokens=1900"], "A", "stopped"),
         (["train.py", "--run-dir", "out", "--batch-size", "1", "--log-every", "1"], "step 2/", "stopped; run the same"),
     ],

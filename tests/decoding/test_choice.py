@@ -127,8 +127,8 @@ QUICK = [
     ("oracle_residual", {}, dict(budget=0.3, allocation="per_layer", floor=0.2)),
     ("tokenbutler", {}, dict(budget=0.8, allocation="tolerance", tolerance=0.05, offset="self_normalised")),
     ("oracle", {}, dict(budget=0.8, allocation="top_p", tolerance=0.3)),
-    slow("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
-    slow("oracle", {}, dict(budget=0.3, neighbours=True)),
+    long("tokenbutler", {"pooling": "maximum"}, dict(budget=12)),
+    long("oracle", {}, dict(budget=0.3, neighbours=True)),
     slow("quest", {"page": 4}, dict(budget=0.4)),
 ]
 # Scores meet budgets in the number of heads alone: every policy, every budget, and both numbers of heads under what

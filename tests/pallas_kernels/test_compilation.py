@@ -74,8 +74,8 @@ def compile_for(chip, case, key_dtype=None, **options):
 @pytest.mark.parametrize(
     ("chip", "case", "key_dtypes"),
     [
-        *((chip, LLAMA, (None, jnp.int8)) for chip in ("v5e", "v6e")),
-        long("v5p", LLAMA, (None, jnp.int8)),
+        ("v5e", LLAMA, (None, jnp.int8)),
+        *(long(chip, LLAMA, (None, jnp.int8)) for chip in ("v5p", "v6e")),
         ("v5e", SMOLLM2, (None, jnp.int8)),
         *(("v5e", case, (None,)) for case in CORNERS),
         *(long("v6e", case, (None,)) for case in CORNERS),

@@ -15,6 +15,7 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import measure_recall, simulate
 from tests.edge_cases import BASE, text
+from tests.marked import long
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def predictor():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tokenbutler", "oracle", "streaming", "h2o"])
+@pytest.mark.parametrize("name", ["tokenbutler", long("oracle"), long("streaming"), "h2o"])
 def test_a_pass_over_one_token_or_none_is_dense(model, predictor, name):
     policy, selection = make_policy(name), SelectionConfig(budget=0.25)
     batch = text(1, 0, total=1)

@@ -219,7 +219,7 @@ def compiled(kind: str, objective: str, *, length: int, layers: int):
     [
         slow("lookahead", "cross_entropy"),
         long("producer", "cross_entropy"),
-        slow("contextual", "squared_error"),
+        long("contextual", "squared_error"),
     ],
 )
 def test_memory_grows_with_length_alone_and_holds_no_square(kind, objective):

@@ -36,8 +36,9 @@ def test_offload_gives_the_resident_tokens(base, predictor):
     assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
 
 
+@pytest.mark.long  # the tokens above, and logits below
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "interval"), [("lookahead", 2), long("producer", 1)])
+@pytest.mark.parametrize(("kind", "interval"), [("lookahead", 2), ("producer", 1)])
 def test_offload_gives_the_resident_tokens_beside_layers_that_slide(kind, interval):
     slides = (True, False, True, True, False, True)
     config = dataclasses.replace(BASE, layers=6, sliding_window=7, sliding_layers=slides)

@@ -306,6 +306,7 @@ def check_legends(opened, policies):
     assert seen >= set(policies)
 
 
+@pytest.mark.long  # a narrow page is opened below
 @pytest.mark.slow
 def test_notes_stay_and_legends_are_readable_on_a_phone(browser, tmp_path):
     found = rows(
