@@ -14,7 +14,6 @@ from butler_jax.runs.directory import claim
 from tests import tiny_runs
 from tests.host_devices import host_devices
 from tests.host_processes import STEPS, Ended, Place, Signal, free_port
-from tests.marked import long
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +56,8 @@ def deaths(place) -> list[Death]:
     ended = place.run(4, place.train("four", *more), signals={2: Signal(signal.SIGKILL, 7, written)})
     found.append(Death(2, ended, place.losses("four"), place.kept("four")))
     place.copy("four", "two")
-    ended = place.run(2, place.train("two", *more), signals={0: Signal(signal.SIGKILL, 3, place.directory)})
+    command = place.train("two", *more, "--mesh", "model=2")
+    ended = place.run(2, command, signals={0: Signal(signal.SIGKILL, 3, place.directory)})
     found.append(Death(0, ended, place.losses("two"), place.kept("two")))
     return found
 
@@ -77,7 +77,8 @@ def test_processes_end_when_one_dies_and_go_on_at_the_next_start(deaths, alone):
     assert len(second.losses) > first.kept[-1]
 
 
-@pytest.mark.parametrize(("count", "mesh"), [long(1, ""), (2, "model=2")])
+@pytest.mark.long  # as the second start of `deaths`, up to the end
+@pytest.mark.parametrize(("count", "mesh"), [(1, ""), (2, "model=2")])
 def test_checkpoints_of_four_processes_go_on_in_fewer(place, deaths, alone, count, mesh):
     run, last = f"four-{count}", deaths[0].kept[-1]
     place.copy("four", run)

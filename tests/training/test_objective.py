@@ -53,12 +53,17 @@ def model() -> BaseModel:
 
 @pytest.fixture(scope="module")
 def predictors(model) -> dict:
-    found = {}
-    for kind in PREDICTORS:
-        config = PredictorConfig(kind=kind, rank=8, stride=2, hidden=32, target="attention")
-        found[kind] = make_predictor(BASE, config).initialise(model, [random_batch()])
-    found["errors"] = make_predictor(BASE, PredictorConfig(rank=8, stride=2)).initialise(model, [random_batch()])
-    return found
+    """A predictor of each kind, and "errors" with that target; each is made when a test asks for it."""
+
+    class Made(dict):
+        def __missing__(self, kind):
+            config = PredictorConfig(kind=kind, rank=8, stride=2, hidden=32, target="attention")
+            if kind == "errors":
+                config = PredictorConfig(rank=8, stride=2)
+            self[kind] = make_predictor(BASE, config).initialise(model, [random_batch()])
+            return self[kind]
+
+    return Made()
 
 
 def errors(weights, values, o, x):
