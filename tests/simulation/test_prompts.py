@@ -13,6 +13,7 @@ from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import read_prompts, simulate
+from tests.marked import slow
 from tests.tiny_models import BASE, make_batch, make_model
 
 MIXED = dataclasses.replace(BASE, layers=4, sliding_window=16, sliding_layers=(True, False, True, False))
@@ -26,13 +27,10 @@ CASES = {
     "contextual, long": (dataclasses.replace(BASE, rope=LONG), "tokenbutler", "contextual", {}),
     "producer, windows": (MIXED, "tokenbutler", "producer", {}),
 }
-SLOW = pytest.mark.slow
 FAST = ("pages", "lookahead, int8")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", [case if case in FAST else slow(case) for case in CASES])
 def test_rows_after_prompts_are_those_of_a_whole_pass(case):
     base, policy, kind, settings = CASES[case]
     model, policy = make_model(base), make_policy(policy)
@@ -53,7 +51,7 @@ def test_rows_after_prompts_are_those_of_a_whole_pass(case):
     np.testing.assert_allclose(part.shares, whole.shares[..., -rows:], atol=1e-6)
 
 
-@SLOW
+@pytest.mark.slow
 def test_more_rows_than_a_chunk_run_after_a_prompt():
     model, batch, policy = make_model(), make_batch([[300]], 300), make_policy("oracle")
     selection, prompts = SelectionConfig(budget=0.25), np.asarray([150])

@@ -10,6 +10,7 @@ from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
+from tests.marked import slow
 from tests.tiny_models import make_batch, make_model
 
 
@@ -37,7 +38,7 @@ def test_budgets_that_mean_the_same_tokens_are_run_once(model, monkeypatch):
     assert ran[3:] == ["dense"]
 
 
-@pytest.mark.parametrize("policy", ["oracle", *(pytest.param(p, marks=pytest.mark.slow) for p in ("dense", "h2o"))])
+@pytest.mark.parametrize("policy", ["oracle", slow("dense"), slow("h2o")])
 def test_predictions_after_prompts_are_those_of_whole_passes(model, policy):
     batch, selection = make_batch([[150], [101], []], 160), SelectionConfig(budget=0.125)
     wanted = np.zeros((3, 160), bool)
