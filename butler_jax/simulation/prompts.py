@@ -87,6 +87,9 @@ def read_prompts(
         tokens: How many columns are read, static, 1 ... S - 1.
         predictor: Of the policies that will follow, where they need one.
         implementation: As in `model.causal_attention`.
+
+    Raises:
+        ValueError: `tokens` is out of range.
     """
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     if not 1 <= tokens < batch["tokens"].shape[1]:
