@@ -167,5 +167,4 @@ def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: i
 
     shape = jax.eval_shape(key, token)
     k_imp = jnp.zeros((len(layers_scored(config)), *shape.shape, capacity), shape.dtype)
-    trunk = predictor.trunk_cache(batch, capacity, dtype)
-    return ScoreCache(k_imp, jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk))
+    return ScoreCache(k_imp, walk.empty_cache(predictor, batch, capacity, dtype))

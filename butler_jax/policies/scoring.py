@@ -118,8 +118,15 @@ def normalise(
     A group of one head is unchanged. So is a head whose log-sum-exp is not finite: one without keys, or with a score of
     +inf or NaN.
     """
-    if scores.shape[2] == 1:
-        return scores
+    return scores if scores.shape[2] == 1 else subtract_total(scores, keys, sink_logits)
+
+
+def subtract_total(
+    scores: Float[Array, "B K G C S"],
+    keys: Bool[Array, "_ C S"],
+    sink_logits: Float[Array, "1 K G 1 1"] | None = None,
+) -> Float[Array, "B K G C S"]:
+    """As `normalise`, in groups of one head too."""
     total = log_total(jnp.where(keys[:, None, None], scores, -jnp.inf), sink_logits)
     return scores - jnp.where(jnp.isfinite(total), total, 0.0)
 
@@ -142,8 +149,7 @@ def estimate_weights(
     NaN counts as -inf, and inf as the largest number. A row without finite scores is unchanged.
     """
     scores = jnp.minimum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).max)
-    total = log_total(jnp.where(keys[:, None, None], scores, -jnp.inf), sink_logits)
-    return scores - jnp.where(jnp.isfinite(total), total, 0.0)
+    return subtract_total(scores, keys, sink_logits)
 
 
 def mean_over_group(log_weights: Float[Array, "B K G C S"]) -> Float[Array, "B K C S"]:

@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from butler_jax.policies.residual import log_stream_norm, log_value_norms
-from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, mean_over_group, normalise
+from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, mean_over_group, normalise, subtract_total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +90,7 @@ class TokenButler(Scoring):
         if not self.one_unit:
             return (normalise(scores, chunk.contested) if self.pooling == "normalised" else scores).max(axis=2)
         if self.offset != "self_normalised":
-            contested = jnp.where(chunk.contested[:, None, None], scores, -jnp.inf)
-            total = jax.nn.logsumexp(contested, axis=-1, keepdims=True)
-            scores = scores - jnp.where(jnp.isfinite(total), total, 0.0)
+            scores = subtract_total(scores, chunk.contested)
         scores = scores - log_stream_norm(chunk) if self.offset == "none" else scores + chunk.offset
         if self.error is not None:
             scores = scores + log_value_norms(chunk, self.error)

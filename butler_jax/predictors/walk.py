@@ -52,8 +52,7 @@ class WalkStep(NamedTuple):
 def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cache: Any = None) -> Walk:
     """The state before layer 0.
 
-    x: any array of the residual stream's shape and dtype. cache: in decoding, predictor.trunk_cache stacked over the
-    producers.
+    x: any array of the residual stream's shape and dtype. cache: in decoding, as `empty_cache` makes it.
     """
     captured = jnp.zeros_like(x)
     if predictor.trunk is None:
@@ -66,6 +65,12 @@ def begin(predictor: Predictor, x: Float[Array, "B T E"], context: Context, cach
         return predictor.features(trunk, captured, context, attend, None)[0]
 
     return Walk(captured, zeros_of(features, jax.eval_shape(lambda: at(predictor.trunk, 0))), cache)
+
+
+def empty_cache(predictor: Predictor, batch: int, capacity: int, dtype: Any) -> Any:
+    """The empty cache of the trunks' attention, stacked over the producers; None where they have none."""
+    trunk = predictor.trunk_cache(batch, capacity, dtype)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk)
 
 
 def advance(

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "calibration": ["calibrate_thresholds", "calibrate_tolerance"],
-        "choice": ["chosen_mask", "sparse_chunk", "with_rule"],
+        "choice": ["chosen_mask", "sparse_chunk"],
         "chunks": ["Importance", "importance_walk", "map_chunks", "merge_rows"],
         "prompts": ["ReadPrompts", "read_prompts"],
         "recall": ["LEAST_KEYS", "Recall", "choose_best", "choose_half", "measure_recall"],

@@ -24,7 +24,7 @@ from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, weigh_units
-from butler_jax.simulation.choice import chosen_mask, with_rule
+from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
@@ -243,7 +243,7 @@ def _sum_above(
     counts = jnp.pad((segments > 0) & (batch["positions"] >= prompt_tokens), ((0, 0), (0, 1)))
 
     def one(chunk):
-        scores, allowed = policy(with_rule(chunk, rule)), chunk.allowed
+        scores, allowed = policy(chunk.under(rule)), chunk.allowed
         if rule.allocation == "top_p":
             weighed = weigh_units(scores, allowed[:, None], chunk.rows, rule, chunk.columns)
             scores = weighed.scores
@@ -285,7 +285,7 @@ def _sum_read(
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end take the last column
 
     def one(chunk):
-        mask, count = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
+        mask, count = chosen_mask(chunk, lambda: policy(chunk.under(rule)), limits, rule)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
         if not whole:
             read = read / jnp.maximum(count, 1).astype(jnp.float32)[:, None]

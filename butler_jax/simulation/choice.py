@@ -20,7 +20,7 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
         The output [B, K, G, C, D], and the fractions of its causal keys that each row read: of all
         choosing heads together, [B, C], and of each, [B, heads, C].
     """
-    mask, count = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
+    mask, count = chosen_mask(chunk, lambda: policy(chunk.under(rule)), limits, rule)
     batch, kv_heads, _, size, keys = chunk.logits.shape
     read, held = jnp.sum(mask, axis=3, dtype=jnp.int32), jnp.maximum(count, 1)
     fraction = jnp.sum(read, axis=1).astype(jnp.float32) / (mask.shape[1] * held).astype(jnp.float32)
@@ -29,11 +29,6 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
     weights, total, _ = exponentials(chunk.logits, mask, chunk.sink_logits)
     output = weighted_values(weights, chunk.v) / total
     return output.astype(chunk.v.dtype), fraction, shares
-
-
-def with_rule(chunk: Chunk, rule: SelectionConfig) -> Chunk:
-    """The chunk with the sinks, recent tokens and allocation of the selection."""
-    return chunk.under(rule)
 
 
 def chosen_mask(

@@ -129,10 +129,11 @@ def map_chunks(
 
     parts = []
     chosen = spread(length, rows)
-    number = x.shape[1] // size
-    bands = make_bands(number, size, sliding_window, LEAST if rows is None else 2 * LEAST)
+    chunks = x.shape[1] // size
     if before:
-        bands = [Band(0, number, segments.shape[1], False)]
+        bands = [Band(0, chunks, segments.shape[1], False)]
+    else:
+        bands = make_bands(chunks, size, sliding_window, LEAST if rows is None else 2 * LEAST)
     for band in bands:
         numbers = [n for n in range(band.start, band.stop) if n in chosen]
         if numbers:

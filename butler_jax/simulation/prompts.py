@@ -107,9 +107,7 @@ def _read(model, predictor, batch, *, tokens, implementation) -> ReadPrompts:
     context = walked = None
     if predictor is not None:
         context = predictor.context(positions, lengths)
-        trunk = predictor.trunk_cache(*positions.shape, x.dtype)
-        trunk = jax.tree.map(lambda a: jnp.broadcast_to(a[None], (predictor.producers, *a.shape)), trunk)
-        walked = walk.begin(predictor, x, context, trunk)
+        walked = walk.begin(predictor, x, context, walk.empty_cache(predictor, *positions.shape, x.dtype))
 
     def attend(cache, q, k, v):
         cache = jax.tree.map(lambda held, new: new.astype(held.dtype), cache, (k, v))

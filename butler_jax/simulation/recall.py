@@ -18,7 +18,7 @@ from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring
 from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best, tied_share
-from butler_jax.simulation.choice import chosen_mask, with_rule
+from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.sharding import embed_split, split_text, split_view
@@ -236,7 +236,7 @@ def _sum_chunk(
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one chunk of rows of one layer: no axis L."""
-    chunk = with_rule(chunk, options.selection)
+    chunk = chunk.under(options.selection)
     batch, kv_heads, group, size, keys = chunk.logits.shape
     allowed = jnp.broadcast_to(chunk.allowed, (batch, *chunk.allowed.shape[1:]))
     count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)

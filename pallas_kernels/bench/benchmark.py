@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import api, checks
-from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.cases import SHAPES, Case, count_tokens
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.measurements import copy_bandwidth, measure_case
 from pallas_kernels.bench.modelled import DEFAULTS, read_assumption, run_model
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(HEADER, flush=True)
     longest = 0.0
     for context, batch, budget in itertools.product(asked.context, asked.batch, asked.budget):
-        tokens = budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
+        tokens = count_tokens(budget, context)
         sizes = dict(context=context, batch=batch, tokens=tokens)
         own = settings | dict(shape=SHAPES[asked.shape], dtype=jnp.dtype(asked.dtype))
         case = Case(**sizes, **own, implementation=asked.implementation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ SHAPES = {
     "llama1b": Shape(heads=32, kv_heads=8, dim=64, layers=16, weights=1_235_814_400),
     "smollm2": Shape(heads=9, kv_heads=3, dim=64, layers=30, weights=134_515_008),
 }
+
+
+def count_tokens(budget: Fraction | int, context: int) -> int:
+    """The tokens that a budget attends of a context: a fraction of it, or a number."""
+    return budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,18 @@ class Case:
         k_imp = rows * self.context * self.shape.rank * (1 if self.int8 else item)
         scores = 2 * rows * self.context * 4
         return (k_imp + scores) / interval + 2.0 * rows * self.units * self.unit * self.shape.dim * item
+
+    def speeds(self, interval: int, dense: float, first: float, again: float) -> dict[str, float]:
+        """Seconds of a step, beside dense attention and the byte cap.
+
+        Args:
+            dense: Seconds of dense attention.
+            first: Seconds of a step that chooses.
+            again: Seconds of one that keeps its choice.
+        """
+        spent = (first + (interval - 1) * again) / interval
+        cap = self.dense_bytes / self.sparse_bytes(interval)
+        return dict(seconds=spent, speedup=dense / spent, cap=cap, share_of_cap=dense / spent / cap)
 
     def model_cap(self, interval: int) -> float:
         """The speed-up of a whole decode step if only bytes count. It also reads the weights, once for the batch."""

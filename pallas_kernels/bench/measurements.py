@@ -61,10 +61,8 @@ def measure_case(
     shared |= dict(context=case.context, tokens=case.tokens, batch=case.batch)
 
     def row(interval):
-        spent, read = (first + (interval - 1) * again) / interval, case.sparse_bytes(interval)
-        cap = case.dense_bytes / read
-        speeds = dict(seconds=spent, speedup=dense / spent, cap=cap, share_of_cap=dense / spent / cap)
-        rates = dict(predicted_bytes=read, gb_s=read / spent / 1e9, model_cap=case.model_cap(interval))
+        speeds, read = case.speeds(interval, dense, first, again), case.sparse_bytes(interval)
+        rates = dict(predicted_bytes=read, gb_s=read / speeds["seconds"] / 1e9, model_cap=case.model_cap(interval))
         return shared | dict(interval=interval) | speeds | rates
 
     return [row(interval) for interval in intervals]

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.bench.assumptions import Assumptions
-from pallas_kernels.bench.cases import SHAPES, Case
+from pallas_kernels.bench.cases import SHAPES, Case, count_tokens
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.prediction import predict_rows, shortest_gain
 
@@ -56,7 +56,7 @@ def run_model(asked: argparse.Namespace) -> dict[str, Any]:
     report |= dict(rows=[], assumptions=assumed.records())
     own = settings | dict(shape=SHAPES[asked.shape], dtype=jnp.dtype(asked.dtype))
     for batch, budget, context in itertools.product(asked.batch, asked.budget, asked.context):
-        tokens = budget if isinstance(budget, int) else -(-context * budget.numerator // budget.denominator)
+        tokens = count_tokens(budget, context)
         if tokens <= context:
             case = Case(context=context, batch=batch, tokens=tokens, **own)
             report["rows"] += predict_rows(case, chip, asked.interval, assumed)

@@ -83,8 +83,7 @@ def predict_rows(
     shared |= dict(batch=case.batch, dense_seconds=dense, predict_seconds=first, reuse_seconds=again)
 
     def row(interval):
-        spent, cap = (first + (interval - 1) * again) / interval, case.dense_bytes / case.sparse_bytes(interval)
-        speeds = dict(seconds=spent, speedup=dense / spent, cap=cap, share_of_cap=dense / spent / cap)
+        speeds = case.speeds(interval, dense, first, again)
         return shared | dict(interval=interval, launches=len(found)) | speeds | dict(kernels=found)
 
     return [row(interval) for interval in intervals]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import api
 from pallas_kernels.bench.assumptions import Assumptions
 from pallas_kernels.bench.cases import Case
+from pallas_kernels.gpu.selection import part_sizes, sample_size
 from pallas_kernels.gpu.tiles import Tiles, try_tiles
 from pallas_kernels.gpu.triton import padded_size
 
@@ -161,14 +162,14 @@ def _pooled(name, case):
 def _parts(launch, case, tiles):
     """Units of a row, and the blocks of them that a program writes."""
     units = -(-case.context // case.unit)
-    share = -(-units // launch.grid[1])
-    return units, -(-share // min(tiles.written, padded_size(share)))
+    chunk, part = part_sizes(units, launch.grid[0], tiles)
+    return units, part // chunk
 
 
 def _bracket_work(launch, case, tiles, have):
     rows, _, _, images = _sizes(case)
     units, blocks = _parts(launch, case, tiles)
-    sampled = min(32768, padded_size(-(-units // 32)))
+    sampled = sample_size(units)
     held = max(1.0, sampled / (THREADS * launch.warps))
     trials = have[_pooled("sample_trials", case)]
     code = have["bracket_code"] + blocks * have["bracket_write"]

@@ -57,12 +57,24 @@ class SelectPlan(NamedTuple):
     @property
     def sampled(self):
         """Images of the sample of a row."""
-        return min(SAMPLED, padded_size(pl.cdiv(self.units, THINNED)))
+        return sample_size(self.units)
 
     @property
     def room(self):
         """Candidates that a part leaves."""
         return min(self.part, self.held)
+
+
+def sample_size(units):
+    """Images of the sample of a row of so many units."""
+    return min(SAMPLED, padded_size(pl.cdiv(units, THINNED)))
+
+
+def part_sizes(units, rows, tiles):
+    """Units that a program writes at a time, and in all, where the programs share so many rows of units."""
+    share = pl.cdiv(units, max(1, tiles.choosers // rows))
+    chunk = min(tiles.written, padded_size(share))
+    return chunk, chunk * pl.cdiv(share, chunk)
 
 
 def select_top_k(scores, lengths, n, *, counts, rules, interpret):
@@ -88,9 +100,7 @@ def choose_units(image, lengths, n, size, *, counts, first, unit, barred, interp
     rows, tiles = batch * heads, current_tiles()
     whole = units <= tiles.held
     held = padded_size(units) if whole else tiles.candidates
-    share = pl.cdiv(units, max(1, tiles.choosers // rows))
-    chunk = min(tiles.written, padded_size(share))
-    part = chunk * pl.cdiv(share, chunk)
+    chunk, part = part_sizes(units, rows, tiles)
     plan = SelectPlan(n, units, held, chunk, part, pl.cdiv(units, part), unit, size, heads, barred)
     if counts is not None:
         counts = jnp.broadcast_to(counts[:, None] if counts.ndim == 1 else counts, (batch, heads)).reshape(rows)

@@ -18,8 +18,7 @@ from pallas_kernels.bench.prediction import dense_seconds, predict_rows, residen
 from pallas_kernels.bench.work import work_of
 from pallas_kernels.gpu import selection
 from pallas_kernels.gpu.tiles import Tiles
-
-SLOW = pytest.mark.slow
+from tests.marked import slow
 
 
 def case(context, **changed):
@@ -62,7 +61,7 @@ def test_dense_attention_is_its_bytes_and_launches():
     assert found == pytest.approx(4e-6 + 134_217_728 / (0.94 * 4.8e12))
 
 
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=SLOW), 16])
+@pytest.mark.parametrize("batch", [slow(1), 16])
 def test_times_grow_with_the_context_and_with_the_bandwidth_taken_away(batch):
     contexts = [4096, 32768, 131072]
     rows = [predict_rows(case(context, batch=batch), CHIPS["h200"], [1, 8]) for context in contexts]
@@ -83,9 +82,7 @@ def test_multiprocessors_hold_as_many_programs_as_registers_allow():
     assert resident_programs(found["attend_to_tokens"], CHIPS["h200"]) == 4
 
 
-@pytest.mark.parametrize(
-    ("pooling", "name"), [pytest.param("normalised", "trials", marks=SLOW), ("maximum", "trials_maximum")]
-)
+@pytest.mark.parametrize(("pooling", "name"), [slow("normalised", "trials"), ("maximum", "trials_maximum")])
 def test_the_search_takes_as_many_trials_as_assumed(pooling, name):
     size, counted = 32768, []
     scores = np.random.default_rng(0).normal(size=(4, size))

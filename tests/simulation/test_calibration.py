@@ -15,7 +15,7 @@ from butler_jax.policies import make_policy
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import calibrate_thresholds, calibrate_tolerance, simulate
 from pallas_kernels import from_image, ordered_image
-from tests.marked import long
+from tests.marked import long, slow
 
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16, context=256
@@ -74,9 +74,7 @@ def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):
     assert tolerances[0] > tolerances[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "means"), [("oracle", [0.3]), pytest.param("quest:page=4", [0.3, 30], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "means"), [("oracle", [0.3]), slow("quest:page=4", [0.3, 30])])
 def test_one_p_reaches_means_over_all_heads(model, name, means):
     batch, policy = batch_of(), make_policy(name)
     most = SelectionConfig(budget=1.0, sinks=2, recent=3, allocation="top_p")

@@ -21,7 +21,7 @@ from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import Chunk, Evicting, Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, limits_of
-from butler_jax.simulation import LEAST_KEYS, choose_best, choose_half, chosen_mask, with_rule
+from butler_jax.simulation import LEAST_KEYS, choose_best, choose_half, chosen_mask
 
 PUBLISHED = {1: 0.667, 5: 0.548, 10: 0.503, 25: 0.463, 49: 0.407}
 """Overlap with step 0 by decode step, as published for Llama-3.1-8B (arXiv 2503.07518)."""
@@ -296,7 +296,7 @@ def _drift(model, predictor, batch, rows, sizes, *, distance):
 @partial(jax.jit, static_argnames=("policy", "rule"))
 def _token_access(model, predictor, batch, rows, limits: Limits, *, policy: Policy, rule: SelectionConfig):
     def look(chunk):
-        mask, _ = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
+        mask, _ = chosen_mask(chunk, lambda: policy(chunk.under(rule)), limits, rule)
         seen = jnp.sum(chunk.allowed, axis=1, dtype=jnp.int32)[:, None]
         frequency = jnp.sum(mask, axis=2, dtype=jnp.int32) / jnp.where(seen > 0, seen, jnp.nan)
         sets = mask.astype(jnp.float32)

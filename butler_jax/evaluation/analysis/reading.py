@@ -25,7 +25,7 @@ from butler_jax.model import (
 from butler_jax.policies import Policy, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
-from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, merge_rows, sparse_chunk, with_rule
+from butler_jax.simulation import chosen_mask, importance_walk, map_chunks, merge_rows, sparse_chunk
 
 LONGEST = 2048  # tokens of a text whose T x T weights are drawn
 
@@ -208,7 +208,7 @@ def _find_sets(model, predictor, batch, rows, limits: Limits, *, policy: Policy,
             apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
             outputs, *_ = map_chunks(apply, view, importance, segments, sliding_window)
             chunk = row_chunk(view, importance, segments, rows, sliding_window)
-            sets, _ = chosen_mask(chunk, lambda: policy(with_rule(chunk, rule)), limits, rule)
+            sets, _ = chosen_mask(chunk, lambda: policy(chunk.under(rule)), limits, rule)
             return merge_rows(outputs, segments.shape[1]), sets
 
         output, sets = by_sliding_window(base, view.index, attend)

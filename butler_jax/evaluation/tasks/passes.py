@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from butler_jax.data import Batch
 from butler_jax.model import BaseModel
@@ -141,12 +141,8 @@ class AlignedEnds(NamedTuple):
             return None
         shift = size - np.minimum(ends, size)
         place = np.arange(size)[None] - shift[:, None]
-        moved = {
-            name: np.where(place >= 0, np.take_along_axis(batch[name], np.maximum(place, 0), axis=1), 0)
-            for name in ("tokens", "segments", "positions")
-        }
-        asked = np.take_along_axis(wanted, np.maximum(place, 0), axis=1) & (place >= 0)
-        return cls(moved, asked[:, -rows:], prompts, shift)
+        moved = {name: _take(batch[name], place) for name in ("tokens", "segments", "positions")}
+        return cls(moved, _take(wanted, place)[:, -rows:], prompts, shift)
 
     @property
     def first(self) -> int:
@@ -155,14 +151,15 @@ class AlignedEnds(NamedTuple):
 
     def restore(self, found: Simulated) -> RowPredictions:
         """The predictions at the places where the rows were; 0 elsewhere."""
-        size, rows = self.batch["tokens"].shape[1], self.wanted.shape[1]
-        place = np.arange(size)[None] + self.shift[:, None] - self.first
-        inside = (place >= 0) & (place < rows)
+        place = np.arange(self.batch["tokens"].shape[1])[None] + self.shift[:, None] - self.first
+        return RowPredictions(*(_take(array, place) for array in _on_host(found)))
 
-        def moved(a):
-            return np.where(inside, np.take_along_axis(a, np.clip(place, 0, rows - 1), axis=1), 0)
 
-        return RowPredictions(*map(moved, _on_host(found)))
+def _take(array: Shaped[np.ndarray, "B _"], place: Int[np.ndarray, "B S"]) -> Shaped[np.ndarray, "B S"]:
+    """The entries at the places of each row; 0 where a place is outside."""
+    inside = (place >= 0) & (place < array.shape[1])
+    taken = np.take_along_axis(array, np.clip(place, 0, array.shape[1] - 1), axis=1)
+    return np.where(inside, taken, np.zeros((), array.dtype))
 
 
 def _on_host(found: Simulated) -> RowPredictions:
