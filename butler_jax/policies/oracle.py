@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, normalise, per_query_head
+from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, largest_in_group, normalise, per_query_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Oracle(Scoring):
 
     def pool(self, scores, chunk: Chunk):
         """The largest weight in the group."""
-        return normalise(scores, chunk.allowed, chunk.sink_logits).max(axis=2)
+        return largest_in_group(normalise(scores, chunk.allowed, chunk.sink_logits))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from butler_jax.model import centred_squares, masked_softmax, output_gram, output_projection, project_values
-from butler_jax.policies.scoring import Chunk, Scoring, log_total
+from butler_jax.policies.scoring import Chunk, Scoring, largest_in_group, log_total
 
 Error = Literal["centred", "value", "weight", "critical"]
 Pooling = Literal["maximum", "root_sum_square"]
@@ -111,5 +111,5 @@ def log_stream_norm(chunk: Chunk) -> Float[Array, "B 1 1 C 1"]:
 def pool_errors(scores: Float[Array, "B K G C S"], pooling: Pooling) -> Float[Array, "B K C S"]:
     """The error of a group, whose heads read a token together."""
     if pooling == "maximum":
-        return jnp.max(scores, axis=2)
+        return largest_in_group(scores)
     return 0.5 * jax.nn.logsumexp(2 * scores, axis=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class Scoring(Policy):
 
     def pool(self, scores: Float[Array, "B K _ C S"], chunk: Chunk) -> Float[Array, "B _ C S"]:
         """Scores per choosing head, [B, K, C, S] or [B, H, C, S]; by default the maximum over the group."""
-        return jnp.max(scores, axis=2)
+        return largest_in_group(scores)
 
     def log_weights(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
         """The logarithm of the estimated attention weight of each key, per choosing head, for the allocation top_p.
@@ -150,6 +151,11 @@ def estimate_weights(
     """
     scores = jnp.minimum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).max)
     return subtract_total(scores, keys, sink_logits)
+
+
+def largest_in_group(scores: Float[Array, "B K G C S"]) -> Float[Array, "B K C S"]:
+    """The maximum over the query heads of each group, head after head: XLA's reduction of this axis is slow on CPU."""
+    return functools.reduce(jnp.maximum, jnp.unstack(scores, axis=2))
 
 
 def mean_over_group(log_weights: Float[Array, "B K G C S"]) -> Float[Array, "B K C S"]:

@@ -9,7 +9,15 @@ from typing import Literal
 import jax.numpy as jnp
 
 from butler_jax.policies.residual import log_stream_norm, log_value_norms
-from butler_jax.policies.scoring import Chunk, Scoring, estimate_weights, mean_over_group, normalise, subtract_total
+from butler_jax.policies.scoring import (
+    Chunk,
+    Scoring,
+    estimate_weights,
+    largest_in_group,
+    mean_over_group,
+    normalise,
+    subtract_total,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +96,10 @@ class TokenButler(Scoring):
     def pool(self, scores, chunk: Chunk):
         """The maximum over the group."""
         if not self.one_unit:
-            return (normalise(scores, chunk.contested) if self.pooling == "normalised" else scores).max(axis=2)
+            return largest_in_group(normalise(scores, chunk.contested) if self.pooling == "normalised" else scores)
         if self.offset != "self_normalised":
             scores = subtract_total(scores, chunk.contested)
         scores = scores - log_stream_norm(chunk) if self.offset == "none" else scores + chunk.offset
         if self.error is not None:
             scores = scores + log_value_norms(chunk, self.error)
-        return scores.max(axis=2)
+        return largest_in_group(scores)
