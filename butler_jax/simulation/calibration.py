@@ -26,6 +26,7 @@ from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, weigh_units
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import sum_chunks
+from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
 
@@ -105,7 +106,7 @@ def calibrate_tolerance(
     """Find the tolerance of the whole model under which rows read `means` on average over served layers and heads.
 
     Two dense passes find all tolerances. Where little is read, residual streams and so scores differ from the dense
-    ones. So each tolerance is then corrected by what simulations under it read.
+    ones. So each tolerance is then corrected by simulations of one batch, until this batch reads what it read densely.
 
     Args:
         model: The base model.
@@ -120,8 +121,7 @@ def calibrate_tolerance(
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
         rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it; None
             takes all.
-        corrections: How many simulations over the batches may correct each tolerance; 0 keeps those of the dense
-            passes.
+        corrections: How many simulations may correct each tolerance; 0 keeps those of the dense passes.
 
     Returns:
         The selection under the allocation tolerance or top_p, once for each mean.
@@ -145,44 +145,48 @@ def calibrate_tolerance(
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
 
     def curve(grid):
-        """Mean fractions and numbers read at every tolerance, [2, N]."""
-        total, number = np.zeros((2, len(grid))), 0.0
+        """Mean fractions and numbers read at every tolerance, [2, N] of all batches and of one, and which one it is."""
+        sums, numbers = [], []
         for batch in batches:
-            sums = _sum_above(
+            found = _sum_above(
                 *(model, predictor, batch, limits, jnp.asarray(grid, jnp.float32)),
                 policy=policy,
                 rule=selection.rule,
                 prompt_tokens=prompt_tokens,
                 rows=rows,
             )
-            total, number = total + on_host(sums[0]).astype(np.float64), number + float(sums[1])
-        if not number:
+            sums.append(on_host(found[0]).astype(np.float64))
+            numbers.append(float(found[1]))
+        most = int(np.argmax(numbers))
+        if not numbers[most]:
             raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
-        return total / number
+        return sum(sums) / sum(numbers), sums[most] / numbers[most], most
 
     def place(grid, read, mean):
         """The last tolerance of the grid that reads at least the mean; -1 where none does."""
         return int(np.sum(read[int(isinstance(mean, int))] >= mean)) - 1
 
-    coarse = curve(values)
+    coarse, _, _ = curve(values)
     starts = [min(max(place(values, coarse, mean), 0), len(values) - 2) for mean in means]
     fine = np.unique(np.concatenate([np.linspace(values[i], values[i + 1], between + 1) for i in starts]))
-    read, found = curve(fine), []
+    (read, sampled, sample), found = curve(fine), []
     for mean in means:
-        own, at = read[int(isinstance(mean, int))], place(fine, read, mean)
+        whole = int(isinstance(mean, int))
+        own, at = read[whole], place(fine, read, mean)
         if at < 0 or at == len(fine) - 1:
             found.append(-np.inf if at < 0 and own[0] < mean else np.inf)
             continue
         share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
         value = fine[at] + share * (fine[at + 1] - fine[at])
-        slopes = np.gradient(np.log(np.maximum(coarse[int(isinstance(mean, int))], 1e-12)), values)
+        slopes = np.gradient(np.log(np.maximum(coarse[whole], 1e-12)), values)
         slope = np.interp(value, values, slopes)
 
-        def read_at(value, mean=mean):
+        def read_at(value, whole=whole):
             selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
-            return _mean_read(model, predictor, batches, selected, policy, prompt_tokens, whole=isinstance(mean, int))
+            return _mean_read(model, predictor, batches[sample], selected, policy, prompt_tokens, whole=bool(whole))
 
-        found.append(_correct(value, mean, slope, read_at, corrections))
+        share_of_sample = np.interp(value, fine, sampled[whole])
+        found.append(_correct(value, share_of_sample, slope, read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
 
 
@@ -203,7 +207,7 @@ def _correct(value: float, mean: float, slope: float, read_at: Callable[[float],
 def _mean_read(
     model: BaseModel,
     predictor: Predictor | None,
-    batches: Sequence[dict[str, Array]],
+    batch: dict[str, Array],
     selection: SelectionConfig,
     policy: Policy,
     prompt_tokens: int,
@@ -211,18 +215,16 @@ def _mean_read(
     whole: bool,
 ) -> float:
     """The share of its keys, or the number of them, that a row after the prompt reads in a simulation on average."""
-    total = number = 0.0
-    for batch in batches:
-        prompts = np.full(batch["tokens"].shape[0], prompt_tokens, np.int32)
-        asked = np.zeros(batch["tokens"].shape, bool)  # no logits
-        found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
-        counted = (np.asarray(batch["segments"]) > 0) & (np.asarray(batch["positions"]) >= prompt_tokens)
-        read = on_host(found.attended) * (np.asarray(batch["positions"]) + 1 if whole else 1)
-        total, number = total + np.sum(read[counted], dtype=np.float64), number + np.sum(counted)
-    return total / number
+    prompts = np.full(batch["tokens"].shape[0], prompt_tokens, np.int32)
+    asked = np.zeros(batch["tokens"].shape, bool)  # no logits
+    found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
+    positions = np.asarray(batch["positions"])
+    counted = (np.asarray(batch["segments"]) > 0) & (positions >= prompt_tokens)
+    read = on_host(found.attended) * (positions + 1 if whole else 1)
+    return float(np.mean(read[counted], dtype=np.float64))
 
 
-@partial(jax.jit, static_argnames=("policy", "rule", "prompt_tokens", "rows"))
+@partial(compiled, static_argnames=("policy", "rule", "prompt_tokens", "rows"))
 def _sum_above(
     model: BaseModel,
     predictor: Predictor | None,
@@ -268,7 +270,7 @@ def _sum_above(
     return jnp.mean(sums[served], axis=0), number[served[0]]
 
 
-@partial(jax.jit, static_argnames=("policy", "rule", "whole"))
+@partial(compiled, static_argnames=("policy", "rule", "whole"))
 def _sum_read(
     model: BaseModel,
     predictor: Predictor | None,

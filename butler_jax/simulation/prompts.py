@@ -31,6 +31,7 @@ from butler_jax.model import (
 )
 from butler_jax.policies import Evicting, Policy
 from butler_jax.predictors import Predictor, walk
+from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.sharding import embed_split, split_heads, split_text, split_view
 
 
@@ -97,7 +98,7 @@ def read_prompts(
     return _read(model, predictor, batch, tokens=tokens, implementation=implementation)
 
 
-@partial(jax.jit, static_argnames=("tokens", "implementation"))
+@partial(compiled, static_argnames=("tokens", "implementation"))
 def _read(model, predictor, batch, *, tokens, implementation) -> ReadPrompts:
     lengths = jnp.max(batch["positions"], axis=1) + 1  # of whole sequences, as longrope counts them
     batch = split_text({name: array[:, :tokens] for name, array in batch.items()})

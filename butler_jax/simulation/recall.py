@@ -21,6 +21,7 @@ from butler_jax.selection import Limits, SelectionConfig, budget_table, select_b
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.eviction import evicted_sums
+from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.sharding import embed_split, split_text, split_view
 from butler_jax.simulation.statistics import Estimate, estimate_ratio
 from pallas_kernels import ordered_image
@@ -170,7 +171,7 @@ def _enter(
     result.by_head[name][np.asarray(layers) - 1] = sums.hits[number].sum(axis=-1) / sums.ranked.sum()
 
 
-@partial(jax.jit, static_argnames=("policies", "options"))
+@partial(compiled, static_argnames=("policies", "options"))
 def _sum_scoring(
     model: BaseModel,
     predictor: Predictor | None,
@@ -190,7 +191,7 @@ def _sum_scoring(
     return RecallSums(*by_budget, *by_head, *(a[served[0]] for a in found[5:]))
 
 
-@partial(jax.jit, static_argnames=("policy", "options"))
+@partial(compiled, static_argnames=("policy", "options"))
 def _sum_evicting(
     model: BaseModel,
     batch: dict[str, Int[Array, "B T"]],

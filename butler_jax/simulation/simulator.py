@@ -32,6 +32,7 @@ from butler_jax.simulation.choice import sparse_chunk
 from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows
 from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.predictions import predict_next
+from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.prompts import ReadPrompts, last_mixer
 from butler_jax.simulation.sharding import embed_split, split_heads, split_text, split_view
 
@@ -118,7 +119,7 @@ def simulate(
     return _simulate(model, predictor, batch, limits, wanted, reference, read, **how)
 
 
-@partial(jax.jit, static_argnames=("policy", "rule", "score_dtype", "implementation"))
+@partial(compiled, static_argnames=("policy", "rule", "score_dtype", "implementation"))
 def _simulate(model, predictor, batch, limits, wanted, reference, read, **how) -> Simulated:
     batch = split_text(batch)
     x, (fractions, shares) = hidden_states(model, predictor, batch, limits, read=read, **how)

@@ -1,0 +1,31 @@
+"""How the programs of a simulation are compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from butler_jax.parallel import platform
+
+LESS_OPTIMISED = {"xla_backend_optimization_level": 1}
+
+
+def compiled(function: Callable[..., Any], *, static_argnames: tuple[str, ...]) -> Callable[..., Any]:
+    """`jax.jit`, which on CPU asks LLVM for less optimisation.
+
+    Measured on CPU: compilation takes a third less, and the program is as fast. XLA accepts compiler options only for
+    the outermost function that is compiled, so a call inside another one has none.
+    """
+    plain = jax.jit(function, static_argnames=static_argnames)
+    on_cpu = jax.jit(function, static_argnames=static_argnames, compiler_options=LESS_OPTIMISED)
+
+    @functools.wraps(function)
+    def call(*operands, **options):
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((operands, options)))
+        return (plain if traced or platform() != "cpu" else on_cpu)(*operands, **options)
+
+    call.lower = plain.lower
+    return call
