@@ -6,6 +6,8 @@ faults. A slice of a cache stacked over layers must be fused with its use, or th
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,9 @@ from pallas_kernels.arithmetic import exact, finite_or_zero, total_of
 from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
+LARGE_TILE = 2**20  # the same where the products are kept
+KEPT = 2**23  # products that are kept between their log-sum-exps and their pooling; more are computed twice
+COLUMNS = 256  # products are summed down this many columns first
 MOST_TERMS = 256  # products that are unrolled into one fused loop
 UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole operand of a loop to float32 before it
 
@@ -20,12 +25,17 @@ UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole oper
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scale, first, layer):
     """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     size = k_imp.shape[-1]
-    if normalised and totals is None:
-        totals = importance_totals(q_imp, k_imp, lengths, scales=scales, scale=scale, first=first, layer=layer)
-    totals = None if totals is None else finite_or_zero(totals)
     factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
+    mask = seen(size, lengths, first)
+    if normalised and totals is None:
+        loops = k_imp.dtype == jnp.float32
+        if factor.size * size <= KEPT:
+            pooled = _normalised(q_imp, factor, k_imp_at, mask, loops)
+            return jnp.where(mask[:, None], pooled, -jnp.inf)
+        totals = _log_sum_exp(q_imp, factor, k_imp_at, mask, loops)
+    totals = None if totals is None else finite_or_zero(totals)
     scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], k_imp_at(0, size), totals)
-    return jnp.where(seen(size, lengths, first)[:, None], scores, -jnp.inf)
+    return jnp.where(mask[:, None], scores, -jnp.inf)
 
 
 def importance_totals(q_imp, k_imp, lengths, *, scales, scale, first, layer):
@@ -63,16 +73,12 @@ def _products(q_imp, k_imp):
 
 def _pooled(q_imp, k_imp, total):
     """The maximum over the group of products, less total [B, K, G] where given, float32 [B, K, S]."""
-    group, rank = q_imp.shape[2:]
-    if group * rank > MOST_TERMS:
+    if q_imp.shape[2] * q_imp.shape[3] > MOST_TERMS:
         scores = _products(q_imp, k_imp)
         scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-        return jnp.max(scores if total is None else scores - total[..., None], axis=2)
+        return _largest(scores if total is None else scores - total[..., None], 2)
     best = None
-    for member in range(group):  # unrolled, so that k_imp is read once and only the result is written
-        own = k_imp[:, :, member if k_imp.shape[2] > 1 else 0]
-        terms = [q_imp[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(rank)]
-        score = sum(terms[1:], terms[0])
+    for member, score in enumerate(_members(q_imp, k_imp)):  # k_imp is read once and only the result is written
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)
         if total is not None:
             score = score - total[:, :, member, None]
@@ -80,28 +86,76 @@ def _pooled(q_imp, k_imp, total):
     return best
 
 
+def _members(q_imp, k_imp):
+    """The products of every query head of the group, float32 [B, K, width] each, as one loop over the tokens."""
+    for member in range(q_imp.shape[2]):
+        own = k_imp[:, :, member if k_imp.shape[2] > 1 else 0]
+        terms = [q_imp[:, :, member, r, None] * own[:, :, r].astype(jnp.float32) for r in range(q_imp.shape[3])]
+        yield sum(terms[1:], terms[0])
+
+
 def _log_sum_exp(q_imp, factor, k_imp_at, mask, loops):
     """Log-sum-exps over the tokens where mask [B, S] is set, float32 [B, K, G], by chunks of S, looped or unrolled."""
-    batch, heads, group, _ = q_imp.shape
+    part, chunks, _ = _parts(q_imp, factor, k_imp_at, mask, TILE, loops)
+    tops, sums = _map_parts(lambda index: part(index)[1:], chunks, loops)
+    return _total(tops, sums)
+
+
+def _normalised(q_imp, factor, k_imp_at, mask, loops):
+    """The maximum over the group of products less log-sum-exps, float32 [B, K, S]. The products are kept meanwhile."""
+    part, chunks, chunk = _parts(q_imp, factor, k_imp_at, mask, LARGE_TILE, loops)
+    scores, tops, sums = _map_parts(part, chunks, loops)
+    total = finite_or_zero(_total(tops, sums))
+    pooled = _largest(scores - total[None, ..., None], 3)
+    batch, heads = pooled.shape[1:3]
+    before = jnp.moveaxis(pooled[:-1], 0, 2).reshape(batch, heads, (chunks - 1) * chunk)
+    return jnp.concatenate([before, pooled[-1, ..., chunks * chunk - mask.shape[1] :]], axis=-1)
+
+
+def _largest(scores, axis):
+    """The maximum over an axis, entry after entry: XLA's reduction of an axis that is not the last is slow on CPU."""
+    return functools.reduce(jnp.maximum, jnp.unstack(scores, axis=axis))
+
+
+def _parts(q_imp, factor, k_imp_at, mask, tile, loops):
+    """(part, chunks, chunk): part(index) gives the products of a chunk [B, K, G, chunk], their maximum and their sum.
+
+    The last chunk overlaps the one before it. A product that the one before has counted does not count again.
+    """
     size = mask.shape[-1]
-    chunk = min(size, max(256, TILE // (batch * heads * group)))
-    if not loops:
-        chunk = max(chunk, -(-size // UNROLLED))
+    chunks = -(-factor.size * size // tile)
+    chunk = -(-size // (chunks if loops else min(chunks, UNROLLED)))
+    chunk = min(size, -(-chunk // COLUMNS) * COLUMNS)
+    columns = COLUMNS if chunk % COLUMNS == 0 else chunk
+
+    def products(k_imp):
+        if k_imp.dtype == jnp.int8 and q_imp.shape[2] * q_imp.shape[3] <= MOST_TERMS:
+            members = _members(q_imp.astype(jnp.float32) * factor[..., None], k_imp)
+            return jnp.stack(jax.lax.optimization_barrier(tuple(members)), axis=2)  # else they are computed thrice
+        return _products(q_imp, k_imp) * factor[..., None]
 
     def part(index):
-        at = jnp.minimum(index * chunk, size - chunk)  # the last chunk overlaps the one before it
-        columns = at + jnp.arange(chunk, dtype=jnp.int32)
-        own = jax.lax.dynamic_slice_in_dim(mask, at, chunk, axis=1) & (columns >= index * chunk)[None]
-        scores = _products(q_imp, k_imp_at(at, chunk)) * factor[..., None]
-        scores = jnp.where(own[:, None, None] & ~jnp.isnan(scores), scores, -jnp.inf)
-        top = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)
-        return top, jnp.sum(jnp.exp(scores - top[..., None]), axis=-1)
+        at = jnp.minimum(index * chunk, size - chunk)
+        new = at + jnp.arange(chunk, dtype=jnp.int32) >= index * chunk
+        seen_here = jax.lax.dynamic_slice_in_dim(mask, at, chunk, axis=1)
+        scores = products(k_imp_at(at, chunk))
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+        counted = jnp.where((seen_here & new[None])[:, None, None], scores, -jnp.inf)
+        counted = counted.reshape(*scores.shape[:-1], -1, columns)  # XLA sums rows of vectors fast, and numbers slowly
+        top = jnp.maximum(jnp.max(jnp.max(counted, axis=-2), axis=-1), LOWEST)
+        return scores, top, jnp.sum(jnp.sum(jnp.exp(counted - top[..., None, None]), axis=-2), axis=-1)
 
-    chunks = -(-size // chunk)
+    return part, -(-size // chunk), chunk
+
+
+def _map_parts(part, chunks, loops):
+    """The results of all chunks, stacked."""
     if loops:
-        tops, sums = jax.lax.map(part, jnp.arange(chunks, dtype=jnp.int32))
-    else:
-        tops, sums = (jnp.stack(parts) for parts in zip(*map(part, range(chunks)), strict=True))
+        return jax.lax.map(part, jnp.arange(chunks, dtype=jnp.int32))
+    return tuple(jnp.stack(parts) for parts in zip(*map(part, range(chunks)), strict=True))
+
+
+def _total(tops, sums):
+    """The log-sum-exp of all chunks from the maximum and the sum of each, [chunks, B, K, G]."""
     top = jnp.max(tops, axis=0)
-    total = jnp.sum(sums * jnp.exp(tops - top[None]), axis=0)
-    return total_of(top, total)
+    return total_of(top, jnp.sum(sums * jnp.exp(tops - top[None]), axis=0))
