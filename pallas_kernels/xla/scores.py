@@ -18,23 +18,26 @@ TILE = 2**18  # elements of a temporary array that stays in a core's cache
 LARGE_TILE = 2**20  # the same where the products are kept
 KEPT = 2**23  # products that are kept between their log-sum-exps and their pooling; more are computed twice
 COLUMNS = 256  # products are summed down this many columns first
+FUSED = 2**21  # products that one fused loop pools; more are pooled by chunks, unless k_imp is int8
 MOST_TERMS = 256  # products that are unrolled into one fused loop
 UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole operand of a loop to float32 before it
 
 
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scale, first, layer):
     """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
-    size = k_imp.shape[-1]
+    size, loops = k_imp.shape[-1], k_imp.dtype == jnp.float32
     factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
-    mask = seen(size, lengths, first)
+    mask, products = seen(size, lengths, first), factor.size * size
+    if normalised and totals is None and products <= KEPT:
+        scores = _normalised(q_imp, factor, k_imp_at, mask, loops)
+        return jnp.where(mask[:, None], scores, -jnp.inf)
     if normalised and totals is None:
-        loops = k_imp.dtype == jnp.float32
-        if factor.size * size <= KEPT:
-            pooled = _normalised(q_imp, factor, k_imp_at, mask, loops)
-            return jnp.where(mask[:, None], pooled, -jnp.inf)
         totals = _log_sum_exp(q_imp, factor, k_imp_at, mask, loops)
     totals = None if totals is None else finite_or_zero(totals)
-    scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], k_imp_at(0, size), totals)
+    if products > FUSED and k_imp.dtype != jnp.int8:
+        scores = _pooled_by_chunks(q_imp, factor, k_imp_at, mask, totals, loops)
+    else:
+        scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], k_imp_at(0, size), totals)
     return jnp.where(mask[:, None], scores, -jnp.inf)
 
 
@@ -96,20 +99,35 @@ def _members(q_imp, k_imp):
 
 def _log_sum_exp(q_imp, factor, k_imp_at, mask, loops):
     """Log-sum-exps over the tokens where mask [B, S] is set, float32 [B, K, G], by chunks of S, looped or unrolled."""
-    part, chunks, _ = _parts(q_imp, factor, k_imp_at, mask, TILE, loops)
+    part, chunks = _parts(q_imp, factor, k_imp_at, mask, TILE, loops)
     tops, sums = _map_parts(lambda index: part(index)[1:], chunks, loops)
     return _total(tops, sums)
 
 
 def _normalised(q_imp, factor, k_imp_at, mask, loops):
     """The maximum over the group of products less log-sum-exps, float32 [B, K, S]. The products are kept meanwhile."""
-    part, chunks, chunk = _parts(q_imp, factor, k_imp_at, mask, LARGE_TILE, loops)
+    part, chunks = _parts(q_imp, factor, k_imp_at, mask, LARGE_TILE, loops)
     scores, tops, sums = _map_parts(part, chunks, loops)
     total = finite_or_zero(_total(tops, sums))
-    pooled = _largest(scores - total[None, ..., None], 3)
-    batch, heads = pooled.shape[1:3]
+    return _join(_largest(scores - total[None, ..., None], 3), mask.shape[1])
+
+
+def _pooled_by_chunks(q_imp, factor, k_imp_at, mask, totals, loops):
+    """As `_pooled`, by chunks of S, looped or unrolled."""
+    part, chunks = _parts(q_imp, factor, k_imp_at, mask, TILE, loops)
+
+    def pooled(index):
+        scores = part(index)[0]
+        return (_largest(scores if totals is None else scores - totals[..., None], 2),)
+
+    return _join(*_map_parts(pooled, chunks, loops), mask.shape[1])
+
+
+def _join(pooled, size):
+    """[B, K, S] of chunks [chunks, B, K, chunk], of which the last overlaps the one before it."""
+    chunks, batch, heads, chunk = pooled.shape
     before = jnp.moveaxis(pooled[:-1], 0, 2).reshape(batch, heads, (chunks - 1) * chunk)
-    return jnp.concatenate([before, pooled[-1, ..., chunks * chunk - mask.shape[1] :]], axis=-1)
+    return jnp.concatenate([before, pooled[-1, ..., chunks * chunk - size :]], axis=-1)
 
 
 def _largest(scores, axis):
@@ -118,7 +136,7 @@ def _largest(scores, axis):
 
 
 def _parts(q_imp, factor, k_imp_at, mask, tile, loops):
-    """(part, chunks, chunk): part(index) gives the products of a chunk [B, K, G, chunk], their maximum and their sum.
+    """(part, chunks): part(index) gives the products of a chunk [B, K, G, chunk], their maximum and their sum.
 
     The last chunk overlaps the one before it. A product that the one before has counted does not count again.
     """
@@ -145,7 +163,7 @@ def _parts(q_imp, factor, k_imp_at, mask, tile, loops):
         top = jnp.maximum(jnp.max(jnp.max(counted, axis=-2), axis=-1), LOWEST)
         return scores, top, jnp.sum(jnp.sum(jnp.exp(counted - top[..., None, None]), axis=-2), axis=-1)
 
-    return part, -(-size // chunk), chunk
+    return part, -(-size // chunk)
 
 
 def _map_parts(part, chunks, loops):

@@ -10,6 +10,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.gpu import scores as gpu_scores
+from pallas_kernels.xla import scores as cpu_scores
 from tests.pallas_kernels.definitions import KERNELS, PLAIN, interpreted, normal, oracle_scores, run, wide
 
 
@@ -41,6 +42,46 @@ def test_a_long_cache_is_scored_as_a_short_one():
     q, keys, lengths = normal(0, 1, 8, 4, 4), normal(1, 1, 8, 4, 20_011), jnp.array([19_000])
     found = run(pk.importance_scores, q, keys, lengths, implementation="xla")
     np.testing.assert_allclose(found, oracle_scores(q, keys, lengths, "normalised"), atol=2e-5)
+
+
+WAYS = {
+    "kept": dict(KEPT=2**30, FUSED=0),
+    "computed twice": dict(KEPT=0, FUSED=2**30),
+    "by chunks": dict(KEPT=0, FUSED=0),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("size", [255, 1037])
+def test_every_way_of_the_cpu_follows_the_definition(monkeypatch, size, dtype, way):
+    """Small tiles make many chunks, also where the last overlaps the one before it. A NaN counts as -inf."""
+    for name, value in {**WAYS[way], "TILE": 256, "LARGE_TILE": 4096}.items():
+        monkeypatch.setattr(cpu_scores, name, value)
+    q, keys = normal(0, 2, 2, 3, 8, dtype=dtype if dtype == jnp.bfloat16 else jnp.float32), normal(1, 3, 2, 2, 8, size)
+    if dtype == jnp.int8:
+        keys, scales = pk.quantise_k_imp(keys)
+        exact = wide(keys) * np.asarray(scales, np.float64)[..., None, None]
+    else:
+        keys, scales = keys.at[1, 0, :, 3, 20].set(jnp.nan).astype(dtype), None
+        exact = wide(keys)
+    lengths, first = jnp.array([size, size - 9]), jnp.array([0, 11])
+    for pooling in ("normalised", "maximum"):
+        found = pk.importance_scores(
+            q,
+            keys,
+            lengths,
+            scales=None if scales is None else scales[1],
+            pooling=pooling,
+            first=first,
+            layer=1,
+            implementation="xla",
+        )
+        expected = oracle_scores(wide(q), exact[1], lengths, pooling, first)
+        if scales is None:  # the first row without the token that has a NaN
+            others = oracle_scores(wide(q)[:1], np.delete(exact[1, :1], 20, axis=-1), lengths[:1] - 1, pooling)
+            expected[0] = np.insert(others[0], 20, -np.inf, axis=-1)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
