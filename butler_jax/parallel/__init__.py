@@ -37,6 +37,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "sum_shards",
             "token_axis",
         ],
+        "memory": ["memory_of"],
         "messages": ["exchange", "stand_alike", "tell", "told", "try_to_tell"],
         "signals": ["answered"],
     },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.model import FAMILIES, LOGICAL_AXES, BaseConfig, BaseModel
+from butler_jax.parallel import memory_of
 from butler_jax.weights.experts import join_experts
 from butler_jax.weights.stored import StoredTensor
 
@@ -239,22 +239,21 @@ def check_memory(needed: Mapping[jax.Device, int], source: str) -> None:
 
     A device or machine that does not report its memory passes.
     """
-    on_cpu = [size for device, size in needed.items() if device.platform == "cpu"]
+    on_cpu = {device: size for device, size in needed.items() if device.platform == "cpu"}
     for device, size in needed.items():
-        limit = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
-        if limit is not None and size > limit:
+        there = None if device in on_cpu else memory_of(device)
+        if there is not None and size > there:
             raise ValueError(
-                f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {limit / 1e9:.1f} GB: "
+                f"{source} needs {size / 1e9:.1f} GB for its weights on {device}, which has {there / 1e9:.1f} GB: "
                 "split it over more devices (--mesh), or take a smaller model"
             )
-    if on_cpu and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        each = f" ({max(on_cpu) / 1e9:.1f} GB on each of {len(on_cpu)} devices)" if len(on_cpu) > 1 else ""
-        if sum(on_cpu) > there:
-            raise ValueError(
-                f"{source} needs {sum(on_cpu) / 1e9:.1f} GB for its weights{each}, and this machine has "
-                f"{there / 1e9:.1f} GB: split it over more machines (--mesh), or take a smaller model"
-            )
+    there = memory_of(next(iter(on_cpu))) if on_cpu else None
+    if there is not None and sum(on_cpu.values()) > there:
+        each = f" ({max(on_cpu.values()) / 1e9:.1f} GB on each of {len(on_cpu)} devices)" if len(on_cpu) > 1 else ""
+        raise ValueError(
+            f"{source} needs {sum(on_cpu.values()) / 1e9:.1f} GB for its weights{each}, and this machine has "
+            f"{there / 1e9:.1f} GB: split it over more machines (--mesh), or take a smaller model"
+        )
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -9,20 +9,22 @@ import hashlib
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from butler_jax.data import Batch
 from butler_jax.model import BaseModel
-from butler_jax.parallel import on_host
+from butler_jax.parallel import memory_of, on_host
 from butler_jax.policies import Dense, Policy, Scoring
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table
 from butler_jax.simulation import ReadPrompts, Simulated, read_prompts, simulate
 
 LEAST_ROWS = 32  # that run after a prompt, so that answers of different lengths rarely compile anew
-KEPT_PROMPTS = 2 << 30  # bytes
+KEPT_PROMPTS = 1 / 4  # of the memory of the device, or of the machine
+UNTOLD = 8 << 30  # bytes of memory, where nothing tells
 
 
 class RowPredictions(NamedTuple):
@@ -103,11 +105,12 @@ class Passes:
         return self._found[key]
 
     def _read(self, key: Any, ends: AlignedEnds, predictor: Predictor | None) -> ReadPrompts:
-        """The prompts of a batch as a predictor needs them; the last ones are kept, up to KEPT_PROMPTS bytes."""
+        """The prompts of a batch as a predictor needs them; the last ones are kept, up to a share of the memory."""
         if key not in self._prompts:
             how = dict(implementation=self.options["implementation"])
             self._prompts[key] = read_prompts(self.model, ends.batch, ends.first, predictor, **how)
-            while len(self._prompts) > 1 and sum(read.bytes for read in self._prompts.values()) > KEPT_PROMPTS:
+            most = KEPT_PROMPTS * (memory_of(jax.devices()[0]) or UNTOLD)
+            while len(self._prompts) > 1 and sum(read.bytes for read in self._prompts.values()) > most:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(key)
         return self._prompts[key]
