@@ -51,4 +51,7 @@ def test_only_a_cpu_compiles_with_less_optimisation(monkeypatch, platform, optio
 
     monkeypatch.setattr(programs.jax, "jit", jit)
     monkeypatch.setattr(programs, "platform", lambda: platform)
-    assert programs.compiled(len, static_argnames=())([1]) == options
+    count = programs.compiled(len, static_argnames=())
+    for least, expected in ((True, None), (False, options)):
+        monkeypatch.setattr(programs.jax.config, "read", lambda name, least=least: least)
+        assert count([1]) == expected
