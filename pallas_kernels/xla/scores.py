@@ -16,7 +16,7 @@ from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
 LARGE_TILE = 2**20  # the same where the products are kept
-KEPT = 2**23  # products that are kept between their log-sum-exps and their pooling; more are computed twice
+KEPT = 2**21  # products that are kept between their log-sum-exps and their pooling; more are computed twice
 COLUMNS = 256  # products are summed down this many columns first
 FUSED = 2**21  # products that one fused loop pools; more are pooled by chunks, unless k_imp is int8
 MOST_TERMS = 256  # products that are unrolled into one fused loop
