@@ -144,49 +144,50 @@ def calibrate_tolerance(
     limits = limits_of(selection, model.config, batches[0]["tokens"].shape[1])
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
 
-    def curve(grid):
-        """Mean fractions and numbers read at every tolerance, [2, N] of all batches and of one, and which one it is."""
-        sums, numbers = [], []
-        for batch in batches:
-            found = _sum_above(
+    def sums_at(grid):
+        """Sums of the fractions and numbers read at every tolerance, [batches, 2, N], and the rows of each batch."""
+        found = [
+            _sum_above(
                 *(model, predictor, batch, limits, jnp.asarray(grid, jnp.float32)),
                 policy=policy,
                 rule=selection.rule,
                 prompt_tokens=prompt_tokens,
                 rows=rows,
             )
-            sums.append(on_host(found[0]).astype(np.float64))
-            numbers.append(float(found[1]))
-        most = int(np.argmax(numbers))
-        if not numbers[most]:
-            raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
-        return sum(sums) / sum(numbers), sums[most] / numbers[most], most
+            for batch in batches
+        ]
+        return np.stack([on_host(sums).astype(np.float64) for sums, _ in found]), np.array([float(n) for _, n in found])
 
-    def place(grid, read, mean):
-        """The last tolerance of the grid that reads at least the mean; -1 where none does."""
-        return int(np.sum(read[int(isinstance(mean, int))] >= mean)) - 1
+    def place(read, mean):
+        """The last tolerance that reads at least the mean; -1 where none does."""
+        return int(np.sum(read >= mean)) - 1
 
-    coarse, _, _ = curve(values)
-    starts = [min(max(place(values, coarse, mean), 0), len(values) - 2) for mean in means]
+    sums, counted = sums_at(values)
+    if not counted.any():
+        raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
+    coarse, kinds = np.sum(sums, axis=0) / np.sum(counted), [int(isinstance(mean, int)) for mean in means]
+    starts = [min(max(place(coarse[kind], mean), 0), len(values) - 2) for kind, mean in zip(kinds, means, strict=True)]
     fine = np.unique(np.concatenate([np.linspace(values[i], values[i + 1], between + 1) for i in starts]))
-    (read, sampled, sample), found = curve(fine), []
-    for mean in means:
-        whole = int(isinstance(mean, int))
-        own, at = read[whole], place(fine, read, mean)
+    sums, _ = sums_at(fine)
+    sample = int(np.argmax(counted))  # the batch on which tolerances are corrected
+    read, read_of_sample, found = np.sum(sums, axis=0) / np.sum(counted), sums[sample] / counted[sample], []
+    for kind, mean in zip(kinds, means, strict=True):
+        own = read[kind]
+        at = place(own, mean)
         if at < 0 or at == len(fine) - 1:
             found.append(-np.inf if at < 0 and own[0] < mean else np.inf)
             continue
         share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
         value = fine[at] + share * (fine[at + 1] - fine[at])
-        slopes = np.gradient(np.log(np.maximum(coarse[whole], 1e-12)), values)
+        slopes = np.gradient(np.log(np.maximum(coarse[kind], 1e-12)), values)
         slope = np.interp(value, values, slopes)
 
-        def read_at(value, whole=whole):
+        def read_at(value, kind=kind):
             selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
-            return _mean_read(model, predictor, batches[sample], selected, policy, prompt_tokens, whole=bool(whole))
+            return _mean_read(model, predictor, batches[sample], selected, policy, prompt_tokens, whole=bool(kind))
 
-        share_of_sample = np.interp(value, fine, sampled[whole])
-        found.append(_correct(value, share_of_sample, slope, read_at, corrections))
+        wanted = np.interp(value, fine, read_of_sample[kind])
+        found.append(_correct(value, wanted, slope, read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
 
 

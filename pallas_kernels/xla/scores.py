@@ -28,14 +28,16 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scal
     size, loops = k_imp.shape[-1], k_imp.dtype == jnp.float32
     factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
     mask, products = seen(size, lengths, first), factor.size * size
+    operands = q_imp, factor, k_imp_at, mask, loops
     if normalised and totals is None and products <= KEPT:
-        scores = _normalised(q_imp, factor, k_imp_at, mask, loops)
+        kept, *sums = _map_chunks(lambda *found: found, LARGE_TILE, *operands)
+        scores = _join(_pool(kept, finite_or_zero(_total(*sums))[None]), size)
         return jnp.where(mask[:, None], scores, -jnp.inf)
     if normalised and totals is None:
-        totals = _log_sum_exp(q_imp, factor, k_imp_at, mask, loops)
+        totals = _log_sum_exp(*operands)
     totals = None if totals is None else finite_or_zero(totals)
     if products > FUSED and k_imp.dtype != jnp.int8:
-        scores = _pooled_by_chunks(q_imp, factor, k_imp_at, mask, totals, loops)
+        scores = _join(_map_chunks(lambda found, *_: _pool(found, totals), TILE, *operands), size)
     else:
         scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], k_imp_at(0, size), totals)
     return jnp.where(mask[:, None], scores, -jnp.inf)
@@ -79,7 +81,7 @@ def _pooled(q_imp, k_imp, total):
     if q_imp.shape[2] * q_imp.shape[3] > MOST_TERMS:
         scores = _products(q_imp, k_imp)
         scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
-        return _largest(scores if total is None else scores - total[..., None], 2)
+        return _pool(scores, total)
     best = None
     for member, score in enumerate(_members(q_imp, k_imp)):  # k_imp is read once and only the result is written
         score = jnp.where(jnp.isnan(score), -jnp.inf, score)
@@ -97,30 +99,17 @@ def _members(q_imp, k_imp):
         yield sum(terms[1:], terms[0])
 
 
-def _log_sum_exp(q_imp, factor, k_imp_at, mask, loops):
-    """Log-sum-exps over the tokens where mask [B, S] is set, float32 [B, K, G], by chunks of S, looped or unrolled."""
-    part, chunks = _parts(q_imp, factor, k_imp_at, mask, TILE, loops)
-    tops, sums = _map_parts(lambda index: part(index)[1:], chunks, loops)
-    return _total(tops, sums)
+def _log_sum_exp(*operands):
+    """Log-sum-exps over the tokens where the mask is set, float32 [B, K, G]. operands: those of `_map_chunks`."""
+    return _total(*_map_chunks(lambda _, *sums: sums, TILE, *operands))
 
 
-def _normalised(q_imp, factor, k_imp_at, mask, loops):
-    """The maximum over the group of products less log-sum-exps, float32 [B, K, S]. The products are kept meanwhile."""
-    part, chunks = _parts(q_imp, factor, k_imp_at, mask, LARGE_TILE, loops)
-    scores, tops, sums = _map_parts(part, chunks, loops)
-    total = finite_or_zero(_total(tops, sums))
-    return _join(_largest(scores - total[None, ..., None], 3), mask.shape[1])
+def _pool(scores, total):
+    """The maximum of [..., G, width] over the group, less total [..., G] where given.
 
-
-def _pooled_by_chunks(q_imp, factor, k_imp_at, mask, totals, loops):
-    """As `_pooled`, by chunks of S, looped or unrolled."""
-    part, chunks = _parts(q_imp, factor, k_imp_at, mask, TILE, loops)
-
-    def pooled(index):
-        scores = part(index)[0]
-        return (_largest(scores if totals is None else scores - totals[..., None], 2),)
-
-    return _join(*_map_parts(pooled, chunks, loops), mask.shape[1])
+    It is taken head after head: XLA's reduction of an axis that is not the last is slow on CPU.
+    """
+    return functools.reduce(jnp.maximum, jnp.unstack(scores if total is None else scores - total[..., None], axis=-2))
 
 
 def _join(pooled, size):
@@ -130,15 +119,15 @@ def _join(pooled, size):
     return jnp.concatenate([before, pooled[-1, ..., chunks * chunk - size :]], axis=-1)
 
 
-def _largest(scores, axis):
-    """The maximum over an axis, entry after entry: XLA's reduction of an axis that is not the last is slow on CPU."""
-    return functools.reduce(jnp.maximum, jnp.unstack(scores, axis=axis))
-
-
-def _parts(q_imp, factor, k_imp_at, mask, tile, loops):
-    """(part, chunks): part(index) gives the products of a chunk [B, K, G, chunk], their maximum and their sum.
+def _map_chunks(take, tile, q_imp, factor, k_imp_at, mask, loops):
+    """What `take` gives for each chunk of S, stacked. The chunks are looped or unrolled.
 
     The last chunk overlaps the one before it. A product that the one before has counted does not count again.
+
+    Args:
+        take: A function of the products of a chunk [B, K, G, chunk], and of their maximum and the sum of their
+            exponentials where mask [B, S] is set, [B, K, G] each.
+        tile: About how many products a chunk has.
     """
     size = mask.shape[-1]
     chunks = -(-factor.size * size // tile)
@@ -161,16 +150,12 @@ def _parts(q_imp, factor, k_imp_at, mask, tile, loops):
         counted = jnp.where((seen_here & new[None])[:, None, None], scores, -jnp.inf)
         counted = counted.reshape(*scores.shape[:-1], -1, columns)  # XLA sums rows of vectors fast, and numbers slowly
         top = jnp.maximum(jnp.max(jnp.max(counted, axis=-2), axis=-1), LOWEST)
-        return scores, top, jnp.sum(jnp.sum(jnp.exp(counted - top[..., None, None]), axis=-2), axis=-1)
+        return take(scores, top, jnp.sum(jnp.sum(jnp.exp(counted - top[..., None, None]), axis=-2), axis=-1))
 
-    return part, -(-size // chunk)
-
-
-def _map_parts(part, chunks, loops):
-    """The results of all chunks, stacked."""
+    chunks = -(-size // chunk)
     if loops:
         return jax.lax.map(part, jnp.arange(chunks, dtype=jnp.int32))
-    return tuple(jnp.stack(parts) for parts in zip(*map(part, range(chunks)), strict=True))
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(part, range(chunks)))
 
 
 def _total(tops, sums):
