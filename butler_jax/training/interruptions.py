@@ -160,13 +160,30 @@ def stop_requests(say: Callable[[str], None], grace: float) -> Iterator[StopRequ
         if threading.current_thread() is not threading.main_thread():  # a notebook's own handling stays
             yield requests
             return
-        with answered(SIGNALS, requests.handle, requests.answer), _others_heard(requests):
+        with _lost_ones_unreported(), answered(SIGNALS, requests.handle, requests.answer), _others_heard(requests):
             try:
                 yield requests
             finally:
                 requests.ended.set()
         if requests.refused:
-            raise KeyboardInterrupt  # again: the handler's is lost where it meets a callback of the garbage collection
+            raise KeyboardInterrupt  # again: the handler's may be lost
+
+
+@contextlib.contextmanager
+def _lost_ones_unreported() -> Iterator[None]:
+    """Inside, Python prints no traceback for a KeyboardInterrupt that it loses, as in a callback of the garbage
+    collection."""
+    report = sys.unraisablehook
+
+    def report_others(lost: Any) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            report(lost)
+
+    sys.unraisablehook = report_others
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 @contextlib.contextmanager

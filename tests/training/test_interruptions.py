@@ -6,6 +6,7 @@ is absent they do not end at all, however fast the machine is.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
 from butler_jax.runs import checkpoints
+from butler_jax.training.interruptions import stop_requests
 from tests import tiny_runs
 from tests.host_processes import LEFT, Place, Signal
 from tests.training import test_loop
@@ -115,6 +117,29 @@ def assert_goes_on(run_dir: Path, straight: Path) -> None:
 
 def record(run_dir: Path) -> dict:
     return json.loads((run_dir / "run.json").read_text())[-1]
+
+
+def test_an_interrupt_that_python_loses_is_raised_later_and_prints_no_traceback(monkeypatch):
+    reported, inside = [], []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+
+    def interrupt_twice(phase, info):
+        if inside.pop() == "interrupted":
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("a fault that is not an interrupt")
+
+    with pytest.raises(KeyboardInterrupt), stop_requests([].append, grace=1.0) as requests:
+        gc.disable()
+        gc.callbacks.append(interrupt_twice)
+        try:
+            inside[:] = ["fault", "interrupted"]  # the callback is called before and after the collection
+            gc.collect()
+        finally:
+            gc.callbacks.remove(interrupt_twice)
+            gc.enable()
+        assert requests.refused
+    assert [lost.exc_type for lost in reported] == [ValueError]
 
 
 @pytest.mark.slow  # a process
