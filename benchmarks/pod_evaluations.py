@@ -105,10 +105,9 @@ def lower_evaluation(mesh: Mesh, *, step: str, base: BaseConfig, sizes: Sizes, c
             stream = jax.ShapeDtypeStruct((batch, length, base.width), jnp.bfloat16)
             place = shardings_for(mesh)(("batch", "tokens", "whole"), stream.shape)
             reference = described(stream, place)  # of the dense pass
-            how = dict(score_dtype=None, implementation=None)
-            return _simulate.lower(
-                *(model, predictor, text, limits, None, reference), policy=policy, rule=selection.rule, **how
-            )
+            how = dict(policy=policy, rule=selection.rule, score_dtype=None, implementation=None)
+            both = jax.jit(partial(_simulate, **how))
+            return both.lower(model, predictor, text, limits, None, reference, None)
         if step == "recall":
             options = RecallOptions(selection.rule, ROWS[step], True, None, None, 0)
             tables = whole(jax.ShapeDtypeStruct((1, len(BUDGETS), length + 1), jnp.int32))

@@ -166,6 +166,8 @@ def _measure_missing(plan: Sequence[PlannedCell], kept: KeptCells, say: Say, *, 
         _share_kept(kept, plan)
     missing = {cell.key: cell for cell in plan if cell.key not in kept.cells}
     counts = Counter(cell.task.name for cell in plan if cell.key in missing)
+    for task in {id(cell.task): cell.task for cell in plan}.values():
+        task.expect([(cell.policy, cell.selections) for cell in missing.values() if cell.task is task])
     progress = CellProgress({cell.task.name: counts[cell.task.name] for cell in plan}, len(plan), say, hosts=hosts)
     measured = set()
     for planned in plan:

@@ -30,9 +30,9 @@ from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
 
-GRID = np.arange(-40.0, 11.0)  # logarithms of the tolerances that are tried first
-FINE = 16  # tolerances that are then tried between two of the grid
-UNREAD = np.arange(-24.0, 1.0, 2.0), 8  # the same for what top-p leaves unread, of which each value takes longer
+GRID = np.arange(-40.0, 11.0)  # logarithms of the tolerances that are tried
+UNREAD = np.arange(-24.0, 1.0, 2.0)  # the same for what top-p leaves unread, of which each value takes longer
+LEAST_FINE = 8  # tolerances that are then tried at least between two of the grid
 CORRECTIONS = 2  # simulations that correct a tolerance for what the dense pass does not show
 CLOSE = 0.02  # relative distance from a mean at which its tolerance is not corrected further
 PASSES = 16  # bits of a threshold: a precision of 2**-7 of its value
@@ -139,24 +139,24 @@ def calibrate_tolerance(
     if (selection.unit != 1 and not by_mass) or selection.neighbours:
         raise ValueError("a tolerance is found for single tokens: leave out unit and neighbours")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
-    allocation, (values, between) = ("top_p", UNREAD) if by_mass else ("tolerance", (GRID, FINE))
+    allocation, values = ("top_p", UNREAD) if by_mass else ("tolerance", GRID)
     selection = policy.selection(dataclasses.replace(selection, allocation=allocation, tolerance=np.inf, floor=0.0))
     limits = limits_of(selection, model.config, batches[0]["tokens"].shape[1])
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
 
     def sums_at(grid):
-        """Sums of the fractions and numbers read at every tolerance, [batches, 2, N], and the rows of each batch."""
-        found = [
-            _sum_above(
-                *(model, predictor, batch, limits, jnp.asarray(grid, jnp.float32)),
-                policy=policy,
-                rule=selection.rule,
-                prompt_tokens=prompt_tokens,
-                rows=rows,
-            )
-            for batch in batches
-        ]
-        return np.stack([on_host(sums).astype(np.float64) for sums, _ in found]), np.array([float(n) for _, n in found])
+        """Sums of the fractions and numbers read at every tolerance, [batches, 2, N], and the rows of each batch.
+
+        They are tried by as many as the first grid has, so that one program is compiled.
+        """
+        parts = np.pad(grid, (0, -len(grid) % len(values)), mode="edge").reshape(-1, len(values))
+        how = dict(policy=policy, rule=selection.rule, prompt_tokens=prompt_tokens, rows=rows)
+        sums, counted = [], []
+        for batch in batches:
+            found = [_sum_above(model, predictor, batch, limits, jnp.asarray(p, jnp.float32), **how) for p in parts]
+            sums.append(np.concatenate([on_host(tried).astype(np.float64) for tried, _ in found], axis=1))
+            counted.append(float(found[0][1]))
+        return np.stack(sums)[..., : len(grid)], np.array(counted)
 
     def place(read, mean):
         """The last tolerance that reads at least the mean; -1 where none does."""
@@ -167,6 +167,7 @@ def calibrate_tolerance(
         raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
     coarse, kinds = np.sum(sums, axis=0) / np.sum(counted), [int(isinstance(mean, int)) for mean in means]
     starts = [min(max(place(coarse[kind], mean), 0), len(values) - 2) for kind, mean in zip(kinds, means, strict=True)]
+    between = max(LEAST_FINE, len(values) // len(means) - 1)
     fine = np.unique(np.concatenate([np.linspace(values[i], values[i + 1], between + 1) for i in starts]))
     sums, _ = sums_at(fine)
     sample = int(np.argmax(counted))  # the batch on which tolerances are corrected

@@ -267,7 +267,7 @@ def _sum_chunk(
 
     true = chunk.logits[..., few, :]
     best, half = choose_half(true, held), jnp.maximum(count[:, few] // 2, 1).astype(jnp.float32)
-    found, hits, spearman = [], [], []
+    found, hits, every = [], [], []
     for policy, table in zip(policies, tables, strict=True):
         rule = (policy.selection(options.selection) or options.selection).rule
         scores = policy.scores(chunk)
@@ -275,11 +275,12 @@ def _sum_chunk(
         few_scores = scores[..., few, :]
         common = jnp.sum(best & choose_half(few_scores, held), axis=-1, dtype=jnp.int32)
         hits.append(sum_heads(common.astype(jnp.float32) / half[:, None, None]))
-        spearman.append(sum_heads(correlate_ranks(few_scores, true, held) if options.ranks else 0.0))
+        every.append(few_scores)
+    correlations = correlate_ranks(every, true, held) if options.ranks else [0.0] * len(policies)
 
     rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, ranked))
     by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return RecallSums(*by_budget, jnp.stack(hits), jnp.stack(spearman), *rows)
+    return RecallSums(*by_budget, jnp.stack(hits), jnp.stack([sum_heads(one) for one in correlations]), *rows)
 
 
 def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:
@@ -296,25 +297,31 @@ def choose_best(
 
 
 def correlate_ranks(
-    scores: Float[Array, "B K #G C S"], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
-) -> Float[Array, "B K G C"]:
-    """Spearman's rank correlation of two scores over the keys that each row may see.
+    scores: Sequence[Float[Array, "B K #G C S"]], other: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]
+) -> list[Float[Array, "B K G C"]]:
+    """Spearman's rank correlation of each of the scores with another one, over the keys that each row may see.
 
     Equal scores have their mean rank. It is 0 where all scores of a row are equal.
 
-    The keys are sorted by one score and then, with their ranks, by the other. Neither ranks nor keys are gathered.
+    The keys are sorted by the other score, and then, with their ranks, by each score. Neither ranks nor keys are
+    gathered.
     """
-    scores = jnp.broadcast_to(scores, other.shape)
     last = jnp.iinfo(jnp.int32).max  # behind all that a row may see
-    images = (jnp.where(allowed[:, None, None], ordered_image(a), last) for a in (other, scores))
-    ordered, images = jax.lax.sort(tuple(images), num_keys=1, is_stable=False)
-    images, ranks = jax.lax.sort((images, mean_ranks(ordered)), num_keys=1, is_stable=False)
+    images = (ordered_image(jnp.broadcast_to(a, other.shape)) for a in (other, *scores))
+    images = (jnp.where(allowed[:, None, None], image, last) for image in images)
+    ordered, *images = jax.lax.sort(tuple(images), num_keys=1, is_stable=False)
+    others = mean_ranks(ordered)
     count = jnp.sum(allowed, axis=-1, dtype=jnp.int32)[:, None, None, :, None]
     inside = jnp.arange(allowed.shape[-1], dtype=jnp.int32)[None, None, None, None] < count
     middle = (count + 1).astype(jnp.float32) / 2
-    first, second = (jnp.where(inside, a - middle, 0.0) for a in (ranks, mean_ranks(images)))
-    spread = jnp.sum(first**2, axis=-1) * jnp.sum(second**2, axis=-1)
-    return jnp.sum(first * second, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))
+
+    def correlate(image):
+        image, ranks = jax.lax.sort((image, others), num_keys=1, is_stable=False)
+        first, second = (jnp.where(inside, a - middle, 0.0) for a in (ranks, mean_ranks(image)))
+        spread = jnp.sum(first**2, axis=-1) * jnp.sum(second**2, axis=-1)
+        return jnp.sum(first * second, axis=-1) / jnp.sqrt(jnp.maximum(spread, 1.0))
+
+    return [correlate(image) for image in images]
 
 
 def mean_ranks(ordered: Int[Array, "*B S"]) -> Float[Array, "*B S"]:

@@ -82,7 +82,8 @@ def simulate(
 ) -> Simulated:
     """Run a batch once, every row under a policy and a budget.
 
-    It compiles once for each policy and shape, since the budget is data. Rows of padding are finite but meaningless.
+    The pass compiles once for each policy and shape, since the budget is data, and the predictions once for each
+    shape. Rows of padding are finite but meaningless.
 
     Args:
         batch: tokens, segments (0 is padding) and positions, int32 [B, T] each.
@@ -119,17 +120,31 @@ def simulate(
     return _simulate(model, predictor, batch, limits, wanted, reference, read, **how)
 
 
-@partial(compiled, static_argnames=("policy", "rule", "score_dtype", "implementation"))
 def _simulate(model, predictor, batch, limits, wanted, reference, read, **how) -> Simulated:
+    """Two programs: policies, and passes with and without a reference, differ in one of them alone."""
+    x, *shares_read = _run(model, predictor, batch, limits, read, **how)
+    found = _predict(model, x, batch, wanted, reference)
+    return Simulated(*found[:2], *shares_read, x, *found[2:])
+
+
+@partial(compiled, static_argnames=("policy", "rule", "score_dtype", "implementation"))
+def _run(model, predictor, batch, limits, read, **how) -> tuple[Array, ...]:
+    """The last residual stream, and attended to shares of `Simulated`."""
     batch = split_text(batch)
     x, (fractions, shares) = hidden_states(model, predictor, batch, limits, read=read, **how)
-    tokens, segments = (batch[name][:, -x.shape[1] :] for name in ("tokens", "segments"))
-    found = predict_next(model, x, tokens, segments, wanted, reference)
     base, heads = model.config, how["policy"].choosing_heads(model.config)
     read, served = count_keys(base, batch["segments"], fractions, heads)
     whole, _ = count_keys(base, batch["segments"], jnp.ones_like(fractions), base.kv_heads)
     attended = jnp.mean(fractions[np.asarray(base.served_layers)], axis=0)
-    return Simulated(*found[:2], attended, read, served, read / whole, shares, x, *found[2:])
+    return x, attended, read, served, read / whole, shares
+
+
+@partial(compiled, static_argnames=())
+def _predict(model, x, batch, wanted, reference) -> tuple[Array, Array, Array | None, Array | None]:
+    """`predict_next` after the rows of a stream, which are the last of a batch."""
+    batch = split_text(batch)
+    tokens, segments = (batch[name][:, -x.shape[1] :] for name in ("tokens", "segments"))
+    return predict_next(model, x, tokens, segments, wanted, reference)
 
 
 def hidden_states(

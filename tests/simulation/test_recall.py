@@ -139,7 +139,8 @@ def test_rank_correlation_is_pearsons_of_mean_ranks():
     scores[0, 0, 1, 2] = 1.0  # all equal
     allowed = np.arange(40)[None, None] <= np.asarray([7, 20, 39])[None, :, None]
     mask = jnp.asarray(allowed)
-    found = np.asarray(correlate_ranks(jnp.asarray(scores), jnp.asarray(true), mask))
+    (found,) = correlate_ranks([jnp.asarray(scores)], jnp.asarray(true), mask)
+    found = np.asarray(found)
     for g, c in np.ndindex(2, 3):
         a, b = (naive_ranks(x[0, 0, g, c][allowed[0, c]]) for x in (true, scores))
         wanted = 0.0 if b.std() == 0 else np.corrcoef(a, b)[0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from butler_jax.evaluation.cells import Cell
@@ -34,6 +35,9 @@ class Task:
     def takes(self, policy: EvaluatedPolicy) -> bool:
         """Whether the task measures a policy; by default every one."""
         return True
+
+    def expect(self, cells: Sequence[tuple[EvaluatedPolicy, dict[float | int, SelectionConfig]]]) -> None:
+        """Learn what will be evaluated, so that policies can share a pass; by default they do not."""
 
     def evaluate(self, policy: EvaluatedPolicy, selections: dict[float | int, SelectionConfig]) -> Cell:
         """Measure a policy under selections by budget: one of them, or all where `at_once`."""
