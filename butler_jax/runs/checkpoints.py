@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from butler_jax.model import compare_leaves, name_leaves, place_leaves
@@ -236,6 +237,9 @@ class Checkpoints:
     def restore_module(self, step: int, shapes: Any) -> Any:
         """Restore the trained module alone, on the first device.
 
+        Its arrays are not committed to it, as those of a base are not. JAX compiles a program twice that takes both
+        kinds.
+
         Args:
             shapes: The module under jax.eval_shape.
 
@@ -255,7 +259,7 @@ class Checkpoints:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device) for n, m in saved.items()}
         loaded = ocp.load(self.directory / str(step), abstract)
-        return place_leaves(shapes, {name.removeprefix("module."): loaded[name] for name in mine})
+        return place_leaves(shapes, {n.removeprefix("module."): jnp.asarray(np.asarray(loaded[n])) for n in mine})
 
     def facts(self, step: int) -> dict:
         """What `about` held when the step was saved."""
