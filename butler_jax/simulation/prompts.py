@@ -65,6 +65,10 @@ class ReadPrompts(NamedTuple):
         k, v = (jnp.concatenate([a[view.index], b], axis=1) for a, b in ((self.k, view.k), (self.v, view.v)))
         return view._replace(k=split_heads(k), v=split_heads(v))
 
+    def without_predictor(self) -> ReadPrompts:
+        """What a policy without predictor needs of them."""
+        return self._replace(k_imp=None, trunk=None)
+
     def check(self, policy: Policy, predictor: Predictor | None) -> None:
         """Raise ValueError where a policy cannot start from them."""
         if isinstance(policy, Evicting):

@@ -160,6 +160,10 @@ class AnsweringTask(Task):
         self.batches, self.groups = batches, groups
         self.passes = Passes(base.model, prompted=config.prompt_tokens > 0, score_dtype=config.score_dtype)
 
+    def expect(self, cells):
+        """Read prompts once for policies with and without a predictor."""
+        self.passes.expect(policy.predictor for policy, _ in cells)
+
     def evaluate(self, policy, selections):
         """Measure one budget."""
         ((budget, selection),) = selections.items()

@@ -100,6 +100,10 @@ class DownstreamTask(Task):
         self.name = name
         self.passes = Passes(base.model, prompted=config.prompt_tokens > 0, score_dtype=config.score_dtype)
 
+    def expect(self, cells):
+        """Read prompts once for policies with and without a predictor."""
+        self.passes.expect(policy.predictor for policy, _ in cells)
+
     def evaluate(self, policy, selections):
         """Measure one budget."""
         ((budget, selection),) = selections.items()

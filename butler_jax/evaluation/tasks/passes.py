@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,12 @@ class Passes:
         self.model, self.options = model, dict(score_dtype=score_dtype, implementation=implementation)
         self._found: dict[Any, RowPredictions] = {}
         self._predictors: dict[int, Predictor] = {}  # kept alive, so that no other takes its id
+        self._reader: Predictor | None = None  # with which prompts are read also for policies without predictor
         self._prompts: OrderedDict[Any, ReadPrompts] = OrderedDict()
+
+    def expect(self, predictors: Iterable[Predictor | None]) -> None:
+        """Name the predictors that will come: prompts are then read once for the first and for policies without."""
+        self._reader = next((one for one in predictors if one is not None), self._reader)
 
     def __call__(
         self,
@@ -98,22 +104,25 @@ class Passes:
                 options = dict(prompts=prompts, wanted=jnp.asarray(wanted), **self.options)
                 found = _on_host(simulate(self.model, batch, policy, selection, predictor, **options))
             else:
-                read = self._read((content, id(predictor)), ends, predictor)
+                read = self._read(content, ends, predictor)
                 options = dict(prompts=ends.prompts, wanted=jnp.asarray(ends.wanted), read=read, **self.options)
                 found = ends.restore(simulate(self.model, ends.batch, policy, selection, predictor, **options))
             self._found[key] = found
         return self._found[key]
 
-    def _read(self, key: Any, ends: AlignedEnds, predictor: Predictor | None) -> ReadPrompts:
+    def _read(self, content: bytes, ends: AlignedEnds, predictor: Predictor | None) -> ReadPrompts:
         """The prompts of a batch as a predictor needs them; the last ones are kept, up to a share of the memory."""
+        reader = self._reader if predictor is None else predictor
+        key = content, id(reader)
         if key not in self._prompts:
             how = dict(implementation=self.options["implementation"])
-            self._prompts[key] = read_prompts(self.model, ends.batch, ends.first, predictor, **how)
+            self._prompts[key] = read_prompts(self.model, ends.batch, ends.first, reader, **how)
             most = KEPT_PROMPTS * (memory_of(jax.devices()[0]) or UNTOLD)
             while len(self._prompts) > 1 and sum(read.bytes for read in self._prompts.values()) > most:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(key)
-        return self._prompts[key]
+        found = self._prompts[key]
+        return found.without_predictor() if predictor is None else found
 
 
 class AlignedEnds(NamedTuple):

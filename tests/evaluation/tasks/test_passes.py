@@ -8,6 +8,7 @@ import pytest
 
 from butler_jax.evaluation.tasks.passes import Passes
 from butler_jax.policies import make_policy
+from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import simulate
 from tests.marked import slow
@@ -68,3 +69,17 @@ def test_policies_share_a_prompt_and_old_ones_are_let_go(model, monkeypatch):
     assert len(passes._prompts) == 1
     passes(batches[0], make_policy("oracle"), SelectionConfig(budget=0.5), wanted=wanted)
     assert len(passes._prompts) == 1
+
+
+def test_a_prompt_is_read_once_with_and_without_the_predictor_that_is_expected(model):
+    predictor = make_predictor(model.config, PredictorConfig(rank=4))
+    batch, selection = make_batch([[90]], 96), SelectionConfig(budget=0.25)
+    wanted = np.arange(96)[None] == 80
+    policies = [("oracle", None), ("tokenbutler", predictor)]
+    apart, together = Passes(model, prompted=True), Passes(model, prompted=True)
+    together.expect([None, predictor, make_predictor(model.config, PredictorConfig(rank=2))])
+    for name, own in policies:
+        policy = make_policy(name).for_predictor(own)
+        found, expected = (each(batch, policy, selection, own, wanted=wanted) for each in (together, apart))
+        np.testing.assert_allclose(found.nll[wanted], expected.nll[wanted], atol=2e-4)
+    assert len(apart._prompts) == 2 and len(together._prompts) == 1
