@@ -15,8 +15,7 @@ from pallas_kernels.arithmetic import exact, finite_or_zero, total_of
 from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
-LARGE_TILE = 2**20  # the same where the products are kept
-KEPT = 2**21  # products that are kept between their log-sum-exps and their pooling; more are computed twice
+KEPT = 5 * 2**19  # products that are kept, in one chunk, for their log-sum-exps and pooling; more are computed twice
 COLUMNS = 256  # products are summed down this many columns first
 FUSED = 2**21  # products that one fused loop pools; more are pooled by chunks, unless k_imp is int8
 MOST_TERMS = 256  # products that are unrolled into one fused loop
@@ -30,7 +29,7 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scal
     mask, products = seen(size, lengths, first), factor.size * size
     operands = q_imp, factor, k_imp_at, mask, loops
     if normalised and totals is None and products <= KEPT:
-        kept, *sums = _map_chunks(lambda *found: found, LARGE_TILE, *operands)
+        kept, *sums = _map_chunks(lambda *found: found, KEPT, *operands)
         scores = _join(_pool(kept, finite_or_zero(_total(*sums))[None]), size)
         return jnp.where(mask[:, None], scores, -jnp.inf)
     if normalised and totals is None:

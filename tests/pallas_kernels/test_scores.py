@@ -56,7 +56,7 @@ WAYS = {
 @pytest.mark.parametrize("size", [255, 1037])
 def test_every_way_of_the_cpu_follows_the_definition(monkeypatch, size, dtype, way):
     """Small tiles make many chunks, also where the last overlaps the one before it. A NaN counts as -inf."""
-    for name, value in {**WAYS[way], "TILE": 256, "LARGE_TILE": 4096}.items():
+    for name, value in {**WAYS[way], "TILE": 256}.items():
         monkeypatch.setattr(cpu_scores, name, value)
     q, keys = normal(0, 2, 2, 3, 8, dtype=dtype if dtype == jnp.bfloat16 else jnp.float32), normal(1, 3, 2, 2, 8, size)
     if dtype == jnp.int8:
