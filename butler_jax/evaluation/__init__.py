@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "measure_step_agreement",
         ],
         "analysis.coloured_text": ["colour_tokens"],
+        "analysis.errors": ["measure_errors"],
         "analysis.reading": ["compare_attention", "find_reading"],
         "analysis.rows": ["batch_text"],
         "config": ["EvalConfig"],

@@ -29,6 +29,7 @@ SHOWN = {  # what a notebook prints, how many pictures and coloured texts it sho
     "05_training_on_a_tpu_pod": ("v5e:", 2, 0),
     "06_a_model_of_your_own": ("perplexity", 2, 1),
     "07_tour": ("A lookahead predictor for tiny", 3, 2),
+    "08_the_error_in_the_residual_stream": ("error left:", 2, 0),
 }
 CLASSES = {  # policies, modules and adapters are classes
     "04_write_your_own_policy": {"Norm", "Sketch"},

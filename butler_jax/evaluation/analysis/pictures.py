@@ -1,4 +1,4 @@
-"""Figures of the analyses: each function draws what a function of agreement.py or reading.py returns.
+"""Figures of the analyses: each function draws what a function of agreement.py, errors.py or reading.py returns.
 
 They change no global state of matplotlib, neither style nor current figure. Notebooks show the figures.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from butler_jax.evaluation.analysis.agreement import PUBLISHED, Access, Drift, Overlap, bin_means
+from butler_jax.evaluation.analysis.errors import Errors
 from butler_jax.evaluation.analysis.reading import Reading, Scored
 from butler_jax.evaluation.plots import draw_matrix, make_canvas
 
@@ -130,6 +131,36 @@ def draw_scores(found: Scored) -> Any:
         ax.set_title(title)
     axes[0, 0].set_ylabel("query token")
     figure.colorbar(image, ax=axes, label="weight")
+    return figure
+
+
+def draw_errors(found: Errors, share: float) -> Any:
+    """Draw the errors of the last row's tokens against their attention weights, and the error that is left unread.
+
+    Args:
+        share: Of the keys that a row reads; what is left unread is drawn by layer and head, and by layer for each way
+            to choose.
+    """
+    figure, ((points, matrix, line),) = make_canvas(1, 3, (14, 3.8))
+    weights, errors = found.weights[0, 1:, :, -1], found.errors[0, 1:, :, -1]
+    layers = np.arange(1, 1 + len(weights))
+    drawn = (weights > FAINTEST) & (errors > 0)
+    of_layer = np.broadcast_to(layers[:, None, None], weights.shape)[drawn]
+    shown = points.scatter(weights[drawn], errors[drawn], s=3, c=of_layer, alpha=0.5, lw=0, rasterized=True)
+    figure.colorbar(shown, ax=points, label="layer", ticks=layers[:: -(-len(layers) // 8)])
+    points.set(xscale="log", yscale="log", xlabel="attention weight", ylabel="error, relative to the stream")
+    points.set_title("tokens of the last row, in all layers and heads")
+    left = {by: found.left(share, by) for by in ("weight", "error", "tolerance")}
+    image = draw_matrix(matrix, left["weight"], (0, float(np.nanmax(left["weight"])) or 1.0), "magma_r")
+    matrix.set(xlabel="query head", ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
+    matrix.set_title(f"error left, {share:.3g} read by weight")
+    figure.colorbar(image, ax=matrix)
+    names = {"weight": "by weight, each head alike", "error": "by error, each head alike", "tolerance": "one tolerance"}
+    for (by, label), colour in zip(names.items(), (GREY, BLUE, ORANGE), strict=True):
+        _draw_line(line, layers, left[by].sum(axis=1), "layer", "error left, sum over heads", colour, label)
+    line.set_ylim(0)
+    line.set_xticks(layers)
+    line.legend(frameon=False)
     return figure
 
 

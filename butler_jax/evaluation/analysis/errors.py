@@ -1,0 +1,99 @@
+"""Where the error in the residual stream sits: by layer, head and token, beside the attention weights.
+
+The error of a token is what the stream changes, relative to its norm, where a query head does not read the token
+(`butler_jax.policies.residual`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, of_served, see_rows, softmax
+from butler_jax.model import BaseModel, check_length
+from butler_jax.policies import OracleResidual
+
+By = Literal["weight", "error", "tolerance"]
+
+
+class Errors(NamedTuple):
+    """Attention weights and errors of the last C rows of each sequence, in a dense pass; 0 for keys not seen.
+
+    Attributes:
+        weights: The attention weight of every key.
+        errors: Its error; NaN in layers after the first that are not served.
+    """
+
+    weights: Float[np.ndarray, "B L H C T"]
+    errors: Float[np.ndarray, "B L H C T"]
+
+    def read(self, share: float, by: By) -> Bool[np.ndarray, "B layers H C T"]:
+        """The keys that rows read in the layers from 1 on, each query head by itself.
+
+        Args:
+            share: Of the keys that a row sees, rounded up.
+            by: "weight" and "error" read the keys of largest weight or error in every head. "tolerance" reads those of
+                largest error over all heads and layers of a row, as many in all.
+        """
+        values = np.nan_to_num(self.weights if by == "weight" else self.errors)[:, 1:]
+        seen = np.count_nonzero(self.weights[:, 1:] > 0, axis=-1)
+        counts = np.ceil(share * seen).astype(int)
+        if by == "tolerance":
+            values, counts = np.moveaxis(values, 3, 1), np.moveaxis(counts, 3, 1)  # [B, C, layers, H, T]
+            shape, flat = values.shape, values.reshape(*values.shape[:2], -1)
+            chosen = _largest(flat, counts.sum(axis=(2, 3)))
+            return np.moveaxis(chosen.reshape(shape), 1, 3)
+        return _largest(values, counts)
+
+    def left(self, share: float, by: By) -> Float[np.ndarray, "layers H"]:
+        """The errors of the keys that are not read, summed over the keys: mean over rows and sequences.
+
+        share and by: as in `read`.
+        """
+        unread = np.where(self.read(share, by), 0.0, self.errors[:, 1:])
+        return unread.sum(axis=-1).mean(axis=(0, 3))
+
+    def share_read(self, share: float, by: By) -> Float[np.ndarray, "layers H"]:
+        """The share of the keys that is read, mean over rows and sequences. share and by: as in `read`."""
+        read, seen = self.read(share, by), self.weights[:, 1:] > 0
+        return (read.sum(axis=-1) / seen.sum(axis=-1)).mean(axis=(0, 3))
+
+
+def measure_errors(model: BaseModel, batch: Batch, *, rows: int = 50) -> Errors:
+    """Measure the attention weights and the centred errors of the last rows of each sequence.
+
+    Args:
+        batch: tokens, segments, positions [B, T].
+        rows: How many rows, C. The result is B x L x H x C x T.
+
+    Raises:
+        ValueError: As `last_rows` does, and where the batch is longer than the model's context.
+    """
+    check_length(model.config, batch["tokens"].shape[1])
+    found = _measure(model, as_batch(batch), jnp.asarray(last_rows(batch, rows)), policy=OracleResidual())
+    weights, errors = map(by_heads, found)
+    return Errors(weights, of_served(model.config, errors))
+
+
+@partial(jax.jit, static_argnames=("policy",))
+def _measure(model, batch, rows, *, policy: OracleResidual):
+    def look(chunk):
+        weights = softmax(chunk.logits, chunk.allowed, chunk.sink_logits)
+        errors = jnp.where(chunk.allowed[:, None, None], jnp.exp(policy.scores(chunk)), 0.0)
+        return weights, jnp.broadcast_to(errors, weights.shape)
+
+    return see_rows(model, None, batch, rows, look)
+
+
+def _largest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The `counts` largest of each last axis, bool."""
+    order = np.argsort(-values, axis=-1, kind="stable")
+    chosen = np.zeros(values.shape, bool)
+    inside = np.arange(values.shape[-1]) < counts[..., None]
+    np.put_along_axis(chosen, order, inside, axis=-1)
+    return chosen
