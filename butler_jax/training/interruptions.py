@@ -160,7 +160,7 @@ def stop_requests(say: Callable[[str], None], grace: float) -> Iterator[StopRequ
         if threading.current_thread() is not threading.main_thread():  # a notebook's own handling stays
             yield requests
             return
-        with _lost_ones_unreported(), answered(SIGNALS, requests.handle, requests.answer), _others_heard(requests):
+        with _lost_interrupts_silenced(), answered(SIGNALS, requests.handle, requests.answer), _others_heard(requests):
             try:
                 yield requests
             finally:
@@ -170,7 +170,7 @@ def stop_requests(say: Callable[[str], None], grace: float) -> Iterator[StopRequ
 
 
 @contextlib.contextmanager
-def _lost_ones_unreported() -> Iterator[None]:
+def _lost_interrupts_silenced() -> Iterator[None]:
     """Inside, Python prints no traceback for a KeyboardInterrupt that it loses, as in a callback of the garbage
     collection."""
     report = sys.unraisablehook

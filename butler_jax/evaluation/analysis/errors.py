@@ -6,7 +6,6 @@ The error of a token is what the stream changes, relative to its norm, where a q
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, of_served, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import OracleResidual
+from butler_jax.selection import select_best
 
 By = Literal["weight", "error", "tolerance"]
 
@@ -40,15 +40,14 @@ class Errors(NamedTuple):
             by: "weight" and "error" read the keys of largest weight or error in every head. "tolerance" reads those of
                 largest error over all heads and layers of a row, as many in all.
         """
-        values = np.nan_to_num(self.weights if by == "weight" else self.errors)[:, 1:]
-        seen = np.count_nonzero(self.weights[:, 1:] > 0, axis=-1)
-        counts = np.ceil(share * seen).astype(int)
-        if by == "tolerance":
-            values, counts = np.moveaxis(values, 3, 1), np.moveaxis(counts, 3, 1)  # [B, C, layers, H, T]
-            shape, flat = values.shape, values.reshape(*values.shape[:2], -1)
-            chosen = _largest(flat, counts.sum(axis=(2, 3)))
-            return np.moveaxis(chosen.reshape(shape), 1, 3)
-        return _largest(values, counts)
+        values, keys = (self.weights if by == "weight" else self.errors)[:, 1:], self.weights[:, 1:] > 0
+        counts = np.ceil(share * np.count_nonzero(keys, axis=-1)).astype(np.int32)
+        if by != "tolerance":
+            return np.asarray(_select(values, keys, counts))
+        values, keys, counts = (np.moveaxis(a, 3, 1) for a in (values, keys, counts))  # [B, C, layers, H, ...]
+        rows = values.shape[:2]
+        chosen = _select(values.reshape(*rows, -1), keys.reshape(*rows, -1), counts.sum(axis=(2, 3), dtype=np.int32))
+        return np.moveaxis(np.asarray(chosen).reshape(values.shape), 1, 3)
 
     def left(self, share: float, by: By) -> Float[np.ndarray, "layers H"]:
         """The errors of the keys that are not read, summed over the keys: mean over rows and sequences.
@@ -75,25 +74,19 @@ def measure_errors(model: BaseModel, batch: Batch, *, rows: int = 50) -> Errors:
         ValueError: As `last_rows` does, and where the batch is longer than the model's context.
     """
     check_length(model.config, batch["tokens"].shape[1])
-    found = _measure(model, as_batch(batch), jnp.asarray(last_rows(batch, rows)), policy=OracleResidual())
+    found = _measure(model, as_batch(batch), jnp.asarray(last_rows(batch, rows)))
     weights, errors = map(by_heads, found)
     return Errors(weights, of_served(model.config, errors))
 
 
-@partial(jax.jit, static_argnames=("policy",))
-def _measure(model, batch, rows, *, policy: OracleResidual):
+@jax.jit
+def _measure(model, batch, rows):
     def look(chunk):
         weights = softmax(chunk.logits, chunk.allowed, chunk.sink_logits)
-        errors = jnp.where(chunk.allowed[:, None, None], jnp.exp(policy.scores(chunk)), 0.0)
+        errors = jnp.where(chunk.allowed[:, None, None], jnp.exp(OracleResidual().scores(chunk)), 0.0)
         return weights, jnp.broadcast_to(errors, weights.shape)
 
     return see_rows(model, None, batch, rows, look)
 
 
-def _largest(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The `counts` largest of each last axis, bool."""
-    order = np.argsort(-values, axis=-1, kind="stable")
-    chosen = np.zeros(values.shape, bool)
-    inside = np.arange(values.shape[-1]) < counts[..., None]
-    np.put_along_axis(chosen, order, inside, axis=-1)
-    return chosen
+_select = jax.jit(select_best)

@@ -150,12 +150,12 @@ def draw_errors(found: Errors, share: float) -> Any:
     figure.colorbar(shown, ax=points, label="layer", ticks=layers[:: -(-len(layers) // 8)])
     points.set(xscale="log", yscale="log", xlabel="attention weight", ylabel="error, relative to the stream")
     points.set_title("tokens of the last row, in all layers and heads")
-    left = {by: found.left(share, by) for by in ("weight", "error", "tolerance")}
+    names = {"weight": "by weight, each head alike", "error": "by error, each head alike", "tolerance": "one tolerance"}
+    left = {by: found.left(share, by) for by in names}
     image = draw_matrix(matrix, left["weight"], (0, float(np.nanmax(left["weight"])) or 1.0), "magma_r")
     matrix.set(xlabel="query head", ylabel="layer", yticks=range(len(layers)), yticklabels=layers)
     matrix.set_title(f"error left, {share:.3g} read by weight")
     figure.colorbar(image, ax=matrix)
-    names = {"weight": "by weight, each head alike", "error": "by error, each head alike", "tolerance": "one tolerance"}
     for (by, label), colour in zip(names.items(), (GREY, BLUE, ORANGE), strict=True):
         _draw_line(line, layers, left[by].sum(axis=1), "layer", "error left, sum over heads", colour, label)
     line.set_ylim(0)

@@ -12,17 +12,22 @@ from butler_jax.simulation import Recall
 from butler_jax.simulation.statistics import Estimate
 
 
+def make_task() -> attention.AttentionTask:
+    task = object.__new__(attention.AttentionTask)
+    task.base, task.batches = SimpleNamespace(model=None), []
+    task.config = SimpleNamespace(attention_rows=None, score_dtype=None, prompt_tokens=0)
+    task.expected, task.found = [], {}
+    return task
+
+
 def test_ties_have_a_row_where_they_are_more_than_one_in_a_hundred(monkeypatch):
     shares = {0.5: 0.004, 0.25: 0.02}
     by_budget = {name: {b: Estimate(share, None, 9, 1) for b, share in shares.items()} for name in ("mass", "tied")}
     read = {b: Estimate(b, None, 9, 1) for b in shares}
     found = Recall({"quest": by_budget["mass"]}, {"quest": read}, {}, {}, {"quest": by_budget["tied"]}, {})
     monkeypatch.setattr(attention, "measure_recall", lambda *_, **__: found)
-    task = object.__new__(attention.AttentionTask)
-    task.base, task.batches = SimpleNamespace(model=None), []
-    task.config = SimpleNamespace(attention_rows=None, score_dtype=None, prompt_tokens=0)
+    task = make_task()
     task.make_row = lambda policy, metric, estimate, budget, attended: (metric, budget, estimate.value, attended)
-    task.expected, task.found = [], {}
     policy = EvaluatedPolicy("quest", make_policy("quest"))
     rows = task.evaluate(policy, {b: SelectionConfig(budget=b) for b in shares}).rows
     assert [row for row in rows if row[0] == "tied"] == [("tied", 0.25, 0.02, 0.25)]
@@ -38,10 +43,7 @@ def test_expected_policies_share_a_pass_with_at_most_one_predictor(monkeypatch):
         return Recall({policy.name: {} for policy in policies}, {}, {}, {}, {}, {})
 
     monkeypatch.setattr(attention, "measure_recall", measure)
-    task = object.__new__(attention.AttentionTask)
-    task.base, task.batches = SimpleNamespace(model=None), []
-    task.config = SimpleNamespace(attention_rows=None, score_dtype=None, prompt_tokens=0)
-    task.expected, task.found = [], {}
+    task = make_task()
     given = [
         ("oracle", "oracle", None),
         ("tokenbutler", "tokenbutler", "first"),
