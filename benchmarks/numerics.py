@@ -50,7 +50,7 @@ LOSSES = {"cross entropy": "cross_entropy", "squared error": "squared_error"}
 KINDS = ("arithmetic", "inputs", "whole")
 
 
-class Errors:
+class RelativeErrors:
     """Errors of one quantity over all layers, relative to the root mean square of the exact values."""
 
     def __init__(self):
@@ -194,7 +194,7 @@ def given(layers: list[float64.Layer], dtype: str, choices: dict, errors: dict) 
         versions_of["inputs"] = exact_layer(layer, not int8)
         for kind, exact in versions_of.items():
             for name, value in exact.items():
-                own = errors.setdefault(name, {}).setdefault(kind, Errors())
+                own = errors.setdefault(name, {}).setdefault(kind, RelativeErrors())
                 own.add(counted(name, found[name], length), counted(name, value, length))
         weights = mean_weights(layer)
         for choice, mask in zip(choices.values(), found["sets"], strict=True):
@@ -214,7 +214,7 @@ def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choice
     for index, layer in enumerate(layers[1:], start=1):
         expected = exact_layer(layer, losses=False)
         for name, value in expected.items():
-            own = errors.setdefault(name, {}).setdefault("whole", Errors())
+            own = errors.setdefault(name, {}).setdefault("whole", RelativeErrors())
             own.add(counted(name, seen[name][index], length), counted(name, value, length))
         for choice, mask in zip(choices.values(), seen["sets"], strict=True):
             choice.add(np.asarray(mask[index]), choice.exact(layer), mean_weights(layer))
@@ -236,13 +236,13 @@ def whole(base: Any, predictor: Any, batch: dict, exact: Any, dtype: str, choice
                 float64.parameter_gradients(predictor, index, layer, dq_imp[0], dk_imp[0]),
                 strict=True,
             ):
-                own = errors.setdefault(f"{name}, d {what} parameters", {}).setdefault("whole", Errors())
+                own = errors.setdefault(f"{name}, d {what} parameters", {}).setdefault("whole", RelativeErrors())
                 own.add(one * (len(layers) - 1), wanted)
-        own = errors.setdefault(name, {}).setdefault("whole", Errors())
+        own = errors.setdefault(name, {}).setdefault("whole", RelativeErrors())
         own.add(np.asarray(float(loss) / float(count)), np.asarray(total / terms))
 
     values = float64.wide(jax.jit(forward)(base.model, batch["tokens"]))[0]
-    errors.setdefault("logits", {}).setdefault("whole", Errors()).add(values, logits)
+    errors.setdefault("logits", {}).setdefault("whole", RelativeErrors()).add(values, logits)
     return next_token(values, logits, np.asarray(batch["tokens"])[0])
 
 
@@ -281,7 +281,7 @@ def measure(spec: str, text: str, tokens: int, run: str | None, label: str) -> d
     found: dict[str, Any] = {"base": label, "tokens": length, "predictor": "at step 0" if run is None else "trained"}
     found["rotary_float32_131072"] = angle_error(base.config.rope.theta, base.config.head_dim, 2**17)
     for dtype in ("float32", "bfloat16", "int8"):
-        errors: dict[str, dict[str, Errors]] = {}
+        errors: dict[str, dict[str, RelativeErrors]] = {}
         choices = {kind: {b: Choices(b, length) for b in BUDGETS} for kind in ("inputs", "whole")}
         given(exact[0], dtype, choices["inputs"], errors)
         own: dict[str, Any] = {}
