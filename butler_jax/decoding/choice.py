@@ -27,7 +27,6 @@ from butler_jax.selection import (
     choose,
     chosen_tokens,
     kept,
-    recent_from,
     share_counts,
     weigh_units,
     with_recent,
@@ -71,14 +70,14 @@ class Chooser:
             lambda: self._without_recent(self._choose_in_layer(view, known)),
             lambda: at(self.memory, view.index),
         )
-        return self._with_recent(keep, view.index), keep
+        return self._with_recent(keep), keep
 
     def settle(self, layer: Int[Array, ""], chosen: Chosen) -> tuple[Chosen, Chosen | None]:
         """The units that a layer reads whose choice was made ahead, and what it remembers of them."""
         if self.plan.interval == 1:
             return chosen, None
         keep = jax.lax.cond(self.now, lambda: self._without_recent(chosen), lambda: at(self.memory, layer))
-        return self._with_recent(keep, layer), keep
+        return self._with_recent(keep), keep
 
     def remember(self, view: LayerView, memory: Any, weights: Float[Array, "B K S"] | None) -> Any:
         """What the layer remembers once its attention is known; memory: as `choose` gave it."""
@@ -117,14 +116,10 @@ class Chooser:
         """A choice as it is kept for the next steps."""
         return kept(chosen, self.newest.total, self.plan.selection)
 
-    def _with_recent(self, keep: Chosen, layer: Int[Array, ""]) -> Chosen:
-        """A choice that was kept, with the tokens that are recent now."""
-        selection, newest = self.plan.selection, self.newest
-        since, sliding_window = self.steps % selection.interval, newest.sliding_window(layer)
-        then = newest.total - since
-        held = then if sliding_window is None else jnp.minimum(then, sliding_window)
-        low = recent_from(self.limits, selection, newest.total, since[None], held)
-        return with_recent(keep, low, newest.total, selection, self.kv.capacity)
+    def _with_recent(self, keep: Chosen) -> Chosen:
+        """A choice that was kept, with the tokens that were recent then and all since."""
+        selection = self.plan.selection
+        return with_recent(keep, self.steps % selection.interval, self.newest.total, selection, self.kv.capacity)
 
     def _choose_in_layer(self, view: LayerView, known: LayerForecast) -> Chosen:
         """The choice of a policy that ranks by the layer's own queries, keys or values."""

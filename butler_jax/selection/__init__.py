@@ -11,8 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "budget": ["Limits", "beyond", "budget_table", "limits_of", "room_for"],
         "choices": [
-            *("Chosen", "attended_tokens", "choose", "chosen_tokens", "kept"),
-            *("recent_from", "share_counts", "with_recent"),
+            *("Chosen", "attended_tokens", "choose", "chosen_tokens", "kept", "share_counts", "with_recent"),
         ],
         "config": ["LIMITED", "Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
         "mass": ["WeighedUnits", "weigh_units"],

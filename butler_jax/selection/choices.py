@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.selection.allocation import allocate
-from butler_jax.selection.budget import Limits
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
@@ -91,10 +90,11 @@ def kept(chosen: Chosen, lengths: Int[Array, " B"], config: SelectionConfig) -> 
 
 
 def with_recent(
-    keep: Chosen, low: Int[Array, " B"], lengths: Int[Array, " B"], config: SelectionConfig, capacity: int
+    keep: Chosen, since: Int[Array, ""], lengths: Int[Array, " B"], config: SelectionConfig, capacity: int
 ) -> Chosen:
-    """A choice from `kept` and the units of the recent tokens low ... lengths - 1."""
+    """A choice from `kept`, made `since` steps ago, with the units of what was recent then and of all tokens since."""
     batch, heads, _ = keep.indices.shape
+    low = jnp.maximum(lengths - since - config.recent, 0)
     room = (config.recent + config.interval + config.unit - 3) // config.unit + 1
     units = low[:, None] // config.unit + jnp.arange(room, dtype=jnp.int32)[None]
     valid = units <= ((lengths - 1) // config.unit)[:, None]
@@ -128,21 +128,3 @@ def chosen_tokens(
     columns = jnp.arange(capacity, dtype=jnp.int32)[None, None]
     mask &= columns < lengths[:, None, None]
     return mask if first is None else mask & (columns >= first[:, None, None])
-
-
-def recent_from(
-    limits: Limits,
-    config: SelectionConfig,
-    lengths: Int[Array, "*B"],
-    since: Int[Array, "*#B"],
-    held: Int[Array, "*#B"],
-) -> Int[Array, "*B"]:
-    """The first token that counts as recent, `since` steps after a choice among `held` tokens.
-
-    The recent tokens move on with each step. Where the choice was everything, all later tokens count as recent, so that
-    the row still reads everything. The same holds where the recent tokens were also sinks, whatever the thresholds.
-    """
-    everything = limits.table[held] >= held
-    if limits.threshold is not None:
-        everything &= held <= jnp.maximum(limits.min_context, config.least)
-    return jnp.maximum(jnp.where(everything, lengths - since, lengths) - config.recent, 0)

@@ -56,7 +56,7 @@ class SelectionConfig(AlwaysReadConfig):
     """[L][K] scores: a token with a lower score is not read even where the budget has room. `calibrate_thresholds`
     makes them. The entries of layers that are not served are ignored."""
     interval: int = 1
-    """Decode steps from one choice to the next. The chosen tokens stay until then; the recent tokens move on."""
+    """Decode steps from one choice to the next. The steps between read what was chosen, and all tokens since."""
     neighbours: bool = False
     """Choose half of the budget by score. Each run of c chosen units then brings the c units to its right."""
     min_context: int = 0

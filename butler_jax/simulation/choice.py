@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import CHUNK, exponentials, weighted_values
 from butler_jax.policies import Chunk, Scoring
-from butler_jax.selection import Limits, SelectionConfig, beyond, recent_from, select_mask, weigh_units
+from butler_jax.selection import Limits, SelectionConfig, beyond, select_mask, weigh_units
 
 
 def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig):
@@ -62,7 +62,7 @@ def chosen_mask(
             scores, threshold = weighed.scores, weighed.threshold(threshold)
         mask = select_mask(scores, allowed, chunk.rows, tokens, rule, columns=chunk.columns, threshold=threshold)
         if rule.interval > 1:
-            mask = jnp.where(limited[:, None, :, None], _held(mask, chunk, count, limits, rule), mask) & allowed
+            mask = jnp.where(limited[:, None, :, None], _held(mask, chunk, limits, rule), mask) & allowed
         return mask
 
     def read_all():
@@ -72,19 +72,13 @@ def chosen_mask(
     return jax.lax.cond(jnp.any(less), choose, read_all), count
 
 
-def _held(
-    mask: Bool[Array, "B K C S"], chunk: Chunk, count: Int[Array, "B C"], limits: Limits, rule: SelectionConfig
-) -> Bool[Array, "B K C S"]:
-    """What rows read between choices: the last choice without its recent units, and the tokens that are recent now."""
-    place = chunk.rows.own - chunk.rows.start
-    since = jnp.minimum(chunk.rows.own % rule.interval, jnp.maximum(place - _prompts(limits), 0))
-    then = jnp.arange(place.shape[1], dtype=jnp.int32)[None] - since  # the row of the choice, in the same chunk
+def _held(mask: Bool[Array, "B K C S"], chunk: Chunk, limits: Limits, rule: SelectionConfig) -> Bool[Array, "B K C S"]:
+    """What rows read under an interval: the last choice, and all tokens since."""
+    own = chunk.rows.own
+    since = jnp.minimum(own % rule.interval, jnp.maximum(own - chunk.rows.start - _prompts(limits), 0))
+    then = jnp.arange(own.shape[1], dtype=jnp.int32)[None] - since  # the row of the choice, in the same chunk
     before = jnp.take_along_axis(mask, then[:, None, :, None], axis=2)
-    held = jnp.take_along_axis(count, then, axis=1)
-    low = recent_from(limits, rule, place + 1, since, held)
-    position = (chunk.columns[None, None] - chunk.rows.start[..., None]) // rule.unit
-    kept = position < (jnp.maximum(place + 1 - since - rule.recent, 0) // rule.unit)[..., None]
-    return (before & kept[:, None]) | (position >= (low // rule.unit)[..., None])[:, None]
+    return before | (chunk.columns > (own - since)[..., None])[:, None]
 
 
 def _prompts(limits: Limits) -> Int[Array, "_ 1"]:

@@ -184,7 +184,7 @@ def test_prompts_of_a_bucket_share_one_compilation(base, dense):
     assert (generation.start._cache_size(), generation.advance._cache_size()) == before
 
 
-def test_between_choices_the_chosen_stay_and_the_window_moves(base):
+def test_between_choices_the_chosen_stay_and_new_tokens_join(base):
     interval, recent, sinks = 3, 4, 2
     selection = SelectionConfig(budget=0.4, sinks=sinks, recent=recent, interval=interval)
     settings = dict(selection=selection, policy=make_policy("random"))
@@ -208,11 +208,10 @@ def test_between_choices_the_chosen_stay_and_the_window_moves(base):
         own, since = set(np.flatnonzero(sets[s, layer, b, head])), s % interval
         total = (20, 14)[b] + s + 1
         chosen = set(np.flatnonzero(sets[s - since, layer, b, head]))
-        stay = {j for j in chosen if j < total - since - recent}
-        assert own == stay | set(range(total - recent, total))
-        assert set(range(sinks)) <= own
-        # the budget of the row when it chose
-        assert len(own) == max(-(-2 * (total - since) // 5), sinks + recent)
+        assert own == chosen | set(range(total - since, total))
+        assert set(range(sinks)) | set(range(total - recent, total)) <= own
+        # the budget of the row when it chose, and the tokens since
+        assert len(own) == max(-(-2 * (total - since) // 5), sinks + recent) + since
 
 
 @pytest.mark.parametrize("unit", [1, 4])
