@@ -49,7 +49,7 @@ from butler_jax.training.distillation import distil_step
 from butler_jax.weights import load_base
 
 PASSES = ("forward", "train", "simulate", "prefill")
-LONG = 60.0  # seconds of a pass that runs once
+LONG = 20.0  # seconds of a pass that runs once
 REPEATS = 3
 
 
