@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peer-requests", type=int, help="transformers gets so many of them, the first ones")
+    parser.add_argument("--peer-requests", type=int, help="all but serve get so many of them, the first ones")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--json")
     given = parser.parse_args()
@@ -157,19 +157,19 @@ def main() -> None:
     queue = draw_queue(base.require_tokenizer(), given.requests, most, tuple(given.new), given.seed)
     longest = max(len(tokens) for tokens, _ in queue)
     capacity = min(base.config.context, -(-(longest + given.new[1]) // 64) * 64)
-    batches = [queue[at : at + given.slots] for at in range(0, len(queue), given.slots)]
+    part = queue[: given.peer_requests]
+    batches = [part[at : at + given.slots] for at in range(0, len(part), given.slots)]
     of_width = {bucket(max(len(tokens) for tokens, _ in batch), 16): batch for batch in batches}
     every_width = [(tokens, 2) for batch in of_width.values() for tokens, _ in batch]
     every_part = [([1] * n, 2) for n in (20, 100, 600) if n <= most]
     contenders = {
         "serve": Contender(by_serve(base, given.slots, capacity), every_part, queue),
-        f"generate, batches of {given.slots}": Contender(by_generate(base, given.slots, capacity), every_width, queue),
+        f"generate, batches of {given.slots}": Contender(by_generate(base, given.slots, capacity), every_width, part),
     }
     if not given.no_peer:
         directory = pathlib.Path(butler_jax.__file__).parent / "tiny" if given.base == "tiny" else given.base
         for size in (given.slots, 1):
             run = by_transformers(str(directory), size)
-            part = queue[: given.peer_requests]
             contenders[f"transformers, batches of {size}"] = Contender(run, [([1], 2)], part)
     lengths = [len(tokens) for tokens, _ in queue]
     facts = dict(requests=len(queue), prompt_tokens=sum(lengths), longest=longest, capacity=capacity)

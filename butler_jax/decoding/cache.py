@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from butler_jax.decoding.eviction import Eviction
 from butler_jax.decoding.score_cache import ScoreCache
-from butler_jax.decoding.store import KVStore, make_store
+from butler_jax.decoding.store import HostStore, KVStore, make_store, zeros_on_host
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, partition
 from butler_jax.selection import Chosen
@@ -64,5 +64,14 @@ def constrain_state(state: DecodeState) -> DecodeState:
 
 def empty_store(config: BaseConfig, batch: int, capacity: int, dtype: Any) -> KVStore:
     """A store of zeros for `capacity` tokens a row."""
-    shape = (config.layers, batch, config.kv_heads, capacity, config.head_dim)
+    shape = _shape(config, batch, capacity)
     return make_store(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def empty_host_store(config: BaseConfig, batch: int, capacity: int, dtype: Any, sharding: Any) -> HostStore:
+    """The same in host memory, outside of jit. On the device, where `sharding` says, there is layer 0 alone."""
+    return zeros_on_host(_shape(config, batch, capacity), dtype, sharding)
+
+
+def _shape(config: BaseConfig, batch: int, capacity: int) -> tuple[int, ...]:
+    return config.layers, batch, config.kv_heads, capacity, config.head_dim

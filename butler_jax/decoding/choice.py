@@ -65,9 +65,10 @@ class Chooser:
             return self.settle(view.index, known.chosen)
         if self.plan.interval == 1:
             return self._choose_in_layer(view, known), None
+        cached = self.kv.layer(view.index) if self.kv.on_host else None  # no condition around what runs on the host
         keep = jax.lax.cond(
             self.now,
-            lambda: self._without_recent(self._choose_in_layer(view, known)),
+            lambda: self._without_recent(self._choose_in_layer(view, known, cached)),
             lambda: at(self.memory, view.index),
         )
         return self._with_recent(keep), keep
@@ -121,10 +122,10 @@ class Chooser:
         selection = self.plan.selection
         return with_recent(keep, self.steps % selection.interval, self.newest.total, selection, self.kv.capacity)
 
-    def _choose_in_layer(self, view: LayerView, known: LayerForecast) -> Chosen:
+    def _choose_in_layer(self, view: LayerView, known: LayerForecast, cached: Any = None) -> Chosen:
         """The choice of a policy that ranks by the layer's own queries, keys or values."""
         selection = self.plan.selection
-        chunk = chunk_of(view, *self.kv.layer(view.index), self.newest, known.scores, known.offset)
+        chunk = chunk_of(view, *(cached or self.kv.layer(view.index)), self.newest, known.scores, known.offset)
         scores = self.plan.policy(chunk.under(selection))
         threshold = None if self.limits.threshold is None else self.limits.threshold[view.index][None]
         if selection.allocation == "top_p":

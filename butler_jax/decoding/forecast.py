@@ -118,14 +118,13 @@ class Forecaster:
         if self.ahead:
             chosen = at(block.chosen, place)
             if rows is not None:
-                chooses = step.place.starts & self.chooser.now
-                rows = jax.lax.cond(chooses, lambda: self._fetch(view.index, block, place), lambda: rows)
+                rows = jax.lax.cond(step.place.starts, lambda: self._fetch(view.index, block, place), lambda: rows)
         return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, offset, chosen, rows)
 
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
         """The carry, with the keys and values that the next served layer will attend already being fetched.
 
-        If that layer begins a block and chooses anew, `forecast` fetches them again after that choice.
+        If that layer begins a block, `forecast` fetches them again after its choice.
         """
         if carry.rows is None:
             return carry

@@ -23,11 +23,11 @@ from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, check_offload, make_plan
 from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
 from butler_jax.decoding.prompt_cache import PromptCache
+from butler_jax.decoding.prompt_parts import read_offloaded
 from butler_jax.decoding.sampling import draw_next
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
-from butler_jax.decoding.store import offload as move_to_host
 from butler_jax.model import BaseConfig
 from butler_jax.policies import Policy, TokenButler, make_policy
 from butler_jax.predictors import Predictor
@@ -78,7 +78,8 @@ def generate(
         capacity: Tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
             compilation.
         chunk: Prompt tokens processed together, see `prefill`.
-        offload: Whether keys and values move to host memory after the prefill; only what a step reads comes back.
+        offload: Whether keys and values lie in host memory, from the first chunk of a prompt on. To the device comes
+            what a step reads, and for a chunk of a prompt one layer after another.
         score_dtype: "int8" stores k_imp in int8. Default: the precision of the base.
         implementation: Of the kernels of pallas_kernels. Default: what suits the device.
         cache: Holds what it can of the caches for the next call with one prompt, and gives what an earlier call left.
@@ -165,11 +166,12 @@ def generate_stream(
                 "a row would grow beyond the original context of longrope, where its cache is computed again, which "
                 "offload does not do; leave offload out, or ask for fewer new tokens"
             )
-    how = Decoding(plan, sampling or read_sampling(base.generation)[0], capacity, chunk, score_dtype)
+    sampling = sampling or read_sampling(base.generation)[0]
+    how = Decoding(plan, sampling, capacity, chunk, score_dtype, offload)
     width, kept = min(bucket(int(lengths.max()), 16), capacity), None
     if cache is not None:
         kept = cache.take(base.model, predictor, rows)
-        if offload or not how.resumes(predictor):
+        if not how.resumes(predictor):
             cache = kept = None
     if kept is not None:
         width = capacity
@@ -182,7 +184,7 @@ def generate_stream(
     result.sampling, result.kept_tokens = how.sampling, 0 if kept is None else int(kept.tokens)
     keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
-    steps = _steps(base.model, predictor, (tokens, lengths, keys, kept), how, max_new_tokens, offload, cache)
+    steps = _steps(base.model, predictor, (tokens, lengths, keys, kept), how, max_new_tokens, cache)
     return _pieces(steps, writers, ends, max_new_tokens, result)
 
 
@@ -195,6 +197,7 @@ class Decoding:
     capacity: int
     chunk: int
     score_dtype: str | None
+    offload: bool = False
 
     @property
     def prompts(self) -> dict[str, Any]:
@@ -205,8 +208,11 @@ class Decoding:
         """Whether a prefill can go on from kept caches.
 
         A policy that evicts runs the prompt from its first token. The scales of int8 are those of the whole prompt.
+        Caches in host memory are not kept.
         """
-        return self.plan.when != "evicting" and (predictor is None or self.score_dtype is None)
+        if self.offload or self.plan.when == "evicting":
+            return False
+        return predictor is None or self.score_dtype is None
 
     def after(self, kept: Kept | None, longest: int) -> Decoding:
         """The same for a prefill that goes on from kept tokens. It has two sizes of chunks, so it compiles twice."""
@@ -262,22 +268,22 @@ def _pieces(
             return
 
 
-def _steps(model, predictor, prompts, how: Decoding, count: int, offload: bool, cache) -> Iterator[_Step]:
+def _steps(model, predictor, prompts, how: Decoding, count: int, cache) -> Iterator[_Step]:
     """The steps of a batch. Each step is yielded after the following one was dispatched.
 
     prompts: tokens [B, T], lengths [B], a key a row, and the `Kept` of a prompt or None. cache: holds the state.
     """
     tokens, lengths, keys, kept = prompts
-    first = how.after(kept, int(lengths.max()))
-    made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, kept, how=first)
+    if how.offload:
+        found = read_offloaded(model, predictor, tokens, lengths, how.plan, **how.prompts)
+        made, held = draw_first(*found, tokens, lengths, keys, how=how)
+    else:
+        first = how.after(kept, int(lengths.max()))
+        made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, kept, how=first)
     del prompts, kept
     if cache is not None:
         cache.hold(model, predictor, held.state, tokens[0, : lengths[0]].tolist(), dense=how.plan.selection is None)
     crosses, so_far = _crossing(model.config, lengths, count - 1).any(), []
-    if offload:
-        near = made.token.sharding  # everything is given a place, so that the first step compiles for all of them
-        made, held = jax.device_put((made, held), near)
-        held = held._replace(state=dataclasses.replace(held.state, kv=move_to_host(held.state.kv)))
     for step in range(count):
         ready = made
         if step + 1 < count:
@@ -321,7 +327,12 @@ class _Step(NamedTuple):
 @partial(jax.jit, static_argnames=("how",))
 def start(model, predictor, tokens, lengths, keys, kept: Kept | None = None, *, how: Decoding) -> tuple[_Step, _Held]:
     """The first token of every row and the caches of the prompts."""
-    logits, state = run_prompts(model, tokens, lengths, predictor, how.plan, kept=kept, **how.prompts)
+    found = run_prompts(model, tokens, lengths, predictor, how.plan, kept=kept, **how.prompts)
+    return _draw_first(*found, tokens, lengths, keys, how=how)
+
+
+def _draw_first(logits, state, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
+    """The first token of every row after prompts that were read."""
     seen = None
     if how.sampling.repetition_penalty != 1:
         batch, width = tokens.shape
@@ -329,6 +340,9 @@ def start(model, predictor, tokens, lengths, keys, kept: Kept | None = None, *, 
         place = jnp.where(inside, tokens, logits.shape[-1])
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], place].set(True, mode="drop")
     return _next(logits, state, jnp.ones((2, *lengths.shape)), seen, keys, how.sampling)
+
+
+draw_first = jax.jit(_draw_first, static_argnames=("how",), donate_argnames=("state",))
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("held",))

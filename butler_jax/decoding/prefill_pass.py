@@ -118,7 +118,7 @@ def run_prompts(
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts as `prefill` does, under a plan that is made. Kept tokens are not run again, where nothing evicts."""
     batch, length = tokens.shape
-    _check_sizes(model.config, length, lengths, capacity, chunk)
+    check_sizes(model.config, length, lengths, capacity, chunk)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     whole, steps = lengths + following, jnp.zeros((), jnp.int32)
     if plan.when == "evicting":
@@ -134,7 +134,7 @@ def run_prompts(
     return logits(model, last), constrain_state(DecodeState(kv, scores, lengths, steps, memory))
 
 
-def _check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:
+def check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:
     """Raise ValueError for prompts that do not fit."""
     if length > capacity:
         raise ValueError(f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
@@ -208,10 +208,14 @@ def _fit(empty: Any, held: Any) -> Any:
 
 def nothing_read(model: BaseModel, predictor: Predictor | None, batch: int, capacity: int) -> Prefilled:
     """What a prefill in chunks begins with."""
-    dtype = jax.eval_shape(embed, model, jnp.zeros((batch, 1), jnp.int32)).dtype
-    kv = empty_store(model.config, batch, capacity, dtype)
-    scores = None if predictor is None else empty_scores(predictor, model, batch, capacity, kv.k.dtype)
-    return jnp.zeros((batch, model.config.width), kv.k.dtype), kv, scores
+    dtype = stream_dtype(model)
+    scores = None if predictor is None else empty_scores(predictor, model, batch, capacity, dtype)
+    return jnp.zeros((batch, model.config.width), dtype), empty_store(model.config, batch, capacity, dtype), scores
+
+
+def stream_dtype(model: BaseModel) -> jnp.dtype:
+    """The precision of the residual stream, and of keys and values."""
+    return jax.eval_shape(embed, model, jnp.zeros((1, 1), jnp.int32)).dtype
 
 
 def read_chunk(

@@ -8,7 +8,8 @@ import numpy as np
 
 from butler_jax.decoding.capacity import bucket
 from butler_jax.decoding.generation import Decoding
-from butler_jax.decoding.slots import ReadRow, begin_row, end_row, read_part, read_whole
+from butler_jax.decoding.prompt_parts import begin_reading, end_reading, read_part
+from butler_jax.decoding.slots import ReadRow, read_whole
 from butler_jax.model import BaseModel
 from butler_jax.predictors import Predictor
 
@@ -31,7 +32,7 @@ class PromptReader:
             self.found = read_whole(model, predictor, tokens, self.length, self.following, how=how)
             return
         if self.filled is None:
-            self.filled = begin_row(model, predictor, how=how)
+            self.filled = begin_reading(model, predictor, 1, how.capacity, offload=how.offload)
         left = len(self.tokens) - self.done
         width = next((w for w in self.widths if left > w // 2), self.widths[-1])
         start = min(self.done, how.capacity - width)  # the last part may reach back, never beyond the cache
@@ -40,7 +41,8 @@ class PromptReader:
         self.filled = read_part(model, predictor, tokens, *where, self.filled)
         self.done = start + width
         if self.done >= len(self.tokens):
-            self.found = end_row(model, self.length, *self.filled, how=how)
+            kept = dict(plan=how.plan, score_dtype=how.score_dtype)
+            self.found = ReadRow(*end_reading(model, self.length, *self.filled, **kept))
             self.filled = None
 
     def _padded(self, start: int, width: int) -> np.ndarray:

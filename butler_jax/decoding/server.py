@@ -72,10 +72,10 @@ class Server:
     A step is dispatched before the tokens of the one before it are read.
     """
 
-    def __init__(self, base: Base, predictor: Predictor | None, how: Decoding, slots: int, *, offload: bool):
+    def __init__(self, base: Base, predictor: Predictor | None, how: Decoding, slots: int):
         self.base, self.predictor, self.how = base, predictor, how
         self.rows: list[Row | None] = [None] * slots
-        self.offload, self.slots = offload, None
+        self.slots = None
         self.clock = self.number = 0
         self.reading: tuple[Row, PromptReader] | None = None
         self.flying: deque[tuple[list[Row | None], Any, Any]] = deque()
@@ -87,7 +87,7 @@ class Server:
     def run(self, source: Iterator[Any]) -> Iterator[Completion]:
         """Serve until the source ends and all its requests have."""
         self.source = source
-        self.slots = make_slots(self.base.model, self.predictor, self.how, len(self.rows), offload=self.offload)
+        self.slots = make_slots(self.base.model, self.predictor, self.how, len(self.rows))
         while True:
             self._drop_cancelled()
             self._take_next()

@@ -87,8 +87,8 @@ def serve(
     if offload:
         check_offload(plan, capacity)
     sampling = sampling or read_sampling(base.generation)[0]
-    how = Decoding(plan, sampling, capacity, min(int(chunk), capacity), score_dtype)
-    return Server(base, predictor, how, int(slots), offload=offload).run(iter(requests))
+    how = Decoding(plan, sampling, capacity, min(int(chunk), capacity), score_dtype, offload)
+    return Server(base, predictor, how, int(slots)).run(iter(requests))
 
 
 def _room(base: Base, requests: Sequence[Any]) -> int:

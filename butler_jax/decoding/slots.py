@@ -14,16 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from butler_jax.decoding.cache import DecodeState, constrain_state
+from butler_jax.decoding.cache import DecodeState, constrain_state, empty_host_store
 from butler_jax.decoding.generation import Decoding
-from butler_jax.decoding.prefill_pass import Prefilled, nothing_read, read_chunk, run_prompts
+from butler_jax.decoding.prefill_pass import run_prompts, stream_dtype
 from butler_jax.decoding.sampling import draw_next
-from butler_jax.decoding.score_cache import store_scores
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
-from butler_jax.decoding.store import offload as move_to_host
 from butler_jax.decoding.store import put_row
-from butler_jax.model import BaseModel, logits
+from butler_jax.model import BaseModel
 from butler_jax.predictors import Predictor, zeros_of
 
 
@@ -52,12 +50,14 @@ class ReadRow(NamedTuple):
     state: DecodeState
 
 
-def make_slots(model: BaseModel, predictor: Predictor | None, how: Decoding, count: int, *, offload: bool) -> Slots:
+def make_slots(model: BaseModel, predictor: Predictor | None, how: Decoding, count: int) -> Slots:
     """Free slots. With offload, keys and values lie in host memory."""
     slots = _free_slots(model, predictor, how=how, count=count)
-    if offload:
-        slots = jax.device_put(slots, slots.token.sharding)  # all have a place, so that the first step compiles once
-        slots = slots._replace(state=dataclasses.replace(slots.state, kv=move_to_host(slots.state.kv)))
+    if how.offload:
+        place = slots.token.sharding  # each has one, so that the first step compiles once
+        slots = jax.device_put(slots, place)
+        kv = empty_host_store(model.config, count, how.capacity, stream_dtype(model), place)
+        slots = slots._replace(state=dataclasses.replace(slots.state, kv=kv))
     return slots
 
 
@@ -70,28 +70,8 @@ def _free_slots(model, predictor, *, how: Decoding, count: int) -> Slots:
     found, state = zeros_of(prompts)
     seen = None if how.sampling.repetition_penalty == 1 else jnp.zeros(found.shape, bool)
     nothing = jnp.zeros(count, jnp.int32)
-    return Slots(constrain_state(state), nothing, jax.vmap(jax.random.key)(nothing.astype(jnp.uint32)), nothing, seen)
-
-
-@partial(jax.jit, static_argnames=("how",))
-def begin_row(model, predictor, *, how: Decoding) -> Prefilled:
-    """What reading a prompt in parts begins with. It is new for every row, so that a row holds nothing of another."""
-    return nothing_read(model, predictor, 1, how.capacity)
-
-
-@partial(jax.jit, donate_argnames=("filled",))
-def read_part(model, predictor, tokens, start, length, following, filled: Prefilled) -> Prefilled:
-    """One part [1, C] of a prompt of `length` tokens [1]; following: as in `prefill`."""
-    return read_chunk(model, predictor, tokens, start, length, length + following, filled)
-
-
-@partial(jax.jit, static_argnames=("how",), donate_argnames=("kv",))
-def end_row(model, length, last, kv, scores, *, how: Decoding) -> ReadRow:
-    """The row whose last part was read."""
-    if scores is not None:
-        scores = store_scores(scores, length, how.score_dtype)
-    state = DecodeState(kv, scores, length, jnp.zeros((), jnp.int32))
-    return ReadRow(logits(model, last), constrain_state(state))
+    state = dataclasses.replace(state, kv=None) if how.offload else constrain_state(state)
+    return Slots(state, nothing, jax.vmap(jax.random.key)(nothing.astype(jnp.uint32)), nothing, seen)
 
 
 @partial(jax.jit, static_argnames=("how",))

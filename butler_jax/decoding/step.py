@@ -153,7 +153,9 @@ def take_step(
         return out, forecaster.fetch_next(carry, view), result
 
     x = embed(model, tokens[:, None])
-    how = dict(length=newest.total, unroll=plan.implementation == "gpu")
+    # With layers apart, no condition stays around what runs on the host: the TPU compiler takes none there.
+    unroll = plan.implementation == "gpu" or (kv.on_host and plan.selection is not None)
+    how = dict(length=newest.total, unroll=unroll)
     x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), **how)
     scores = None
     if predictor is not None:

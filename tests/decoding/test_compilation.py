@@ -45,6 +45,26 @@ def test_a_cache_split_along_its_tokens_moves_scores_and_choices_alone():
     assert set(found["collectives"]) == {"all-reduce", "all-to-all", "all-gather"}
 
 
+@pytest.mark.slow
+def test_with_offload_a_chip_holds_a_few_layers_of_the_cache_at_a_time():
+    pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
+    mesh, base = tpu_decode.chips("v5e", "model=1"), dataclasses.replace(tpu_decode.LLAMA_8B, layers=4)
+    given, layer = dict(base=base, capacity=32768), 2 * 8 * 32768 * 128 * 2 / 2**30
+
+    def needs(program):
+        compiled = program.compile()
+        found, memory = tpu_decode.summary(compiled), compiled.memory_analysis()
+        assert found["host_gib"] == base.layers * layer
+        assert memory.host_alias_size_in_bytes >= memory.host_argument_size_in_bytes  # written in place
+        return found["temporary_gib"]
+
+    resident = tpu_decode.summary(tpu_decode.lower_chunk(mesh, offload=False, **given).compile())["temporary_gib"]
+    assert needs(tpu_decode.lower_chunk(mesh, offload=True, **given)) < resident + 2 * layer
+    for selection in (SelectionConfig(budget=1 / 16, interval=8), None):
+        step = tpu_decode.lower_decode(mesh, batch=1, offload=True, selection=selection, **given)
+        assert needs(step) < 2 * layer
+
+
 def stepper(base, predictor, selection, layers=None):
     """(a jitted step, its state of 2 rows, tokens)."""
     config = base.config if layers is None else dataclasses.replace(base.config, layers=layers)

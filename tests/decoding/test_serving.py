@@ -15,7 +15,7 @@ import pytest
 import butler_jax
 from benchmarks.watch import Watch
 from butler_jax import Request, SelectionConfig
-from butler_jax.decoding import SamplingConfig, slots
+from butler_jax.decoding import SamplingConfig, prompt_parts, slots
 from tests.decoding.letters import Letters
 from tests.host_devices import host_devices
 from tests.marked import long, slow
@@ -42,9 +42,9 @@ def alone(base, request, number, **settings):
 
 @pytest.fixture(scope="module")
 def dense(base):
-    before = slots.advance_slots._cache_size(), slots.read_part._cache_size()
+    before = slots.advance_slots._cache_size(), prompt_parts.read_part._cache_size()
     found = served(base, queue())
-    after = slots.advance_slots._cache_size(), slots.read_part._cache_size()
+    after = slots.advance_slots._cache_size(), prompt_parts.read_part._cache_size()
     return found, (after[0] - before[0], after[1] - before[1])
 
 

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "base": ["KVStore", "put_row", "write_token"],
         "evicting": ["EvictingStore"],
-        "host": ["HostStore", "offload"],
+        "host": ["HostStore", "offload", "zeros_on_host"],
         "resident": ["ResidentStore"],
         "sharded": ["ShardedStore", "make_store"],
     },

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import compute_on
 from jaxtyping import Array, Bool, Float
 
@@ -99,16 +100,27 @@ class HostStore(KVStore):
         new_k, new_v, place = jax.device_put((k.astype(self.k.dtype), v.astype(self.v.dtype), place), HOST)
         return HostStore(write(self.k, new_k, place), write(self.v, new_v, place), near)
 
+    def append_chunk(self, k, v, start):
+        """The store with the tokens start ... start + T - 1 of all rows."""
+        near = self.near.append_chunk(k[:1], v[:1], start)
+
+        @on_host
+        def write(cache, new, start):
+            return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 3)
+
+        new_k, new_v, start = jax.device_put((k.astype(self.k.dtype), v.astype(self.v.dtype), start), HOST)
+        return HostStore(write(self.k, new_k, start), write(self.v, new_v, start), near)
+
     def put_row(self, row, number):
-        """The store with another row, which lies on the device, in the place of row `number`."""
-        near = self.near.put_row(ResidentStore(row.k[:1], row.v[:1]), number)
+        """The store with another row in host memory in the place of row `number`."""
+        near = self.near.put_row(row.near, number)
 
         @on_host
         def write(cache, new, number):
             return jax.lax.dynamic_update_slice_in_dim(cache, new, number, 1)
 
-        new_k, new_v, number = jax.device_put((row.k.astype(self.k.dtype), row.v.astype(self.v.dtype), number), HOST)
-        return HostStore(write(self.k, new_k, number), write(self.v, new_v, number), near)
+        number = jax.device_put(number, HOST)
+        return HostStore(write(self.k, row.k, number), write(self.v, row.v, number), near)
 
     def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, rows=None):
         rows = self.prefetch(view.index, chosen, newest, unit) if rows is None else rows
@@ -130,10 +142,7 @@ class HostStore(KVStore):
         def take(k, v, layer):
             return tuple(jax.lax.dynamic_slice_in_dim(a, layer, 1) for a in (k, v))
 
-        def fetch():
-            return jax.device_put(take(self.k, self.v, jax.device_put(index, HOST)), DEVICE)
-
-        return jax.lax.cond(index > 0, fetch, lambda: (self.near.k, self.near.v))
+        return jax.device_put(take(self.k, self.v, jax.device_put(index, HOST)), DEVICE)
 
 
 def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,9 +164,25 @@ def offload(store: ResidentStore) -> HostStore:
     Raises:
         ValueError: The platform has no such memory.
     """
+    host = _in_host_memory(store.k.sharding)
+    return HostStore(*(jax.device_put(a, host) for a in (store.k, store.v)), ResidentStore(store.k[:1], store.v[:1]))
+
+
+def zeros_on_host(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> HostStore:
+    """A store of zeros, outside of jit. Of its layers, only layer 0 is ever on the devices of `sharding`.
+
+    Raises:
+        ValueError: The platform has no such memory.
+    """
+    host = _in_host_memory(sharding)
+    far = (jax.device_put(np.zeros(shape, dtype), host) for _ in "kv")
+    near = (jax.device_put(np.zeros((1, *shape[1:]), dtype), sharding) for _ in "kv")
+    return HostStore(*far, ResidentStore(*near))
+
+
+def _in_host_memory(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding in the memory of the host. Raises ValueError where the platform has none."""
     if not can_offload():
         kinds = ", ".join(memory.kind for memory in jax.devices()[0].addressable_memories())
         raise ValueError(f"offload needs {KIND} memory, and {jax.devices()[0].platform} has only {kinds}")
-    near = ResidentStore(store.k[:1], store.v[:1])
-    host = store.k.sharding.with_memory_kind(KIND)
-    return HostStore(*(jax.device_put(a, host) for a in (store.k, store.v)), near)
+    return sharding.with_memory_kind(KIND)
