@@ -78,7 +78,7 @@ def _held(mask: Bool[Array, "B K C S"], chunk: Chunk, limits: Limits, rule: Sele
     since = jnp.minimum(own % rule.interval, jnp.maximum(own - chunk.rows.start - _prompts(limits), 0))
     then = jnp.arange(own.shape[1], dtype=jnp.int32)[None] - since  # the row of the choice, in the same chunk
     before = jnp.take_along_axis(mask, then[:, None, :, None], axis=2)
-    return before | (chunk.columns > (own - since)[..., None])[:, None]
+    return before | (chunk.columns[None, None] > (own - since)[..., None])[:, None]
 
 
 def _prompts(limits: Limits) -> Int[Array, "_ 1"]:

@@ -65,7 +65,8 @@ def test_offload_gives_the_resident_tokens_beside_layers_that_slide(kind, interv
     ],
 )
 def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
-    # A layer's rows are fetched in the layer before it, where its choice is known; the arithmetic is the same.
+    # A layer's rows are fetched in the layer before it, where its choice is known. The program has its layers apart, so
+    # that sums may be in another order.
     predictor = make_predictor(BASE, PredictorConfig(kind=kind, rank=8, stride=2, hidden=16))
     selection = SelectionConfig(sinks=1, recent=3, **fields)
     settings = dict(predictor=predictor, selection=selection, policy=make_policy("tokenbutler", pooling=pooling))
@@ -77,7 +78,7 @@ def test_offload_gives_the_resident_logits(base, kind, fields, pooling):
     for t in range(7):
         logits, resident, found = step(tokens[:, t], resident)
         own_logits, offloaded, own_found = step(tokens[:, t], offloaded)
-        np.testing.assert_array_equal(own_logits, logits)
+        np.testing.assert_allclose(own_logits, logits, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(own_found.attended, found.attended)
-    np.testing.assert_array_equal(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v))
+    np.testing.assert_allclose(np.asarray(offloaded.kv.v), np.asarray(resident.kv.v), rtol=1e-5, atol=1e-6)
     assert offloaded.kv.k.sharding.memory_kind == "pinned_host"
