@@ -46,7 +46,10 @@ def test_an_error_is_the_change_of_the_stream_without_the_token(model, batch, fo
                 without = (out - a[:, None] * own) / (1 - a)[:, None]
                 change = np.linalg.norm((without - out) @ output[layer, head], axis=-1) / np.linalg.norm(x[t])
                 np.testing.assert_allclose(found.weights[row, layer, head, c, : t + 1], a, atol=2e-5)
-                np.testing.assert_allclose(found.errors[row, layer, head, c, : t + 1], change * (1 - a), atol=2e-5)
+                # The error is the root of a difference of squares: it loses half of its digits where v is close to o.
+                lost = 1e-3 * a * np.linalg.norm(own @ output[layer, head], axis=-1) / np.linalg.norm(x[t])
+                miss = np.abs(found.errors[row, layer, head, c, : t + 1] - change * (1 - a))
+                np.testing.assert_array_less(miss, 2e-5 + lost)
                 assert not found.weights[row, layer, head, c, t + 1 :].any()
                 assert not found.errors[row, layer, head, c, t + 1 :].any()
 
