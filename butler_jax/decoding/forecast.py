@@ -124,7 +124,7 @@ class Forecaster:
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
         """The carry, with the keys and values that the next served layer will attend already being fetched.
 
-        If that layer begins a block, `forecast` fetches them again after its choice.
+        If that layer begins a block, `forecast` fetches them, after its choice.
         """
         if carry.rows is None:
             return carry
@@ -132,14 +132,12 @@ class Forecaster:
         following = np.searchsorted(config.served_layers, np.arange(config.layers), side="right")
         layers = np.asarray(config.served_layers)[np.minimum(following, len(config.served_layers) - 1)]
         layer = jnp.asarray(layers, jnp.int32)[view.index]
-
-        def fetch():
-            return self._fetch(layer, carry.block, schedule(self.predictor, layer).place)
-
-        if not config.mixed:
-            return carry._replace(rows=fetch())
-        fetches = is_served(config, view.index) | (view.index == 0)
-        return carry._replace(rows=jax.lax.cond(fetches, fetch, lambda: carry.rows))
+        at_next = schedule(self.predictor, layer)
+        fetches = ~at_next.starts
+        if config.mixed:
+            fetches &= is_served(config, view.index) | (view.index == 0)
+        rows = jax.lax.cond(fetches, lambda: self._fetch(layer, carry.block, at_next.place), lambda: carry.rows)
+        return carry._replace(rows=rows)
 
     def _fetch(self, layer: Int[Array, ""], block: BlockForecast, place: Int[Array, ""]) -> Any:
         """The rows that a layer will attend, as far as the block knows its choice."""
