@@ -80,7 +80,8 @@ def report(found=None, **about):
         "seconds": 3.0,
     }
     reads = {p: make_reads(number) for number, p in enumerate(policies)}
-    arrays = {"hit_rate": {p: rate for p in policies}, "reads": reads}
+    bins = [{"predicted": [1e-4, 1e-3], "true": [n * 1e-4, 1e-3], "count": [9.0, 5.0]} for n in (2, 3)]
+    arrays = {"hit_rate": {p: rate for p in policies}, "reads": reads, "reliability": {"tokenbutler:lookahead": bins}}
     return SimpleNamespace(rows=found, arrays=arrays, about=known | about)
 
 

@@ -60,6 +60,14 @@ class Chunk(NamedTuple):
         """The chunk with what it has to know of the selection that will choose."""
         return self._replace(sinks=selection.sinks, recent=selection.recent, allocation=selection.allocation)
 
+    def only(self, few: slice) -> Chunk:
+        """The chunk with some of its query rows."""
+        wide = {name: getattr(self, name)[..., few, :] for name in ("x", "q", "logits", "allowed")}
+        for name in ("predicted", "offset"):
+            value = getattr(self, name)
+            wide[name] = None if value is None else value[..., few, :]
+        return self._replace(rows=Rows(*(a[:, few] for a in self.rows)), **wide)
+
     @property
     def contested(self) -> Bool[Array, "B C S"]:
         """The keys that scores decide about: allowed, and neither sinks nor recent."""

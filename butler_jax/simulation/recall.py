@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -15,13 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, masked_softmax, run_layers
 from butler_jax.parallel import on_host
-from butler_jax.policies import Chunk, Evicting, Policy, Scoring
+from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best, tied_share
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.programs import compiled
+from butler_jax.simulation.reliability import BINS, mean_reliability, sum_reliability
 from butler_jax.simulation.sharding import embed_split, split_text, split_view
 from butler_jax.simulation.statistics import Estimate, estimate_ratio
 from pallas_kernels import ordered_image
@@ -44,6 +45,8 @@ class Recall:
         tied: tied[policy][budget] is the share of the chosen units that only their position tells from units left out,
             since their scores are equal. Policies that evict have none.
         by_head: The hit rate of every layer from 1 on and query head; NaN where the layer is not served.
+        reliability: What the predictor's policies predict beside what is true, over the same rows and all served
+            layers: `mean_reliability` of their sums.
     """
 
     mass: dict[str, dict[float, Estimate]]
@@ -52,6 +55,7 @@ class Recall:
     spearman: dict[str, Estimate]
     tied: dict[str, dict[float, Estimate]]
     by_head: dict[str, Float[np.ndarray, "L H"]]
+    reliability: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
 
 
 class RecallSums(NamedTuple):
@@ -63,6 +67,7 @@ class RecallSums(NamedTuple):
         tied: Share of the chosen units that their score does not tell from others, likewise.
         hits: Hit rate of every served layer and query head.
         spearman: Rank correlation of every served layer and query head.
+        reliability: `sum_reliability` over the rows that are ranked, summed over layers too; 0 for other policies.
         rows: How many rows were measured.
         ranked: How many of them have a hit rate and a rank correlation.
     """
@@ -72,6 +77,7 @@ class RecallSums(NamedTuple):
     tied: Float[Array, "policies budgets B"]
     hits: Float[Array, "policies L H B"]
     spearman: Float[Array, "policies L H B"]
+    reliability: Float[Array, "policies 2 3 BINS B"]
     rows: Float[Array, " B"]
     ranked: Float[Array, " B"]
 
@@ -149,6 +155,8 @@ def measure_recall(
             raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts")
         for number, policy in enumerate(group):
             _enter(result, policy.name, budgets, sums, number, model.config)
+            if isinstance(policy, TokenButler) and sums.ranked.any():
+                result.reliability[policy.name] = mean_reliability(sums.reliability[number].sum(axis=-1))
     return result
 
 
@@ -182,13 +190,21 @@ def _sum_scoring(
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one dense pass. tables: `budget_table` of every policy and budget."""
-    look = partial(_sum_chunk, counted=_counted(batch, options), policies=policies, tables=tables, options=options)
+    look = partial(
+        _sum_chunk,
+        counted=_counted(batch, options),
+        predictor=predictor,
+        policies=policies,
+        tables=tables,
+        options=options,
+    )
     how = dict(rows=options.rows, implementation=options.implementation, score_dtype=options.score_dtype)
     found = sum_chunks(model, predictor, batch, look, **how)
     served = np.asarray(model.config.served_layers)
     by_budget = (jnp.sum(a[served], axis=0) for a in found[:3])
     by_head = (jnp.swapaxes(a[served], 0, 1) for a in found[3:5])
-    return RecallSums(*by_budget, *by_head, *(a[served[0]] for a in found[5:]))
+    reliability = jnp.sum(found.reliability[served], axis=0)
+    return RecallSums(*by_budget, *by_head, reliability, *(a[served[0]] for a in (found.rows, found.ranked)))
 
 
 @partial(compiled, static_argnames=("policy", "options"))
@@ -219,8 +235,8 @@ def _sum_evicting(
     mass, attended = (jnp.sum(a[np.asarray(base.served_layers)], axis=0)[None] for a in sums)
     none = jnp.zeros((1, len(base.served_layers), base.heads, segments.shape[0]))
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
-    zero = jnp.zeros_like(number)
-    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, number, zero)
+    zero, reliability = jnp.zeros_like(number), jnp.zeros((1, 2, 3, BINS, segments.shape[0]))
+    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, reliability, number, zero)
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:
@@ -232,6 +248,7 @@ def _sum_chunk(
     chunk: Chunk,
     *,
     counted: Bool[Array, "B T"],
+    predictor: Predictor | None,
     policies: tuple[Scoring, ...],
     tables: Int[Array, "policies budgets _"],
     options: RecallOptions,
@@ -265,9 +282,11 @@ def _sum_chunk(
         found = jnp.sum(jnp.where(mask, weights, 0.0), axis=-1), read, tied[:, :, None]
         return tuple(map(sum_means, found))
 
-    true = chunk.logits[..., few, :]
+    fewer = chunk.only(few)
+    true = fewer.logits
     best, half = choose_half(true, held), jnp.maximum(count[:, few] // 2, 1).astype(jnp.float32)
-    found, hits, every = [], [], []
+    nothing = jnp.zeros((2, 3, BINS, batch))
+    found, hits, every, reliable = [], [], [], []
     for policy, table in zip(policies, tables, strict=True):
         rule = (policy.selection(options.selection) or options.selection).rule
         scores = policy.scores(chunk)
@@ -276,11 +295,14 @@ def _sum_chunk(
         common = jnp.sum(best & choose_half(few_scores, held), axis=-1, dtype=jnp.int32)
         hits.append(sum_heads(common.astype(jnp.float32) / half[:, None, None]))
         every.append(few_scores)
+        takes = isinstance(policy, TokenButler)
+        reliable.append(sum_reliability(policy, few_scores, fewer, ranked, predictor) if takes else nothing)
     correlations = correlate_ranks(every, true, held) if options.ranks else [0.0] * len(policies)
 
     rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, ranked))
     by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return RecallSums(*by_budget, jnp.stack(hits), jnp.stack([sum_heads(one) for one in correlations]), *rows)
+    spearman = [sum_heads(one) for one in correlations]
+    return RecallSums(*by_budget, *map(jnp.stack, (hits, spearman, reliable)), *rows)
 
 
 def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from butler_jax.evaluation.plots import STYLE, WIDTH, Look, finish_panels, make_canvas
+from butler_jax.evaluation.plots import REFERENCE, STYLE, WIDTH, Look, finish_panels, make_canvas
 from butler_jax.evaluation.report.shares import is_mixed
 from butler_jax.evaluation.report.tables import (
     MINUS,
@@ -185,4 +185,35 @@ def draw_positions(
     axes.set_title(title)
     axes.grid(axis="y")
     _draw_legend(canvas, [axes])
+    return canvas
+
+
+def draw_reliability(
+    curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], styles: Mapping[str, Look], title: str
+) -> Any:
+    """Draw what is true against what was predicted: a panel for single keys, and one for the sums of rows."""
+    from matplotlib.ticker import LogLocator
+
+    canvas, (panels,) = make_canvas(1, 2, (WIDTH, 2.6))
+    for panel, kind, which in zip(panels, ("a key", "all keys of a row"), range(2), strict=True):
+        ends = []
+        for policy, found in curves.items():
+            predicted, true = found[which]["predicted"], found[which]["true"]
+            known = [(p, t) for p, t in zip(predicted, true, strict=True) if p > 0 and t > 0]
+            look = styles[policy]
+            style = dict(color=look.color, linestyle=look.dashes, marker=look.marker, markersize=3)
+            panel.plot(*zip(*known, strict=True), label=policy, **style)
+            ends += [value for pair in known for value in pair]
+        ends = [min(ends), max(ends)]
+        panel.plot(ends, ends, color=REFERENCE, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
+        panel.set(xscale="log", yscale="log", title=kind, xlabel="predicted")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(numticks=5))
+            axis.set_major_formatter(lambda value, _: f"{value:g}".replace("e-0", "e-"))
+        panel.minorticks_off()
+        panel.tick_params(labelsize=7.5)
+        panel.grid()
+    panels[0].set_ylabel("true")
+    canvas.suptitle(title, fontsize=9.5, fontweight="bold", x=0.02, ha="left")
+    _draw_legend(canvas, panels)
     return canvas

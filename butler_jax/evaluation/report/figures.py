@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from butler_jax.evaluation.plots import Draw, Look, assign_looks
-from butler_jax.evaluation.report.curves import BYTES_READ, draw_curves, draw_parts, draw_positions
+from butler_jax.evaluation.report.curves import BYTES_READ, draw_curves, draw_parts, draw_positions, draw_reliability
 from butler_jax.evaluation.report.heat_maps import draw_grid, draw_heads
 from butler_jax.evaluation.report.modes import label_allocations, split_prompts
 from butler_jax.evaluation.report.shares import is_mixed
@@ -80,6 +80,7 @@ def plan_figures(rows: Sequence[Row], arrays: Mapping[str, Any] | None = None) -
     first = next(iter(groups), 0)  # the arrays of a report come from one evaluation
     rates = {p: r for p, r in (arrays or {}).get("hit_rate", {}).items() if r and r[0]}
     found += [replace(_plan_heads(rates), prompt=first)] if rates else []
+    found += [replace(f, prompt=first) for f in _plan_reliability((arrays or {}).get("reliability", {}), styles)]
     return found + [replace(f, prompt=first) for f in _plan_reads((arrays or {}).get("reads", {}), styles)]
 
 
@@ -189,6 +190,28 @@ def _plan_heads(rates: Mapping[str, Sequence[Sequence[float]]]) -> PlannedFigure
         alt=f"Heat maps of the hit rate of every layer and head for {', '.join(policies)}.",
         draw=lambda: draw_heads({p: rates[p] for p in policies}, "hit rate by layer and head (%)", (50.0, 100.0)),
     )
+
+
+def _plan_reliability(
+    reliability: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mapping[str, Look]
+) -> list[PlannedFigure]:
+    """What a predictor gives beside what is true."""
+    known = {p: found for p, found in reliability.items() if p in styles and all(any(one["true"]) for one in found)}
+    if not known:
+        return []
+    title = "predicted and true, means over bins"
+    figure = PlannedFigure(
+        name="reliability",
+        task="attention",
+        title=title,
+        caption="Left: single keys. Right: all keys of a row and KV head together. Sinks and recent keys are left out. "
+        "Predicted is the error in the residual stream that follows from not reading a key, or the attention weight "
+        "where the predictor was trained for that. On the dashed line, the truth is on the mean what was predicted. A "
+        "tolerance compares these numbers between heads and layers.",
+        alt=f"Two panels of true values against predicted ones, both axes logarithmic, for {', '.join(known)}.",
+        draw=lambda: draw_reliability(known, styles, title),
+    )
+    return [figure]
 
 
 def _plan_reads(reads: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mapping[str, Look]) -> list[PlannedFigure]:

@@ -65,7 +65,9 @@ class Report:
         arrays: {"hit_rate": {policy: a list of heads for each layer from 1 on}, "reads": {policy: an object for each
             budget}}. An object of reads has the budget; heads, the mean share of the keys that is read, a list for each
             layer from 1 on; and positions, the share by position in a window, in bins of bin_size tokens.
-            In these lists None stands for a layer that is not served.
+            In these lists None stands for a layer that is not served. "reliability": {policy: an object for single keys
+            and one for the sums of a row and KV head}, with what the predictor gives ("predicted") and what is true
+            ("true"), means over bins by the first, and how many ("count").
         about: Base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
             command and date; the seconds that all cells took when they were measured; and how many cells were measured
             now and how many were kept.

@@ -72,7 +72,10 @@ class AttentionTask(Task):
         for metric, estimates in (("hit_rate", found.hit_rate), ("spearman", found.spearman)):
             if name in estimates:  # very short documents have no correlation
                 rows.append(self.make_row(policy, metric, estimates[name], budget=None, attended=None))
-        return Cell(rows, {"hit_rate": list_known(found.by_head[name])})
+        arrays = {"hit_rate": list_known(found.by_head[name])}
+        if name in found.reliability:
+            arrays["reliability"] = found.reliability[name]
+        return Cell(rows, arrays)
 
     def _together(
         self, policy: EvaluatedPolicy, selections: dict[float | int, SelectionConfig]

@@ -43,6 +43,7 @@ def test_every_figure_shows_something(drawn):
         "coreference_miss_rate_by_distance",
         "needle_accuracy_grid",
         "hit_rate_heads",
+        "reliability",
         "reads_by_head",
         "reads_by_position",
     }
@@ -76,6 +77,20 @@ def test_perplexity_by_bytes_goes_through_the_rows():
         own = sorted((100 * value["bytes_of_dense", policy, b], value["perplexity", policy, b]) for b in BUDGETS)
         np.testing.assert_allclose(lines[policy].get_xydata(), own)
     assert not [f for f in plan_figures([r for r in found if r["metric"] == "perplexity"]) if "bytes" in f.name]
+
+
+def test_reliability_goes_through_the_means_of_the_bins():
+    made = report()
+    (figure,) = (f for f in plan_figures(made.rows, made.arrays) if f.name == "reliability")
+    for panel, found in zip(figure.draw().axes, made.arrays["reliability"]["tokenbutler:lookahead"], strict=True):
+        line = next(line for line in panel.get_lines() if line.get_label() == "tokenbutler:lookahead")
+        np.testing.assert_allclose(line.get_xydata(), np.transpose([found["predicted"], found["true"]]))
+    nothing = [{"predicted": [], "true": [], "count": []}] * 2
+    assert not [
+        f
+        for f in plan_figures(made.rows, {"reliability": {"tokenbutler:lookahead": nothing}})
+        if f.name == "reliability"
+    ]
 
 
 def test_reads_are_shown_where_heads_read_unequally():
