@@ -52,9 +52,9 @@ COUNTS = {  # inputs of each target
     "tokenizer.json": 10000,
     "tokenizer_config.json": 8000,
     "samples.jsonl": 10000,
-    "text.jsonl": 8000,
+    "text.jsonl": 25000,
     "text files": 10000,
-    "tables": 8000,
+    "tables": 25000,
     "run config": 8000,
     "settings": 8000,
     "cells.jsonl": 8000,
@@ -62,10 +62,10 @@ COUNTS = {  # inputs of each target
     "prompts": 8000,
     "load_base": 1000,
     "run directory": 5000,
-    "chat template": 8000,
-    "generation_config": 8000,
+    "chat template": 25000,
+    "generation_config": 25000,
     "predictor": 3000,
-    "hub": 1000,
+    "hub": 2000,
 }
 JSON_SHARE = 0.25  # of a JSON target's inputs, made by hypothesis
 PIECES = (

@@ -39,7 +39,6 @@ from benchmarks.about import about
 from benchmarks.training_step import forward, make_batch
 from benchmarks.watch import Compilations, memory_mib
 from butler_jax.decoding import SamplingConfig, empty_memory, generation, make_plan
-from butler_jax.model import BaseConfig
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
@@ -127,13 +126,6 @@ def run(name: str, base: Any, length: int, tokens: int) -> Iterable[dict[str, An
             yield {"pass": f"decode {variant}", **found}
 
 
-def extend(config: BaseConfig, tokens: int) -> BaseConfig:
-    """The configuration with a context of at least so many tokens, a multiple of its own, by YaRN."""
-    factor = -(-tokens // config.context)
-    rope = dataclasses.replace(config.rope, kind="yarn", factor=float(factor), original_context=config.context)
-    return dataclasses.replace(config, context=factor * config.context, rope=rope)
-
-
 def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """For each pass the exponents of time and of memory, fitted to all its lengths and to the last two."""
     found: dict[str, dict[str, float]] = {}
@@ -171,9 +163,7 @@ def main() -> None:
         write(arguments.json, json.loads(arguments.json.read_text()))  # with the command that ran them all
         return
     (length,), (name,) = arguments.lengths, arguments.passes
-    base = load_base(arguments.base)
-    if length + 4 * arguments.tokens > base.config.context:
-        base.model.config = extend(base.config, length + 4 * arguments.tokens)
+    base = load_base(arguments.base, context=length + 4 * arguments.tokens)
     report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"rows": []}
     for found in run(name, base, length, arguments.tokens):
         row = {"base": base.name, "tokens": length, **{k: v if k == "pass" else round(v, 4) for k, v in found.items()}}

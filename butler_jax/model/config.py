@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from butler_jax.storage import number, shown, whole
 
@@ -235,6 +235,26 @@ class BaseConfig:
         for name in ("swiglu_limit", "swiglu_alpha"):
             if getattr(self, name) is not None and number(getattr(self, name), name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def extended(self, tokens: int) -> BaseConfig:
+        """The configuration with a context of at least so many tokens, extended by YaRN (arXiv 2309.00071).
+
+        The context becomes the least multiple of itself that is long enough. One that is long enough stays as it is.
+        Layers with a rotary embedding of their own, which slide, keep it.
+
+        Raises:
+            ValueError: tokens is no whole number of at least 1, or the rotary embedding is scaled already.
+        """
+        factor = -(-whole(tokens, "context") // self.context)
+        if factor == 1:
+            return self
+        if self.rope.kind != "default":
+            raise ValueError(
+                f"a context of {tokens} tokens is asked for, and the model has {self.context}: its rotary embedding is "
+                f"scaled already ({self.rope.kind}) and cannot be extended; give at most {self.context}"
+            )
+        rope = replace(self.rope, kind="yarn", factor=float(factor), original_context=self.context)
+        return replace(self, context=factor * self.context, rope=rope)
 
     @property
     def group(self) -> int:

@@ -27,6 +27,8 @@ from rich.progress import (
 from butler_jax.storage import number, parse_object, read_lines, sync, write_whole, writing
 from butler_jax.training.config import FitConfig
 
+SILENT = 30.0  # seconds after which a step has a line of its own
+
 
 class Metrics:
     """Where the metrics of a run go. Rows of steps after `start`, which will be done again, are removed."""
@@ -38,6 +40,7 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         self.board = self.bar = None
         self.start, self.began = start, time.monotonic()
+        self.shown = self.began
         if self.main:
             if self.path.exists():
                 kept = [line for _, line in read_lines(self.path) if _step_of(line) <= start]
@@ -74,8 +77,9 @@ class Metrics:
         rate = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=step, rate=rate)
-        elif step % self.config.log_every == 0 or step == steps:
-            left = (time.monotonic() - self.began) / max(step - self.start, 1) * (steps - step)
+        elif step % self.config.log_every == 0 or step == steps or time.monotonic() - self.shown > SILENT:
+            self.shown = time.monotonic()
+            left = (self.shown - self.began) / max(step - self.start, 1) * (steps - step)
             self.say(f"step {step}/{steps}  {rate}  {left:.0f} s left")
 
     def sync(self) -> None:

@@ -66,7 +66,9 @@ class Base:
         return self.tokenizer
 
 
-def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardings | None = None) -> Base:
+def load_base(
+    spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardings | None = None, context: int | None = None
+) -> Base:
     """Load a base model.
 
     Weights go tensor by tensor from the file to their devices, so the host needs memory for one layer besides the
@@ -78,6 +80,9 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
         dtype: Of the parameters; None is float32 on CPU and bfloat16 on accelerators.
         shardings: (logical axes, shape) -> Sharding of a parameter, as from parallel.shardings_for(mesh); None puts all
             parameters on the default device.
+        context: Tokens that the base is to take. A shorter context is extended by YaRN, without training
+            (`BaseConfig.extended`). That is another base: a predictor is trained for one of the two. None keeps the
+            model's own.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -99,7 +104,8 @@ def load_base(spec: str | Path = "tiny", *, dtype: Any = None, shardings: Shardi
         generation = {} if found is None else read_object(found)
     if tokenizer is not None:
         check_tokenizer(tokenizer, source.config, text)
-    model = build_model(source.config, source.tensors, dtype=dtype, shardings=shardings, source=text)
+    config = source.config if context is None else source.config.extended(context)
+    model = build_model(config, source.tensors, dtype=dtype, shardings=shardings, source=text)
     return Base(name, model, tokenizer, fingerprint(model), generation, revision)
 
 

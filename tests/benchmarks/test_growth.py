@@ -23,14 +23,6 @@ def test_exponents_are_those_of_powers():
     assert growth.exponents(rows[:1]) == {}
 
 
-def test_a_base_is_extended_by_yarn_to_a_multiple_of_its_context():
-    config = make_model().config
-    longer = growth.extend(config, 3 * config.context + 1)
-    assert longer.context == 4 * config.context
-    assert (longer.rope.kind, longer.rope.factor, longer.rope.original_context) == ("yarn", 4.0, config.context)
-    assert longer.rope.theta == config.rope.theta
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", growth.PASSES)
 def test_every_pass_is_measured(name, monkeypatch):

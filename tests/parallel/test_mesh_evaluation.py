@@ -147,11 +147,14 @@ from tests import tiny_evaluations
 from tests.tiny_models import make_model
 
 base, predictor, config = tiny_evaluations.make_perplexity_evaluation(make_model(), Path(sys.argv[2]))
-changes = dict(batch_size=2, tokens=200, policies=("tokenbutler",), budgets=(0.5,), tasks=("perplexity", "attention"))
+tasks = ("perplexity", "attention", "coreference", "needle", "key_value", "variables")
+changes = dict(batch_size=2, tokens=200, policies=("tokenbutler",), budgets=(0.5,), tasks=tasks)
+changes |= dict(samples=2, lengths=(96,), depths=(0.5,), needles=2)
 found = {}
 for mesh in ("", "data=2,model=2,sequence=2"):
     report = evaluate(base, predictor, dataclasses.replace(config, **changes, mesh=mesh))
     rows = [[row["value"], row["error"] or 0.0, row["attended"] or 0.0] for row in report.rows]
+    assert {row["task"] for row in report.rows} == {*tasks}
     found[mesh or "data=1"] = {"rows": rows}
 print(json.dumps(found))
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -104,21 +105,59 @@ def test_a_run_goes_on_in_more_processes_which_stop_at_one_step(place, alone):
     same(place.losses("stopped"), alone)
 
 
-def test_two_processes_evaluate_what_four_saved_like_one(place, deaths):
-    outs = [place.directory / "evaluated" / name for name in ("one", "two", "together")]
-    place.finish(1, place.evaluate("four", "--out", outs[0]))
-    first, second = place.finish(2, place.evaluate("four", "--out", outs[1]))
-    place.finish(2, place.evaluate("four", "--mesh", "data=2", "--out", outs[2]))
-    one, two, mesh = (json.loads((out / "report.json").read_text())["rows"] for out in outs)
-    assert len(one) > 20 and two == one  # a cell is computed by one process, as it would be alone; on a mesh by both
-    assert [row["value"] for row in mesh] == pytest.approx([row["value"] for row in one], rel=1e-5, abs=1e-5)
-    cells = [[json.loads(line)["key"] for line in (out / "cells.jsonl").open()] for out in outs]
-    assert len(cells[0]) == len(set(cells[0])) > 5
-    assert sorted(cells[0]) == sorted(cells[1]) == sorted(cells[2])
+class Evaluated(NamedTuple):
+    """What an evaluation left: the rows of its report, and the keys of its cells."""
+
+    rows: list[dict]
+    cells: list[str]
+
+
+def read_evaluation(out) -> Evaluated:
+    cells = [json.loads(line)["key"] for line in (out / "cells.jsonl").open()]
+    return Evaluated(json.loads((out / "report.json").read_text())["rows"], cells)
+
+
+@pytest.fixture(scope="module")
+def evaluated(place, deaths) -> Evaluated:
+    """What four processes saved, evaluated by one."""
+    out = place.directory / "evaluated" / "one"
+    place.finish(1, place.evaluate("four", "--out", out))
+    found = read_evaluation(out)
+    assert len(found.rows) > 20 and len(found.cells) == len(set(found.cells)) > 5
+    return found
+
+
+def test_two_processes_evaluate_like_one(place, evaluated):
+    """Each computes whole cells, as it would alone."""
+    out = place.directory / "evaluated" / "two"
+    first, second = place.finish(2, place.evaluate("four", "--out", out))
+    found = read_evaluation(out)
+    assert found.rows == evaluated.rows and sorted(found.cells) == sorted(evaluated.cells)
     assert first.said.count("perplexity   dense") == 1 and "the report is in" in first.said
     assert "perplexity " not in second.said
-    (again,) = place.finish(1, place.evaluate("four", "--out", outs[1]))
-    assert again.said.count("kept") == len(cells[0])
+    (again,) = place.finish(1, place.evaluate("four", "--out", out))
+    assert again.said.count("kept") == len(evaluated.cells)
+
+
+@pytest.mark.parametrize("mesh", ["data=2", "model=2", "sequence=2"])
+def test_two_processes_evaluate_on_a_mesh_like_one(place, evaluated, mesh):
+    """Both compute every cell."""
+    out = place.directory / "evaluated" / mesh
+    place.finish(2, place.evaluate("four", "--mesh", mesh, "--out", out))
+    found = read_evaluation(out)
+    values = [row["value"] for row in evaluated.rows]
+    assert [row["value"] for row in found.rows] == pytest.approx(values, rel=1e-5, abs=1e-5)
+    assert sorted(found.cells) == sorted(evaluated.cells)
+
+
+def test_two_evaluations_of_one_run_at_the_same_time(place, evaluated):
+    """They write into one directory, and each takes over what the other has finished."""
+    out = place.directory / "evaluated" / "both"
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda _: place.finish(1, place.evaluate("four", "--out", out)), range(2))
+        assert all("the report is in" in one.said for (one,) in ended)
+    found = read_evaluation(out)
+    assert found.rows == evaluated.rows and {*found.cells} == {*evaluated.cells}
 
 
 def test_other_settings_are_named_by_all(place):

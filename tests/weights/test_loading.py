@@ -265,3 +265,20 @@ def test_every_parameter_counts_in_the_fingerprint():
 def test_loaded_models_run(directory):
     logits = forward(load_base(directory).model, np.ones((1, 4), np.int32))
     assert logits.shape == (1, 4, 96) and np.isfinite(logits).all()
+
+
+def test_a_context_is_extended_as_by_rope_scaling(directory):
+    """Beside the same directory with YaRN in its configuration."""
+    short, long = load_base(directory), load_base(directory, context=3 * LLAMA["max_position_embeddings"] - 1)
+    scaling = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": LLAMA["max_position_embeddings"]}
+    longer = {"max_position_embeddings": 3 * LLAMA["max_position_embeddings"], "rope_scaling": scaling}
+    (directory / "config.json").write_text(json.dumps({**LLAMA, **longer}))
+    wanted = load_base(directory)
+    assert long.config == wanted.config and long.fingerprint == wanted.fingerprint != short.fingerprint
+    tokens = np.arange(2 * LLAMA["max_position_embeddings"])[None] % 90
+    np.testing.assert_array_equal(forward(long.model, tokens), forward(wanted.model, tokens))
+    assert load_base(directory, context=100).config == wanted.config  # which is longer already
+    with pytest.raises(ValueError, match=r"scaled already .yarn. and cannot be extended; give at most"):
+        load_base(directory, context=10**6)
+    with pytest.raises(ValueError, match="context must be a whole number"):
+        load_base(directory, context=0)
