@@ -142,14 +142,17 @@ from pathlib import Path
 import jax
 jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, sys.argv[1])
+from butler_jax import PredictorConfig, load_base
 from butler_jax.evaluation import evaluate
+from butler_jax.predictors import make_predictor
 from tests import tiny_evaluations
-from tests.tiny_models import make_model
 
-base, predictor, config = tiny_evaluations.make_perplexity_evaluation(make_model(), Path(sys.argv[2]))
+base = load_base("tiny")
+predictor = make_predictor(base.config, PredictorConfig(rank=8, stride=2))
+config = tiny_evaluations.make_perplexity_evaluation(None, Path(sys.argv[2]))[2]
 tasks = ("perplexity", "attention", "coreference", "needle", "key_value", "variables")
 changes = dict(batch_size=2, tokens=200, policies=("tokenbutler",), budgets=(0.5,), tasks=tasks)
-changes |= dict(samples=2, lengths=(96,), depths=(0.5,), needles=2)
+changes |= dict(samples=2, lengths=(256,), depths=(0.5,), needles=2)
 found = {}
 for mesh in ("", "data=2,model=2,sequence=2"):
     report = evaluate(base, predictor, dataclasses.replace(config, **changes, mesh=mesh))

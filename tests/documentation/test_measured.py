@@ -1,0 +1,67 @@
+"""The tables of growth and of a queue show what their files hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.documentation.pages import DOCS, REPOSITORY, tables
+
+UNITS = {"seconds": "processor_seconds", "seconds of processors": "processor_seconds", "MiB": "peak_mib"}
+
+
+def read(name: str) -> dict:
+    return json.loads((REPOSITORY / "benchmarks" / name).read_text())
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def assert_rounded(text: str, value: float) -> None:
+    """A number as a table shows it: its last digit is rounded."""
+    digits = len(text.partition(".")[2])
+    assert float(text.replace(",", "")) == pytest.approx(value, abs=0.5001 * 10.0**-digits), (text, value)
+
+
+@pytest.mark.parametrize(("name", "base", "which"), [("growth.json", "tiny", 0), ("growth_qwen.json", "qwen.gguf", 1)])
+def test_growth_is_that_of_the_files(name, base, which):
+    report = read(name)
+    known = {(row["pass"], row["tokens"]): row for row in report["rows"] if row["base"] == base}
+    ours = [t for t in tables(DOCS / "measured" / "growth.md") if cells(t.splitlines()[0])[0] in UNITS]
+    assert len(ours) == 4
+    for table in ours[2 * which : 2 * which + 2]:
+        head, _, *lines = map(cells, table.splitlines())
+        unit = UNITS[head[0]]
+        lengths = [int(cell.replace(",", "")) for cell in head[1:-2]]
+        for kind, *numbers, exponent, newest in lines:
+            for length, number in zip(lengths, numbers, strict=True):
+                if number:
+                    assert_rounded(number, known[kind, length][unit])
+            assert_rounded(exponent, report["exponents"][base][kind][unit])
+            assert_rounded(newest, report["exponents"][base][kind][f"{unit}_of_the_last_two"])
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("load.json", None), ("load_smollm2.json", {200: 239236, 24: 18733})])
+def test_the_queue_is_that_of_the_file(name, tokens):
+    rows = {row["name"]: row for row in read(name)["rows"]}
+    for table in tables(DOCS / "measured" / "decoding.md"):
+        lines = [cells(line) for line in table.splitlines()[2:]]
+        found = {line[0].replace("`", "").replace("serve, 8 slots", "serve"): line[1:] for line in lines}
+        if found.keys() != rows.keys() or (len(found["serve"]) == 5) != bool(tokens):
+            continue
+        for contender, shown in found.items():
+            row = rows[contender]
+            if tokens:
+                assert int(shown[0]) == row["requests"]
+                assert_rounded(shown[1], row["tokens_a_second"])
+                assert_rounded(shown[2], row["tokens_a_processor_second"])
+                assert_rounded(shown[4], (tokens[row["requests"]] + row["tokens"]) / row["seconds"][0])
+            else:
+                for number, of in zip(shown[:2], ("seconds", "processor_seconds"), strict=True):
+                    for turn, seconds in zip(number.split(", "), row[of], strict=True):
+                        assert_rounded(turn, row["tokens"] / seconds)
+            assert shown[-2 if tokens else -1] == f"{row['answers_as_serve']} of {row['requests']}"
+        return
+    raise AssertionError(f"no table shows {name}")
