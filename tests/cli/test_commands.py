@@ -198,6 +198,7 @@ def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):
     given, mount = common(place, tmp_path), "mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under"
     for option, value in (
         ("--run-dir", "gs://bucket/runs/one"),
+        ("--run-dir", "memory://runs/one"),
         ("--base", "gs://bucket/llama"),
         ("--data", f"text:{place['text']},gs://bucket/book.txt"),
     ):
@@ -205,7 +206,7 @@ def test_a_bucket_has_to_be_mounted(fails, place, tmp_path):
         assert f"{option} " in line and "bucket" in line and mount in line
     assert mount in fails("eval", "--run", "gs://bucket/runs/one")
     assert mount in fails("eval", "--run", place["run"], "--compare", f"{place['run']},gs://bucket/runs/two")
-    assert not list(tmp_path.glob("gs:*")) and not Path("gs:").exists()
+    assert not list(tmp_path.glob("*:*")) and not Path("gs:").exists() and not Path("memory:").exists()
     # TFDS reads and writes buckets itself
     assert TrainConfig(data_dir="gs://bucket/data").data_dir == "gs://bucket/data"
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
@@ -207,3 +208,9 @@ def test_state_and_place_in_the_data_come_back_exactly(tmp_path):
         other = {"module": random_predictor("lookahead", rank=4), "moments": empty["moments"]}
         with pytest.raises(ValueError, match=r"does not fit: module\.heads\.key is \(3, 32, 8\) there and"):
             checkpoints.restore(4, other)
+
+
+def test_the_paths_of_orbax_know_no_object_store_in_memory():
+    """So a run cannot be written through fsspec's memory file system."""
+    with pytest.raises(KeyError, match="memory://"):
+        epath.Path("memory://runs/one")
