@@ -68,10 +68,14 @@ def _sum_bins(
 
 
 def mean_reliability(sums: Float[np.ndarray, "2 3 BINS"]) -> list[dict[str, list[float]]]:
-    """The means of the bins that hold anything: "predicted", "true" and "count", for keys and for the sums of a row."""
+    """The means of the bins: "predicted", "true" and "count", for keys and for the sums of a row.
+
+    Bins without anything are left out, and so are those without anything above 0, or with what is not finite.
+    """
     found = []
-    for count, *totals in sums:
-        held = count > 0
-        predicted, true = (total[held] / count[held] for total in totals)
-        found.append({"predicted": predicted.tolist(), "true": true.tolist(), "count": count[held].tolist()})
+    for bins in sums:
+        held = np.isfinite(bins).all(axis=0) & (bins > 0).all(axis=0)
+        count, *totals = bins[:, held]
+        predicted, true = ((total / count).tolist() for total in totals)
+        found.append({"predicted": predicted, "true": true, "count": count.tolist()})
     return found

@@ -100,6 +100,21 @@ def test_a_decode_step_moves_a_few_numbers_and_no_weights(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", ["simulate", long("recall"), long("calibrate")])
+def test_a_pass_of_an_evaluation_gathers_one_layer_at_a_time(step, capsys):
+    pytest.importorskip("libtpu", reason=NO_COMPILER)
+    how = dict(topology="v5e:2x4", mesh="data=2,model=2,sequence=2", length=512, batch_size=2, layers=3)
+    report, _ = pods.compile_plan(PodPlan(step=step, **how))
+    with capsys.disabled():
+        print("\n" + pods.line_of(report))
+    assert not report["whole_arguments"]
+    layer, table = 2 * 218_112_000, 2 * 128256 * 4096  # bytes; a chip gathers half of each, split over model
+    gathered = (layer + table if step == "simulate" else layer) / 2
+    assert report["temporary_bytes"] < 2 * gathered
+    assert report["collectives"]["all-gather"]["bytes"] < 2 * (3 * layer + (table if step == "simulate" else 0))
+
+
+@pytest.mark.slow
 def test_every_factorisation_of_a_slice_is_a_mesh_and_hosts_know_their_rows():
     pytest.importorskip("libtpu", reason=NO_COMPILER)
     from butler_jax.parallel.mesh import rows_here

@@ -199,11 +199,10 @@ def draw_reliability(
         ends = []
         for policy, found in curves.items():
             predicted, true = found[which]["predicted"], found[which]["true"]
-            known = [(p, t) for p, t in zip(predicted, true, strict=True) if p > 0 and t > 0]
             look = styles[policy]
             style = dict(color=look.color, linestyle=look.dashes, marker=look.marker, markersize=3)
-            panel.plot(*zip(*known, strict=True), label=policy, **style)
-            ends += [value for pair in known for value in pair]
+            panel.plot(predicted, true, label=policy, **style)
+            ends += [*predicted, *true]
         ends = [min(ends), max(ends)]
         panel.plot(ends, ends, color=REFERENCE, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1)
         panel.set(xscale="log", yscale="log", title=kind, xlabel="predicted")

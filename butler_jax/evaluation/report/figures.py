@@ -196,7 +196,7 @@ def _plan_reliability(
     reliability: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mapping[str, Look]
 ) -> list[PlannedFigure]:
     """What a predictor gives beside what is true."""
-    known = {p: found for p, found in reliability.items() if p in styles and all(any(one["true"]) for one in found)}
+    known = {p: found for p, found in reliability.items() if p in styles and all(one["true"] for one in found)}
     if not known:
         return []
     title = "predicted and true, means over bins"
