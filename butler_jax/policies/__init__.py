@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "random": ["Random"],
         "registry": ["POLICIES", "make_policy"],
         "residual": ["OracleResidual"],
-        "scoring": ["Chunk", "Scoring", "normalise", "per_query_head"],
+        "scoring": ["Chunk", "Scoring", "estimate_weights", "largest_in_group", "normalise", "per_query_head"],
         "snapkv": ["SnapKV"],
         "streaming": ["Streaming"],
         "tokenbutler": ["TokenButler"],

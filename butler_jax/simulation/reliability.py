@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from butler_jax.policies import Chunk, OracleResidual, TokenButler
-from butler_jax.policies.scoring import estimate_weights, largest_in_group
+from butler_jax.policies import Chunk, OracleResidual, TokenButler, estimate_weights, largest_in_group
 from butler_jax.predictors import Predictor
 
 PLACES = 4  # bins of each power of ten
