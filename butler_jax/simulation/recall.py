@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ class Recall:
     spearman: dict[str, Estimate]
     tied: dict[str, dict[float, Estimate]]
     by_head: dict[str, Float[np.ndarray, "L H"]]
-    reliability: dict[str, list[dict[str, list[float]]]] = field(default_factory=dict)
+    reliability: dict[str, list[dict[str, list[float]]]]
 
 
 class RecallSums(NamedTuple):
@@ -148,7 +148,7 @@ def measure_recall(
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
     if not groups or not parts[0]:
         raise ValueError("recall needs at least one policy and one batch")
-    result = Recall({}, {}, {}, {}, {}, {})
+    result = Recall({}, {}, {}, {}, {}, {}, {})
     for group, found in zip(groups, parts, strict=True):
         sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
         if not sums.rows.any():

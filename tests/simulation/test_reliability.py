@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from butler_jax.policies import OracleResidual, TokenButler
+from butler_jax.policies import OracleResidual, TokenButler, make_policy
+from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.simulation import measure_recall
 from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.reliability import BINS, LOWEST, PLACES, mean_reliability, sum_reliability
@@ -57,9 +58,6 @@ def test_who_knows_the_truth_is_on_the_line(model, target, factor):
 
 
 def test_recall_has_it_for_the_predictor_alone(model):
-    from butler_jax.policies import make_policy
-    from butler_jax.predictors import PredictorConfig, make_predictor
-
     predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
     policies = [make_policy(name) for name in ("tokenbutler", "streaming", "h2o")]
     found = measure_recall(model, predictor, [make_batch([[60], [30]], 64)], policies, [0.5]).reliability
