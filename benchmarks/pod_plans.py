@@ -133,6 +133,6 @@ TABLE = [
         ("v6e:8x16", "data=16,model=8", 131072, 64),
     ),
     *_plans("llama-3.1-70b", "simulate", ("v5p:4x4x4", "data=2,model=8,sequence=4", 131072, 2)),
-    *_plans("llama-3.1-70b", "recall", ("v5p:4x4x4", "data=2,model=8,sequence=4", 8192, 2)),
-    *_plans("llama-3.1-70b", "calibrate", ("v5p:4x4x4", "data=2,model=8,sequence=4", 8192, 2)),
+    *_plans("llama-3.1-70b", "recall", ("v5p:4x4x4", "data=2,model=8,sequence=4", 131072, 2)),
+    *_plans("llama-3.1-70b", "calibrate", ("v5p:4x4x4", "data=2,model=8,sequence=4", 131072, 2)),
 ]

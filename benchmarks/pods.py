@@ -52,6 +52,7 @@ from butler_jax.training import TrainConfig, start_state
 from butler_jax.training.distillation import distil_step
 
 MIB = 2**20
+TOKEN_BYTES = 16  # of text, and of the tables of four budgets, which an evaluation looks up by length
 LANES = 128  # what the flash attention kernel pads heads to
 
 
@@ -137,13 +138,14 @@ def work_of(plan: PodPlan, held: float) -> Work:
     return Work(2 * L * (tokens * products + attention) / chips, 2 * L * moved / chips)
 
 
-def whole_arguments(compiled: Any) -> list[str]:
-    """The compiled program's arguments above 1 MiB that every chip holds whole."""
+def whole_arguments(compiled: Any, length: int) -> list[str]:
+    """The compiled program's arguments that every chip holds whole, above 1 MiB and above a token's data of text."""
+    most = max(MIB, TOKEN_BYTES * (length + 1))
     leaves = dict(jax.tree_util.tree_leaves_with_path(compiled.in_avals))
     found = []
     for path, place in jax.tree_util.tree_leaves_with_path(compiled.input_shardings):
         size = leaves[path].size * leaves[path].dtype.itemsize
-        if size > MIB and place.is_fully_replicated:
+        if size > most and place.is_fully_replicated:
             found.append(f"{jax.tree_util.keystr(path)} {size / MIB:.1f} MiB")
     return found
 
@@ -169,7 +171,7 @@ def compile_plan(plan: PodPlan) -> tuple[dict[str, Any], Any]:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes_besides": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "whole_arguments": whole_arguments(compiled),
+        "whole_arguments": whole_arguments(compiled, plan.length),
         "collectives": kinds,
         "compiler_flops": cost.get("flops"),
         "compiler_bytes_accessed": cost.get("bytes accessed"),
