@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from butler_jax.decoding.eviction import Eviction
 from butler_jax.decoding.score_cache import ScoreCache
+from butler_jax.decoding.span_means import SpanMeans
 from butler_jax.decoding.store import HostStore, KVStore, make_store, zeros_on_host
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, partition
@@ -29,6 +30,7 @@ class DecodeState:
         steps: Decode steps so far.
         memory: What a choice remembers for the next steps: under an interval the `Chosen` units of every layer, under a
             policy that evicts the `Eviction` of every layer, else None.
+        spans: Means of spans, under a selection with a tail; else None.
     """
 
     kv: KVStore
@@ -36,6 +38,7 @@ class DecodeState:
     lengths: Int[Array, " B"]
     steps: Int[Array, ""]
     memory: Chosen | Eviction | None = None
+    spans: SpanMeans | None = None
 
 
 def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
@@ -45,7 +48,7 @@ def state_partition(state: DecodeState, mesh: Any) -> DecodeState:
         fields = {getattr(part, "name", None) for part in path}
         names = ["batch"] if array.ndim < 2 else ["layers", "batch", "whole" if "trunk" in fields else "cached_heads"]
         names = [*names, *["whole"] * array.ndim][: array.ndim]
-        if "kv" in fields:
+        if "kv" in fields or ("spans" in fields and array.ndim == 5):
             names[3] = "tokens"
         elif "k_imp" in fields:
             names[4] = "tokens"

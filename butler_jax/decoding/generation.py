@@ -356,7 +356,9 @@ def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) ->
         return jnp.where(jnp.expand_dims(rows, others), new, old)
 
     state = held.state
-    caches = {name: jax.tree.map(take, getattr(fresh, name), getattr(state, name)) for name in ("kv", "scores")}
+    caches = {
+        name: jax.tree.map(take, getattr(fresh, name), getattr(state, name)) for name in ("kv", "scores", "spans")
+    }
     if how.plan.when == "evicting":
         new, old = fresh.memory, state.memory
         after_layers = jax.tree.map(lambda axis: axis + 1, row_axes(how.plan.policy))

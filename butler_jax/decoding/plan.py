@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 
 from butler_jax.decoding.parts import check_units
+from butler_jax.decoding.span_means import SpanMeans
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, token_axis
 from butler_jax.policies import Evicting, Policy, TokenButler
@@ -16,6 +18,7 @@ from butler_jax.selection import SelectionConfig, limits_of, room_for
 
 if TYPE_CHECKING:
     from butler_jax.decoding.cache import DecodeState
+    from butler_jax.decoding.store import KVStore
     from butler_jax.predictors import Predictor
 
 
@@ -46,6 +49,15 @@ class Plan:
         """Steps from one choice to the next."""
         return 1 if self.selection is None else self.selection.interval
 
+    @property
+    def tail(self) -> int:
+        """Tokens of a span whose unread keys are estimated; 0 where none are."""
+        return 0 if self.selection is None else self.selection.tail
+
+    def span_means(self, kv: KVStore, lengths: Int[Array, " B"]) -> SpanMeans | None:
+        """The means that the steps need of a cache whose rows hold `lengths` tokens; None without a tail."""
+        return SpanMeans.of(kv, lengths, self.tail) if self.tail else None
+
 
 def make_plan(
     base: BaseConfig,
@@ -73,6 +85,8 @@ def make_plan(
     selection = None if selection is None else policy.selection(selection)
     if selection is None:
         return Plan(None, policy, "never", base.kv_heads, 0, implementation)
+    if selection.tail > capacity:  # there is no whole span
+        selection = replace(selection, tail=0)
     limits_of(selection, base, capacity)
     check_units(capacity, selection.unit)
     if isinstance(policy, Evicting):
@@ -108,6 +122,11 @@ def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> N
         raise ValueError("the state has no k_imp: prefill was done without the predictor; give it there too")
     if plan.selection is not None:
         plan.policy.require_predictor(predictor)
+    if plan.tail and (state.spans is None or state.spans.size != plan.tail):
+        raise ValueError(
+            f"a tail of spans of {plan.tail} tokens needs their means, which the state does not have; give the "
+            "selection to prefill too"
+        )
     if plan.interval == 1:
         return
     if state.memory is None:

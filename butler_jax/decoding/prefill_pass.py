@@ -130,8 +130,8 @@ def run_prompts(
         last, kv, scores = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk, kept)
     if scores is not None:
         scores = store_scores(scores, lengths, score_dtype)
-    memory = empty_memory(plan, model.config.layers, batch)
-    return logits(model, last), constrain_state(DecodeState(kv, scores, lengths, steps, memory))
+    memory, spans = empty_memory(plan, model.config.layers, batch), plan.span_means(kv, lengths)
+    return logits(model, last), constrain_state(DecodeState(kv, scores, lengths, steps, memory, spans))
 
 
 def check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:

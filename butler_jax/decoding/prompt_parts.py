@@ -52,8 +52,9 @@ def end_reading(
     """Logits and state, as `prefill` gives them, of prompts whose last part was read."""
     if scores is not None:
         scores = store_scores(scores, lengths, score_dtype)
-    memory = empty_memory(plan, model.config.layers, last.shape[0])
-    return logits(model, last), constrain_state(DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), memory))
+    memory, steps = empty_memory(plan, model.config.layers, last.shape[0]), jnp.zeros((), jnp.int32)
+    state = DecodeState(kv, scores, lengths, steps, memory, plan.span_means(kv, lengths))
+    return logits(model, last), constrain_state(state)
 
 
 def read_offloaded(

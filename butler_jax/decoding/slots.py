@@ -113,7 +113,11 @@ def _with_caches(state: DecodeState, row: DecodeState, slot: Int[Array, ""], how
 
     memory = put(state.memory, row.memory) if how.plan.when == "evicting" else state.memory
     return dataclasses.replace(
-        state, kv=state.kv.put_row(row.kv, slot), scores=put(state.scores, row.scores), memory=memory
+        state,
+        kv=state.kv.put_row(row.kv, slot),
+        scores=put(state.scores, row.scores),
+        memory=memory,
+        spans=put(state.spans, row.spans),
     )
 
 

@@ -134,6 +134,8 @@ def take_step(
         def sparse():
             chosen, memory = chooser.choose(view, known)
             how = dict(unit=plan.selection.unit, rows=known.rows, implementation=plan.implementation)
+            if plan.tail:
+                how["aside"] = state.spans.attend(view, chosen, newest, plan.selection.unit)
             out, weights = kv.attend(view, chosen, newest, **how)
             mask = chooser.mask_tokens(chosen, view.index) if details else None
             return out, chooser.remember(view, memory, weights), (chooser.count_tokens(chosen, view.index), mask)
@@ -162,8 +164,10 @@ def take_step(
         k_imp = select_scored(model.config, new.k_imp)
         scores = append_scores(state.scores, k_imp, state.lengths, carry.walk.cache)
     memory = state.memory if new.memory is None else new.memory
-    written = kv.append(new.k, new.v, state.lengths)
-    state = DecodeState(written, scores, newest.total, state.steps + 1, memory)
+    written, spans = kv.append(new.k, new.v, state.lengths), state.spans
+    if spans is not None:
+        spans = spans.append(new.k, new.v, state.lengths)
+    state = DecodeState(written, scores, newest.total, state.steps + 1, memory, spans)
     return logits(model, x[:, 0]), constrain_state(state), new.found
 
 

@@ -53,6 +53,8 @@ class Evicting(Policy):
         """
         if config.unit != 1 or config.threshold is not None or config.neighbours:
             raise ValueError(f"the policy {self.name} evicts token by token: leave out unit, threshold and neighbours")
+        if config.tail:
+            raise ValueError(f"the policy {self.name} keeps nothing of what it drops: leave out the tail")
         if config.interval != 1:
             raise ValueError(f"the policy {self.name} evicts at every row: leave out the interval")
         return super().selection(config)

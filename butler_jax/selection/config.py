@@ -72,15 +72,20 @@ class SelectionConfig(AlwaysReadConfig):
     """Under the allocation tolerance, the error in the residual stream, relative to its norm, below which a token is
     not read. Under top_p, the share of the estimated attention weight that may stay unread, 1 - p.
     `calibrate_tolerance` finds both for a mean budget."""
+    tail: int = 0
+    """Tokens of a span. The keys of a span that are not read are estimated by the means of its keys and values
+    (RetroInfer, Chen et al. 2025, arXiv 2505.02922, with spans for its clusters). 0: they count for nothing."""
     floor: float = 0.0
     """Under the allocation per_layer, the share of its budget that every head reads in any case (0.2 in AdaKV, Feng et
     al. 2024, arXiv 2407.11550)."""
 
     def __post_init__(self):
-        self._require_at_least(0, "sinks", "unit", "min_context")
+        self._require_at_least(0, "sinks", "unit", "min_context", "tail")
         self._require_at_least(1, "recent", "interval")
         if self.unit.bit_count() != 1:
             raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit}")
+        if self.tail % self.unit:
+            raise ValueError(f"a span of the tail holds whole units of {self.unit} tokens, got {self.tail}")
         object.__setattr__(self, "budget", parse_budget(self.budget))
         self._check_budget()
         self._check_allocation()

@@ -10,11 +10,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import CHUNK, exponentials, weighted_values
 from butler_jax.policies import Chunk, Scoring
-from butler_jax.selection import Limits, SelectionConfig, beyond, select_mask, weigh_units
+from butler_jax.selection import (
+    Aside,
+    Limits,
+    SelectionConfig,
+    TailSpans,
+    attend_spans,
+    beyond,
+    select_mask,
+    weigh_units,
+)
 
 
-def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig):
-    """Attention of a chunk over its chosen keys.
+def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfig, softcap: float | None = None):
+    """Attention of a chunk over its chosen keys, and over the tail where the rule has one; softcap: of the layer.
 
     Returns:
         The output [B, K, G, C, D], and the fractions of its causal keys that each row read: of all
@@ -26,9 +35,20 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
     fraction = jnp.sum(read, axis=1).astype(jnp.float32) / (mask.shape[1] * held).astype(jnp.float32)
     shares = read.astype(jnp.float32) / held.astype(jnp.float32)[:, None]
     mask = mask.reshape(batch, kv_heads, -1, size, keys)  # 1 or G sets in a group
-    weights, total, _ = exponentials(chunk.logits, mask, chunk.sink_logits)
+    weights, total, lse = exponentials(chunk.logits, mask, chunk.sink_logits)
     output = weighted_values(weights, chunk.v) / total
+    if 0 < rule.tail <= keys:
+        output = _estimate_tail(chunk, mask, rule.tail, softcap).join(output, lse[..., 0])
     return output.astype(chunk.v.dtype), fraction, shares
+
+
+def _estimate_tail(chunk: Chunk, mask: Bool[Array, "B K _ C S"], size: int, softcap: float | None) -> Aside:
+    """Attention of a chunk over the keys that its rows do not read, by means of spans."""
+    spans = TailSpans.find(chunk.columns, chunk.starts, size)
+    sets = mask.reshape(mask.shape[0], -1, *mask.shape[3:])
+    unread = spans.unread(sets, chunk.allowed, chunk.rows, chunk.columns)
+    unread = unread.reshape(*mask.shape[:4], -1)
+    return attend_spans(chunk.q, spans.means(chunk.k), spans.means(chunk.v), unread, softcap)
 
 
 def chosen_mask(

@@ -190,7 +190,7 @@ def hidden_states(
         return found.output, (found.fraction, found.fraction[:, None])
 
     def attend_chosen(view, importance, sliding_window):
-        apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
+        apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule, softcap=view.softcap)
         outputs, *parts = map_chunks(apply, view, importance, segments, sliding_window)
         parts = (jnp.moveaxis(part, 0, -2) for part in parts)
         return merge_rows(outputs, length), tuple(p.reshape(*p.shape[:-2], -1)[..., :length] for p in parts)

@@ -61,7 +61,7 @@ lengths = np.array([101, 9], np.int32)
 cases = {
     "normalised, with details": dict(details=True),
     "maximum in int8, sliding": dict(pooling="maximum", score_dtype="int8", sliding_window=20),
-    "oracle": dict(policy="oracle"),
+    "oracle, with a tail": dict(policy="oracle", tail=8),
     "streaming, with sinks and a soft cap": dict(policy="streaming", attention_sinks=True, attention_softcap=0.5),
 }
 found, moved = {}, {}
@@ -81,13 +81,12 @@ for text in ("data=1", *sys.argv[2:]):
         predictor = place(predictor, predictor.logical_axes, mesh)
         options = {"pooling": case["pooling"]} if "pooling" in case else {}
         policy = make_policy(case.get("policy", "tokenbutler"), **options)
-        selection = SelectionConfig(budget=0.25, sinks=2, recent=4)
+        selection = SelectionConfig(budget=0.25, sinks=2, recent=4, tail=case.get("tail", 0))
         dtype, details = case.get("score_dtype"), case.get("details", False)
 
         def fill(model, predictor, tokens, lengths):
-            return prefill(
-                model, tokens, lengths, capacity=CAPACITY, predictor=predictor, chunk=32, score_dtype=dtype
-            )
+            how = dict(capacity=CAPACITY, predictor=predictor, chunk=32, score_dtype=dtype)
+            return prefill(model, tokens, lengths, selection=selection, policy=policy, **how)
 
         def step(model, predictor, token, state):
             return decode_step(

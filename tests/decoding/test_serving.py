@@ -65,6 +65,7 @@ CASES = {
     "interval": dict(selection=WHERE_CHOSEN, score_dtype="int8"),
     "offload": dict(selection=FEW, offload=True),
     "quest": dict(selection=FEW, policy="quest"),
+    "tail": dict(selection=SelectionConfig(budget=0.3, sinks=1, recent=3, tail=8), offload=True),
     "snapkv": dict(selection=FEW, policy="snapkv"),  # its memory has rows in another axis than the caches
 }
 

@@ -23,7 +23,7 @@ from tests.tiny_models import make_model
 REPOSITORY = Path(__file__).parent.parent.parent
 
 PASSES = """
-import json, sys
+import dataclasses, json, sys
 import jax
 import numpy as np
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,7 +31,7 @@ sys.path.insert(0, sys.argv[1])
 from butler_jax import PredictorConfig, SelectionConfig, load_base
 from butler_jax.model import place_model
 from butler_jax.parallel import EVALUATION_RULES, make_mesh, on_host, place
-from butler_jax.policies import make_policy
+from butler_jax.policies import Evicting, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.simulation import calibrate_tolerance, measure_recall, simulate
 
@@ -54,7 +54,8 @@ for text in ("data=1", *meshes):
         policies = [p.prepare(model, [batch]) for p in policies]
         here = found.setdefault(text, {})
         for policy in policies if "simulate" in whats else ():
-            made = simulate(model, batch, policy, selection, own)
+            tail = 0 if isinstance(policy, Evicting) else 8
+            made = simulate(model, batch, policy, dataclasses.replace(selection, tail=tail), own)
             arrays = (made.nll, made.attended, made.read, made.shares, made.stream)
             here[policy.name] = [on_host(a).astype(float).ravel()[:: max(a.size // 999, 1)].tolist() for a in arrays]
             if mesh.size > 1:

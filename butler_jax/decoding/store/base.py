@@ -19,7 +19,7 @@ from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.parts import write_chunk, write_parts
 from butler_jax.model import LayerView, sink_logits
 from butler_jax.parallel import current_mesh
-from butler_jax.selection import Chosen
+from butler_jax.selection import Aside, Chosen
 from pallas_kernels import masked_topk_decode_attention
 
 CACHE_LETTERS = "-bhs-"  # dimensions of a cache, as parallel.by_rows_and_heads names them
@@ -88,7 +88,15 @@ class KVStore:
         return self.attend_seen(view, newest, sliding_window, implementation=implementation)
 
     def attend(
-        self, view: LayerView, chosen: Chosen, newest: Newest, *, unit: int, rows: Any, implementation: str | None
+        self,
+        view: LayerView,
+        chosen: Chosen,
+        newest: Newest,
+        *,
+        unit: int,
+        rows: Any,
+        implementation: str | None,
+        aside: Aside | None = None,
     ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B K S"] | None]:
         """Attend to chosen units of the layer in view, and to the new token.
 
@@ -98,6 +106,7 @@ class KVStore:
         Args:
             chosen: Units to read, [B, K, N] or [B, H, N].
             rows: What `prefetch` gave for these units; None where nothing was fetched.
+            aside: Attention over other keys, [B, H], in the same softmax.
 
         Returns:
             The output, and the attention weights summed over the group where the store is `evicting`, else None.
@@ -107,7 +116,7 @@ class KVStore:
         group = chosen.indices.shape[1] // kv_heads
         options, sinks = dict(unit=unit, implementation=implementation), sink_logits(view.weights)
         if group == 1:
-            options |= dict(rows=rows, sinks=sinks)
+            options |= dict(rows=rows, sinks=sinks, aside=aside)
             return self._attend_set(view, view.q[:, 0], chosen, newest, **options)[:, None], None
         queries = view.q.reshape(batch, kv_heads, group, dim)
         apart = jax.tree.map(lambda a: a.reshape(batch, kv_heads, group, -1), chosen)
@@ -115,16 +124,25 @@ class KVStore:
         for g in range(group):
             own = jax.tree.map(lambda a, g=g: a[:, :, g], apart)
             of_heads = None if sinks is None else sinks[g::group]
-            parts.append(self._attend_set(view, queries[:, :, g], own, newest, sinks=of_heads, **options))
+            beside = None if aside is None else jax.tree.map(lambda a, g=g: a[:, g::group], aside)
+            terms = dict(sinks=of_heads, aside=beside)
+            parts.append(self._attend_set(view, queries[:, :, g], own, newest, **terms, **options))
         return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim), None
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, rows=None) -> Float[Array, "B H D"]:
-        """Attention of the queries [B, H, D] that share the chosen units of a KV head. sinks: theirs, [H] or None."""
+    def _attend_set(
+        self, view, q, chosen, newest, *, unit, implementation, sinks, aside, rows=None
+    ) -> Float[Array, "B H D"]:
+        """Attention of the queries [B, H, D] that share the chosen units of a KV head; sinks, aside: theirs or None."""
         raise TypeError(f"{type(self).__name__} must define _attend_set")
 
     def prefetch(self, layer: Int[Array, ""], chosen: Chosen, newest: Newest, unit: int) -> Any:
         """The rows of chosen units where they have to travel before they are attended; None elsewhere."""
         return None
+
+    def sum_spans(self, lengths: Int[Array, " B"], size: int) -> tuple[Float[Array, "L B K U D"], ...]:
+        """Sums of the keys and of the values of each span of `size` tokens, over the tokens held; float32."""
+        held = held_tokens(self.capacity, lengths, size)
+        return tuple(sum_spans(a, held) for a in (self.k, self.v))
 
     def append(self, k: Float[Array, "L B K D"], v: Float[Array, "L B K D"], lengths: Int[Array, " B"]) -> Self:
         """The store with one more token a row, at its length; a full row stays as it is."""
@@ -147,14 +165,37 @@ def attend_chosen(
     v: Float[Array, "*L B K S D"],
     chosen: Chosen,
     sinks: Float[Array, " H"] | None,
+    aside: Aside | None,
     **options: Any,
 ) -> Float[Array, "B H D"]:
-    """`masked_topk_decode_attention` with options, and with one more logit of every query head in its softmax."""
-    if sinks is None:
+    """`masked_topk_decode_attention` with options, and with more in its softmax.
+
+    sinks: one more logit of every query head. aside: attention over other keys.
+    """
+    if sinks is None and aside is None:
         return masked_topk_decode_attention(q, k, v, *chosen, **options)
     out, total = masked_topk_decode_attention(q, k, v, *chosen, return_residual=True, **options)
-    share = jax.nn.sigmoid(total - sinks.astype(jnp.float32)[None])  # what is left beside the sink
-    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+    found = out.astype(jnp.float32)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32)[None]
+        found = found * jax.nn.sigmoid(total - sinks)[..., None]  # what is left beside the sink
+        total = jnp.logaddexp(total, sinks)
+    if aside is not None:
+        found = aside.join(found, total)
+    return found.astype(out.dtype)
+
+
+def held_tokens(capacity: int, lengths: Int[Array, " B"], size: int) -> Float[Array, "B U N"]:
+    """1 for the tokens that each row holds in spans of `size`, else 0; tokens that fill no span are left out."""
+    columns = jnp.arange(capacity // size * size, dtype=jnp.int32)
+    return (columns[None] < lengths[:, None]).astype(jnp.float32).reshape(len(lengths), -1, size)
+
+
+def sum_spans(a: Float[Array, "L B K S D"], held: Float[Array, "B U N"]) -> Float[Array, "L B K U D"]:
+    """Sums of spans over the tokens held, float32."""
+    _, count, size = held.shape
+    split = a[:, :, :, : count * size].reshape(*a.shape[:3], count, size, a.shape[4])
+    return jnp.sum(split.astype(jnp.float32) * held[None, :, None, :, :, None], axis=4)
 
 
 def put_row(rows: Shaped[Array, "*rows"], row: Shaped[Array, "*row"], number: Int[Array, ""]) -> Shaped[Array, "*rows"]:

@@ -18,10 +18,10 @@ from jax.experimental import compute_on
 from jaxtyping import Array, Bool, Float
 
 from butler_jax.decoding.cached_attention import attend_cached
-from butler_jax.decoding.store.base import KVStore, attend_chosen
+from butler_jax.decoding.store.base import KVStore, attend_chosen, held_tokens, sum_spans
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import by_rows_and_heads
-from butler_jax.selection import Chosen
+from butler_jax.selection import Aside, Chosen
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 KIND = "pinned_host"
@@ -85,6 +85,16 @@ class HostStore(KVStore):
 
         return Fetched(*jax.device_put(gather(self.k, self.v, jax.device_put(place, HOST)), DEVICE), held)
 
+    def sum_spans(self, lengths, size):
+        """Sums of spans, formed on the host."""
+
+        @on_host
+        def run(k, v, held):
+            return tuple(sum_spans(a, held) for a in (k, v))
+
+        held = jax.device_put(held_tokens(self.capacity, lengths, size), HOST)
+        return jax.device_put(run(self.k, self.v, held), DEVICE)
+
     def append(self, k, v, lengths):
         """The store with one more token a row."""
         near = self.near.append(k[:1], v[:1], lengths)
@@ -122,18 +132,19 @@ class HostStore(KVStore):
         number = jax.device_put(number, HOST)
         return HostStore(write(self.k, row.k, number), write(self.v, row.v, number), near)
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, rows=None):
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, aside, rows=None):
         rows = self.prefetch(view.index, chosen, newest, unit) if rows is None else rows
         place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
 
-        def run(q, k, v, new_k, new_v, indices, valid, sinks):
+        def run(q, k, v, new_k, new_v, indices, valid, sinks, output, total):
             options = dict(new_k=new_k, new_v=new_v, implementation=implementation, softcap=view.softcap)
-            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, **options)
+            beside = None if output is None else Aside(output, total)
+            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, beside, **options)
 
         batch, kv_heads = place.shape[:2]
-        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h")
+        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h", "bh-", "bh")
         split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=place.shape[-1])
-        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks)
+        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks, *(aside or (None, None)))
 
     def _fetch_layer(self, index):
         """One layer on the device, [1, B, K, S, D] each."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.decoding.parts import part_of, with_new
+from butler_jax.decoding.parts import part_of, with_aside, with_new
 from butler_jax.decoding.store.base import PAGE
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import token_axis
@@ -26,13 +26,15 @@ class ShardedStore(ResidentStore):
         """Tokens that are read together of a sliding window; a part of the cache holds whole ones."""
         return math.gcd(self.capacity // jax.sharding.get_abstract_mesh().shape[token_axis(self.capacity)], PAGE)
 
-    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, softcap, **where):
+    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, aside, softcap, **where):
         part = part_of(k.shape[-2], token_axis(self.capacity))
         seen = dict(lengths=part.count(lengths), first=None if first is None else part.count(first))
         own = part.own(chosen, unit)
         where |= dict(unit=unit, softcap=softcap, return_residual=True)
         out, residual = masked_topk_decode_attention(q, k, v, *own, **seen, **where)
         state = part.merged(residual[..., None], 1.0, out.astype(jnp.float32))
+        if aside is not None:
+            state = with_aside(*state, aside)
         return with_new(q, new_k, new_v, *state, softcap=softcap, sink_logits=sinks)
 
 

@@ -227,7 +227,7 @@ class PerplexityTask(Task):
         )
 
     def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums, prefix: str = "") -> Float[np.ndarray, " sequences"]:
-        """Bytes of caches read in all rows of each sequence: keys and values, and what the policy ranks by.
+        """Bytes of caches read in all rows of each sequence: keys and values, what the policy ranks by, and the tail.
 
         prefix: "served_" for the served layers alone.
         """
@@ -235,5 +235,8 @@ class PerplexityTask(Task):
         size = self.base.dtype.itemsize
         numbers = policy.policy.numbers_read_per_key(base, policy.predictor)
         scored = 1 if policy.policy.needs_predictor and self.config.score_dtype == "int8" else size
-        ranked = sums.served_held if base.mixed else sums.held * (base.layers - 1) / base.layers
-        return (sums.served if prefix else sums.read) * 2 * base.head_dim * size + ranked * numbers * scored
+        tail = self.config.selection.tail
+        means = 0.0 if policy.dense or not tail else 2 * base.head_dim / tail
+        held = sums.served_held if base.mixed else sums.held * (base.layers - 1) / base.layers
+        read = sums.served if prefix else sums.read
+        return read * 2 * base.head_dim * size + held * (numbers * scored + means * size)

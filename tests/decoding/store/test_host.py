@@ -58,6 +58,7 @@ def test_offload_gives_the_resident_tokens_beside_layers_that_slide(kind, interv
     [
         ("lookahead", dict(budget=0.4, interval=3), "maximum"),
         ("contextual", dict(budget=0.5, unit=4), "normalised"),
+        ("lookahead", dict(budget=0.4, tail=8), "normalised"),
         long("lookahead", dict(budget=0.4), "normalised"),
         long("producer", dict(budget=0.5, unit=4), "maximum"),
         long("producer", dict(budget=0.4, interval=3), "normalised"),
