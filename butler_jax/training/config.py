@@ -9,7 +9,7 @@ from typing import Literal
 
 from butler_jax.parallel import HostsConfig
 from butler_jax.predictors import PredictorConfig
-from butler_jax.selection import AlwaysReadConfig
+from butler_jax.selection import AlwaysReadConfig, SelectionConfig, parse_budget
 from butler_jax.storage import require_local
 
 
@@ -103,6 +103,12 @@ class TrainConfig(FitConfig):
     the target attention."""
     selection: AlwaysReadConfig = field(default=AlwaysReadConfig())
     """Tokens that are read whatever their scores: the cross entropy leaves them out. Both 0 for the published loss."""
+    chosen: int | float | str | None = None
+    """A second stage: the cross entropy counts only the contested keys that the predictor's own scores choose under
+    this budget, a fraction or a number of tokens (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer so). Default: all
+    contested keys."""
+    start: str | None = None
+    """A run or a saved predictor, from whose parameters the training starts. Default: those of `init_predictor`."""
     calibration: int = 4
     """Batches on which the lookahead predictor chooses its rotary pairs."""
 
@@ -118,6 +124,11 @@ class TrainConfig(FitConfig):
                 f"--target {self.predictor.target} is trained for by --objective cross_entropy, not by squared_error; "
                 "give --target attention"
             )
+        if self.chosen is not None:
+            object.__setattr__(self, "chosen", parse_budget(self.chosen))
+            SelectionConfig(budget=self.chosen, sinks=self.selection.sinks, recent=max(self.selection.recent, 1))
+            if self.objective == "squared_error" or (self.objective is None and self.predictor.kind == "contextual"):
+                raise ValueError("--chosen is about the cross entropy; give --objective cross_entropy, or leave it out")
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
         sinks, recent = self.selection.sinks, self.selection.recent

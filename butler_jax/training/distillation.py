@@ -29,7 +29,7 @@ from butler_jax.data import read_batches, read_held_out
 from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import PREDICTORS, Predictor, PredictorConfig, make_predictor
-from butler_jax.runs import about, claim
+from butler_jax.runs import about, claim, load_predictor
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.objective import DistillationObjective
@@ -51,7 +51,7 @@ def distil(
     Args:
         base: The frozen model with its tokenizer; default: it is loaded as the settings say.
         config: The settings; default: TrainConfig().
-        predictor: Where to start; default: `init_predictor`.
+        predictor: Where to start; default: config.start, else `init_predictor`.
 
     Returns:
         The trained predictor. The run's directory holds its checkpoints and metrics.
@@ -75,9 +75,25 @@ def distil(
         check_length(base.config, config.length)
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
+            predictor = predictor or _load_start(base, config)
             run, state = prepare(base, config, mesh, run_dir, predictor)
             open_run(run_dir, config)  # only after everything else was found in order
             return fit(run, state).module
+
+
+def _load_start(base: Base, config: TrainConfig) -> Predictor | None:
+    """The predictor that the settings start from; None where they name none. ValueError where it has other settings."""
+    if config.start is None:
+        return None
+    predictor = load_predictor(config.start, base)
+    differ = [
+        f"{name} {theirs!r} and not {getattr(config.predictor, name)!r}"
+        for name, theirs in dataclasses.asdict(predictor.config).items()
+        if theirs != getattr(config.predictor, name)
+    ]
+    if differ:
+        raise ValueError(f"the predictor in {config.start} has {', '.join(differ)}; give its own settings")
+    return predictor
 
 
 def prepare(

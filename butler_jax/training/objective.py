@@ -59,12 +59,14 @@ class DistillationObjective:
         loss: One of LOSSES.
         sinks, recent: Tokens that are always read; the cross entropy is about the other ones.
         implementation: Of the attention, as in `model.causal_attention`.
+        chosen: The budget of the second stage, as in `attend_with_cross_entropy`.
     """
 
     loss: str
     sinks: int = 0
     recent: int = 0
     implementation: str | None = None
+    chosen: int | float | None = None
 
     def __post_init__(self):
         if self.loss not in LOSSES:
@@ -74,7 +76,8 @@ class DistillationObjective:
     def from_config(cls, config: TrainConfig) -> DistillationObjective:
         """The objective of these settings."""
         loss = config.objective or PREDICTORS[config.predictor.kind].objective
-        return cls(loss, sinks=config.selection.sinks, recent=config.selection.recent, implementation=config.attention)
+        always = dict(sinks=config.selection.sinks, recent=config.selection.recent)
+        return cls(loss, **always, implementation=config.attention, chosen=config.chosen)
 
     def differentiate(
         self,
@@ -185,7 +188,7 @@ class LayerGradients:
             options["rule"] = ErrorRule(
                 self.predictor.config.target, normalised=self.predictor.config.offset == "share"
             )
-        return attend_with_cross_entropy(*arrays, sinks=own.sinks, recent=own.recent, **options)
+        return attend_with_cross_entropy(*arrays, sinks=own.sinks, recent=own.recent, chosen=own.chosen, **options)
 
     def attend_in_trunk(self, _, q: Array, k: Array, v: Array) -> tuple[Array, None]:
         """The attention of a producer's trunk; it keeps no cache."""

@@ -18,12 +18,14 @@ from butler_jax.model import attention
 class KeyRange(NamedTuple):
     """Which keys a row attends to, and which of them are always read: static counts of tokens.
 
-    sliding_window: of the layer, or None. sinks, recent: first and newest tokens that are always read.
+    sliding_window: of the layer, or None. sinks, recent: first and newest tokens that are always read. chosen: the
+    budget of the second stage (second_stage.py), or None.
     """
 
     sliding_window: int | None
     sinks: int
     recent: int
+    chosen: int | float | None = None
 
     @property
     def all_contested(self) -> bool:

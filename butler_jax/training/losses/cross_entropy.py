@@ -37,6 +37,7 @@ def attend_with_cross_entropy(
     form: str | None = None,
     target: ErrorTarget | None = None,
     rule: ErrorRule | None = None,
+    chosen: int | float | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, ""], Float[Array, ""]]:
     """The layer's attention output and the cross entropy of a predictor's scores.
 
@@ -67,6 +68,9 @@ def attend_with_cross_entropy(
             the target; they are interpreted (slowly) on CPU. None takes the form that suits the implementation.
         target, rule: Errors in the residual stream as the target in the place of A. Then the offset of the target has
             a gradient too. With an implementation of None they take "splash" on TPU and "xla" elsewhere.
+        chosen: The budget of a row, as of `SelectionConfig`. Only the contested keys count then that the scores choose
+            under it, per head, and B is the softmax over these (the second stage of DeepSeek-V3.2's indexer, arXiv
+            2512.02556, section 2.1). The target is what A, or the error, is there. It takes the form "fused".
 
     Returns:
         The output [B, T, H, D]; the loss summed over rows and heads, in nats; and the number of rows times heads.
@@ -77,12 +81,17 @@ def attend_with_cross_entropy(
     check_shapes(q, k, v, q_imp, k_imp, segments, sliding_window)
     if min(sinks, recent) < 0:
         raise ValueError(f"sinks and recent must be 0 or more, got {sinks} and {recent}")
-    if target is not None and implementation is None and platform() != "tpu":
+    if implementation is None and (chosen is not None or (target is not None and platform() != "tpu")):
         implementation = "xla"
     terms = {"softcap": softcap, "sink_logits": sink_logits}
     name = attention.choose_implementation(implementation, q, q.shape[-1], segments, **terms)
     form = _choose_form(form, name, of_errors=target is not None)
-    keys = KeyRange(sliding_window, sinks, recent)
+    if chosen is not None and form != "fused":
+        raise ValueError(
+            f'the keys that scores choose are found by the form "fused", not by {form!r}; take "xla" attention, or '
+            "leave out chosen"
+        )
+    keys = KeyRange(sliding_window, sinks, recent, chosen)
     arrays = (q, k, v, q_imp, k_imp, target, segments, sink_logits)
     output, loss, count = _cross_entropy(*arrays, keys, form, name, rule, softcap)
     return jax.lax.stop_gradient(output), loss, jax.lax.stop_gradient(count)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from butler_jax.model import attention, centred_squares, project_values
 from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
+from butler_jax.training.losses.second_stage import Weights, chosen_keys
 from butler_jax.training.losses.target import ErrorRule, ErrorTarget, offset_penalty
 
 
@@ -85,12 +86,20 @@ def run_fused(
             norm, offset = of_target
             true = true / jnp.maximum(norm, 1e-30)
         mass = jnp.sum(true, axis=-1, keepdims=True)  # the attention that goes to contested keys
-        mean_k_imp = attention.weighted_values(true, keys_imp)
-        loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
         doffset = None
         if target is not None:
             penalty, doffset = offset_penalty(offset, predicted_lse, mass, use, rule)
             loss += penalty
+        if keys.chosen is not None:
+            logs = jnp.log(predicted / predicted_total) + (0.0 if target is None else offset)
+            logs = logs.reshape(batch, k.shape[2], -1, chunk, logs.shape[-1])
+            chosen = chosen_keys(logs, seen, index, first, starts, keys)
+            chosen = jnp.broadcast_to(chosen[:, :, None], logs.shape).reshape(predicted.shape)
+            found = Weights(true, predicted, predicted_total, predicted_lse).among(chosen)
+            true, predicted, predicted_total, predicted_lse = found
+            mass = jnp.sum(true, axis=-1, keepdims=True)
+        mean_k_imp = attention.weighted_values(true, keys_imp)
+        loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
         output = output.astype(v.dtype)
         if not differentiate:
             return (loss, dk_imp), (output, None, None)

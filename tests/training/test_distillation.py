@@ -1,0 +1,46 @@
+"""A run that starts from another run's predictor, and the second stage."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from butler_jax import distil, load_base, load_predictor
+from butler_jax.predictors import PredictorConfig
+from butler_jax.training.config import TrainConfig
+from tests import tiny_runs
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_predictor_of_another(tmp_path):
+    place = tiny_runs.make_place(tmp_path)
+    base = load_base(str(place["base"]))
+    distil(base, tiny_runs.settings(place, tmp_path / "first"))
+    first = _leaves(load_predictor(tmp_path / "first", base))
+    again = dict(start=str(tmp_path / "first"), chosen="1/2", steps=1, weight_decay=0.0)
+    still = distil(base, tiny_runs.settings(place, tmp_path / "still", learning_rate=1e-12, **again))
+    for own, other in zip(_leaves(still), first, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-9)
+    moved = distil(base, tiny_runs.settings(place, tmp_path / "moved", **again))
+    assert any(np.abs(own - other).max() > 1e-4 for own, other in zip(_leaves(moved), first, strict=True))
+    among, whole = (tiny_runs.rows(tmp_path / name)[0]["loss"] for name in ("moved", "first"))
+    assert among < whole  # fewer keys to tell apart
+    wider = PredictorConfig(rank=8, stride=2, hidden=16)
+    with pytest.raises(ValueError, match=r"the predictor in .*first has rank 4 and not 8; give its own settings"):
+        distil(base, tiny_runs.settings(place, tmp_path / "wider", predictor=wider, **again))
+    assert not (tmp_path / "wider").exists() or not list((tmp_path / "wider").glob("*.json"))
+
+
+def _leaves(predictor):
+    return jax.tree.leaves(nnx.state(predictor))
+
+
+def test_a_second_stage_is_about_the_cross_entropy_and_a_possible_budget():
+    assert TrainConfig(chosen="1/8").chosen == 0.125
+    for config in (PredictorConfig(kind="contextual"), PredictorConfig(target="attention")):
+        with pytest.raises(ValueError, match="--chosen is about the cross entropy"):
+            TrainConfig(chosen=0.5, objective="squared_error", predictor=config)
+    with pytest.raises(ValueError, match="a budget of 5 tokens is below 4 sinks"):
+        TrainConfig(chosen=5)
