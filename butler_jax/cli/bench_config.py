@@ -26,8 +26,9 @@ class BenchConfig:
     """Budgets of sparse decoding: shares of the context, or numbers of tokens."""
     intervals: str = "1,8"
     """Steps from one choice to the next."""
-    selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("unit",)})
-    """How tokens are chosen. Each of --budgets and --intervals replaces its budget and interval."""
+    selection: SelectionConfig = field(default=SelectionConfig(), metadata={"flags": ("unit", "tail")})
+    """How tokens are chosen. Each of --budgets and --intervals replaces its budget and interval. Under a tail, every
+    variant is timed without it too."""
     pooling: Literal["normalised", "maximum"] = "normalised"
     """How the scores of a group's heads are combined."""
     batch: int = 1
@@ -56,10 +57,13 @@ class BenchConfig:
         return [_whole(part, "--contexts") for part in self.contexts.split(",") if part]
 
     def selections(self) -> list[SelectionConfig]:
-        """Every budget at every interval."""
+        """Every budget at every interval, and under a tail without it before."""
         budgets = [parse_budget(part) for part in self.budgets.split(",") if part]
         intervals = [_whole(part, "--intervals") for part in self.intervals.split(",") if part]
-        return [replace(self.selection, budget=b, interval=i) for b in budgets for i in intervals]
+        tails = dict.fromkeys((0, self.selection.tail))
+        return [
+            replace(self.selection, budget=b, interval=i, tail=t) for b in budgets for i in intervals for t in tails
+        ]
 
 
 def _whole(text: str, name: str) -> int:

@@ -33,15 +33,15 @@ def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context:
     prompt = np.random.default_rng(0).integers(5, base.config.vocab_size, (config.batch, length)).astype(np.int32)
     began = time.perf_counter()
     held = _prefill(config, base, predictor, prompt, context)
-    variants: dict[tuple, Round] = {("dense", 1.0, 1): _decoder(config, base, predictor, held, None)}
+    variants: dict[tuple, Round] = {("dense", 1.0, 1, 0): _decoder(config, base, predictor, held, None)}
     for selection in config.selections():
-        key = ("sparse", selection.budget, selection.interval)
+        key = ("sparse", selection.budget, selection.interval, selection.tail)
         variants[key] = _decoder(config, base, predictor, held, selection)
     del held
     print(f"{context} tokens: prompt of {length} read in {time.perf_counter() - began:.1f} s", end="", flush=True)
     if peer is not None:
         began = time.perf_counter()
-        variants["transformers", 1.0, 1] = peer(prompt)
+        variants["transformers", 1.0, 1, 0] = peer(prompt)
         print(f", by transformers in {time.perf_counter() - began:.1f} s", end="")
     print(flush=True)
     seconds: dict[tuple, list[float]] = {key: [] for key in variants}
@@ -51,15 +51,16 @@ def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context:
             if turn:  # the first round warms up
                 seconds[key].append(took / config.tokens)
     rows = []
-    for (name, budget, interval), times in seconds.items():
+    for (name, budget, interval, tail), times in seconds.items():
         median = statistics.median(times)
-        dense = statistics.median(seconds["dense", 1.0, 1])
-        row = dict(context=context, variant=name, budget=budget, interval=interval, batch=config.batch)
+        dense = statistics.median(seconds["dense", 1.0, 1, 0])
+        row = dict(context=context, variant=name, budget=budget, interval=interval, tail=tail, batch=config.batch)
         row |= dict(seconds=median, best=min(times), tokens_per_second=config.batch / median, speedup=dense / median)
         rows.append(row)
         share = f"budget {budget:<7.4g} interval {interval:<3d}" if name == "sparse" else ""
+        share += f" tail {tail}" if tail else ""
         print(
-            f"  {name:13}{share:28}{config.batch / median:9.1f} tokens/s   best round {config.batch / min(times):9.1f}"
+            f"  {name:13}{share:36}{config.batch / median:9.1f} tokens/s   best round {config.batch / min(times):9.1f}"
             f"   {dense / median:6.2f} of dense",
             flush=True,
         )
@@ -88,7 +89,11 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
     if selection is None:
         predictor, state = None, dataclasses.replace(state, scores=None)
     how = _decoding(base, state.kv.capacity, selection, policy)
-    state = dataclasses.replace(state, memory=empty_memory(how.plan, base.config.layers, config.batch))
+    memory, spans = (
+        empty_memory(how.plan, base.config.layers, config.batch),
+        how.plan.span_means(state.kv, state.lengths),
+    )
+    state = dataclasses.replace(state, memory=memory, spans=spans)
     now = [made, held._replace(state=state)]
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
 

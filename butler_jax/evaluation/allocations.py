@@ -1,7 +1,8 @@
-"""The policies of an evaluation under each allocation of reads between heads."""
+"""The policies of an evaluation under each allocation of reads between heads, with each tail."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.contenders import PREPARED_TOKENS, EvaluatedPolicy
 from butler_jax.evaluation.tasks.texts import read_windows
+from butler_jax.policies import Evicting
 from butler_jax.selection import LIMITED
 from butler_jax.simulation import calibrate_tolerance
 
@@ -16,24 +18,25 @@ from butler_jax.simulation import calibrate_tolerance
 def allocate_policies(
     policies: Sequence[EvaluatedPolicy], base: Any, config: EvalConfig, data: str, say: Callable[[str], None]
 ) -> Iterator[EvaluatedPolicy]:
-    """Each policy under the allocations of a configuration that its scores allow.
+    """Each policy under the allocations of a configuration that its scores allow, with each of its tails.
 
-    A policy that allows none of them reads per head. A label names the allocation where it is not per_head. The
-    tolerance of a budget, and p under top_p, are found on about PREPARED_TOKENS tokens of the text that perplexity
-    reads, so that all allocations read as many tokens on average.
+    A policy that allows none of them reads per head, and one that evicts or reads everything has no tail. A label names
+    the allocation where it is not per_head, and the tail where there is one. The tolerance of a budget, and p under
+    top_p, are found on about PREPARED_TOKENS tokens of the text that perplexity reads, so that all allocations read as
+    many tokens on average.
     """
     windows = None
     for policy in policies:
-        for name in [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]:
-            if name == "per_head":
-                yield policy
-                continue
-            one = policy._replace(label=f"{policy.label}:{name}", allocation=name)
+        names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
+        tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
+        for name, tail in itertools.product(names, tails):
+            words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]
+            one = policy._replace(label=":".join(words), allocation=name, tail=tail)
             if name in LIMITED:
                 if windows is None:
                     windows = read_windows(base, replace(config, tokens=min(config.tokens, PREPARED_TOKENS)), data, say)
                 how = dict(policy=policy.policy, prompt_tokens=config.prompt_tokens)
-                most = replace(config.selection_at(1.0), allocation=name)
+                most = replace(config.selection_at(1.0, tail), allocation=name)
                 given = (base.model, policy.predictor, windows, most, config.budgets)
                 one = one._replace(
                     calibrated=dict(zip(config.budgets, calibrate_tolerance(*given, **how), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -47,13 +48,16 @@ class EvalConfig(HostsConfig):
     """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
     tokens."""
     selection: SelectionConfig = field(
-        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours", "floor", "tail")}
+        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours", "floor")}
     )
     """How tokens are chosen. Each of --budgets replaces its budget."""
     allocations: tuple[str, ...] = ("per_head", "tolerance")
     """How heads share reads: per_head, per_layer, tolerance, top_p (as the allocation of a selection). A policy runs
     under those that its scores allow, and per_head where they allow none. The tolerance of a budget, and the p of
     top_p, are calibrated on the text, so that the mean over layers and heads is the budget."""
+    tails: tuple[int, ...] = (0,)
+    """Tokens of the spans by which keys that are not read are estimated, as the tail of a selection; 0: they are not.
+    Every policy that does not evict runs with each."""
     prompt_tokens: int | None = None
     """First tokens of every window that are read densely, as a prompt, and not counted: what follows is evaluated, as
     if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row. Default:
@@ -99,7 +103,7 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        for name in ("tasks", "policies", "budgets", "allocations", "lengths", "depths"):
+        for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:
                 continue
             object.__setattr__(self, name, split_list(getattr(self, name)))
@@ -107,6 +111,7 @@ class EvalConfig(HostsConfig):
                 raise ValueError(f"--{name} names nothing; give at least one")
         object.__setattr__(self, "compare", tuple(Path(p) for p in split_list(self.compare)))
         object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
+        object.__setattr__(self, "tails", _numbers("tails", int, self.tails))
         object.__setattr__(self, "lengths", _numbers("lengths", int, self.lengths))
         object.__setattr__(self, "depths", _numbers("depths", float, self.depths))
         unknown = [t for t in self.tasks if t not in TASKS]
@@ -150,12 +155,14 @@ class EvalConfig(HostsConfig):
             raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
         if self.tokens == 1:
             raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
-        for budget in self.budgets:
-            self.selection_at(budget)
+        if self.selection.tail:
+            raise ValueError(f"the tails of an evaluation are given as tails={(self.selection.tail,)}")
+        for budget, tail in itertools.product(self.budgets, self.tails):
+            self.selection_at(budget, tail)
 
-    def selection_at(self, budget: float | int) -> SelectionConfig:
-        """The selection with one of the budgets."""
-        return dataclasses.replace(self.selection, budget=budget)
+    def selection_at(self, budget: float | int, tail: int = 0) -> SelectionConfig:
+        """The selection with one of the budgets and tails."""
+        return dataclasses.replace(self.selection, budget=budget, tail=tail)
 
 
 def _numbers(name: str, kind: type, values: tuple) -> tuple:

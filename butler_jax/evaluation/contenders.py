@@ -33,6 +33,7 @@ class EvaluatedPolicy(NamedTuple):
         predictor: None where the policy needs none.
         training: How the predictor was trained; empty where that is not known.
         allocation: How heads share reads.
+        tail: Tokens of the spans by which keys that are not read are estimated; 0 where they are not.
         calibrated: Under a tolerance or top-p, the selections by budget.
     """
 
@@ -41,6 +42,7 @@ class EvaluatedPolicy(NamedTuple):
     predictor: Predictor | None = None
     training: Mapping[str, Any] = MappingProxyType({})
     allocation: str = "per_head"
+    tail: int = 0
     calibrated: Mapping[float | int, SelectionConfig] = MappingProxyType({})
 
     @property
@@ -65,7 +67,7 @@ class EvaluatedPolicy(NamedTuple):
             return {1: config.selection_at(1.0)}
         if self.calibrated:
             return dict(self.calibrated)
-        selections = {budget: config.selection_at(budget) for budget in config.budgets}
+        selections = {budget: config.selection_at(budget, self.tail) for budget in config.budgets}
         return {budget: replace(s, allocation=self.allocation) for budget, s in selections.items()}
 
     def facts(self) -> dict[str, Any]:

@@ -62,3 +62,27 @@ def test_an_evaluation_under_top_p_reads_the_mean(tmp_path):
     for row in rows:
         if row["allocation"] == "top_p":
             np.testing.assert_allclose(row["attended"], 0.5, rtol=0.04)  # a correction ends within 2 %
+
+
+def test_every_policy_that_keeps_its_cache_runs_with_each_tail():
+    policies = [EvaluatedPolicy(name, make_policy(name)) for name in ("dense", "oracle", "h2o")]
+    config = EvalConfig(allocations="per_head", budgets="1/4", tails="0,8")
+    found = {one.label: one for one in allocations.allocate_policies(policies, None, config, "", print)}
+    assert [*found] == ["dense", "oracle", "oracle:tail=8", "h2o"]
+    assert found["oracle:tail=8"].selections(config) == {0.25: SelectionConfig(budget=0.25, tail=8)}
+    assert found["oracle"].selections(config) == found["h2o"].selections(config) == {0.25: SelectionConfig(budget=0.25)}
+    with pytest.raises(ValueError, match=r"the tails of an evaluation are given as tails=\(8,\)"):
+        EvalConfig(selection=SelectionConfig(tail=8))
+    with pytest.raises(ValueError, match="tail must be at least 0, got -8"):
+        EvalConfig(tails="-8")
+
+
+def test_a_tail_brings_an_evaluation_closer_to_dense_and_its_bytes_count(tmp_path):
+    base, _, config = make_perplexity_evaluation(make_model(), tmp_path)
+    changes = dict(policies="dense,oracle", allocations="per_head", budgets="1/4", tails="0,4", prompt_tokens=8)
+    rows = evaluate(base, None, dataclasses.replace(config, **changes)).rows
+    found = {(row["metric"], row["tail"]): row["value"] for row in rows if row["policy"].startswith("oracle")}
+    assert found["js_divergence", 4] < found["js_divergence", 0]
+    whole = next(row["value"] for row in rows if row["metric"] == "bytes_read" and row["policy"] == "dense")
+    served = whole * (base.config.layers - 1) / base.config.layers
+    assert found["bytes_read", 4] - found["bytes_read", 0] == pytest.approx(served / 4, rel=1e-5)

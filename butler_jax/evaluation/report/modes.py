@@ -1,4 +1,4 @@
-"""How rows were evaluated: the allocation of reads between heads, and the prompt, in labels and in words."""
+"""How rows were evaluated: the allocation of reads between heads, the tail and the prompt, in labels and in words."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ ALLOCATIONS = {
     "2025, arXiv 2502.02770). p is one number, set so that the mean that is read is about the budget.",
 }
 
+TAIL = "Keys that are not read are estimated by the mean keys and values of spans of {} tokens."
+
 
 def label_allocations(rows: Iterable[Row]) -> list[Row]:
     """The rows with labels that name their allocation where it is not per_head."""
@@ -28,9 +30,11 @@ def _label(row: Row) -> str:
 
 
 def describe_allocations(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The allocations of a report, each with what it means; none where every policy reads per head."""
+    """The allocations and tails of a report, each with what it means; none where every policy reads per head."""
     found = dict.fromkeys(r.get("allocation") or "per_head" for r in rows if not is_dense(r["policy"]))
-    return [(name, words) for name, words in ALLOCATIONS.items() if name in found] if set(found) - {"per_head"} else []
+    tails = dict.fromkeys(r["tail"] for r in rows if r.get("tail"))
+    said = [(name, words) for name, words in ALLOCATIONS.items() if name in found] if set(found) - {"per_head"} else []
+    return said + [(f"tail={tail}", TAIL.format(tail)) for tail in tails]
 
 
 def split_prompts(rows: Iterable[Row]) -> dict[int, list[Row]]:

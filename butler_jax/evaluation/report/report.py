@@ -37,6 +37,7 @@ class ReportRow:
             sample's answer is.
         attended_of_dense: The keys that were read in all layers, as a mean share of those that a dense pass reads. Rows
             have it where a layer other than layer 0 is not served.
+        tail: Tokens of the spans by which keys that are not read are estimated; 0 where they are not.
     """
 
     task: str
@@ -54,6 +55,7 @@ class ReportRow:
     allocation: str = "per_head"
     prompt_tokens: int = 0
     attended_of_dense: float | None = None
+    tail: int = 0
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,11 @@ class AttentionTask(Task):
         self.found: dict[str, Recall] = {}  # by label, measured together with that of another policy
 
     def takes(self, policy):
-        """Every policy that does not read everything; under a tolerance and top-p, budgets are not tables of tokens."""
-        return not policy.dense and policy.allocation not in LIMITED
+        """Every policy that does not read everything, without a tail, which changes no choice on dense streams.
+
+        Under a tolerance and top-p, budgets are not tables of tokens.
+        """
+        return not policy.dense and not policy.tail and policy.allocation not in LIMITED
 
     def expect(self, cells):
         """Policies that can are measured in one dense pass, at the cell of the first one."""

@@ -68,4 +68,5 @@ class Task:
             where=where or {},
             allocation=policy.allocation,
             prompt_tokens=self.config.prompt_tokens,
+            tail=policy.tail,
         )

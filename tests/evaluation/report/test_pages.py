@@ -240,7 +240,7 @@ def test_prompts_and_allocations_are_apart_and_in_words():
     alone = Reader(render_page(report(after(256, 20.0))))
     assert "task-perplexity" in alone.ids and "after a prompt of 256 tokens" in " ".join(alone.words)
     plain = " ".join(Reader(render_page(report([row("perplexity", "perplexity", "oracle", 0.5, 3.0)]))).words)
-    assert "How heads share reads" not in plain
+    assert "Allocations and tails" not in plain
 
 
 def test_the_title_has_base_and_predictor_and_no_fact_is_empty():
