@@ -60,7 +60,7 @@ def test_with_offload_a_chip_holds_a_few_layers_of_the_cache_at_a_time():
 
     resident = tpu_decode.summary(tpu_decode.lower_chunk(mesh, offload=False, **given).compile())["temporary_gib"]
     assert needs(tpu_decode.lower_chunk(mesh, offload=True, **given)) < resident + 2 * layer
-    for selection in (SelectionConfig(budget=1 / 16, interval=8), None):
+    for selection in (SelectionConfig(budget=1 / 16, interval=8, tail=64), None):
         step = tpu_decode.lower_decode(mesh, batch=1, offload=True, selection=selection, **given)
         assert needs(step) < 2 * layer
 
@@ -86,9 +86,10 @@ def test_a_deeper_model_is_no_longer_a_program(base, predictor):
     assert many < few * 1.05
 
 
-def test_caches_are_written_in_place(base, predictor):
-    lowered, state = stepper(base, predictor, SelectionConfig(budget=0.25))
+@pytest.mark.parametrize("tail", [0, 8])
+def test_caches_are_written_in_place(base, predictor, tail):
+    lowered, state = stepper(base, predictor, SelectionConfig(budget=0.25, tail=tail))
     sizes = lowered.compile().memory_analysis()
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.kv))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.kv, state.spans)))
     assert sizes.alias_size_in_bytes >= held
     assert sizes.temp_size_in_bytes < held  # no second cache
