@@ -25,8 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from butler_jax.decoding import decode_step, prefill
 from butler_jax.decoding.cache import state_partition
+from butler_jax.decoding.plan import Plan
 from butler_jax.decoding.prefill_pass import nothing_read
-from butler_jax.decoding.prompt_parts import read_part
+from butler_jax.decoding.prompt_parts import end_reading, read_part
 from butler_jax.decoding.store import HostStore, KVStore, ResidentStore
 from butler_jax.model import LOGICAL_AXES, BaseConfig, BaseModel, RopeConfig
 from butler_jax.parallel import module_shardings
@@ -100,6 +101,17 @@ def lower_chunk(mesh: Mesh, *, base: BaseConfig, capacity: int, offload: bool, c
     with jax.set_mesh(mesh):
         filled = last, _on_host(kv) if offload else kv, scores
         return read_part.lower(model, predictor, tokens, one, row, one, filled)
+
+
+def lower_end(mesh: Mesh, *, base: BaseConfig, capacity: int, offload: bool, plan: Plan):
+    """Lower the end of reading a prompt for one chip, which makes the state of the steps under a plan."""
+    model, predictor = _modules(mesh, base, PredictorConfig())
+    filled = jax.eval_shape(lambda m, p: nothing_read(m, p, 1, capacity), model, predictor)
+    last, kv, scores = _everywhere(filled, mesh)
+    row = _everywhere(jax.ShapeDtypeStruct((1,), jnp.int32), mesh)
+    with jax.set_mesh(mesh):
+        kv = _on_host(kv) if offload else kv
+        return end_reading.lower(model, row, last, kv, scores, plan=plan, score_dtype=None)
 
 
 def _modules(mesh: Mesh, base: BaseConfig, config: PredictorConfig) -> tuple[Any, Any]:

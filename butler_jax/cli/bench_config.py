@@ -57,7 +57,7 @@ class BenchConfig:
         return [_whole(part, "--contexts") for part in self.contexts.split(",") if part]
 
     def selections(self) -> list[SelectionConfig]:
-        """Every budget at every interval, and under a tail without it before."""
+        """Every budget at every interval: without a tail, and with the one that was given."""
         budgets = [parse_budget(part) for part in self.budgets.split(",") if part]
         intervals = [_whole(part, "--intervals") for part in self.intervals.split(",") if part]
         tails = dict.fromkeys((0, self.selection.tail))

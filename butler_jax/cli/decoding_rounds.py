@@ -89,10 +89,8 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
     if selection is None:
         predictor, state = None, dataclasses.replace(state, scores=None)
     how = _decoding(base, state.kv.capacity, selection, policy)
-    memory, spans = (
-        empty_memory(how.plan, base.config.layers, config.batch),
-        how.plan.span_means(state.kv, state.lengths),
-    )
+    memory = empty_memory(how.plan, base.config.layers, config.batch)
+    spans = jax.jit(how.plan.span_means)(state.kv, state.lengths)
     state = dataclasses.replace(state, memory=memory, spans=spans)
     now = [made, held._replace(state=state)]
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))

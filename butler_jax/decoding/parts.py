@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.model import LOWEST, soft_cap
 from butler_jax.parallel import by_rows_and_heads, token_axis
-from butler_jax.selection import Aside, Chosen
+from butler_jax.selection import Chosen
 from pallas_kernels import compact
 
 
@@ -60,16 +60,6 @@ class Part(NamedTuple):
 def part_of(size: int, axis: str | None) -> Part | None:
     """This device's part, of `size` tokens; None where no axis splits them."""
     return None if axis is None else Part(axis, jax.lax.axis_index(axis) * size, size)
-
-
-def with_aside(
-    top: Float[Array, "*B 1"], total: Float[Array, "*B 1"], sums: Float[Array, "*B D"], aside: Aside
-) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"], Float[Array, "*B D"]]:
-    """A state as `Part.merged` gives it, with attention over other keys in the same softmax."""
-    other = aside.total[..., None]
-    highest = jnp.maximum(top, other)
-    shrink, weight = jnp.exp(top - highest), jnp.exp(other - highest)
-    return highest, total * shrink + weight, sums * shrink + aside.output * weight
 
 
 def with_new(

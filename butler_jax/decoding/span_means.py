@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.store import KVStore, write_token
-from butler_jax.model import LayerView
-from butler_jax.selection import Aside, Chosen, attend_spans
+from butler_jax.model import LayerView, PartialAttention
+from butler_jax.selection import Chosen, attend_spans
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +53,7 @@ class SpanMeans:
         (k, open_k), (v, open_v) = add(self.k, self.open_k, k), add(self.v, self.open_v, v)
         return replace(self, k=k, v=v, open_k=open_k, open_v=open_v)
 
-    def attend(self, view: LayerView, chosen: Chosen, newest: Newest, unit: int) -> Aside:
+    def attend(self, view: LayerView, chosen: Chosen, newest: Newest, unit: int) -> PartialAttention:
         """Attention of one new token a row over what it does not read of whole spans; chosen: units [B, K or H, N]."""
         (batch, _, heads, dim), size = view.q.shape, self.size
         mean_k, mean_v = (jax.lax.dynamic_index_in_dim(a, view.index, keepdims=False) for a in (self.k, self.v))
@@ -70,4 +70,4 @@ class SpanMeans:
         unread = jnp.where(whole[:, None], size - read, 0).reshape(batch, kv_heads, -1, 1, count)
         q = view.q[:, 0].reshape(batch, kv_heads, heads // kv_heads, 1, dim)
         found = attend_spans(q * jnp.asarray(dim**-0.5, q.dtype), mean_k, mean_v, unread, view.softcap)
-        return Aside(found.output.reshape(batch, heads, dim), found.total.reshape(batch, heads))
+        return PartialAttention(found.output.reshape(batch, heads, dim), found.lse.reshape(batch, heads))

@@ -55,7 +55,7 @@ class EvalConfig(HostsConfig):
     """How heads share reads: per_head, per_layer, tolerance, top_p (as the allocation of a selection). A policy runs
     under those that its scores allow, and per_head where they allow none. The tolerance of a budget, and the p of
     top_p, are calibrated on the text, so that the mean over layers and heads is the budget."""
-    tails: tuple[int, ...] = (0,)
+    tails: tuple[str | int, ...] = (0,)
     """Tokens of the spans by which keys that are not read are estimated, as the tail of a selection; 0: they are not.
     Every policy that does not evict runs with each."""
     prompt_tokens: int | None = None
@@ -156,7 +156,9 @@ class EvalConfig(HostsConfig):
         if self.tokens == 1:
             raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
         if self.selection.tail:
-            raise ValueError(f"the tails of an evaluation are given as tails={(self.selection.tail,)}")
+            raise ValueError(
+                f"the tails of an evaluation are given as tails={(self.selection.tail,)}; leave 0 in the selection"
+            )
         for budget, tail in itertools.product(self.budgets, self.tails):
             self.selection_at(budget, tail)
 

@@ -56,6 +56,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "families": ["FAMILIES", "Family"],
         "hugging_face_config": ["base_config"],
         "layers": ["layer_norm", "rms_norm", "rope_frequencies", "rotary", "rotary_angles", "soft_cap"],
+        "partial_attention": ["PartialAttention"],
         "named_leaves": ["compare_leaves", "name_leaves", "place_leaves"],
     },
 )

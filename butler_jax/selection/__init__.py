@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "config": ["LIMITED", "Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
         "mass": ["WeighedUnits", "weigh_units"],
-        "tail": ["Aside", "TailSpans", "attend_spans"],
+        "tail": ["TailSpans", "attend_spans"],
         "masks": ["Rows", "always_chosen", "select_best", "select_mask", "tied_share"],
     },
 )

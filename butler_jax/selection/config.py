@@ -85,7 +85,7 @@ class SelectionConfig(AlwaysReadConfig):
         if self.unit.bit_count() != 1:
             raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit}")
         if self.tail % self.unit:
-            raise ValueError(f"a span of the tail holds whole units of {self.unit} tokens, got {self.tail}")
+            raise ValueError(f"the tail must be a multiple of the unit {self.unit}, got {self.tail}")
         object.__setattr__(self, "budget", parse_budget(self.budget))
         self._check_budget()
         self._check_allocation()

@@ -13,21 +13,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import LOWEST, soft_cap
+from butler_jax.model import LOWEST, PartialAttention, soft_cap
 from butler_jax.selection.masks import Rows
-
-
-class Aside(NamedTuple):
-    """Attention over other keys than those read: its output, and the log-sum-exp of its logits, -inf without a key."""
-
-    output: Float[Array, "*B D"]
-    total: Float[Array, "*B"]
-
-    def join(self, output: Float[Array, "*B D"], total: Float[Array, "*B"]) -> Float[Array, "*B D"]:
-        """The output over both sets of keys, float32. output, total: of those read, of which each row has one."""
-        both = jnp.logaddexp(total, self.total)
-        shares = jnp.exp(total - both)[..., None], jnp.exp(self.total - both)[..., None]
-        return output.astype(jnp.float32) * shares[0] + self.output * shares[1]
 
 
 def attend_spans(
@@ -36,7 +23,7 @@ def attend_spans(
     mean_v: Float[Array, "B K U D"],
     unread: Int[Array, "B _ _ C U"],
     softcap: float | None = None,
-) -> Aside:
+) -> PartialAttention:
     """Attention of scaled queries over the unread keys of spans; unread: how many each span has for a row."""
     logits = jnp.einsum("bkgcd,bkud->bkgcu", q, mean_k, preferred_element_type=jnp.float32)
     logits = soft_cap(logits, softcap) + jnp.log(unread.astype(jnp.float32))
@@ -46,7 +33,7 @@ def attend_spans(
     values = jnp.einsum("bkgcu,bkud->bkgcd", weights.astype(mean_v.dtype), mean_v, preferred_element_type=jnp.float32)
     held = total > 0
     total = jnp.where(held, total, 1.0)
-    return Aside(values / total[..., None], jnp.where(held, top + jnp.log(total), -jnp.inf))
+    return PartialAttention(values / total[..., None], jnp.where(held, top + jnp.log(total), -jnp.inf))
 
 
 class TailSpans(NamedTuple):

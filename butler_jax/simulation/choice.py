@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import CHUNK, exponentials, weighted_values
+from butler_jax.model import CHUNK, PartialAttention, exponentials, weighted_values
 from butler_jax.policies import Chunk, Scoring
 from butler_jax.selection import (
-    Aside,
     Limits,
     SelectionConfig,
     TailSpans,
@@ -38,11 +37,11 @@ def sparse_chunk(chunk, *, policy: Scoring, limits: Limits, rule: SelectionConfi
     weights, total, lse = exponentials(chunk.logits, mask, chunk.sink_logits)
     output = weighted_values(weights, chunk.v) / total
     if 0 < rule.tail <= keys:
-        output = _estimate_tail(chunk, mask, rule.tail, softcap).join(output, lse[..., 0])
+        output = PartialAttention(output, lse[..., 0]).merge(_estimate_tail(chunk, mask, rule.tail, softcap)).output
     return output.astype(chunk.v.dtype), fraction, shares
 
 
-def _estimate_tail(chunk: Chunk, mask: Bool[Array, "B K _ C S"], size: int, softcap: float | None) -> Aside:
+def _estimate_tail(chunk: Chunk, mask: Bool[Array, "B K _ C S"], size: int, softcap: float | None) -> PartialAttention:
     """Attention of a chunk over the keys that its rows do not read, by means of spans."""
     spans = TailSpans.find(chunk.columns, chunk.starts, size)
     sets = mask.reshape(mask.shape[0], -1, *mask.shape[3:])

@@ -105,8 +105,8 @@ class TrainConfig(FitConfig):
     """Tokens that are read whatever their scores: the cross entropy leaves them out. Both 0 for the published loss."""
     chosen: int | float | str | None = None
     """A second stage: the cross entropy counts only the contested keys that the predictor's own scores choose under
-    this budget, a fraction or a number of tokens (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer so). Default: all
-    contested keys."""
+    this budget, a fraction or a number of tokens (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer so). Validations
+    count all of them. Default: all contested keys."""
     start: str | None = None
     """A run or a saved predictor, from whose parameters the training starts. Default: those of `init_predictor`."""
     calibration: int = 4
@@ -129,6 +129,8 @@ class TrainConfig(FitConfig):
             SelectionConfig(budget=self.chosen, sinks=self.selection.sinks, recent=max(self.selection.recent, 1))
             if self.objective == "squared_error" or (self.objective is None and self.predictor.kind == "contextual"):
                 raise ValueError("--chosen is about the cross entropy; give --objective cross_entropy, or leave it out")
+            if self.attention not in (None, "xla"):
+                raise ValueError(f"--chosen runs with --attention xla, not {self.attention}; leave one of them out")
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
         sinks, recent = self.selection.sinks, self.selection.recent

@@ -29,7 +29,7 @@ from butler_jax.data import read_batches, read_held_out
 from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import PREDICTORS, Predictor, PredictorConfig, make_predictor
-from butler_jax.runs import about, claim, load_predictor
+from butler_jax.runs import about, claim, load_predictor, steps
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.objective import DistillationObjective
@@ -75,15 +75,19 @@ def distil(
         check_length(base.config, config.length)
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
-            predictor = predictor or _load_start(base, config)
+            predictor = predictor or _load_start(base, config, run_dir)
             run, state = prepare(base, config, mesh, run_dir, predictor)
             open_run(run_dir, config)  # only after everything else was found in order
             return fit(run, state).module
 
 
-def _load_start(base: Base, config: TrainConfig) -> Predictor | None:
-    """The predictor that the settings start from; None where they name none. ValueError where it has other settings."""
-    if config.start is None:
+def _load_start(base: Base, config: TrainConfig, run_dir: Path) -> Predictor | None:
+    """The predictor that the settings start from; None where they name none, or the run has a checkpoint of its own.
+
+    Raises:
+        ValueError: It has other settings.
+    """
+    if config.start is None or steps(run_dir / "checkpoints"):
         return None
     predictor = load_predictor(config.start, base)
     differ = [
@@ -118,6 +122,8 @@ def prepare(
         )
     predictor = place(predictor, PREDICTORS[config.predictor.kind].logical_axes, mesh)
     step, optimiser = distil_step(config)
+    # Losses among chosen keys do not compare: a predictor that chooses keys of little weight has a lower one.
+    objective = dataclasses.replace(DistillationObjective.from_config(config), chosen=None)
     run = Run(
         config=config,
         directory=run_dir,
@@ -125,7 +131,7 @@ def prepare(
         step=step,
         model=model,
         batches=batches,
-        validate=Validation(DistillationObjective.from_config(config), model, held_out).measure,
+        validate=Validation(objective, model, held_out).measure,
         about=about(base, predictor.config),
         forward_seconds=time_forward(model, held_out[0], config),
     )

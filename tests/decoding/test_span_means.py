@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import tpu_decode
+from butler_jax.decoding.plan import make_plan
 from butler_jax.decoding.prefill_pass import prefill
 from butler_jax.decoding.step import decode_step
 from butler_jax.model.decoder import logits
@@ -22,7 +24,7 @@ from tests.decoding.test_choice import SINKS, SLIDING, TOTAL, decoded_sets, make
 from tests.marked import long, slow
 
 pytestmark = pytest.mark.usefixtures("few_optimisations")
-PROMPTS = np.asarray([1, 21, 13])
+PROMPTS = np.asarray([4, 20, 12])
 
 
 def simulated_logits(model, predictor, policy, selection):
@@ -39,6 +41,7 @@ def simulated_logits(model, predictor, policy, selection):
         ("tokenbutler", dict(budget=0.3, tail=8), {}),
         slow("oracle", dict(budget=0.4, tail=8, unit=4), {}),
         slow("oracle_head", dict(budget=0.3, tail=5), {}),
+        slow("oracle", dict(budget=0.4, tail=8, interval=4), {}),
         slow("oracle", dict(budget=0.3, tail=4), SLIDING | SINKS),
         long("tokenbutler", dict(budget=0.3, tail=8, min_context=30), SLIDING),
         long("oracle_residual", dict(budget=0.8, tail=8, allocation="tolerance", tolerance=0.1), {}),
@@ -69,3 +72,14 @@ def test_a_state_without_means_is_refused():
         _, state = prefill(model, tokens, jnp.full(3, 4), capacity=TOTAL, selection=given, policy=make_policy("oracle"))
         with pytest.raises(ValueError, match="a tail of spans of 8 tokens needs their means"):
             decode_step(model, tokens[:, 0], state, selection=selection, policy=make_policy("oracle"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_end_of_a_prompt_needs_no_second_cache_on_a_chip(offload):
+    pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
+    mesh, base = tpu_decode.chips("v5e", "model=1"), dataclasses.replace(tpu_decode.LLAMA_8B, layers=4)
+    plan = make_plan(base, 32768, SelectionConfig(budget=1 / 16, tail=64))
+    compiled = tpu_decode.lower_end(mesh, base=base, capacity=32768, offload=offload, plan=plan).compile()
+    layer = 2 * 8 * 32768 * 128 * 2 / 2**30
+    assert tpu_decode.summary(compiled)["temporary_gib"] < 2 * layer  # of four

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax.model import PartialAttention
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig
 from butler_jax.selection.masks import Rows
-from butler_jax.selection.tail import Aside, TailSpans, attend_spans
+from butler_jax.selection.tail import TailSpans, attend_spans
 
 SIZE, SOFTCAP = 4, 2.0
 
@@ -62,7 +63,7 @@ def test_the_tail_is_the_attention_over_means_of_unread_keys(window):
         of_head = mask[b, h * group + g, c]
         wanted, total = naive(q[b, h, g, c], k[b, h], v[b, h], of_head, starts[b], own[b, c], low[b, c])
         np.testing.assert_allclose(found.output[b, h, g, c], wanted, atol=2e-6)
-        np.testing.assert_allclose(found.total[b, h, g, c], total, atol=2e-6)
+        np.testing.assert_allclose(found.lse[b, h, g, c], total, atol=2e-6)
         empty += np.isneginf(total)
     assert 0 < empty < q[..., 0].size / 2
 
@@ -71,15 +72,21 @@ def test_both_sets_of_keys_share_one_softmax():
     random = np.random.default_rng(1)
     logits, values = random.normal(size=9), random.normal(size=(9, 3))
     weights = np.exp(logits)
-    parts = [(w @ v / w.sum(), np.log(w.sum())) for w, v in ((weights[p], values[p]) for p in (slice(4), slice(4, 9)))]
-    read, aside = ([jnp.asarray(np.float32(a)) for a in part] for part in parts)
-    np.testing.assert_allclose(Aside(*aside).join(*read), weights @ values / weights.sum(), atol=1e-6)
-    nothing = Aside(jnp.zeros(3), jnp.asarray(-jnp.inf))
-    np.testing.assert_array_equal(nothing.join(*read), read[0])
+    parts = []
+    for part in (slice(4), slice(4, 9)):
+        output, total = weights[part] @ values[part] / weights[part].sum(), weights[part].sum()
+        parts.append(PartialAttention(jnp.asarray(np.float32(output)), jnp.asarray(np.float32(np.log(total)))))
+    read, others = parts
+    np.testing.assert_allclose(read.merge(others).output, weights @ values / weights.sum(), atol=1e-6)
+    nothing = PartialAttention(jnp.zeros(3), jnp.asarray(-jnp.inf))
+    found = nothing.merge(read)
+    np.testing.assert_allclose(found.output, read.output, rtol=1e-6)
+    np.testing.assert_allclose(found.lse, read.lse, rtol=1e-6)
+    assert nothing.merge(nothing).lse == -jnp.inf and not nothing.merge(nothing).output.any()
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="a span of the tail holds whole units of 16 tokens, got 24"):
+    with pytest.raises(ValueError, match="the tail must be a multiple of the unit 16, got 24"):
         SelectionConfig(unit=16, tail=24)
     with pytest.raises(ValueError, match="tail must be at least 0, got -1"):
         SelectionConfig(tail=-1)

@@ -25,10 +25,12 @@ def test_a_run_starts_from_the_predictor_of_another(tmp_path):
         np.testing.assert_allclose(own, other, atol=1e-9)
     moved = distil(base, tiny_runs.settings(place, tmp_path / "moved", **again))
     assert any(np.abs(own - other).max() > 1e-4 for own, other in zip(_leaves(moved), first, strict=True))
-    among, whole = (tiny_runs.rows(tmp_path / name)[0]["loss"] for name in ("moved", "first"))
-    assert among < whole  # fewer keys to tell apart
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    more = dict(again, steps=2)
+    distil(base, tiny_runs.settings(place, tmp_path / "moved", **more))  # it goes on from a checkpoint of its own
+    again["start"] = more["start"] = str(tmp_path / "elsewhere")
     wider = PredictorConfig(rank=8, stride=2, hidden=16)
-    with pytest.raises(ValueError, match=r"the predictor in .*first has rank 4 and not 8; give its own settings"):
+    with pytest.raises(ValueError, match=r"the predictor in .*elsewhere has rank 4 and not 8; give its own settings"):
         distil(base, tiny_runs.settings(place, tmp_path / "wider", predictor=wider, **again))
     assert not (tmp_path / "wider").exists() or not list((tmp_path / "wider").glob("*.json"))
 
@@ -42,5 +44,7 @@ def test_a_second_stage_is_about_the_cross_entropy_and_a_possible_budget():
     for config in (PredictorConfig(kind="contextual"), PredictorConfig(target="attention")):
         with pytest.raises(ValueError, match="--chosen is about the cross entropy"):
             TrainConfig(chosen=0.5, objective="squared_error", predictor=config)
+    with pytest.raises(ValueError, match="--chosen runs with --attention xla, not splash"):
+        TrainConfig(chosen=0.5, attention="splash")
     with pytest.raises(ValueError, match="a budget of 5 tokens is below 4 sinks"):
         TrainConfig(chosen=5)

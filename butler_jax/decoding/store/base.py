@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.parts import write_chunk, write_parts
-from butler_jax.model import LayerView, sink_logits
+from butler_jax.model import LayerView, PartialAttention, sink_logits
 from butler_jax.parallel import current_mesh
-from butler_jax.selection import Aside, Chosen
+from butler_jax.selection import Chosen
 from pallas_kernels import masked_topk_decode_attention
 
 CACHE_LETTERS = "-bhs-"  # dimensions of a cache, as parallel.by_rows_and_heads names them
@@ -96,7 +96,7 @@ class KVStore:
         unit: int,
         rows: Any,
         implementation: str | None,
-        aside: Aside | None = None,
+        others: PartialAttention | None = None,
     ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B K S"] | None]:
         """Attend to chosen units of the layer in view, and to the new token.
 
@@ -106,7 +106,7 @@ class KVStore:
         Args:
             chosen: Units to read, [B, K, N] or [B, H, N].
             rows: What `prefetch` gave for these units; None where nothing was fetched.
-            aside: Attention over other keys, [B, H], in the same softmax.
+            others: Attention over other keys in the same softmax, [B, H].
 
         Returns:
             The output, and the attention weights summed over the group where the store is `evicting`, else None.
@@ -116,7 +116,7 @@ class KVStore:
         group = chosen.indices.shape[1] // kv_heads
         options, sinks = dict(unit=unit, implementation=implementation), sink_logits(view.weights)
         if group == 1:
-            options |= dict(rows=rows, sinks=sinks, aside=aside)
+            options |= dict(rows=rows, sinks=sinks, others=others)
             return self._attend_set(view, view.q[:, 0], chosen, newest, **options)[:, None], None
         queries = view.q.reshape(batch, kv_heads, group, dim)
         apart = jax.tree.map(lambda a: a.reshape(batch, kv_heads, group, -1), chosen)
@@ -124,15 +124,17 @@ class KVStore:
         for g in range(group):
             own = jax.tree.map(lambda a, g=g: a[:, :, g], apart)
             of_heads = None if sinks is None else sinks[g::group]
-            beside = None if aside is None else jax.tree.map(lambda a, g=g: a[:, g::group], aside)
-            terms = dict(sinks=of_heads, aside=beside)
+            terms = dict(sinks=of_heads, others=jax.tree.map(lambda a, g=g: a[:, g::group], others))
             parts.append(self._attend_set(view, queries[:, :, g], own, newest, **terms, **options))
         return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim), None
 
     def _attend_set(
-        self, view, q, chosen, newest, *, unit, implementation, sinks, aside, rows=None
+        self, view, q, chosen, newest, *, unit, implementation, sinks, others, rows=None
     ) -> Float[Array, "B H D"]:
-        """Attention of the queries [B, H, D] that share the chosen units of a KV head; sinks, aside: theirs or None."""
+        """Attention of the queries [B, H, D] that share the chosen units of a KV head.
+
+        sinks: of these queries. others: their attention over other keys. Both may be None.
+        """
         raise TypeError(f"{type(self).__name__} must define _attend_set")
 
     def prefetch(self, layer: Int[Array, ""], chosen: Chosen, newest: Newest, unit: int) -> Any:
@@ -165,24 +167,22 @@ def attend_chosen(
     v: Float[Array, "*L B K S D"],
     chosen: Chosen,
     sinks: Float[Array, " H"] | None,
-    aside: Aside | None,
+    others: PartialAttention | None,
     **options: Any,
 ) -> Float[Array, "B H D"]:
     """`masked_topk_decode_attention` with options, and with more in its softmax.
 
-    sinks: one more logit of every query head. aside: attention over other keys.
+    sinks: one more logit of every query head. others: attention over other keys.
     """
-    if sinks is None and aside is None:
+    if sinks is None and others is None:
         return masked_topk_decode_attention(q, k, v, *chosen, **options)
-    out, total = masked_topk_decode_attention(q, k, v, *chosen, return_residual=True, **options)
-    found = out.astype(jnp.float32)
+    found = PartialAttention(*masked_topk_decode_attention(q, k, v, *chosen, return_residual=True, **options))
     if sinks is not None:
-        sinks = sinks.astype(jnp.float32)[None]
-        found = found * jax.nn.sigmoid(total - sinks)[..., None]  # what is left beside the sink
-        total = jnp.logaddexp(total, sinks)
-    if aside is not None:
-        found = aside.join(found, total)
-    return found.astype(out.dtype)
+        logits = jnp.broadcast_to(sinks.astype(jnp.float32)[None], found.lse.shape)
+        found = found.merge(PartialAttention(jnp.zeros(q.shape, jnp.float32), logits))
+    if others is not None:
+        found = found.merge(others)
+    return found.output.astype(q.dtype)
 
 
 def held_tokens(capacity: int, lengths: Int[Array, " B"], size: int) -> Float[Array, "B U N"]:
@@ -192,10 +192,14 @@ def held_tokens(capacity: int, lengths: Int[Array, " B"], size: int) -> Float[Ar
 
 
 def sum_spans(a: Float[Array, "L B K S D"], held: Float[Array, "B U N"]) -> Float[Array, "L B K U D"]:
-    """Sums of spans over the tokens held, float32."""
+    """Sums of spans over the tokens held, float32, layer by layer: a whole cache in float32 would not fit."""
     _, count, size = held.shape
-    split = a[:, :, :, : count * size].reshape(*a.shape[:3], count, size, a.shape[4])
-    return jnp.sum(split.astype(jnp.float32) * held[None, :, None, :, :, None], axis=4)
+
+    def sum_layer(a):
+        split = a[:, :, : count * size].reshape(*a.shape[:2], count, size, a.shape[3])
+        return jnp.sum(split.astype(jnp.float32) * held[:, None, :, :, None], axis=3)
+
+    return jax.lax.map(sum_layer, a)
 
 
 def put_row(rows: Shaped[Array, "*rows"], row: Shaped[Array, "*row"], number: Int[Array, ""]) -> Shaped[Array, "*rows"]:

@@ -21,7 +21,7 @@ from butler_jax.decoding.cached_attention import attend_cached
 from butler_jax.decoding.store.base import KVStore, attend_chosen, held_tokens, sum_spans
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import by_rows_and_heads
-from butler_jax.selection import Aside, Chosen
+from butler_jax.selection import Chosen
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 KIND = "pinned_host"
@@ -132,19 +132,18 @@ class HostStore(KVStore):
         number = jax.device_put(number, HOST)
         return HostStore(write(self.k, row.k, number), write(self.v, row.v, number), near)
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, aside, rows=None):
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, others, rows=None):
         rows = self.prefetch(view.index, chosen, newest, unit) if rows is None else rows
         place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
 
-        def run(q, k, v, new_k, new_v, indices, valid, sinks, output, total):
+        def run(q, k, v, new_k, new_v, indices, valid, sinks, others):
             options = dict(new_k=new_k, new_v=new_v, implementation=implementation, softcap=view.softcap)
-            beside = None if output is None else Aside(output, total)
-            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, beside, **options)
+            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, others, **options)
 
         batch, kv_heads = place.shape[:2]
-        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h", "bh-", "bh")
+        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h", "bh")
         split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=place.shape[-1])
-        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks, *(aside or (None, None)))
+        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks, others)
 
     def _fetch_layer(self, index):
         """One layer on the device, [1, B, K, S, D] each."""

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.decoding.parts import part_of, with_aside, with_new
+from butler_jax.decoding.parts import part_of, with_new
 from butler_jax.decoding.store.base import PAGE
 from butler_jax.decoding.store.resident import ResidentStore
+from butler_jax.model import PartialAttention
 from butler_jax.parallel import token_axis
 from pallas_kernels import masked_topk_decode_attention
 
@@ -26,15 +27,19 @@ class ShardedStore(ResidentStore):
         """Tokens that are read together of a sliding window; a part of the cache holds whole ones."""
         return math.gcd(self.capacity // jax.sharding.get_abstract_mesh().shape[token_axis(self.capacity)], PAGE)
 
-    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, aside, softcap, **where):
+    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, others, softcap, **where):
         part = part_of(k.shape[-2], token_axis(self.capacity))
         seen = dict(lengths=part.count(lengths), first=None if first is None else part.count(first))
         own = part.own(chosen, unit)
         where |= dict(unit=unit, softcap=softcap, return_residual=True)
         out, residual = masked_topk_decode_attention(q, k, v, *own, **seen, **where)
         state = part.merged(residual[..., None], 1.0, out.astype(jnp.float32))
-        if aside is not None:
-            state = with_aside(*state, aside)
+        if others is not None:
+            top, total, sums = state
+            found = PartialAttention(sums / jnp.where(total > 0, total, 1.0), (top + jnp.log(total))[..., 0]).merge(
+                others
+            )
+            state = found.lse[..., None], 1.0, found.output
         return with_new(q, new_k, new_v, *state, softcap=softcap, sink_logits=sinks)
 
 

@@ -30,7 +30,7 @@ def _label(row: Row) -> str:
 
 
 def describe_allocations(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The allocations and tails of a report, each with what it means; none where every policy reads per head."""
+    """The allocations and tails of a report, each with what it means; none where all read per head and have no tail."""
     found = dict.fromkeys(r.get("allocation") or "per_head" for r in rows if not is_dense(r["policy"]))
     tails = dict.fromkeys(r["tail"] for r in rows if r.get("tail"))
     said = [(name, words) for name, words in ALLOCATIONS.items() if name in found] if set(found) - {"per_head"} else []

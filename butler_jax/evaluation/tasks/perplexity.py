@@ -235,7 +235,8 @@ class PerplexityTask(Task):
         size = self.base.dtype.itemsize
         numbers = policy.policy.numbers_read_per_key(base, policy.predictor)
         scored = 1 if policy.policy.needs_predictor and self.config.score_dtype == "int8" else size
-        means = 2 * base.head_dim / policy.tail if policy.tail else 0.0
+        whole = 0 < policy.tail <= self.batches[0]["tokens"].shape[1]  # a longer span is never whole
+        means = 2 * base.head_dim / policy.tail if whole else 0.0
         held = sums.served_held if base.mixed else sums.held * (base.layers - 1) / base.layers
         read = sums.served if prefix else sums.read
         return read * 2 * base.head_dim * size + held * (numbers * scored + means * size)

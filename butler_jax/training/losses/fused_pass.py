@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from butler_jax.model import attention, centred_squares, project_values
 from butler_jax.training.losses.contested_keys import KeyRange, contested_mask, counted_rows
-from butler_jax.training.losses.second_stage import Weights, chosen_keys
+from butler_jax.training.losses.second_stage import chosen_keys
 from butler_jax.training.losses.target import ErrorRule, ErrorTarget, offset_penalty
 
 
@@ -91,12 +91,14 @@ def run_fused(
             penalty, doffset = offset_penalty(offset, predicted_lse, mass, use, rule)
             loss += penalty
         if keys.chosen is not None:
-            logs = jnp.log(predicted / predicted_total) + (0.0 if target is None else offset)
-            logs = logs.reshape(batch, k.shape[2], -1, chunk, logs.shape[-1])
-            chosen = chosen_keys(logs, seen, index, first, starts, keys)
-            chosen = jnp.broadcast_to(chosen[:, :, None], logs.shape).reshape(predicted.shape)
-            found = Weights(true, predicted, predicted_total, predicted_lse).among(chosen)
-            true, predicted, predicted_total, predicted_lse = found
+            scores = jnp.einsum("bqmr,bqsr->bqms", rows_imp, keys_imp)
+            logs = jnp.where(_tile(contested, scores.shape[2]), scores - predicted_lse, -jnp.inf)
+            logs = logs if target is None else logs + offset
+            split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
+            chosen = chosen_keys(logs.reshape(split), seen, index, first, starts, keys) & contested[:, None]
+            found = attention.exponentials(scores.reshape(split), chosen[:, :, None])
+            predicted, predicted_total, predicted_lse = (a.reshape(*scores.shape[:3], -1) for a in found)
+            true = jnp.where(chosen[:, :, None], true.reshape(split), 0.0).reshape(scores.shape)
             mass = jnp.sum(true, axis=-1, keepdims=True)
         mean_k_imp = attention.weighted_values(true, keys_imp)
         loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))

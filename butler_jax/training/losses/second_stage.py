@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.selection import Rows, SelectionConfig, budget_table, select_mask
 from butler_jax.training.losses.contested_keys import KeyRange
-
-
-class Weights(NamedTuple):
-    """Both distributions of a tile. Letters as in fused_pass.py.
-
-    Attributes:
-        true: What the scores are trained to be in proportion to.
-        predicted: Exponentials of the scores, with their sums and log-sum-exps.
-    """
-
-    true: Float[Array, "B Q M S"]
-    predicted: Float[Array, "B Q M S"]
-    total: Float[Array, "B Q M 1"]
-    lse: Float[Array, "B Q M 1"]
-
-    def among(self, chosen: Bool[Array, "B Q M S"]) -> Weights:
-        """Both among some of the keys alone."""
-        predicted = jnp.where(chosen, self.predicted, 0.0)
-        total = jnp.sum(predicted, axis=-1, keepdims=True)
-        total = jnp.where(total > 0, total, 1.0)
-        return Weights(jnp.where(chosen, self.true, 0.0), predicted, total, self.lse + jnp.log(total / self.total))
 
 
 def chosen_keys(
