@@ -36,9 +36,8 @@ class ShardedStore(ResidentStore):
         state = part.merged(residual[..., None], 1.0, out.astype(jnp.float32))
         if others is not None:
             top, total, sums = state
-            found = PartialAttention(sums / jnp.where(total > 0, total, 1.0), (top + jnp.log(total))[..., 0]).merge(
-                others
-            )
+            read = PartialAttention(sums / jnp.where(total > 0, total, 1.0), (top + jnp.log(total))[..., 0])
+            found = read.merge(others)
             state = found.lse[..., None], 1.0, found.output
         return with_new(q, new_k, new_v, *state, softcap=softcap, sink_logits=sinks)
 
