@@ -8,6 +8,7 @@ The prompts are spread evenly over the text. End tokens do not stop a continuati
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 from itertools import takewhile
@@ -52,7 +53,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of a continuation")
     parser.add_argument("--budgets", type=float, nargs="+", default=[1 / 4, 1 / 8, 1 / 16])
-    parser.add_argument("--tolerance", action="store_true", help="one tolerance for the model, found on the text")
+    parser.add_argument("--allocations", nargs="+", default=["per_head"], choices=["per_head", "tolerance"])
+    parser.add_argument("--tails", type=int, nargs="+", default=[0], help="tokens of spans that estimate unread keys")
     parser.add_argument("--json", type=pathlib.Path, help="write the figures here")
     asked = parser.parse_args()
     base = load_base(asked.base)
@@ -66,14 +68,15 @@ def main() -> None:
         return generate(base, prompts, predictor=selection and predictor, selection=selection, **given).tokens
 
     dense = continue_(None)
-    settings = {f"{budget:g}": SelectionConfig(budget=budget) for budget in asked.budgets}
-    if asked.tolerance:
-        batches = cut_windows(ids[:2048], context=2048)
-        how = dict(policy=TokenButler(), prompt_tokens=asked.prompt_tokens)
-        selections = simulation.calibrate_tolerance(
-            base.model, predictor, batches, SelectionConfig(budget=1.0), asked.budgets, **how
-        )
-        settings |= {f"{b:g} tolerance": s for b, s in zip(asked.budgets, selections, strict=True)}
+    settings = {}
+    for tail, allocation in itertools.product(asked.tails, asked.allocations):
+        selections = [SelectionConfig(budget=budget, tail=tail) for budget in asked.budgets]
+        if allocation == "tolerance":  # found on the first of the text
+            how = dict(policy=TokenButler(), prompt_tokens=asked.prompt_tokens)
+            given = base.model, predictor, cut_windows(ids[:2048], context=2048), SelectionConfig(budget=1.0, tail=tail)
+            selections = simulation.calibrate_tolerance(*given, asked.budgets, **how)
+        named = f"{allocation}, tail {tail}" if tail else allocation
+        settings |= {f"{b:g} {named}": s for b, s in zip(asked.budgets, selections, strict=True)}
     rows = [row("dense", dense, dense, base.tokenizer.ends)]
     print(rows[0], flush=True)
     for name, selection in settings.items():
