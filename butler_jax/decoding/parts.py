@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from butler_jax.model import LOWEST, soft_cap
+from butler_jax.model import LOWEST, PartialAttention, soft_cap
 from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.selection import Chosen
 from pallas_kernels import compact
@@ -56,38 +56,26 @@ class Part(NamedTuple):
         shrink = jnp.exp(top - highest)
         return highest, jax.lax.psum(total * shrink, self.axis), jax.lax.psum(sums * shrink, self.axis)
 
+    def joined(self, own: PartialAttention) -> PartialAttention:
+        """Attention over all parts, each of which has its own; float32."""
+        top, total, sums = self.merged(own.lse[..., None], 1.0, own.output.astype(jnp.float32))
+        lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+        return PartialAttention(sums / jnp.where(total > 0, total, 1.0), lse[..., 0])
+
 
 def part_of(size: int, axis: str | None) -> Part | None:
     """This device's part, of `size` tokens; None where no axis splits them."""
     return None if axis is None else Part(axis, jax.lax.axis_index(axis) * size, size)
 
 
-def with_new(
-    q: Float[Array, "B H D"],
-    new_k: Float[Array, "B K D"],
-    new_v: Float[Array, "B K D"],
-    top: Float[Array, "B H 1"],
-    total: Float[Array, "B H 1"],
-    sums: Float[Array, "B H D"],
-    *,
-    softcap: float | None = None,
-    sink_logits: Float[Array, " H"] | None = None,
-) -> Float[Array, "B H D"]:
-    """Attention of which all but the newest token and the sinks is a state as `Part.merged` gives it; q's dtype."""
-    batch, heads, dim = q.shape
-    queries = q.reshape(batch, new_k.shape[1], -1, dim).astype(jnp.float32)
-    logit = jnp.sum(queries * new_k[:, :, None].astype(jnp.float32), axis=-1).reshape(batch, heads, 1) * dim**-0.5
-    logit = soft_cap(logit, softcap)
-    value = jnp.broadcast_to(new_v[:, :, None].astype(jnp.float32), queries.shape).reshape(q.shape)
-    highest = jnp.maximum(top, logit)
-    if sink_logits is not None:
-        sinks = sink_logits.astype(jnp.float32)[None, :, None]
-        highest = jnp.maximum(highest, sinks)
-    shrink, weight = jnp.exp(top - highest), jnp.exp(logit - highest)
-    total = total * shrink + weight
-    if sink_logits is not None:
-        total = total + jnp.exp(sinks - highest)
-    return ((sums * shrink + value * weight) / total).astype(q.dtype)
+def attend_new(
+    q: Float[Array, "B H D"], new_k: Float[Array, "B K D"], new_v: Float[Array, "B K D"], softcap: float | None = None
+) -> PartialAttention:
+    """Attention of the newest tokens over themselves alone."""
+    queries = q.reshape(q.shape[0], new_k.shape[1], -1, q.shape[2]).astype(jnp.float32)
+    logits = jnp.sum(queries * new_k[:, :, None].astype(jnp.float32), axis=-1) * q.shape[2] ** -0.5
+    values = jnp.broadcast_to(new_v[:, :, None].astype(jnp.float32), queries.shape)
+    return PartialAttention(values.reshape(q.shape), soft_cap(logits, softcap).reshape(q.shape[:2]))
 
 
 def check_units(capacity: int, unit: int) -> None:

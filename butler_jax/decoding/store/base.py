@@ -177,12 +177,17 @@ def attend_chosen(
     if sinks is None and others is None:
         return masked_topk_decode_attention(q, k, v, *chosen, **options)
     found = PartialAttention(*masked_topk_decode_attention(q, k, v, *chosen, return_residual=True, **options))
+    return merge_terms(found, sinks, others).output.astype(q.dtype)
+
+
+def merge_terms(
+    found: PartialAttention, sinks: Float[Array, " H"] | None, others: PartialAttention | None
+) -> PartialAttention:
+    """Attention [B, H] with what else is in its softmax; sinks, others: as of `attend_chosen`."""
     if sinks is not None:
         logits = jnp.broadcast_to(sinks.astype(jnp.float32)[None], found.lse.shape)
-        found = found.merge(PartialAttention(jnp.zeros(q.shape, jnp.float32), logits))
-    if others is not None:
-        found = found.merge(others)
-    return found.output.astype(q.dtype)
+        found = found.merge(PartialAttention(jnp.zeros(found.output.shape, jnp.float32), logits))
+    return found if others is None else found.merge(others)
 
 
 def held_tokens(capacity: int, lengths: Int[Array, " B"], size: int) -> Float[Array, "B U N"]:

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from butler_jax.decoding.parts import part_of, with_new
-from butler_jax.decoding.store.base import PAGE
+from butler_jax.decoding.parts import attend_new, part_of
+from butler_jax.decoding.store.base import PAGE, merge_terms
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.model import PartialAttention
 from butler_jax.parallel import token_axis
@@ -32,14 +31,9 @@ class ShardedStore(ResidentStore):
         seen = dict(lengths=part.count(lengths), first=None if first is None else part.count(first))
         own = part.own(chosen, unit)
         where |= dict(unit=unit, softcap=softcap, return_residual=True)
-        out, residual = masked_topk_decode_attention(q, k, v, *own, **seen, **where)
-        state = part.merged(residual[..., None], 1.0, out.astype(jnp.float32))
-        if others is not None:
-            top, total, sums = state
-            read = PartialAttention(sums / jnp.where(total > 0, total, 1.0), (top + jnp.log(total))[..., 0])
-            found = read.merge(others)
-            state = found.lse[..., None], 1.0, found.output
-        return with_new(q, new_k, new_v, *state, softcap=softcap, sink_logits=sinks)
+        found = part.joined(PartialAttention(*masked_topk_decode_attention(q, k, v, *own, **seen, **where)))
+        found = found.merge(attend_new(q, new_k, new_v, softcap))
+        return merge_terms(found, sinks, others).output.astype(q.dtype)
 
 
 def make_store(k: Float[Array, "L B K S D"], v: Float[Array, "L B K S D"]) -> ResidentStore:
