@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from butler_jax.decoding import decode_step, prefill
 from butler_jax.decoding.cache import state_partition
 from butler_jax.decoding.plan import Plan
-from butler_jax.decoding.prefill_pass import nothing_read
+from butler_jax.decoding.prefill_pass import Prefilled, nothing_read
 from butler_jax.decoding.prompt_parts import end_reading, read_part
 from butler_jax.decoding.store import HostStore, KVStore, ResidentStore
 from butler_jax.model import LOGICAL_AXES, BaseConfig, BaseModel, RopeConfig
@@ -94,24 +94,27 @@ def lower_decode(mesh: Mesh, *, base: BaseConfig, batch: int, capacity: int, off
 
 def lower_chunk(mesh: Mesh, *, base: BaseConfig, capacity: int, offload: bool, chunk: int = 512):
     """Lower the reading of a chunk of a prompt for one chip, with offload as well."""
-    model, predictor = _modules(mesh, base, PredictorConfig())
-    filled = jax.eval_shape(lambda m, p: nothing_read(m, p, 1, capacity), model, predictor)
-    last, kv, scores = _everywhere(filled, mesh)
+    model, predictor, filled = _nothing_read(mesh, base, capacity, offload)
     tokens, one, row = _everywhere([jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, chunk), (), (1,))], mesh)
     with jax.set_mesh(mesh):
-        filled = last, _on_host(kv) if offload else kv, scores
         return read_part.lower(model, predictor, tokens, one, row, one, filled)
 
 
 def lower_end(mesh: Mesh, *, base: BaseConfig, capacity: int, offload: bool, plan: Plan):
     """Lower the end of reading a prompt for one chip, which makes the state of the steps under a plan."""
+    model, _, filled = _nothing_read(mesh, base, capacity, offload)
+    row = _everywhere(jax.ShapeDtypeStruct((1,), jnp.int32), mesh)
+    with jax.set_mesh(mesh):
+        return end_reading.lower(model, row, *filled, plan=plan, score_dtype=None)
+
+
+def _nothing_read(mesh: Mesh, base: BaseConfig, capacity: int, offload: bool) -> tuple[Any, Any, Prefilled]:
+    """Base, predictor, and what reading a prompt begins with, of one row."""
     model, predictor = _modules(mesh, base, PredictorConfig())
     filled = jax.eval_shape(lambda m, p: nothing_read(m, p, 1, capacity), model, predictor)
     last, kv, scores = _everywhere(filled, mesh)
-    row = _everywhere(jax.ShapeDtypeStruct((1,), jnp.int32), mesh)
     with jax.set_mesh(mesh):
-        kv = _on_host(kv) if offload else kv
-        return end_reading.lower(model, row, last, kv, scores, plan=plan, score_dtype=None)
+        return model, predictor, (last, _on_host(kv) if offload else kv, scores)
 
 
 def _modules(mesh: Mesh, base: BaseConfig, config: PredictorConfig) -> tuple[Any, Any]:

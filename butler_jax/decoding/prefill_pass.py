@@ -117,21 +117,30 @@ def run_prompts(
     kept: Kept | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts as `prefill` does, under a plan that is made. Kept tokens are not run again, where nothing evicts."""
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     check_sizes(model.config, length, lengths, capacity, chunk)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
-    whole, steps = lengths + following, jnp.zeros((), jnp.int32)
+    whole = lengths + following
     if plan.when == "evicting":
         (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, whole, capacity, plan, implementation)
-        return logits(model, last), DecodeState(kv, scores, lengths, steps, memory)
+        return logits(model, last), DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), memory)
     if kept is None and length <= chunk:
-        last, kv, scores = _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation)
+        filled = _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation)
     else:
-        last, kv, scores = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk, kept)
+        filled = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk, kept)
+    return finish(model, filled, lengths, plan, score_dtype)
+
+
+def finish(
+    model: BaseModel, filled: Prefilled, lengths: Int[Array, " B"], plan: Plan, score_dtype: str | None
+) -> tuple[Float[Array, "B V"], DecodeState]:
+    """Logits and state, as `prefill` gives them, of prompts that were read."""
+    last, kv, scores = filled
     if scores is not None:
         scores = store_scores(scores, lengths, score_dtype)
-    memory, spans = empty_memory(plan, model.config.layers, batch), plan.span_means(kv, lengths)
-    return logits(model, last), constrain_state(DecodeState(kv, scores, lengths, steps, memory, spans))
+    memory, steps = empty_memory(plan, model.config.layers, len(lengths)), jnp.zeros((), jnp.int32)
+    state = DecodeState(kv, scores, lengths, steps, memory, plan.span_means(kv, lengths))
+    return logits(model, last), constrain_state(state)
 
 
 def check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:

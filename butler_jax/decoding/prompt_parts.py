@@ -9,16 +9,13 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.decoding.cache import DecodeState, constrain_state, empty_host_store
-from butler_jax.decoding.choice import empty_memory
+from butler_jax.decoding.cache import DecodeState, empty_host_store
 from butler_jax.decoding.plan import Plan
-from butler_jax.decoding.prefill_pass import Prefilled, check_sizes, nothing_read, read_chunk
-from butler_jax.decoding.score_cache import store_scores
-from butler_jax.model import BaseModel, logits
+from butler_jax.decoding.prefill_pass import Prefilled, check_sizes, finish, nothing_read, read_chunk
+from butler_jax.model import BaseModel
 from butler_jax.predictors import Predictor
 
 
@@ -50,11 +47,7 @@ def end_reading(
     model, lengths, last, kv, scores, *, plan: Plan, score_dtype: str | None
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Logits and state, as `prefill` gives them, of prompts whose last part was read."""
-    if scores is not None:
-        scores = store_scores(scores, lengths, score_dtype)
-    memory, steps = empty_memory(plan, model.config.layers, last.shape[0]), jnp.zeros((), jnp.int32)
-    state = DecodeState(kv, scores, lengths, steps, memory, plan.span_means(kv, lengths))
-    return logits(model, last), constrain_state(state)
+    return finish(model, (last, kv, scores), lengths, plan, score_dtype)
 
 
 def read_offloaded(
