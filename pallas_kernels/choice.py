@@ -42,15 +42,15 @@ class Rules(NamedTuple):
 def ordered_image(scores: jax.Array) -> jax.Array:
     """The int32 image of scores, which sorts as they do, between BARRED and TOP. -0 counts as 0, and NaN as -inf."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores.astype(jnp.float32))
-    return _flip_negative(jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32))
+    return flip_negative(jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32))
 
 
 def from_image(image: jax.Array) -> jax.Array:
     """The float32 scores whose `ordered_image` is the given int32 image; NaN where no score has it."""
-    return jax.lax.bitcast_convert_type(_flip_negative(image), jnp.float32)
+    return jax.lax.bitcast_convert_type(flip_negative(image), jnp.float32)
 
 
-def _flip_negative(bits):
+def flip_negative(bits):
     """The bits of negative numbers with all but the sign flipped. It is its own inverse."""
     return jnp.where(bits < 0, bits ^ np.int32(2**31 - 1), bits)
 

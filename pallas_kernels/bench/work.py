@@ -130,7 +130,7 @@ def _totals_work(launch, case, tiles, have):
         streamed=k_imp + 8 * launch.programs * group,
         instructions=have["totals_code"],
         loads=2,
-        barriers=4,
+        barriers=15,
         registers=have["totals_registers"],
         shared=have["scores_shared"],
     )
@@ -154,11 +154,6 @@ def _scores_work(launch, case, tiles, have):
     )
 
 
-def _pooled(name, case):
-    """The name of an assumption for the pooling of a case."""
-    return f"{name}_maximum" if case.pooling == "maximum" else name
-
-
 def _parts(launch, case, tiles):
     """Units of a row, and the blocks of them that a program writes."""
     units = -(-case.context // case.unit)
@@ -171,14 +166,14 @@ def _bracket_work(launch, case, tiles, have):
     units, blocks = _parts(launch, case, tiles)
     sampled = sample_size(units)
     held = max(1.0, sampled / (THREADS * launch.warps))
-    trials = have[_pooled("sample_trials", case)]
+    trials = have["sample_trials"]
     code = have["bracket_code"] + blocks * have["bracket_write"]
     return KernelWork(
         launch=launch,
         streamed=images + 4 * rows * launch.grid[1],
         again=images,
         shared_reads=4 * launch.programs * sampled * 8,  # a sector of 32 bytes for each image
-        instructions=code + trials * (have["trial_code"] + have["trial_image"] * held),
+        instructions=code + trials * (have["sample_trial_code"] + have["trial_image"] * held),
         loads=2 + blocks,
         barriers=2 * trials + 16 * blocks,
         registers=have["select_registers"],
@@ -192,7 +187,8 @@ def _select_work(launch, case, tiles, have):
     whole = units <= tiles.held
     images_held = padded_size(units) if whole else tiles.candidates
     held = max(1.0, images_held / (THREADS * launch.warps))
-    trials = have[_pooled("trials", case) if whole else "candidate_trials"]
+    kind = "" if whole else "candidate_"
+    trials, trial_code = have[f"{kind}trials"], have[f"{kind}trial_code"]
     code = have["select_code"] + have["select_image"] * held + blocks * have["select_write"]
     code += 0 if whole else launch.grid[1] * have["select_gather"]
     return KernelWork(
@@ -200,7 +196,7 @@ def _select_work(launch, case, tiles, have):
         streamed=images + 4 * rows * case.units,
         again=images,
         shared_reads=4 * launch.programs * (units if whole else images_held),
-        instructions=code + trials * (have["trial_code"] + have["trial_image"] * held),
+        instructions=code + trials * (trial_code + have["trial_image"] * held),
         loads=2 + blocks + (0 if whole else 2),
         barriers=2 * trials + 8 * blocks + 8,
         registers=have["select_registers"],

@@ -19,12 +19,12 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.choice import BARRED, TOP, Selection, image_of
 from pallas_kernels.gpu.tiles import current_tiles
 from pallas_kernels.gpu.triton import launch, padded_size, place_operands, seen_range, whole_numbers
+from pallas_kernels.threshold import close_bracket, open_bracket, span_bracket
 
 THINNED = 32  # units for each image of the sample whose order tells where the threshold lies
 SAMPLED = 32768  # images of a sample at most
 SPREAD = 4.0  # standard deviations of the sample's rank that candidates lie within
 CLEARED = 1024  # places of the list that are set to 0 at a time
-GUESSES = 16  # trials by interpolation, before the search bisects
 ABOVE, AROUND, HELD = 0, 1, 2  # what a part counts: units above the candidates, candidates, units that may be chosen
 SHIFT = 16  # bits of the smaller of two numbers that one sum counts
 CARRY = 1 << SHIFT
@@ -153,40 +153,6 @@ def _images(refs, row, begin, end, start, block):
     return plgpu.load(refs["image"].at[row, position], mask=seen, other=BARRED)
 
 
-def _search(count, target, low, high, *, held=None, slack=0):
-    """The largest image that at least `target` units reach, and the next one.
-
-    Both are the first image found that at most `slack` more reach, if there is one.
-
-    count: the number of units that reach an image. low, high: an image that at least as many as `target` reach, with
-    their number, and one that at most as many reach, with theirs. held: the number of all units; if all are wanted, or
-    none, there is no search.
-    """
-    if held is not None:
-        none, every = target <= 0, target >= held
-        low = jnp.where(none, TOP, jnp.where(every, BARRED + 1, low[0])), low[1]
-        high = jnp.where(none | every, low[0] + 1, high[0]), high[1]
-
-    def narrow(state):
-        low, at_low, high, at_high, step = state
-        gap = high - low  # modulo 2**32
-        share = (at_low - target).astype(jnp.float32) / jnp.maximum(at_low - at_high, 1).astype(jnp.float32)
-        guess = low + jnp.clip((gap.astype(jnp.float32) * share).astype(jnp.int32), 1, jnp.maximum(gap - 1, 1))
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
-        trial = jnp.where((gap > 0) & (gap < 2**30) & (step < GUESSES), guess, middle)
-        reached = count(trial)
-        enough, ended = reached >= target, (reached >= target) & (reached <= target + slack)
-        low, at_low = jnp.where(enough, trial, low), jnp.where(enough, reached, at_low)
-        high, at_high = jnp.where(enough & ~ended, high, trial), jnp.where(enough, at_high, reached)
-        return low, at_low, high, at_high, step + 1
-
-    def unfinished(state):
-        gap = state[2] - state[0]
-        return (gap != 0) & (gap != 1)
-
-    return jax.lax.while_loop(unfinished, narrow, (*low, *high, jnp.int32(0)))[::2][:2]
-
-
 def _bracket_kernel(refs, candidates_ref, between_ref, counted_ref, *, plan):
     """Images of one part that may be the threshold, as the order of a sample of the row tells."""
     row, begin, end, wanted = _row_of(refs, plan)
@@ -199,14 +165,15 @@ def _bracket_kernel(refs, candidates_ref, between_ref, counted_ref, *, plan):
     margin = 4 + np.float32(SPREAD) * jnp.sqrt(rank * (1 - share))
     lower, upper = ((rank + sign * margin).astype(jnp.int32) for sign in (1, -1))
     slack = (margin / 8).astype(jnp.int32)
-    least, most = (jnp.int32(BARRED), jnp.int32(sampled)), (jnp.int32(TOP + 1), jnp.int32(0))
 
-    def reaching(trial):
-        return _number(sample >= trial)
+    def search(target):
+        """The image that about so many of the sample reach, and how many do."""
+        found = close_bracket(lambda trial: _number(sample >= trial), span_bracket(sample, target), target, slack=slack)
+        return found.low, found.reached
 
-    low, _ = _search(reaching, jnp.minimum(lower, sampled), least, most, slack=slack)
-    low = jnp.where(lower >= sampled, BARRED, low)
-    _, high = _search(reaching, jnp.maximum(upper - slack, 1), (low, reaching(low)), most, slack=slack)
+    low, reached = search(jnp.minimum(lower, sampled))
+    low = jnp.where((lower >= sampled) | (reached < lower), BARRED, low)
+    high, _ = search(jnp.maximum(upper - slack, 1))
     high = jnp.where(upper <= slack, TOP + 1, high)
 
     def collect(i, totals):
@@ -272,10 +239,8 @@ def _select_kernel(refs, indices_ref, taken_ref, *, plan):
 def _threshold_of_row(refs, row, begin, end, target, start, plan):
     """How many units are chosen, the threshold, how many of those that equal it, and the two numbers before a part."""
     whole = _images(refs, row, begin, end, 0, plan.held)
-    held = _number(whole > BARRED) if plan.barred else jnp.maximum(end - begin, 0)
-    target = jnp.minimum(target, held)
-    lowest, highest = (jnp.int32(BARRED), jnp.int32(plan.held)), (jnp.int32(TOP + 1), jnp.int32(0))
-    limit, _ = _search(lambda trial: _number(whole >= trial), target, lowest, highest, held=held)
+    target = jnp.minimum(target, _number(whole > BARRED) if plan.barred else jnp.maximum(end - begin, 0))
+    limit = close_bracket(lambda trial: _number(whole >= trial), span_bracket(whole, target), target).low
     before = jnp.arange(plan.held, dtype=jnp.int32) < start
     above, equal = _number((whole > limit) & before), _number((whole == limit) & before)
     return target, limit, target - _number(whole > limit), above, equal
@@ -284,21 +249,20 @@ def _threshold_of_row(refs, row, begin, end, target, start, plan):
 def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
     """As `_threshold_of_row`. Where the candidates do not hold the threshold, the whole row is read again and again."""
     counted, own = refs["counted"], pl.program_id(1)
-    lowest, highest = refs["between"][row, 0], refs["between"][row, 1]
     slot = jnp.arange(plan.held, dtype=jnp.int32)
 
     def gather(i, state):
-        at, greater, around, held, greater_before, around_before = state
+        shift, greater, around, held, greater_before, around_before = state
         greater_here, around_here, held_here = (counted[row, i, kind] for kind in (ABOVE, AROUND, HELD))
         greater_before = jnp.where(i == own, greater, greater_before)
         around_before = jnp.where(i == own, around, around_before)
-        at = jnp.where(slot >= around, i * plan.room + slot - around, at)
-        return at, greater + greater_here, around + around_here, held + held_here, greater_before, around_before
+        shift = jnp.where(slot >= around, i * plan.room - around, shift)
+        return shift, greater + greater_here, around + around_here, held + held_here, greater_before, around_before
 
     zero = jnp.int32(0)
-    state = jax.lax.fori_loop(0, plan.parts, gather, (slot, zero, zero, zero, zero, zero))
-    at, greater, around, held, greater_before, around_before = state
-    candidates = plgpu.load(refs["candidates"].at[row, at], mask=slot < around, other=BARRED)
+    state = jax.lax.fori_loop(0, plan.parts, gather, (jnp.zeros_like(slot), zero, zero, zero, zero, zero))
+    shift, greater, around, held, greater_before, around_before = state
+    candidates = plgpu.load(refs["candidates"].at[row, slot + shift], mask=slot < around, other=BARRED)
     target = jnp.minimum(target, held)
     between = (greater < target) & (greater + around >= target)
     inside = between & (around <= plan.held)
@@ -318,9 +282,13 @@ def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
     def reaching(trial):
         return total(lambda image: image >= trial, (slot < around) & (candidates >= trial), greater, plan.units)
 
-    low = jnp.where(between, lowest, BARRED), jnp.where(between, greater + around, plan.units)
-    high = jnp.where(between, highest, TOP + 1), jnp.where(between, greater, 0)
-    limit, _ = _search(reaching, target, low, high, held=held)
+    spanned, every = span_bracket(candidates, target - greater), target >= held
+    low, high = jnp.where(every, BARRED + 1, BARRED), jnp.int32(TOP + 1)
+    low, high = jnp.where(inside, spanned.low, low), jnp.where(inside, spanned.high, high)
+    reached = jnp.where(inside, greater + spanned.reached, jnp.where(every, target, plan.units))
+    beyond = jnp.where(inside, greater + spanned.beyond, 0)
+    bracket = open_bracket(low, reached, high, beyond, target)
+    limit = close_bracket(reaching, bracket, target).low
     before = slot < around_before
     above = total(lambda image: image > limit, before & (candidates > limit), greater_before, start)
     equal = total(lambda image: image == limit, before & (candidates == limit), 0, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -61,3 +62,14 @@ def pairs(first, second):
     """Indices of every pair of two vectors, as two matrices."""
     shape = (first.shape[0], second.shape[0])
     return jnp.broadcast_to(first[:, None], shape), jnp.broadcast_to(second[None, :], shape)
+
+
+def multiply_add(a, b, c, interpret):
+    """a * b + c in float32, of a number and two vectors, with one rounding. The compiler would not fuse them."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    if interpret:
+        return a * b + c
+    args = [jnp.broadcast_to(a, c.shape), b, c]
+    shape = jax.ShapeDtypeStruct(c.shape, jnp.float32)
+    options = dict(constraints="=f,f,f,f", pack=1, result_shape_dtypes=[shape])
+    return plgpu.elementwise_inline_asm("fma.rn.f32 $0, $1, $2, $3;", args=args, **options)[0]

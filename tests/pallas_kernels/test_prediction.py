@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from pallas_kernels import choice
 from pallas_kernels.bench import benchmark
 from pallas_kernels.bench.assumptions import Assumptions
 from pallas_kernels.bench.cases import SHAPES, Case
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.prediction import dense_seconds, predict_rows, resident_programs, shortest_gain
 from pallas_kernels.bench.work import work_of
-from pallas_kernels.gpu import selection
 from pallas_kernels.gpu.tiles import Tiles
 from tests.marked import slow
 
@@ -80,25 +76,6 @@ def test_multiprocessors_hold_as_many_programs_as_registers_allow():
     found = works(case(32768))
     assert resident_programs(found["select_top_k"], CHIPS["h200"]) == 1
     assert resident_programs(found["attend_to_tokens"], CHIPS["h200"]) == 4
-
-
-@pytest.mark.parametrize(("pooling", "name"), [slow("normalised", "trials"), ("maximum", "trials_maximum")])
-def test_the_search_takes_as_many_trials_as_assumed(pooling, name):
-    size, counted = 32768, []
-    scores = np.random.default_rng(0).normal(size=(4, size))
-    if pooling == "normalised":
-        scores -= np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
-    image = np.sort(np.asarray(choice.ordered_image(jnp.asarray(np.max(scores, axis=0), jnp.float32))))
-
-    def count(trial):
-        counted.append(trial)
-        return jnp.int32(size - np.searchsorted(image, int(trial)))
-
-    ends = (jnp.int32(choice.BARRED), jnp.int32(size)), (jnp.int32(choice.TOP + 1), jnp.int32(0))
-    with jax.disable_jit():
-        limit, _ = selection._search(count, jnp.int32(size // 16), *ends)
-    assert np.sum(image >= int(limit)) == size // 16
-    assert len(counted) == pytest.approx(Assumptions().values()[name], abs=3)
 
 
 def test_the_command_prints_a_chip_that_is_not_here(tmp_path, capsys):
