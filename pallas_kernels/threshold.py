@@ -58,9 +58,21 @@ def span_bracket(image: jax.Array, target: jax.Array) -> Bracket:
     marked, held = image > INFINITE, image > BARRED
     both = jnp.sum(held.astype(jnp.int32) + (marked.astype(jnp.int32) << SHIFT))
     every, first = both & ((1 << SHIFT) - 1), jax.lax.shift_right_logical(both, jnp.int32(SHIFT))
-    among_first = target <= first
-    member = held & (marked == among_first)
+    begin, end = spanned_images(first, target)
+    member = (image >= begin) & (image <= end)
     low, high = jnp.min(jnp.where(member, image, TOP)), jnp.max(jnp.where(member, image, BARRED)) + 1
+    return span_counts(low, high, first, every, target)
+
+
+def spanned_images(first: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest image that may be the threshold, where `first` images are of sinks or recent."""
+    among_first = target <= first
+    return jnp.where(among_first, INFINITE + 1, BARRED + 1), jnp.where(among_first, TOP, INFINITE)
+
+
+def span_counts(low, high, first, every, target) -> Bracket:
+    """The bracket from the smallest of the `spanned_images` in a row to behind the largest; every: of all in it."""
+    among_first = target <= first
     reached, beyond = jnp.where(among_first, first, every), jnp.where(among_first, 0, first)
     return open_bracket(low, reached, high, beyond, target)
 
@@ -91,7 +103,7 @@ def close_bracket(
 
     def narrow(bracket):
         trial = jnp.where(is_open(bracket), _trial(bracket), bracket.low) if target.ndim else _trial(bracket)
-        return narrow_bracket(bracket, trial, count(trial), target)
+        return _narrowed(bracket, trial, count(trial), target)
 
     def unfinished(bracket):
         rows = is_open(bracket)
@@ -100,7 +112,7 @@ def close_bracket(
     return jax.lax.while_loop(unfinished, narrow, bracket)
 
 
-def narrow_bracket(bracket: Bracket, trial: jax.Array, count: jax.Array, target: jax.Array) -> Bracket:
+def _narrowed(bracket: Bracket, trial: jax.Array, count: jax.Array, target: jax.Array) -> Bracket:
     """The bracket with a trial, which `count` units reach, in the place of one of its ends."""
     enough, distance = count >= target, _distance(count, target)
     return Bracket(
@@ -113,6 +125,11 @@ def narrow_bracket(bracket: Bracket, trial: jax.Array, count: jax.Array, target:
         side=jnp.where(enough, jnp.int32(1), jnp.int32(-1)),
         trials=bracket.trials + 1,
     )
+
+
+def tied_units(bracket: Bracket, target: jax.Array) -> jax.Array:
+    """How many of the units that equal the threshold are chosen, at most, after `close_bracket` without slack."""
+    return jnp.where(bracket.reached > target, target - bracket.beyond, target)
 
 
 def _trial(bracket):

@@ -58,7 +58,7 @@ class Assumptions(NamedTuple):
     scores_registers: Assumption = _sass(40, "a thread")
     scores_shared: Assumption = _sass(64, "bytes")
     select_code: Assumption = _sass(110)
-    select_image: Assumption = _sass(25, "instructions for an image that a thread holds")
+    select_image: Assumption = _sass(22, "instructions for an image that a thread holds")
     select_gather: Assumption = _sass(45, "instructions of a warp, every part of a row's candidates")
     select_write: Assumption = _sass(271, "instructions of a warp, every block of units written")
     trial_code: Assumption = _sass(68)

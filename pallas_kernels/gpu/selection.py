@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.choice import BARRED, TOP, Selection, image_of
 from pallas_kernels.gpu.tiles import current_tiles
 from pallas_kernels.gpu.triton import launch, padded_size, place_operands, seen_range, whole_numbers
-from pallas_kernels.threshold import close_bracket, open_bracket, span_bracket
+from pallas_kernels.threshold import close_bracket, open_bracket, span_bracket, tied_units
 
 THINNED = 32  # units for each image of the sample whose order tells where the threshold lies
 SAMPLED = 32768  # images of a sample at most
@@ -240,10 +240,11 @@ def _threshold_of_row(refs, row, begin, end, target, start, plan):
     """How many units are chosen, the threshold, how many of those that equal it, and the two numbers before a part."""
     whole = _images(refs, row, begin, end, 0, plan.held)
     target = jnp.minimum(target, _number(whole > BARRED) if plan.barred else jnp.maximum(end - begin, 0))
-    limit = close_bracket(lambda trial: _number(whole >= trial), span_bracket(whole, target), target).low
+    found = close_bracket(lambda trial: _number(whole >= trial), span_bracket(whole, target), target)
+    limit = found.low
     before = jnp.arange(plan.held, dtype=jnp.int32) < start
     above, equal = _number((whole > limit) & before), _number((whole == limit) & before)
-    return target, limit, target - _number(whole > limit), above, equal
+    return target, limit, tied_units(found, target), above, equal
 
 
 def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
@@ -288,11 +289,12 @@ def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
     reached = jnp.where(inside, greater + spanned.reached, jnp.where(every, target, plan.units))
     beyond = jnp.where(inside, greater + spanned.beyond, 0)
     bracket = open_bracket(low, reached, high, beyond, target)
-    limit = close_bracket(reaching, bracket, target).low
+    found = close_bracket(reaching, bracket, target)
+    limit = found.low
     before = slot < around_before
     above = total(lambda image: image > limit, before & (candidates > limit), greater_before, start)
     equal = total(lambda image: image == limit, before & (candidates == limit), 0, start)
-    return target, limit, target - reaching(limit + 1), above, equal
+    return target, limit, tied_units(found, target), above, equal
 
 
 def _number(mask):

@@ -1,4 +1,4 @@
-"""Exact top-k on TPU, eight rows at a time: bisection for the threshold, then slots find their units by rank.
+"""Exact top-k on TPU, eight rows at a time: a search for the threshold, then slots find their units by rank.
 
 All of it is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly.
 Running counts are products with a triangle of ones. A one-hot product gives the counts of the 128 units of a slot.
@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import xla
-from pallas_kernels.choice import BARRED, count_of, image_of, listed
+from pallas_kernels.choice import BARRED, TOP, count_of, image_of, listed
+from pallas_kernels.threshold import INFINITE, close_bracket, span_counts, spanned_images, tied_units
 
 LANES = 128
 SUBLANES = 8
@@ -59,7 +60,7 @@ def _chosen(image, target, n, wide, interpret):
         out_shape=jax.ShapeDtypeStruct((rows, width), jnp.int32),
         scratch_shapes=[pltpu.VMEM((SUBLANES, chunks, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
-        cost_estimate=pl.CostEstimate(flops=70 * rows * units, transcendentals=0, bytes_accessed=4 * rows * units),
+        cost_estimate=pl.CostEstimate(flops=40 * rows * units, transcendentals=0, bytes_accessed=4 * rows * units),
         interpret=interpret,
         name="select_top_k",
     )(image, target)
@@ -78,31 +79,49 @@ def _triangle(size):
     return (row <= column).astype(jnp.float32)
 
 
+def _part(i, wide):
+    return pl.ds(pl.multiple_of(i * wide, wide), wide)
+
+
+def _number(mask):
+    """How many of a part a row has, float32 [8, 1]."""
+    return jnp.sum(mask.astype(jnp.float32), axis=1, keepdims=True)
+
+
 def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
     units, width = image_ref.shape[1], out_ref.shape[1]
     chunks = units // LANES
     target = target_ref[...].astype(jnp.float32)  # [8, 1]
 
-    def count(compare):
-        """How many units the comparison holds for, float32 [8, 1]."""
+    def over_parts(add, start):
+        """The fold of add(part, total) over the parts of the rows."""
+        return jax.lax.fori_loop(0, units // wide, lambda i, total: add(image_ref[:, _part(i, wide)], total), start)
 
-        def add(i, total):
-            part = image_ref[:, pl.ds(pl.multiple_of(i * wide, wide), wide)]
-            return total + jnp.sum(compare(part).astype(jnp.float32), axis=1, keepdims=True)
+    def count(trial):
+        """How many units reach an image, float32 [8, 1]."""
+        return over_parts(lambda part, total: total + _number(part >= trial), nothing)
 
-        return jax.lax.fori_loop(0, units // wide, add, jnp.zeros((SUBLANES, 1), jnp.float32))
+    def count_both(part, totals):
+        return totals[0] + _number(part > INFINITE), totals[1] + _number(part > BARRED)
 
-    def narrow(step, found):  # one bit of the threshold at a time, the highest first, as an unsigned number
-        trial = found | jax.lax.shift_left(jnp.int32(1), jnp.int32(31) - step)
-        reached = count(lambda part: part >= (trial ^ BARRED))
-        return jnp.where(reached >= target, trial, found)
+    def widen(part, ends):
+        member = (part >= begin) & (part <= end)
+        low = jnp.min(jnp.where(member, part, TOP), axis=1, keepdims=True)
+        high = jnp.max(jnp.where(member, part, BARRED), axis=1, keepdims=True)
+        return jnp.minimum(ends[0], low), jnp.maximum(ends[1], high)
 
-    limit = jax.lax.fori_loop(0, 32, narrow, jnp.zeros((SUBLANES, 1), jnp.int32)) ^ BARRED
-    missing = target - count(lambda part: part > limit)  # how many entries equal to the limit are chosen
+    nothing = jnp.zeros((SUBLANES, 1), jnp.float32)
+    first, every = over_parts(count_both, (nothing, nothing))
+    begin, end = spanned_images(first, target)
+    widest = jnp.full((SUBLANES, 1), TOP, jnp.int32), jnp.full((SUBLANES, 1), BARRED, jnp.int32)
+    low, high = over_parts(widen, widest)
+    bracket = span_counts(low, high + 1, first, every, target)
+    found = close_bracket(count, bracket, target, any_row=lambda rows: jnp.sum(rows.astype(jnp.float32)) > 0)
+    limit, missing = found.low, tied_units(found, target)
     triangle = _triangle(LANES)
 
     def mark(chunk, ties):
-        part = image_ref[:, pl.ds(pl.multiple_of(chunk * LANES, LANES), LANES)]
+        part = image_ref[:, _part(chunk, LANES)]
         equal = (part == limit).astype(jnp.float32)
         order = ties + _whole(equal, triangle)
         chosen = jnp.where(part > limit, 1.0, jnp.where((equal > 0) & (order <= missing), 1.0, 0.0))
