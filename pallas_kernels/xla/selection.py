@@ -130,15 +130,17 @@ def _search(image, target, guesses):
 
 
 def _end_of_ties(equal, missing):
-    """The position before which the first `missing` entries of equal [..., U] lie, int32 [...]."""
-    steps = equal.shape[-1].bit_length()
-
-    def narrow(step, end):
-        trial = end | jnp.int32(1) << (steps - 1 - step)
-        before = jnp.sum((equal & (_positions(equal) < trial[..., None])).astype(jnp.float32), axis=-1)
-        return jnp.where(before <= missing.astype(jnp.float32), trial, end)
-
-    return jax.lax.fori_loop(0, steps, narrow, jnp.zeros(missing.shape, jnp.int32))
+    """The position before which the first `missing` entries of equal [..., U] lie, int32 [...]; missing: at least 1."""
+    units = equal.shape[-1]
+    width = COLUMNS if units % COLUMNS == 0 else units
+    blocks = equal.reshape(*equal.shape[:-1], units // width, width)
+    counts = jnp.sum(blocks, axis=-1, dtype=jnp.int32)
+    ends = jnp.cumsum(counts, axis=-1)
+    block = jnp.sum(ends < missing[..., None], axis=-1, keepdims=True, dtype=jnp.int32)
+    before = jnp.take_along_axis(ends - counts, block, axis=-1)
+    own = jnp.take_along_axis(blocks, block[..., None], axis=-2)[..., 0, :]
+    earlier = before + jnp.cumsum(own, axis=-1, dtype=jnp.int32) < missing[..., None]
+    return block[..., 0] * width + jnp.sum(earlier, axis=-1, dtype=jnp.int32) + 1
 
 
 def _set_positions(mask, n):
