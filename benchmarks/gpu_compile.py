@@ -111,10 +111,13 @@ def compile_layer(chip: str, layer: LayerCall) -> Any:
         return layer.lower(mesh).compile(STRICT)
 
 
-def compile_decode(chip: str, layers: int = 32) -> Any:
-    """Compile a decode step of Llama-3.1-8B with so many layers: batch 1, 1/16 of 32,768 tokens read."""
+def compile_decode(chip: str, layers: int = 32, tail: int = 0) -> Any:
+    """Compile a decode step of Llama-3.1-8B with so many layers: batch 1, 1/16 of 32,768 tokens read.
+
+    tail: tokens of a span of the tail; 0 for none.
+    """
     mesh = arrange(parse_mesh("model=1,sequence=1"), [*mesh_of(chip).devices.ravel()])
-    how = dict(batch=1, capacity=32768, implementation="gpu", selection=SelectionConfig(budget=1 / 16))
+    how = dict(batch=1, capacity=32768, implementation="gpu", selection=SelectionConfig(budget=1 / 16, tail=tail))
     return lower_decode(mesh, base=dataclasses.replace(LLAMA_8B, layers=layers), **how).compile(STRICT)
 
 

@@ -29,8 +29,7 @@ class Bracket(NamedTuple):
         low, reached: An image that at least as many units as wanted reach, and how many do.
         high, beyond: A larger one that fewer reach, and how many do.
         above, below: The distances of the two counts from the wanted one, halved for an end that stays.
-        side: 1 where the last trial is the lower end, -1 where it is the upper one.
-        trials: How many there were.
+        trials: How many trials there were, and below 0 where the last of them is the upper end.
     """
 
     low: jax.Array
@@ -39,15 +38,14 @@ class Bracket(NamedTuple):
     beyond: jax.Array
     above: jax.Array
     below: jax.Array
-    side: jax.Array
     trials: jax.Array
 
 
 def open_bracket(low, reached, high, beyond, target) -> Bracket:
     """The bracket with these ends, for so many units; closed at TOP, which nothing exceeds, where no unit is wanted."""
     low, reached = jnp.where(target > 0, low, TOP), jnp.where(target > 0, reached, 0)
-    nothing = jnp.zeros_like(low)
-    return Bracket(low, reached, high, beyond, _distance(reached, target), _distance(beyond, target), nothing, nothing)
+    distances = (_distance(count, target) for count in (reached, beyond))
+    return Bracket(low, reached, high, beyond, *distances, jnp.zeros_like(low))
 
 
 def span_bracket(image: jax.Array, target: jax.Array) -> Bracket:
@@ -58,8 +56,7 @@ def span_bracket(image: jax.Array, target: jax.Array) -> Bracket:
     marked, held = image > INFINITE, image > BARRED
     both = jnp.sum(held.astype(jnp.int32) + (marked.astype(jnp.int32) << SHIFT))
     every, first = both & ((1 << SHIFT) - 1), jax.lax.shift_right_logical(both, jnp.int32(SHIFT))
-    begin, end = spanned_images(first, target)
-    member = (image >= begin) & (image <= end)
+    member = held & (marked == (target <= first))
     low, high = jnp.min(jnp.where(member, image, TOP)), jnp.max(jnp.where(member, image, BARRED)) + 1
     return span_counts(low, high, first, every, target)
 
@@ -114,16 +111,15 @@ def close_bracket(
 
 def _narrowed(bracket: Bracket, trial: jax.Array, count: jax.Array, target: jax.Array) -> Bracket:
     """The bracket with a trial, which `count` units reach, in the place of one of its ends."""
-    enough, distance = count >= target, _distance(count, target)
+    enough, distance, trials = count >= target, _distance(count, target), jnp.abs(bracket.trials) + 1
     return Bracket(
         low=jnp.where(enough, trial, bracket.low),
         reached=jnp.where(enough, count, bracket.reached),
         high=jnp.where(enough, bracket.high, trial),
         beyond=jnp.where(enough, bracket.beyond, count),
-        above=jnp.where(enough, distance, bracket.above * jnp.where(bracket.side < 0, np.float32(0.5), 1)),
-        below=jnp.where(enough, bracket.below * jnp.where(bracket.side > 0, np.float32(0.5), 1), distance),
-        side=jnp.where(enough, jnp.int32(1), jnp.int32(-1)),
-        trials=bracket.trials + 1,
+        above=jnp.where(enough, distance, bracket.above * jnp.where(bracket.trials < 0, np.float32(0.5), 1)),
+        below=jnp.where(enough, bracket.below * jnp.where(bracket.trials > 0, np.float32(0.5), 1), distance),
+        trials=jnp.where(enough, trials, -trials),
     )
 
 
@@ -140,7 +136,7 @@ def _trial(bracket):
     guess = flip_negative(jax.lax.bitcast_convert_type(guess, jnp.int32))
     guess = jnp.minimum(jnp.maximum(guess, bracket.low + 1), bracket.high - 1)
     middle = (bracket.low & bracket.high) + ((bracket.low ^ bracket.high) >> 1)  # their mean without overflow
-    return jnp.where((bracket.trials < INTERPOLATED) & (width < np.inf), guess, middle)  # NaN is not below
+    return jnp.where((jnp.abs(bracket.trials) < INTERPOLATED) & (width < np.inf), guess, middle)  # NaN is not below
 
 
 def _distance(count, target):

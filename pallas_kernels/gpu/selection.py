@@ -166,14 +166,19 @@ def _bracket_kernel(refs, candidates_ref, between_ref, counted_ref, *, plan):
     lower, upper = ((rank + sign * margin).astype(jnp.int32) for sign in (1, -1))
     slack = (margin / 8).astype(jnp.int32)
 
-    def search(target):
-        """The image that about so many of the sample reach, and how many do."""
-        found = close_bracket(lambda trial: _number(sample >= trial), span_bracket(sample, target), target, slack=slack)
-        return found.low, found.reached
+    targets = jnp.minimum(lower, sampled), jnp.maximum(upper - slack, 1)
 
-    low, reached = search(jnp.minimum(lower, sampled))
+    def search(i, found):
+        """The images that about as many of the sample reach as the targets, and how many reach the first."""
+        target = jnp.where(i == 0, *targets)
+        bracket = close_bracket(
+            lambda trial: _number(sample >= trial), span_bracket(sample, target), target, slack=slack
+        )
+        low, reached, _ = found
+        return jnp.where(i == 0, bracket.low, low), jnp.where(i == 0, bracket.reached, reached), bracket.low
+
+    low, reached, high = jax.lax.fori_loop(0, 2, search, (jnp.int32(0),) * 3)
     low = jnp.where((lower >= sampled) | (reached < lower), BARRED, low)
-    high, _ = search(jnp.maximum(upper - slack, 1))
     high = jnp.where(upper <= slack, TOP + 1, high)
 
     def collect(i, totals):
