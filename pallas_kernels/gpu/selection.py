@@ -122,9 +122,9 @@ def choose_units(image, lengths, n, size, *, counts, first, unit, barred, interp
 
 
 def _bracket(operands, plan, interpret):
-    """Candidates of every row, the images that they lie between, and what each part counts."""
+    """Candidates of every row, and what each part counts."""
     rows = operands["image"].shape[0]
-    shapes = dict(candidates=(rows, plan.parts * plan.room), between=(rows, 2), counted=(rows, plan.parts, 3))
+    shapes = dict(candidates=(rows, plan.parts * plan.room), counted=(rows, plan.parts, 3))
     found = launch(
         functools.partial(_bracket_kernel, plan=plan),
         operands,
@@ -153,7 +153,7 @@ def _images(refs, row, begin, end, start, block):
     return plgpu.load(refs["image"].at[row, position], mask=seen, other=BARRED)
 
 
-def _bracket_kernel(refs, candidates_ref, between_ref, counted_ref, *, plan):
+def _bracket_kernel(refs, candidates_ref, counted_ref, *, plan):
     """Images of one part that may be the threshold, as the order of a sample of the row tells."""
     row, begin, end, wanted = _row_of(refs, plan)
     part, span, sampled = pl.program_id(1), jnp.maximum(end - begin, 1), plan.sampled
@@ -194,11 +194,6 @@ def _bracket_kernel(refs, candidates_ref, between_ref, counted_ref, *, plan):
     totals = jax.lax.fori_loop(0, plan.part // plan.chunk, collect, (jnp.int32(0),) * 3)
     for kind, total in zip((ABOVE, AROUND, HELD), totals, strict=True):
         counted_ref[row, part, kind] = total
-
-    @pl.when(part == 0)
-    def _write_between():
-        between_ref[row, 0] = low
-        between_ref[row, 1] = high
 
 
 def _select_kernel(refs, indices_ref, taken_ref, *, plan):
@@ -270,8 +265,7 @@ def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
     shift, greater, around, held, greater_before, around_before = state
     candidates = plgpu.load(refs["candidates"].at[row, slot + shift], mask=slot < around, other=BARRED)
     target = jnp.minimum(target, held)
-    between = (greater < target) & (greater + around >= target)
-    inside = between & (around <= plan.held)
+    inside = (greater < target) & (greater + around >= target) & (around <= plan.held)
 
     def total(of, of_candidate, known, stop):
         """The number of images before `stop` for which `of` holds; known: of those above the candidates."""
