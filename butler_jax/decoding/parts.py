@@ -59,8 +59,7 @@ class Part(NamedTuple):
     def joined(self, own: PartialAttention) -> PartialAttention:
         """Attention over all parts, each of which has its own; float32."""
         top, total, sums = self.merged(own.lse[..., None], 1.0, own.output.astype(jnp.float32))
-        lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
-        return PartialAttention(sums / jnp.where(total > 0, total, 1.0), lse[..., 0])
+        return PartialAttention.of_sums(top[..., 0], total[..., 0], sums)
 
 
 def part_of(size: int, axis: str | None) -> Part | None:

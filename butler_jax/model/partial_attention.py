@@ -16,6 +16,15 @@ class PartialAttention(NamedTuple):
     output: Float[Array, "*B D"]
     lse: Float[Array, "*B"]
 
+    @classmethod
+    def of_sums(
+        cls, top: Float[Array, "*B"], total: Float[Array, "*B"], sums: Float[Array, "*B D"]
+    ) -> PartialAttention:
+        """From sums over the keys: of weights exp(logit - top), and of values so weighted."""
+        held = total > 0
+        total = jnp.where(held, total, 1.0)
+        return cls(sums / total[..., None], jnp.where(held, top + jnp.log(total), -jnp.inf))
+
     def merge(self, other: PartialAttention) -> PartialAttention:
         """Attention over both sets of keys, float32."""
         top = jnp.maximum(jnp.maximum(self.lse, other.lse), LOWEST)

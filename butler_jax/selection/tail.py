@@ -31,9 +31,7 @@ def attend_spans(
     weights = jnp.exp(logits - top[..., None])
     total = jnp.sum(weights, axis=-1)
     values = jnp.einsum("bkgcu,bkud->bkgcd", weights.astype(mean_v.dtype), mean_v, preferred_element_type=jnp.float32)
-    held = total > 0
-    total = jnp.where(held, total, 1.0)
-    return PartialAttention(values / total[..., None], jnp.where(held, top + jnp.log(total), -jnp.inf))
+    return PartialAttention.of_sums(top, total, values)
 
 
 class TailSpans(NamedTuple):
