@@ -49,13 +49,14 @@ def open_bracket(low, reached, high, beyond, target) -> Bracket:
 
 
 def span_bracket(image: jax.Array, target: jax.Array) -> Bracket:
-    """The bracket of a row of images [U], U at most 32,768, for `target` of those that are not BARRED.
+    """The bracket of a row of images [U], U at most 32,768, for `target` of those that are not BARRED, or for all.
 
     It spans the images of the scores, or those of sinks and recent tokens where these alone are wanted.
     """
     marked, held = image > INFINITE, image > BARRED
     both = jnp.sum(held.astype(jnp.int32) + (marked.astype(jnp.int32) << SHIFT))
     every, first = both & ((1 << SHIFT) - 1), jax.lax.shift_right_logical(both, jnp.int32(SHIFT))
+    target = jnp.minimum(target, every)
     member = held & (marked == (target <= first))
     low, high = jnp.min(jnp.where(member, image, TOP)), jnp.max(jnp.where(member, image, BARRED)) + 1
     return span_counts(low, high, first, every, target)

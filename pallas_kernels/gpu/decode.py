@@ -19,8 +19,7 @@ def sparse_decode_attention(
     else:  # a unit is longer than what a program scores
         scores = importance_scores(q_imp, k_imp, lengths, totals=None, interpret=interpret, **scored)
         image = image_of(scores, lengths, rules)
-    barred = rules.threshold is not None
-    chosen = dict(counts=counts, first=first, unit=rules.unit, barred=barred, interpret=interpret)
+    chosen = dict(counts=counts, first=first, unit=rules.unit, interpret=interpret)
     units, taken = choose_units(image, lengths, n, k.shape[-2], **chosen)
     shared = dict(unit=rules.unit, lengths=lengths, first=first, interpret=interpret)
     out, residual = attend_to_units(q, k, v, units, taken, **shared, **options)

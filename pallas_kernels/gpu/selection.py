@@ -40,7 +40,6 @@ class SelectPlan(NamedTuple):
         part: Units that it writes.
         parts: Programs of a row.
         unit, size, heads: Tokens of a unit, S, K.
-        barred: Whether a threshold on scores bars some of the units that a row sees.
     """
 
     n: int
@@ -52,7 +51,6 @@ class SelectPlan(NamedTuple):
     unit: int
     size: int
     heads: int
-    barred: bool
 
     @property
     def sampled(self):
@@ -79,7 +77,7 @@ def part_sizes(units, rows, tiles):
 
 def select_top_k(scores, lengths, n, *, counts, rules, interpret):
     """The choice of n units; arguments as in `api.py`."""
-    options = dict(first=rules.first, unit=rules.unit, barred=rules.threshold is not None)
+    options = dict(first=rules.first, unit=rules.unit)
     image = image_of(scores, lengths, rules)
     indices, taken = choose_units(image, lengths, n, scores.shape[-1], counts=counts, interpret=interpret, **options)
     return as_selection(indices, taken)
@@ -90,18 +88,17 @@ def as_selection(indices, taken):
     return Selection(indices, jnp.arange(indices.shape[-1], dtype=jnp.int32)[None, None] < taken[..., None])
 
 
-def choose_units(image, lengths, n, size, *, counts, first, unit, barred, interpret):
+def choose_units(image, lengths, n, size, *, counts, first, unit, interpret):
     """The units with the largest images, int32 [B, K, N], 0 behind them, and how many they are, int32 [B, K].
 
-    image: int32 [B, K, U], where those of units that a row does not see have any value. barred: whether others may be
-    BARRED.
+    image: int32 [B, K, U], where those of units that a row does not see have any value.
     """
     batch, heads, units = image.shape
     rows, tiles = batch * heads, current_tiles()
     whole = units <= tiles.held
     held = padded_size(units) if whole else tiles.candidates
     chunk, part = part_sizes(units, rows, tiles)
-    plan = SelectPlan(n, units, held, chunk, part, pl.cdiv(units, part), unit, size, heads, barred)
+    plan = SelectPlan(n, units, held, chunk, part, pl.cdiv(units, part), unit, size, heads)
     if counts is not None:
         counts = jnp.broadcast_to(counts[:, None] if counts.ndim == 1 else counts, (batch, heads)).reshape(rows)
     operands = place_operands(None, lengths, first) | dict(
@@ -165,19 +162,17 @@ def _bracket_kernel(refs, candidates_ref, counted_ref, *, plan):
     margin = 4 + np.float32(SPREAD) * jnp.sqrt(rank * (1 - share))
     lower, upper = ((rank + sign * margin).astype(jnp.int32) for sign in (1, -1))
     slack = (margin / 8).astype(jnp.int32)
-
     targets = jnp.minimum(lower, sampled), jnp.maximum(upper - slack, 1)
 
     def search(i, found):
-        """The images that about as many of the sample reach as the targets, and how many reach the first."""
+        """The image that about as many of the sample reach as a target and how many do, behind what was found last."""
         target = jnp.where(i == 0, *targets)
         bracket = close_bracket(
             lambda trial: _number(sample >= trial), span_bracket(sample, target), target, slack=slack
         )
-        low, reached, _ = found
-        return jnp.where(i == 0, bracket.low, low), jnp.where(i == 0, bracket.reached, reached), bracket.low
+        return *found[2:], bracket.low, bracket.reached
 
-    low, reached, high = jax.lax.fori_loop(0, 2, search, (jnp.int32(0),) * 3)
+    low, reached, high, _ = jax.lax.fori_loop(0, 2, search, (jnp.int32(0),) * 4)
     low = jnp.where((lower >= sampled) | (reached < lower), BARRED, low)
     high = jnp.where(upper <= slack, TOP + 1, high)
 
@@ -239,8 +234,9 @@ def _select_kernel(refs, indices_ref, taken_ref, *, plan):
 def _threshold_of_row(refs, row, begin, end, target, start, plan):
     """How many units are chosen, the threshold, how many of those that equal it, and the two numbers before a part."""
     whole = _images(refs, row, begin, end, 0, plan.held)
-    target = jnp.minimum(target, _number(whole > BARRED) if plan.barred else jnp.maximum(end - begin, 0))
-    found = close_bracket(lambda trial: _number(whole >= trial), span_bracket(whole, target), target)
+    bracket = span_bracket(whole, target)
+    target = jnp.minimum(target, bracket.reached)
+    found = close_bracket(lambda trial: _number(whole >= trial), bracket, target)
     limit = found.low
     before = jnp.arange(plan.held, dtype=jnp.int32) < start
     above, equal = _number((whole > limit) & before), _number((whole == limit) & before)

@@ -144,7 +144,7 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
             counts = _whole(running, here, (0, 0))  # [128, slots]
             unit = jnp.sum((counts <= rank).astype(jnp.float32), axis=0, keepdims=True)
             found = (chunk * np.float32(LANES) + unit).astype(jnp.int32)
-            out_ref[pl.ds(row, 1), pl.ds(pl.multiple_of(i * slots, slots), slots)] = found
+            out_ref[pl.ds(row, 1), _part(i, slots)] = found
             return carry
 
         jax.lax.fori_loop(0, width // slots, find, 0)
