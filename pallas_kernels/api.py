@@ -12,7 +12,8 @@ Every operation takes
   interprets them on any platform, slowly, for tests. False lowers a kernel for its own platform on any, to compile
   ahead of time.
 - layer: an index, traced or not, into caches [L, ...] stacked over layers. With it, a scan over layers does not copy a
-  layer out of the caches.
+  layer out of the caches. `importance_scores` and `importance_totals` take P of them too, int [P]. All other arrays
+  then have B*P rows in the place of B: for each row of the cache one for every layer, in their order.
 
 Bad input raises ValueError. The message says what was given, what is wrong and what to do. The method is TokenButler,
 arXiv 2503.07518. For each row, dense decode attention reads 2*S*K*D numbers, and this S*K*R + 2*N*unit*K*D.

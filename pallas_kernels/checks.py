@@ -106,11 +106,12 @@ def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kin
         raise ValueError(f"{name} must be {'integers' if kinds == 'iu' else 'numbers'}, got {dtype}")
 
 
-def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]:
+def check_layer(name: str, array: Any, layer: Any, dims: str, several: bool = False) -> tuple[int, ...]:
     """The shape of one layer of a cache [dims], or [L, dims] where a layer is given; dims: letters separated by spaces.
 
     Raises:
-        ValueError: The number of axes of the argument `name` is wrong, or the layer is outside the cache.
+        ValueError: The number of axes of the argument `name` is wrong, or a layer is outside the cache, or there are
+            several where one is wanted.
     """
     rank = len(dims.split()) + (layer is not None)
     letters = dims if layer is None else f"L {dims}"
@@ -118,11 +119,12 @@ def check_layer(name: str, array: Any, layer: Any, dims: str) -> tuple[int, ...]
     if array.ndim != rank:
         raise ValueError(f"{name} must be [{letters.replace(' ', ', ')}], got shape {array.shape}; {remedy}")
     if layer is not None:
-        if jnp.ndim(layer) != 0:
-            raise ValueError(f"layer must be one index, got shape {jnp.shape(layer)}")
-        number = layer if isinstance(layer, (int, np.integer)) else 0
-        if number < 0 or number >= array.shape[0]:
-            raise ValueError(f"layer {number} is outside the cache's {array.shape[0]} layers")
+        if np.ndim(layer) > several or np.size(layer) == 0:
+            wanted = "one index, or a vector of them" if several else "one index"
+            raise ValueError(f"layer must be {wanted}, got shape {np.shape(layer)}")
+        for number in np.ravel(layer) if isinstance(layer, (int, np.integer, np.ndarray)) else ():
+            if number < 0 or number >= array.shape[0]:
+                raise ValueError(f"layer {number} is outside the cache's {array.shape[0]} layers")
     return tuple(array.shape[layer is not None :])
 
 
@@ -138,7 +140,11 @@ def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> No
         raise ValueError(f"q_imp must be [B, K, G, R], got shape {q_imp.shape}")
     batch, heads, group, rank = q_imp.shape
     check_some(batch, heads)
-    shape = check_layer("k_imp", k_imp, layer, "B K R S")
+    shape = check_layer("k_imp", k_imp, layer, "B K R S", several=True)
+    layers = np.size(layer)
+    if layers > 1 and batch != shape[0] * layers:
+        raise ValueError(f"q_imp has {batch} rows; {layers} layers of {shape[0]} rows need {shape[0] * layers}")
+    shape = shape[0] * layers, *shape[1:]
     if not (shape[0] == batch and shape[2] == rank and shape[1] in (heads, heads * group)):
         raise ValueError(f"k_imp {shape} must be [B, K, R, S] or [B, K*G, R, S] for q_imp [B, K, G, R] = {q_imp.shape}")
     if pooling not in POOLINGS:

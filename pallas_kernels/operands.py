@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+UNROLLED = 8  # layers that are scored without a loop
 
-def first_row(layer, rows):
-    """The first row of a layer, int32 [1], in a cache whose layers have `rows` rows each."""
-    return (jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)) * rows
+
+def first_rows(layer, rows):
+    """The first row of each layer, int32 [P] or [1], in a cache whose layers have `rows` rows each."""
+    return (jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(-1)) * rows
+
+
+def cache_row(first_rows, row, heads):
+    """The row of a cache that a row of queries reads; the rows of P layers follow each other, `heads` at a time."""
+    layers = first_rows.shape[0]
+    if layers == 1:
+        return first_rows[0] + row
+    sequence = row // heads
+    return first_rows[sequence % layers] + sequence // layers * heads + row % heads
+
+
+def layer_by_layer(function):
+    """Extend a function that scores rows of one layer to P of them, one after the other."""
+
+    @functools.wraps(function)
+    def extended(q_imp, k_imp, lengths, *, layer, scales, **options):
+        if np.ndim(layer) == 0:
+            return function(q_imp, k_imp, lengths, layer=layer, scales=scales, **options)
+        layer, count = jnp.asarray(layer), np.size(layer)
+        if scales is not None:
+            scales = jnp.broadcast_to(scales, (q_imp.shape[0], k_imp.shape[-3]))
+        rows = dict(q_imp=q_imp, lengths=lengths, scales=scales)
+        rows |= {name: options.pop(name) for name in ("first", "totals") if name in options}
+        rows = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), rows)
+
+        def one(given):
+            layer, rows = given
+            return function(k_imp=k_imp, layer=layer, **rows, **options)
+
+        if count <= UNROLLED:
+            found = [one(jax.tree.map(lambda a, p=p: a[p], (layer, rows))) for p in range(count)]
+            found = jnp.stack(found, axis=1)
+        else:
+            found = jnp.moveaxis(jax.lax.map(one, (layer, rows)), 0, 1)
+        return found.reshape(-1, *found.shape[2:])
+
+    return extended
 
 
 def bounds(lengths, first):
@@ -18,12 +60,13 @@ def bounds(lengths, first):
 
 
 def score_operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
-    """(first row, bounds, q_imp [rows, G, R], factor [rows] of the products, k_imp [L*rows, R, S])."""
+    """(first rows, bounds, q_imp [rows, G, R], factor [rows] of the products, k_imp [L*B*Q, R, S])."""
     batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
     q_imp = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
     k_imp = k_imp.reshape(-1, *k_imp.shape[-2:])
     factor = score_factor(batch, key_heads, scales, scale)
-    return first_row(layer, q_imp.shape[0]), bounds(lengths, first), q_imp, factor, k_imp
+    starts = first_rows(layer, q_imp.shape[0] // np.size(layer))
+    return starts, bounds(lengths, first), q_imp, factor, k_imp
 
 
 def score_factor(batch, key_heads, scales, scale):
@@ -42,4 +85,4 @@ def attention_operands(q, k, v, indices, valid, *, lengths, first, layer):
     units = (indices if valid is None else jnp.where(valid, indices, -1)).reshape(rows, n)
     queries = q.reshape(rows, -1, dim)
     caches = (a.reshape(-1, size, dim) for a in (k, v))
-    return first_row(layer, rows), units, bounds(lengths, first), queries, *caches
+    return first_rows(layer, rows), units, bounds(lengths, first), queries, *caches

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.arithmetic import soft_cap
 
@@ -14,7 +15,9 @@ LOWEST = -1e30  # logits below it count as -inf; it is finite, so that rows that
 
 
 def take_layer(array, layer):
-    """One layer of a cache [L, ...], or the array itself where layer is None."""
+    """One layer of a cache [L, B, ...], or the array itself where layer is None; of layers [P], rows [B*P, ...]."""
+    if np.ndim(layer) == 1:
+        return jnp.swapaxes(array[jnp.asarray(layer)], 0, 1).reshape(-1, *array.shape[2:])
     return array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
 

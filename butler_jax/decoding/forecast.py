@@ -26,8 +26,6 @@ from butler_jax.model import BaseModel, LayerView, is_served
 from butler_jax.predictors import Predictor, at, schedule, walk, zeros_of
 from butler_jax.selection import Chosen
 
-UNROLLED = 8  # layers of a block that are scored without a loop
-
 
 class BlockForecast(NamedTuple):
     """What is known of a block of P layers before they run.
@@ -151,16 +149,8 @@ class Forecaster:
         q_imp, offset = q_imp_of_block(predictor, self.model, features, self.context, layers)
         chosen = None
         if self.ahead:
-            fixed = dict(scores=self.scores, newest=self.newest, plan=self.chooser.plan, base=config)
-            score = partial(pooled_scores, **fixed)
-            heads = (*q_imp.shape[:2], config.kv_heads, config.group)
-            given = q_imp.reshape(*heads, -1), None if offset is None else offset.reshape(heads), layers
-            if len(layers) <= UNROLLED:
-                parts = [score(*jax.tree.map(lambda a, p=p: a[p], given)) for p in range(len(layers))]
-                pooled = jnp.stack(parts, axis=1)
-            else:
-                pooled = jnp.swapaxes(jax.lax.map(lambda one: score(*one), given), 0, 1)
-            chosen = self.chooser.choose_block(pooled, layers)
+            where = dict(scores=self.scores, newest=self.newest, plan=self.chooser.plan, base=config)
+            chosen = self.chooser.choose_block(pooled_scores(q_imp, offset, layers, **where), layers)
         places = place_scored(config, layers)
         scales = None if self.scores.scales is None else self.scores.scales[places]
         k_imp = restored(self.scores.k_imp[places], scales)

@@ -43,33 +43,38 @@ def q_imp_of_block(
 
 
 def pooled_scores(
-    q_imp: Float[Array, "B K G R"],
-    offset: Float[Array, "B K G"] | None,
-    layer: Int[Array, ""],
+    q_imp: Float[Array, "P B H R"],
+    offset: Float[Array, "P B H"] | None,
+    layers: Int[Array, " P"],
     scores: ScoreCache,
     newest: Newest,
     plan: Plan,
     base: BaseConfig,
-) -> Float[Array, "B K S"]:
-    """The score of every cached token of a layer, pooled over the group.
+) -> Float[Array, "B P K S"]:
+    """The score of every cached token of P layers, pooled over the group.
 
     With an offset, scores are logarithms of errors: the offset of each head is added before the maximum is taken.
     Sinks and recent tokens are read whatever their score: the log-sum-exp that pooling subtracts leaves them out. Where
     the mesh splits the tokens, every device scores its part, and the parts agree on one log-sum-exp.
     """
     selection, pooling = plan.selection, plan.policy.predictor_pooling
-    _, batch, _, _, capacity = scores.k_imp.shape
+    block, batch = q_imp.shape[:2]
+    capacity = scores.k_imp.shape[-1]
     axis = token_axis(capacity)
-    sliding_window = newest.sliding_window(layer)
-    seen = 0 if sliding_window is None else newest.total - sliding_window
-    first = jnp.maximum(seen, selection.sinks) + jnp.zeros_like(newest.total)
-    contested = jnp.maximum(newest.total - selection.recent, 0)
-    layer = place_scored(base, layer)
-    scales = None if scores.scales is None else scores.scales[layer]
+    sliding_window = newest.sliding_window(layers)
+    seen = 0 if sliding_window is None else newest.total[:, None] - sliding_window[None]
+    first = jnp.maximum(seen, selection.sinks) + jnp.zeros((batch, block), jnp.int32)
+    contested = jnp.broadcast_to(jnp.maximum(newest.total - selection.recent, 0)[:, None], (batch, block))
+    places = place_scored(base, layers)
+    scales = None if scores.scales is None else jnp.swapaxes(scores.scales[places], 0, 1)
+    grouped = q_imp.reshape(block, batch, base.kv_heads, base.group, -1)
+    grouped = dict(q_imp=grouped, offset=None if offset is None else offset.reshape(grouped.shape[:-1]))
+    grouped = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), grouped)
 
-    def run(q_imp, offset, k_imp, contested, first, layer, scales):
+    def run(k_imp, places, *of_rows):
+        q_imp, offset, contested, first, scales = (None if a is None else a.reshape(-1, *a.shape[2:]) for a in of_rows)
         part = part_of(k_imp.shape[-1], axis)
-        options = dict(scales=scales, layer=layer, implementation=plan.implementation)
+        options = dict(scales=scales, layer=places, implementation=plan.implementation)
         if part is not None:
             contested, first = part.count(contested), part.count(first)
         totals = None
@@ -82,11 +87,11 @@ def pooled_scores(
         found = importance_scores(q_imp, k_imp, contested, first=first, pooling=pooled, totals=totals, **options)
         if offset is not None and q_imp.shape[2] == 1:  # a group of one is not shifted
             found = found - totals
-        return found
+        return found.reshape(-1, block, *found.shape[1:])
 
-    operands = ("bh--", "bh-", "-bh-s", "b", "b", "", "bh")
-    split = by_rows_and_heads(run, operands, "bhs", rows=batch, heads=q_imp.shape[1], tokens=capacity)
-    return split(q_imp, offset, scores.k_imp, contested, first, layer, scales)
+    operands = ("-bh-s", "-", "b-h--", "b-h-", "b-", "b-", "b-h")
+    split = by_rows_and_heads(run, operands, "b-hs", rows=batch, heads=base.kv_heads, tokens=capacity)
+    return split(scores.k_imp, places, grouped["q_imp"], grouped["offset"], contested, first, scales)
 
 
 def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:

@@ -115,21 +115,22 @@ def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, fi
 
 
 def _addressable(k_imp, layer):
-    """k_imp and the layer to read in it. Of an array with offsets beyond 32 bits, it is a copy of the layer alone.
+    """k_imp and what to read in it. Of an array with offsets beyond 32 bits, it is a copy of what is read alone.
 
     Pallas has offsets of 64 bits for arrays beyond 4 GiB, and 2**31 elements of two bytes are as many. So only int8
     arrays are concerned.
     """
     if not (k_imp.dtype.itemsize == 1 and ADDRESSED < k_imp.size <= 2 * ADDRESSED):
         return k_imp, layer
+    several = np.ndim(layer) == 1
     if layer is not None:
-        k_imp = jax.lax.dynamic_index_in_dim(k_imp, layer, keepdims=False)
+        k_imp = k_imp[jnp.asarray(layer)]
     if k_imp.size > ADDRESSED:
         raise ValueError(
             f"k_imp {k_imp.shape} in {k_imp.dtype} has more than 2 GiB and at most 4 GiB, which GPU kernels cannot "
             "address; split the batch, or keep k_imp in bfloat16"
         )
-    return k_imp, None
+    return k_imp, jnp.arange(len(k_imp), dtype=jnp.int32) if several else None
 
 
 def _run_scores(operands, plan, totals, rules):
@@ -217,7 +218,7 @@ def _products(refs, row, block, plan):
     head, depth = plan.head, padded_size(plan.rank)
     if jnp.float32 in (refs["q_imp"].dtype, refs["k_imp"].dtype):
         depth = min(depth, DEEP)
-    source = cache_row(refs, row, refs["q_imp"].shape[0])
+    source = cache_row(refs, row, refs["q_imp"].shape[0], plan.heads * plan.shared)
 
     def add(i, total):
         """Add the products of some channels."""
@@ -234,7 +235,7 @@ def _products(refs, row, block, plan):
 
 def _products_apart(refs, row, block, plan):
     """The products of a block, [T] of every query head."""
-    source = cache_row(refs, row, refs["q_imp"].shape[0])
+    source = cache_row(refs, row, refs["q_imp"].shape[0], plan.heads * plan.shared)
     total = [jnp.zeros(plan.tokens, jnp.float32)] * plan.group
     for channel in range(plan.rank):
         k_imp = plgpu.load(refs["k_imp"].at[source, channel, block.position], mask=block.loaded, other=0)

@@ -37,9 +37,9 @@ def padded_size(number):
 
 
 def place_operands(layer, lengths, first):
-    """Operands that say where a row lies: the layer [1], lengths [B], first [B]; None where they are not given."""
-    layer = None if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
-    return dict(layer=layer, lengths=whole_numbers(lengths), first=whole_numbers(first))
+    """Operands that say where a row lies: layers [P], lengths [B], first [B]; None where they are not given."""
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32).reshape(-1)
+    return dict(layers=layer, lengths=whole_numbers(lengths), first=whole_numbers(first))
 
 
 def whole_numbers(array):
@@ -53,9 +53,15 @@ def seen_range(refs, sequence, size):
     return begin, jnp.minimum(refs["lengths"][sequence], size) if "lengths" in refs else jnp.int32(size)
 
 
-def cache_row(refs, row, rows):
-    """A row of the layer in a cache whose layers have `rows` rows each."""
-    return refs["layer"][0] * np.int32(rows) + row if "layer" in refs else row
+def cache_row(refs, row, rows, heads=1):
+    """The row of a cache that one of `rows` rows reads; the rows of P layers follow each other, `heads` at a time."""
+    if "layers" not in refs:
+        return row
+    layers = refs["layers"].shape[0]
+    if layers == 1:
+        return refs["layers"][0] * np.int32(rows) + row
+    sequence = row // heads
+    return refs["layers"][sequence % layers] * np.int32(rows // layers) + sequence // layers * heads + row % heads
 
 
 def pairs(first, second):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.arithmetic import exact, finite_or_zero, total_of
+from pallas_kernels.operands import layer_by_layer
 from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
@@ -22,6 +23,7 @@ MOST_TERMS = 256  # products that are unrolled into one fused loop
 UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole operand of a loop to float32 before it
 
 
+@layer_by_layer
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scale, first, layer):
     """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     size, loops = k_imp.shape[-1], k_imp.dtype == jnp.float32
@@ -42,6 +44,7 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scal
     return jnp.where(mask[:, None], scores, -jnp.inf)
 
 
+@layer_by_layer
 def importance_totals(q_imp, k_imp, lengths, *, scales, scale, first, layer):
     """Log-sum-exps, float32 [B, K, G]; -inf where a row sees nothing."""
     factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)

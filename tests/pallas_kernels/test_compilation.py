@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what chip this is
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share: another process may hold its lock
@@ -101,11 +102,12 @@ def test_every_tpu_kernel_compiles(chip, case, key_dtypes):
 
 
 @pytest.mark.slow
-def test_the_totals_of_split_keys_compile_for_tpus():
+def test_the_totals_of_split_keys_and_the_scores_of_two_layers_compile_for_tpus():
     pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
 
     def score(q_imp, k_imp, lengths, layer):
-        options = dict(layer=layer, implementation="tpu")
+        q_imp, lengths = (jnp.repeat(a, 2, axis=0) for a in (q_imp, lengths))
+        options = dict(layer=jnp.stack([layer, 1 - layer]), implementation="tpu")
         totals = pk.importance_totals(q_imp, k_imp, lengths, **options)
         return pk.importance_scores(q_imp, k_imp, lengths, totals=totals, **options)
 
@@ -114,7 +116,8 @@ def test_the_totals_of_split_keys_compile_for_tpus():
     described = arguments(LLAMA, None, NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         text = jax.jit(score).lower(*(described[n] for n in ("q_imp", "k_imp", "lengths", "layer"))).compile().as_text()
-    assert "%importance_totals" in text and "%importance_scores" in text
+    for kernel in ("%importance_totals", "%importance_scores"):
+        assert len(re.findall(f"{kernel}\\S* = .*custom-call", text)) == 1, kernel
 
 
 @pytest.mark.slow

@@ -64,5 +64,7 @@ def test_a_decode_step_reads_its_weights_in_place_and_has_no_conditions():
     for launches, temporary in (without, tail):
         assert not {"cond", "conditional", "while"} & set(launches), launches
         assert launches["attend_to_tokens"] == 4
+        for kernel in ("importance_totals", "importance_scores", "select_top_k"):
+            assert launches[kernel] == 1, f"{kernel} runs once for all layers of a producer"
         assert temporary < 64 << 20, temporary
     assert sum(tail[0].values()) - sum(without[0].values()) <= 4 * 9, "launches of the tail"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,46 @@ def test_a_long_cache_is_scored_as_a_short_one():
     q, keys, lengths = normal(0, 1, 8, 4, 4), normal(1, 1, 8, 4, 20_011), jnp.array([19_000])
     found = run(pk.importance_scores, q, keys, lengths, implementation="xla")
     np.testing.assert_allclose(found, oracle_scores(q, keys, lengths, "normalised"), atol=2e-5)
+
+
+@pytest.mark.parametrize("keys_of", ["group", "query head"])
+@pytest.mark.parametrize("layers", [[2], [2, 0, 3], list(range(9))], ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
+def test_several_layers_are_scored_as_each_of_them(implementation, layers, keys_of):
+    """With scales, lengths and first tokens of their own, and totals that are given."""
+    batch, heads, group, count = 2, 2, 3, len(layers)
+    key_heads = heads if keys_of == "group" else heads * group
+    q = normal(0, batch * count, heads, group, 8)
+    keys, scales = pk.quantise_k_imp(normal(1, 9, batch, key_heads, 8, 70))
+    lengths = jnp.arange(batch * count) * 5 % 41 + 30
+    of_rows = dict(first=lengths // 3, scales=jnp.swapaxes(scales[jnp.array(layers)], 0, 1).reshape(-1, key_heads))
+    how = dict(layer=jnp.array(layers), implementation=implementation)
+    found = run(pk.importance_scores, q, keys, lengths, **of_rows, **how)
+    totals = run(pk.importance_totals, q, keys, lengths, **of_rows, **how)
+    again = run(pk.importance_scores, q, keys, lengths, totals=totals, **of_rows, **how)
+    for place, layer in enumerate(layers):
+        own = jax.tree.map(lambda a, place=place: a[place::count], (q, lengths, of_rows))
+        single = dict(layer=layer, implementation="reference")
+        expected = pk.importance_scores(own[0], keys, own[1], **own[2], **single)
+        np.testing.assert_allclose(found[place::count], expected, atol=1e-5)
+        np.testing.assert_allclose(again[place::count], expected, atol=1e-5)
+        expected = pk.importance_totals(own[0], keys, own[1], **own[2], **single)
+        np.testing.assert_allclose(totals[place::count], expected, atol=1e-5)
+
+
+def test_layers_that_do_not_fit_are_named():
+    q, keys, lengths = normal(0, 4, 2, 3, 8), normal(1, 5, 2, 2, 8, 70), jnp.full(4, 70)
+    for layers, message in [
+        ([1, 2, 3], r"q_imp has 4 rows; 3 layers of 2 rows need 6"),
+        (np.array([1, 5]), "layer 5 is outside the cache's 5 layers"),
+        ([], r"layer must be one index, or a vector of them, got shape \(0,\)"),
+        ([[1, 2]], r"got shape \(1, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pk.importance_scores(q, keys, lengths, layer=layers)
+    whole = normal(2, 5, 2, 2, 70, 8)
+    with pytest.raises(ValueError, match=r"layer must be one index, got shape \(2,\)"):
+        pk.masked_topk_decode_attention(normal(3, 4, 6, 8), whole, whole, jnp.zeros((4, 2, 1), jnp.int32), layer=[1, 2])
 
 
 WAYS = {
@@ -148,6 +189,11 @@ def test_int8_keys_with_offsets_beyond_32_bits_are_read_layer_by_layer(monkeypat
     monkeypatch.setattr(gpu_scores, "ADDRESSED", keys.size - 1)
     found = pk.importance_scores(q_imp, keys, lengths, implementation="gpu", interpret=interpreted("gpu"), **how)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    q_imp, how = jnp.repeat(q_imp, 2, axis=0), dict(scales=scales[::2, 0], layer=np.array([0, 2]))
+    expected = pk.importance_scores(q_imp, keys, jnp.repeat(lengths, 2), implementation="reference", **how)
+    how |= dict(implementation="gpu", interpret=interpreted("gpu"))
+    np.testing.assert_allclose(pk.importance_scores(q_imp, keys, jnp.repeat(lengths, 2), **how), expected, atol=1e-5)
+    q_imp = q_imp[:1]
     monkeypatch.setattr(gpu_scores, "ADDRESSED", keys[0].size - 1)
     with pytest.raises(ValueError, match="which GPU kernels cannot address; split the batch"):
         pk.importance_scores(q_imp, keys[1], lengths, scales=scales[1, 0], implementation="gpu", interpret=True)
