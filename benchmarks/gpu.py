@@ -127,7 +127,14 @@ def make_parts(out: Path, bases: list[str], tiny: bool) -> list[GpuPart]:
     add("attention", 2, [*pytest, parity, f"--junitxml={out / 'attention.xml'}"], read_tests, "attention.xml")
     call = out / "flashinfer_call.json"
     add("flashinfer", 1.5, [sys.executable, "-c", FLASHINFER, call], read_json, call.name)
-    sizes = ["--shape=llama8b", "--context=32768,131072,8192,4096", "--batch=16,1", "--interval=1,8", "--minutes=5"]
+    sizes = [
+        "--shape=llama8b",
+        "--context=32768,131072,8192,4096",
+        "--batch=16,1",
+        "--interval=1,8",
+        "--together=4,1",
+        "--minutes=5",
+    ]
     if tiny:
         sizes = ["--shape=smollm2", "--context=256", "--batch=1", "--interval=1,8", "--repeats=1"]
     rows = out / "sparse_decode.json"
@@ -195,7 +202,7 @@ def compare_bench(report: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for row in report["rows"] if chips else ():
         same = dict(unit=report["unit"], pooling=report["pooling"], int8=report["int8"])
-        sizes = {name: row[name] for name in ("context", "batch", "tokens")}
+        sizes = {name: row[name] for name in ("context", "batch", "tokens")} | dict(together=row.get("together", 1))
         case = Case(shape=SHAPES[report["shape"]], dtype=jnp.dtype(report["dtype"]), **same, **sizes)
         (own,) = predict_rows(case, chips[0], [row["interval"]])
         both = {name: dict(measured=row[name], modelled=own[name]) for name in ("seconds", "dense_seconds", "speedup")}

@@ -10,6 +10,7 @@ all rows: one for torch's calls and one for programs of JAX.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
@@ -28,26 +29,27 @@ FILES = ("sparse_decode.json", "sparse_decode_normalised.json")
 CONTEXTS = tuple(2**n for n in range(12, 18))
 BATCHES = (1, 16)
 INTERVALS = (1, 8)
+CALLS = (("normalised", 4), ("normalised", 1), ("maximum", 4))  # pooling, and layers that choose together
 PARTS = ("dense_seconds", "reuse_seconds", "predict_seconds")
 
 
-def case_of(context: int, batch: int, pooling: str) -> Case:
+def case_of(context: int, batch: int, pooling: str, together: int = 1) -> Case:
     """Llama-3.1-8B's layer, a sixteenth of the tokens read."""
-    sizes = dict(context=context, batch=batch, tokens=context // 16)
+    sizes = dict(context=context, batch=batch, tokens=context // 16, together=together)
     return Case(shape=SHAPES["llama8b"], dtype=jnp.dtype(jnp.bfloat16), pooling=pooling, **sizes)
 
 
 def model_rows(chip: str, contexts=CONTEXTS, batches=BATCHES) -> list[dict[str, Any]]:
-    """The rows of a chip with normalised pooling, the default; times in microseconds."""
+    """The rows of a chip: a layer of a decode step with each pooling, and one alone; times in microseconds."""
     found = []
-    for batch in batches:
-        for context in contexts:
-            for row in predict_rows(case_of(context, batch, "normalised"), CHIPS[chip], INTERVALS):
-                kernels = {name: round(1e6 * t, 1) for name, t in row["kernels"].items()}
-                figures = dict(us=row["seconds"] * 1e6, dense_us=row["dense_seconds"] * 1e6, speedup=row["speedup"])
-                figures |= dict(cap=row["cap"], share_of_cap=row["share_of_cap"])
-                which = dict(chip=chip, batch=batch, context=context, interval=row["interval"])
-                found.append(which | {k: round(v, 3) for k, v in figures.items()} | dict(kernels=kernels))
+    for (pooling, together), batch, context in itertools.product(CALLS, batches, contexts):
+        for row in predict_rows(case_of(context, batch, pooling, together), CHIPS[chip], INTERVALS):
+            kernels = {name: round(1e6 * t, 1) for name, t in row["kernels"].items()}
+            figures = dict(us=row["seconds"] * 1e6, dense_us=row["dense_seconds"] * 1e6, speedup=row["speedup"])
+            figures |= dict(cap=row["cap"], share_of_cap=row["share_of_cap"])
+            which = dict(chip=chip, pooling=pooling, together=together, batch=batch, context=context)
+            which |= dict(interval=row["interval"])
+            found.append(which | {k: round(v, 3) for k, v in figures.items()} | dict(kernels=kernels))
     return found
 
 

@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=budgets, default=(Fraction(1, 16),), help="fractions or tokens attended, comma-separated")
     add("--batch", type=numbers, default=(1,), help="rows, comma-separated")
     add("--interval", type=numbers, default=(1, 8), help="steps from one prediction to the next, comma-separated")
+    add("--together", type=numbers, default=(1,), help="layers that choose in one go, as in a step, comma-separated")
     add("--dtype", choices=("float32", "bfloat16"), default="float32" if on_cpu else "bfloat16")
     add("--unit", type=int, default=16 if jax.default_backend() == "tpu" else 1, help="tokens a page; 1 chooses tokens")
     add("--pooling", choices=checks.POOLINGS, default="normalised", help="of the scores of a group of query heads")
@@ -155,23 +156,24 @@ def main(arguments: list[str] | None = None) -> int:
     device = jax.devices()[0]
     begun = time.monotonic()
     bandwidth = copy_bandwidth(asked.repeats)
-    settings = dict(shape=asked.shape, dtype=asked.dtype, unit=asked.unit, pooling=asked.pooling, int8=asked.int8)
+    settings = dict(dtype=asked.dtype, unit=asked.unit, pooling=asked.pooling, int8=asked.int8)
     machine = dict(device=device.device_kind, platform=device.platform, jax=jax.__version__)
     machine |= dict(processor=platform.processor() or platform.machine(), date=datetime.date.today().isoformat())
-    report = machine | settings | dict(implementation=name, repeats=asked.repeats, copy_gb_s=bandwidth / 1e9)
-    report |= dict(rows=[], left_out=[])
+    report = machine | dict(shape=asked.shape) | settings | dict(implementation=name, repeats=asked.repeats)
+    report |= dict(copy_gb_s=bandwidth / 1e9, rows=[], left_out=[])
     setting = f"{asked.shape}, {asked.dtype}, unit {asked.unit}, {asked.pooling} pooling, {name}"
     print(f"{report['device']}, jax {jax.__version__}, {setting}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     print(HEADER, flush=True)
     longest = 0.0
-    for context, batch, budget in itertools.product(asked.context, asked.batch, asked.budget):
+    sizes_asked = itertools.product(asked.context, asked.batch, asked.budget, asked.together)
+    for context, batch, budget, together in sizes_asked:
         tokens = count_tokens(budget, context)
-        sizes = dict(context=context, batch=batch, tokens=tokens)
+        sizes = dict(context=context, batch=batch, tokens=tokens, together=together)
         own = settings | dict(shape=SHAPES[asked.shape], dtype=jnp.dtype(asked.dtype))
         case = Case(**sizes, **own, implementation=asked.implementation)
         if why := unfit(case, asked.memory, begun, longest, asked.minutes):
             report["left_out"].append(sizes | dict(why=why))
-            print(f"{context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
+            print(f"{together:>8} {context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
             continue
         start = time.monotonic()
         found = measure_case(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth)
@@ -190,8 +192,9 @@ def unfit(case: Case, memory: float, begun: float, longest: float, minutes: floa
     """The reason why a case cannot run, or None."""
     if case.tokens > case.context:
         return f"{case.tokens} tokens are more than the context of {case.context}"
-    if 1.2 * case.dense_bytes > memory * 1e9:
-        return f"its caches take {case.dense_bytes / 1e9:.1f} GB, more than --memory allows"
+    needed = case.together * case.dense_bytes
+    if 1.2 * needed > memory * 1e9:
+        return f"its caches take {needed / 1e9:.1f} GB, more than --memory allows"
     if minutes is not None and time.monotonic() - begun + 1.5 * longest > 60 * minutes:
         return f"no time left of {minutes} minutes"
     return None

@@ -45,6 +45,7 @@ class Case:
     unit: int = 1
     pooling: str = "normalised"
     int8: bool = False
+    together: int = 1  # layers whose choices are made in one go, as in a decode step
     implementation: str | None = None
 
     @property

@@ -58,7 +58,7 @@ def measure_case(
     shared = dict(budget=case.tokens / case.context, dense_seconds=dense, dense_form=dense_name, peers=timed | missing)
     shared |= dict(predict_seconds=first, reuse_seconds=again, dense_bytes=case.dense_bytes, copy_gb_s=bandwidth / 1e9)
     shared |= dict(dense_gb_s=case.dense_bytes / dense / 1e9)
-    shared |= dict(context=case.context, tokens=case.tokens, batch=case.batch)
+    shared |= dict(context=case.context, tokens=case.tokens, batch=case.batch, together=case.together)
 
     def row(interval):
         speeds, read = case.speeds(interval, dense, first, again), case.sparse_bytes(interval)

@@ -21,10 +21,11 @@ DEFAULTS = {
     "context": "4096,8192,16384,32768,65536,131072",
     "batch": "1,16",
     "interval": "1,8",
+    "together": "4,1",
 }
 HEADER = (
-    f"{'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'us':>9} {'dense us':>9} {'speed-up':>8} {'cap':>6} "
-    f"{'share':>6} {'launches':>8}  us of each kernel"
+    f"{'together':>8} {'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'us':>9} {'dense us':>9} "
+    f"{'speed-up':>8} {'cap':>6} {'share':>6} {'launches':>8}  us of each kernel"
 )
 
 
@@ -41,9 +42,9 @@ def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     kernels = ", ".join(f"{name} {1e6 * t:.1f}" for name, t in row["kernels"].items())
     return (
-        f"{row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
+        f"{row['together']:>8} {row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
         f"{1e6 * row['seconds']:>9.1f} {1e6 * row['dense_seconds']:>9.1f} {row['speedup']:>8.2f} {row['cap']:>6.1f} "
-        f"{row['share_of_cap']:>6.0%} {row['launches']:>8}  {kernels}"
+        f"{row['share_of_cap']:>6.0%} {row['launches']:>8.4g}  {kernels}"
     )
 
 
@@ -55,16 +56,18 @@ def run_model(asked: argparse.Namespace) -> dict[str, Any]:
     print(f"{chip.name}, MODELLED, nothing was run: {asked.shape}, {', '.join(map(str, settings.values()))}\n{HEADER}")
     report |= dict(rows=[], assumptions=assumed.records())
     own = settings | dict(shape=SHAPES[asked.shape], dtype=jnp.dtype(asked.dtype))
-    for batch, budget, context in itertools.product(asked.batch, asked.budget, asked.context):
+    for together, batch, budget, context in itertools.product(asked.together, asked.batch, asked.budget, asked.context):
         tokens = count_tokens(budget, context)
         if tokens <= context:
-            case = Case(context=context, batch=batch, tokens=tokens, **own)
+            case = Case(context=context, batch=batch, tokens=tokens, together=together, **own)
             report["rows"] += predict_rows(case, chip, asked.interval, assumed)
             print(*map(line, report["rows"][-len(asked.interval) :]), sep="\n", flush=True)
-    for batch, interval in itertools.product(asked.batch, asked.interval):
-        gain = shortest_gain([r for r in report["rows"] if (r["batch"], r["interval"]) == (batch, interval)])
+    for which in itertools.product(asked.together, asked.batch, asked.interval):
+        together, batch, interval = which
+        rows = [r for r in report["rows"] if (r["together"], r["batch"], r["interval"]) == which]
+        gain = shortest_gain(rows)
         told = f"faster than dense from {gain} tokens on" if gain else "not faster than dense at the longest context"
-        print(f"batch {batch}, a choice every {interval} steps: {told}")
+        print(f"batch {batch}, {together} layers together, a choice every {interval} steps: {told}")
     print("assumed (--assume name=value replaces one):", *assumed.lines(), sep="\n")
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)

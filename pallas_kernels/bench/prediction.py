@@ -6,18 +6,18 @@ its waves. A wave is as many programs as the multiprocessors hold at once. `assu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from pallas_kernels.bench.assumptions import Assumptions
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.chips import GpuChip
-from pallas_kernels.bench.work import THREADS, KernelWork, work_of
+from pallas_kernels.bench.work import KEPT, THREADS, KernelWork, work_of
 from pallas_kernels.gpu.tiles import Tiles, tiles_of
 
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT = 2048  # threads of a multiprocessor
-KEPT = ("attend_to_tokens", "merge_splits")  # the kernels of a step that keeps its choice
 
 
 def resident_programs(work: KernelWork, chip: GpuChip) -> int:
@@ -66,10 +66,13 @@ def dense_seconds(case: Case, chip: GpuChip, assumed: Assumptions) -> float:
 def kernels_seconds(
     case: Case, chip: GpuChip, assumed: Assumptions | None = None, tiles: Tiles | None = None
 ) -> dict[str, float]:
-    """Seconds of every kernel of a call that scores, chooses and attends, by its name."""
+    """Seconds of every kernel that scores, chooses and attends, by its name; the share of one layer."""
     assumed = assumed or Assumptions()
     works = work_of(case, tiles or tiles_of(chip.name), assumed)
-    return {work.launch.name: kernel_seconds(work, chip, assumed) for work in works}
+    found = Counter()
+    for work in works:
+        found[work.launch.name] += kernel_seconds(work, chip, assumed) / case.together
+    return dict(found)
 
 
 def predict_rows(
@@ -79,12 +82,14 @@ def predict_rows(
     assumed = assumed or Assumptions()
     found, dense = kernels_seconds(case, chip, assumed), dense_seconds(case, chip, assumed)
     first, again = sum(found.values()), sum(found[name] for name in KEPT)
+    launches = sum(1 if name in KEPT else 1 / case.together for name in found)
     shared = dict(chip=chip.name, context=case.context, tokens=case.tokens, budget=case.tokens / case.context)
-    shared |= dict(batch=case.batch, dense_seconds=dense, predict_seconds=first, reuse_seconds=again)
+    shared |= dict(batch=case.batch, together=case.together)
+    shared |= dict(dense_seconds=dense, predict_seconds=first, reuse_seconds=again)
 
     def row(interval):
         speeds = case.speeds(interval, dense, first, again)
-        return shared | dict(interval=interval, launches=len(found)) | speeds | dict(kernels=found)
+        return shared | dict(interval=interval, launches=launches) | speeds | dict(kernels=found)
 
     return [row(interval) for interval in intervals]
 

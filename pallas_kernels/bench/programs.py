@@ -6,6 +6,7 @@ So inputs come from memory and layers do not overlap. The time of a layer is tha
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ LAYERS = 4
 
 
 def layers_that_fit(case: Case, memory: float) -> int:
-    """The number of layers whose caches fit in `memory` bytes, at most LAYERS."""
-    return max(1, min(LAYERS, int(memory // (2.5 * case.dense_bytes))))
+    """The number of layers whose caches fit in `memory` bytes, at most LAYERS; a multiple of those that go together."""
+    fitting = min(max(LAYERS, case.together), int(memory // (2.5 * case.dense_bytes)))
+    return max(case.together, fitting // case.together * case.together)
 
 
 def make_inputs(case: Case, layers: int) -> dict[str, Any]:
@@ -64,17 +66,42 @@ def chain(attend: Any) -> Any:
     return program
 
 
+def choose_and_attend(
+    case: Case, q: jax.Array, q_imp: jax.Array, layers: dict[str, Any], lengths: jax.Array, interpret: Any = None
+) -> tuple[jax.Array, list[api.Selection]]:
+    """The attention of `case.together` layers and their choices; k, v and scales by layer, k_imp of several stacked."""
+    run = dict(implementation=case.implementation, interpret=interpret)
+    rules, scored = dict(unit=case.unit, sinks=4, recent=8), dict(pooling=case.pooling)
+    if case.together == 1:
+        (k,), (v,), (scales,) = layers["k"], layers["v"], layers["scales"]
+        how = rules | scored | run | dict(scales=scales, return_selection=True)
+        out, chosen = api.sparse_decode_attention(q, k, v, q_imp, layers["k_imp"], lengths, case.units, **how)
+        return out, [chosen]
+    q_imp, rows = (jnp.repeat(a, case.together, axis=0) for a in (q_imp, lengths))
+    if case.int8:
+        scored |= dict(scales=jnp.stack(layers["scales"], axis=1).reshape(-1, case.shape.kv_heads))
+    scored |= dict(layer=jnp.arange(case.together, dtype=jnp.int32))
+    scores = api.importance_scores(q_imp, layers["k_imp"], rows, **scored, **run)
+    chosen = api.select_top_k(scores, rows, case.units, **rules, **run)
+    found = []
+    for place, (k, v) in enumerate(zip(layers["k"], layers["v"], strict=True)):
+        found.append(api.Selection(*(a[place :: case.together] for a in chosen)))
+        q = api.masked_topk_decode_attention(q, k, v, *found[-1], unit=case.unit, lengths=lengths, **run)
+    return q, found
+
+
 def predict_program(case: Case, given: dict[str, Any]) -> tuple[Any, tuple]:
     """The program that scores, chooses and attends in every layer, with its arguments. It returns the choices too."""
-    options = dict(unit=case.unit, implementation=case.implementation, pooling=case.pooling, sinks=4, recent=8)
 
-    def whole(q, q_imp, layer):
-        k, v, k_imp, scales = layer
-        how = dict(scales=scales, return_selection=True, **options)
-        return api.sparse_decode_attention(q, k, v, q_imp, k_imp, given["lengths"], case.units, **how)
+    def block(q, q_imp, layers):
+        return choose_and_attend(case, q, q_imp, layers, given["lengths"])
 
-    layers = list(zip(given["k"], given["v"], given["k_imp"], given["scales"], strict=True))
-    return chain(whole), (given["q"], given["q_imp"], layers)
+    def part(begin):
+        found = {name: given[name][begin : begin + case.together] for name in ("k", "v", "k_imp", "scales")}
+        (one,) = found["k_imp"] if case.together == 1 else (jnp.stack(found["k_imp"]),)
+        return found | dict(k_imp=one)
+
+    return chain(block), (given["q"], given["q_imp"], [part(i) for i in range(0, len(given["k"]), case.together)])
 
 
 def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[Any, tuple]], list]:
@@ -89,6 +116,6 @@ def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[
         return api.masked_topk_decode_attention(q, k, v, *chosen, **options), None
 
     predict = predict_program(case, given)
-    chosen = jax.block_until_ready(predict[0](*predict[1]))[1]
+    chosen = list(itertools.chain(*jax.block_until_ready(predict[0](*predict[1]))[1]))
     reused = list(zip(given["k"], given["v"], chosen, strict=True))
     return dict(predict=predict, reuse=(chain(again), (given["q"], given["q_imp"], reused))), chosen

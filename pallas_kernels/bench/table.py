@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 HEADER = (
-    f"{'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'ms':>9} {'dense ms':>9} {'speed-up':>8} {'cap':>6} "
-    f"{'share':>6} {'MB':>9} {'GB/s':>7} {'copy':>7} {'model cap':>9}"
+    f"{'together':>8} {'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'ms':>9} {'dense ms':>9} "
+    f"{'speed-up':>8} {'cap':>6} {'share':>6} {'MB':>9} {'GB/s':>7} {'copy':>7} {'model cap':>9}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """One line of the table."""
     return (
-        f"{row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
+        f"{row['together']:>8} {row['context']:>8} {row['budget']:>8.4f} {row['batch']:>5} {row['interval']:>8} "
         f"{row['seconds'] * 1e3:>9.3f} {row['dense_seconds'] * 1e3:>9.3f} {row['speedup']:>8.2f} {row['cap']:>6.1f} "
         f"{row['share_of_cap']:>6.0%} {row['predicted_bytes'] / 1e6:>9.1f} {row['gb_s']:>7.1f} "
         f"{row['copy_gb_s']:>7.1f} {row['model_cap']:>9.2f}"
@@ -46,11 +46,12 @@ def plot(report: dict[str, Any], path: Path) -> str:
     figure, axes = pyplot.subplots(1, len(intervals), squeeze=False, sharey=True, **size)
     for axis, interval in zip(axes[0], intervals, strict=True):
         own = [row for row in report["rows"] if row["interval"] == interval]
-        for number, key in enumerate(sorted({(row["batch"], row["budget"]) for row in own})):
-            same = [row for row in own if (row["batch"], row["budget"]) == key]
+        for number, key in enumerate(sorted({(row["batch"], row["budget"], row["together"]) for row in own})):
+            same = [row for row in own if (row["batch"], row["budget"], row["together"]) == key]
             points = sorted((row["context"], row["speedup"], row["cap"]) for row in same)
             contexts, speedups, caps = zip(*points, strict=True)
             label = f"batch {key[0]}, {Fraction(key[1]).limit_denominator(1024)} read"
+            label += f", {key[2]} layers together" if key[2] > 1 else ""
             axis.plot(contexts, speedups, "o-", color=f"C{number}", label=label)
             axis.plot(contexts, caps, "--", color=f"C{number}", alpha=0.5)
         axis.axhline(1, color="grey", linewidth=0.8)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import api
 from pallas_kernels.bench.assumptions import Assumptions
 from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.programs import choose_and_attend
 from pallas_kernels.gpu.selection import part_sizes, sample_size
 from pallas_kernels.gpu.tiles import Tiles, try_tiles
 from pallas_kernels.gpu.triton import padded_size
 
 THREADS = 32  # of a warp
+KEPT = ("attend_to_tokens", "merge_splits")  # the kernels of a step that keeps its choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +68,18 @@ class KernelWork:
 def trace_launches(case: Case, tiles: Tiles) -> list[KernelLaunch]:
     """The launches of a sparse call with these tiles, in order, from its traced program. Nothing is compiled."""
     shape, batch, group = case.shape, case.batch, case.shape.heads // case.shape.kv_heads
-    cache = jax.ShapeDtypeStruct((batch, shape.kv_heads, case.context, shape.dim), case.dtype)
-    key_dtype = jnp.int8 if case.int8 else case.dtype
-    arrays = dict(
-        q=jax.ShapeDtypeStruct((batch, shape.heads, shape.dim), case.dtype),
-        k=cache,
-        v=cache,
-        q_imp=jax.ShapeDtypeStruct((batch, shape.kv_heads, group, shape.rank), case.dtype),
-        k_imp=jax.ShapeDtypeStruct((batch, shape.kv_heads, shape.rank, case.context), key_dtype),
-        lengths=jax.ShapeDtypeStruct((batch,), jnp.int32),
-        scales=jax.ShapeDtypeStruct((shape.kv_heads,), jnp.float32) if case.int8 else None,
-    )
-
-    def call(arrays):
-        how = dict(unit=case.unit, pooling=case.pooling, sinks=4, recent=8)
-        return api.sparse_decode_attention(n=case.units, implementation="gpu", interpret=False, **how, **arrays)
-
+    array, several = jax.ShapeDtypeStruct, case.together
+    cache = array((batch, shape.kv_heads, case.context, shape.dim), case.dtype)
+    stack = () if several == 1 else (several,)
+    k_imp = (*stack, batch, shape.kv_heads, shape.rank, case.context)
+    scales = array((batch, shape.kv_heads), jnp.float32) if case.int8 else None
+    layers = dict(k=[cache] * several, v=[cache] * several, scales=[scales] * several)
+    layers |= dict(k_imp=array(k_imp, jnp.int8 if case.int8 else case.dtype))
+    q = array((batch, shape.heads, shape.dim), case.dtype)
+    q_imp = array((batch, shape.kv_heads, group, shape.rank), case.dtype)
+    call = functools.partial(choose_and_attend, replace(case, implementation="gpu"), interpret=False)
     with try_tiles(tiles):
-        return _launches_of(jax.make_jaxpr(call)(arrays).jaxpr)
+        return _launches_of(jax.make_jaxpr(call)(q, q_imp, layers, array((batch,), jnp.int32)).jaxpr)
 
 
 def _launches_of(jaxpr: Any) -> list[KernelLaunch]:
@@ -103,7 +98,7 @@ def _launches_of(jaxpr: Any) -> list[KernelLaunch]:
 def work_of(case: Case, tiles: Tiles, assumed: Assumptions) -> list[KernelWork]:
     """The work of every launch of a sparse call."""
     launches = trace_launches(case, tiles)
-    have = assumed.values()
+    have, rows = assumed.values(), replace(case, batch=case.batch * case.together)
     makers = dict(
         importance_totals=_totals_work,
         importance_scores=_scores_work,
@@ -112,7 +107,7 @@ def work_of(case: Case, tiles: Tiles, assumed: Assumptions) -> list[KernelWork]:
         attend_to_tokens=_attend_work,
         merge_splits=_merge_work,
     )
-    return [makers[one.name](one, case, tiles, have) for one in launches]
+    return [makers[one.name](one, case if one.name in KEPT else rows, tiles, have) for one in launches]
 
 
 def _sizes(case):

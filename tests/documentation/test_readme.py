@@ -155,9 +155,14 @@ def test_the_tables_of_the_model_of_gpus_are_those_of_its_file():
     for row in found["rows"]:
         lines.setdefault((row["batch"], row["interval"], row["context"]), []).append(row)
     for (batch, interval, context), rows in lines.items():
-        cells = [f"{row['speedup']:.2f}x" for row in rows]
-        share = 100 * next(row for row in rows if row["chip"] == "h200")["share_of_cap"]
-        assert f"| {batch} | {interval} | {context:,} | {' | '.join(cells)} | {share:.0f} % |\n" in page
+        calls = {(r["chip"], r["pooling"], r["together"]): (f"{r['speedup']:.2f}x", r["share_of_cap"]) for r in rows}
+        cells = [calls[chip, "normalised", 4][0] for chip in ("a100", "h100", "h200", "b200")]
+        (best, of_best), (alone, _) = calls["h200", "maximum", 4], calls["h200", "normalised", 1]
+        cells += [
+            f"{calls['h200', 'normalised', 4][1]:.0%}".replace("%", " %"),
+            f"{best}, {of_best:.0%}".replace("%", " %"),
+        ]
+        assert f"| {batch} | {interval} | {context:,} | {' | '.join([*cells, alone])} |\n" in page
 
 
 def test_seconds_of_notebooks_are_what_was_measured():

@@ -60,13 +60,15 @@ def test_bad_flags_are_told_in_a_line(flags, message, capsys):
 @pytest.mark.slow
 def test_a_run_writes_the_rows_it_prints(tmp_path, capsys):
     path = tmp_path / "rows" / "small.json"
-    flags = "--shape smollm2 --context 256,512 --budget 1/4,384 --batch 2 --interval 1,4 --repeats 1".split()
+    flags = (
+        "--shape smollm2 --context 256,512 --budget 1/4,384 --batch 2 --interval 1,4 --together 1,4 --repeats 1".split()
+    )
     assert benchmark.main([*flags, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     keys = {"context", "budget", "batch", "interval", "seconds", "dense_seconds", "speedup", "cap", "share_of_cap"}
     keys |= {"predicted_bytes", "gb_s", "copy_gb_s", "model_cap", "peers"}
-    assert len(report["rows"]) == 6 and all(keys <= set(row) for row in report["rows"])
-    assert [entry["why"] for entry in report["left_out"]] == ["384 tokens are more than the context of 256"]
+    assert len(report["rows"]) == 12 and all(keys <= set(row) for row in report["rows"])
+    assert [entry["why"] for entry in report["left_out"]] == 2 * ["384 tokens are more than the context of 256"]
     row = report["rows"][0]
     assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
     assert row["dense_seconds"] <= row["peers"]["einsum"]

@@ -12,7 +12,7 @@ from pallas_kernels.bench.assumptions import Assumptions
 from pallas_kernels.bench.cases import SHAPES, Case
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.prediction import dense_seconds, predict_rows, resident_programs, shortest_gain
-from pallas_kernels.bench.work import work_of
+from pallas_kernels.bench.work import KEPT, work_of
 from pallas_kernels.gpu.tiles import Tiles
 from tests.marked import slow
 
@@ -49,6 +49,16 @@ def test_bytes_and_grids_are_those_counted_by_hand():
 def test_a_call_is_one_launch_less_by_the_maximum_and_one_more_beyond_the_registers():
     assert "importance_totals" not in works(case(4096, pooling="maximum"))
     assert len(works(case(65536))) == 6 and "bracket_threshold" in works(case(65536))
+
+
+def test_layers_that_choose_together_share_the_launches_of_a_choice():
+    """Each has a fourth of a launch that scores and one that selects, as if the rows of a batch of four chose."""
+    found = predict_rows(case(32768, together=4), CHIPS["h200"], [1])[0]
+    alone, batch = (predict_rows(case(32768, batch=b), CHIPS["h200"], [1])[0] for b in (1, 4))
+    assert found["launches"] == 3 / 4 + 2 and found["dense_seconds"] == alone["dense_seconds"]
+    for name, seconds in found["kernels"].items():
+        expected = alone["kernels"][name] if name in KEPT else batch["kernels"][name] / 4
+        assert seconds == pytest.approx(expected), name
 
 
 def test_dense_attention_is_its_bytes_and_launches():
@@ -94,12 +104,15 @@ def test_the_command_prints_a_chip_that_is_not_here(tmp_path, capsys):
     ]
     assert benchmark.main(flags) == 0
     report, printed = json.loads(path.read_text()), capsys.readouterr().out
-    assert len(report["rows"]) == 4 and report["modelled"] and report["shape"] == "llama8b"
+    assert len(report["rows"]) == 8 and report["modelled"] and report["shape"] == "llama8b"
     assert report["assumptions"]["launch"] == {"value": 1.5, "unit": "us", "source": "given"}
     assert "MODELLED, nothing was run" in printed
     assert all(name in printed for name in Assumptions().table())
-    rows = [row for row in report["rows"] if row["interval"] == 1]
-    assert shortest_gain(rows) == 4096 and "batch 16, a choice every 1 steps: faster than dense from 4096" in printed
+    rows = [row for row in report["rows"] if row["interval"] == row["together"] == 1]
+    assert (
+        shortest_gain(rows) == 4096
+        and "batch 16, 1 layers together, a choice every 1 steps: faster than dense from 4096" in printed
+    )
     assert shortest_gain([rows[0] | {"speedup": 0.5}, rows[1]]) == 32768
 
 
