@@ -22,6 +22,7 @@ from pallas_kernels.choice import (
     rank_image,
     unit_image,
 )
+from pallas_kernels.spans import Spans
 from pallas_kernels.xla.selection import compact, top_mask
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "TOP",
     "Rules",
     "Selection",
+    "Spans",
     "compact",
     "from_image",
     "image_of",

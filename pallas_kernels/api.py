@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import checks, reference, xla
 from pallas_kernels.choice import Rules, Selection
+from pallas_kernels.spans import Spans
 
 
 def importance_scores(
@@ -174,6 +175,7 @@ def masked_topk_decode_attention(
     first: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    spans: Spans | None = None,
     layer: jax.Array | int | None = None,
     return_residual: bool = False,
     implementation: str | None = None,
@@ -194,6 +196,8 @@ def masked_topk_decode_attention(
         scale: The factor on the logits, D**-0.5 unless given.
         softcap: Scaled logits x become c tanh(x / c) for this c. The kernels of "tpu" and "gpu" cannot; None as
             implementation takes "xla" then.
+        spans: Keys that are attended by the means of spans besides; see `Spans`. On GPU they take no launch of their
+            own.
         return_residual: Whether to return the log-sum-exp too.
         layer, implementation, interpret: See the module.
 
@@ -207,6 +211,8 @@ def masked_topk_decode_attention(
     """
     lengths, first = _arrays(lengths, first)
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)
+    checks.check_spans(spans, k, layer)
+    spans = None if spans is not None and spans.counts.size == 0 else spans
     if softcap is not None:
         implementation = checks.choose_capped(implementation, softcap)
     name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k.shape[-2]))
@@ -215,7 +221,7 @@ def masked_topk_decode_attention(
     scale = _factor(scale, q)
     module, options = _dispatch(name, interpret, indices.size * k.size)
     options |= dict(lengths=lengths, first=first, layer=layer, return_residual=return_residual)
-    options |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale)
+    options |= dict(unit=unit, new_k=new_k, new_v=new_v, spans=spans, scale=scale)
     if softcap is not None:
         options |= dict(softcap=softcap)
     return module.masked_topk_decode_attention(q, k, v, indices.astype(jnp.int32), valid, **options)

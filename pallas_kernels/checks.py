@@ -106,6 +106,20 @@ def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kin
         raise ValueError(f"{name} must be {'integers' if kinds == 'iu' else 'numbers'}, got {dtype}")
 
 
+def check_spans(spans, k, layer) -> None:
+    """Raise ValueError unless the spans are of a cache k, or None."""
+    if spans is None:
+        return
+    lead, dim, count = k.shape[:-2], k.shape[-1], spans.counts.shape[-1]
+    for name, array in (("k", spans.k), ("v", spans.v)):
+        wanted = (*lead, count, dim)
+        if array.shape != wanted or array.dtype != k.dtype:
+            raise ValueError(
+                f"spans.{name} must be {k.dtype} {wanted}, as k and the counts, got {array.dtype} {array.shape}"
+            )
+    check_vector("spans.counts", spans.counts, ((*lead[layer is not None :], count),))
+
+
 def check_layer(name: str, array: Any, layer: Any, dims: str, several: bool = False) -> tuple[int, ...]:
     """The shape of one layer of a cache [dims], or [L, dims] where a layer is given; dims: letters separated by spaces.
 

@@ -118,9 +118,10 @@ def wanted(counts, n, rows):
 
 
 def masked_topk_decode_attention(
-    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, softcap=None
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, spans, scale, layer, return_residual, softcap=None
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
+    means = None if spans is None else [take_layer(a, layer) for a in (spans.k, spans.v)]
     k, v = take_layer(k, layer), take_layer(v, layer)
     batch, heads, size, dim = k.shape
     tokens = indices[..., None] * unit + jnp.arange(unit, dtype=jnp.int32)[None, None, None]
@@ -137,9 +138,15 @@ def masked_topk_decode_attention(
         rows_k = jnp.concatenate([rows_k, new_k[:, :, None].astype(k.dtype)], axis=2)
         rows_v = jnp.concatenate([rows_v, new_v[:, :, None].astype(v.dtype)], axis=2)
         mask = jnp.concatenate([mask, jnp.ones((batch, heads, 1), bool)], axis=2)
+    counts = jnp.ones(mask.shape, jnp.int32)
+    if spans is not None:
+        rows_k, rows_v = (jnp.concatenate(pair, axis=2) for pair in zip((rows_k, rows_v), means, strict=True))
+        mask = jnp.concatenate([mask, spans.counts > 0], axis=2)
+        counts = jnp.concatenate([counts, jnp.maximum(spans.counts, 1)], axis=2)
     grouped = q.reshape(batch, heads, -1, dim).astype(jnp.float32)
     logits = jnp.einsum("bkgd,bknd->bkgn", grouped, rows_k.astype(jnp.float32), precision="highest") * scale
-    return softmax_sum(soft_cap(logits, softcap), mask, rows_v, q, return_residual)
+    logits = soft_cap(logits, softcap) + jnp.log(counts.astype(jnp.float32))[:, :, None]
+    return softmax_sum(logits, mask, rows_v, q, return_residual)
 
 
 def softmax_sum(logits, mask, values, q, return_residual):

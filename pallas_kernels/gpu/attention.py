@@ -28,7 +28,8 @@ class SplitPlan(NamedTuple):
         unit: Tokens of a unit.
         n: Units listed for a row.
         tokens: Tokens of a block.
-        splits: Programs of a row.
+        splits: Programs of a row's units.
+        span_splits: Programs of its spans.
         heads: K.
         group: G.
         dim: D.
@@ -39,6 +40,7 @@ class SplitPlan(NamedTuple):
     n: int
     tokens: int
     splits: int
+    span_splits: int
     heads: int
     group: int
     dim: int
@@ -52,7 +54,7 @@ def masked_topk_decode_attention(q, k, v, indices, valid, *, interpret, return_r
     return (out, residual) if return_residual else out
 
 
-def attend_to_units(q, k, v, units, taken, *, unit, new_k, new_v, lengths, first, scale, layer, interpret):
+def attend_to_units(q, k, v, units, taken, *, unit, new_k, new_v, lengths, first, scale, layer, interpret, spans=None):
     """Attention [B, H, D] over the first `taken` [B, K] of the units [B, K, N], or those >= 0; log-sum-exp [B, H]."""
     batch, heads, n = units.shape
     size, dim = k.shape[-2:]
@@ -62,15 +64,27 @@ def attend_to_units(q, k, v, units, taken, *, unit, new_k, new_v, lengths, first
     operands |= dict(q=q.reshape(rows, group, dim), k=k.reshape(-1, size, dim), v=v.reshape(-1, size, dim))
     tiles = current_tiles()
     tokens = tiles.attend_tokens(padded_size(dim), k.dtype.itemsize, padded_size(group))
-    splits = max(1, min(pl.cdiv(n * unit, max(tokens, tiles.least_tokens)), tiles.programs // rows))
-    plan = SplitPlan(unit, n, tokens, splits, heads, group, dim, scale)
+
+    def programs(keys):
+        return max(1, min(pl.cdiv(keys, max(tokens, tiles.least_tokens)), tiles.programs // rows))
+
+    splits, span_splits = programs(n * unit), 0
+    if spans is not None:
+        count = spans.counts.shape[2]
+        span_splits = programs(count)
+        operands |= {f"span_{name}": a.reshape(-1, count, dim) for name, a in (("k", spans.k), ("v", spans.v))}
+        operands |= dict(counts=spans.counts.reshape(rows, count))
+    # With the loop over spans, wide keys in float32 need more registers than the threads have.
+    wide = spans is not None and k.dtype.itemsize > 2 and padded_size(dim) >= 8 * padded_size(group)
+    plan = SplitPlan(unit, n, tokens, splits, span_splits, heads, group, dim, scale)
+    splits += span_splits
     stats = jax.ShapeDtypeStruct((rows, splits, group), jnp.float32)
     top, total, out = launch(
         functools.partial(_attend_kernel, plan=plan),
         operands,
         grid=(rows, splits),
         out_shape=[stats, stats, jax.ShapeDtypeStruct((rows, splits, group, dim), jnp.float32)],
-        warps=tiles.attend_warps,
+        warps=tiles.attend_warps * (2 if wide else 1),
         stages=tiles.attend_stages,
         interpret=interpret,
         name="attend_to_tokens",
@@ -92,8 +106,8 @@ def attend_to_units(q, k, v, units, taken, *, unit, new_k, new_v, lengths, first
 
 
 def _attend_kernel(refs, top_ref, total_ref, out_ref, *, plan):
-    """The largest logit, the sum of weights and the weighted values of one split of a row."""
-    unit, n, tokens, splits, heads, group, dim, scale = plan
+    """The largest logit, the sum of weights and the weighted values of one split of a row, or of its spans."""
+    unit, n, tokens, splits, span_splits, heads, group, dim, scale = plan
     row, split = pl.program_id(0), pl.program_id(1)
     rows = refs["units"].shape[0]
     begin, end = seen_range(refs, row // heads, refs["k"].shape[1])
@@ -103,32 +117,49 @@ def _attend_kernel(refs, top_ref, total_ref, out_ref, *, plan):
     inside_q = (of_q[0] < group) & (of_q[1] < dim)
     queries = plgpu.load(refs["q"].at[(row, *of_q)], mask=inside_q, other=0).astype(refs["k"].dtype)
     slots = refs["taken"][row] * unit if "taken" in refs else jnp.int32(n * unit)
-    blocks = (slots + tokens - 1) // tokens
-    share = (blocks + splits - 1) // splits  # of every split, so that a row with few units is split too
-    start = split * share
 
-    def attend(i, carry):
+    def share_of(keys, split, splits):
+        """The first block of a split and the end of its blocks; none for numbers that are no split."""
+        blocks = (keys + tokens - 1) // tokens
+        share = (blocks + splits - 1) // splits  # so that few keys are split too
+        return jnp.maximum(split * share, 0), jnp.minimum((split + 1) * share, blocks)
+
+    def fold(carry, k_ref, v_ref, position, seen, counts):
+        """The sums with those of some keys of the source."""
         top, total, out = carry
-        slot = i * tokens + jnp.arange(tokens, dtype=jnp.int32)
-        listed = slot < slots
-        chosen = plgpu.load(refs["units"].at[row, slot // unit], mask=listed, other=-1)
-        position = chosen * unit + slot % unit
-        seen = listed & (chosen >= 0) & (position >= begin) & (position < end)
         of_token = pairs(jnp.where(seen, position, 0), column)
         inside = jnp.broadcast_to(seen[:, None], of_token[0].shape) & (of_token[1] < dim)
-        keys = plgpu.load(refs["k"].at[(source, *of_token)], mask=inside, other=0)
-        values = plgpu.load(refs["v"].at[(source, *of_token)], mask=inside, other=0)
-        logits = product(queries, keys, (1, 1))
-        logits = jnp.where(seen[None, :], logits * np.float32(scale), -jnp.inf)
+        keys = plgpu.load(k_ref.at[(source, *of_token)], mask=inside, other=0)
+        values = plgpu.load(v_ref.at[(source, *of_token)], mask=inside, other=0)
+        logits = product(queries, keys, (1, 1)) * np.float32(scale)
+        logits = logits if counts is None else logits + jnp.log(counts.astype(jnp.float32))[None, :]
+        logits = jnp.where(seen[None, :], logits, -jnp.inf)
         higher = jnp.maximum(top, jnp.max(logits, axis=1))
         weights = jnp.exp(logits - higher[:, None])
         kept = jnp.exp(top - higher)
         added = product(weights.astype(values.dtype), values)
         return higher, total * kept + jnp.sum(weights, axis=1), out * kept[:, None] + added
 
+    def attend(i, carry):
+        slot = i * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        listed = slot < slots
+        chosen = plgpu.load(refs["units"].at[row, slot // unit], mask=listed, other=-1)
+        position = chosen * unit + slot % unit
+        seen = listed & (chosen >= 0) & (position >= begin) & (position < end)
+        return fold(carry, refs["k"], refs["v"], position, seen, None)
+
+    def attend_spans(i, carry):
+        span = i * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        counts = plgpu.load(refs["counts"].at[row, span], mask=span < refs["counts"].shape[1], other=0)
+        return fold(carry, refs["span_k"], refs["span_v"], span, counts > 0, counts)
+
     nothing, zero = (jnp.full(head.shape, value, jnp.float32) for value in (LOWEST, 0.0))
     empty = nothing, zero, jnp.zeros(of_q[0].shape, jnp.float32)
-    top, total, out = jax.lax.fori_loop(start, jnp.minimum(start + share, blocks), attend, empty)
+    sums = jax.lax.fori_loop(*share_of(slots, split, splits), attend, empty)
+    if span_splits:
+        share = share_of(refs["counts"].shape[1], split - splits, span_splits)
+        sums = jax.lax.fori_loop(*share, attend_spans, sums)
+    top, total, out = sums
     plgpu.store(top_ref.at[row, split, head], top, mask=head < group)
     plgpu.store(total_ref.at[row, split, head], total, mask=head < group)
     plgpu.store(out_ref.at[(row, split, *of_q)], out, mask=inside_q)
@@ -137,12 +168,13 @@ def _attend_kernel(refs, top_ref, total_ref, out_ref, *, plan):
 def _merge_kernel(refs, out_ref, residual_ref, *, plan):
     """Attention and log-sum-exp of one query head, from its splits and the new token."""
     row, head = pl.program_id(0) // plan.group, pl.program_id(0) % plan.group
-    split, column = (jnp.arange(padded_size(s), dtype=jnp.int32) for s in (plan.splits, plan.dim))
+    splits = plan.splits + plan.span_splits
+    split, column = (jnp.arange(padded_size(s), dtype=jnp.int32) for s in (splits, plan.dim))
     inside = column < plan.dim
-    tops = plgpu.load(refs["top"].at[row, split, head], mask=split < plan.splits, other=LOWEST)
-    totals = plgpu.load(refs["total"].at[row, split, head], mask=split < plan.splits, other=0)
+    tops = plgpu.load(refs["top"].at[row, split, head], mask=split < splits, other=LOWEST)
+    totals = plgpu.load(refs["total"].at[row, split, head], mask=split < splits, other=0)
     at, along = pairs(split, column)
-    parts = plgpu.load(refs["out"].at[row, at, head, along], mask=(at < plan.splits) & (along < plan.dim), other=0)
+    parts = plgpu.load(refs["out"].at[row, at, head, along], mask=(at < splits) & (along < plan.dim), other=0)
     top = jnp.max(tops)
     if "new_k" in refs:
         queries, new_k, new_v = (

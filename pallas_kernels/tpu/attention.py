@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.arithmetic import finish, product
 from pallas_kernels.operands import attention_operands
 from pallas_kernels.reference import LOWEST
+from pallas_kernels.spans import join_spans
 
 TILE = 128  # tokens attended at a time, or one unit where that is more
 SLOTS = 6  # tiles in flight, with one being attended
@@ -42,7 +43,7 @@ class RingPlan(NamedTuple):
 
 
 def masked_topk_decode_attention(
-    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, interpret
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, spans, scale, layer, return_residual, interpret
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request. Arguments as in `api.py`; unit >= 16 and S is whole units."""
     heads, n = indices.shape[1:]
@@ -60,7 +61,8 @@ def masked_topk_decode_attention(
         found.append(call(base + at, pages[part], bounds, queries[part], *caches, at=at))
     parts = [jnp.concatenate(a) if len(found) > 1 else a[0] for a in zip(*found, strict=True)]
     top, total, out = (a[:, :group] for a in parts)
-    return finish((top[..., 0], total[..., 0], out), q, new_k, new_v, scale, return_residual)
+    parts = join_spans((top[..., 0], total[..., 0], out), q, spans, layer, scale=scale)
+    return finish(parts, q, new_k, new_v, scale, return_residual)
 
 
 def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, interpret):

@@ -13,12 +13,13 @@ import numpy as np
 
 from pallas_kernels.arithmetic import finish, soft_cap
 from pallas_kernels.reference import LOWEST
+from pallas_kernels.spans import join_spans
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
 
 
 def masked_topk_decode_attention(
-    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, scale, layer, return_residual, softcap=None
+    q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, spans, scale, layer, return_residual, softcap=None
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request; 0 and -inf for rows that attend nothing."""
     batch, heads, n = indices.shape
@@ -51,7 +52,7 @@ def masked_topk_decode_attention(
 
     # In groups of rows. Not for other dtypes, since XLA would convert the whole cache to float32 before the loop.
     most = max(1, TILE // (tokens.shape[-1] * dim)) if k.dtype == jnp.float32 else rows
-    parts = _in_groups(attend, (queries, flat, inside), most)
+    parts = join_spans(_in_groups(attend, (queries, flat, inside), most), q, spans, layer, scale=scale, softcap=softcap)
     return finish(parts, q, new_k, new_v, scale, return_residual, softcap)
 
 

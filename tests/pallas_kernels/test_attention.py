@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from tests.pallas_kernels.definitions import KERNELS, PLAIN, attention_case, check_attention, normal
+from tests.pallas_kernels.definitions import (
+    KERNELS,
+    PLAIN,
+    attention_case,
+    check_attention,
+    interpreted,
+    normal,
+    tokens_of,
+)
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
@@ -44,6 +52,50 @@ def test_nothing_chosen_gives_zero_and_the_current_token_alone_gives_its_value(i
     assert not out.any() and bool(jnp.all(residual == -jnp.inf))
     out, _ = attend(q, k, v, none, new_k=k[:, :, 0], new_v=v[:, :, 0])
     np.testing.assert_allclose(out.reshape(2, 2, 2, 8), jnp.broadcast_to(v[:, :, :1], (2, 2, 2, 8)), atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
+def test_a_span_counts_as_so_many_equal_keys(implementation, layers):
+    """Against float64 sums over its keys one by one. What counts nothing is NaN."""
+    case = attention_case(12, batch=2, heads=2, group=3, dim=64, size=160, n=6, unit=16, layers=layers)
+    counts = np.random.default_rng(3).integers(0, 5, (2, 2, 37))
+    counts[:, :, 20:30] = 0
+    lead, hole = (layers,) * bool(layers), jnp.asarray(counts == 0)[..., None]
+    k, v = (jnp.where(hole, jnp.nan, normal(seed, *lead, 2, 2, 37, 64)) for seed in (5, 6))
+    new_k, new_v = normal(7, 2, 2, 64), normal(8, 2, 2, 64)
+    how = dict(unit=16, lengths=case.lengths, spans=pk.Spans(k, v, jnp.asarray(counts, jnp.int32)))
+    how |= dict(layer=1 if layers else None, new_k=new_k, new_v=new_v, return_residual=True)
+    how |= dict(implementation=implementation, interpret=interpreted(implementation))
+    out, residual = pk.masked_topk_decode_attention(case.q, case.k, case.v, case.indices, case.valid, **how)
+    of_layer = [np.float64(a[1] if layers else a) for a in (case.k, case.v, k, v)]
+    for b, h in np.ndindex(2, 2):
+        tokens = tokens_of(case.indices[b, h][case.valid[b, h]], 16, 0, case.lengths[b])
+        repeated = np.repeat(np.arange(37), counts[b, h])
+        keys, values = (
+            np.vstack([cache[b, h][tokens], means[b, h][repeated], np.float64(new[b, h])])
+            for cache, means, new in zip(of_layer[:2], of_layer[2:], (new_k, new_v), strict=True)
+        )
+        for g in range(3):
+            logits = keys @ np.float64(case.q[b, 3 * h + g]) / 8
+            total = np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(residual[b, 3 * h + g], total, atol=1e-5)
+            np.testing.assert_allclose(out[b, 3 * h + g], np.exp(logits - total) @ values, atol=1e-5)
+
+
+def test_spans_of_another_cache_are_named():
+    k, indices = normal(1, 2, 2, 20, 8), jnp.zeros((2, 2, 1), jnp.int32)
+    counts = jnp.ones((2, 2, 5), jnp.int32)
+    for spans, message in [
+        (
+            pk.Spans(k[:, :, :4], k[:, :, :5], counts),
+            r"spans.k must be float32 \(2, 2, 5, 8\), as k and the counts, got",
+        ),
+        (pk.Spans(k[:, :, :5], k[:, :, :5].astype(jnp.bfloat16), counts), "spans.v must be float32 .*, got bfloat16"),
+        (pk.Spans(k[:, :, :5], k[:, :, :5], counts[0]), r"spans.counts must have shape \(2, 2, 5\), got \(2, 5\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pk.masked_topk_decode_attention(normal(0, 2, 4, 8), k, k, indices, spans=spans)
 
 
 def test_parts_of_a_choice_merge_by_their_residuals():
