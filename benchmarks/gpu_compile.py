@@ -57,6 +57,7 @@ class LayerCall:
     dtype: Any = jnp.bfloat16
     int8: bool = False
     pooling: str = "normalised"
+    tail: int = 0  # tokens of a span; with one, the attention to a choice and to spans is lowered alone
 
     def lower(self, mesh: Mesh) -> Any:
         """Lower a call on described arrays. A sixteenth of the tokens is read."""
@@ -64,21 +65,30 @@ class LayerCall:
         caches = array((2, self.batch, self.heads, self.size, self.dim), self.dtype)
         new = array((self.batch, self.heads, self.dim), self.dtype)
         key_dtype = jnp.int8 if self.int8 else self.dtype
-        arrays = dict(
+        n, how = max(1, self.size // 16 // self.unit), dict(unit=self.unit, implementation="gpu")
+        attended = dict(
             q=array((self.batch, self.heads * self.group, self.dim), self.dtype),
             k=caches,
             v=caches,
-            q_imp=array((self.batch, self.heads, self.group, self.rank), self.dtype),
-            k_imp=array((2, self.batch, self.heads, self.rank, self.size), key_dtype),
-            scales=array((self.heads,), jnp.float32) if self.int8 else None,
             lengths=array((self.batch,), jnp.int32),
             layer=array((), jnp.int32),
             new_k=new,
             new_v=new,
         )
-        how = dict(n=max(1, self.size // 16 // self.unit), unit=self.unit, sinks=4, recent=8, pooling=self.pooling)
-        call = functools.partial(pk.sparse_decode_attention, implementation="gpu", **how)
-        return jax.jit(call).lower(**arrays)
+        if self.tail:
+            chosen = (self.batch, self.heads, n)
+            means = array((*caches.shape[:3], self.size // self.tail, self.dim), self.dtype)
+            spans = pk.Spans(means, means, array((*chosen[:2], means.shape[3]), jnp.int32))
+            listed = dict(indices=array(chosen, jnp.int32), valid=array(chosen, jnp.bool_))
+            call = functools.partial(pk.masked_topk_decode_attention, **how)
+            return jax.jit(call).lower(**attended, **listed, spans=spans)
+        scored = dict(
+            q_imp=array((self.batch, self.heads, self.group, self.rank), self.dtype),
+            k_imp=array((2, self.batch, self.heads, self.rank, self.size), key_dtype),
+            scales=array((self.heads,), jnp.float32) if self.int8 else None,
+        )
+        how |= dict(n=n, sinks=4, recent=8, pooling=self.pooling)
+        return jax.jit(functools.partial(pk.sparse_decode_attention, **how)).lower(**attended, **scored)
 
 
 LLAMA = LayerCall()
@@ -94,6 +104,9 @@ CASES = {
     "G = 32, R = 128, int8 k_imp": LayerCall(heads=1, group=32, rank=128, size=8192, int8=True),
     "G = 32, R = 128, float32": LayerCall(heads=1, group=32, rank=128, size=8192, dtype=jnp.float32),
     "1,048,576 tokens": LayerCall(size=1 << 20),
+    "attention with a tail": LayerCall(tail=64),
+    "attention with a tail, G = 1, D = 80, float32": LayerCall(group=1, dim=80, size=4096, dtype=jnp.float32, tail=64),
+    "attention with a tail, D = 256, float32": LayerCall(heads=4, dim=256, size=4096, dtype=jnp.float32, tail=64),
 }
 
 

@@ -22,7 +22,7 @@ from pallas_kernels.choice import (
     rank_image,
     unit_image,
 )
-from pallas_kernels.spans import Spans
+from pallas_kernels.spans import Spans, span_sums
 from pallas_kernels.xla.selection import compact, top_mask
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "quantise_k_imp",
     "rank_image",
     "select_top_k",
+    "span_sums",
     "sparse_decode_attention",
     "top_mask",
     "unit_image",

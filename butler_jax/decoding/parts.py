@@ -77,13 +77,16 @@ def attend_new(
     return PartialAttention(values.reshape(q.shape), soft_cap(logits, softcap).reshape(q.shape[:2]))
 
 
+def parts_of(capacity: int) -> int:
+    """The parts into which the current mesh splits a cache of `capacity` tokens."""
+    axis = token_axis(capacity)
+    return 1 if axis is None else jax.sharding.get_abstract_mesh().shape[axis]
+
+
 def check_units(capacity: int, unit: int) -> None:
     """Raise ValueError where the current mesh splits a cache of `capacity` tokens inside a unit."""
-    axis = token_axis(capacity)
-    if axis is None:
-        return
-    parts = jax.sharding.get_abstract_mesh().shape[axis]
-    if capacity // parts % unit != 0:
+    parts = parts_of(capacity)
+    if parts > 1 and capacity // parts % unit != 0:
         raise ValueError(
             f"a cache of {capacity} tokens in {parts} parts does not hold whole units of {unit}; choose a capacity "
             f"that is a multiple of {parts * unit}"

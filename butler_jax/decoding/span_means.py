@@ -10,15 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.decoding.newest_tokens import Newest
+from butler_jax.decoding.parts import parts_of
 from butler_jax.decoding.store import KVStore, write_token
-from butler_jax.model import LayerView, PartialAttention
-from butler_jax.selection import Chosen, attend_spans
+from butler_jax.model import LayerView
+from butler_jax.selection import Chosen
+from pallas_kernels import Spans
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SpanMeans:
     """The means of each span of N tokens of a cache, on the device. The last tokens of S that fill no span have none.
+
+    U is S // N, rounded up so that a mesh that splits the tokens splits the spans too.
 
     Attributes:
         k, v: Means, of the span that is being filled too.
@@ -36,6 +40,8 @@ class SpanMeans:
     def of(cls, kv: KVStore, lengths: Int[Array, " B"], size: int) -> Self:
         """The means of rows that hold `lengths` tokens."""
         sums = kv.sum_spans(lengths, size)
+        padding = ((0, 0),) * 3 + ((0, -sums[0].shape[3] % parts_of(kv.capacity)), (0, 0))
+        sums = [jnp.pad(a, padding) for a in sums]
         count = jnp.arange(sums[0].shape[3], dtype=jnp.int32)[None] * size
         count = jnp.clip(lengths[:, None] - count, 1, size).astype(jnp.float32)[None, :, None, :, None]
         means = ((a / count).astype(kv.k.dtype) for a in sums)
@@ -53,21 +59,17 @@ class SpanMeans:
         (k, open_k), (v, open_v) = add(self.k, self.open_k, k), add(self.v, self.open_v, v)
         return replace(self, k=k, v=v, open_k=open_k, open_v=open_v)
 
-    def attend(self, view: LayerView, chosen: Chosen, newest: Newest, unit: int) -> PartialAttention:
-        """Attention of one new token a row over what it does not read of whole spans; chosen: units [B, K or H, N]."""
-        (batch, _, heads, dim), size = view.q.shape, self.size
-        mean_k, mean_v = (jax.lax.dynamic_index_in_dim(a, view.index, keepdims=False) for a in (self.k, self.v))
-        kv_heads, count = mean_k.shape[1:3]
-        sets = chosen.indices.shape[1]
-        row, head = jnp.arange(batch)[:, None, None], jnp.arange(sets)[None, :, None]
-        read = jnp.zeros((batch, sets, count), jnp.int32)
-        read = read.at[row, head, chosen.indices * unit // size].add(chosen.valid * unit, mode="drop")
+    def unread(self, view: LayerView, chosen: Chosen, newest: Newest, unit: int) -> Spans:
+        """The spans that a layer attends for its newest tokens, by what these do not read; chosen: units [B, _, N]."""
+        count, size = self.k.shape[3], self.size
+        sets = chosen.indices.shape[:2]
+        row, head = (jnp.arange(n, dtype=jnp.int32) for n in sets)
+        read = jnp.zeros((*sets, count), jnp.int32)
+        places = row[:, None, None], head[None, :, None], chosen.indices * unit // size
+        read = read.at[places].add(chosen.valid * unit, mode="drop")
         begin = jnp.arange(count, dtype=jnp.int32)[None] * size
         whole = begin + size <= newest.cached[:, None]
         first = newest.first(view.index)
         if first is not None:
             whole &= begin >= first[:, None]
-        unread = jnp.where(whole[:, None], size - read, 0).reshape(batch, kv_heads, -1, 1, count)
-        q = view.q[:, 0].reshape(batch, kv_heads, heads // kv_heads, 1, dim)
-        found = attend_spans(q * jnp.asarray(dim**-0.5, q.dtype), mean_k, mean_v, unread, view.softcap)
-        return PartialAttention(found.output.reshape(batch, heads, dim), found.lse.reshape(batch, heads))
+        return Spans(self.k, self.v, jnp.where(whole[:, None], size - read, 0))

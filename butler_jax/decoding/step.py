@@ -135,7 +135,7 @@ def take_step(
             chosen, memory = chooser.choose(view, known)
             how = dict(unit=plan.selection.unit, rows=known.rows, implementation=plan.implementation)
             if plan.tail:
-                how["others"] = state.spans.attend(view, chosen, newest, plan.selection.unit)
+                how["spans"] = state.spans.unread(view, chosen, newest, plan.selection.unit)
             out, weights = kv.attend(view, chosen, newest, **how)
             mask = chooser.mask_tokens(chosen, view.index) if details else None
             return out, chooser.remember(view, memory, weights), (chooser.count_tokens(chosen, view.index), mask)

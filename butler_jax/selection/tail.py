@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import LOWEST, PartialAttention, soft_cap
+from butler_jax.model import PartialAttention
 from butler_jax.selection.masks import Rows
+from pallas_kernels import span_sums
 
 
 def attend_spans(
@@ -25,13 +26,11 @@ def attend_spans(
     softcap: float | None = None,
 ) -> PartialAttention:
     """Attention of scaled queries over the unread keys of spans; unread: how many each span has for a row."""
-    logits = jnp.einsum("bkgcd,bkud->bkgcu", q, mean_k, preferred_element_type=jnp.float32)
-    logits = soft_cap(logits, softcap) + jnp.log(unread.astype(jnp.float32))
-    top = jnp.maximum(jnp.max(logits, axis=-1, initial=-jnp.inf), LOWEST)
-    weights = jnp.exp(logits - top[..., None])
-    total = jnp.sum(weights, axis=-1)
-    values = jnp.einsum("bkgcu,bkud->bkgcd", weights.astype(mean_v.dtype), mean_v, preferred_element_type=jnp.float32)
-    return PartialAttention.of_sums(top, total, values)
+    batch, kv_heads, group, rows = q.shape[:4]
+    counts = jnp.broadcast_to(unread, (batch, kv_heads, group, rows, unread.shape[-1]))
+    queries, counts = (a.reshape(batch, kv_heads, group * rows, -1) for a in (q, counts))
+    top, total, sums = span_sums(queries, mean_k, mean_v, counts, softcap=softcap)
+    return PartialAttention.of_sums(*(a.reshape(q.shape[:4]) for a in (top, total)), sums.reshape(q.shape))
 
 
 class TailSpans(NamedTuple):

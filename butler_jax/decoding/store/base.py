@@ -20,7 +20,7 @@ from butler_jax.decoding.parts import write_chunk, write_parts
 from butler_jax.model import LayerView, PartialAttention, sink_logits
 from butler_jax.parallel import current_mesh
 from butler_jax.selection import Chosen
-from pallas_kernels import masked_topk_decode_attention
+from pallas_kernels import Spans, masked_topk_decode_attention
 
 CACHE_LETTERS = "-bhs-"  # dimensions of a cache, as parallel.by_rows_and_heads names them
 PAGE = 64  # the most tokens of a window that are read together
@@ -96,7 +96,7 @@ class KVStore:
         unit: int,
         rows: Any,
         implementation: str | None,
-        others: PartialAttention | None = None,
+        spans: Spans | None = None,
     ) -> tuple[Float[Array, "B 1 H D"], Float[Array, "B K S"] | None]:
         """Attend to chosen units of the layer in view, and to the new token.
 
@@ -106,7 +106,7 @@ class KVStore:
         Args:
             chosen: Units to read, [B, K, N] or [B, H, N].
             rows: What `prefetch` gave for these units; None where nothing was fetched.
-            others: Attention over other keys in the same softmax, [B, H].
+            spans: Means of spans that are attended besides, stacked over layers; counts for each choosing head.
 
         Returns:
             The output, and the attention weights summed over the group where the store is `evicting`, else None.
@@ -116,7 +116,7 @@ class KVStore:
         group = chosen.indices.shape[1] // kv_heads
         options, sinks = dict(unit=unit, implementation=implementation), sink_logits(view.weights)
         if group == 1:
-            options |= dict(rows=rows, sinks=sinks, others=others)
+            options |= dict(rows=rows, sinks=sinks, spans=spans)
             return self._attend_set(view, view.q[:, 0], chosen, newest, **options)[:, None], None
         queries = view.q.reshape(batch, kv_heads, group, dim)
         apart = jax.tree.map(lambda a: a.reshape(batch, kv_heads, group, -1), chosen)
@@ -124,16 +124,16 @@ class KVStore:
         for g in range(group):
             own = jax.tree.map(lambda a, g=g: a[:, :, g], apart)
             of_heads = None if sinks is None else sinks[g::group]
-            terms = dict(sinks=of_heads, others=jax.tree.map(lambda a, g=g: a[:, g::group], others))
+            terms = dict(sinks=of_heads, spans=spans and spans._replace(counts=spans.counts[:, g::group]))
             parts.append(self._attend_set(view, queries[:, :, g], own, newest, **terms, **options))
         return jnp.stack(parts, axis=2).reshape(batch, 1, heads, dim), None
 
     def _attend_set(
-        self, view, q, chosen, newest, *, unit, implementation, sinks, others, rows=None
+        self, view, q, chosen, newest, *, unit, implementation, sinks, spans, rows=None
     ) -> Float[Array, "B H D"]:
         """Attention of the queries [B, H, D] that share the chosen units of a KV head.
 
-        sinks: of these queries. others: their attention over other keys. Both may be None.
+        sinks: of these queries. spans: as of `attend`. Both may be None.
         """
         raise TypeError(f"{type(self).__name__} must define _attend_set")
 
@@ -167,27 +167,21 @@ def attend_chosen(
     v: Float[Array, "*L B K S D"],
     chosen: Chosen,
     sinks: Float[Array, " H"] | None,
-    others: PartialAttention | None,
     **options: Any,
 ) -> Float[Array, "B H D"]:
-    """`masked_topk_decode_attention` with options, and with more in its softmax.
-
-    sinks: one more logit of every query head. others: attention over other keys.
-    """
-    if sinks is None and others is None:
+    """`masked_topk_decode_attention` with options; sinks: one more logit of every query head in its softmax."""
+    if sinks is None:
         return masked_topk_decode_attention(q, k, v, *chosen, **options)
     found = PartialAttention(*masked_topk_decode_attention(q, k, v, *chosen, return_residual=True, **options))
-    return merge_terms(found, sinks, others).output.astype(q.dtype)
+    return merge_sinks(found, sinks).output.astype(q.dtype)
 
 
-def merge_terms(
-    found: PartialAttention, sinks: Float[Array, " H"] | None, others: PartialAttention | None
-) -> PartialAttention:
-    """Attention [B, H] with what else is in its softmax; sinks, others: as of `attend_chosen`."""
-    if sinks is not None:
-        logits = jnp.broadcast_to(sinks.astype(jnp.float32)[None], found.lse.shape)
-        found = found.merge(PartialAttention(jnp.zeros(found.output.shape, jnp.float32), logits))
-    return found if others is None else found.merge(others)
+def merge_sinks(found: PartialAttention, sinks: Float[Array, " H"] | None) -> PartialAttention:
+    """Attention [B, H] with one more logit of every query head, if there is one, in its softmax."""
+    if sinks is None:
+        return found
+    logits = jnp.broadcast_to(sinks.astype(jnp.float32)[None], found.lse.shape)
+    return found.merge(PartialAttention(jnp.zeros(found.output.shape, jnp.float32), logits))
 
 
 def held_tokens(capacity: int, lengths: Int[Array, " B"], size: int) -> Float[Array, "B U N"]:

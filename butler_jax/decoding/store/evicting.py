@@ -21,7 +21,7 @@ class EvictingStore(KVStore):
     evicting = True
     page = 1
 
-    def attend(self, view, chosen, newest, *, unit, rows, implementation, others=None):
+    def attend(self, view, chosen, newest, *, unit, rows, implementation, spans=None):
         """Attend to the tokens kept, the new one among them; weights are summed over the group."""
         batch, _, heads, dim = view.q.shape
         kv_heads = view.k.shape[2]

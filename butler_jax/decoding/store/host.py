@@ -22,6 +22,7 @@ from butler_jax.decoding.store.base import KVStore, attend_chosen, held_tokens, 
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.parallel import by_rows_and_heads
 from butler_jax.selection import Chosen
+from pallas_kernels import Spans
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 KIND = "pinned_host"
@@ -132,18 +133,23 @@ class HostStore(KVStore):
         number = jax.device_put(number, HOST)
         return HostStore(write(self.k, row.k, number), write(self.v, row.v, number), near)
 
-    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, others, rows=None):
+    def _attend_set(self, view, q, chosen, newest, *, unit, implementation, sinks, spans, rows=None):
         rows = self.prefetch(view.index, chosen, newest, unit) if rows is None else rows
         place = jnp.broadcast_to(jnp.arange(rows.held.shape[-1], dtype=jnp.int32)[None, None], rows.held.shape)
 
-        def run(q, k, v, new_k, new_v, indices, valid, sinks, others):
+        def run(q, k, v, new_k, new_v, indices, valid, sinks, *spans):
             options = dict(new_k=new_k, new_v=new_v, implementation=implementation, softcap=view.softcap)
-            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, others, **options)
+            options |= dict(spans=Spans(*spans) if spans else None)
+            return attend_chosen(q, k, v, Chosen(indices, valid), sinks, **options)
 
         batch, kv_heads = place.shape[:2]
-        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h", "bh")
+        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h")
+        means = ()
+        if spans is not None:
+            operands += ("bh--", "bh--", "bh-")
+            means = (*(jax.lax.dynamic_index_in_dim(a, view.index, keepdims=False) for a in spans[:2]), spans.counts)
         split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=place.shape[-1])
-        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks, others)
+        return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks, *means)
 
     def _fetch_layer(self, index):
         """One layer on the device, [1, B, K, S, D] each."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float
 
-from butler_jax.decoding.parts import attend_new, part_of
-from butler_jax.decoding.store.base import PAGE, merge_terms
+from butler_jax.decoding.parts import attend_new, part_of, parts_of
+from butler_jax.decoding.store.base import PAGE, merge_sinks
 from butler_jax.decoding.store.resident import ResidentStore
 from butler_jax.model import PartialAttention
 from butler_jax.parallel import token_axis
@@ -24,16 +24,16 @@ class ShardedStore(ResidentStore):
     @property
     def page(self):
         """Tokens that are read together of a sliding window; a part of the cache holds whole ones."""
-        return math.gcd(self.capacity // jax.sharding.get_abstract_mesh().shape[token_axis(self.capacity)], PAGE)
+        return math.gcd(self.capacity // parts_of(self.capacity), PAGE)
 
-    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, others, softcap, **where):
+    def _attend_own(self, q, k, v, new_k, new_v, chosen, *, lengths, first, unit, sinks, softcap, **where):
         part = part_of(k.shape[-2], token_axis(self.capacity))
         seen = dict(lengths=part.count(lengths), first=None if first is None else part.count(first))
         own = part.own(chosen, unit)
         where |= dict(unit=unit, softcap=softcap, return_residual=True)
         found = part.joined(PartialAttention(*masked_topk_decode_attention(q, k, v, *own, **seen, **where)))
         found = found.merge(attend_new(q, new_k, new_v, softcap))
-        return merge_terms(found, sinks, others).output.astype(q.dtype)
+        return merge_sinks(found, sinks).output.astype(q.dtype)
 
 
 def make_store(k: Float[Array, "L B K S D"], v: Float[Array, "L B K S D"]) -> ResidentStore:
