@@ -106,6 +106,7 @@ CASES = {
     "1,048,576 tokens": LayerCall(size=1 << 20),
     "attention with a tail": LayerCall(tail=64),
     "attention with a tail, G = 1, D = 80, float32": LayerCall(group=1, dim=80, size=4096, dtype=jnp.float32, tail=64),
+    "attention with a tail, one KV head, 1,048,576 tokens": LayerCall(heads=1, group=8, size=1 << 20, tail=64),
     "attention with a tail, D = 256, float32": LayerCall(heads=4, dim=256, size=4096, dtype=jnp.float32, tail=64),
 }
 

@@ -20,6 +20,8 @@ from pallas_kernels.gpu.tiles import current_tiles
 from pallas_kernels.gpu.triton import cache_row, launch, padded_size, pairs, place_operands, seen_range
 from pallas_kernels.reference import LOWEST
 
+MERGED = 128  # splits of a row that are merged at a time
+
 
 class SplitPlan(NamedTuple):
     """Sizes that the kernels are compiled for.
@@ -169,26 +171,36 @@ def _merge_kernel(refs, out_ref, residual_ref, *, plan):
     """Attention and log-sum-exp of one query head, from its splits and the new token."""
     row, head = pl.program_id(0) // plan.group, pl.program_id(0) % plan.group
     splits = plan.splits + plan.span_splits
-    split, column = (jnp.arange(padded_size(s), dtype=jnp.int32) for s in (splits, plan.dim))
+    tile, column = min(padded_size(splits), MERGED), jnp.arange(padded_size(plan.dim), dtype=jnp.int32)
     inside = column < plan.dim
-    tops = plgpu.load(refs["top"].at[row, split, head], mask=split < splits, other=LOWEST)
-    totals = plgpu.load(refs["total"].at[row, split, head], mask=split < splits, other=0)
-    at, along = pairs(split, column)
-    parts = plgpu.load(refs["out"].at[row, at, head, along], mask=(at < splits) & (along < plan.dim), other=0)
-    top = jnp.max(tops)
+
+    def add(i, carry):
+        """The sums with those of a tile of splits."""
+        split = i * tile + jnp.arange(tile, dtype=jnp.int32)
+        tops = plgpu.load(refs["top"].at[row, split, head], mask=split < splits, other=LOWEST)
+        totals = plgpu.load(refs["total"].at[row, split, head], mask=split < splits, other=0)
+        at, along = pairs(split, column)
+        parts = plgpu.load(refs["out"].at[row, at, head, along], mask=(at < splits) & (along < plan.dim), other=0)
+        top = jnp.maximum(carry[0], jnp.max(tops))
+        before, kept = jnp.exp(carry[0] - top), jnp.exp(tops - top)
+        return (
+            top,
+            carry[1] * before + jnp.sum(totals * kept),
+            carry[2] * before + jnp.sum(parts * kept[:, None], axis=0),
+        )
+
+    sums = jnp.float32(LOWEST), jnp.float32(0), jnp.zeros(column.shape, jnp.float32)
+    sums = add(0, sums) if splits <= tile else jax.lax.fori_loop(0, pl.cdiv(splits, tile), add, sums)
+    top, total, out = sums
     if "new_k" in refs:
         queries, new_k, new_v = (
             plgpu.load(refs[name].at[(*index, column)], mask=inside, other=0).astype(jnp.float32)
             for name, index in (("q", (row, head)), ("new_k", (row,)), ("new_v", (row,)))
         )
         logit = jnp.sum(queries * new_k) * np.float32(plan.scale)
-        top = jnp.maximum(top, logit)
-    kept = jnp.exp(tops - top)
-    total = jnp.sum(totals * kept)
-    out = jnp.sum(parts * kept[:, None], axis=0)
-    if "new_k" in refs:
-        weight = jnp.exp(logit - top)
-        total, out = total + weight, out + weight * new_v
+        higher = jnp.maximum(top, logit)
+        kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
+        top, total, out = higher, total * kept + weight, out * kept + weight * new_v
     none = total == 0  # NaN is not 0, so it stays
     total = jnp.where(none, 1.0, total)
     plgpu.store(out_ref.at[row, head, column], (out / total).astype(out_ref.dtype), mask=inside)

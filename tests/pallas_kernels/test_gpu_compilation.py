@@ -61,6 +61,7 @@ def test_no_kernel_spills_and_a_call_is_few_launches():
 def test_the_spans_of_a_tail_are_read_with_the_chosen_tokens():
     asked = [
         ("a100", "attention with a tail"),
+        ("h200", "attention with a tail, one KV head, 1,048,576 tokens"),
         ("h200", "attention with a tail, D = 256, float32"),
         ("b200", "attention with a tail, G = 1, D = 80, float32"),
     ]

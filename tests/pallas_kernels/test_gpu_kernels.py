@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels.gpu import attention
 from pallas_kernels.gpu.tiles import Tiles, try_tiles
 from tests.marked import long, slow
 from tests.pallas_kernels.definitions import interpreted, normal
@@ -90,3 +91,21 @@ def test_one_call_is_its_three_operations(unit, pooling, shared, rank):
         np.testing.assert_allclose(one, other, atol=1e-5)
     for one, other in zip(ours[2], theirs[2], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_small_tiles_of_many_splits_are_merged_in_turn(monkeypatch):
+    """More splits than are merged at a time, of tokens and of spans; the last row has nothing at all."""
+    monkeypatch.setattr(attention, "MERGED", 16)
+    q, k, v = normal(0, 2, 4, 64), normal(1, 2, 1, 700, 64), normal(2, 2, 1, 700, 64)
+    indices = jnp.broadcast_to(jnp.arange(0, 700, 2, dtype=jnp.int32), (2, 1, 350))
+    valid = jnp.broadcast_to(jnp.arange(350) < 333, indices.shape).at[1].set(False)
+    counts = jnp.broadcast_to(jnp.arange(350, dtype=jnp.int32) % 3, (2, 1, 350)).at[1].set(0)
+    options = dict(spans=pk.Spans(k[:, :, :350], v[:, :, :350], counts), return_residual=True)
+    with try_tiles(Tiles(least_tokens=16, attend_bytes=4096)):
+        ours = pk.masked_topk_decode_attention(
+            q, k, v, indices, valid, implementation="gpu", interpret=interpreted("gpu"), **options
+        )
+    theirs = pk.masked_topk_decode_attention(q, k, v, indices, valid, implementation="reference", **options)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert not ours[0][1].any() and bool(jnp.all(ours[1][1] == -jnp.inf))
