@@ -62,6 +62,7 @@ cases = {
     "normalised, with details": dict(details=True),
     "maximum in int8, sliding": dict(pooling="maximum", score_dtype="int8", sliding_window=20),
     "oracle, with a tail": dict(policy="oracle", tail=8),
+    "oracle, with spans across the parts": dict(policy="oracle", tail=24),
     "streaming, with sinks and a soft cap": dict(policy="streaming", attention_sinks=True, attention_softcap=0.5),
 }
 found, moved = {}, {}
