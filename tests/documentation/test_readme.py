@@ -14,6 +14,8 @@ from tests.documentation.pages import DOCS, PAGES, REPOSITORY, tables
 
 TABLES = [table for page in PAGES for table in tables(page)]
 
+LONG_WINDOWS = "quality/prompted_smollm2_8k.json"
+
 
 def rows_of(name: str) -> list[dict]:
     return json.loads((REPOSITORY / "benchmarks" / name).read_text())["rows"]
@@ -93,6 +95,25 @@ def test_the_tables_after_a_prompt_are_what_was_measured():
     ):
         cells = [found[run, text, allocation] for text in texts]
         assert f"| {label} | {' | '.join(cells)} |\n" in readme
+
+
+def test_the_table_of_long_windows_is_what_was_measured():
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    found = {(r["policy"].split(":")[0], r["allocation"], r["tail"], r["metric"]): r for r in rows_of(LONG_WINDOWS)}
+    for policy, allocation, tail, metric in found:
+        if policy == "dense" or tail or metric != "perplexity":
+            continue
+        cells = []
+        for metric, scale, form in (
+            ("over_dense", 100, "{:.1f} ± {:.1f}"),
+            ("js_divergence", 1000, "{:.1f}"),
+            ("bytes_of_dense", 100, "{:.0f} %"),
+        ):
+            rows = [found[policy, allocation, own, metric] for own in (0, 64)]
+            cells += [form.format(scale * r["value"], scale * r["error"]) for r in rows]
+        name = f"**{policy}**" if policy == "tokenbutler" else policy
+        words = {"per_head": "per head", "tolerance": "one tolerance"}[allocation]
+        assert f"| {name}, {words} | {' | '.join(cells)} |\n" in page
 
 
 def test_the_table_of_top_p_is_what_was_measured():
