@@ -42,6 +42,14 @@ def finite_or_zero(totals):
     return jnp.where(jnp.isfinite(totals), totals, 0.0)
 
 
+def join_sums(first, second):
+    """The sums of a softmax over two sets of keys; each as the parts of `finish`."""
+    top = jnp.maximum(first[0], second[0])
+    own, others = jnp.exp(first[0] - top), jnp.exp(second[0] - top)
+    out = first[2] * own[..., None] + second[2] * others[..., None]
+    return top, first[1] * own + second[1] * others, out
+
+
 def finish(parts, q, new_k, new_v, scale, return_residual, softcap=None):
     """Attention over the chosen units and the new token, from the sums over the chosen units.
 
@@ -55,10 +63,7 @@ def finish(parts, q, new_k, new_v, scale, return_residual, softcap=None):
         queries = q.reshape(out.shape).astype(jnp.float32)
         logit = jnp.sum(queries * new_k.reshape(rows, 1, dim).astype(jnp.float32), axis=-1) * scale
         logit = soft_cap(logit, softcap)
-        higher = jnp.maximum(top, logit)
-        kept, weight = jnp.exp(top - higher), jnp.exp(logit - higher)
-        top, total = higher, total * kept + weight
-        out = out * kept[..., None] + weight[..., None] * new_v.reshape(rows, 1, dim).astype(jnp.float32)
+        top, total, out = join_sums(parts, (logit, 1.0, new_v.reshape(rows, 1, dim).astype(jnp.float32)))
     none = total == 0  # NaN is not 0, so it stays
     total = jnp.where(none, 1.0, total)
     out = (out / total[..., None]).reshape(q.shape).astype(q.dtype)

@@ -11,18 +11,18 @@ import numpy as np
 UNROLLED = 8  # layers that are scored without a loop
 
 
-def first_rows(layer, rows):
-    """The first row of each layer, int32 [P] or [1], in a cache whose layers have `rows` rows each."""
-    return (jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(-1)) * rows
+def layer_indices(layer):
+    """The layers that are read of a stacked cache, int32 [P]; a cache that is not stacked is one."""
+    return jnp.zeros((1,), jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(-1)
 
 
-def cache_row(first_rows, row, heads):
-    """The row of a cache that a row of queries reads; the rows of P layers follow each other, `heads` at a time."""
-    layers = first_rows.shape[0]
-    if layers == 1:
-        return first_rows[0] + row
+def cache_row(layers, row, rows, heads):
+    """The row of a cache that one of `rows` rows reads; the rows of the P layers alternate, `heads` at a time."""
+    count = layers.shape[0]
+    if count == 1:
+        return layers[0] * np.int32(rows) + row
     sequence = row // heads
-    return first_rows[sequence % layers] + sequence // layers * heads + row % heads
+    return layers[sequence % count] * np.int32(rows // count) + sequence // count * heads + row % heads
 
 
 def layer_by_layer(function):
@@ -60,13 +60,12 @@ def bounds(lengths, first):
 
 
 def score_operands(q_imp, k_imp, lengths, *, scales, scale, first, layer):
-    """(first rows, bounds, q_imp [rows, G, R], factor [rows] of the products, k_imp [L*B*Q, R, S])."""
+    """(layers, bounds, q_imp [rows, G, R], factor [rows] of the products, k_imp [L*B*Q, R, S])."""
     batch, key_heads = q_imp.shape[0], k_imp.shape[-3]
     q_imp = q_imp.reshape(batch * key_heads, -1, q_imp.shape[-1])
     k_imp = k_imp.reshape(-1, *k_imp.shape[-2:])
     factor = score_factor(batch, key_heads, scales, scale)
-    starts = first_rows(layer, q_imp.shape[0] // np.size(layer))
-    return starts, bounds(lengths, first), q_imp, factor, k_imp
+    return layer_indices(layer), bounds(lengths, first), q_imp, factor, k_imp
 
 
 def score_factor(batch, key_heads, scales, scale):
@@ -85,4 +84,4 @@ def attention_operands(q, k, v, indices, valid, *, lengths, first, layer):
     units = (indices if valid is None else jnp.where(valid, indices, -1)).reshape(rows, n)
     queries = q.reshape(rows, -1, dim)
     caches = (a.reshape(-1, size, dim) for a in (k, v))
-    return first_rows(layer, rows), units, bounds(lengths, first), queries, *caches
+    return layer_indices(layer) * rows, units, bounds(lengths, first), queries, *caches

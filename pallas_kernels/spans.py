@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arithmetic import exact, soft_cap
+from pallas_kernels.arithmetic import exact, join_sums, soft_cap
 from pallas_kernels.reference import LOWEST, take_layer
 
 
@@ -47,7 +47,4 @@ def join_spans(sums, q, spans, layer, **options):
     queries = q.reshape(*spans.counts.shape[:2], -1, q.shape[-1]).astype(k.dtype)
     found = span_sums(queries, k, v, spans.counts[:, :, None], **options)
     found = [a.reshape(b.shape) for a, b in zip(found, sums, strict=True)]
-    top = jnp.maximum(sums[0], found[0])
-    own, others = jnp.exp(sums[0] - top), jnp.exp(found[0] - top)
-    total = sums[1] * own + found[1] * others
-    return top, total, sums[2] * own[..., None] + found[2] * others[..., None]
+    return join_sums(sums, found)

@@ -67,9 +67,9 @@ def pooled_scores(
     contested = jnp.broadcast_to(jnp.maximum(newest.total - selection.recent, 0)[:, None], (batch, block))
     places = place_scored(base, layers)
     scales = None if scores.scales is None else jnp.swapaxes(scores.scales[places], 0, 1)
-    grouped = q_imp.reshape(block, batch, base.kv_heads, base.group, -1)
-    grouped = dict(q_imp=grouped, offset=None if offset is None else offset.reshape(grouped.shape[:-1]))
-    grouped = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), grouped)
+    heads = batch, block, base.kv_heads, base.group
+    q_imp = jnp.swapaxes(q_imp, 0, 1).reshape(*heads, -1)
+    offset = None if offset is None else jnp.swapaxes(offset, 0, 1).reshape(heads)
 
     def run(k_imp, places, *of_rows):
         q_imp, offset, contested, first, scales = (None if a is None else a.reshape(-1, *a.shape[2:]) for a in of_rows)
@@ -91,7 +91,7 @@ def pooled_scores(
 
     operands = ("-bh-s", "-", "b-h--", "b-h-", "b-", "b-", "b-h")
     split = by_rows_and_heads(run, operands, "b-hs", rows=batch, heads=base.kv_heads, tokens=capacity)
-    return split(scores.k_imp, places, grouped["q_imp"], grouped["offset"], contested, first, scales)
+    return split(scores.k_imp, places, q_imp, offset, contested, first, scales)
 
 
 def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:

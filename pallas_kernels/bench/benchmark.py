@@ -156,11 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = jax.devices()[0]
     begun = time.monotonic()
     bandwidth = copy_bandwidth(asked.repeats)
-    settings = dict(dtype=asked.dtype, unit=asked.unit, pooling=asked.pooling, int8=asked.int8)
+    settings = dict(shape=asked.shape, dtype=asked.dtype, unit=asked.unit, pooling=asked.pooling, int8=asked.int8)
     machine = dict(device=device.device_kind, platform=device.platform, jax=jax.__version__)
     machine |= dict(processor=platform.processor() or platform.machine(), date=datetime.date.today().isoformat())
-    report = machine | dict(shape=asked.shape) | settings | dict(implementation=name, repeats=asked.repeats)
-    report |= dict(copy_gb_s=bandwidth / 1e9, rows=[], left_out=[])
+    report = machine | settings | dict(implementation=name, repeats=asked.repeats, copy_gb_s=bandwidth / 1e9)
+    report |= dict(rows=[], left_out=[])
     setting = f"{asked.shape}, {asked.dtype}, unit {asked.unit}, {asked.pooling} pooling, {name}"
     print(f"{report['device']}, jax {jax.__version__}, {setting}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     print(HEADER, flush=True)

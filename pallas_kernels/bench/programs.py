@@ -98,8 +98,8 @@ def predict_program(case: Case, given: dict[str, Any]) -> tuple[Any, tuple]:
 
     def part(begin):
         found = {name: given[name][begin : begin + case.together] for name in ("k", "v", "k_imp", "scales")}
-        (one,) = found["k_imp"] if case.together == 1 else (jnp.stack(found["k_imp"]),)
-        return found | dict(k_imp=one)
+        keys = found["k_imp"]
+        return found | dict(k_imp=keys[0] if case.together == 1 else jnp.stack(keys))
 
     return chain(block), (given["q"], given["q_imp"], [part(i) for i in range(0, len(given["k"]), case.together)])
 

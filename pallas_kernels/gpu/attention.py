@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.arithmetic import product
 from pallas_kernels.gpu.tiles import current_tiles
-from pallas_kernels.gpu.triton import cache_row, launch, padded_size, pairs, place_operands, seen_range
+from pallas_kernels.gpu.triton import launch, padded_size, pairs, place_operands, seen_range, source_row
 from pallas_kernels.reference import LOWEST
 
 MERGED = 128  # splits of a row that are merged at a time
@@ -113,7 +113,7 @@ def _attend_kernel(refs, top_ref, total_ref, out_ref, *, plan):
     row, split = pl.program_id(0), pl.program_id(1)
     rows = refs["units"].shape[0]
     begin, end = seen_range(refs, row // heads, refs["k"].shape[1])
-    source = cache_row(refs, row, rows)
+    source = source_row(refs, row, rows)
     head, column = (jnp.arange(padded_size(s), dtype=jnp.int32) for s in (group, dim))
     of_q = pairs(head, column)
     inside_q = (of_q[0] < group) & (of_q[1] < dim)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
 from pallas_kernels.choice import rank_image
 from pallas_kernels.gpu.tiles import current_tiles
-from pallas_kernels.gpu.triton import cache_row, launch, multiply_add, padded_size, pairs, place_operands, seen_range
+from pallas_kernels.gpu.triton import launch, multiply_add, padded_size, pairs, place_operands, seen_range, source_row
 from pallas_kernels.reference import LOWEST
 
 SCORED = 16384  # elements of q_imp or k_imp times tokens that a program holds without spilling registers
@@ -218,7 +218,7 @@ def _products(refs, row, block, plan):
     head, depth = plan.head, padded_size(plan.rank)
     if jnp.float32 in (refs["q_imp"].dtype, refs["k_imp"].dtype):
         depth = min(depth, DEEP)
-    source = cache_row(refs, row, refs["q_imp"].shape[0], plan.heads * plan.shared)
+    source = source_row(refs, row, refs["q_imp"].shape[0], plan.heads * plan.shared)
 
     def add(i, total):
         """Add the products of some channels."""
@@ -235,7 +235,7 @@ def _products(refs, row, block, plan):
 
 def _products_apart(refs, row, block, plan):
     """The products of a block, [T] of every query head."""
-    source = cache_row(refs, row, refs["q_imp"].shape[0], plan.heads * plan.shared)
+    source = source_row(refs, row, refs["q_imp"].shape[0], plan.heads * plan.shared)
     total = [jnp.zeros(plan.tokens, jnp.float32)] * plan.group
     for channel in range(plan.rank):
         k_imp = plgpu.load(refs["k_imp"].at[source, channel, block.position], mask=block.loaded, other=0)

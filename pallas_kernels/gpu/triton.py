@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.operands import cache_row, layer_indices
 
 LEAST = 16  # the smallest side of a product
 
@@ -38,8 +39,8 @@ def padded_size(number):
 
 def place_operands(layer, lengths, first):
     """Operands that say where a row lies: layers [P], lengths [B], first [B]; None where they are not given."""
-    layer = None if layer is None else jnp.asarray(layer, jnp.int32).reshape(-1)
-    return dict(layers=layer, lengths=whole_numbers(lengths), first=whole_numbers(first))
+    layers = None if layer is None else layer_indices(layer)
+    return dict(layers=layers, lengths=whole_numbers(lengths), first=whole_numbers(first))
 
 
 def whole_numbers(array):
@@ -53,15 +54,9 @@ def seen_range(refs, sequence, size):
     return begin, jnp.minimum(refs["lengths"][sequence], size) if "lengths" in refs else jnp.int32(size)
 
 
-def cache_row(refs, row, rows, heads=1):
-    """The row of a cache that one of `rows` rows reads; the rows of P layers follow each other, `heads` at a time."""
-    if "layers" not in refs:
-        return row
-    layers = refs["layers"].shape[0]
-    if layers == 1:
-        return refs["layers"][0] * np.int32(rows) + row
-    sequence = row // heads
-    return refs["layers"][sequence % layers] * np.int32(rows // layers) + sequence // layers * heads + row % heads
+def source_row(refs, row, rows, heads=1):
+    """The row of a cache that one of `rows` rows reads: `cache_row`, where layers are given."""
+    return cache_row(refs["layers"], row, rows, heads) if "layers" in refs else row
 
 
 def pairs(first, second):

@@ -71,7 +71,7 @@ def _over_blocks(operands, given, heads, *, counts, writes, interpret):
     With counts, a first pass computes the log-sum-exps. With writes, they, or those given, are subtracted from the
     scores. Without it they are the result, [rows, G rounded up, 128].
     """
-    starts, bounds, q_imp, factor, k_imp = operands
+    layers, bounds, q_imp, factor, k_imp = operands
     rows, group, rank = q_imp.shape
     size = k_imp.shape[-1]
     padding = ((0, 0), (0, -group % SUBLANES), (0, 0))
@@ -96,7 +96,7 @@ def _over_blocks(operands, given, heads, *, counts, writes, interpret):
                 pl.BlockSpec((1, padded, rank), whole),
                 pl.BlockSpec((1, 1, 1), whole),
                 pl.BlockSpec((1, padded, 1), whole),
-                pl.BlockSpec((1, rank, block), lambda row, p, n, starts, _: (cache_row(starts, row, heads), 0, n)),
+                pl.BlockSpec((1, rank, block), lambda row, p, n, at, _: (cache_row(at, row, rows, heads), 0, n)),
             ],
             out_specs=place if writes else pl.BlockSpec((1, padded, LANES), whole),
             scratch_shapes=[pltpu.VMEM((padded, LANES), jnp.float32)] * 2,
@@ -112,12 +112,12 @@ def _over_blocks(operands, given, heads, *, counts, writes, interpret):
         ),
         interpret=interpret,
         name="importance_scores" if writes else "importance_totals",
-    )(starts, bounds, q_imp, factor.reshape(-1, 1, 1), given, k_imp)
+    )(layers, bounds, q_imp, factor.reshape(-1, 1, 1), given, k_imp)
 
 
-def _kernel(starts_ref, bounds_ref, q_ref, factor_ref, given_ref, k_imp_ref, out_ref, top_ref, total_ref, *, plan):
+def _kernel(layers_ref, bounds_ref, q_ref, factor_ref, given_ref, k_imp_ref, out_ref, top_ref, total_ref, *, plan):
     group, block, chunk, blocks, heads, counts, writes = plan
-    del starts_ref  # only the index map of k_imp uses it
+    del layers_ref  # only the index map of k_imp uses it
     row, phase, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
     q_imp = q_ref[0]
