@@ -53,13 +53,18 @@ def span_bracket(image: jax.Array, target: jax.Array) -> Bracket:
 
     It spans the images of the scores, or those of sinks and recent tokens where these alone are wanted.
     """
-    marked, held = image > INFINITE, image > BARRED
-    both = jnp.sum(held.astype(jnp.int32) + (marked.astype(jnp.int32) << SHIFT))
+    both = jnp.sum((image > BARRED).astype(jnp.int32) + ((image > INFINITE).astype(jnp.int32) << SHIFT))
     every, first = both & ((1 << SHIFT) - 1), jax.lax.shift_right_logical(both, jnp.int32(SHIFT))
     target = jnp.minimum(target, every)
-    member = held & (marked == (target <= first))
-    low, high = jnp.min(jnp.where(member, image, TOP)), jnp.max(jnp.where(member, image, BARRED)) + 1
+    least, most = spanned_images(first, target)
+    low, high = _extreme(image, jnp.min, least), _extreme(image, jnp.max, most + 1) + 1
     return span_counts(low, high, first, every, target)
+
+
+def _extreme(image, least_or_most, start):
+    """The smallest or largest image in the order that begins at `start` and, after the last int32, at the first."""
+    shift = start - BARRED
+    return least_or_most(image - shift) + shift
 
 
 def spanned_images(first: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -239,8 +239,9 @@ def _threshold_of_row(refs, row, begin, end, target, start, plan):
     found = close_bracket(lambda trial: _number(whole >= trial), bracket, target)
     limit = found.low
     before = jnp.arange(plan.held, dtype=jnp.int32) < start
-    above, equal = _number((whole > limit) & before), _number((whole == limit) & before)
-    return target, limit, tied_units(found, target), above, equal
+    both = jnp.where(whole > limit, CARRY, (whole == limit).astype(jnp.int32))
+    both = jnp.sum(jnp.where(before, both, 0))
+    return target, limit, tied_units(found, target), both >> SHIFT, both & (CARRY - 1)
 
 
 def _threshold_of_candidates(refs, row, begin, end, target, start, plan):
