@@ -1,7 +1,8 @@
 """Attention over chosen pages on TPU. Asynchronous copies bring the pages to VMEM, where they are attended in tiles.
 
 VMEM holds a ring of SLOTS tiles. While one tile is attended, the next ones are being copied, across the borders of rows
-too. Pages that are not valid are neither copied nor waited for.
+too. Pages that are not valid are neither copied nor waited for. Of most tiles a row sees every token, so that they need
+no mask, and one semaphore is waited for once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from pallas_kernels.operands import attention_operands
 from pallas_kernels.reference import LOWEST
 from pallas_kernels.spans import join_spans
 
-TILE = 128  # tokens attended at a time, or one unit where that is more
-SLOTS = 6  # tiles in flight, with one being attended
+TILE = 512  # tokens attended at a time, or one unit where that is more
+SLOTS = 4  # tiles in flight, with one being attended; a power of two
+STARTED = 8  # pages whose copies are started without a loop
 LANES = 128
 SUBLANES = 8
 SCALAR_BYTES = 2**18  # of scalar memory for the lists of pages, in one call
+NOTHING, PART, PAGES, WHOLE = 0, 1, 2, 3  # what a row sees of a tile: some pages, something of each, or all tokens
 
 
 class RingPlan(NamedTuple):
@@ -50,28 +53,40 @@ def masked_topk_decode_attention(
     operands = attention_operands(q, k, v, indices, valid, lengths=lengths, first=first, layer=layer)
     base, pages, bounds, queries, *caches = operands
     rows, group = queries.shape[:2]
-    pages = jnp.where(pages < k.shape[-2] // unit, pages, -1)
+    pages, kinds = _tiles(pages, bounds, k.shape[-2], unit, heads)
     queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0))).astype(k.dtype)
 
-    most = max(1, SCALAR_BYTES // (4 * (-(-n // LANES) * LANES)))  # rows whose lists fit, with their padding
+    most = max(1, SCALAR_BYTES // (4 * kinds.shape[1] * (pages.shape[2] + 1)))  # rows whose lists fit
     found = []
     for at in range(0, rows, most):
         part = slice(at, min(at + most, rows))
         call = functools.partial(_attend, unit=unit, scale=scale, heads=heads, interpret=interpret)
-        found.append(call(base + at, pages[part], bounds, queries[part], *caches, at=at))
+        found.append(call(base + at, pages[part], kinds[part], bounds, queries[part], *caches, at=at))
     parts = [jnp.concatenate(a) if len(found) > 1 else a[0] for a in zip(*found, strict=True)]
     top, total, out = (a[:, :group] for a in parts)
     parts = join_spans((top[..., 0], total[..., 0], out), q, spans, layer, scale=scale)
     return finish(parts, q, new_k, new_v, scale, return_residual)
 
 
-def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, interpret):
+def _tiles(pages, bounds, size, unit, heads):
+    """The pages of every tile, int32 [rows, tiles, width], -1 for those not seen, and the kind of every tile."""
+    rows, n = pages.shape
+    tokens = max(LANES, unit << max(n - 1, 0).bit_length())  # all of a row's in powers of two
+    width = max(1, min(TILE, tokens) // unit)
+    pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1).reshape(rows, -1, width)
+    begin, end = (jnp.repeat(bound, heads)[:, None, None] for bound in (bounds[:, 0], bounds[:, 1]))
+    start = pages * unit
+    seen = (pages >= 0) & (pages < size // unit) & (start < end) & (start + unit > begin)
+    whole = seen & (start >= begin) & (start + unit <= end)
+    kinds = jnp.where(jnp.any(seen, axis=2), PART, NOTHING)
+    kinds = jnp.where(jnp.all(seen, axis=2), jnp.where(jnp.all(whole, axis=2), WHOLE, PAGES), kinds)
+    return jnp.where(seen, pages, -1), kinds
+
+
+def _attend(base, pages, kinds, bounds, queries, k, v, *, unit, scale, heads, at, interpret):
     """(largest logit, sum of weights [rows, G, 128], weighted values [rows, G, D]) of some rows, all float32."""
     rows, group, dim = queries.shape
-    n = pages.shape[1]
-    width = max(1, TILE // unit)  # pages a tile
-    pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1)
-    tiles = pages.shape[1] // width
+    tiles, width = pages.shape[1:]
     cores = 2 if rows % 2 == 0 else 1  # for chips with two cores; others run both parts in turn
     plan = RingPlan(unit, width, tiles, rows // cores, heads, at, scale)
     row = lambda core, i, *_: (core * (rows // cores) + i, 0, 0)  # noqa: E731
@@ -81,7 +96,7 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, inter
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=4,
             grid=(cores, rows // cores),
             in_specs=[
                 pl.BlockSpec((1, group, dim), row),
@@ -96,7 +111,10 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, inter
             scratch_shapes=[tile, tile, pltpu.SemaphoreType.DMA((SLOTS, 2))],
         ),
         out_shape=[stats, stats, jax.ShapeDtypeStruct((rows, group, dim), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,  # `_tiles` leaves no page beyond the cache
+        ),
         cost_estimate=pl.CostEstimate(
             flops=4 * pages.size * unit * group * dim,
             transcendentals=pages.size * unit * group,
@@ -104,73 +122,127 @@ def _attend(base, pages, bounds, queries, k, v, *, unit, scale, heads, at, inter
         ),
         interpret=interpret,
         name="attend_to_pages",
-    )(base, pages, bounds, queries, k, v)
+    )(base, pages.reshape(-1), kinds.reshape(-1), bounds, queries, k, v)
 
 
-def _kernel(
-    base_ref, pages_ref, bounds_ref, q_ref, k_hbm, v_hbm, top_ref, total_ref, out_ref, k_vmem, v_vmem, arrived, *, plan
-):
+def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *outputs, plan):
     unit, width, tiles, rows, heads, at, scale = plan
+    top_ref, total_ref, out_ref, k_vmem, v_vmem, arrived = outputs
     core, row = pl.program_id(0), pl.program_id(1)
-    last = rows * tiles  # steps of this core
+    last = rows * tiles  # tiles of this core
+    first = core * last
+    rings = ((k_hbm, k_vmem), (v_hbm, v_vmem))
+
+    def slot_of(step):
+        return jax.lax.bitwise_and(step, SLOTS - 1)
+
+    def copies(step, u):
+        """The two copies of page u of tile `step`, counted over all rows of this core, and whether the row sees it."""
+        page = pages_ref[(first + step) * width + u]
+        source, slot = base_ref[0] + core * rows + jax.lax.div(step, tiles), slot_of(step)
+        start = pl.ds(pl.multiple_of(jnp.maximum(page, 0) * unit, unit), unit)
+        place = pl.ds(u * unit if isinstance(u, int) else pl.multiple_of(u * unit, unit), unit)
+        both = [
+            pltpu.make_async_copy(hbm.at[source, start, :], vmem.at[slot, place, :], arrived.at[slot, which])
+            for which, (hbm, vmem) in enumerate(rings)
+        ]
+        return both, page >= 0
 
     def each_copy(step, act):
-        """Call act on every copy of a valid page of tile `step`, counted over all rows of this core."""
-        own, tile = core * rows + step // tiles, step % tiles
-        slot = step % SLOTS
-        for u in range(width):
-            page = pages_ref[own, tile * width + u]
+        """Call act on every copy of a tile of which the row sees a part."""
 
-            @pl.when(page >= 0)
-            def _(page=page, u=u):
-                source = base_ref[0] + own
-                for which, (hbm, vmem) in enumerate(((k_hbm, k_vmem), (v_hbm, v_vmem))):
-                    rows_read = hbm.at[source, pl.ds(pl.multiple_of(page * unit, unit), unit), :]
-                    written = vmem.at[slot, pl.ds(u * unit, unit), :]
-                    act(pltpu.make_async_copy(rows_read, written, arrived.at[slot, which]))
+        def one(u, carry):
+            both, seen = copies(step, u)
+
+            @pl.when(seen)
+            def _():
+                for copy in both:
+                    act(copy)
+
+            return carry
+
+        jax.lax.fori_loop(0, width, one, 0)
 
     def start(step):
-        @pl.when(step < last)
+        kind = kinds_ref[first + jnp.minimum(step, last - 1)]
+        kind = jnp.where(step < last, kind, NOTHING)
+
+        @pl.when(kind >= PAGES)
+        def _():
+            several = min(STARTED, width)
+
+            def some(i, carry):
+                for u in range(several):
+                    for copy in copies(step, i * several + u)[0]:
+                        copy.start()
+                return carry
+
+            jax.lax.fori_loop(0, width // several, some, 0)
+
+        @pl.when(kind == PART)
         def _():
             each_copy(step, lambda copy: copy.start())
+
+    def wait(step, kind):
+        @pl.when(kind >= PAGES)
+        def _():
+            slot = slot_of(step)
+            for which, (_, vmem) in enumerate(rings):
+                pltpu.make_async_copy(vmem.at[slot], vmem.at[slot], arrived.at[slot, which]).wait()  # for all its bytes
+
+        @pl.when(kind == PART)
+        def _():
+            each_copy(step, lambda copy: copy.wait())
 
     @pl.when(row == 0)
     def _():
         for step in range(SLOTS - 1):
             start(jnp.int32(step))
 
-    own = core * rows + row
-    begin, end = bounds_ref[(at + own) // heads, 0], bounds_ref[(at + own) // heads, 1]
+    sequence = jax.lax.div(at + core * rows + row, heads)
+    begin, end = bounds_ref[sequence, 0], bounds_ref[sequence, 1]
     queries = q_ref[0]
     group, dim = queries.shape
 
-    def attended(tile, shape, axis):
-        """Which tokens of the tile are attended, as bool of this shape with the tokens along axis."""
-        token = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        position = jnp.full(shape, -1, jnp.int32)
+    def seen_tokens(step):
+        """1 for the tokens of a tile that the row sees and 0 for others, [tokens, 128]."""
+        token = jax.lax.broadcasted_iota(jnp.int32, (unit, LANES), 0)
+        parts = []
         for u in range(width):
-            page = pages_ref[own, tile * width + u]
-            inside = (token >= u * unit) & (token < (u + 1) * unit) & (page >= 0)
-            position = jnp.where(inside, page * unit + token - u * unit, position)
-        return (position >= jnp.maximum(begin, 0)) & (position < end)
+            page = pages_ref[(first + step) * width + u]
+            position = page * unit + token
+            parts.append(((position >= jnp.maximum(begin, 0)) & (position < end)).astype(jnp.float32))
+        return jnp.concatenate(parts)
 
-    def attend(tile, carry):
+    def add(step, carry, masked):
+        """The sums with those of a tile."""
         top, total, out = carry
-        step = row * tiles + tile
-        start(step + SLOTS - 1)
-        each_copy(step, lambda copy: copy.wait())
-        slot = step % SLOTS
+        slot = slot_of(step)
         keys, values = k_vmem[slot], v_vmem[slot]
-        tokens = width * unit
-        logits = product(queries, keys, (1, 1))
-        logits = jnp.where(attended(tile, (group, tokens), 1), logits * np.float32(scale), -jnp.inf)
-        values = jnp.where(attended(tile, (tokens, dim), 0), values.astype(jnp.float32), 0.0).astype(values.dtype)
+        logits = product(queries, keys, (1, 1)) * np.float32(scale)
+        if masked:
+            seen = seen_tokens(step)
+            across = product(jnp.ones((group, LANES), jnp.bfloat16), seen.astype(jnp.bfloat16), (1, 1))
+            logits = jnp.where(across > 0, logits, -jnp.inf)
+            seen = jnp.broadcast_to(seen[:, :1], values.shape) > 0
+            values = jnp.where(seen, values.astype(jnp.float32), 0.0).astype(values.dtype)
         higher = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.exp(logits - higher)
         kept = jnp.exp(top - higher)
         total = total * kept + jnp.sum(weights, axis=1, keepdims=True)
         out = out * kept + product(weights.astype(values.dtype), values)
         return higher, total, out
+
+    def attend(tile, carry):
+        step = row * tiles + tile
+        start(step + SLOTS - 1)
+        kind = kinds_ref[first + step]
+        wait(step, kind)
+
+        def part():
+            return jax.lax.cond(kind == NOTHING, lambda: carry, lambda: add(step, carry, True))
+
+        return jax.lax.cond(kind == WHOLE, lambda: add(step, carry, False), part)
 
     nothing, zero = (jnp.full((group, 1), value, jnp.float32) for value in (LOWEST, 0.0))
     empty = nothing, zero, jnp.zeros((group, dim), jnp.float32)

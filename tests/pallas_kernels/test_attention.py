@@ -37,6 +37,13 @@ def test_attention_kernels_read_the_chosen_and_nothing_else(implementation):
     check_attention(case, implementation, 1e-5, new=(normal(7, 2, 2, 64), normal(8, 2, 2, 64)))
 
 
+@pytest.mark.parametrize("unit", [16, 32])
+def test_tiles_on_tpu_are_seen_whole_in_part_and_not_at_all(unit):
+    case = attention_case(8, batch=4, heads=2, group=3, dim=64, size=2400 // unit * unit, n=1800 // unit, unit=unit)
+    case.lengths = case.lengths.at[2].set(1601)
+    check_attention(case, "tpu", 1e-5)
+
+
 @pytest.mark.parametrize("implementation", ("reference", "xla"))
 def test_bfloat16_is_attended_to_its_precision(implementation):
     case = attention_case(9, batch=2, heads=2, group=4, dim=80, size=96, n=30, unit=1, dtype=jnp.bfloat16, layers=2)
