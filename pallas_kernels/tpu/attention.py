@@ -49,7 +49,7 @@ def masked_topk_decode_attention(
     q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, spans, scale, layer, return_residual, interpret
 ):
     """[B, H, D], and the log-sum-exp [B, H] on request. Arguments as in `api.py`; unit >= 16 and S is whole units."""
-    heads, n = indices.shape[1:]
+    heads = indices.shape[1]
     operands = attention_operands(q, k, v, indices, valid, lengths=lengths, first=first, layer=layer)
     base, pages, bounds, queries, *caches = operands
     rows, group = queries.shape[:2]

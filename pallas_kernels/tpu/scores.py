@@ -1,8 +1,11 @@
-"""Importance scores on TPU. k_imp is read in blocks as wide as fit, and scores are pooled before they are written.
+"""Importance scores on TPU. k_imp is read once, in blocks, and scores are pooled before they are written.
 
-"normalised" pooling needs every head's log-sum-exp before the first score is written, so it takes two passes over the
-blocks of a row. If one block holds all of a head's k_imp (up to LONGEST bytes), the second pass finds it in VMEM and
-nothing is read twice.
+Heads of k_imp are multiplied together: their channels follow each other in one matrix, and each row of the other one
+has the numbers of one query head and is 0 elsewhere. So a product is as deep as the matrix unit, and rows of different
+heads fill the eight sublanes of a register.
+
+"normalised" pooling needs every head's log-sum-exp before the first score is written. So the scores of a row wait in
+VMEM. Where they do not fit, k_imp is read twice.
 """
 
 from __future__ import annotations
@@ -19,25 +22,56 @@ from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
 from pallas_kernels.operands import cache_row, score_operands
 from pallas_kernels.reference import LOWEST
 
-LONGEST = 2**22  # bytes of k_imp in one block
+DEPTH = 128  # channels that one product sums over, at most, where it is of several heads
+BLOCK = 8192  # tokens of a block
+SCORED = 16384  # scores that are formed at a time
+HELD = 2**25  # bytes of scores that wait in VMEM
 SUBLANES = 8
 LANES = 128
-VMEM_BYTES = 48 * 2**20
+VMEM_BYTES = 56 * 2**20
 
 
 class BlockPlan(NamedTuple):
-    """Sizes that the kernel is compiled for: heads of q_imp that share one of k_imp, tokens of a block and of a chunk.
+    """What the kernel is compiled for.
 
-    Then blocks of a row, heads of k_imp, and `counts` and `writes` of `_over_blocks`.
+    Attributes:
+        heads, padded, group: Heads of k_imp of a program, the same rounded up to a power of two or to eights, and query
+            heads of each. Query head g of head h is row g * padded + h.
+        sequences: Programs that share a row of the cache.
+        size, block, chunk: Tokens of a row, of a block, and those that are scored at a time.
+        counts: Whether log-sum-exps are computed. They are the result, or they are taken off.
+        writes: Whether scores are the result.
     """
 
+    heads: int
+    padded: int
     group: int
+    sequences: int
+    size: int
     block: int
     chunk: int
-    blocks: int
-    heads: int
     counts: bool
     writes: bool
+
+    @property
+    def rows(self):
+        """Rows of a program, in whole eights."""
+        return -(-self.group * self.padded // SUBLANES) * SUBLANES
+
+    @property
+    def held(self):
+        """Whether scores wait for the log-sum-exps."""
+        return self.counts and self.writes
+
+    @property
+    def blocks(self):
+        """Blocks of a row."""
+        return pl.cdiv(self.size, self.block)
+
+    @property
+    def room(self):
+        """Tokens of all blocks."""
+        return self.blocks * self.block
 
 
 def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, **options):
@@ -46,137 +80,201 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, *
     key_heads, _, size = k_imp.shape[-3:]
     operands = score_operands(q_imp, k_imp, lengths, **options)
     counts = normalised and totals is None
-    scores = _over_blocks(operands, totals, key_heads, counts=counts, writes=True, interpret=interpret)
+    plan = _plan(operands, key_heads, counts, True)
+    if plan is None:  # the scores of one head do not fit
+        totals, counts = importance_totals(q_imp, k_imp, lengths, interpret=interpret, **options), False
+        plan = _plan(operands, key_heads, counts, True)
+    scores = _over_blocks(operands, totals, plan, interpret=interpret)
     return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
 
 
 def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
     """Log-sum-exps, float32 [B, K, G]. Arguments as in `api.py`."""
     operands = score_operands(q_imp, k_imp, lengths, **options)
-    members = operands[2].shape[1]
-    totals = _over_blocks(operands, None, k_imp.shape[-3], counts=True, writes=False, interpret=interpret)
-    return totals[:, :members, 0].reshape(q_imp.shape[:3])
+    plan = _plan(operands, k_imp.shape[-3], True, False)
+    totals = _over_blocks(operands, None, plan, interpret=interpret)[:, : plan.group * plan.padded, 0]
+    totals = totals.reshape(-1, plan.group, plan.padded)[..., : plan.heads]
+    return jnp.swapaxes(totals, 1, 2).reshape(q_imp.shape[:3])
 
 
-def _block(size, bytes_a_token):
-    """Tokens in a block: all of them, or the largest power of two that fits, at least LANES."""
-    if size * bytes_a_token <= LONGEST or size <= LANES:
-        return size
-    return max(LANES, 1 << ((LONGEST // bytes_a_token).bit_length() - 1))
+def _plan(operands, key_heads, counts, writes):
+    """The plan with as many heads of k_imp together as a product and the VMEM hold; None where not one fits."""
+    _, _, q_imp, _, k_imp = operands
+    group, rank = q_imp.shape[1:]
+    size = k_imp.shape[-1]
+    block = size if size <= BLOCK else next((b for b in (BLOCK, 4096, 2048, 1024) if size % b == 0), BLOCK)
+    most = max(1, DEPTH // rank) if rank % SUBLANES == 0 else 1  # others lie in memory with gaps
+    for heads in sorted((h for h in range(1, most + 1) if key_heads % h == 0), reverse=True):
+        padded = 1 << (heads - 1).bit_length() if heads <= SUBLANES else -(-heads // SUBLANES) * SUBLANES
+        plan = BlockPlan(heads, padded, group, key_heads // heads, size, block, block, counts, writes)
+        if not plan.held or 4 * plan.rows * plan.room <= HELD:
+            fitting = max(LANES, SCORED // plan.rows)
+            chunk = next((c for c in (2048, 1024, 512, 256, 128) if c <= fitting and block % c == 0), block)
+            return plan._replace(chunk=chunk)
+    return None
 
 
-def _over_blocks(operands, given, heads, *, counts, writes, interpret):
-    """Scores [rows, 1, S] of q_imp [rows, G, R] and k_imp [L*B*Q, R, S], pooled over G, or log-sum-exps; float32.
+def _in_rows(values, plan):
+    """Values [B*Q, G, ...] in the rows of each program, [programs, rows, ...]; 0 in rows without a query head."""
+    rest = values.shape[2:]
+    values = jnp.swapaxes(values.reshape(-1, plan.heads, plan.group, *rest), 1, 2)
+    values = jnp.pad(values, ((0, 0), (0, 0), (0, plan.padded - plan.heads)) + ((0, 0),) * len(rest))
+    values = values.reshape(values.shape[0], -1, *rest)
+    return jnp.pad(values, ((0, 0), (0, plan.rows - values.shape[1])) + ((0, 0),) * len(rest))
 
-    With counts, a first pass computes the log-sum-exps. With writes, they, or those given, are subtracted from the
-    scores. Without it they are the result, [rows, G rounded up, 128].
+
+def _over_blocks(operands, given, plan, *, interpret):
+    """Scores [B*Q, S], pooled over the query heads, or log-sum-exps [programs, rows, 128]; float32.
+
+    given: log-sum-exps [B, K, G] that are subtracted from the scores, or None.
     """
     layers, bounds, q_imp, factor, k_imp = operands
     rows, group, rank = q_imp.shape
-    size = k_imp.shape[-1]
-    padding = ((0, 0), (0, -group % SUBLANES), (0, 0))
-    q_imp = jnp.pad(q_imp, padding)
-    padded = q_imp.shape[1]
-    given = jnp.zeros((rows, group, 1)) if given is None else given
-    given = jnp.pad(given.astype(jnp.float32).reshape(rows, group, 1), padding)
-    block = _block(size, rank * k_imp.dtype.itemsize)
-    blocks = pl.cdiv(size, block)
-    passes = counts + writes
-    chunk = next((c for c in (2048, 1024, 512, 256, 128) if block % c == 0), block)
-    plan = BlockPlan(group, block, chunk, blocks, heads, counts, writes)
-    whole = lambda row, p, n, *_: (row, 0, 0)  # noqa: E731
-    out = jax.ShapeDtypeStruct((rows, 1, size) if writes else (rows, padded, LANES), jnp.float32)
-    place = pl.BlockSpec((1, 1, block), lambda row, p, n, *_: (row, 0, n * p if passes > 1 else n))
-    return pl.pallas_call(
+    programs, depth = rows // plan.heads, plan.heads * rank
+    factor = _in_rows(jnp.broadcast_to(jnp.asarray(factor)[:, None, None], (rows, group, 1)), plan)
+    own = jnp.eye(plan.heads, dtype=q_imp.dtype)[jnp.arange(rows) % plan.heads]  # [rows, heads]
+    q_imp = _in_rows((q_imp[:, :, None] * own[:, None, :, None]).reshape(rows, group, depth), plan)
+    off = [] if given is None else [_in_rows(given.astype(jnp.float32).reshape(rows, group, 1), plan)]
+    whole = lambda program, n, *_: (program, 0, 0)  # noqa: E731
+    column = pl.BlockSpec((1, plan.rows, 1), whole)
+
+    def keys(program, n, layers, bounds):
+        """The block of k_imp, or the last one of which the row sees a token."""
+        end = jnp.clip(bounds[program // plan.sequences, 1], 1, plan.size)
+        return cache_row(layers, program, programs, plan.sequences), 0, jnp.minimum(n, (end - 1) // plan.block)
+
+    if not plan.writes:
+        out, place = (programs, plan.rows, LANES), pl.BlockSpec((1, plan.rows, LANES), whole)
+    elif plan.held:
+        out, place = (programs, plan.heads, plan.room), pl.BlockSpec((1, plan.heads, plan.room), whole)
+    else:
+        out = (programs, plan.heads, plan.room)
+        place = pl.BlockSpec((1, plan.heads, plan.block), lambda program, n, *_: (program, 0, n))
+    stats = [pltpu.VMEM((plan.rows, LANES), jnp.float32)] * 2 * plan.counts
+    waiting = [pltpu.VMEM((plan.rows, plan.room), jnp.float32)] * plan.held
+    found = pl.pallas_call(
         functools.partial(_kernel, plan=plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(rows, passes, blocks),
+            grid=(programs, plan.blocks),
             in_specs=[
-                pl.BlockSpec((1, padded, rank), whole),
-                pl.BlockSpec((1, 1, 1), whole),
-                pl.BlockSpec((1, padded, 1), whole),
-                pl.BlockSpec((1, rank, block), lambda row, p, n, at, _: (cache_row(at, row, rows, heads), 0, n)),
+                pl.BlockSpec((1, depth, plan.block), keys),
+                pl.BlockSpec((1, plan.rows, depth), whole),
+                column,
+                *[column] * len(off),
             ],
-            out_specs=place if writes else pl.BlockSpec((1, padded, LANES), whole),
-            scratch_shapes=[pltpu.VMEM((padded, LANES), jnp.float32)] * 2,
+            out_specs=place,
+            scratch_shapes=stats + waiting,
         ),
-        out_shape=out,
+        out_shape=jax.ShapeDtypeStruct(out, jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * passes * rows * padded * rank * size,
-            transcendentals=rows * padded * size * counts,
-            bytes_accessed=rows * size * (rank * k_imp.dtype.itemsize + 4),
+            flops=2 * programs * plan.rows * depth * plan.size,
+            transcendentals=programs * plan.rows * plan.size * plan.counts,
+            bytes_accessed=rows * plan.size * (rank * k_imp.dtype.itemsize + 4),
         ),
         interpret=interpret,
-        name="importance_scores" if writes else "importance_totals",
-    )(layers, bounds, q_imp, factor.reshape(-1, 1, 1), given, k_imp)
+        name="importance_scores" if plan.writes else "importance_totals",
+    )(layers, bounds, k_imp.reshape(-1, depth, plan.size), q_imp, factor, *off)
+    return found.reshape(rows, -1)[:, : plan.size] if plan.writes else found
 
 
-def _kernel(layers_ref, bounds_ref, q_ref, factor_ref, given_ref, k_imp_ref, out_ref, top_ref, total_ref, *, plan):
-    group, block, chunk, blocks, heads, counts, writes = plan
+def _slices(scores):
+    """The slices of 128 tokens, or all of them where they are fewer or not whole slices."""
+    size = scores.shape[1]
+    width = LANES if size % LANES == 0 else size
+    return [scores[:, at : at + width] for at in range(0, size, width)]
+
+
+def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
     del layers_ref  # only the index map of k_imp uses it
-    row, phase, index = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    begin, end = bounds_ref[row // heads, 0], bounds_ref[row // heads, 1]
-    q_imp = q_ref[0]
-    padded = q_imp.shape[0]
-    factor = factor_ref[0]  # [1, 1]
+    program, index = pl.program_id(0), pl.program_id(1)
+    begin, end = (bounds_ref[program // plan.sequences, i] for i in range(2))
+    end = jnp.minimum(end, plan.size)
+    q_imp, factor = q_ref[0], factor_ref[0]
+    refs = list(refs)
+    off_ref = refs.pop(0) if plan.writes and not plan.counts and len(refs) > 1 else None
+    out_ref = refs.pop(0)
 
     def scores(at):
-        """Scores, float32 [G, chunk]; -inf for heads of the padding, tokens not seen, and NaN."""
-        k_imp = k_imp_ref[0, :, pl.ds(at, chunk)]
-        found = score_product(q_imp, k_imp)
-        found = found * jnp.broadcast_to(factor, found.shape)
-        position = index * block + at + jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 1)
-        head = jax.lax.broadcasted_iota(jnp.int32, (padded, chunk), 0)
-        seen = (position >= begin) & (position < end) & (head < group)
-        return jnp.where(seen & (found == found), found, -jnp.inf)
+        """Scores, float32 [rows, chunk]; -inf for rows without a query head, tokens not seen, and NaN."""
+        found = score_product(q_imp, k_imp_ref[0, :, pl.ds(at, plan.chunk)]) * factor
+        position = index * plan.block + at + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, plan.chunk), 1)
+        unseen = jnp.where((position >= begin) & (position < end), 0.0, -jnp.inf)
+        found = found + jnp.concatenate([unseen] * (plan.rows // SUBLANES))
+        if plan.rows > plan.group * plan.padded:
+            row = jax.lax.broadcasted_iota(jnp.int32, found.shape, 0)
+            found = jnp.where(row < plan.group * plan.padded, found, -jnp.inf)
+        return jnp.where(found == found, found, -jnp.inf)
 
-    def each_chunk(body, carry):
-        """Fold body(first token of a chunk, carry) over the block."""
-        if chunk == block:
+    def pooled(found):
+        """The maximum over the query heads of each head, [heads, chunk]."""
+        if plan.padded % SUBLANES == 0:
+            parts = [found[g * plan.padded : (g + 1) * plan.padded] for g in range(plan.group)]
+            return functools.reduce(jnp.maximum, parts)[: plan.heads]
+        best = functools.reduce(jnp.maximum, [found[at : at + SUBLANES] for at in range(0, plan.rows, SUBLANES)])
+        shift = SUBLANES // 2
+        while shift >= plan.padded:
+            best, shift = jnp.maximum(best, pltpu.roll(best, shift, 0)), shift // 2
+        return best[: plan.heads]
+
+    def each_chunk(size, body, carry):
+        """Fold body(first token of a chunk, carry) over so many tokens."""
+        if size == plan.chunk:
             return body(0, carry)
-        return jax.lax.fori_loop(0, block // chunk, lambda i, c: body(pl.multiple_of(i * chunk, chunk), c), carry)
+        steps = size // plan.chunk
+        return jax.lax.fori_loop(0, steps, lambda i, c: body(pl.multiple_of(i * plan.chunk, plan.chunk), c), carry)
 
-    def totals():
-        """The log-sum-exps, float32 [G, 1], once all blocks are counted."""
-        return total_of(top_ref[:, :1], total_ref[:, :1])
-
-    if counts:
-
-        @pl.when((phase == 0) & (index == 0))
-        def _():
-            top_ref[...] = jnp.full(top_ref.shape, LOWEST, jnp.float32)
-            total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
-
-        @pl.when(phase == 0)
-        def _():
-            def add(at, carry):
-                top, total = carry
-                found = scores(at)
-                higher = jnp.maximum(top, jnp.max(found, axis=1, keepdims=True))
-                return higher, total * jnp.exp(top - higher) + jnp.sum(jnp.exp(found - higher), axis=1, keepdims=True)
-
-            top, total = each_chunk(add, (top_ref[:, :1], total_ref[:, :1]))
-            top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
-            total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
-
-    if not writes:
-
-        @pl.when(index == blocks - 1)
-        def _():
-            out_ref[0] = jnp.broadcast_to(totals(), out_ref.shape[1:])
-
-        return
-
-    @pl.when(phase == (1 if counts else 0))
-    def _():
-        off = finite_or_zero(totals() if counts else given_ref[0])
+    if not plan.counts:
+        off = 0.0 if off_ref is None else finite_or_zero(off_ref[0])
 
         def write(at, carry):
-            out_ref[0, :, pl.ds(at, chunk)] = jnp.max(scores(at) - off, axis=0, keepdims=True)
+            out_ref[0, :, pl.ds(at, plan.chunk)] = pooled(scores(at) - off)
             return carry
 
-        each_chunk(write, 0)
+        each_chunk(plan.block, write, 0)
+        return
+
+    top_ref, total_ref, *waiting = refs
+    last = index == plan.blocks - 1
+
+    @pl.when(index == 0)
+    def _():
+        top_ref[...] = jnp.full(top_ref.shape, LOWEST, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+
+    def add(at, carry):
+        """The largest score of every lane, and the sum of exp(score - largest), with those of a chunk."""
+        top, total = carry
+        found = scores(at)
+        if plan.held:
+            waiting[0][:, pl.ds(pl.multiple_of(index * plan.block + at, plan.chunk), plan.chunk)] = found
+        parts = _slices(found)
+        if parts[0].shape[1] != LANES:  # lanes would be left over
+            parts = [jnp.max(found, axis=1, keepdims=True)]
+            higher = jnp.maximum(top, parts[0])
+            sums = jnp.sum(jnp.exp(found - higher[:, :1]), axis=1, keepdims=True)
+            lane = jax.lax.broadcasted_iota(jnp.int32, top.shape, 1)
+            return higher, total * jnp.exp(top - higher) + jnp.where(lane == 0, sums, 0.0)
+        higher = functools.reduce(jnp.maximum, parts, top)
+        sums = functools.reduce(jnp.add, [jnp.exp(part - higher) for part in parts])
+        return higher, total * jnp.exp(top - higher) + sums
+
+    top_ref[...], total_ref[...] = each_chunk(plan.block, add, (top_ref[...], total_ref[...]))
+
+    @pl.when(last)
+    def _():
+        top = jnp.max(top_ref[...], axis=1, keepdims=True)
+        total = total_of(top, jnp.sum(total_ref[...] * jnp.exp(top_ref[...] - top), axis=1, keepdims=True))
+        if not plan.writes:
+            out_ref[0] = jnp.broadcast_to(total, out_ref.shape[1:])
+            return
+        off = finite_or_zero(total)
+
+        def write(at, carry):
+            out_ref[0, :, pl.ds(at, plan.chunk)] = pooled(waiting[0][:, pl.ds(at, plan.chunk)] - off)
+            return carry
+
+        each_chunk(plan.room, write, 0)

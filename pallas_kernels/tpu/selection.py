@@ -1,12 +1,14 @@
 """Exact top-k on TPU, eight rows at a time: a search for the threshold, then slots find their units by rank.
 
-All of it is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly.
-Running counts are products with a triangle of ones. A one-hot product gives the counts of the 128 units of a slot.
+The kernel reads scores in blocks and leaves the images of the units in VMEM, where it searches them. All of the search
+is comparisons, sums and small matrix products of whole numbers up to 256, which bfloat16 holds exactly. Running counts
+are products with a triangle of ones. A one-hot product gives the counts of the 128 units of a slot.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import xla
-from pallas_kernels.choice import BARRED, TOP, count_of, image_of, listed
+from pallas_kernels.choice import BARRED, TOP, Selection, image_of, rank_image, wanted
+from pallas_kernels.operands import bounds
 from pallas_kernels.threshold import INFINITE, close_bracket, span_counts, spanned_images, tied_units
 
 LANES = 128
 SUBLANES = 8
+BLOCK = 8192  # tokens of which the images are formed at a time, or those of 128 units where they are more
 WIDE = 1024  # units counted at a time
 SLOTS = 256  # slots found at a time
 VMEM_BYTES = 48 * 2**20
 MOST_UNITS = 2**18  # eight rows of more units fill the VMEM; XLA's selection takes those
+
+
+class SelectPlan(NamedTuple):
+    """What the kernel is compiled for.
+
+    Attributes:
+        size: Tokens of a row, or units that are ranked.
+        unit, sinks, recent: Of the choice.
+        ranked: Whether images are given in place of scores.
+        limited: Whether there is a threshold.
+        block: Tokens of a block.
+        slots: Slots found at a time.
+    """
+
+    size: int
+    unit: int
+    sinks: int
+    recent: int
+    ranked: bool
+    limited: bool
+    block: int
+    slots: int
 
 
 def select_top_k(scores, lengths, n, *, counts, rules, interpret):
@@ -32,38 +58,61 @@ def select_top_k(scores, lengths, n, *, counts, rules, interpret):
     rows = batch * heads
     if -(-size // rules.unit) > MOST_UNITS:
         return xla.select_top_k(scores, lengths, n, counts=counts, rules=rules)
-    image = image_of(scores, lengths, rules)
-    count = count_of(image, size, lengths, n, counts, rules)
-    image = image.reshape(rows, -1)
-    multiple = WIDE if image.shape[1] > WIDE else LANES
-    padding = ((0, -rows % SUBLANES), (0, -image.shape[1] % multiple))
-    image = jnp.pad(image, padding, constant_values=BARRED)
-    target = jnp.pad(count.reshape(rows, 1), (padding[0], (0, 0)))
-    indices = _chosen(image, target, n, min(multiple, image.shape[1]), interpret)
-    return listed(indices[:rows, :n].reshape(batch, heads, n), count)
+    unit, ranked, limit = rules.unit, rules.unit > LANES, rules.threshold
+    if ranked:  # a unit is more than one row of lanes
+        scores, unit, limit = image_of(scores, lengths, rules), 1, None
+    padding = ((0, -rows % SUBLANES), (0, 0))
+
+    def column(values, dtype):
+        """A value for each row, [rows in whole eights, 1]."""
+        return jnp.pad(jnp.broadcast_to(values, (batch, heads)).astype(dtype).reshape(rows, 1), padding)
+
+    ends = [column(one[:, None], jnp.int32) for one in bounds(lengths, rules.first).T]
+    limit = column(-jnp.inf if limit is None else limit, jnp.float32)
+    asked = column(wanted(counts, n, (batch, heads)), jnp.int32)
+    operands = [scores.astype(jnp.int32 if ranked else jnp.float32).reshape(rows, -1), *ends, limit, asked]
+    together = LANES * unit
+    plan = SelectPlan(
+        size=operands[0].shape[1],
+        unit=unit,
+        sinks=rules.sinks,
+        recent=rules.recent,
+        ranked=ranked,
+        limited=rules.threshold is not None,
+        block=together * max(1, BLOCK // together),
+        slots=min(SLOTS, -(-n // LANES) * LANES),
+    )
+    indices, taken = (a[:rows].reshape(batch, heads, -1) for a in _chosen(operands, n, plan, interpret))
+    return Selection(indices[..., :n], jnp.arange(n, dtype=jnp.int32)[None, None] < taken[..., :1])
 
 
-def _chosen(image, target, n, wide, interpret):
-    """The positions of the target [rows, 1] largest of image [rows, units], ascending, int32 [rows, n rounded up]."""
-    rows, units = image.shape
-    slots = min(SLOTS, -(-n // LANES) * LANES)
-    width = -(-n // slots) * slots
-    chunks = units // LANES
+def _chosen(operands, n, plan, interpret):
+    """The chosen units of every row, ascending and then 0, int32 [rows, n rounded up], and their number [rows, 128]."""
+    rows, size = operands[1].shape[0], plan.size
+    width = -(-n // plan.slots) * plan.slots
+    blocks = pl.cdiv(size, plan.block)
+    units = blocks * plan.block // plan.unit
+    whole = lambda i, j: (i, 0)  # noqa: E731
     return pl.pallas_call(
-        functools.partial(_kernel, wide=wide, slots=slots),
-        grid=(rows // SUBLANES,),
+        functools.partial(_kernel, plan=plan),
+        grid=(rows // SUBLANES, blocks),
         in_specs=[
-            pl.BlockSpec((SUBLANES, units), lambda i: (i, 0)),
-            pl.BlockSpec((SUBLANES, 1), lambda i: (i, 0)),
+            pl.BlockSpec((SUBLANES, plan.block), lambda i, j: (i, j)),
+            *[pl.BlockSpec((SUBLANES, 1), whole)] * 4,
         ],
-        out_specs=pl.BlockSpec((SUBLANES, width), lambda i: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((rows, width), jnp.int32),
-        scratch_shapes=[pltpu.VMEM((SUBLANES, chunks, LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES),
-        cost_estimate=pl.CostEstimate(flops=40 * rows * units, transcendentals=0, bytes_accessed=4 * rows * units),
+        out_specs=[pl.BlockSpec((SUBLANES, width), whole), pl.BlockSpec((SUBLANES, LANES), whole)],
+        out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int32) for columns in (width, LANES)],
+        scratch_shapes=[
+            pltpu.VMEM((SUBLANES, units), jnp.int32),
+            pltpu.VMEM((SUBLANES, units // LANES, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(flops=40 * rows * units, transcendentals=0, bytes_accessed=4 * rows * size),
         interpret=interpret,
         name="select_top_k",
-    )(image, target)
+    )(*operands)
 
 
 def _whole(a, b, contract=(1, 0)):
@@ -83,40 +132,107 @@ def _part(i, wide):
     return pl.ds(pl.multiple_of(i * wide, wide), wide)
 
 
-def _number(mask):
-    """How many of a part a row has, float32 [8, 1]."""
-    return jnp.sum(mask.astype(jnp.float32), axis=1, keepdims=True)
+def _over_lanes(combine, part):
+    """The fold of the 128 lanes wide slices of a part, [8, 128]."""
+    return functools.reduce(combine, [part[:, at : at + LANES] for at in range(0, part.shape[1], LANES)])
 
 
-def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
+def _join_units(image_of_slice, unit):
+    """The images of the units of `unit` slices of 128 tokens, int32 [8, 128].
+
+    Two halves of the slices are joined: lanes that differ in one bit of their number hold the larger of two neighbours
+    of the one half and of the other. So at last a lane has the number of its slice in its low bits.
+    """
+    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+
+    def join(at, count):
+        if count == 1:
+            return image_of_slice(at)
+        half = count // 2
+        first, second, even = join(at, half), join(at + half, half), (lane & half) == 0
+        left = jnp.where(even, first, pltpu.roll(second, half, 1))
+        right = jnp.where(even, pltpu.roll(first, LANES - half, 1), second)
+        return jnp.maximum(left, right)
+
+    each = LANES // unit  # units of a slice; unit u of slice j lies in lane u * unit + j
+    image = join(0, unit)
+    return image if unit == 1 else jnp.take_along_axis(image, (lane % each) * unit + lane // each, axis=1)
+
+
+def _form_images(scores_ref, image_ref, begin, end, limit, plan):
+    """Write the images of the units of a block."""
+    block = pl.program_id(1)
+    start = block * plan.block
+    lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    together = LANES * plan.unit
+
+    def token_images(at):
+        """Of 128 tokens of the block."""
+        part, position = scores_ref[:, pl.ds(pl.multiple_of(at, LANES), LANES)], start + at + lane
+        inside = position < plan.size
+        if plan.ranked:
+            return jnp.where(inside, part, BARRED)
+        rules = dict(sinks=plan.sinks, recent=plan.recent, threshold=limit if plan.limited else None)
+        seen = inside & (position >= begin) & (position < end)
+        return rank_image(part, seen, end - 1 - position, position, **rules)
+
+    def join(i, carry):
+        unit = block * (plan.block // plan.unit) + i * LANES
+        image = _join_units(lambda u: token_images(i * together + u * LANES), plan.unit)
+        image_ref[:, pl.ds(pl.multiple_of(unit, LANES), LANES)] = image
+        return carry
+
+    jax.lax.fori_loop(0, plan.block // together, join, 0)
+
+
+def _kernel(scores_ref, begin_ref, end_ref, limit_ref, target_ref, out_ref, taken_ref, image_ref, running_ref, *, plan):
+    last = pl.program_id(1) == pl.num_programs(1) - 1
+    _form_images(scores_ref, image_ref, begin_ref[...], end_ref[...], limit_ref[...], plan)
+
+    @pl.when(last)
+    def _():
+        _search(image_ref, target_ref[...].astype(jnp.float32), out_ref, taken_ref, running_ref, plan.slots)
+
+
+def _search(image_ref, target, out_ref, taken_ref, running_ref, slots):
+    """Write the `target` [8, 1] units with the largest images, or all where fewer are not BARRED."""
     units, width = image_ref.shape[1], out_ref.shape[1]
     chunks = units // LANES
-    target = target_ref[...].astype(jnp.float32)  # [8, 1]
+    wide = next(w for w in (WIDE, WIDE // 2, WIDE // 4, LANES) if units % w == 0)
 
     def over_parts(add, start):
         """The fold of add(part, total) over the parts of the rows."""
         return jax.lax.fori_loop(0, units // wide, lambda i, total: add(image_ref[:, _part(i, wide)], total), start)
 
-    def count(trial):
-        """How many units reach an image, float32 [8, 1]."""
-        return over_parts(lambda part, total: total + _number(part >= trial), nothing)
+    def number(*tests):
+        """For each test how many units pass it, float32 [8, 1]."""
 
-    def count_both(part, totals):
-        return totals[0] + _number(part > INFINITE), totals[1] + _number(part > BARRED)
+        def add(part, totals):
+            found = [_over_lanes(jnp.add, test(part).astype(jnp.float32)) for test in tests]
+            return tuple(total + one for total, one in zip(totals, found, strict=True))
+
+        totals = over_parts(add, (jnp.zeros((SUBLANES, LANES), jnp.float32),) * len(tests))
+        return [jnp.sum(total, axis=1, keepdims=True) for total in totals]
 
     def widen(part, ends):
         member = (part >= begin) & (part <= end)
-        low = jnp.min(jnp.where(member, part, TOP), axis=1, keepdims=True)
-        high = jnp.max(jnp.where(member, part, BARRED), axis=1, keepdims=True)
+        low = _over_lanes(jnp.minimum, jnp.where(member, part, TOP))
+        high = _over_lanes(jnp.maximum, jnp.where(member, part, BARRED))
         return jnp.minimum(ends[0], low), jnp.maximum(ends[1], high)
 
-    nothing = jnp.zeros((SUBLANES, 1), jnp.float32)
-    first, every = over_parts(count_both, (nothing, nothing))
+    first, every = number(lambda part: part > INFINITE, lambda part: part > BARRED)
+    target = jnp.minimum(target, every)
     begin, end = spanned_images(first, target)
-    widest = jnp.full((SUBLANES, 1), TOP, jnp.int32), jnp.full((SUBLANES, 1), BARRED, jnp.int32)
+    widest = tuple(jnp.full((SUBLANES, LANES), value, jnp.int32) for value in (TOP, BARRED))
     low, high = over_parts(widen, widest)
+    low, high = jnp.min(low, axis=1, keepdims=True), jnp.max(high, axis=1, keepdims=True)
     bracket = span_counts(low, high + 1, first, every, target)
-    found = close_bracket(count, bracket, target, any_row=lambda rows: jnp.sum(rows.astype(jnp.float32)) > 0)
+    found = close_bracket(
+        lambda trial: number(lambda part: part >= trial)[0],
+        bracket,
+        target,
+        any_row=lambda rows: jnp.sum(rows.astype(jnp.float32)) > 0,
+    )
     limit, missing = found.low, tied_units(found, target)
     triangle = _triangle(LANES)
 
@@ -129,6 +245,7 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
         return order[:, LANES - 1 :]
 
     jax.lax.fori_loop(0, chunks, mark, jnp.zeros((SUBLANES, 1), jnp.float32))
+    taken_ref[...] = jnp.broadcast_to(target.astype(jnp.int32), taken_ref.shape)
     lower = _triangle(chunks).T
 
     for row in range(SUBLANES):
@@ -143,8 +260,8 @@ def _kernel(image_ref, target_ref, out_ref, running_ref, *, wide, slots):
             rank = slot - jnp.sum(here * begin, axis=0, keepdims=True)
             counts = _whole(running, here, (0, 0))  # [128, slots]
             unit = jnp.sum((counts <= rank).astype(jnp.float32), axis=0, keepdims=True)
-            found = (chunk * np.float32(LANES) + unit).astype(jnp.int32)
-            out_ref[pl.ds(row, 1), _part(i, slots)] = found
+            found = jnp.where(slot < target[row : row + 1], chunk * np.float32(LANES) + unit, 0.0)
+            out_ref[pl.ds(row, 1), _part(i, slots)] = found.astype(jnp.int32)
             return carry
 
         jax.lax.fori_loop(0, width // slots, find, 0)
