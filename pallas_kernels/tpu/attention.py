@@ -56,7 +56,7 @@ def masked_topk_decode_attention(
     pages, kinds = _tiles(pages, bounds, k.shape[-2], unit, heads)
     queries = jnp.pad(queries, ((0, 0), (0, -group % SUBLANES), (0, 0))).astype(k.dtype)
 
-    most = max(1, SCALAR_BYTES // (4 * kinds.shape[1] * (pages.shape[2] + 1)))  # rows whose lists fit
+    most = max(1, SCALAR_BYTES // (4 * (-(-pages.shape[1] // LANES) + 1) * LANES))  # rows whose lists fit
     found = []
     for at in range(0, rows, most):
         part = slice(at, min(at + most, rows))
@@ -69,24 +69,30 @@ def masked_topk_decode_attention(
 
 
 def _tiles(pages, bounds, size, unit, heads):
-    """The pages of every tile, int32 [rows, tiles, width], -1 for those not seen, and the kind of every tile."""
+    """The pages of every row in whole tiles, -1 for those not seen, and the kind of every tile, int32 [rows, tiles]."""
     rows, n = pages.shape
     tokens = max(LANES, unit << max(n - 1, 0).bit_length())  # all of a row's in powers of two
     width = max(1, min(TILE, tokens) // unit)
-    pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1).reshape(rows, -1, width)
-    begin, end = (jnp.repeat(bound, heads)[:, None, None] for bound in (bounds[:, 0], bounds[:, 1]))
-    start = pages * unit
+    pages = jnp.pad(pages, ((0, 0), (0, -n % width)), constant_values=-1)
+    ends = jnp.broadcast_to(bounds[:, None], (rows // heads, heads, 2)).reshape(rows, 2)
+    begin, end, start = ends[:, :1], ends[:, 1:], pages * unit
     seen = (pages >= 0) & (pages < size // unit) & (start < end) & (start + unit > begin)
     whole = seen & (start >= begin) & (start + unit <= end)
-    kinds = jnp.where(jnp.any(seen, axis=2), PART, NOTHING)
-    kinds = jnp.where(jnp.all(seen, axis=2), jnp.where(jnp.all(whole, axis=2), WHOLE, PAGES), kinds)
+    tile_of = np.arange(pages.shape[1])[:, None] // width == np.arange(pages.shape[1] // width)[None]
+
+    def number(mask):
+        """How many pages of each tile are in a mask. The product with ones and zeros is exact."""
+        return product(mask.astype(jnp.bfloat16), jnp.asarray(tile_of, jnp.bfloat16))
+
+    kinds = jnp.where(number(seen) > 0, PART, NOTHING)
+    kinds = jnp.where(number(seen) == width, jnp.where(number(whole) == width, WHOLE, PAGES), kinds)
     return jnp.where(seen, pages, -1), kinds
 
 
 def _attend(base, pages, kinds, bounds, queries, k, v, *, unit, scale, heads, at, interpret):
     """(largest logit, sum of weights [rows, G, 128], weighted values [rows, G, D]) of some rows, all float32."""
     rows, group, dim = queries.shape
-    tiles, width = pages.shape[1:]
+    tiles, width = kinds.shape[1], pages.shape[1] // kinds.shape[1]
     cores = 2 if rows % 2 == 0 else 1  # for chips with two cores; others run both parts in turn
     plan = RingPlan(unit, width, tiles, rows // cores, heads, at, scale)
     row = lambda core, i, *_: (core * (rows // cores) + i, 0, 0)  # noqa: E731
@@ -122,7 +128,7 @@ def _attend(base, pages, kinds, bounds, queries, k, v, *, unit, scale, heads, at
         ),
         interpret=interpret,
         name="attend_to_pages",
-    )(base, pages.reshape(-1), kinds.reshape(-1), bounds, queries, k, v)
+    )(base, pages.reshape(-1), kinds, bounds, queries, k, v)
 
 
 def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *outputs, plan):
@@ -130,29 +136,30 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
     top_ref, total_ref, out_ref, k_vmem, v_vmem, arrived = outputs
     core, row = pl.program_id(0), pl.program_id(1)
     last = rows * tiles  # tiles of this core
-    first = core * last
     rings = ((k_hbm, k_vmem), (v_hbm, v_vmem))
 
-    def slot_of(step):
-        return jax.lax.bitwise_and(step, SLOTS - 1)
+    def place_of(step):
+        """The row, the tile and the slot of the ring of tile `step`, counted over all rows of this core."""
+        own = jax.lax.div(step, tiles)
+        return core * rows + own, step - own * tiles, jax.lax.bitwise_and(step, SLOTS - 1)
 
-    def copies(step, u):
-        """The two copies of page u of tile `step`, counted over all rows of this core, and whether the row sees it."""
-        page = pages_ref[(first + step) * width + u]
-        source, slot = base_ref[0] + core * rows + jax.lax.div(step, tiles), slot_of(step)
+    def copies(place, u):
+        """The two copies of page u of a tile, and whether the row sees it."""
+        own, tile, slot = place
+        page = pages_ref[(own * tiles + tile) * width + u]
         start = pl.ds(pl.multiple_of(jnp.maximum(page, 0) * unit, unit), unit)
-        place = pl.ds(u * unit if isinstance(u, int) else pl.multiple_of(u * unit, unit), unit)
+        part = pl.ds(u * unit if isinstance(u, int) else pl.multiple_of(u * unit, unit), unit)
         both = [
-            pltpu.make_async_copy(hbm.at[source, start, :], vmem.at[slot, place, :], arrived.at[slot, which])
+            pltpu.make_async_copy(hbm.at[base_ref[0] + own, start, :], vmem.at[slot, part, :], arrived.at[slot, which])
             for which, (hbm, vmem) in enumerate(rings)
         ]
         return both, page >= 0
 
-    def each_copy(step, act):
+    def each_copy(place, act):
         """Call act on every copy of a tile of which the row sees a part."""
 
         def one(u, carry):
-            both, seen = copies(step, u)
+            both, seen = copies(place, u)
 
             @pl.when(seen)
             def _():
@@ -164,8 +171,8 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
         jax.lax.fori_loop(0, width, one, 0)
 
     def start(step):
-        kind = kinds_ref[first + jnp.minimum(step, last - 1)]
-        kind = jnp.where(step < last, kind, NOTHING)
+        place = place_of(jnp.minimum(step, last - 1))
+        kind = jnp.where(step < last, kinds_ref[place[0], place[1]], NOTHING)
 
         @pl.when(kind >= PAGES)
         def _():
@@ -173,7 +180,7 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
 
             def some(i, carry):
                 for u in range(several):
-                    for copy in copies(step, i * several + u)[0]:
+                    for copy in copies(place, i * several + u)[0]:
                         copy.start()
                 return carry
 
@@ -181,18 +188,19 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
 
         @pl.when(kind == PART)
         def _():
-            each_copy(step, lambda copy: copy.start())
+            each_copy(place, lambda copy: copy.start())
 
-    def wait(step, kind):
+    def wait(place, kind):
+        slot = place[2]
+
         @pl.when(kind >= PAGES)
         def _():
-            slot = slot_of(step)
             for which, (_, vmem) in enumerate(rings):
                 pltpu.make_async_copy(vmem.at[slot], vmem.at[slot], arrived.at[slot, which]).wait()  # for all its bytes
 
         @pl.when(kind == PART)
         def _():
-            each_copy(step, lambda copy: copy.wait())
+            each_copy(place, lambda copy: copy.wait())
 
     @pl.when(row == 0)
     def _():
@@ -204,24 +212,22 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
     queries = q_ref[0]
     group, dim = queries.shape
 
-    def seen_tokens(step):
+    def seen_tokens(place):
         """1 for the tokens of a tile that the row sees and 0 for others, [tokens, 128]."""
         token = jax.lax.broadcasted_iota(jnp.int32, (unit, LANES), 0)
         parts = []
         for u in range(width):
-            page = pages_ref[(first + step) * width + u]
-            position = page * unit + token
+            position = pages_ref[(place[0] * tiles + place[1]) * width + u] * unit + token
             parts.append(((position >= jnp.maximum(begin, 0)) & (position < end)).astype(jnp.float32))
         return jnp.concatenate(parts)
 
-    def add(step, carry, masked):
+    def add(place, carry, masked):
         """The sums with those of a tile."""
         top, total, out = carry
-        slot = slot_of(step)
-        keys, values = k_vmem[slot], v_vmem[slot]
+        keys, values = k_vmem[place[2]], v_vmem[place[2]]
         logits = product(queries, keys, (1, 1)) * np.float32(scale)
         if masked:
-            seen = seen_tokens(step)
+            seen = seen_tokens(place)
             across = product(jnp.ones((group, LANES), jnp.bfloat16), seen.astype(jnp.bfloat16), (1, 1))
             logits = jnp.where(across > 0, logits, -jnp.inf)
             seen = jnp.broadcast_to(seen[:, :1], values.shape) > 0
@@ -236,13 +242,14 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
     def attend(tile, carry):
         step = row * tiles + tile
         start(step + SLOTS - 1)
-        kind = kinds_ref[first + step]
-        wait(step, kind)
+        place = place_of(step)
+        kind = kinds_ref[place[0], place[1]]
+        wait(place, kind)
 
         def part():
-            return jax.lax.cond(kind == NOTHING, lambda: carry, lambda: add(step, carry, True))
+            return jax.lax.cond(kind == NOTHING, lambda: carry, lambda: add(place, carry, True))
 
-        return jax.lax.cond(kind == WHOLE, lambda: add(step, carry, False), part)
+        return jax.lax.cond(kind == WHOLE, lambda: add(place, carry, False), part)
 
     nothing, zero = (jnp.full((group, 1), value, jnp.float32) for value in (LOWEST, 0.0))
     empty = nothing, zero, jnp.zeros((group, dim), jnp.float32)

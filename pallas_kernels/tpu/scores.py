@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -132,8 +133,9 @@ def _over_blocks(operands, given, plan, *, interpret):
     rows, group, rank = q_imp.shape
     programs, depth = rows // plan.heads, plan.heads * rank
     factor = _in_rows(jnp.broadcast_to(jnp.asarray(factor)[:, None, None], (rows, group, 1)), plan)
-    own = jnp.eye(plan.heads, dtype=q_imp.dtype)[jnp.arange(rows) % plan.heads]  # [rows, heads]
-    q_imp = _in_rows((q_imp[:, :, None] * own[:, None, :, None]).reshape(rows, group, depth), plan)
+    own = np.eye(plan.heads, dtype=q_imp.dtype)[None, :, None, :, None]  # each head's numbers in its own channels
+    apart = q_imp.reshape(programs, plan.heads, group, 1, rank) * own
+    q_imp = _in_rows(apart.reshape(rows, group, depth), plan)
     off = [] if given is None else [_in_rows(given.astype(jnp.float32).reshape(rows, group, 1), plan)]
     whole = lambda program, n, *_: (program, 0, 0)  # noqa: E731
     column = pl.BlockSpec((1, plan.rows, 1), whole)

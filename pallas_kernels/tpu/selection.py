@@ -34,7 +34,9 @@ class SelectPlan(NamedTuple):
     """What the kernel is compiled for.
 
     Attributes:
+        rows, heads: Of all sequences, and of one.
         size: Tokens of a row, or units that are ranked.
+        n: Units of a row that are chosen, at most.
         unit, sinks, recent: Of the choice.
         ranked: Whether images are given in place of scores.
         limited: Whether there is a threshold.
@@ -42,7 +44,10 @@ class SelectPlan(NamedTuple):
         slots: Slots found at a time.
     """
 
+    rows: int
+    heads: int
     size: int
+    n: int
     unit: int
     sinks: int
     recent: int
@@ -58,22 +63,20 @@ def select_top_k(scores, lengths, n, *, counts, rules, interpret):
     rows = batch * heads
     if -(-size // rules.unit) > MOST_UNITS:
         return xla.select_top_k(scores, lengths, n, counts=counts, rules=rules)
-    unit, ranked, limit = rules.unit, rules.unit > LANES, rules.threshold
+    unit, ranked, limit, columns = rules.unit, rules.unit > LANES, rules.threshold, []
     if ranked:  # a unit is more than one row of lanes
         scores, unit, limit = image_of(scores, lengths, rules), 1, None
-    padding = ((0, -rows % SUBLANES), (0, 0))
-
-    def column(values, dtype):
-        """A value for each row, [rows in whole eights, 1]."""
-        return jnp.pad(jnp.broadcast_to(values, (batch, heads)).astype(dtype).reshape(rows, 1), padding)
-
-    ends = [column(one[:, None], jnp.int32) for one in bounds(lengths, rules.first).T]
-    limit = column(-jnp.inf if limit is None else limit, jnp.float32)
-    asked = column(wanted(counts, n, (batch, heads)), jnp.int32)
-    operands = [scores.astype(jnp.int32 if ranked else jnp.float32).reshape(rows, -1), *ends, limit, asked]
+    if rules.threshold is not None or counts is not None:
+        limit = jnp.float32(-jnp.inf) if limit is None else limit.astype(jnp.float32)
+        columns = [jax.lax.bitcast_convert_type(limit, jnp.int32), wanted(counts, n, (batch, heads))]
+        columns = jnp.stack([jnp.broadcast_to(column, (batch, heads)) for column in columns], axis=-1)
+        columns = [columns.astype(jnp.int32).reshape(rows, -1)]
     together = LANES * unit
     plan = SelectPlan(
-        size=operands[0].shape[1],
+        rows=rows,
+        heads=heads,
+        size=scores.shape[-1],
+        n=n,
         unit=unit,
         sinks=rules.sinks,
         recent=rules.recent,
@@ -82,34 +85,44 @@ def select_top_k(scores, lengths, n, *, counts, rules, interpret):
         block=together * max(1, BLOCK // together),
         slots=min(SLOTS, -(-n // LANES) * LANES),
     )
-    indices, taken = (a[:rows].reshape(batch, heads, -1) for a in _chosen(operands, n, plan, interpret))
+    scores = scores.astype(jnp.int32 if ranked else jnp.float32).reshape(rows, -1)
+    found = _chosen([bounds(lengths, rules.first), scores, *columns], plan, interpret)
+    indices, taken = (a[:rows].reshape(batch, heads, -1) for a in found)
     return Selection(indices[..., :n], jnp.arange(n, dtype=jnp.int32)[None, None] < taken[..., :1])
 
 
-def _chosen(operands, n, plan, interpret):
-    """The chosen units of every row, ascending and then 0, int32 [rows, n rounded up], and their number [rows, 128]."""
-    rows, size = operands[1].shape[0], plan.size
-    width = -(-n // plan.slots) * plan.slots
-    blocks = pl.cdiv(size, plan.block)
+def _chosen(operands, plan, interpret):
+    """The chosen units of every row, ascending and then 0, int32 [rows, n rounded up], and their number [rows, 128].
+
+    Rows are rounded up to whole eights. operands: bounds, scores or images, and perhaps thresholds beside counts.
+    """
+    groups, width = pl.cdiv(plan.rows, SUBLANES), -(-plan.n // plan.slots) * plan.slots
+    blocks = pl.cdiv(plan.size, plan.block)
     units = blocks * plan.block // plan.unit
-    whole = lambda i, j: (i, 0)  # noqa: E731
+    whole = lambda i, j, *_: (i, 0)  # noqa: E731
+    out_shape = [jax.ShapeDtypeStruct((groups * SUBLANES, columns), jnp.int32) for columns in (width, LANES)]
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan),
-        grid=(rows // SUBLANES, blocks),
-        in_specs=[
-            pl.BlockSpec((SUBLANES, plan.block), lambda i, j: (i, j)),
-            *[pl.BlockSpec((SUBLANES, 1), whole)] * 4,
-        ],
-        out_specs=[pl.BlockSpec((SUBLANES, width), whole), pl.BlockSpec((SUBLANES, LANES), whole)],
-        out_shape=[jax.ShapeDtypeStruct((rows, columns), jnp.int32) for columns in (width, LANES)],
-        scratch_shapes=[
-            pltpu.VMEM((SUBLANES, units), jnp.int32),
-            pltpu.VMEM((SUBLANES, units // LANES, LANES), jnp.float32),
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(groups, blocks),
+            in_specs=[
+                pl.BlockSpec((SUBLANES, plan.block), lambda i, j, *_: (i, j)),
+                *[pl.BlockSpec((SUBLANES, a.shape[1]), whole) for a in operands[2:]],
+            ],
+            out_specs=[pl.BlockSpec((SUBLANES, one.shape[1]), whole) for one in out_shape],
+            scratch_shapes=[
+                pltpu.VMEM((SUBLANES, units), jnp.int32),
+                pltpu.VMEM((SUBLANES, units // LANES, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        cost_estimate=pl.CostEstimate(flops=40 * rows * units, transcendentals=0, bytes_accessed=4 * rows * size),
+        cost_estimate=pl.CostEstimate(
+            flops=40 * plan.rows * units, transcendentals=0, bytes_accessed=4 * plan.rows * plan.size
+        ),
         interpret=interpret,
         name="select_top_k",
     )(*operands)
@@ -185,13 +198,30 @@ def _form_images(scores_ref, image_ref, begin, end, limit, plan):
     jax.lax.fori_loop(0, plan.block // together, join, 0)
 
 
-def _kernel(scores_ref, begin_ref, end_ref, limit_ref, target_ref, out_ref, taken_ref, image_ref, running_ref, *, plan):
+def _ends(bounds_ref, plan):
+    """The first token that each of eight rows sees and the end of its tokens, int32 [8, 1]; 0 beyond the last row."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, 1), 0)
+    begin = end = jnp.zeros((SUBLANES, 1), jnp.int32)
+    for i in range(SUBLANES):
+        at = pl.program_id(0) * SUBLANES + i
+        sequence, own = jnp.minimum(at, plan.rows - 1) // plan.heads, (row == i) & (at < plan.rows)
+        begin = jnp.where(own, bounds_ref[sequence, 0], begin)
+        end = jnp.where(own, bounds_ref[sequence, 1], end)
+    return begin, end
+
+
+def _kernel(bounds_ref, scores_ref, *refs, plan):
+    *columns, out_ref, taken_ref, image_ref, running_ref = refs
     last = pl.program_id(1) == pl.num_programs(1) - 1
-    _form_images(scores_ref, image_ref, begin_ref[...], end_ref[...], limit_ref[...], plan)
+    limit, target = None, jnp.full((SUBLANES, 1), plan.n, jnp.int32)
+    if columns:
+        limit, target = (columns[0][:, i : i + 1] for i in range(2))
+        limit = jax.lax.bitcast_convert_type(limit, jnp.float32)
+    _form_images(scores_ref, image_ref, *_ends(bounds_ref, plan), limit, plan)
 
     @pl.when(last)
     def _():
-        _search(image_ref, target_ref[...].astype(jnp.float32), out_ref, taken_ref, running_ref, plan.slots)
+        _search(image_ref, target.astype(jnp.float32), out_ref, taken_ref, running_ref, plan.slots)
 
 
 def _search(image_ref, target, out_ref, taken_ref, running_ref, slots):
