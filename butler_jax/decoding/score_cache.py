@@ -85,7 +85,7 @@ def append_scores(
 
 def scales_of(k_imp: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:
     """What one step of int8 is worth, from the tokens held by each row."""
-    later = jnp.arange(held.shape[1])[None] >= SINKS
+    later = jnp.cumsum(held, axis=1) > SINKS
     counted = held & (later | (jnp.sum(held, axis=1, keepdims=True) <= SINKS))
     k_imp = jnp.where(counted[:, None, None], k_imp, 0).astype(jnp.float32)
     elements = jnp.maximum(jnp.sum(counted, axis=1), 1).astype(jnp.float32) * k_imp.shape[-2]

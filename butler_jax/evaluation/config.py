@@ -59,9 +59,9 @@ class EvalConfig(HostsConfig):
     """Tokens of the spans by which keys that are not read are estimated, as the tail of a selection; 0: they are not.
     Every policy that does not evict runs with each."""
     prompt_tokens: int | None = None
-    """First tokens of every window that are read densely, as a prompt, and not counted: what follows is evaluated, as
-    if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every row. Default:
-    a quarter of a window, and 0 with --stride."""
+    """First tokens of every document of a window that are read densely, as a prompt, and not counted: what follows is
+    evaluated, as if it were decoded. Above 0, everything before the answer of a sample is a prompt too. 0 limits every
+    row. Default: a quarter of a window, and 0 with --stride."""
     tokens: int = 8192
     """Tokens of text for perplexity; without --text, rounded up to whole batches of windows."""
     context: int = 1024

@@ -141,13 +141,16 @@ def plan_cells(
     base: Any, tasks: Sequence[Task], policies: Sequence[EvaluatedPolicy], config: EvalConfig
 ) -> list[PlannedCell]:
     """The cells of an evaluation in the order of tasks, policies and budgets."""
-    shared = {"base": base.fingerprint, "dtype": config.dtype, "seed": config.seed, "version": versions()["butler-jax"]}
+    shared = {"base": base.fingerprint, "dtype": str(base.dtype)}
+    shared |= {"seed": config.seed, "version": versions()["butler-jax"]}
     facts = {policy.label: policy.facts() for policy in policies}
     plan = []
     for task, policy in itertools.product(tasks, policies):
         if not task.takes(policy):
             continue
         selections = policy.selections(config)
+        for selection in selections.values():
+            policy.policy.selection(selection)  # raises before anything is measured
         for part in [selections] if task.at_once else [{budget: s} for budget, s in selections.items()]:
             chosen = {str(budget): to_dict(selection) for budget, selection in part.items()}
             depends = {**shared, "task": task.name, **task.facts, "policy": facts[policy.label], "selections": chosen}

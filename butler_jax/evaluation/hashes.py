@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -26,15 +27,33 @@ def hash_arrays(tree: Any) -> str:
 
 
 def hash_code(kind: type) -> str:
-    """Hash the files that define a class and its bases; where there is no file, the compiled functions."""
+    """Hash the files that define a class and its bases; where there is no file, compiled functions and attributes."""
     found = hashlib.sha256()
     for part in kind.__mro__[:-1]:
         try:
             found.update(Path(inspect.getfile(part)).read_bytes())
         except (OSError, TypeError):  # defined in a notebook
-            functions = [f.__code__ for f in vars(part).values() if inspect.isfunction(f)]
-            found.update(repr([_strip_lines(function) for function in functions]).encode())
+            found.update(repr([(name, _describe(value)) for name, value in sorted(vars(part).items())]).encode())
     return found.hexdigest()[:16]
+
+
+def _describe(value: Any) -> Any:
+    """What an attribute of a class does or is; None for what is neither code, an array nor plain data."""
+    if isinstance(value, property):
+        return [_describe(f) for f in (value.fget, value.fset, value.fdel)]
+    if isinstance(value, staticmethod | classmethod | functools.cached_property):
+        return _describe(value.func if isinstance(value, functools.cached_property) else value.__func__)
+    if inspect.isfunction(value):
+        return _strip_lines(value.__code__), _describe(value.__defaults__), _describe(value.__kwdefaults__)
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_describe(one)) for one in value)
+    if isinstance(value, tuple | list):
+        return [_describe(one) for one in value]
+    if isinstance(value, dict):
+        return [(repr(key), _describe(one)) for key, one in value.items()]
+    if isinstance(value, np.ndarray | jax.Array):
+        return hash_arrays(value)
+    return repr(value) if isinstance(value, str | bytes | int | float | complex | None) else None
 
 
 def hash_facts(facts: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ def output_projection(weights: Any) -> Float[Array, "H D E"]:
 
     It is the output projection, times the scale of the norm of the attention's output in families that have one. That
     norm also divides by the root mean square of the row's output, which is left out: it is the same for all tokens of a
-    row.
+    row. So is a residual scale (`BaseConfig.residual_scale`): it is the same for all tokens of the model.
 
     Args:
         weights: The parameters of a layer, as its view has them.

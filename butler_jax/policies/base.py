@@ -100,6 +100,10 @@ class Policy:
         """The numbers read per cached token and KV head to make a choice; by default 0."""
         return 0.0
 
+    def cached_numbers_per_key(self, base: BaseConfig) -> float:
+        """Those of `numbers_read_per_key` that are keys or values, and so in the cache's precision; by default 0."""
+        return 0.0
+
     def row_by_row(self) -> Policy:
         """The form of the policy that an evaluation runs: it limits row after row. By default the policy itself."""
         return self

@@ -80,9 +80,12 @@ class TokenButler(Scoring):
         return not self.one_unit
 
     def numbers_read_per_key(self, base, predictor):
-        """The numbers of k_imp, shared by the KV heads, and with values one norm for each query head of a group."""
-        norms = 0 if self.error is None else base.group
-        return predictor.config.rank * predictor.key_heads / base.kv_heads + norms
+        """The numbers of k_imp, shared by the KV heads, and those of the values whose norms count."""
+        return predictor.config.rank * predictor.key_heads / base.kv_heads + self.cached_numbers_per_key(base)
+
+    def cached_numbers_per_key(self, base):
+        """Where the norms of values count, whole values are read."""
+        return 0.0 if self.error is None else float(base.head_dim)
 
     def scores(self, chunk: Chunk):
         """The importance per query head. NaN counts as -inf."""

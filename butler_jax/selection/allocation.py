@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -27,7 +29,8 @@ def allocate(
     if config.allocation != "per_layer":
         return top_mask(image, count)
     if config.floor:
-        own = top_mask(image, jnp.ceil(config.floor * count.astype(jnp.float32)).astype(jnp.int32))
+        least = Fraction(config.floor).limit_denominator(1000)  # float32 would round some products up
+        own = top_mask(image, -(-count * least.numerator // least.denominator))
         image = jnp.where(own & (image > BARRED), TOP, image)
     joint = jnp.moveaxis(image, 1, -2)
     mask = top_mask(joint.reshape(*joint.shape[:-2], -1), jnp.sum(count, axis=1, dtype=jnp.int32))

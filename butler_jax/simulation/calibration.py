@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.model import BaseModel
+from butler_jax.model import BaseModel, sliding_windows
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
@@ -54,7 +54,7 @@ def calibrate_thresholds(
         batches: tokens, segments, positions of one shape [B, T], run densely 16 times.
         selection: Its budget is the most that a row reads.
         mean: A fraction of the keys that a dense query reads, or a number of tokens. Where sinks and recent tokens
-            alone exceed it, thresholds are infinite.
+            alone exceed it, thresholds are infinite. Where the budget does not reach it, they are -inf.
         policy: Default: tokenbutler.
 
     Returns:
@@ -84,9 +84,11 @@ def calibrate_thresholds(
             part = _sum_read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
             total, rows = total + on_host(part[0]).astype(np.float64), rows + float(part[1])
         found = np.where(total / rows >= mean, trial, found)
+    unreached = found == int(BARRED)  # all that the budget allows is less than the mean
     found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next one above, at which the mean is not exceeded
     values = np.asarray(from_image(jnp.asarray(found.astype(np.int32))))
     values = np.where(np.isnan(values), np.inf, values)
+    values[unreached] = -np.inf
     values[~np.asarray(model.config.served)] = -np.inf
     return dataclasses.replace(selection, threshold=tuple(map(tuple, values.tolist())))
 
@@ -119,8 +121,8 @@ def calibrate_tolerance(
             and recent tokens alone exceed a mean, its tolerance is infinite.
         policy: Default: tokenbutler with values, and without them under top_p.
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
-        rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it; None
-            takes all.
+        rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it behind
+            the prompt; None takes all.
         corrections: How many simulations may correct each tolerance; 0 keeps those of the dense passes.
 
     Returns:
@@ -137,7 +139,9 @@ def calibrate_tolerance(
     if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
         raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {list(means)}")
     if (selection.unit != 1 and not by_mass) or selection.neighbours:
-        raise ValueError("a tolerance is found for single tokens: leave out unit and neighbours")
+        raise ValueError(
+            "a tolerance is found for single tokens: leave out unit and neighbours, or take the allocation per_head"
+        )
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     allocation, values = ("top_p", UNREAD) if by_mass else ("tolerance", GRID)
     selection = policy.selection(dataclasses.replace(selection, allocation=allocation, tolerance=np.inf, floor=0.0))
@@ -222,7 +226,10 @@ def _mean_read(
     found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
     positions = np.asarray(batch["positions"])
     counted = (np.asarray(batch["segments"]) > 0) & (positions >= prompt_tokens)
-    read = on_host(found.attended) * (positions + 1 if whole else 1)
+    held, windows = positions + 1, sliding_windows(model.config)
+    if windows is not None:  # the served layers all slide, or none of them does
+        held = np.minimum(held, min(windows[layer] for layer in model.config.served_layers))
+    read = on_host(found.attended) * (held if whole else 1)
     return float(np.mean(read[counted], dtype=np.float64))
 
 
@@ -267,7 +274,7 @@ def _sum_above(
 
         return jax.lax.map(at, grid).T, jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
 
-    sums, number = sum_chunks(model, predictor, batch, one, rows=rows)
+    sums, number = sum_chunks(model, predictor, batch, one, rows=rows, first=prompt_tokens)
     served = np.asarray(model.config.served_layers)
     return jnp.mean(sums[served], axis=0), number[served[0]]
 

@@ -58,6 +58,7 @@ def map_chunks(
     segments: Int[Array, "B S"],
     sliding_window: int | None,
     rows: int | None = None,
+    first: int = 0,
 ) -> Any:
     """Call a function on the chunks of query rows of a layer.
 
@@ -66,6 +67,7 @@ def map_chunks(
         importance: (q_imp, k_imp, offset), with k_imp per KV head or per query head; None without a predictor.
         sliding_window: Of the layer, in tokens, static; None without one.
         rows: About how many query rows to take, in chunks spread evenly along the sequence; None takes all.
+        first: The first of the rows over which chunks are spread.
 
     Returns:
         The results, stacked [chunks, ...].
@@ -128,7 +130,7 @@ def map_chunks(
         return apply(chunk)
 
     parts = []
-    chosen = spread(length, rows)
+    chosen = spread(length, rows, first)
     chunks = x.shape[1] // size
     if before:
         bands = [Band(0, chunks, segments.shape[1], False)]
@@ -151,17 +153,24 @@ def merge_rows(x: Float[Array, "chunks B K G C D"], length: int) -> Float[Array,
     return split_heads(merge_groups(split_chunks(x), length))
 
 
-def spread(length: int, rows: int | None) -> list[int]:
-    """The numbers of chunks that are spread evenly along a sequence and hold about `rows` rows; None takes all."""
+def spread(length: int, rows: int | None, first: int = 0) -> list[int]:
+    """The numbers of chunks that are spread evenly along a sequence and hold about `rows` rows; None takes all.
+
+    first: The first row; chunks that end before it are left out, except by None.
+    """
     size = min(CHUNK, length)
     chunks = -(-length // size)
-    taken = chunks if rows is None else min(max(rows // size, 1), chunks)
-    return [(2 * i + 1) * chunks // (2 * taken) for i in range(taken)]
+    if rows is None:
+        return list(range(chunks))
+    before = min(first // size, chunks - 1)
+    left = chunks - before
+    taken = min(max(rows // size, 1), left)
+    return [before + (2 * i + 1) * left // (2 * taken) for i in range(taken)]
 
 
-def spread_rows(length: int, rows: int | None) -> Bool[np.ndarray, " T"]:
+def spread_rows(length: int, rows: int | None, first: int = 0) -> Bool[np.ndarray, " T"]:
     """The rows of a sequence that lie in the chunks of `spread`."""
-    return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows))
+    return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows, first))
 
 
 def importance_walk(
@@ -216,6 +225,7 @@ def sum_chunks(
     look: Callable[[Chunk], Any],
     *,
     rows: int | None = None,
+    first: int = 0,
     implementation: str | None = None,
     score_dtype: str | None = None,
 ) -> Any:
@@ -223,7 +233,7 @@ def sum_chunks(
 
     The sums are stacked over the layers. Only those of the served layers mean something.
 
-    rows: as in `map_chunks`. The others are those of `importance_walk`.
+    rows, first: as in `map_chunks`. The others are those of `importance_walk`.
     """
     batch = split_text(batch)
     base, segments = model.config, batch["segments"]
@@ -236,7 +246,7 @@ def sum_chunks(
         state, importance = step(state, view)
 
         def total(sliding_window):
-            found = map_chunks(look, view, importance, segments, sliding_window, rows)
+            found = map_chunks(look, view, importance, segments, sliding_window, rows, first)
             return jax.tree.map(lambda a: jnp.sum(a, axis=0), found)
 
         return dense(None, view)[0], state, by_service(base, view.index, total, partial(zeros_of, total, None))

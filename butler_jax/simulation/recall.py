@@ -115,8 +115,9 @@ def measure_recall(
         policies: The policies, with different names.
         budgets: Fractions of the causal keys, or numbers of tokens.
         selection: Sinks, recent tokens and units. `budgets` replaces its budget. Default: SelectionConfig().
-        rows: About how many query rows of every sequence are measured, in chunks spread evenly along it and the same
-            for all policies; None measures all. Policies that evict run through all rows in any case.
+        rows: About how many query rows of every sequence are measured, in chunks spread evenly along it behind the
+            prompt and the same for all policies; None measures all. Policies that evict run through all rows in any
+            case.
         ranks: Whether to compute `spearman`, which sorts keys; it is 0 otherwise.
         score_dtype: As `simulate` takes it.
         implementation: The attention kernel of the dense pass; None chooses.
@@ -126,8 +127,8 @@ def measure_recall(
         ValueError: There are no batches, no policies or no rows after the prompts, or a policy lacks its predictor.
     """
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
-    selection = (selection or SelectionConfig()).rule
-    options = RecallOptions(selection, rows, ranks, score_dtype, implementation, prompt_tokens)
+    selection = selection or SelectionConfig()
+    options = RecallOptions(selection.rule, rows, ranks, score_dtype, implementation, prompt_tokens)
 
     def tables_of(policy: Policy, length: int) -> Int[np.ndarray, "budgets _"]:
         own = policy.selection(selection) or selection  # its units may be pages
@@ -198,7 +199,8 @@ def _sum_scoring(
         tables=tables,
         options=options,
     )
-    how = dict(rows=options.rows, implementation=options.implementation, score_dtype=options.score_dtype)
+    how = dict(implementation=options.implementation, score_dtype=options.score_dtype)
+    how |= dict(rows=options.rows, first=options.prompt_tokens)
     found = sum_chunks(model, predictor, batch, look, **how)
     served = np.asarray(model.config.served_layers)
     by_budget = (jnp.sum(a[served], axis=0) for a in found[:3])
@@ -221,7 +223,7 @@ def _sum_evicting(
     base, segments = model.config, batch["segments"]
     rule = policy.selection(options.selection).rule
     dense = dense_mixer(base, segments, options.implementation)
-    counted = _counted(batch, options) & jnp.asarray(spread_rows(segments.shape[1], options.rows))[None]
+    counted = _counted(batch, options) & jnp.asarray(_measured(segments.shape[1], options))[None]
 
     def mixer(state, view):
         view = split_view(view)
@@ -237,6 +239,11 @@ def _sum_evicting(
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
     zero, reliability = jnp.zeros_like(number), jnp.zeros((1, 2, 3, BINS, segments.shape[0]))
     return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, reliability, number, zero)
+
+
+def _measured(length: int, options: RecallOptions) -> Bool[np.ndarray, " T"]:
+    """The rows of the chunks that are measured."""
+    return spread_rows(length, options.rows, options.prompt_tokens)
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:

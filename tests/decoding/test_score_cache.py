@@ -92,6 +92,8 @@ def test_first_tokens_do_not_widen_the_scale():
     # five times the root mean square, which is 1, is above the largest
     assert score_cache.scales_of(keys, jnp.arange(8)[None] < 8)[0, 0] == pytest.approx(5 / 127)
     assert score_cache.scales_of(keys, jnp.arange(8)[None] < 3)[0, 0] == pytest.approx(500 / 127)  # there are no others
+    moved = jnp.pad(keys, ((0, 0),) * 3 + ((5, 0),))  # the row begins at column 5
+    assert score_cache.scales_of(moved, jnp.arange(13)[None] >= 5)[0, 0] == pytest.approx(5 / 127)
     keys = jnp.zeros((1, 1, 2, 200)).at[..., 100:].set(jnp.asarray([1.0, 0.0])[:, None]).at[0, 0, 0, 150].set(9.0)
     assert score_cache.scales_of(keys, jnp.ones((1, 200), bool))[0, 0] == pytest.approx(9 / 127)  # an outlier counts
 

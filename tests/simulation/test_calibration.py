@@ -54,6 +54,23 @@ def test_mean_of_what_rows_read_is_reached(model, mean, unit):
     assert (tokens <= np.minimum(limit, counts)[real] + 1e-3).all()
 
 
+def test_thresholds_that_all_of_the_budget_does_not_reach_read_all_of_it(model):
+    most = SelectionConfig(budget=64, sinks=2, recent=3)
+    found = calibrate_thresholds(model, None, [batch_of()], most, 60, policy=make_policy("oracle"))
+    assert np.isneginf(found.threshold).all()
+
+
+def test_a_tolerance_of_tokens_counts_what_a_sliding_window_holds():
+    base = dataclasses.replace(BASE, family="mistral", sliding_window=32)
+    model = BaseModel(base, jax.random.key(0))
+    batch, policy = batch_of(), make_policy("oracle_residual")
+    most = SelectionConfig(budget=1.0, sinks=2, recent=3)
+    (found,) = calibrate_tolerance(model, None, [batch], most, [12], policy=policy, rows=None)
+    share = np.asarray(simulate(model, batch, policy, found).attended)
+    read = (share * np.minimum(np.arange(1, 129), 32))[batch["segments"] > 0]
+    assert read.mean() == pytest.approx(12, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("prompt_tokens", [long(0), 40])
 def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):

@@ -98,6 +98,7 @@ def test_recall_of_some_rows_measures_only_those(model):
     found = measure_recall(model, None, [batch], [make_policy("streaming")], [0.5], rows=128)
     assert found.mass["streaming"][0.5].n == 128
     assert spread(1000, None) == list(range(8)) and spread(1000, 300) == [2, 6] and spread(512, 1) == [2]
+    assert spread(1024, 256, 600) == [5, 7] and spread(1024, 512, 900) == [7] and spread(1024, 1, 2000) == [7]
 
 
 @pytest.mark.parametrize("name", [long("streaming"), slow("h2o")])

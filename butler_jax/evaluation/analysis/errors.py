@@ -41,6 +41,7 @@ class Errors(NamedTuple):
                 largest error over all heads and layers of a row, as many in all.
         """
         values, keys = (self.weights if by == "weight" else self.errors)[:, 1:], self.weights[:, 1:] > 0
+        keys &= ~np.isnan(values)  # errors of layers that are not served
         counts = np.ceil(share * np.count_nonzero(keys, axis=-1)).astype(np.int32)
         if by != "tolerance":
             return np.asarray(_select(values, keys, counts))

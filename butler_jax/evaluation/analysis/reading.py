@@ -205,7 +205,7 @@ def _find_sets(model, predictor, batch, rows, limits: Limits, *, policy: Policy,
         state, importance = step(state, view)
 
         def attend(sliding_window):
-            apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule)
+            apply = partial(sparse_chunk, policy=policy, limits=limits, rule=rule, softcap=view.softcap)
             outputs, *_ = map_chunks(apply, view, importance, segments, sliding_window)
             chunk = row_chunk(view, importance, segments, rows, sliding_window)
             sets, _ = chosen_mask(chunk, lambda: policy(chunk.under(rule)), limits, rule)

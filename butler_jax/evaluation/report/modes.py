@@ -58,4 +58,4 @@ def describe_prompt(task: str, tokens: int) -> str:
         return "Everything before the answer is a prompt, which is read densely." if tokens else ""
     if not tokens:
         return "There is no prompt: every row of a window is limited."
-    return f"The first {tokens:,} tokens of each window are a prompt. They are read densely and do not count."
+    return f"The first {tokens:,} tokens of each document are a prompt. They are read densely and do not count."

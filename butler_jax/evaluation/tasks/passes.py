@@ -94,7 +94,7 @@ class Passes:
         predictor = policy.require_predictor(predictor)
         arrays = (*(batch[name] for name in ("tokens", "segments", "positions")), wanted)
         content = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).digest()
-        limits = table.tobytes(), chosen.rule, chosen.tolerance, chosen.threshold
+        limits = table.tobytes(), chosen.rule, chosen.tolerance, chosen.threshold, chosen.min_context
         key = content, batch["tokens"].shape, policy, id(predictor), *limits
         if key not in self._found:
             self._predictors[id(predictor)] = predictor

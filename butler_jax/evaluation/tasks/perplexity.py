@@ -213,7 +213,7 @@ class PerplexityTask(Task):
             lambda share: 1 - (layers - served + served * share) / layers, served / layers
         )
         for prefix in ("", "served_") if base.mixed else ("",):
-            read = self._sum_bytes(policy, result, prefix)
+            read = self._sum_bytes(policy, result, prefix, selection.interval)
             found[f"{prefix}bytes_read"] = estimate_ratio(read, result.rows)
             if not policy.dense:
                 whole = self._sum_bytes(EvaluatedPolicy("dense", Dense()), reference, prefix)
@@ -226,10 +226,14 @@ class PerplexityTask(Task):
             {} if policy.dense else {"reads": [{"budget": budget, "bin_size": size, **result.find_reads(base)}]},
         )
 
-    def _sum_bytes(self, policy: EvaluatedPolicy, sums: TextSums, prefix: str = "") -> Float[np.ndarray, " sequences"]:
+    def _sum_bytes(
+        self, policy: EvaluatedPolicy, sums: TextSums, prefix: str = "", interval: int = 1
+    ) -> Float[np.ndarray, " sequences"]:
         """Bytes of caches read in all rows of each sequence: keys and values, what the policy ranks by, and the tail.
 
-        prefix: "served_" for the served layers alone.
+        Args:
+            prefix: "served_" for the served layers alone.
+            interval: Rows of which one chooses, and so reads what the policy ranks by.
         """
         base = self.base.config
         size = self.base.dtype.itemsize
@@ -239,4 +243,6 @@ class PerplexityTask(Task):
         means = 2 * base.head_dim / policy.tail if whole else 0.0
         held = sums.served_held if base.mixed else sums.held * (base.layers - 1) / base.layers
         read = sums.served if prefix else sums.read
-        return read * 2 * base.head_dim * size + held * (numbers * scored + means * size)
+        cached = policy.policy.cached_numbers_per_key(base)
+        ranked = ((numbers - cached) * scored + cached * size) / interval
+        return read * 2 * base.head_dim * size + held * (ranked + means * size)

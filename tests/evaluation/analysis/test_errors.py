@@ -79,6 +79,9 @@ def test_each_way_reads_as_many_keys_and_leaves_what_it_does_not_read():
     assert totals == sorted(totals) and totals[0] < totals[1] < totals[2]
     assert found.left(1.0, "error").max() == 0
     np.testing.assert_allclose(found.share_read(share, "error"), (3 / 8 + 4 / 11) / 2)
+    apart = Errors(weights, np.where(np.arange(4)[:, None, None, None] == 2, np.nan, errors))  # layer 2 is not served
+    read = apart.read(share, "tolerance")
+    assert not read[:, 1].any() and (read[:, :, :, 0].sum(axis=(1, 2, 3)) == 6 * count[0]).all()
 
 
 def test_the_picture_shows_what_is_left(found):

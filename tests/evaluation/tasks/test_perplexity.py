@@ -93,6 +93,9 @@ def test_bytes_are_those_of_rows_read_and_of_what_is_looked_at(place):
     looked = 8 * 4 * BASE.kv_heads * (BASE.layers - 1) * mean  # rank 8, float32, layers from 1 on
     found = report.value("perplexity", "tokenbutler", 0.5, "bytes_read")
     assert found == pytest.approx(row * read + looked, rel=1e-5)
+    apart = dataclasses.replace(config, selection=dataclasses.replace(config.selection, interval=4))
+    kept = evaluate(base, predictor, apart).value("perplexity", "tokenbutler", 0.5, "bytes_read")
+    assert kept - looked / 4 == pytest.approx(row * read, rel=0.1)  # a few more tokens, since the choice
     share = report.value("perplexity", "tokenbutler", 0.5, "bytes_of_dense")
     assert share == pytest.approx(found / dense, rel=1e-5)
     assert f"{100 * share:.1f}\u00a0% of what dense reads, all layers" in " ".join(summarise(report.rows))
