@@ -1,0 +1,170 @@
+"""A model of decode attention on TPUs that need not be there: `python -m benchmarks.tpu_model [--json FILE]`.
+
+The TPU compiler writes its schedule: every instruction word ("bundle") of every kernel, in which an operation of each
+unit starts. The model counts those that a call executes. It needs `pip install "jax[tpu]"`, and no TPU.
+
+A kernel takes the longer of two times: of its bytes from HBM, and of its bundles, one a cycle. An operation beside the
+kernels takes OPERATION. Dense attention takes its bytes. What the schedule does not show is left out: waiting for
+memory inside a kernel, and the start of a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_llo_text=true --xla_jf_dump_to={tempfile.mkdtemp()}"
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+import pallas_kernels as pk
+from benchmarks import pod_plans, tpu_decode
+from benchmarks.about import about
+from pallas_kernels.tpu import attention, scores, selection
+
+SCHEDULES = Path(os.environ["LIBTPU_INIT_ARGS"].rpartition("=")[2])
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # a second: the peak over the multiply-adds of the matrix units
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
+OPERATION = 0.5e-6  # seconds; a guess
+TRIALS = 8  # of the search for a threshold; counted on normal scores, 1/16 chosen
+HEADS, GROUP, DIM, RANK, UNIT = 8, 4, 128, 16, 16  # Llama-3.1-8B's layer, pages of 16 tokens
+KERNELS = ("importance_scores", "select_top_k", "attend_to_pages")
+
+
+class Run(NamedTuple):
+    """Consecutive bundles at one depth of loops."""
+
+    depth: int
+    bundles: int
+
+
+def runs_of(kernel: str) -> list[Run]:
+    """The runs of a kernel in its schedule, without those of one or two bundles, which only enter or leave others."""
+    (path,) = (p for p in SCHEDULES.glob(f"*{kernel}*final_bundles.txt") if "schedule-analysis" not in p.name)
+    found: list[list[int]] = []
+    for line in path.read_text().splitlines():
+        if not (match := re.match(r"\s*(?:0x[0-9a-f]+|0)\s*(LB|LH|PB|PF|CT|LE)?:?\s*((?:>\s*)*)[: ]*\{", line)):
+            continue
+        depth = match[2].count(">")
+        if not found or found[-1][0] != depth or match[1] == "LB":
+            found.append([depth, 0])
+        found[-1][1] += 1
+    return [Run(*one) for one in found if one[1] > 2]
+
+
+def compile_layer(chip: str, context: int) -> tuple[dict[str, list[Run]], int]:
+    """The schedules of the kernels of a layer, and how many operations of a call are beside them."""
+    for path in SCHEDULES.glob("*"):
+        path.unlink()
+    mesh = tpu_decode.chips(chip, "model=1")
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    cache = array(1, HEADS, context, DIM)
+    operands = array(1, HEADS * GROUP, DIM), cache, cache, array(1, HEADS, GROUP, RANK)
+    operands += array(1, HEADS, RANK, context), array(1, dtype=jnp.int32)
+
+    def layer(q, k, v, q_imp, k_imp, lengths):
+        rules = dict(sinks=4, recent=8, unit=UNIT, implementation="tpu")
+        return pk.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, context // 16 // UNIT, **rules)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(layer).lower(*operands).compile().as_text()
+    entry = re.findall(r"= \S+ ([\w-]+)\(", text[text.index("ENTRY") :])
+    free = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
+    beside = sum(name not in free for name in entry) - len(KERNELS)
+    return {kernel: runs_of(kernel) for kernel in KERNELS}, beside
+
+
+def bundles_of(runs: dict[str, list[Run]], context: int, batch: int) -> dict[str, float]:
+    """The bundles that each kernel of a call executes."""
+    depth = lambda kernel, d: [run.bundles for run in runs[kernel] if run.depth == d]  # noqa: E731
+    blocks = context // scores.BLOCK
+    chunk = scores.SCORED // (HEADS * GROUP)
+    score, *_, write = depth("importance_scores", 2)
+    outside = sum(depth("importance_scores", 1))
+    found = {"importance_scores": batch * (blocks * outside + context // chunk * (score + write))}
+
+    units, together = context // UNIT, selection.LANES * UNIT
+    image, number, widen, *trial, mark = depth("select_top_k", 2)
+    count = sum(depth("select_top_k", 3))
+    parts, slots = -(-units // selection.WIDE), units // 16 // selection.SLOTS
+    rest = sum(depth("select_top_k", 1)) * max(1, slots)
+    search = parts * (number + widen) + TRIALS * (sum(trial) + parts * count) + units // selection.LANES * mark + rest
+    groups = batch * HEADS / selection.SUBLANES
+    found["select_top_k"] = groups * (context // together * image + search)
+
+    inner, body = depth("attend_to_pages", 3), sorted(depth("attend_to_pages", 2))
+    masked, whole = body[-1], body[-2]
+    starts = attention.TILE // UNIT // attention.STARTED * max(inner)
+    around = sum(body[:-2]) - sum(sorted(body[:-2])[-3:])  # without the first tiles of a core, which have loops too
+    tiles = context // 16 // attention.TILE
+    row = tiles * (starts + around) + (tiles - 1) * whole + masked
+    found["attend_to_pages"] = batch * HEADS * (row + sum(depth("attend_to_pages", 1)))
+    return found
+
+
+def model_row(chip: str, context: int, batch: int, runs: dict[str, list[Run]], beside: int) -> dict[str, Any]:
+    """A row of the table: seconds of each kernel, of the call and of dense attention, and the share of the byte cap."""
+    rows, bandwidth = batch * HEADS, pod_plans.CHIPS[chip].memory
+    read = context // 16
+    images = 4 * rows * context
+    moved = {
+        "importance_scores": rows * context * RANK * 2 + images,
+        "select_top_k": images,
+        "attend_to_pages": 4 * rows * read * DIM,
+    }
+    dense = 4 * rows * context * DIM
+    kernels = {}
+    for kernel, bundles in bundles_of(runs, context, batch).items():
+        cores = CORES[chip] if kernel == "attend_to_pages" or batch > 1 else 1  # cores divide sequences, or rows
+        cycles, bytes_ = bundles / cores / CLOCKS[chip], moved[kernel] / bandwidth
+        kernels[kernel] = dict(bundles=round(bundles), bundle_seconds=cycles, byte_seconds=bytes_)
+    seconds = beside * OPERATION + sum(max(k["bundle_seconds"], k["byte_seconds"]) for k in kernels.values())
+    cap = dense / sum(moved.values())
+    speedup = dense / bandwidth / seconds
+    row = dict(chip=chip, context=context, batch=batch, seconds=seconds, dense_seconds=dense / bandwidth)
+    return row | dict(speedup=speedup, cap=cap, share_of_cap=speedup / cap, operations=beside, kernels=kernels)
+
+
+def main() -> None:
+    """Print the table, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    rows = []
+    print("MODELLED, nothing was run: Llama-3.1-8B's layer, bfloat16, 1/16 read in pages of 16 tokens")
+    for chip, context in itertools.product(CLOCKS, (16384, 32768, 131072)):
+        schedule = compile_layer(chip, context)
+        for batch in (1, 16):
+            row = model_row(chip, context, batch, *schedule)
+            rows.append(row)
+            parts = ", ".join(
+                f"{name} {1e6 * k['bundle_seconds']:.1f} ({1e6 * k['byte_seconds']:.1f} for bytes)"
+                for name, k in row["kernels"].items()
+            )
+            print(
+                f"{chip} {context:>7} tokens, batch {batch:>2}: {1e6 * row['seconds']:8.1f} us, dense "
+                f"{1e6 * row['dense_seconds']:8.1f} us, {row['speedup']:5.2f}x, {row['share_of_cap']:4.0%} of the cap "
+                f"{row['cap']:.1f}; {row['operations']} operations; us: {parts}",
+                flush=True,
+            )
+    shutil.rmtree(SCHEDULES, ignore_errors=True)
+    if asked.json:
+        report = about("tpu_model") | dict(
+            clocks=CLOCKS, cores=CORES, operation_seconds=OPERATION, trials=TRIALS, rows=rows
+        )
+        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
