@@ -40,14 +40,14 @@ HEADS, GROUP, DIM, RANK, UNIT = 8, 4, 128, 16, 16  # Llama-3.1-8B's layer, pages
 KERNELS = ("importance_scores", "select_top_k", "attend_to_pages")
 
 
-class Run(NamedTuple):
+class BundleRun(NamedTuple):
     """Consecutive bundles at one depth of loops."""
 
     depth: int
     bundles: int
 
 
-def runs_of(kernel: str) -> list[Run]:
+def runs_of(kernel: str) -> list[BundleRun]:
     """The runs of a kernel in its schedule, without those of one or two bundles, which only enter or leave others."""
     (path,) = (p for p in SCHEDULES.glob(f"*{kernel}*final_bundles.txt") if "schedule-analysis" not in p.name)
     found: list[list[int]] = []
@@ -58,10 +58,10 @@ def runs_of(kernel: str) -> list[Run]:
         if not found or found[-1][0] != depth or match[1] == "LB":
             found.append([depth, 0])
         found[-1][1] += 1
-    return [Run(*one) for one in found if one[1] > 2]
+    return [BundleRun(*one) for one in found if one[1] > 2]
 
 
-def compile_layer(chip: str, context: int) -> tuple[dict[str, list[Run]], int]:
+def compile_layer(chip: str, context: int) -> tuple[dict[str, list[BundleRun]], int]:
     """The schedules of the kernels of a layer, and how many operations of a call are beside them."""
     for path in SCHEDULES.glob("*"):
         path.unlink()
@@ -85,7 +85,7 @@ def compile_layer(chip: str, context: int) -> tuple[dict[str, list[Run]], int]:
     return {kernel: runs_of(kernel) for kernel in KERNELS}, beside
 
 
-def bundles_of(runs: dict[str, list[Run]], context: int, batch: int) -> dict[str, float]:
+def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> dict[str, float]:
     """The bundles that each kernel of a call executes."""
     depth = lambda kernel, d: [run.bundles for run in runs[kernel] if run.depth == d]  # noqa: E731
     blocks = context // scores.BLOCK
@@ -113,7 +113,7 @@ def bundles_of(runs: dict[str, list[Run]], context: int, batch: int) -> dict[str
     return found
 
 
-def model_row(chip: str, context: int, batch: int, runs: dict[str, list[Run]], beside: int) -> dict[str, Any]:
+def model_row(chip: str, context: int, batch: int, runs: dict[str, list[BundleRun]], beside: int) -> dict[str, Any]:
     """A row of the table: seconds of each kernel, of the call and of dense attention, and the share of the byte cap."""
     rows, bandwidth = batch * HEADS, pod_plans.CHIPS[chip].memory
     read = context // 16

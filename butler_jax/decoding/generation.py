@@ -146,7 +146,7 @@ def generate_stream(
     Raises:
         ValueError: As `generate`.
     """
-    if predictor is not None and selection is None:
+    if selection is None and (predictor is not None or policy is not None):
         selection = SelectionConfig()
     policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
     if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from butler_jax.decoding.store import KVStore
     from butler_jax.predictors import Predictor
 
+SIZES = ("width", "layers", "heads", "kv_heads", "head_dim")  # of a base, by which its predictors are built
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -78,8 +80,16 @@ def make_plan(
         most: The largest budget of any row, in tokens, where it is known to be below that of a full cache.
 
     Raises:
-        ValueError: For thresholds of another model, units that a mesh would split, and a policy that evicts on a mesh.
+        ValueError: For thresholds of another model, a predictor of a base of other sizes, units that a mesh would
+            split, and a policy that evicts on a mesh.
     """
+    if predictor is not None:
+        theirs, own = ({name: getattr(one, name) for name in SIZES} for one in (predictor.base, base))
+        if theirs != own:
+            raise ValueError(
+                f"the predictor is of a base of other sizes: {theirs}, and this base has {own}; load its base, or "
+                "train a predictor for this one"
+            )
     policy = policy or TokenButler()
     policy = policy if predictor is None else policy.for_predictor(predictor)
     selection = None if selection is None else policy.selection(selection)

@@ -73,7 +73,7 @@ def serve(
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     check_score_dtype(score_dtype)
-    if predictor is not None and selection is None:
+    if selection is None and (predictor is not None or policy is not None):
         selection = SelectionConfig()
     policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
     context = base.config.context
@@ -99,7 +99,7 @@ def _room(base: Base, requests: Sequence[Any]) -> int:
             request = request_of(one)
             row = encode_prompt(base.tokenizer, base.config.vocab_size, request.prompt, f"request {number}")
             needed.append(len(row) + int(request.max_new_tokens) - 1)
-        except (TypeError, ValueError):  # it fails when its turn comes
+        except (TypeError, ValueError, OverflowError):  # it fails when its turn comes
             continue
     context = base.config.context
     return min(bucket(max(n for n in needed if n <= context), 64), context)

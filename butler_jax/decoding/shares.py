@@ -11,7 +11,9 @@ from butler_jax.model import BaseConfig, sliding_windows
 
 def shares_read(config: BaseConfig, attended: Float[Array, "L B K"], lengths: Int[Array, " B"]) -> Float[Array, "2 B"]:
     """What each row read: of its tokens in the served layers, and of what dense decoding reads in all layers."""
-    own = jnp.mean(attended[np.asarray(config.served_layers)], axis=(0, 2)) / lengths.astype(jnp.float32)
+    own = jnp.ones(lengths.shape, jnp.float32)  # of a base of one layer, which is not served
+    if config.served_layers:
+        own = jnp.mean(attended[np.asarray(config.served_layers)], axis=(0, 2)) / lengths.astype(jnp.float32)
     windows = jnp.asarray(sliding_windows(config) or (config.context,) * config.layers)
     seen = jnp.sum(jnp.minimum(lengths[None], windows[:, None]), axis=0).astype(jnp.float32)
     return jnp.stack([own, jnp.sum(jnp.mean(attended, axis=2), axis=0) / seen])

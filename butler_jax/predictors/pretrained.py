@@ -35,7 +35,7 @@ def write_pretrained(
     name: str | None = None,
 ) -> Path:
     """Write the files of a predictor; arguments as of `Predictor.save_pretrained`. name: of its repository."""
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     _check_place(directory)
     if report is not None and report.about.get("fingerprint") not in (None, base.fingerprint):
         raise ValueError(

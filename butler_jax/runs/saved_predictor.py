@@ -29,9 +29,9 @@ def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
     Raises:
         FileExistsError: The directory holds a predictor already.
     """
-    path = Path(path)
-    if (path / "checkpoints").exists():
-        raise FileExistsError(f"{path} already holds checkpoints; choose another directory")
+    path = Path(path).expanduser()
+    if (path / "checkpoints").exists() or is_pretrained(path):
+        raise FileExistsError(f"{path} already holds a predictor; choose another directory")
     with Checkpoints(path / "checkpoints", keep=1, about=about(base, predictor.config)) as checkpoints:
         checkpoints.save(0, {"module": predictor}, None, {"loss": 0.0})
 
@@ -57,7 +57,7 @@ def load_predictor(run: str | Path, base: Base | None = None, *, step: int | Non
         DamagedCheckpoint: A file is not what was written. No other checkpoint is loaded in its place.
     """
     place = find_run(run)
-    base = load_base(run_base(place)) if base is None else base
+    base = _load_own_base(place) if base is None else base
     if is_pretrained(place):
         if step is not None:
             raise ValueError(f"{run} has one predictor and no checkpoints; leave step out")
@@ -74,6 +74,17 @@ def load_predictor(run: str | Path, base: Base | None = None, *, step: int | Non
         except (OSError, ValueError):
             if steps(directory) == there:  # otherwise a training removed what was being read
                 raise
+
+
+def _load_own_base(place: Path) -> Base:
+    """The base that the files of a predictor name. A path is named by its last part alone."""
+    name = run_base(place)
+    try:
+        return load_base(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{place} was trained for the base {name!r}; give it as base= (--base): {error}"
+        ) from error
 
 
 def _load_pretrained(directory: Path, base: Base) -> Predictor:

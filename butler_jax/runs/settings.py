@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from butler_jax.predictors import CONFIG, WEIGHTS
+from butler_jax.runs.finished_checkpoints import read_facts, steps
 from butler_jax.storage import read_object, shown
 from butler_jax.weights import download, parse_hub_id
 
@@ -90,7 +91,7 @@ def run_base(run: str | Path) -> str:
 
 
 def run_config(run: str | Path) -> dict[str, Any]:
-    """The settings of a run that trained a predictor.
+    """The settings of a run that trained a predictor; of a directory of `save_predictor`, the base alone.
 
     Raises:
         FileNotFoundError: It is no run directory.
@@ -98,6 +99,10 @@ def run_config(run: str | Path) -> dict[str, Any]:
     """
     path = find_run(run) / CONFIG
     if not path.is_file():
+        checkpoints = path.parent / "checkpoints"
+        if there := steps(checkpoints):
+            facts = read_facts(checkpoints / str(there[-1]))
+            return {name: facts[name] for name in ("base", "revision") if name in facts}
         raise FileNotFoundError(
             f"{run} is no run directory: it has no {CONFIG}; give the directory of a run of butler-jax train"
         )

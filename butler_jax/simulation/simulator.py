@@ -135,7 +135,7 @@ def _run(model, predictor, batch, limits, read, **how) -> tuple[Array, ...]:
     base, heads = model.config, how["policy"].choosing_heads(model.config)
     read, served = count_keys(base, batch["segments"], fractions, heads)
     whole, _ = count_keys(base, batch["segments"], jnp.ones_like(fractions), base.kv_heads)
-    attended = jnp.mean(fractions[np.asarray(base.served_layers)], axis=0)
+    attended = jnp.mean(fractions[np.asarray(base.served_layers or (0,))], axis=0)
     return x, attended, read, served, read / whole, shares
 
 

@@ -77,7 +77,7 @@ def read_stops(
     if stop is None:
         return set() if tokenizer is None else set(tokenizer.ends), ()
     ids, texts = set(), []
-    for one in [stop] if isinstance(stop, (str, int)) else stop:
+    for one in [stop] if isinstance(stop, (str, int, np.integer)) else stop:
         if isinstance(one, str):
             if tokenizer is None:
                 raise ValueError(f"stop {one!r} is a text, and the base has no tokenizer; give token ids")

@@ -67,7 +67,7 @@ class FitConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        object.__setattr__(self, "run_dir", None if self.run_dir is None else Path(self.run_dir))
+        object.__setattr__(self, "run_dir", None if self.run_dir is None else Path(self.run_dir).expanduser())
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "grace", "log_every")
         for name in positive:
             if getattr(self, name) <= 0:

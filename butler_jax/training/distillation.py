@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from butler_jax.data import read_batches, read_held_out
@@ -51,7 +52,8 @@ def distil(
     Args:
         base: The frozen model with its tokenizer; default: it is loaded as the settings say.
         config: The settings; default: TrainConfig().
-        predictor: Where to start; default: config.start, else `init_predictor`.
+        predictor: Where to start, with the settings of config.predictor; it is copied. Default: config.start, else
+            `init_predictor`.
 
     Returns:
         The trained predictor. The run's directory holds its checkpoints and metrics.
@@ -75,7 +77,11 @@ def distil(
         check_length(base.config, config.length)
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
-            predictor = predictor or _load_start(base, config, run_dir)
+            if predictor is None:
+                predictor = _load_start(base, config, run_dir)
+            else:
+                _check_settings(predictor, config, "the predictor")
+                predictor = jax.tree.map(jnp.copy, predictor)  # the steps of a training reuse its memory
             run, state = prepare(base, config, mesh, run_dir, predictor)
             open_run(run_dir, config)  # only after everything else was found in order
             return fit(run, state).module
@@ -90,14 +96,19 @@ def _load_start(base: Base, config: TrainConfig, run_dir: Path) -> Predictor | N
     if config.start is None or steps(run_dir / "checkpoints"):
         return None
     predictor = load_predictor(config.start, base)
+    _check_settings(predictor, config, f"the predictor in {config.start}")
+    return predictor
+
+
+def _check_settings(predictor: Predictor, config: TrainConfig, what: str) -> None:
+    """Raise ValueError unless a predictor to start from has the settings of a training."""
     differ = [
         f"{name} {theirs!r} and not {getattr(config.predictor, name)!r}"
         for name, theirs in dataclasses.asdict(predictor.config).items()
         if theirs != getattr(config.predictor, name)
     ]
     if differ:
-        raise ValueError(f"the predictor in {config.start} has {', '.join(differ)}; give its own settings")
-    return predictor
+        raise ValueError(f"{what} has {', '.join(differ)}; give its own settings")
 
 
 def prepare(
@@ -111,6 +122,13 @@ def prepare(
     batches = read_batches(config.data, base.tokenizer, seed=config.seed, rows=rows, **source)
     count = max(1, VALIDATION_ROWS // config.batch_size)
     held_out = read_held_out(config.data, base.tokenizer, count=count, **source)
+    always = config.selection.sinks + config.selection.recent
+    longest = max(int(batch["positions"].max()) + 1 for batch in held_out)
+    if longest <= always:
+        raise ValueError(
+            f"the documents held out of {config.data} have {longest} tokens at most, and {always} are always read as "
+            "sinks and recent tokens; give longer documents, or lower --sinks or --recent"
+        )
     held_out = [place_batch(own_rows(batch, mesh), mesh) for batch in held_out]
     if predictor is None:
         calibration = read_batches(config.data, base.tokenizer, seed=config.seed + 1, rows=rows, **source)

@@ -365,5 +365,5 @@ class Loop:
         kept = f"the last good checkpoint is at step {last}" if last else "there is no checkpoint yet"
         raise NonFiniteLoss(
             f"the {name} is {value} at step {number}, batch {number - 1} of {config.data} "
-            f"(seed {config.seed}); {kept}; lower --learning-rate or look at that batch"
+            f"(seed {config.seed}); {kept}; lower --learning-rate, in another --run-dir, or look at that batch"
         )

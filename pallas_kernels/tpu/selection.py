@@ -30,7 +30,7 @@ VMEM_BYTES = 48 * 2**20
 MOST_UNITS = 2**18  # eight rows of more units fill the VMEM; XLA's selection takes those
 
 
-class SelectPlan(NamedTuple):
+class ChoicePlan(NamedTuple):
     """What the kernel is compiled for.
 
     Attributes:
@@ -72,7 +72,7 @@ def select_top_k(scores, lengths, n, *, counts, rules, interpret):
         columns = jnp.stack([jnp.broadcast_to(column, (batch, heads)) for column in columns], axis=-1)
         columns = [columns.astype(jnp.int32).reshape(rows, -1)]
     together = LANES * unit
-    plan = SelectPlan(
+    plan = ChoicePlan(
         rows=rows,
         heads=heads,
         size=scores.shape[-1],

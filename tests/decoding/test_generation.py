@@ -346,6 +346,11 @@ def test_every_policy_generates_what_it_would_have_read(base, name):
             butler_jax.generate(base, prompts, policy=policy, selection=selection, max_new_tokens=2, offload=True)
 
 
+def test_a_policy_alone_reads_the_default_budget_and_one_id_stops(base):
+    found = butler_jax.generate(base, [[1] * 50], policy="streaming", max_new_tokens=3, stop=np.int64(0))
+    assert all(share < 1 for share in np.ravel(found.attended))
+
+
 @pytest.mark.slow
 def test_a_policy_may_be_given_by_its_name(base):
     settings = dict(selection=SelectionConfig(budget=0.4, sinks=2, recent=3), max_new_tokens=8, stop=())

@@ -60,6 +60,12 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
     assert isinstance(state, DecodeState) and logits.shape == (1, 61)
 
 
+def test_a_predictor_of_another_base_is_a_clear_error(predictor):
+    other = dataclasses.replace(BASE, width=2 * BASE.width)
+    with pytest.raises(ValueError, match=r"of a base of other sizes: .*'width': .* load its base, or train"):
+        make_plan(other, 64, SelectionConfig(), predictor=predictor)
+
+
 def test_a_state_of_another_policy_is_a_clear_error(base):
     model, selection = base.model, SelectionConfig(budget=12)
     tokens = jnp.ones((2, 5), jnp.int32)

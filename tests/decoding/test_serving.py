@@ -195,6 +195,12 @@ def test_a_wrong_setting_is_refused_at_once(base, requests, settings, message):
         butler_jax.serve(base, requests, **settings)
 
 
+def test_a_number_of_tokens_that_is_none_harms_no_other(base):
+    requests = [butler_jax.Request([1, 2], max_new_tokens=2), butler_jax.Request([1], max_new_tokens=float("inf"))]
+    found = {one.number: one for one in butler_jax.serve(base, requests)}
+    assert found[0].error is None and isinstance(found[1].error, ValueError)
+
+
 def test_an_empty_queue_ends_and_room_is_what_fits(base):
     assert list(butler_jax.serve(base, [])) == []
     found = list(butler_jax.serve(base, [[1] * 200, [1, 2]], chunk=32, slots=3))  # the first does not fit the context

@@ -9,7 +9,6 @@ import sys
 import types
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +17,6 @@ from butler_jax import distil, load_base
 from butler_jax.data.windows import cut_text, read_text
 from butler_jax.evaluation import Report, evaluate, measure_perplexity
 from butler_jax.evaluation.config import DOWNSTREAM, TASKS, EvalConfig
-from butler_jax.evaluation.contenders import EvaluatedPolicy
-from butler_jax.evaluation.evaluator import plan_cells
-from butler_jax.evaluation.hashes import hash_code
 from butler_jax.evaluation.report.facts import list_facts
 from butler_jax.evaluation.report.pages import render_markdown, render_page
 from butler_jax.evaluation.report.summary import ERRORS
@@ -354,49 +350,6 @@ def test_a_policy_that_was_edited_is_measured_anew(place, tmp_path, monkeypatch,
     assert evaluated(NEWEST.replace("SIGN", "1.0")) == ([True, True], newest)
     kept, oldest = evaluated(NEWEST.replace("SIGN", "-1.0"))
     assert kept == [True, False] and oldest != newest
-
-
-def test_a_policy_of_a_notebook_is_hashed_with_its_attributes_defaults_and_properties():
-    text = """
-class Newest:
-    sign = 1
-    def scores(self, chunk, by=1):
-        return by
-    @property
-    def name(self):
-        return "newest"
-    @staticmethod
-    def two():
-        return 2
-"""
-
-    def hash_of(text):
-        space = {"__name__": "a notebook"}
-        exec(text, space)
-        return hash_code(space["Newest"])
-
-    edits = [("sign = 1", "sign = -1"), ("by=1", "by=2"), ('"newest"', '"oldest"'), ("return 2", "return 3")]
-    assert hash_of(text) == hash_of("\n" + text)
-    assert len({hash_of(text), *(hash_of(text.replace(*edit)) for edit in edits)}) == 5
-
-
-def test_cells_of_another_precision_are_others(place):
-    base, _, config = place
-    half = dataclasses.replace(base, model=jax.tree.map(lambda a: a.astype(jnp.bfloat16), base.model))
-    assert half.fingerprint == base.fingerprint
-    task = types.SimpleNamespace(name="perplexity", at_once=False, facts={}, takes=lambda policy: True)
-    policies = [EvaluatedPolicy("dense", make_policy("dense"))]
-    keys = {plan_cells(one, [task], policies, config)[0].key for one in (base, half)}
-    assert len(keys) == 2
-
-
-def test_a_selection_that_a_policy_cannot_take_is_told_before_anything_is_measured(place):
-    base, _, config = place
-    config = dataclasses.replace(config, policies=("dense", "quest"), budgets=(0.5, 20))
-    said = []
-    with pytest.raises(ValueError, match="in pages of 16 = 39"):
-        evaluate(base, None, config, say=said.append)
-    assert not any("perplexity" in line for line in said)
 
 
 def test_another_version_of_the_package_measures_anew(place, tmp_path, monkeypatch):

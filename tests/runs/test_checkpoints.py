@@ -141,7 +141,7 @@ def test_a_directory_without_checkpoints_says_so(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
     save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
-    with pytest.raises(FileExistsError, match="already holds checkpoints; choose another directory"):
+    with pytest.raises(FileExistsError, match="already holds a predictor; choose another directory"):
         save_predictor(tmp_path / "predictor", random_predictor("producer", seed=1), BASE)
 
 

@@ -28,6 +28,14 @@ def predictor():
     return make_predictor(BASE, PredictorConfig(rank=8, stride=2))
 
 
+def test_a_base_of_one_layer_is_dense():
+    model = BaseModel(dataclasses.replace(BASE, layers=1), jax.random.key(0))
+    found = simulate(
+        model, text(9, 0, total=9), make_policy("streaming"), SelectionConfig(budget=0.25, sinks=1, recent=1)
+    )
+    assert np.isfinite(found.nll).all() and np.asarray(found.attended)[0].tolist() == [1.0] * 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenbutler", long("oracle"), long("streaming"), "h2o"])
 def test_a_pass_over_one_token_or_none_is_dense(model, predictor, name):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from butler_jax import distil, load_base, load_predictor
-from butler_jax.predictors import PredictorConfig
+from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.training.config import TrainConfig
 from tests import tiny_runs
 
@@ -33,6 +33,29 @@ def test_a_run_starts_from_the_predictor_of_another(tmp_path):
     with pytest.raises(ValueError, match=r"the predictor in .*elsewhere has rank 4 and not 8; give its own settings"):
         distil(base, tiny_runs.settings(place, tmp_path / "wider", predictor=wider, **again))
     assert not (tmp_path / "wider").exists() or not list((tmp_path / "wider").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_a_predictor_that_is_given_stays_as_it_was_and_has_the_settings(tmp_path):
+    place = tiny_runs.make_place(tmp_path)
+    base = load_base(str(place["base"]))
+    settings = tiny_runs.settings(place, tmp_path / "own", steps=1)
+    given = make_predictor(base.config, settings.predictor)
+    before = [np.array(leaf) for leaf in _leaves(given)]
+    distil(base, settings, predictor=given)
+    for own, other in zip(_leaves(given), before, strict=True):
+        np.testing.assert_array_equal(own, other)
+    other = make_predictor(base.config, PredictorConfig(kind="producer", rank=4))
+    with pytest.raises(ValueError, match="the predictor has kind 'producer' and not"):
+        distil(base, tiny_runs.settings(place, tmp_path / "other", steps=1), predictor=other)
+
+
+@pytest.mark.slow
+def test_text_with_nothing_to_choose_is_refused(tmp_path):
+    place = tiny_runs.make_place(tmp_path)
+    place["text"].write_text("<|endoftext|>".join(["the old river"] * 400))
+    with pytest.raises(ValueError, match=r"held out of .* are always read as sinks and recent tokens; give longer"):
+        distil(load_base(str(place["base"])), tiny_runs.settings(place, tmp_path / "own", steps=1))
 
 
 def _leaves(predictor):
