@@ -85,6 +85,21 @@ def compile_layer(chip: str, context: int) -> tuple[dict[str, list[BundleRun]], 
     return {kernel: runs_of(kernel) for kernel in KERNELS}, beside
 
 
+def search_bundles(runs: list[BundleRun], units: int) -> float:
+    """The bundles of the search of eight rows, of the schedule of the selection."""
+    parts, slots = -(-units // selection.WIDE), max(1, units // 16 // selection.SLOTS)
+    loops, once = [run.bundles for run in runs if run.depth == 2], sum(run.bundles for run in runs if run.depth == 1)
+    counted = [i for i, run in enumerate(runs) if run.depth == 3]
+    if not counted:  # one part: its loops are unrolled
+        _, *trial, mark = loops
+        return once + TRIALS * sum(trial) + units // selection.LANES * mark
+    _, number, widen, before = loops[:4]
+    after, mark, *find = [run.bundles for run in runs[counted[-1] :] if run.depth == 2]
+    trial = before + after + parts * sum(runs[i].bundles for i in counted)
+    # With more than one group of slots, each of the eight rows has a loop over them.
+    return once + parts * (number + widen) + TRIALS * trial + units // selection.LANES * mark + slots * sum(find)
+
+
 def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> dict[str, float]:
     """The bundles that each kernel of a call executes."""
     depth = lambda kernel, d: [run.bundles for run in runs[kernel] if run.depth == d]  # noqa: E731
@@ -95,14 +110,12 @@ def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> di
     found = {"importance_scores": batch * (blocks * outside + context // chunk * (score + write))}
 
     units, together = context // UNIT, selection.LANES * UNIT
-    image, number, widen, *trial, mark = depth("select_top_k", 2)
-    count = sum(depth("select_top_k", 3))
-    parts, slots = -(-units // selection.WIDE), units // 16 // selection.SLOTS
-    rest = sum(depth("select_top_k", 1)) * max(1, slots)
-    search = parts * (number + widen) + TRIALS * (sum(trial) + parts * count) + units // selection.LANES * mark + rest
-    groups = batch * HEADS / selection.SUBLANES
-    found["select_top_k"] = groups * (context // together * image + search)
-
+    found["select_top_k"] = (
+        batch
+        * HEADS
+        / selection.SUBLANES
+        * (context // together * depth("select_top_k", 2)[0] + search_bundles(runs["select_top_k"], units))
+    )
     inner, body = depth("attend_to_pages", 3), sorted(depth("attend_to_pages", 2))
     masked, whole = body[-1], body[-2]
     starts = attention.TILE // UNIT // attention.STARTED * max(inner)

@@ -108,7 +108,7 @@ def calibrate_tolerance(
     """Find the tolerance of the whole model under which rows read `means` on average over served layers and heads.
 
     Two dense passes find all tolerances. Where little is read, residual streams and so scores differ from the dense
-    ones. So each tolerance is then corrected by simulations of one batch, until this batch reads what it read densely.
+    ones. So each tolerance is then corrected by simulations of one batch, until it reads as much as dense passes found.
 
     Args:
         model: The base model.

@@ -22,7 +22,8 @@ class FitConfig(HostsConfig):
     a file (.txt, .jsonl, .parquet, also .gz, .zst, .xz), a directory, or - for standard input. #FEATURE after a path or
     name says which feature holds the text."""
     strict_data: bool = False
-    """End at a line or record of text: that cannot be read. Default: it is passed over, and a line says how many."""
+    """End at the first unreadable line or record of a `text:` source. Default: it is passed over, and a line says how
+    many were."""
     data_dir: str | None = None
     """Where prepared data sets lie; may be gs://. Default: the TFDS data directory."""
     steps: int = 300

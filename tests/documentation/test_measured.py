@@ -1,4 +1,4 @@
-"""The tables of growth and of a queue show what their files hold."""
+"""The tables of growth, of a queue and of TPUs show what their files hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.documentation.pages import DOCS, REPOSITORY, tables
 
-UNITS = {"seconds": "processor_seconds", "seconds of processors": "processor_seconds", "MiB": "peak_mib"}
+UNITS = {"seconds": "processor_seconds", "CPU seconds": "processor_seconds", "MiB": "peak_mib"}
 
 
 def read(name: str) -> dict:
@@ -65,3 +65,11 @@ def test_the_queue_is_that_of_the_file(name, tokens):
             assert shown[-2 if tokens else -1] == f"{row['answers_as_serve']} of {row['requests']}"
         return
     raise AssertionError(f"no table shows {name}")
+
+
+def test_the_model_of_tpus_is_that_of_the_file():
+    page = (DOCS / "measured" / "decoding.md").read_text()
+    for row in read("tpu_model.json")["rows"]:
+        times = f"{1e6 * row['dense_seconds']:.1f} | {1e6 * row['seconds']:.1f} | {row['speedup']:.2f}x"
+        share = f"{100 * row['share_of_cap']:.0f} %"
+        assert f"| {row['chip']} | {row['context']:,} | {row['batch']} | {times} | {share} |" in page
