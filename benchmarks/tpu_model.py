@@ -116,12 +116,11 @@ def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> di
         / selection.SUBLANES
         * (context // together * depth("select_top_k", 2)[0] + search_bundles(runs["select_top_k"], units))
     )
-    inner, body = depth("attend_to_pages", 3), sorted(depth("attend_to_pages", 2))
-    masked, whole = body[-1], body[-2]
-    starts = attention.TILE // UNIT // attention.STARTED * max(inner)
-    around = sum(body[:-2]) - sum(sorted(body[:-2])[-3:])  # without the first tiles of a core, which have loops too
+    attend = runs["attend_to_pages"]
+    tile_loop = next(i for i, run in enumerate(attend) if run.depth == 3)  # behind the loop of a core's first tiles
+    *around, whole, masked = [run.bundles for run in attend[tile_loop:] if run.depth == 2]
     tiles = context // 16 // attention.TILE
-    row = tiles * (starts + around) + (tiles - 1) * whole + masked
+    row = tiles * sum(around) + (tiles - 1) * whole + masked  # the newest page is seen in part
     found["attend_to_pages"] = batch * HEADS * (row + sum(depth("attend_to_pages", 1)))
     return found
 

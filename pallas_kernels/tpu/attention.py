@@ -23,7 +23,6 @@ from pallas_kernels.spans import join_spans
 
 TILE = 512  # tokens attended at a time, or one unit where that is more
 SLOTS = 4  # tiles in flight, with one being attended; a power of two
-STARTED = 8  # pages whose copies are started without a loop
 LANES = 128
 SUBLANES = 8
 SCALAR_BYTES = 2**18  # of scalar memory for the lists of pages, in one call
@@ -147,7 +146,7 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
         """The two copies of page u of a tile, and whether the row sees it."""
         own, tile, slot = place
         page = pages_ref[(own * tiles + tile) * width + u]
-        start = pl.ds(pl.multiple_of(jnp.maximum(page, 0) * unit, unit), unit)
+        start = pl.ds(pl.multiple_of(page * unit, unit), unit)
         part = pl.ds(u * unit if isinstance(u, int) else pl.multiple_of(u * unit, unit), unit)
         both = [
             pltpu.make_async_copy(hbm.at[base_ref[0] + own, start, :], vmem.at[slot, part, :], arrived.at[slot, which])
@@ -176,15 +175,9 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
 
         @pl.when(kind >= PAGES)
         def _():
-            several = min(STARTED, width)
-
-            def some(i, carry):
-                for u in range(several):
-                    for copy in copies(place, i * several + u)[0]:
-                        copy.start()
-                return carry
-
-            jax.lax.fori_loop(0, width // several, some, 0)
+            for u in range(width):
+                for copy in copies(place, u)[0]:
+                    copy.start()
 
         @pl.when(kind == PART)
         def _():
@@ -202,10 +195,13 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
         def _():
             each_copy(place, lambda copy: copy.wait())
 
+    def start_first(step, carry):
+        start(step)
+        return carry
+
     @pl.when(row == 0)
     def _():
-        for step in range(SLOTS - 1):
-            start(jnp.int32(step))
+        jax.lax.fori_loop(0, SLOTS - 1, start_first, 0)
 
     sequence = jax.lax.div(at + core * rows + row, heads)
     begin, end = bounds_ref[sequence, 0], bounds_ref[sequence, 1]

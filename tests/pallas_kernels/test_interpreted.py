@@ -52,6 +52,25 @@ def test_simulated_tpu_memories_leak_no_nan_and_see_no_race(dim, unit, dtype):
 
 
 @pytest.mark.slow
+def test_simulated_tpu_memories_of_several_tiles_and_blocks():
+    options = dict(implementation="tpu", interpret=SIMULATED)
+    case = attention_case(1, batch=2, heads=2, group=3, dim=128, size=1792, n=100, unit=16)  # four tiles
+    lengths = jnp.asarray([1700, 901])
+    attend = functools.partial(pk.masked_topk_decode_attention, case.q, case.k, case.v, case.indices, case.valid)
+    attend = functools.partial(attend, unit=16, lengths=lengths, return_residual=True)
+    for own, sound in zip(attend(**options), attend(implementation="reference"), strict=True):
+        np.testing.assert_allclose(own, sound, atol=1e-5)
+    q, keys, lengths = normal(2, 2, 2, 3, 8), normal(3, 2, 2, 8, 20000), jnp.asarray([20000, 9000])  # three blocks
+    scores = pk.importance_scores(q, keys, lengths, implementation="reference")
+    np.testing.assert_allclose(pk.importance_scores(q, keys, lengths, **options), scores, atol=1e-5)
+    rules = dict(n=60, unit=16, sinks=4, recent=8)
+    sound = pk.select_top_k(scores, lengths, implementation="reference", **rules)
+    for own, other in zip(pk.select_top_k(scores, lengths, **rules, **options), sound, strict=True):
+        np.testing.assert_array_equal(own, other)
+    assert not simulator.races.races_found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "dim", "dtype"),
     [
