@@ -48,7 +48,8 @@ def importance_scores(
 ) -> jax.Array:
     """Score of every cached token for every KV head: scale * q_imp . k_imp, pooled over the group's query heads.
 
-    A product that is NaN counts as -inf, in sums too.
+    A product that is NaN counts as -inf, in sums too. On TPU, so do the products of other heads with a token of which a
+    number of k_imp is not finite.
 
     Args:
         q_imp: float [B, K, G, R], the predictor's queries.

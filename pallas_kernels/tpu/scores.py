@@ -2,7 +2,8 @@
 
 Heads of k_imp are multiplied together: their channels follow each other in one matrix, and each row of the other one
 has the numbers of one query head and is 0 elsewhere. So a product is as deep as the matrix unit, and rows of different
-heads fill the eight sublanes of a register.
+heads fill the eight sublanes of a register. A number of k_imp that is not finite makes the token's scores NaN, and so
+-inf, for all heads of the product.
 
 "normalised" pooling needs every head's log-sum-exp before the first score is written. So the scores of a row wait in
 VMEM. Where they do not fit, k_imp is read twice.
@@ -26,7 +27,7 @@ from pallas_kernels.reference import LOWEST
 DEPTH = 128  # channels that one product sums over, at most, where it is of several heads
 BLOCK = 8192  # tokens of a block
 SCORED = 16384  # scores that are formed at a time
-HELD = 2**25  # bytes of scores that wait in VMEM
+HELD = 48 * 2**20  # bytes of VMEM for scores that wait, and for those of two rows that are written
 SUBLANES = 8
 LANES = 128
 VMEM_BYTES = 56 * 2**20
@@ -108,7 +109,7 @@ def _plan(operands, key_heads, counts, writes):
     for heads in sorted((h for h in range(1, most + 1) if key_heads % h == 0), reverse=True):
         padded = 1 << (heads - 1).bit_length() if heads <= SUBLANES else -(-heads // SUBLANES) * SUBLANES
         plan = BlockPlan(heads, padded, group, key_heads // heads, size, block, block, counts, writes)
-        if not plan.held or 4 * plan.rows * plan.room <= HELD:
+        if not plan.held or 4 * plan.room * (plan.rows + 2 * heads) <= HELD:
             fitting = max(LANES, SCORED // plan.rows)
             chunk = next((c for c in (2048, 1024, 512, 256, 128) if c <= fitting and block % c == 0), block)
             return plan._replace(chunk=chunk)
@@ -133,8 +134,8 @@ def _over_blocks(operands, given, plan, *, interpret):
     rows, group, rank = q_imp.shape
     programs, depth = rows // plan.heads, plan.heads * rank
     factor = _in_rows(jnp.broadcast_to(jnp.asarray(factor)[:, None, None], (rows, group, 1)), plan)
-    own = np.eye(plan.heads, dtype=q_imp.dtype)[None, :, None, :, None]  # each head's numbers in its own channels
-    apart = q_imp.reshape(programs, plan.heads, group, 1, rank) * own
+    own = np.eye(plan.heads, dtype=bool)[None, :, None, :, None]  # each head's numbers in its own channels
+    apart = jnp.where(own, q_imp.reshape(programs, plan.heads, group, 1, rank), 0)
     q_imp = _in_rows(apart.reshape(rows, group, depth), plan)
     off = [] if given is None else [_in_rows(given.astype(jnp.float32).reshape(rows, group, 1), plan)]
     whole = lambda program, n, *_: (program, 0, 0)  # noqa: E731

@@ -34,6 +34,7 @@ CORNERS = [
     (1, 2, 16, 16, 2048, 256, 8, 32, jnp.bfloat16),
     (3, 1, 7, 8, 2048, 96, 2, 128, jnp.bfloat16),
 ]
+LONGEST = [(1, 8, 4, 16, 524288, 128, 128, 16, jnp.bfloat16), (1, 2, 7, 32, 1048576, 128, 128, 16, jnp.bfloat16)]
 
 
 def arguments(case, key_dtype, sharding=None):
@@ -81,6 +82,7 @@ def compile_for(chip, case, key_dtype=None, **options):
         *(("v5e", case, (None,)) for case in CORNERS),
         *(long("v6e", case, (None,)) for case in CORNERS),
         ("v5p", CORNERS[1], (jnp.int8,)),
+        *(("v5p", case, (None,)) for case in LONGEST),
         *(long("v5p", case, (jnp.int8,)) for case in (CORNERS[0], CORNERS[2])),
     ],
     ids=lambda one: one if isinstance(one, str) else "-".join(str(getattr(part, "__name__", part)) for part in one),
