@@ -44,7 +44,7 @@ MODELS = {  # name -> (family, settings)
         "ministral",  # what transformers makes of a mistral with layer_types
         {"head_dim": 16, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     ),
-    "mistral without": ("mistral", {"sliding_window": None}),
+    "mistral without a sliding window": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen2 with sliding layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32, "num_key_value_heads": 1}),
