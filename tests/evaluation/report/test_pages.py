@@ -224,7 +224,7 @@ def test_prompts_and_allocations_are_apart_and_in_words():
         "Perplexity without a prompt",
         "Perplexity after a prompt of 256 tokens",
         "There is no prompt: every row of a window is limited.",
-        "The first 256 tokens of each window are a prompt. They are read densely and do not count.",
+        "The first 256 tokens of each document are a prompt. They are read densely and do not count.",
         "The heads of a layer share their budgets",
         "Every head reads the fewest tokens whose estimated attention weights sum to p",
         "Main results after a prompt of 256 tokens",
