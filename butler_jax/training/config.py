@@ -110,6 +110,10 @@ class TrainConfig(FitConfig):
     count all of them. Default: all contested keys."""
     start: str | None = None
     """A run or a saved predictor, from whose parameters the training starts. Default: those of `init_predictor`."""
+    reach: int | None = None
+    """Context in tokens that the predictor is trained for, above --length: the second part of every document of a batch
+    is moved on by a random number of tokens (positional skip-wise training, arXiv 2309.10400). Validations are not.
+    Default: that of --length."""
     calibration: int = 4
     """Batches on which the lookahead predictor chooses its rotary pairs."""
 
@@ -132,6 +136,8 @@ class TrainConfig(FitConfig):
                 raise ValueError("--chosen is about the cross entropy; give --objective cross_entropy, or leave it out")
             if self.attention not in (None, "xla"):
                 raise ValueError(f"--chosen runs with --attention xla, not {self.attention}; leave one of them out")
+        if self.reach is not None and self.reach < self.length:
+            raise ValueError(f"--reach must be at least --length {self.length}, got {self.reach}; leave it out")
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
         sinks, recent = self.selection.sinks, self.selection.recent

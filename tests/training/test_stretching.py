@@ -1,0 +1,60 @@
+"""Positions of a training that reach beyond its rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from butler_jax import distil, load_base
+from butler_jax.training.config import TrainConfig
+from butler_jax.training.stretching import StretchedBatches, stretch_positions
+from tests import tiny_runs
+from tests.tiny_models import make_batch
+
+
+def test_the_second_part_of_every_document_is_moved_on():
+    batch = make_batch([[40, 1, 20], [64], [10]], 64)
+    found = stretch_positions(batch, 500)
+    assert found["tokens"] is batch["tokens"] and found["positions"].dtype == np.int32
+    moved, furthest = found["positions"] - batch["positions"], []
+    for row, segments in zip(moved, batch["segments"], strict=True):
+        for document in np.unique(segments):
+            own = row[segments == document]
+            if document == 0 or len(own) == 1:
+                assert not own.any()
+                continue
+            furthest.append(own[-1])
+            assert own[0] == 0 and set(own) == {0, own[-1]} and (np.diff(own) >= 0).all()
+    assert max(furthest) > 100 and len(set(furthest)) > 1 and found["positions"].max() < 500
+    again = stretch_positions({name: array[1:2] for name, array in batch.items()}, 500)
+    np.testing.assert_array_equal(again["positions"], found["positions"][1:2])  # whatever other rows there are
+    np.testing.assert_array_equal(stretch_positions(batch, 64)["positions"][1], batch["positions"][1])
+
+
+def test_the_place_is_that_of_the_batches():
+    class Inside:
+        place = 0
+
+        def __next__(self):
+            return make_batch([[20]], 20)
+
+        def get_state(self):
+            return {"place": self.place}
+
+        def set_state(self, state):
+            self.place = state["place"]
+
+    batches = StretchedBatches(Inside(), 100)
+    batches.set_state({"place": 7})
+    assert batches.get_state() == {"place": 7} and next(iter(batches))["positions"].shape == (1, 20)
+
+
+@pytest.mark.slow
+def test_a_training_reaches_beyond_its_rows_and_not_beyond_the_model(tmp_path):
+    place = tiny_runs.make_place(tmp_path)
+    base = load_base(str(place["base"]))
+    distil(base, tiny_runs.settings(place, tmp_path / "own", steps=2, reach=base.config.context))
+    with pytest.raises(ValueError, match="context"):
+        distil(base, tiny_runs.settings(place, tmp_path / "far", steps=1, reach=2 * base.config.context))
+    with pytest.raises(ValueError, match="--reach must be at least --length 512, got 100; leave it out"):
+        TrainConfig(reach=100)
