@@ -73,3 +73,15 @@ def test_the_model_of_tpus_is_that_of_the_file():
         times = f"{1e6 * row['dense_seconds']:.1f} | {1e6 * row['seconds']:.1f} | {row['speedup']:.2f}x"
         share = f"{100 * row['share_of_cap']:.0f} %"
         assert f"| {row['chip']} | {row['context']:,} | {row['batch']} | {times} | {share} |" in page
+
+
+def test_reaches_are_those_of_the_file():
+    rows = [row for row in read("quality/reach_tiny.json")["rows"] if "reach" in row]
+    known = {(row["length"], row["reach"], row["metric"]): row for row in rows}
+    (table,) = (t for t in tables(DOCS / "measured" / "quality.md") if "`--reach`" in t.splitlines()[0])
+    for length, reach, *shown in [cells(line) for line in table.splitlines()[2:]]:
+        place = int(length.split()[0]), int(reach.replace(",", "")) if reach else None
+        for text, (metric, scale) in zip(shown, (("over_dense", 100), ("js_divergence", 1000)), strict=True):
+            row = known[*place, metric]
+            for number, of in zip(text.split(" ± "), ("value", "error"), strict=True):
+                assert_rounded(number, scale * row[of])
