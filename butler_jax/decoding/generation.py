@@ -20,7 +20,7 @@ from butler_jax.decoding.capacity import bucket, room_for_all
 from butler_jax.decoding.config import SamplingConfig, read_sampling
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
-from butler_jax.decoding.plan import Plan, check_offload, make_plan
+from butler_jax.decoding.plan import Plan, check_offload, make_plan, settle_choice
 from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
 from butler_jax.decoding.prompt_cache import PromptCache
 from butler_jax.decoding.prompt_parts import read_offloaded
@@ -29,7 +29,7 @@ from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
 from butler_jax.model import BaseConfig
-from butler_jax.policies import Policy, TokenButler, make_policy
+from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table, room_for
 from butler_jax.text import Prompts, Writer, encode, read_stops
@@ -146,9 +146,7 @@ def generate_stream(
     Raises:
         ValueError: As `generate`.
     """
-    if selection is None and (predictor is not None or policy is not None):
-        selection = SelectionConfig()
-    policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+    selection, policy = settle_choice(selection, policy, predictor)
     if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
     check_score_dtype(score_dtype)

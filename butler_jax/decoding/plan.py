@@ -13,7 +13,7 @@ from butler_jax.decoding.parts import check_units
 from butler_jax.decoding.span_means import SpanMeans
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, token_axis
-from butler_jax.policies import Evicting, Policy, TokenButler
+from butler_jax.policies import Evicting, Policy, TokenButler, make_policy
 from butler_jax.selection import SelectionConfig, limits_of, room_for
 
 if TYPE_CHECKING:
@@ -59,6 +59,18 @@ class Plan:
     def span_means(self, kv: KVStore, lengths: Int[Array, " B"]) -> SpanMeans | None:
         """The means that the steps need of a cache whose rows hold `lengths` tokens; None without a tail."""
         return SpanMeans.of(kv, lengths, self.tail) if self.tail else None
+
+
+def settle_choice(
+    selection: SelectionConfig | None, policy: Policy | str | None, predictor: Predictor | None
+) -> tuple[SelectionConfig | None, Policy]:
+    """The selection and the policy of a decoding: the default ones where only the other or a predictor is given.
+
+    Raises ValueError where no policy has the name.
+    """
+    if selection is None and (predictor is not None or policy is not None):
+        selection = SelectionConfig()
+    return selection, make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
 
 
 def make_plan(

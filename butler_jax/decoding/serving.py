@@ -10,12 +10,12 @@ import numpy as np
 from butler_jax.decoding.capacity import bucket
 from butler_jax.decoding.config import SamplingConfig, read_sampling
 from butler_jax.decoding.generation import Decoding
-from butler_jax.decoding.plan import check_offload, make_plan
+from butler_jax.decoding.plan import check_offload, make_plan, settle_choice
 from butler_jax.decoding.prefill_pass import CHUNK
 from butler_jax.decoding.requests import Completion, Request, request_of
 from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.server import Server
-from butler_jax.policies import Policy, TokenButler, make_policy
+from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.text import encode_prompt
@@ -73,9 +73,7 @@ def serve(
         if not (isinstance(value, (int, np.integer)) and value >= 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     check_score_dtype(score_dtype)
-    if selection is None and (predictor is not None or policy is not None):
-        selection = SelectionConfig()
-    policy = make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+    selection, policy = settle_choice(selection, policy, predictor)
     context = base.config.context
     if capacity is None:
         capacity = _room(base, requests) if isinstance(requests, (list, tuple)) else context

@@ -28,11 +28,10 @@ def allocate_policies(
     windows = None
     for policy in policies:
         names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
-        if config.selection.neighbours and len(names) > 1:  # which a tolerance has no place for
-            left_out = [n for n in names if n in LIMITED]
-            names = [n for n in names if n not in LIMITED] or names
-            if left_out:
-                say(f"{policy.label}: with neighbours, {' and '.join(left_out)} is left out")
+        left_out = [n for n in names if n in LIMITED] if config.selection.neighbours else []
+        if left_out and left_out != names:  # a tolerance has no place for neighbours
+            names = [n for n in names if n not in left_out]
+            say(f"{policy.label}: with neighbours, {' and '.join(left_out)} is left out")
         tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
         for name, tail in itertools.product(names, tails):
             words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]

@@ -41,8 +41,10 @@ def _describe(value: Any) -> Any:
     """What an attribute of a class does or is; None for what is neither code, an array nor plain data."""
     if isinstance(value, property):
         return [_describe(f) for f in (value.fget, value.fset, value.fdel)]
-    if isinstance(value, staticmethod | classmethod | functools.cached_property):
-        return _describe(value.func if isinstance(value, functools.cached_property) else value.__func__)
+    if isinstance(value, staticmethod | classmethod):
+        return _describe(value.__func__)
+    if isinstance(value, functools.cached_property):
+        return _describe(value.func)
     if inspect.isfunction(value):
         return _strip_lines(value.__code__), _describe(value.__defaults__), _describe(value.__kwdefaults__)
     if isinstance(value, set | frozenset):

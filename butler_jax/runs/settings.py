@@ -98,15 +98,17 @@ def run_config(run: str | Path) -> dict[str, Any]:
         ValueError: config.json names no base, or its data are not text.
     """
     path = find_run(run) / CONFIG
-    if not path.is_file():
-        checkpoints = path.parent / "checkpoints"
-        if there := steps(checkpoints):
-            facts = read_facts(checkpoints / str(there[-1]))
-            return {name: facts[name] for name in ("base", "revision") if name in facts}
+    checkpoints = path.parent / "checkpoints"
+    if path.is_file():
+        settings = read_settings(path.parent)
+    elif there := steps(checkpoints):
+        path = checkpoints / str(there[-1])
+        facts = read_facts(path)
+        settings = {name: facts[name] for name in ("base", "revision") if name in facts}
+    else:
         raise FileNotFoundError(
             f"{run} is no run directory: it has no {CONFIG}; give the directory of a run of butler-jax train"
         )
-    settings = read_settings(path.parent)
     if not isinstance(settings.get("base"), str):
         raise ValueError(
             f"{path} names no base: {run} is no run that trained a predictor; give the directory of a run of "

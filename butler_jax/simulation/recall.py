@@ -223,7 +223,8 @@ def _sum_evicting(
     base, segments = model.config, batch["segments"]
     rule = policy.selection(options.selection).rule
     dense = dense_mixer(base, segments, options.implementation)
-    counted = _counted(batch, options) & jnp.asarray(_measured(segments.shape[1], options))[None]
+    measured = spread_rows(segments.shape[1], options.rows, options.prompt_tokens)
+    counted = _counted(batch, options) & jnp.asarray(measured)[None]
 
     def mixer(state, view):
         view = split_view(view)
@@ -239,11 +240,6 @@ def _sum_evicting(
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
     zero, reliability = jnp.zeros_like(number), jnp.zeros((1, 2, 3, BINS, segments.shape[0]))
     return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, reliability, number, zero)
-
-
-def _measured(length: int, options: RecallOptions) -> Bool[np.ndarray, " T"]:
-    """The rows of the chunks that are measured."""
-    return spread_rows(length, options.rows, options.prompt_tokens)
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:

@@ -20,11 +20,10 @@ from pallas_kernels.arithmetic import finish, product
 from pallas_kernels.operands import attention_operands
 from pallas_kernels.reference import LOWEST
 from pallas_kernels.spans import join_spans
+from pallas_kernels.tpu.registers import LANES, SUBLANES
 
 TILE = 512  # tokens attended at a time, or one unit where that is more
 SLOTS = 4  # tiles in flight, with one being attended; a power of two
-LANES = 128
-SUBLANES = 8
 SCALAR_BYTES = 2**18  # of scalar memory for the lists of pages, in one call
 NOTHING, PART, PAGES, WHOLE = 0, 1, 2, 3  # what a row sees of a tile: some pages, something of each, or all tokens
 
@@ -83,8 +82,9 @@ def _tiles(pages, bounds, size, unit, heads):
         """How many pages of each tile are in a mask. The product with ones and zeros is exact."""
         return product(mask.astype(jnp.bfloat16), jnp.asarray(tile_of, jnp.bfloat16))
 
-    kinds = jnp.where(number(seen) > 0, PART, NOTHING)
-    kinds = jnp.where(number(seen) == width, jnp.where(number(whole) == width, WHOLE, PAGES), kinds)
+    held = number(seen)
+    kinds = jnp.where(held > 0, PART, NOTHING)
+    kinds = jnp.where(held == width, jnp.where(number(whole) == width, WHOLE, PAGES), kinds)
     return jnp.where(seen, pages, -1), kinds
 
 
@@ -142,10 +142,15 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
         own = jax.lax.div(step, tiles)
         return core * rows + own, step - own * tiles, jax.lax.bitwise_and(step, SLOTS - 1)
 
+    def page_of(place, u):
+        """Page u of a tile."""
+        own, tile, _ = place
+        return pages_ref[(own * tiles + tile) * width + u]
+
     def copies(place, u):
         """The two copies of page u of a tile, and whether the row sees it."""
-        own, tile, slot = place
-        page = pages_ref[(own * tiles + tile) * width + u]
+        own, _, slot = place
+        page = page_of(place, u)
         start = pl.ds(pl.multiple_of(page * unit, unit), unit)
         part = pl.ds(u * unit if isinstance(u, int) else pl.multiple_of(u * unit, unit), unit)
         both = [
@@ -213,8 +218,8 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
         token = jax.lax.broadcasted_iota(jnp.int32, (unit, LANES), 0)
         parts = []
         for u in range(width):
-            position = pages_ref[(place[0] * tiles + place[1]) * width + u] * unit + token
-            parts.append(((position >= jnp.maximum(begin, 0)) & (position < end)).astype(jnp.float32))
+            position = page_of(place, u) * unit + token  # below 0, and so not seen, where there is no page
+            parts.append(((position >= begin) & (position < end)).astype(jnp.float32))
         return jnp.concatenate(parts)
 
     def add(place, carry, masked):

@@ -23,13 +23,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
 from pallas_kernels.operands import cache_row, score_operands
 from pallas_kernels.reference import LOWEST
+from pallas_kernels.tpu.registers import LANES, SUBLANES, lane_slices
 
 DEPTH = 128  # channels that one product sums over, at most, where it is of several heads
 BLOCK = 8192  # tokens of a block
 SCORED = 16384  # scores that are formed at a time
 HELD = 48 * 2**20  # bytes of VMEM for scores that wait, and for those of two rows that are written
-SUBLANES = 8
-LANES = 128
 VMEM_BYTES = 56 * 2**20
 
 
@@ -146,12 +145,9 @@ def _over_blocks(operands, given, plan, *, interpret):
         end = jnp.clip(bounds[program // plan.sequences, 1], 1, plan.size)
         return cache_row(layers, program, programs, plan.sequences), 0, jnp.minimum(n, (end - 1) // plan.block)
 
-    if not plan.writes:
-        out, place = (programs, plan.rows, LANES), pl.BlockSpec((1, plan.rows, LANES), whole)
-    elif plan.held:
-        out, place = (programs, plan.heads, plan.room), pl.BlockSpec((1, plan.heads, plan.room), whole)
-    else:
-        out = (programs, plan.heads, plan.room)
+    out = (plan.heads, plan.room) if plan.writes else (plan.rows, LANES)
+    place = pl.BlockSpec((1, *out), whole)
+    if not plan.counts:
         place = pl.BlockSpec((1, plan.heads, plan.block), lambda program, n, *_: (program, 0, n))
     stats = [pltpu.VMEM((plan.rows, LANES), jnp.float32)] * 2 * plan.counts
     waiting = [pltpu.VMEM((plan.rows, plan.room), jnp.float32)] * plan.held
@@ -169,7 +165,7 @@ def _over_blocks(operands, given, plan, *, interpret):
             out_specs=place,
             scratch_shapes=stats + waiting,
         ),
-        out_shape=jax.ShapeDtypeStruct(out, jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((programs, *out), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -184,22 +180,12 @@ def _over_blocks(operands, given, plan, *, interpret):
     return found.reshape(rows, -1)[:, : plan.size] if plan.writes else found
 
 
-def _slices(scores):
-    """The slices of 128 tokens, or all of them where they are fewer or not whole slices."""
-    size = scores.shape[1]
-    width = LANES if size % LANES == 0 else size
-    return [scores[:, at : at + width] for at in range(0, size, width)]
-
-
 def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
     del layers_ref  # only the index map of k_imp uses it
     program, index = pl.program_id(0), pl.program_id(1)
     begin, end = (bounds_ref[program // plan.sequences, i] for i in range(2))
     end = jnp.minimum(end, plan.size)
     q_imp, factor = q_ref[0], factor_ref[0]
-    refs = list(refs)
-    off_ref = refs.pop(0) if plan.writes and not plan.counts and len(refs) > 1 else None
-    out_ref = refs.pop(0)
 
     def scores(at):
         """Scores, float32 [rows, chunk]; -inf for rows without a query head, tokens not seen, and NaN."""
@@ -230,18 +216,21 @@ def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
         steps = size // plan.chunk
         return jax.lax.fori_loop(0, steps, lambda i, c: body(pl.multiple_of(i * plan.chunk, plan.chunk), c), carry)
 
-    if not plan.counts:
-        off = 0.0 if off_ref is None else finite_or_zero(off_ref[0])
+    def write_chunks(out_ref, size, scores_of, off):
+        """Pool and write so many tokens."""
 
         def write(at, carry):
-            out_ref[0, :, pl.ds(at, plan.chunk)] = pooled(scores(at) - off)
+            out_ref[0, :, pl.ds(at, plan.chunk)] = pooled(scores_of(at) - off)
             return carry
 
-        each_chunk(plan.block, write, 0)
+        each_chunk(size, write, 0)
+
+    if not plan.counts:
+        *off_refs, out_ref = refs
+        write_chunks(out_ref, plan.block, scores, finite_or_zero(off_refs[0][0]) if off_refs else 0.0)
         return
 
-    top_ref, total_ref, *waiting = refs
-    last = index == plan.blocks - 1
+    out_ref, top_ref, total_ref, *waiting = refs
 
     @pl.when(index == 0)
     def _():
@@ -254,30 +243,23 @@ def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
         found = scores(at)
         if plan.held:
             waiting[0][:, pl.ds(pl.multiple_of(index * plan.block + at, plan.chunk), plan.chunk)] = found
-        parts = _slices(found)
-        if parts[0].shape[1] != LANES:  # lanes would be left over
-            parts = [jnp.max(found, axis=1, keepdims=True)]
-            higher = jnp.maximum(top, parts[0])
+        if plan.chunk % LANES:  # lanes would be left over
+            higher = jnp.maximum(top, jnp.max(found, axis=1, keepdims=True))
             sums = jnp.sum(jnp.exp(found - higher[:, :1]), axis=1, keepdims=True)
             lane = jax.lax.broadcasted_iota(jnp.int32, top.shape, 1)
             return higher, total * jnp.exp(top - higher) + jnp.where(lane == 0, sums, 0.0)
+        parts = lane_slices(found)
         higher = functools.reduce(jnp.maximum, parts, top)
         sums = functools.reduce(jnp.add, [jnp.exp(part - higher) for part in parts])
         return higher, total * jnp.exp(top - higher) + sums
 
     top_ref[...], total_ref[...] = each_chunk(plan.block, add, (top_ref[...], total_ref[...]))
 
-    @pl.when(last)
+    @pl.when(index == plan.blocks - 1)
     def _():
         top = jnp.max(top_ref[...], axis=1, keepdims=True)
         total = total_of(top, jnp.sum(total_ref[...] * jnp.exp(top_ref[...] - top), axis=1, keepdims=True))
         if not plan.writes:
             out_ref[0] = jnp.broadcast_to(total, out_ref.shape[1:])
             return
-        off = finite_or_zero(total)
-
-        def write(at, carry):
-            out_ref[0, :, pl.ds(at, plan.chunk)] = pooled(waiting[0][:, pl.ds(at, plan.chunk)] - off)
-            return carry
-
-        each_chunk(plan.room, write, 0)
+        write_chunks(out_ref, plan.room, lambda at: waiting[0][:, pl.ds(at, plan.chunk)], finite_or_zero(total))

@@ -20,9 +20,8 @@ from pallas_kernels import xla
 from pallas_kernels.choice import BARRED, TOP, Selection, image_of, rank_image, wanted
 from pallas_kernels.operands import bounds
 from pallas_kernels.threshold import INFINITE, close_bracket, span_counts, spanned_images, tied_units
+from pallas_kernels.tpu.registers import LANES, SUBLANES, lane_slices
 
-LANES = 128
-SUBLANES = 8
 BLOCK = 8192  # tokens of which the images are formed at a time, or those of 128 units where they are more
 WIDE = 1024  # units counted at a time
 SLOTS = 256  # slots found at a time
@@ -68,9 +67,8 @@ def select_top_k(scores, lengths, n, *, counts, rules, interpret):
         scores, unit, limit = image_of(scores, lengths, rules), 1, None
     if rules.threshold is not None or counts is not None:
         limit = jnp.float32(-jnp.inf) if limit is None else limit.astype(jnp.float32)
-        columns = [jax.lax.bitcast_convert_type(limit, jnp.int32), wanted(counts, n, (batch, heads))]
-        columns = jnp.stack([jnp.broadcast_to(column, (batch, heads)) for column in columns], axis=-1)
-        columns = [columns.astype(jnp.int32).reshape(rows, -1)]
+        pair = jax.lax.bitcast_convert_type(limit, jnp.int32), wanted(counts, n, (batch, heads)).astype(jnp.int32)
+        columns = [jnp.stack([jnp.broadcast_to(one, (batch, heads)) for one in pair], axis=-1).reshape(rows, 2)]
     together = LANES * unit
     plan = ChoicePlan(
         rows=rows,
@@ -147,7 +145,7 @@ def _part(i, wide):
 
 def _over_lanes(combine, part):
     """The fold of the 128 lanes wide slices of a part, [8, 128]."""
-    return functools.reduce(combine, [part[:, at : at + LANES] for at in range(0, part.shape[1], LANES)])
+    return functools.reduce(combine, lane_slices(part))
 
 
 def _join_units(image_of_slice, unit):
