@@ -29,6 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import pallas_kernels as pk
 from benchmarks import pod_plans, tpu_decode
 from benchmarks.about import about
+from pallas_kernels.bench.cases import SHAPES, Case
 from pallas_kernels.tpu import attention, scores, selection
 
 SCHEDULES = Path(os.environ["LIBTPU_INIT_ARGS"].rpartition("=")[2])
@@ -127,25 +128,22 @@ def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> di
 
 def model_row(chip: str, context: int, batch: int, runs: dict[str, list[BundleRun]], beside: int) -> dict[str, Any]:
     """A row of the table: seconds of each kernel, of the call and of dense attention, and the share of the byte cap."""
-    rows, bandwidth = batch * HEADS, pod_plans.CHIPS[chip].memory
-    read = context // 16
-    images = 4 * rows * context
-    moved = {
-        "importance_scores": rows * context * RANK * 2 + images,
-        "select_top_k": images,
-        "attend_to_pages": 4 * rows * read * DIM,
-    }
-    dense = 4 * rows * context * DIM
+    bandwidth = pod_plans.CHIPS[chip].memory
+    case = Case(
+        shape=SHAPES["llama8b"], context=context, batch=batch, tokens=context // 16, dtype=jnp.bfloat16, unit=UNIT
+    )
+    written = 4 * batch * HEADS * context  # scores
+    read = case.dense_bytes / 16
+    moved = dict(importance_scores=case.sparse_bytes(1) - read - written, select_top_k=written, attend_to_pages=read)
     kernels = {}
     for kernel, bundles in bundles_of(runs, context, batch).items():
         cores = CORES[chip] if kernel == "attend_to_pages" or batch > 1 else 1  # cores divide sequences, or rows
         cycles, bytes_ = bundles / cores / CLOCKS[chip], moved[kernel] / bandwidth
         kernels[kernel] = dict(bundles=round(bundles), bundle_seconds=cycles, byte_seconds=bytes_)
     seconds = beside * OPERATION + sum(max(k["bundle_seconds"], k["byte_seconds"]) for k in kernels.values())
-    cap = dense / sum(moved.values())
-    speedup = dense / bandwidth / seconds
-    row = dict(chip=chip, context=context, batch=batch, seconds=seconds, dense_seconds=dense / bandwidth)
-    return row | dict(speedup=speedup, cap=cap, share_of_cap=speedup / cap, operations=beside, kernels=kernels)
+    dense = case.dense_bytes / bandwidth
+    row = dict(chip=chip, context=context, batch=batch, dense_seconds=dense, operations=beside, kernels=kernels)
+    return row | case.speeds(1, dense, seconds, seconds)
 
 
 def main() -> None:
