@@ -38,10 +38,17 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Context(NamedTuple):
-    """The tokens' positions in their documents, and the base's rotary cosine and sine there."""
+    """Where the tokens are.
+
+    Attributes:
+        positions: In their documents, as the base sees them.
+        angles: The base's rotary cosine and sine there.
+        keys: How many keys each token sees: its own and those before it in its document.
+    """
 
     positions: Int[Array, "B T"]
     angles: RotaryAngles
+    keys: Int[Array, "B T"]
 
 
 class ServedBlock(NamedTuple):
@@ -106,9 +113,14 @@ class Predictor(nnx.Module):
         """Q: heads of k_imp. K by default, each shared by a group of query heads."""
         return self.base.kv_heads
 
-    def context(self, positions: Int[Array, "B T"], length: Int[Array, " B"] | int | None = None) -> Context:
-        """The context of tokens at these positions; `length` as in `rope_angles`."""
-        return Context(positions, rope_angles(self.base, positions, length))
+    def context(
+        self,
+        positions: Int[Array, "B T"],
+        length: Int[Array, " B"] | int | None = None,
+        keys: Int[Array, "B T"] | None = None,
+    ) -> Context:
+        """The context of tokens at these positions; `length` as in `rope_angles`, keys by default positions + 1."""
+        return Context(positions, rope_angles(self.base, positions, length), positions + 1 if keys is None else keys)
 
     def capture(self, view: LayerView) -> Float[Array, "B T E"]:
         """What a producer reads at its layer. Default: the residual stream that enters the layer."""

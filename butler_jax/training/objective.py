@@ -34,6 +34,7 @@ from butler_jax.model import (
     by_service,
     causal_attention,
     dense_mixer,
+    document_starts,
     embed,
     output_gram,
     output_projection,
@@ -96,9 +97,10 @@ class DistillationObjective:
             averaged over the served layers; the number of these terms; and the gradient, in the shape of
             nnx.state(predictor, nnx.Param). Divide loss and gradient by the count.
         """
-        positions = batch["positions"]
-        context = predictor.context(positions)
-        layers = LayerGradients(self, predictor, model, batch["segments"], context, dropout)
+        positions, segments = batch["positions"], batch["segments"]
+        columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+        context = predictor.context(positions, keys=columns - document_starts(segments) + 1)
+        layers = LayerGradients(self, predictor, model, segments, context, dropout)
         x = embed(model, batch["tokens"])
         first = walk.begin(predictor, x, context)
         zeros = jax.tree.map(jnp.zeros_like, predictor.trunk)

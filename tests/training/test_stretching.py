@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from butler_jax import distil, load_base
+from butler_jax.predictors.config import PredictorConfig
+from butler_jax.predictors.lookahead import Lookahead
 from butler_jax.training.config import TrainConfig
+from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.stretching import StretchedBatches, stretch_positions
 from tests import tiny_runs
-from tests.tiny_models import make_batch
+from tests.tiny_models import BASE, make_batch, make_model
 
 
 def test_the_second_part_of_every_document_is_moved_on():
@@ -47,6 +51,24 @@ def test_the_place_is_that_of_the_batches():
     batches = StretchedBatches(Inside(), 100)
     batches.set_state({"place": 7})
     assert batches.get_state() == {"place": 7} and next(iter(batches))["positions"].shape == (1, 20)
+
+
+def test_the_offset_sees_the_number_of_keys_and_not_the_positions():
+    found = {}
+
+    class Spy(Lookahead):
+        def context(self, positions, length=None, keys=None):
+            found["context"] = super().context(positions, length, keys)
+            return found["context"]
+
+    batch = make_batch([[40, 1, 20], [64]], 64)
+    stretched = stretch_positions(batch, 500)
+    DistillationObjective("cross_entropy").differentiate(
+        Spy(BASE, PredictorConfig(rank=4), jax.random.key(0)), make_model(), stretched
+    )
+    context, real = found["context"], batch["segments"] > 0
+    np.testing.assert_array_equal(context.positions, stretched["positions"])
+    np.testing.assert_array_equal(np.asarray(context.keys)[real], batch["positions"][real] + 1)
 
 
 @pytest.mark.slow
