@@ -151,7 +151,7 @@ class Lookahead(Predictor):
         return jnp.concatenate([k, values.astype(k.dtype)], axis=-1)
 
     def offset(self, head: Any, features, view: LayerView, context: Context):
-        """Linear in the normalised captured stream, and in the logarithms of its norm and of context.keys; [B, T, H]."""
+        """Linear in the normalised captured stream and the logarithms of its norm and of context.keys; [B, T, H]."""
         if head.offset is None:
             return None
         stream = features.astype(jnp.float32)
