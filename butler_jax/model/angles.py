@@ -31,19 +31,25 @@ class RotaryAngles(NamedTuple):
 
 
 def rope_angles(
-    config: BaseConfig, positions: Int[Array, "B T"], length: Int[Array, " B"] | int | None = None
+    config: BaseConfig,
+    positions: Int[Array, "B T"],
+    length: Int[Array, " B"] | int | None = None,
+    near: Int[Array, "B T"] | None = None,
 ) -> RotaryAngles:
     """Rotary cosine and sine of a model at these positions.
 
     Args:
         length: Tokens of each row, by which longrope takes its short or its long factors; default those up to the
             row's last position.
+        near: Positions in the layers that slide beside others that see everything. Where `positions` skip some, these
+            must not: a sliding window reaches back over tokens. Default: `positions`.
     """
-    ropes = config.layer_ropes
-    kinds = list(dict.fromkeys(ropes))
-    found = [_angles(config, rope, positions, length) for rope in kinds]
+    apart = near is not None and not config.serves_windows
+    layers = [(rope, apart and slides) for rope, slides in zip(config.layer_ropes, config.sliding, strict=True)]
+    kinds = list(dict.fromkeys(layers))
+    found = [_angles(config, rope, near if slides else positions, length) for rope, slides in kinds]
     cos, sin = (jnp.stack(parts) for parts in zip(*found, strict=True))
-    return RotaryAngles(cos, sin, np.array([kinds.index(rope) for rope in ropes]) if len(kinds) > 1 else None)
+    return RotaryAngles(cos, sin, np.array([kinds.index(kind) for kind in layers]) if len(kinds) > 1 else None)
 
 
 def _angles(config, rope: RopeConfig | None, positions, length) -> tuple[Array, Array]:

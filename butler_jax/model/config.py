@@ -301,6 +301,11 @@ class BaseConfig:
         return tuple(layer for layer, serves in enumerate(self.served) if serves)
 
     @property
+    def serves_windows(self) -> bool:
+        """Whether the served layers see a sliding window: no layer but layer 0 sees everything."""
+        return any(self.sliding[layer] for layer in self.served_layers)
+
+    @property
     def mixed(self) -> bool:
         """Whether a layer other than layer 0 is not served."""
         return len(self.served_layers) < self.layers - 1

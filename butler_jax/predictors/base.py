@@ -119,8 +119,14 @@ class Predictor(nnx.Module):
         length: Int[Array, " B"] | int | None = None,
         keys: Int[Array, "B T"] | None = None,
     ) -> Context:
-        """The context of tokens at these positions; `length` as in `rope_angles`, keys by default positions + 1."""
-        return Context(positions, rope_angles(self.base, positions, length), positions + 1 if keys is None else keys)
+        """The context of tokens at these positions; `length` as in `rope_angles`.
+
+        keys: as in `Context`, where positions skip some. Default: positions + 1.
+        """
+        near = None if keys is None else keys - 1
+        return Context(
+            positions, rope_angles(self.base, positions, length, near), positions + 1 if keys is None else keys
+        )
 
     def capture(self, view: LayerView) -> Float[Array, "B T E"]:
         """What a producer reads at its layer. Default: the residual stream that enters the layer."""

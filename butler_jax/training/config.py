@@ -111,9 +111,9 @@ class TrainConfig(FitConfig):
     start: str | None = None
     """A run or a saved predictor, from whose parameters the training starts. Default: those of `init_predictor`."""
     reach: int | None = None
-    """Context in tokens that the predictor is trained for, above --length: the second part of every document of a batch
-    is moved on by a random number of tokens (positional skip-wise training, arXiv 2309.10400). Validations are not.
-    Default: that of --length."""
+    """Context in tokens that the predictor is trained for: the second part of every document of a batch is moved on by
+    a random number of tokens (positional skip-wise training, arXiv 2309.10400). Validations are not. 0: that of
+    --length. Default: the base's context, or the window where all its layers slide."""
     calibration: int = 4
     """Batches on which the lookahead predictor chooses its rotary pairs."""
 
@@ -136,8 +136,8 @@ class TrainConfig(FitConfig):
                 raise ValueError("--chosen is about the cross entropy; give --objective cross_entropy, or leave it out")
             if self.attention not in (None, "xla"):
                 raise ValueError(f"--chosen runs with --attention xla, not {self.attention}; leave one of them out")
-        if self.reach is not None and self.reach < self.length:
-            raise ValueError(f"--reach must be at least --length {self.length}, got {self.reach}; leave it out")
+        if self.reach is not None and self.reach != 0 and self.reach < self.length:
+            raise ValueError(f"--reach must be 0, or at least --length {self.length}, got {self.reach}")
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
         sinks, recent = self.selection.sinks, self.selection.recent

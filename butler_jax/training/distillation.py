@@ -35,7 +35,7 @@ from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import TrainState, learning_schedule, make_optimiser, make_train_step, start_state
-from butler_jax.training.stretching import StretchedBatches
+from butler_jax.training.stretching import StretchedBatches, default_reach
 from butler_jax.training.validation import Validation
 from butler_jax.weights import Base, load_base
 
@@ -75,7 +75,7 @@ def distil(
             shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
             base = load_base(config.base, dtype=config.dtype, shardings=shardings)
         base.require_tokenizer()
-        check_length(base.config, config.reach or config.length)
+        check_length(base.config, max(config.reach or 0, config.length))
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
             if predictor is None:
@@ -121,8 +121,9 @@ def prepare(
     source |= {"data_dir": config.data_dir, "strict": config.strict_data}
     rows = rows_here(config.batch_size, mesh)
     batches = read_batches(config.data, base.tokenizer, seed=config.seed, rows=rows, **source)
-    if config.reach is not None:
-        batches = StretchedBatches(batches, config.reach)
+    reach = default_reach(base.config) if config.reach is None else config.reach
+    if reach > 0:
+        batches = StretchedBatches(batches, reach)
     count = max(1, VALIDATION_ROWS // config.batch_size)
     held_out = read_held_out(config.data, base.tokenizer, count=count, **source)
     always = config.selection.sinks + config.selection.recent

@@ -105,7 +105,7 @@ class DistillationObjective:
         first = walk.begin(predictor, x, context)
         zeros = jax.tree.map(jnp.zeros_like, predictor.trunk)
         start = PassState(first, first.features, zeros, jnp.zeros(()), jnp.zeros(()))
-        _, end, heads = run_layers(model, x, positions, layers.mix, start)
+        _, end, heads = run_layers(model, x, positions, layers.mix, start, angles=context.angles)
         as_heads = partial(_as_heads, layers=np.asarray(model.config.served_layers))
         gradients = jax.tree.map(as_heads, heads, nnx.state(predictor.heads, nnx.Param)), end.trunk_gradients
         structure = jax.tree.structure(nnx.state(predictor, nnx.Param))

@@ -2,6 +2,7 @@
 
 Positional skip-wise training (D. Zhu et al., arXiv 2309.10400): a document is read in two parts, and the positions of
 the second part are moved on. The base attends over the distances between them, and so a predictor is trained for them.
+Layers that slide beside others that see everything keep the places of the tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import zlib
 from typing import Any
 
 import numpy as np
+
+from butler_jax.model import BaseConfig
 
 
 class StretchedBatches:
@@ -38,11 +41,18 @@ class StretchedBatches:
         self.batches.set_state(state)
 
 
+def default_reach(base: BaseConfig) -> int:
+    """The context in tokens that a predictor is trained for: the base's, or the sliding window of the served layers."""
+    return min(base.context, base.sliding_window) if base.serves_windows else base.context
+
+
 def stretch_positions(batch: dict[str, np.ndarray], reach: int) -> dict[str, np.ndarray]:
     """Move the positions of the second part of every document on by a random number of tokens.
 
-    Where a document is cut, and by how much it moves, depends on the tokens of its row alone. So a training that goes
-    on, and one on several hosts, sees the same positions.
+    The document then spans a random number of positions, from its own tokens to the reach, and the logarithm of the
+    number is uniform. So a far reach takes little from near distances. Where a document is cut, and by how much it
+    moves, depends on the tokens of its row alone. So a training that goes on, and one on several hosts, sees the same
+    positions.
 
     Args:
         batch: tokens, segments (0 is padding) and positions, int32 [B, T] each.
@@ -56,7 +66,8 @@ def stretch_positions(batch: dict[str, np.ndarray], reach: int) -> dict[str, np.
         random = np.random.default_rng(zlib.crc32(np.ascontiguousarray(tokens).tobytes()))
         starts = np.flatnonzero(np.diff(segments, prepend=0))
         for start, stop in zip(starts, [*starts[1:], len(segments)], strict=True):
-            room = reach - (stop - start)
-            if segments[start] > 0 and stop - start > 1 and room > 0:
-                row[random.integers(start + 1, stop) : stop] += random.integers(room + 1, dtype=row.dtype)
+            size = stop - start
+            if segments[start] > 0 and 1 < size < reach:
+                spanned = int(size * (reach / size) ** random.random())
+                row[random.integers(start + 1, stop) : stop] += spanned - size
     return {**batch, "positions": positions}
