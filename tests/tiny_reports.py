@@ -81,7 +81,10 @@ def report(found=None, **about):
     }
     reads = {p: make_reads(number) for number, p in enumerate(policies)}
     bins = [{"predicted": [1e-4, 1e-3], "true": [n * 1e-4, 1e-3], "count": [9.0, 5.0]} for n in (2, 3)]
+    shares = {"true": [0.2, 0.5, 0.3], "recalled": [0.2, 0.4, 0.1], "read": [0.3, 0.3, 0.4]}
+    far = [{"budget": 0.5} | shares, {"budget": 0.125} | shares | {"recalled": [0.2, 0.1, 0.1]}]
     arrays = {"hit_rate": {p: rate for p in policies}, "reads": reads, "reliability": {"tokenbutler:lookahead": bins}}
+    arrays["distances"] = {p: far for p in policies}
     return SimpleNamespace(rows=found, arrays=arrays, about=known | about)
 
 

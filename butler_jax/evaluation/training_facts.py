@@ -10,7 +10,7 @@ from butler_jax.runs import load_predictor, read_facts, records, steps
 from butler_jax.storage import read_object
 from butler_jax.weights import Base
 
-SETTINGS = ("data", "steps", "length", "batch_size", "learning_rate", "objective", "seed", "dtype")
+SETTINGS = ("data", "steps", "length", "reach", "batch_size", "learning_rate", "objective", "seed", "dtype")
 
 
 def load_trained(run: str | Path, base: Base) -> tuple[Predictor, dict[str, Any]]:

@@ -20,6 +20,7 @@ from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best, tied_share
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import spread_rows, sum_chunks
+from butler_jax.simulation.distances import count_bins, mean_distances, sum_by_distance
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.reliability import BINS, mean_reliability, sum_reliability
@@ -47,6 +48,8 @@ class Recall:
         by_head: The hit rate of every layer from 1 on and query head; NaN where the layer is not served.
         reliability: What the predictor's policies predict beside what is true, over the same rows and all served
             layers: `mean_reliability` of their sums.
+        distances: distances[policy][budget] is where attention weight and keys that are read lie, sinks and recent keys
+            aside: `mean_distances` of their sums. Policies that evict have none.
     """
 
     mass: dict[str, dict[float, Estimate]]
@@ -56,6 +59,7 @@ class Recall:
     tied: dict[str, dict[float, Estimate]]
     by_head: dict[str, Float[np.ndarray, "L H"]]
     reliability: dict[str, list[dict[str, list[float]]]]
+    distances: dict[str, dict[float, dict[str, list[float]]]]
 
 
 class RecallSums(NamedTuple):
@@ -65,6 +69,9 @@ class RecallSums(NamedTuple):
         mass: Recalled mass, summed over layers too, mean over heads.
         attended: Fraction of the causal keys that was chosen, likewise.
         tied: Share of the chosen units that their score does not tell from others, likewise.
+        distances: Recalled mass and the number of keys read, by distance and without sinks and recent keys, likewise;
+            0 for policies that evict.
+        weights: The true attention weight by distance, without sinks and recent keys, likewise.
         hits: Hit rate of every served layer and query head.
         spearman: Rank correlation of every served layer and query head.
         reliability: `sum_reliability` over the rows that are ranked, summed over layers too; 0 for other policies.
@@ -75,6 +82,8 @@ class RecallSums(NamedTuple):
     mass: Float[Array, "policies budgets B"]
     attended: Float[Array, "policies budgets B"]
     tied: Float[Array, "policies budgets B"]
+    distances: Float[Array, "policies budgets 2 bins B"]
+    weights: Float[Array, "bins B"]
     hits: Float[Array, "policies L H B"]
     spearman: Float[Array, "policies L H B"]
     reliability: Float[Array, "policies 2 3 BINS B"]
@@ -149,7 +158,7 @@ def measure_recall(
             found.append(jax.tree.map(lambda a: on_host(a).astype(np.float64), sums))
     if not groups or not parts[0]:
         raise ValueError("recall needs at least one policy and one batch")
-    result = Recall({}, {}, {}, {}, {}, {}, {})
+    result = Recall({}, {}, {}, {}, {}, {}, {}, {})
     for group, found in zip(groups, parts, strict=True):
         sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
         if not sums.rows.any():
@@ -172,6 +181,10 @@ def _enter(
     for table, values in by_budget:
         each = [estimate_ratio(v / len(layers), sums.rows) for v in values[number]]
         table[name] = dict(zip(budgets, each, strict=True))
+    weights, rows = sums.weights.sum(axis=-1), sums.rows.sum() * len(layers)
+    if weights.any():
+        each = [mean_distances(weights, found.sum(axis=-1), rows) for found in sums.distances[number]]
+        result.distances[name] = dict(zip(budgets, each, strict=True))
     if not sums.ranked.any():
         return
     for table, values in ((result.hit_rate, sums.hits), (result.spearman, sums.spearman)):
@@ -203,10 +216,10 @@ def _sum_scoring(
     how |= dict(rows=options.rows, first=options.prompt_tokens)
     found = sum_chunks(model, predictor, batch, look, **how)
     served = np.asarray(model.config.served_layers)
-    by_budget = (jnp.sum(a[served], axis=0) for a in found[:3])
-    by_head = (jnp.swapaxes(a[served], 0, 1) for a in found[3:5])
-    reliability = jnp.sum(found.reliability[served], axis=0)
-    return RecallSums(*by_budget, *by_head, reliability, *(a[served[0]] for a in (found.rows, found.ranked)))
+    by_layer = {name: a[served] for name, a in found._asdict().items()}
+    joined = {name: jnp.sum(a, axis=0) for name, a in by_layer.items()}
+    joined |= {name: jnp.swapaxes(by_layer[name], 0, 1) for name in ("hits", "spearman")}
+    return RecallSums(**joined | {name: by_layer[name][0] for name in ("rows", "ranked")})
 
 
 @partial(compiled, static_argnames=("policy", "options"))
@@ -238,8 +251,19 @@ def _sum_evicting(
     mass, attended = (jnp.sum(a[np.asarray(base.served_layers)], axis=0)[None] for a in sums)
     none = jnp.zeros((1, len(base.served_layers), base.heads, segments.shape[0]))
     number = jnp.sum(counted, axis=1).astype(jnp.float32)
-    zero, reliability = jnp.zeros_like(number), jnp.zeros((1, 2, 3, BINS, segments.shape[0]))
-    return RecallSums(mass, attended, jnp.zeros_like(mass), none, none, reliability, number, zero)
+    bins, rows = count_bins(segments.shape[1]), segments.shape[:1]
+    return RecallSums(
+        mass=mass,
+        attended=attended,
+        tied=jnp.zeros_like(mass),
+        distances=jnp.zeros((*mass.shape[:2], 2, bins, *rows)),
+        weights=jnp.zeros((bins, *rows)),
+        hits=none,
+        spearman=none,
+        reliability=jnp.zeros((1, 2, 3, BINS, *rows)),
+        rows=number,
+        ranked=jnp.zeros_like(number),
+    )
 
 
 def _counted(batch: dict[str, Int[Array, "B T"]], options: RecallOptions) -> Bool[Array, "B T"]:
@@ -271,19 +295,26 @@ def _sum_chunk(
     def sum_means(per_head):
         return jnp.sum(jnp.where(real, jnp.mean(per_head, axis=(1, 2)), 0.0), axis=-1)
 
+    def sum_distances(values):
+        """Sums of every contested key's values by distance, as sum_means of each bin, [bins, B]."""
+        values = jnp.where(chunk.contested[:, None, None], values, 0)
+        found = sum_by_distance(values, chunk.rows.own[:, None, None], chunk.columns, count_bins(counted.shape[1]))
+        return jax.vmap(sum_means, -1)(found)
+
     def sum_heads(per_head):
         """Sums of every query head over the rows that are ranked, [H, B]."""
         sums = jnp.sum(jnp.where(ranked[:, None, None], per_head, 0.0), axis=-1)
         return jnp.broadcast_to(sums, (batch, kv_heads, group)).reshape(batch, -1).T
 
     def sum_mass(pooled, rule, table):
-        """Recalled mass, the fraction of keys read and the share of ties, summed over rows."""
+        """Recalled mass, the fraction of keys read, the share of ties, and both by distance, summed over rows."""
         mask, _ = chosen_mask(chunk, lambda: pooled, Limits(table, None, 0), rule)
         tied = tied_share(mask, pooled, allowed[:, None], chunk.rows, rule, chunk.columns)
         mask = mask.reshape(batch, kv_heads, -1, size, keys)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32) / jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]
-        found = jnp.sum(jnp.where(mask, weights, 0.0), axis=-1), read, tied[:, :, None]
-        return tuple(map(sum_means, found))
+        recalled = jnp.where(mask, weights, 0.0)
+        found = jnp.sum(recalled, axis=-1), read, tied[:, :, None]
+        return *map(sum_means, found), jnp.stack([sum_distances(recalled), sum_distances(mask)])
 
     fewer = chunk.only(few)
     true = fewer.logits
@@ -305,7 +336,8 @@ def _sum_chunk(
     rows = (jnp.sum(a.astype(jnp.float32), axis=-1) for a in (real, ranked))
     by_budget = (jnp.stack(parts) for parts in zip(*found, strict=True))
     spearman = [sum_heads(one) for one in correlations]
-    return RecallSums(*by_budget, *map(jnp.stack, (hits, spearman, reliable)), *rows)
+    by_head = map(jnp.stack, (hits, spearman, reliable))
+    return RecallSums(*by_budget, sum_distances(weights), *by_head, *rows)
 
 
 def choose_half(scores: Float[Array, "B K G C S"], allowed: Bool[Array, "B C S"]) -> Bool[Array, "B K G C S"]:

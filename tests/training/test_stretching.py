@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from butler_jax import distil, load_base
+from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.predictors.lookahead import Lookahead
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.objective import DistillationObjective
-from butler_jax.training.stretching import StretchedBatches, stretch_positions
+from butler_jax.training.stretching import StretchedBatches, default_reach, stretch_positions
 from tests import tiny_runs
 from tests.tiny_models import BASE, make_batch, make_model
 
@@ -71,6 +74,24 @@ def test_the_offset_sees_the_number_of_keys_and_not_the_positions():
     np.testing.assert_array_equal(np.asarray(context.keys)[real], batch["positions"][real] + 1)
 
 
+def test_layers_that_slide_keep_the_places_of_the_tokens():
+    """Where the layers that see everything are not rotated, moved positions change nothing."""
+    base = replace(BASE, sliding_window=16, sliding_layers=(True, False, True), rotated_layers=(True, False, True))
+    predictor = make_predictor(base, PredictorConfig(rank=4), seed=0)
+    batch = make_batch([[40, 1, 20], [64]], 64)
+    losses = [
+        float(DistillationObjective("cross_entropy").differentiate(predictor, make_model(base), given)[0])
+        for given in (batch, stretch_positions(batch, 500))
+    ]
+    assert losses[0] == losses[1] > 0
+
+
+def test_the_default_is_the_context_or_the_window_of_the_served_layers():
+    assert default_reach(BASE) == 512
+    assert default_reach(replace(BASE, sliding_window=64)) == 64
+    assert default_reach(replace(BASE, sliding_window=64, sliding_layers=(True, False, True))) == 512
+
+
 @pytest.mark.slow
 def test_a_training_reaches_beyond_its_rows_and_not_beyond_the_model(tmp_path):
     place = tiny_runs.make_place(tmp_path)
@@ -78,5 +99,5 @@ def test_a_training_reaches_beyond_its_rows_and_not_beyond_the_model(tmp_path):
     distil(base, tiny_runs.settings(place, tmp_path / "own", steps=2, reach=base.config.context))
     with pytest.raises(ValueError, match="context"):
         distil(base, tiny_runs.settings(place, tmp_path / "far", steps=1, reach=2 * base.config.context))
-    with pytest.raises(ValueError, match="--reach must be at least --length 512, got 100; leave it out"):
+    with pytest.raises(ValueError, match="--reach must be 0, or at least --length 512, got 100"):
         TrainConfig(reach=100)

@@ -188,6 +188,26 @@ def draw_positions(
     return canvas
 
 
+def draw_distances(curves: Mapping[str, Mapping[str, Sequence[float]]], styles: Mapping[str, Look], title: str) -> Any:
+    """Draw the attention weight that keys read hold by distance, below that of all keys, and where those keys lie."""
+    canvas, (panels,) = make_canvas(1, 2, (WIDTH, 2.6))
+    for panel, name, label in zip(panels, ("recalled", "read"), ("attention weight", "keys read"), strict=True):
+        for policy, found in curves.items():
+            look, of_bins = styles[policy], [100 * share for share in found[name]]
+            style = dict(color=look.color, linestyle=look.dashes, linewidth=look.width, zorder=look.above)
+            panel.plot(range(len(of_bins)), of_bins, label=policy, **style)
+        ticks = range(0, len(of_bins), max(2, len(of_bins) // 5))
+        panel.set_xticks(ticks, [f"{2**b:,}" for b in ticks])
+        panel.set(title=f"{label} (%)", xlabel="at least so many tokens back")
+        panel.tick_params(labelsize=7.5)
+        panel.grid(axis="y")
+    true = [100 * share for share in next(iter(curves.values()))["true"]]
+    panels[0].fill_between(range(len(true)), true, color=REFERENCE, alpha=0.25, linewidth=0, label="all keys")
+    canvas.suptitle(title, fontsize=9.5, fontweight="bold", x=0.02, ha="left")
+    _draw_legend(canvas, panels)
+    return canvas
+
+
 def draw_reliability(
     curves: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], styles: Mapping[str, Look], title: str
 ) -> Any:

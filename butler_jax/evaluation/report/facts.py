@@ -71,7 +71,7 @@ def _describe_training(known: Mapping[str, Any] | None) -> str:
         rows = f"{_format_value(known.get('batch_size'))} x {_format_value(known.get('length'))}"
         words.append(f"{_format_count(known['tokens_a_step'])} tokens a step ({rows})")
     words += [f"on {known['data']}"] if "data" in known else []
-    told = ("learning_rate", "objective", "seed", "dtype", "run", "command")
+    told = ("reach", "learning_rate", "objective", "seed", "dtype", "run", "command")
     return ", ".join(
         [*words, *(f"{name.replace('_', ' ')} {_format_value(known[name])}" for name in told if name in known)]
     )

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from butler_jax.evaluation.plots import Draw, Look, assign_looks
-from butler_jax.evaluation.report.curves import BYTES_READ, draw_curves, draw_parts, draw_positions, draw_reliability
+from butler_jax.evaluation.report.curves import (
+    BYTES_READ,
+    draw_curves,
+    draw_distances,
+    draw_parts,
+    draw_positions,
+    draw_reliability,
+)
 from butler_jax.evaluation.report.heat_maps import draw_grid, draw_heads
 from butler_jax.evaluation.report.modes import label_allocations, split_prompts
 from butler_jax.evaluation.report.shares import is_mixed
@@ -80,8 +87,10 @@ def plan_figures(rows: Sequence[Row], arrays: Mapping[str, Any] | None = None) -
     first = next(iter(groups), 0)  # the arrays of a report come from one evaluation
     rates = {p: r for p, r in (arrays or {}).get("hit_rate", {}).items() if r and r[0]}
     found += [replace(_plan_heads(rates), prompt=first)] if rates else []
-    found += [replace(f, prompt=first) for f in _plan_reliability((arrays or {}).get("reliability", {}), styles)]
-    return found + [replace(f, prompt=first) for f in _plan_reads((arrays or {}).get("reads", {}), styles)]
+    plans = {"reliability": _plan_reliability, "distances": _plan_distances, "reads": _plan_reads}
+    for name, plan in plans.items():
+        found += [replace(f, prompt=first) for f in plan((arrays or {}).get(name, {}), styles)]
+    return found
 
 
 def _plan_rows(rows: Sequence[Row], styles: Mapping[str, Look]) -> list[PlannedFigure]:
@@ -210,6 +219,30 @@ def _plan_reliability(
         "tolerance compares these numbers between heads and layers.",
         alt=f"Two panels of true values against predicted ones, both axes logarithmic, for {', '.join(known)}.",
         draw=lambda: draw_reliability(known, styles, title),
+    )
+    return [figure]
+
+
+def _plan_distances(
+    distances: Mapping[str, Sequence[Mapping[str, Any]]], styles: Mapping[str, Look]
+) -> list[PlannedFigure]:
+    """Where attention weight and the keys that are read lie, at each policy's smallest budget."""
+    least = {
+        p: min(found, key=lambda one: sum(one["recalled"])) for p, found in distances.items() if p in styles and found
+    }
+    if not least:
+        return []
+    budgets = ", ".join(dict.fromkeys(format_budget(one["budget"]) for one in least.values()))
+    title = f"by distance from the query, budget {budgets}"
+    figure = PlannedFigure(
+        name="distances",
+        task="attention",
+        title=title,
+        caption="Left: the attention weight of the keys read, below that of all keys. Right: the share of the keys "
+        "read that lie there. Sinks and recent keys are left out. A policy that reads far more at long distances than "
+        "the oracle does scores far keys too high.",
+        alt=f"Two panels of shares by distance in powers of two, for {', '.join(least)}.",
+        draw=lambda: draw_distances(least, styles, title),
     )
     return [figure]
 

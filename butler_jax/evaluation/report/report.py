@@ -69,7 +69,10 @@ class Report:
             layer from 1 on; and positions, the share by position in a window, in bins of bin_size tokens.
             In these lists None stands for a layer that is not served. "reliability": {policy: an object for single keys
             and one for the sums of a row and KV head}, with what the predictor gives ("predicted") and what is true
-            ("true"), means over bins by the first, and how many ("count").
+            ("true"), means over bins by the first, and how many ("count"). "distances": {policy: an object for each
+            budget}, with the attention weight of all keys ("true") and of the keys read ("recalled"), and the share of
+            the keys read that lies there ("read"), in bins of distances from 2^b to 2^(b+1) tokens, without sinks and
+            recent keys.
         about: Base, predictors, policies, versions, device, notes (messages from before the first cell), configuration,
             command and date; the seconds that all cells took when they were measured; and how many cells were measured
             now and how many were kept.

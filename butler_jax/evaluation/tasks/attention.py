@@ -70,12 +70,14 @@ class AttentionTask(Task):
             for budget, tied in found.tied.get(name, {}).items()
             if tied.value > TIED
         ]
+        of_budgets = found.distances.get(name, {})
+        arrays = {"distances": [{"budget": budget} | one for budget, one in of_budgets.items()]} if of_budgets else {}
         if name not in found.hit_rate:
-            return Cell(rows)
+            return Cell(rows, arrays)
         for metric, estimates in (("hit_rate", found.hit_rate), ("spearman", found.spearman)):
             if name in estimates:  # very short documents have no correlation
                 rows.append(self.make_row(policy, metric, estimates[name], budget=None, attended=None))
-        arrays = {"hit_rate": list_known(found.by_head[name])}
+        arrays["hit_rate"] = list_known(found.by_head[name])
         if name in found.reliability:
             arrays["reliability"] = found.reliability[name]
         return Cell(rows, arrays)

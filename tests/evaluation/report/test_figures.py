@@ -44,6 +44,7 @@ def test_every_figure_shows_something(drawn):
         "needle_accuracy_grid",
         "hit_rate_heads",
         "reliability",
+        "distances",
         "reads_by_head",
         "reads_by_position",
     }
@@ -77,6 +78,15 @@ def test_perplexity_by_bytes_goes_through_the_rows():
         own = sorted((100 * value["bytes_of_dense", policy, b], value["perplexity", policy, b]) for b in BUDGETS)
         np.testing.assert_allclose(lines[policy].get_xydata(), own)
     assert not [f for f in plan_figures([r for r in found if r["metric"] == "perplexity"]) if "bytes" in f.name]
+
+
+def test_distances_are_those_of_the_smallest_budget():
+    made = report()
+    (figure,) = (f for f in plan_figures(made.rows, made.arrays) if f.name == "distances")
+    left, right = figure.draw().axes
+    assert figure.title.endswith("budget 1/8") and len(left.lines) == len(right.lines) == len(made.arrays["distances"])
+    np.testing.assert_allclose(left.lines[0].get_ydata(), [20, 10, 10])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), [30, 30, 40])
 
 
 def test_reliability_goes_through_the_means_of_the_bins():

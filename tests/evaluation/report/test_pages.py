@@ -152,7 +152,7 @@ def test_pictures_of_a_former_report_go_and_others_stay(tmp_path):
     (tmp_path / "mine.png").write_bytes(b"mine")
     pages.write_pages(report([r for r in rows() if r["metric"] == "over_dense"]), tmp_path)
     left = {p.name for p in tmp_path.glob("*.png")}
-    stay = {"perplexity_over_dense", "hit_rate_heads", "reliability", "reads_by_head", "reads_by_position"}
+    stay = {"perplexity_over_dense", "hit_rate_heads", "reliability", "distances", "reads_by_head", "reads_by_position"}
     assert left == {"mine.png", *(f"{name}.png" for name in stay)} and len(former - left) > 1
     (tmp_path / "report.md").write_text("# Notes\n\n![not ours](mine.png)\n")
     pages.write_pages(report([]), tmp_path)
