@@ -38,17 +38,10 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Context(NamedTuple):
-    """Where the tokens are.
-
-    Attributes:
-        positions: In their documents, as the base sees them.
-        angles: The base's rotary cosine and sine there.
-        keys: How many keys each token sees: its own and those before it in its document.
-    """
+    """The tokens' positions in their documents, and the base's rotary cosine and sine there."""
 
     positions: Int[Array, "B T"]
     angles: RotaryAngles
-    keys: Int[Array, "B T"]
 
 
 class ServedBlock(NamedTuple):
@@ -117,16 +110,10 @@ class Predictor(nnx.Module):
         self,
         positions: Int[Array, "B T"],
         length: Int[Array, " B"] | int | None = None,
-        keys: Int[Array, "B T"] | None = None,
+        near: Int[Array, "B T"] | None = None,
     ) -> Context:
-        """The context of tokens at these positions; `length` as in `rope_angles`.
-
-        keys: as in `Context`, where positions skip some. Default: positions + 1.
-        """
-        near = None if keys is None else keys - 1
-        return Context(
-            positions, rope_angles(self.base, positions, length, near), positions + 1 if keys is None else keys
-        )
+        """The context of tokens at these positions; `length` and `near` as in `rope_angles`."""
+        return Context(positions, rope_angles(self.base, positions, length, near))
 
     def capture(self, view: LayerView) -> Float[Array, "B T E"]:
         """What a producer reads at its layer. Default: the residual stream that enters the layer."""

@@ -56,8 +56,8 @@ class LookaheadHeads(nnx.Module):
         value_query, value_bias: The value channels of q_imp: [E, H, N] and [H, N].
         value_gram: The mean of W W^T over the heads of a group, [K*D, D]; of the base, not trained.
         value_key: The learned directions of values, [K*D, N-1].
-        offset, offset_bias: The offset: [E, H], and [3, H] for the logarithms of the stream's norm and of the number of
-            keys, and a constant.
+        offset, offset_bias: The offset: [E, H], and [3, H] for the logarithms of the stream's norm and of the position,
+            and a constant.
     """
 
     def __init__(self, base: BaseConfig, config: PredictorConfig, key):
@@ -151,16 +151,16 @@ class Lookahead(Predictor):
         return jnp.concatenate([k, values.astype(k.dtype)], axis=-1)
 
     def offset(self, head: Any, features, view: LayerView, context: Context):
-        """Linear in the normalised captured stream and the logarithms of its norm and of context.keys; [B, T, H]."""
+        """Linear in the normalised captured stream, the logarithm of its norm, and that of the position; [B, T, H]."""
         if head.offset is None:
             return None
         stream = features.astype(jnp.float32)
         size = jnp.sqrt(jnp.mean(jnp.square(stream), axis=-1, keepdims=True) + self.base.norm_eps)
-        of_norm, of_number, bias = OFFSET_SCALE * head.offset_bias[...]
+        of_norm, of_position, bias = OFFSET_SCALE * head.offset_bias[...]
         found = jnp.einsum("bte,eh->bth", stream / size * self.base.width**-0.5, head.offset[...])
         # A log-sum-exp grows with the number of keys; 256 centres its logarithm.
-        number = jnp.log(context.keys.astype(jnp.float32) / 256)[..., None]
-        return found + jnp.log(size) * of_norm[None, None] + number * of_number[None, None] + bias[None, None]
+        number = jnp.log((context.positions + 1).astype(jnp.float32) / 256)[..., None]
+        return found + jnp.log(size) * of_norm[None, None] + number * of_position[None, None] + bias[None, None]
 
     def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
         """Choose the rotary pairs on calibration text and copy the matching rows of the frozen projections.

@@ -120,10 +120,12 @@ def prepare(
     source = {"length": config.length, "batch_size": config.batch_size}
     source |= {"data_dir": config.data_dir, "strict": config.strict_data}
     rows = rows_here(config.batch_size, mesh)
-    batches = read_batches(config.data, base.tokenizer, seed=config.seed, rows=rows, **source)
     reach = default_reach(base.config) if config.reach is None else config.reach
-    if reach > 0:
-        batches = StretchedBatches(batches, reach)
+
+    def read(seed):
+        batches = read_batches(config.data, base.tokenizer, seed=seed, rows=rows, **source)
+        return StretchedBatches(batches, reach) if reach else batches
+
     count = max(1, VALIDATION_ROWS // config.batch_size)
     held_out = read_held_out(config.data, base.tokenizer, count=count, **source)
     always = config.selection.sinks + config.selection.recent
@@ -135,7 +137,7 @@ def prepare(
         )
     held_out = [place_batch(own_rows(batch, mesh), mesh) for batch in held_out]
     if predictor is None:
-        calibration = read_batches(config.data, base.tokenizer, seed=config.seed + 1, rows=rows, **source)
+        calibration = read(config.seed + 1)
         predictor = init_predictor(
             Base(base.name, model, base.tokenizer, base.fingerprint),
             config.predictor,
@@ -152,7 +154,7 @@ def prepare(
         mesh=mesh,
         step=step,
         model=model,
-        batches=batches,
+        batches=read(config.seed),
         validate=Validation(objective, model, held_out).measure,
         about=about(base, predictor.config),
         forward_seconds=time_forward(model, held_out[0], config),

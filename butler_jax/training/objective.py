@@ -45,9 +45,11 @@ from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses import (
     ErrorRule,
     ErrorTarget,
+    FarKeys,
     attend_with_cross_entropy,
     attend_with_squared_error,
 )
+from butler_jax.training.stretching import find_far_keys
 
 LOSSES = ("cross_entropy", "squared_error")
 
@@ -99,8 +101,9 @@ class DistillationObjective:
         """
         positions, segments = batch["positions"], batch["segments"]
         columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-        context = predictor.context(positions, keys=columns - document_starts(segments) + 1)
-        layers = LayerGradients(self, predictor, model, segments, context, dropout)
+        context = predictor.context(positions, near=columns - document_starts(segments))
+        far = find_far_keys(positions, segments)
+        layers = LayerGradients(self, predictor, model, segments, context, far, dropout)
         x = embed(model, batch["tokens"])
         first = walk.begin(predictor, x, context)
         zeros = jax.tree.map(jnp.zeros_like, predictor.trunk)
@@ -131,6 +134,7 @@ class LayerGradients:
     model: BaseModel
     segments: Int[Array, "B T"]
     context: Context
+    far: FarKeys
     dropout: Key[Array, ""] | None
 
     def mix(self, state: PassState, view: LayerView) -> tuple[Float[Array, "B T H D"], PassState, Any]:
@@ -186,7 +190,8 @@ class LayerGradients:
             return attend_with_squared_error(*arrays, **options)
         if offset is not None:
             norm = jnp.linalg.norm(view.x.astype(jnp.float32), axis=-1)
-            options["target"] = ErrorTarget(output_gram(output_projection(view.weights), view.k.shape[2]), norm, offset)
+            gram = output_gram(output_projection(view.weights), view.k.shape[2])
+            options["target"] = ErrorTarget(gram, norm, offset, self.far)
             options["rule"] = ErrorRule(
                 self.predictor.config.target, normalised=self.predictor.config.offset == "share"
             )

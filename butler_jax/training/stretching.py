@@ -3,6 +3,10 @@
 Positional skip-wise training (D. Zhu et al., arXiv 2309.10400): a document is read in two parts, and the positions of
 the second part are moved on. The base attends over the distances between them, and so a predictor is trained for them.
 Layers that slide beside others that see everything keep the places of the tokens.
+
+A row of the second part lacks the keys of the positions that are skipped. In the cross entropy, each key of the first
+part stands for as many as make the row see one key for each position before the second part. Otherwise a predictor is
+trained for few keys that are far away, and in a long text a little weight for each of many keys adds up.
 """
 
 from __future__ import annotations
@@ -10,9 +14,13 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
-from butler_jax.model import BaseConfig
+from butler_jax.model import BaseConfig, document_starts
+from butler_jax.training.losses import FarKeys
 
 
 class StretchedBatches:
@@ -71,3 +79,16 @@ def stretch_positions(batch: dict[str, np.ndarray], reach: int) -> dict[str, np.
                 spanned = int(size * (reach / size) ** random.random())
                 row[random.integers(start + 1, stop) : stop] += spanned - size
     return {**batch, "positions": positions}
+
+
+def find_far_keys(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> FarKeys:
+    """The keys of first parts, for the rows of second parts, and the skipped positions that they stand for."""
+    starts = document_starts(segments)
+    columns = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
+    moved = positions - (columns - starts)
+    begins = (moved != jnp.roll(moved, 1, axis=1)) | (columns == starts)
+    end = jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
+    first_part = end - starts
+    far = (moved > 0) & (first_part > 0)
+    count = (first_part + moved) / jnp.maximum(first_part, 1)
+    return FarKeys(jnp.where(far, end, 0), jnp.where(far, jnp.log(jnp.where(far, count, 1.0)), 0.0))

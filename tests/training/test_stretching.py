@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 from butler_jax import distil, load_base
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.predictors.lookahead import Lookahead
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.objective import DistillationObjective
-from butler_jax.training.stretching import StretchedBatches, default_reach, stretch_positions
+from butler_jax.training.stretching import StretchedBatches, default_reach, find_far_keys, stretch_positions
 from tests import tiny_runs
 from tests.tiny_models import BASE, make_batch, make_model
 
@@ -56,28 +54,27 @@ def test_the_place_is_that_of_the_batches():
     assert batches.get_state() == {"place": 7} and next(iter(batches))["positions"].shape == (1, 20)
 
 
-def test_the_offset_sees_the_number_of_keys_and_not_the_positions():
-    found = {}
-
-    class Spy(Lookahead):
-        def context(self, positions, length=None, keys=None):
-            found["context"] = super().context(positions, length, keys)
-            return found["context"]
-
-    batch = make_batch([[40, 1, 20], [64]], 64)
-    stretched = stretch_positions(batch, 500)
-    DistillationObjective("cross_entropy").differentiate(
-        Spy(BASE, PredictorConfig(rank=4), jax.random.key(0)), make_model(), stretched
-    )
-    context, real = found["context"], batch["segments"] > 0
-    np.testing.assert_array_equal(context.positions, stretched["positions"])
-    np.testing.assert_array_equal(np.asarray(context.keys)[real], batch["positions"][real] + 1)
+def test_keys_of_first_parts_stand_for_the_positions_before_the_second():
+    plain = make_batch([[40, 1, 20], [64], [64]], 64)
+    batch = stretch_positions(plain, 500)
+    batch["positions"][2] = 7 + plain["positions"][2]  # a text that goes on: nothing is skipped between its tokens
+    end, log_count = find_far_keys(batch["positions"], batch["segments"])
+    for row, column in np.ndindex(batch["positions"].shape):
+        own = batch["segments"][row] == batch["segments"][row, column]
+        begin = np.flatnonzero(own)[0]
+        first = np.flatnonzero(own & (batch["positions"][row] == plain["positions"][row]))
+        if row == 2 or column in first:
+            assert end[row, column] == log_count[row, column] == 0
+        else:
+            assert end[row, column] == begin + len(first)
+            seen = len(first) * np.exp(log_count[row, column]) + column + 1 - end[row, column]
+            assert seen == pytest.approx(batch["positions"][row, column] + 1, rel=1e-5)  # a key for every position
 
 
 def test_layers_that_slide_keep_the_places_of_the_tokens():
     """Where the layers that see everything are not rotated, moved positions change nothing."""
     base = replace(BASE, sliding_window=16, sliding_layers=(True, False, True), rotated_layers=(True, False, True))
-    predictor = make_predictor(base, PredictorConfig(rank=4), seed=0)
+    predictor = make_predictor(base, PredictorConfig(rank=4, target="attention", offset="none"), seed=0)
     batch = make_batch([[40, 1, 20], [64]], 64)
     losses = [
         float(DistillationObjective("cross_entropy").differentiate(predictor, make_model(base), given)[0])

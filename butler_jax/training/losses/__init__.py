@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "cross_entropy": ["attend_with_cross_entropy"],
-        "target": ["ErrorRule", "ErrorTarget"],
+        "target": ["ErrorRule", "ErrorTarget", "FarKeys"],
         "squared_error": ["attend_with_squared_error"],
     },
 )

@@ -67,7 +67,8 @@ def attend_with_cross_entropy(
             k_imp among the values, for attention weights as the target. "flash" calls kernels for TPU, for errors as
             the target; they are interpreted (slowly) on CPU. None takes the form that suits the implementation.
         target, rule: Errors in the residual stream as the target in the place of A. Then the offset of the target has
-            a gradient too. With an implementation of None they take "splash" on TPU and "xla" elsewhere.
+            a gradient too. With an implementation of None they take "splash" on TPU and "xla" elsewhere. A key
+            that stands for n counts as n equal keys in A and in B, and not in the output.
         chosen: The budget of a row, as of `SelectionConfig`. Only the contested keys count then that the scores choose
             under it, per head, and B is the softmax over these (the second stage of DeepSeek-V3.2's indexer, arXiv
             2512.02556, section 2.1). The target is what A, or the error, is there. It takes the form "fused".

@@ -44,12 +44,14 @@ class TilePlan(NamedTuple):
 class Operands(NamedTuple):
     """The arrays of one device. T is a multiple of LANES, and q, k, q_imp are scaled.
 
-    bounds: the first and the last contested key of each row. shift: its log-sum-exp and the logarithm of |x|. own,
-    squares: |o W|^2 and |v W|^2 of each query head. q, k, v, output, q_imp and k_imp have one dtype, float32 or
-    bfloat16; the others are float32.
+    bounds: the first and the last contested key of each row, and the end of its far keys (`FarKeys`). of_rows: the
+    logarithm of how many keys each far key stands for, and |x|. lse: of the attention. own, squares: |o W|^2 and
+    |v W|^2 of each query head. q, k, v, output, q_imp and k_imp have one dtype, float32 or bfloat16; the others are
+    float32.
     """
 
-    bounds: jax.Array  # int32 [B, 2, T]
+    bounds: jax.Array  # int32 [B, 3, T]
+    of_rows: jax.Array  # [B, 2, T]
     q: jax.Array  # [B, H, T, D]
     k: jax.Array  # [B, K, T, D]
     v: jax.Array  # [B, K, T, D]
@@ -57,21 +59,22 @@ class Operands(NamedTuple):
     gram: jax.Array  # [H, D, D]
     q_imp: jax.Array  # [B, H, R, T]
     k_imp: jax.Array  # [B, Q, R, T]
-    shift: jax.Array  # [B, H, 1, T]
+    lse: jax.Array  # [B, H, 1, T]
     own: jax.Array  # [B, H, 1, T]
     squares: jax.Array  # [B, H, 1, T]
 
 
 class RowSums(NamedTuple):
-    """What `sum_rows` finds for each row, over its contested keys.
+    """What `sum_rows` finds for each row, over its contested keys, every key as often as it counts.
 
-    mass: the summed errors. lse: the log-sum-exp of the scores. agreement: the sum of errors times scores. dq_imp: the
-    gradient of the scaled q_imp.
+    mass: the summed errors. lse: the log-sum-exp of the scores. cross_entropy: the loss. factor: what makes errors of
+    the errors of tiles. dq_imp: the gradient of the scaled q_imp.
     """
 
     mass: jax.Array  # [B, H, 1, T]
     lse: jax.Array  # [B, H, 1, T]
-    agreement: jax.Array  # [B, H, 1, T]
+    cross_entropy: jax.Array  # [B, H, 1, T]
+    factor: jax.Array  # [B, H, 1, T]
     dq_imp: jax.Array  # [B, H, R, T]
 
 
@@ -129,16 +132,16 @@ def sum_rows(operands: Operands, plan: TilePlan, *, interpret: bool) -> RowSums:
             grid=(batch, heads, blocks, blocks),
             in_specs=list(_specs(operands, plan, place)),
             out_specs=[
-                *[_spec((1, 1, 1, plan.block), place, lambda p: (p.row, p.head, 0, p.queries))] * 3,
+                *[_spec((1, 1, 1, plan.block), place, lambda p: (p.row, p.head, 0, p.queries))] * 4,
                 _spec((1, 1, rank, plan.block), place, lambda p: (p.row, p.head, 0, p.queries)),
             ],
             scratch_shapes=[
                 _projected(operands, plan),
-                *[pltpu.VMEM((1, plan.block), jnp.float32)] * 3,
+                *[pltpu.VMEM((1, plan.block), jnp.float32)] * 5,
                 *[pltpu.VMEM((rank, plan.block), jnp.float32)] * 2,
             ],
         ),
-        out_shape=[stats, stats, stats, jax.ShapeDtypeStruct(operands.q_imp.shape, jnp.float32)],
+        out_shape=[*[stats] * 4, jax.ShapeDtypeStruct(operands.q_imp.shape, jnp.float32)],
         compiler_params=_parameters(4),
         cost_estimate=_cost(operands, plan, products=6),
         interpret=interpret,
@@ -163,7 +166,7 @@ def key_gradients(operands: Operands, sums: RowSums, plan: TilePlan, *, interpre
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, key_heads, blocks, plan.share, blocks),
-            in_specs=[*_specs(operands, plan, place), of_queries, of_queries],
+            in_specs=[*_specs(operands, plan, place), *[of_queries] * 3],
             out_specs=of_keys,
             scratch_shapes=[_projected(operands, plan), pltpu.VMEM((rank, plan.block), jnp.float32)],
         ),
@@ -172,7 +175,7 @@ def key_gradients(operands: Operands, sums: RowSums, plan: TilePlan, *, interpre
         cost_estimate=_cost(operands, plan, products=5),
         interpret=interpret,
         name="error_key_gradients",
-    )(_spans(operands.bounds, plan.block, of_keys=True), *operands, sums.mass, sums.lse)
+    )(_spans(operands.bounds, plan.block, of_keys=True), *operands, sums.mass, sums.lse, sums.factor)
 
 
 def _specs(operands, plan, place):
@@ -182,7 +185,8 @@ def _specs(operands, plan, place):
     of_keys = _spec((1, 1, block, dim), place, lambda p: (p.row, p.kv_head, p.keys, 0))
     by_query = _spec((1, 1, 1, block), place, lambda p: (p.row, p.head, 0, p.queries))
     return Operands(
-        bounds=_spec((1, 2, block), place, lambda p: (p.row, 0, p.queries)),
+        bounds=_spec((1, 3, block), place, lambda p: (p.row, 0, p.queries)),
+        of_rows=_spec((1, 2, block), place, lambda p: (p.row, 0, p.queries)),
         q=of_queries,
         k=of_keys,
         v=of_keys,
@@ -190,7 +194,7 @@ def _specs(operands, plan, place):
         gram=_spec((1, dim, dim), place, lambda p: (p.head, 0, 0)),
         q_imp=_spec((1, 1, rank, block), place, lambda p: (p.row, p.head, 0, p.queries)),
         k_imp=_spec((1, 1, rank, block), place, lambda p: (p.row, p.key_head, 0, p.keys)),
-        shift=by_query,
+        lse=by_query,
         own=by_query,
         squares=_spec((1, 1, 1, block), place, lambda p: (p.row, p.head, 0, p.keys)),
     )
@@ -219,14 +223,14 @@ def _squared_norms(vectors_ref, gram_ref, out_ref):
 
 def _sum_rows(spans_ref, *refs, plan):
     given = Operands(*refs[: len(Operands._fields)])
-    mass_ref, lse_ref, agreement_ref, dq_imp_ref = refs[len(given) : len(given) + 4]
-    projected_ref, top_ref, total_ref, sum_ref, true_ref, predicted_ref = refs[len(given) + 4 :]
+    found = RowSums(*refs[len(given) : len(given) + len(RowSums._fields)])
+    projected_ref, top_ref, total_ref, sum_ref, added_ref, logs_ref, true_ref, predicted_ref = refs[-8:]
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when(j == 0)
     def _():
         top_ref[...] = jnp.full(top_ref.shape, LOWEST, jnp.float32)
-        for ref in (total_ref, sum_ref, true_ref, predicted_ref):
+        for ref in (total_ref, sum_ref, added_ref, logs_ref, true_ref, predicted_ref):
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
         if plan.error == "centred":
             _write_parts(_project(given.output, given.gram), projected_ref)
@@ -234,29 +238,33 @@ def _sum_rows(spans_ref, *refs, plan):
     @pl.when((spans_ref[b, 0, i] <= j) & (j <= spans_ref[b, 1, i]))
     def _():
         outputs = [projected_ref[n] for n in range(projected_ref.shape[0])]
-        errors, scores = _errors_and_scores(given, [given.v[0, 0]], outputs, j * plan.block, plan)
+        errors, scores, added, logs = _tiles(given, [given.v[0, 0]], outputs, j * plan.block, plan)
         higher = jnp.maximum(top_ref[...], jnp.max(scores, axis=0, keepdims=True))
         kept, weights = jnp.exp(top_ref[...] - higher), jnp.exp(scores - higher)
         k_imp = given.k_imp[0, 0]
         top_ref[...] = higher
-        total_ref[...] = total_ref[...] * kept + jnp.sum(weights, axis=0, keepdims=True)
-        sum_ref[...] += jnp.sum(errors, axis=0, keepdims=True)
+        total_ref[...] = total_ref[...] * kept + _sum_keys(weights)
+        sum_ref[...] += _sum_keys(errors)
+        added_ref[...] += _sum_keys(added)
+        logs_ref[...] += _sum_keys(errors * logs)
         true_ref[...] += _product(k_imp, errors.astype(k_imp.dtype))
         predicted_ref[...] = predicted_ref[...] * kept + _product(k_imp, weights.astype(k_imp.dtype))
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
-        mass, total = sum_ref[...], total_ref[...]
+        total = total_ref[...]
         total = jnp.where(total == 0, 1.0, total)
-        mass_ref[0, 0] = mass
-        lse_ref[0, 0] = top_ref[...] + jnp.log(total)
-        agreement_ref[0, 0] = jnp.sum(given.q_imp[0, 0].astype(jnp.float32) * true_ref[...], axis=0, keepdims=True)
-        dq_imp_ref[0, 0] = predicted_ref[...] * (mass / total) - true_ref[...]
+        factor = 1.0 / ((1.0 + added_ref[...]) * jnp.maximum(given.of_rows[0, 1:], 1e-30))
+        mass, true, lse = sum_ref[...] * factor, true_ref[...] * factor, top_ref[...] + jnp.log(total)
+        agreement = _sum_keys(given.q_imp[0, 0].astype(jnp.float32) * true) + logs_ref[...] * factor
+        found.mass[0, 0], found.lse[0, 0], found.factor[0, 0] = mass, lse, factor
+        found.cross_entropy[0, 0] = mass * lse - agreement
+        found.dq_imp[0, 0] = predicted_ref[...] * (mass / total) - true
 
 
 def _key_gradients(spans_ref, *refs, plan):
     given = Operands(*refs[: len(Operands._fields)])
-    mass_ref, lse_ref, dk_imp_ref, projected_ref, sum_ref = refs[len(given) :]
+    mass_ref, lse_ref, factor_ref, dk_imp_ref, projected_ref, sum_ref = refs[len(given) :]
     b, j, m, i = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
 
     @pl.when((m == 0) & (i == 0))
@@ -272,8 +280,8 @@ def _key_gradients(spans_ref, *refs, plan):
     @pl.when((spans_ref[b, 0, j] <= i) & (i <= spans_ref[b, 1, j]))
     def _():
         values = [projected_ref[n] for n in range(projected_ref.shape[0])]
-        errors, scores = _errors_and_scores(given, values, [given.output[0, 0]], j * plan.block, plan)
-        change = jnp.exp(scores - lse_ref[0, 0]) * mass_ref[0, 0] - errors
+        errors, scores, _, _ = _tiles(given, values, [given.output[0, 0]], j * plan.block, plan)
+        change = jnp.exp(scores - lse_ref[0, 0]) * mass_ref[0, 0] - errors * factor_ref[0, 0]
         q_imp = given.q_imp[0, 0]
         sum_ref[...] += _product(q_imp, change.astype(q_imp.dtype), (1, 1))
 
@@ -282,23 +290,36 @@ def _key_gradients(spans_ref, *refs, plan):
         dk_imp_ref[0, 0] = sum_ref[...]
 
 
-def _errors_and_scores(given, values, outputs, first, plan):
-    """The errors and the scores of a tile, float32 [S, C]; 0 and -inf for keys that are not contested.
+def _sum_keys(tile):
+    """Sums over the keys of a tile, [1, C]."""
+    return jnp.sum(tile, axis=0, keepdims=True)
+
+
+def _tiles(given, values, outputs, first, plan):
+    """What a tile adds to the sums of its rows, float32 [S, C].
 
     values, outputs: the factors of v W W^T o, of which one is given in parts. first: the tile's first key.
+
+    Returns:
+        The errors, each as often as its key counts, up to the factor of `RowSums`; the scores with the logarithm of
+        how often a key counts; the attention weight that counting adds; and the logarithms. Keys that are not
+        contested have errors of 0 and scores of -inf.
     """
     key = first + jax.lax.broadcasted_iota(jnp.int32, (plan.block, plan.block), 0)
-    contested = (key >= given.bounds[0, :1]) & (key <= given.bounds[0, 1:])
-    scores = jnp.where(contested, _product(given.k_imp[0, 0], given.q_imp[0, 0], (0, 0)), -jnp.inf)
+    contested = (key >= given.bounds[0, :1]) & (key <= given.bounds[0, 1:2])
+    logs = jnp.where(key < given.bounds[0, 2:], given.of_rows[0, :1], 0.0)
+    scores = jnp.where(contested, _product(given.k_imp[0, 0], given.q_imp[0, 0], (0, 0)) + logs, -jnp.inf)
     logits = soft_cap(_product(given.k[0, 0], given.q[0, 0], (1, 1)), plan.softcap)
-    weights = jnp.exp(jnp.where(contested, logits - given.shift[0, 0], -jnp.inf))
+    single = jnp.exp(jnp.where(contested, logits - given.lse[0, 0], -jnp.inf))
+    weights = single * jnp.exp(logs)
+    added = weights - single
     if plan.error == "weight":
-        return weights, scores
+        return weights, scores, added, logs
     squares = jnp.transpose(given.squares[0, 0])
     if plan.error == "centred":
         cross = sum(_product(value, output, (1, 1)) for value in values for output in outputs)
         squares = squares + given.own[0, 0] - 2.0 * cross
-    return weights * jnp.sqrt(jnp.maximum(squares, 0.0)), scores
+    return weights * jnp.sqrt(jnp.maximum(squares, 0.0)), scores, added, logs
 
 
 def _project(vectors_ref, gram_ref):

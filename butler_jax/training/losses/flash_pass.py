@@ -28,7 +28,7 @@ from butler_jax.training.losses.flash_kernels import (
     squared_norms,
     sum_rows,
 )
-from butler_jax.training.losses.target import ErrorRule, ErrorTarget, offset_penalty
+from butler_jax.training.losses.target import ErrorRule, ErrorTarget, FarKeys, offset_penalty
 
 SUBLANES = 16  # of a tile of bfloat16: R is padded to a multiple
 
@@ -67,18 +67,21 @@ def run_flash(
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, -x.shape[3] % SUBLANES)))
         return x.transpose(0, 2, 3, 1).astype(dtype)
 
-    limits = zip(contested_bounds((batch, length), segments, keys), (1, 0), strict=True)
+    none = jnp.zeros((batch, length), jnp.int32)
+    far = FarKeys(none, none.astype(jnp.float32)) if target.far is None else target.far
+    limits = zip((*contested_bounds((batch, length), segments, keys), far.end), (1, 0, 0), strict=True)
     bounds = [jnp.pad(x, ((0, 0), (0, padding)), constant_values=empty) for x, empty in limits]
-    shift = lse + jnp.log(jnp.maximum(target.norm, 1e-30))[:, :, None]
-    shift = jnp.pad(shift, ((0, 0), (0, padding), (0, 0))).transpose(0, 2, 1)[:, :, None]
+    of_rows = [jnp.pad(x, ((0, 0), (0, padding))) for x in (far.log_count, target.norm)]
+    lse = jnp.pad(lse, ((0, 0), (0, padding), (0, 0))).transpose(0, 2, 1)[:, :, None]
     run = functools.partial(
         _run_kernels, error=rule.error, softcap=softcap, differentiate=differentiate, interpret=platform() == "cpu"
     )
-    operands = ("b--", "bh--", "bh--", "bh--", "bh--", "h---", "bh--", "bh--", "bh--")
+    operands = ("b--", "b--", "bh--", "bh--", "bh--", "bh--", "h---", "bh--", "bh--", "bh--")
     results = ("bh-", "bh-", "bh-", *(["bh--", "bh--"] if differentiate else []))
     run = by_rows_and_heads(run, operands, results, rows=batch, heads=kv_heads)
-    mass, predicted_lse, agreement, *gradients = run(
+    mass, predicted_lse, cross_entropy, *gradients = run(
         jnp.stack(bounds, axis=1),
+        jnp.stack(of_rows, axis=1),
         by_token(q * jnp.asarray(dim**-0.5, q.dtype)),  # rounded as Splash rounds it
         by_token(k),
         by_token(v),
@@ -86,13 +89,14 @@ def run_flash(
         target.gram,
         by_rank(q_imp.astype(jnp.float32) * scale),
         by_rank(k_imp),
-        shift,
+        lse,
     )
-    mass, predicted_lse, agreement = (x[:, :, :length].transpose(0, 2, 1) for x in (mass, predicted_lse, agreement))
+    stats = mass, predicted_lse, cross_entropy
+    mass, predicted_lse, cross_entropy = (x[:, :, :length].transpose(0, 2, 1) for x in stats)
     counted = counted_rows((batch, length), segments, keys)
     offset = target.offset.astype(jnp.float32)
     penalty, doffset = offset_penalty(offset, predicted_lse, mass, counted[:, :, None], rule)
-    loss = jnp.sum(mass * predicted_lse - agreement) + penalty
+    loss = jnp.sum(cross_entropy) + penalty
     results = (output, loss, heads * jnp.sum(counted))
     if not differentiate:
         return results, None, None, None
@@ -100,8 +104,10 @@ def run_flash(
     return results, scale * dq_imp, dk_imp, doffset
 
 
-def _run_kernels(bounds, q, k, v, output, gram, q_imp, k_imp, shift, *, error, softcap, differentiate, interpret):
-    """Both kernels on the rows and heads of one device: (mass, lse, agreement), with the gradients of q_imp and k_imp.
+def _run_kernels(
+    bounds, of_rows, q, k, v, output, gram, q_imp, k_imp, lse, *, error, softcap, differentiate, interpret
+):
+    """Both kernels on the rows and heads of one device: (mass, lse, cross entropy), gradients of q_imp and k_imp.
 
     Letters and shapes as in `flash_kernels`, gram [K, G, D, D]; results have no dimension of 1.
     """
@@ -110,7 +116,7 @@ def _run_kernels(bounds, q, k, v, output, gram, q_imp, k_imp, shift, *, error, s
     plan = TilePlan(block_size(length), group, share, error, softcap)
     gram = gram.reshape(heads, *gram.shape[2:])
     own, squares = (squared_norms(x, gram, plan.block, interpret=interpret) for x in (output, v))
-    operands = Operands(bounds, q, k, v, output, gram, q_imp, k_imp, shift, own, squares)
+    operands = Operands(bounds, of_rows, q, k, v, output, gram, q_imp, k_imp, lse, own, squares)
     sums = sum_rows(operands, plan, interpret=interpret)
     found = tuple(x[:, :, 0] for x in sums[:3])
     return (*found, sums.dq_imp, key_gradients(operands, sums, plan, interpret=interpret)) if differentiate else found

@@ -55,6 +55,9 @@ def run_fused(
     if target is not None:
         projected, squares = project_values(all_v, target.gram)
         of_rows = tile(target.norm[:, :, None]), tile(target.offset.astype(jnp.float32))
+    far = None if target is None else target.far
+    if far is not None:
+        far = [jnp.pad(a, ((0, 0), (0, -length % chunk))) for a in far]
     starts = jnp.zeros((1, all_k.shape[2]), jnp.int32) if segments is None else attention.document_starts(segments)
 
     def step(band, carry, inputs):
@@ -71,6 +74,12 @@ def run_fused(
         predicted, predicted_total, predicted_lse = attention.masked_exponentials(rows_imp, keys_imp, contested, 1.0)
         if not keys.all_contested:
             true = jnp.where(_tile(contested, true.shape[2]), true, 0)
+        if far is not None:
+            end, log_count = (jax.lax.dynamic_slice_in_dim(a, index * chunk, chunk, axis=1)[..., None] for a in far)
+            logs = jnp.where(first + jnp.arange(band.keys)[None, None] < end, log_count, 0.0)
+            single, true = true, true * _tile(jnp.exp(logs), true.shape[2])
+            true_total = true_total + jnp.sum(true - single, axis=-1, keepdims=True)
+            predicted, predicted_total, predicted_lse = _count(predicted, predicted_total, predicted_lse, logs)
         true = true / true_total
         if target is not None:
             split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
@@ -98,8 +107,12 @@ def run_fused(
             chosen = chosen_keys(logs.reshape(split), seen, index, first, starts, keys) & contested[:, None]
             found = attention.exponentials(scores.reshape(split), chosen[:, :, None])
             predicted, predicted_total, predicted_lse = (a.reshape(*scores.shape[:3], -1) for a in found)
+            if far is not None:
+                predicted, predicted_total, predicted_lse = _count(predicted, predicted_total, predicted_lse, logs)
             true = jnp.where(chosen[:, :, None], true.reshape(split), 0.0).reshape(scores.shape)
             mass = jnp.sum(true, axis=-1, keepdims=True)
+        if far is not None:
+            loss -= jnp.sum(true * _tile(logs, true.shape[2]))
         mean_k_imp = attention.weighted_values(true, keys_imp)
         loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
         output = output.astype(v.dtype)
@@ -133,8 +146,16 @@ def run_fused(
     return results, dq_imp, dk_imp.transpose(0, 3, 1, 2)[:, :length], doffset
 
 
+def _count(weights, total, lse, logs):
+    """`exponentials` of a tile with every key as often as it counts; logs: the logarithms of the numbers, [B, C, S]."""
+    weights = weights * _tile(jnp.exp(logs), weights.shape[2])
+    counted = jnp.sum(weights, axis=-1, keepdims=True)
+    counted = jnp.where(counted == 0, 1.0, counted)
+    return weights, counted, lse + jnp.log(counted / total)
+
+
 def _tile(mask, rows: int):
-    """A mask [B, C, S] repeated for the query heads of a tile: [B, 1, M, S] with M = `rows`."""
+    """A mask or numbers [B, C, S] repeated for the query heads of a tile: [B, 1, M, S] with M = `rows`."""
     batch, chunk, size = mask.shape
     tiled = jnp.broadcast_to(mask[:, None, None], (batch, 1, rows // chunk, chunk, size))
     return tiled.reshape(batch, 1, rows, size)

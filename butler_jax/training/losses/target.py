@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 SMALLEST = 1e-6
 """Sums of errors below it count as it, so that the logarithm which an offset is trained for is bounded."""
@@ -22,6 +22,18 @@ Its gradient does not reach the scores: the errors of a row sum to some hundredt
 cross entropy there."""
 
 
+class FarKeys(NamedTuple):
+    """Keys that stand for several ones in the cross entropy of a row, since positions were skipped behind them.
+
+    Attributes:
+        end: The column behind the last of them, for each row; 0 where there are none.
+        log_count: The logarithm of how many keys each stands for.
+    """
+
+    end: Int[Array, "B T"]
+    log_count: Float[Array, "B T"]
+
+
 class ErrorTarget(NamedTuple):
     """The target of a layer's scores, where it is an error in the residual stream.
 
@@ -29,11 +41,13 @@ class ErrorTarget(NamedTuple):
         gram: `model.output_gram` of the layer.
         norm: Norm of the residual stream that enters the layer.
         offset: Of the predictor, for every row and query head.
+        far: Keys that stand for several; None where each stands for itself.
     """
 
     gram: Float[Array, "K G D D"]
     norm: Float[Array, "B T"]
     offset: Float[Array, "B T H"]
+    far: FarKeys | None = None
 
 
 class ErrorRule(NamedTuple):

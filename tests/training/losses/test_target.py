@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy, cross_entropy
+from butler_jax.training.losses import ErrorRule, ErrorTarget, FarKeys, attend_with_cross_entropy, cross_entropy
 from butler_jax.training.losses.target import PENALTY
 from tests.marked import long, slow
 from tests.training.losses.naive import assert_close
@@ -28,10 +28,18 @@ def make_inputs(length, heads, kv_heads, dim=8, rank=4):
     return arrays, target
 
 
+def make_far_keys(length):
+    """Keys of the first row's first half that count 5.5 times for its second half, and one of the second row."""
+    end, log_count = np.zeros((2, length), np.int32), np.zeros((2, length), np.float32)
+    end[0, length // 2 :], log_count[0, length // 2 :] = length // 2, np.log(5.5)
+    end[1, length // 3 + 8 :], log_count[1, length // 3 + 8 :] = length // 3 + SINKS + 1, np.log(90.0)
+    return FarKeys(end, log_count)
+
+
 def naive(arrays, target, rule, segments):
     """The summed cross entropy and the summed penalty of the offset in float64, pair by pair."""
     q, k, v, q_imp, k_imp = (np.asarray(a, np.float64) for a in arrays)
-    gram, norm, offset = (np.asarray(a, np.float64) for a in target)
+    gram, norm, offset = (np.asarray(a, np.float64) for a in target[:3])
     batch, length, heads, dim = q.shape
     group, total, penalty = heads // k.shape[2], 0.0, 0.0
     for b, h, t in np.ndindex(batch, heads, length):
@@ -40,30 +48,40 @@ def naive(arrays, target, rule, segments):
         contested = (keys >= start + SINKS) & (keys <= t - RECENT)
         if segments[b, t] == 0 or not contested.any():
             continue
+        counts = np.ones(len(keys))
+        if target.far is not None:
+            counts[(keys < target.far.end[b, t]) & contested] = np.exp(np.float64(target.far.log_count[b, t]))
         logits = k[b, keys, h // group] @ q[b, t, h] / dim**0.5
         weights = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         values = v[b, keys, h // group]
         moved = values - weights @ values if rule.error == "centred" else values
         sizes = np.sqrt(np.einsum("sd,de,se->s", moved, gram[h // group, h % group], moved))
+        weights = weights * counts / np.sum(weights * counts)
         errors = (weights * (1.0 if rule.error == "weight" else sizes))[contested] / norm[b, t]
         scores = (k_imp[b, keys, h // group] @ q_imp[b, t, h])[contested] / q_imp.shape[-1] ** 0.5
-        lse = np.log(np.exp(scores).sum())
+        logs = np.log(counts[contested])
+        lse = np.log(np.exp(scores + logs).sum())
         miss = offset[b, t, h] + (0 if rule.normalised else lse) - np.log(max(errors.sum(), 1e-6))
-        total += np.sum(errors * (lse - scores))
+        total += np.sum(errors * (lse - scores - logs))
         penalty += PENALTY * miss**2
     return total, penalty
 
 
 @pytest.mark.parametrize(
-    ("error", "normalised", "length", "heads", "kv_heads", "form"),
+    ("error", "normalised", "length", "heads", "kv_heads", "form", "far"),
     [
-        *itertools.product(["weight", "value", "centred"], [False, True], [40], [4], [2], ["fused"]),
-        *(long(e, n, 140, 3, 1, "fused") for e, n in itertools.product(["weight", "value", "centred"], [False, True])),
-        slow("centred", True, 140, 3, 1, "flash"),
+        *itertools.product(["weight", "value", "centred"], [False, True], [40], [4], [2], ["fused"], [False]),
+        *itertools.product(["centred"], [False, True], [40], [4], [2], ["fused"], [True]),
+        *(
+            long(e, n, 140, 3, 1, "fused", e == "value")
+            for e, n in itertools.product(["weight", "value", "centred"], [False, True])
+        ),
+        *(slow("centred", True, 140, 3, 1, "flash", far) for far in (False, True)),
     ],
 )
-def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, heads, kv_heads, form):
+def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, heads, kv_heads, form, far):
     arrays, target = make_inputs(length, heads, kv_heads)
+    target = target._replace(far=make_far_keys(length) if far else None)
     segments = np.ones((2, length), np.int32)
     segments[1, length // 3 :], segments[1, -4:] = 2, 0
     rule = ErrorRule(error, normalised=normalised)
@@ -71,7 +89,7 @@ def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, head
 
     def loss(q_imp, k_imp, offset):
         given = (*small[:3], q_imp, k_imp)
-        own = ErrorTarget(np.float32(target.gram), np.float32(target.norm), offset)
+        own = ErrorTarget(np.float32(target.gram), np.float32(target.norm), offset, target.far)
         options = dict(segments=segments, sinks=SINKS, recent=RECENT, target=own, rule=rule, form=form)
         return attend_with_cross_entropy(*given, **options)[1]
 
@@ -104,7 +122,7 @@ def test_loss_and_gradients_equal_the_naive_form(error, normalised, length, head
 )
 def test_a_target_has_forms_of_its_own(form, implementation, message):
     arrays, target = make_inputs(20, 2, 2)
-    arrays, target = [np.float32(a) for a in arrays], ErrorTarget(*map(np.float32, target))
+    arrays, target = [np.float32(a) for a in arrays], ErrorTarget(*map(np.float32, target[:3]))
     with pytest.raises(ValueError, match=message):
         attend_with_cross_entropy(
             *arrays, target=target, rule=ErrorRule("value"), form=form, implementation=implementation
