@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from butler_jax import distil, load_base
+from butler_jax import distil, init_predictor, load_base
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
+from butler_jax.training import distillation
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.stretching import StretchedBatches, default_reach, find_far_keys, stretch_positions
@@ -90,10 +91,20 @@ def test_the_default_is_the_context_or_the_window_of_the_served_layers():
 
 
 @pytest.mark.slow
-def test_a_training_reaches_beyond_its_rows_and_not_beyond_the_model(tmp_path):
+def test_a_training_reaches_beyond_its_rows_and_not_beyond_the_model(tmp_path, monkeypatch):
     place = tiny_runs.make_place(tmp_path)
     base = load_base(str(place["base"]))
-    distil(base, tiny_runs.settings(place, tmp_path / "own", steps=2, reach=base.config.context))
+    furthest = []
+
+    def spy(*given, batches, **named):  # the rotary pairs are chosen on moved positions too
+        furthest.append(max(int(batch["positions"].max()) for batch in batches))
+        return init_predictor(*given, batches=batches, **named)
+
+    monkeypatch.setattr(distillation, "init_predictor", spy)
+    for name, reach in (("default", None), ("own", base.config.context), ("none", 0)):
+        settings = tiny_runs.settings(place, tmp_path / name, steps=2, reach=reach)
+        distil(base, settings)
+    assert furthest[0] == furthest[1] >= settings.length > furthest[2]
     with pytest.raises(ValueError, match="context"):
         distil(base, tiny_runs.settings(place, tmp_path / "far", steps=1, reach=2 * base.config.context))
     with pytest.raises(ValueError, match="--reach must be 0, or at least --length 512, got 100"):

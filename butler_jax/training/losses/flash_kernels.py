@@ -255,11 +255,11 @@ def _sum_rows(spans_ref, *refs, plan):
         total = total_ref[...]
         total = jnp.where(total == 0, 1.0, total)
         factor = 1.0 / ((1.0 + added_ref[...]) * jnp.maximum(given.of_rows[0, 1:], 1e-30))
-        mass, true, lse = sum_ref[...] * factor, true_ref[...] * factor, top_ref[...] + jnp.log(total)
-        agreement = _sum_keys(given.q_imp[0, 0].astype(jnp.float32) * true) + logs_ref[...] * factor
-        found.mass[0, 0], found.lse[0, 0], found.factor[0, 0] = mass, lse, factor
-        found.cross_entropy[0, 0] = mass * lse - agreement
-        found.dq_imp[0, 0] = predicted_ref[...] * (mass / total) - true
+        mass, true, lse = sum_ref[...], true_ref[...], top_ref[...] + jnp.log(total)
+        agreement = _sum_keys(given.q_imp[0, 0].astype(jnp.float32) * true) + logs_ref[...]
+        found.mass[0, 0], found.lse[0, 0], found.factor[0, 0] = mass * factor, lse, factor
+        found.cross_entropy[0, 0] = (mass * lse - agreement) * factor
+        found.dq_imp[0, 0] = (predicted_ref[...] * (mass / total) - true) * factor
 
 
 def _key_gradients(spans_ref, *refs, plan):
