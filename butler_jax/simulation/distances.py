@@ -45,4 +45,4 @@ def mean_distances(
     """
     recalled, read = found
     shares = {"true": weights / rows, "recalled": recalled / rows, "read": read / max(read.sum(), 1e-30)}
-    return {name: np.round(values, 6).tolist() for name, values in shares.items()}
+    return {name: (np.round(values, 6) + 0.0).tolist() for name, values in shares.items()}  # no -0.0
