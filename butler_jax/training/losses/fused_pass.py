@@ -76,10 +76,10 @@ def run_fused(
             true = jnp.where(_tile(contested, true.shape[2]), true, 0)
         if far is not None:
             end, log_count = (jax.lax.dynamic_slice_in_dim(a, index * chunk, chunk, axis=1)[..., None] for a in far)
-            logs = jnp.where(first + jnp.arange(band.keys)[None, None] < end, log_count, 0.0)
-            single, true = true, true * _tile(jnp.exp(logs), true.shape[2])
+            log_counts = jnp.where(first + jnp.arange(band.keys)[None, None] < end, log_count, 0.0)
+            single, true = true, true * _tile(jnp.exp(log_counts), true.shape[2])
             true_total = true_total + jnp.sum(true - single, axis=-1, keepdims=True)
-            predicted, predicted_total, predicted_lse = _count(predicted, predicted_total, predicted_lse, logs)
+            predicted, predicted_total, predicted_lse = _count(predicted, predicted_total, predicted_lse, log_counts)
         true = true / true_total
         if target is not None:
             split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
@@ -108,11 +108,13 @@ def run_fused(
             found = attention.exponentials(scores.reshape(split), chosen[:, :, None])
             predicted, predicted_total, predicted_lse = (a.reshape(*scores.shape[:3], -1) for a in found)
             if far is not None:
-                predicted, predicted_total, predicted_lse = _count(predicted, predicted_total, predicted_lse, logs)
+                predicted, predicted_total, predicted_lse = _count(
+                    predicted, predicted_total, predicted_lse, log_counts
+                )
             true = jnp.where(chosen[:, :, None], true.reshape(split), 0.0).reshape(scores.shape)
             mass = jnp.sum(true, axis=-1, keepdims=True)
         if far is not None:
-            loss -= jnp.sum(true * _tile(logs, true.shape[2]))
+            loss -= jnp.sum(true * _tile(log_counts, true.shape[2]))
         mean_k_imp = attention.weighted_values(true, keys_imp)
         loss += jnp.sum(mass * predicted_lse - jnp.sum(rows_imp * mean_k_imp, axis=-1, keepdims=True))
         output = output.astype(v.dtype)
@@ -146,9 +148,9 @@ def run_fused(
     return results, dq_imp, dk_imp.transpose(0, 3, 1, 2)[:, :length], doffset
 
 
-def _count(weights, total, lse, logs):
-    """`exponentials` of a tile with every key as often as it counts; logs: the logarithms of the numbers, [B, C, S]."""
-    weights = weights * _tile(jnp.exp(logs), weights.shape[2])
+def _count(weights, total, lse, log_counts):
+    """`exponentials` of a tile with every key as often as it counts; log_counts [B, C, S]."""
+    weights = weights * _tile(jnp.exp(log_counts), weights.shape[2])
     counted = jnp.sum(weights, axis=-1, keepdims=True)
     counted = jnp.where(counted == 0, 1.0, counted)
     return weights, counted, lse + jnp.log(counted / total)

@@ -24,7 +24,7 @@ def test_ties_have_a_row_where_they_are_more_than_one_in_a_hundred(monkeypatch):
     shares = {0.5: 0.004, 0.25: 0.02}
     by_budget = {name: {b: Estimate(share, None, 9, 1) for b, share in shares.items()} for name in ("mass", "tied")}
     read = {b: Estimate(b, None, 9, 1) for b in shares}
-    found = Recall({"quest": by_budget["mass"]}, {"quest": read}, {}, {}, {"quest": by_budget["tied"]}, {}, {})
+    found = Recall({"quest": by_budget["mass"]}, {"quest": read}, {}, {}, {"quest": by_budget["tied"]}, {}, {}, {})
     monkeypatch.setattr(attention, "measure_recall", lambda *_, **__: found)
     task = make_task()
     task.make_row = lambda policy, metric, estimate, budget, attended: (metric, budget, estimate.value, attended)
@@ -40,7 +40,7 @@ def test_expected_policies_share_a_pass_with_at_most_one_predictor(monkeypatch):
 
     def measure(model, predictor, batches, policies, budgets, **options):
         passes.append((predictor, [policy.name for policy in policies]))
-        return Recall({policy.name: {} for policy in policies}, {}, {}, {}, {}, {}, {})
+        return Recall({policy.name: {} for policy in policies}, {}, {}, {}, {}, {}, {}, {})
 
     monkeypatch.setattr(attention, "measure_recall", measure)
     task = make_task()

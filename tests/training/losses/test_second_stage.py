@@ -10,7 +10,7 @@ from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross
 from butler_jax.training.losses.target import PENALTY
 from tests.marked import slow
 from tests.training.losses.naive import assert_close
-from tests.training.losses.test_target import RECENT, SINKS, make_inputs
+from tests.training.losses.test_target import RECENT, SINKS, make_far_keys, make_inputs
 
 LENGTH = 40
 
@@ -34,31 +34,38 @@ def naive(arrays, target, segments, budget):
         own = slice(kv * group, (kv + 1) * group)
         true = softmax(q[b, t, own] @ k[b, keys, kv].T / dim**0.5)
         scores = q_imp[b, t, own] @ k_imp[b, keys, kv].T / q_imp.shape[-1] ** 0.5
-        logs = scores - np.log(np.exp(scores[:, contested]).sum(axis=-1, keepdims=True))
+        counts = np.ones(len(keys))
+        if target is not None and target.far is not None:
+            counts[(keys < target.far.end[b, t]) & contested] = np.exp(np.float64(target.far.log_count[b, t]))
+        logs = scores - np.log((counts * np.exp(scores))[:, contested].sum(axis=-1, keepdims=True))
         if target is not None:
             moved = v[b, keys, kv][None] - (true @ v[b, keys, kv])[:, None]
             sizes = np.sqrt(np.einsum("gsd,gde,gse->gs", moved, np.asarray(target.gram[kv], np.float64), moved))
-            true = true * sizes / target.norm[b, t]
+            true = true * counts / np.sum(true * counts, axis=-1, keepdims=True) * sizes / target.norm[b, t]
             offset = np.asarray(target.offset, np.float64)[b, t, own]
             logs = logs + offset[:, None]
             total += PENALTY * np.sum((offset - np.log(np.maximum(true[:, contested].sum(axis=-1), 1e-6))) ** 2)
         most = max(int(np.ceil(budget * len(keys))), SINKS + RECENT) - SINKS - RECENT  # of the contested
         chosen = np.flatnonzero(contested)[np.argsort(-logs.max(axis=0)[contested], kind="stable")[:most]]
         if len(chosen):
-            predicted = softmax(scores[:, chosen])
+            predicted = softmax(scores[:, chosen] + np.log(counts[chosen]))
             total -= np.sum(true[:, chosen] * np.log(predicted))
     return total
 
 
-@pytest.mark.parametrize(("errors", "budget"), [(True, 0.4), slow(False, 0.4), slow(True, 1.0)])
-def test_the_loss_among_chosen_keys_equals_the_naive_form(errors, budget):
+@pytest.mark.parametrize(
+    ("errors", "far", "budget"),
+    [(True, True, 0.4), slow(True, False, 0.4), slow(False, False, 0.4), slow(True, False, 1.0)],
+)
+def test_the_loss_among_chosen_keys_equals_the_naive_form(errors, far, budget):
     arrays, target = make_inputs(LENGTH, 4, 2)
+    target = target._replace(far=make_far_keys(LENGTH) if far else None)
     segments = np.ones((2, LENGTH), np.int32)
     segments[1, LENGTH // 3 :], segments[1, -4:] = 2, 0
     small = [np.float32(a) for a in arrays]
 
     def loss(q_imp, k_imp):
-        own = ErrorTarget(*map(np.float32, target)) if errors else None
+        own = ErrorTarget(*map(np.float32, target[:3]), target.far) if errors else None
         options = dict(segments=segments, sinks=SINKS, recent=RECENT, target=own, chosen=budget)
         rule = ErrorRule("centred", normalised=True) if errors else None
         return attend_with_cross_entropy(*small[:3], q_imp, k_imp, rule=rule, **options)[1]
