@@ -75,6 +75,18 @@ def test_the_model_of_tpus_is_that_of_the_file():
         assert f"| {row['chip']} | {row['context']:,} | {row['batch']} | {times} | {share} |" in page
 
 
+def test_recalled_mass_with_a_reach_is_that_of_the_file():
+    rows = [row for row in read("quality/reach_smollm2.json")["rows"] if row["metric"] == "recalled_mass"]
+    known = {(row["policy"], row["steps_with_reach"], row["context"]): row for row in rows}
+    (table,) = (t for t in tables(DOCS / "measured" / "quality.md") if "windows of" in t.splitlines()[0])
+    head, _, *lines = [cells(line) for line in table.splitlines()]
+    for name, *shown in lines:
+        for context, text in zip(head[1:], shown, strict=True):
+            row = known[name.split(",")[0], 60 if "60" in name else 0, int(context.replace(",", ""))]
+            for number, of in zip(text.split(" ± "), ("value", "error"), strict=True):
+                assert_rounded(number, 100 * row[of])
+
+
 def test_reaches_are_those_of_the_file():
     rows = [row for row in read("quality/reach_tiny.json")["rows"] if "reach" in row]
     known = {(row["length"], row["reach"], row["metric"]): row for row in rows}
