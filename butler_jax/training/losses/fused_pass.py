@@ -106,11 +106,8 @@ def run_fused(
             split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
             chosen = chosen_keys(logs.reshape(split), seen, index, first, starts, keys) & contested[:, None]
             found = attention.exponentials(scores.reshape(split), chosen[:, :, None])
-            predicted, predicted_total, predicted_lse = (a.reshape(*scores.shape[:3], -1) for a in found)
-            if far is not None:
-                predicted, predicted_total, predicted_lse = _count(
-                    predicted, predicted_total, predicted_lse, log_counts
-                )
+            found = [a.reshape(*scores.shape[:3], -1) for a in found]
+            predicted, predicted_total, predicted_lse = found if far is None else _count(*found, log_counts)
             true = jnp.where(chosen[:, :, None], true.reshape(split), 0.0).reshape(scores.shape)
             mass = jnp.sum(true, axis=-1, keepdims=True)
         if far is not None:
