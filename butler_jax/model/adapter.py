@@ -147,16 +147,21 @@ def _run_layers(
     carry: Any,
     *,
     length: Int[Array, " B"] | None = None,
+    near: Int[Array, "B T"] | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "B T E"], Any, Any]:
+    config = model.config
+    apart = near is not None and any(config.sliding) and not config.serves_windows
+
     def body(state, scanned):
         (x, carry), (layer, index) = state, scanned
-        inputs, cap = model.project(layer, x, positions), model.config.attention_softcap
+        places = jnp.where(jnp.asarray(config.sliding)[index], near, positions) if apart else positions
+        inputs, cap = model.project(layer, x, places), config.attention_softcap
         view = LayerView(index, model.weights(layer), x, inputs.q, inputs.k, inputs.k_pre, inputs.v, cap)
         mixed, carry, out = mixer(carry, view)
         return (model.finish(layer, x, mixed.astype(x.dtype)), carry), out
 
-    layers, count = model.layers, model.config.layers
+    layers, count = model.layers, config.layers
     if not _is_sequence(layers):
         state, outs = jax.lax.scan(body, (x, carry), (layers, jnp.arange(count)))
         return *state, outs

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from butler_jax.model.angles import RotaryAngles, rope_angles
+from butler_jax.model.angles import rope_angles
 from butler_jax.model.attention import causal_attention
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.experts import mix_experts
@@ -258,7 +258,7 @@ def run_layers(
     carry: Any,
     *,
     length: Int[Array, " B"] | None = None,
-    angles: RotaryAngles | None = None,
+    near: Int[Array, "B T"] | None = None,
     unroll: bool = False,
 ) -> tuple[Float[Array, "B T E"], Any, Any]:
     """Scan x through all layers; `mixer` computes the attention of each.
@@ -267,7 +267,7 @@ def run_layers(
         positions: Of the tokens in their documents.
         mixer: (carry, view) -> (attention output, carry, value).
         length: Tokens of each row, as in `rope_angles`. In decoding, those that the cache holds too.
-        angles: Of the tokens; default: those of `positions` and `length`.
+        near: Positions in layers that slide beside others that see everything, as in `rope_angles`.
         unroll: Whether the program has every layer apart. It compiles longer. The GPU compiler copies the weights of a
             layer out of the stacked arrays in a loop, and reads them in place without one.
 
@@ -275,7 +275,7 @@ def run_layers(
         The residual stream after the last layer, the mixer's last carry, and its values stacked over the layers.
     """
     config = model.config
-    angles = rope_angles(config, positions, length) if angles is None else angles
+    angles = rope_angles(config, positions, length, near)
 
     def body(state, scanned):
         x, carry = state

@@ -101,14 +101,15 @@ class DistillationObjective:
         """
         positions, segments = batch["positions"], batch["segments"]
         columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-        context = predictor.context(positions, near=columns - document_starts(segments))
+        near = columns - document_starts(segments)
+        context = predictor.context(positions, near=near)
         far = find_far_keys(positions, segments)
         layers = LayerGradients(self, predictor, model, segments, context, far, dropout)
         x = embed(model, batch["tokens"])
         first = walk.begin(predictor, x, context)
         zeros = jax.tree.map(jnp.zeros_like, predictor.trunk)
         start = PassState(first, first.features, zeros, jnp.zeros(()), jnp.zeros(()))
-        _, end, heads = run_layers(model, x, positions, layers.mix, start, angles=context.angles)
+        _, end, heads = run_layers(model, x, positions, layers.mix, start, near=near)
         as_heads = partial(_as_heads, layers=np.asarray(model.config.served_layers))
         gradients = jax.tree.map(as_heads, heads, nnx.state(predictor.heads, nnx.Param)), end.trunk_gradients
         structure = jax.tree.structure(nnx.state(predictor, nnx.Param))
