@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "LOWEST",
             "causal_attention",
             "chunk_mask",
+            "document_places",
             "document_starts",
             "exponentials",
             "grouped_sinks",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -151,11 +152,11 @@ def _run_layers(
     unroll: bool = False,
 ) -> tuple[Float[Array, "B T E"], Any, Any]:
     config = model.config
-    apart = near is not None and any(config.sliding) and not config.serves_windows
+    apart = np.asarray(config.near_layers) if near is not None and any(config.near_layers) else None
 
     def body(state, scanned):
         (x, carry), (layer, index) = state, scanned
-        places = jnp.where(jnp.asarray(config.sliding)[index], near, positions) if apart else positions
+        places = positions if apart is None else jnp.where(jnp.asarray(apart)[index], near, positions)
         inputs, cap = model.project(layer, x, places), config.attention_softcap
         view = LayerView(index, model.weights(layer), x, inputs.q, inputs.k, inputs.k_pre, inputs.v, cap)
         mixed, carry, out = mixer(carry, view)

@@ -41,13 +41,13 @@ def rope_angles(
     Args:
         length: Tokens of each row, by which longrope takes its short or its long factors; default those up to the
             row's last position.
-        near: Positions in the layers that slide beside others that see everything. Where `positions` skip some, these
-            must not: a sliding window reaches back over tokens. Default: `positions`.
+        near: Positions in `BaseConfig.near_layers`. Where `positions` skip some, these must not: a sliding window
+            reaches back over tokens. Default: `positions`.
     """
-    apart = near is not None and not config.serves_windows
-    layers = [(rope, apart and slides) for rope, slides in zip(config.layer_ropes, config.sliding, strict=True)]
+    apart = (False,) * config.layers if near is None else config.near_layers
+    layers = list(zip(config.layer_ropes, apart, strict=True))
     kinds = list(dict.fromkeys(layers))
-    found = [_angles(config, rope, near if slides else positions, length) for rope, slides in kinds]
+    found = [_angles(config, rope, near if own else positions, length) for rope, own in kinds]
     cos, sin = (jnp.stack(parts) for parts in zip(*found, strict=True))
     return RotaryAngles(cos, sin, np.array([kinds.index(kind) for kind in layers]) if len(kinds) > 1 else None)
 

@@ -217,6 +217,11 @@ def document_starts(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jax.lax.cummax(jnp.where(segments != before, columns, 0), axis=1)
 
 
+def document_places(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many tokens of its document lie before each token; documents are contiguous."""
+    return jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments)
+
+
 def chunk_mask(
     index: Int[Array, ""] | int,
     first: Int[Array, ""] | int,

@@ -306,6 +306,11 @@ class BaseConfig:
         return any(self.sliding[layer] for layer in self.served_layers)
 
     @property
+    def near_layers(self) -> tuple[bool, ...]:
+        """For every layer, whether it slides beside others that see everything."""
+        return tuple(slides and not self.serves_windows for slides in self.sliding)
+
+    @property
     def mixed(self) -> bool:
         """Whether a layer other than layer 0 is not served."""
         return len(self.served_layers) < self.layers - 1

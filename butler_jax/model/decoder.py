@@ -267,7 +267,7 @@ def run_layers(
         positions: Of the tokens in their documents.
         mixer: (carry, view) -> (attention output, carry, value).
         length: Tokens of each row, as in `rope_angles`. In decoding, those that the cache holds too.
-        near: Positions in layers that slide beside others that see everything, as in `rope_angles`.
+        near: As in `rope_angles`.
         unroll: Whether the program has every layer apart. It compiles longer. The GPU compiler copies the weights of a
             layer out of the stacked arrays in a loop, and reads them in place without one.
 
@@ -344,7 +344,7 @@ def by_service(
     """
     if not config.mixed:
         return by_sliding_window(config, index, serve)
-    sliding_window = config.sliding_window if config.sliding[config.served_layers[0]] else None
+    sliding_window = config.sliding_window if config.serves_windows else None
     return jax.lax.cond(is_served(config, index), partial(serve, sliding_window), leave)
 
 

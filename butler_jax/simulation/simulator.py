@@ -21,7 +21,7 @@ from butler_jax.model import (
     by_service,
     check_length,
     dense_mixer,
-    document_starts,
+    document_places,
     run_layers,
     sliding_windows,
 )
@@ -226,7 +226,7 @@ def count_keys(
         fractions: Share of its causal keys that a row reads in each layer; of all rows, or of the last ones.
         heads: Sets of keys that a served layer chooses. The others read all keys of every KV head.
     """
-    count = jnp.arange(segments.shape[1], dtype=jnp.int32)[None] - document_starts(segments) + 1
+    count = document_places(segments) + 1
     count = count[:, -fractions.shape[2] :]
     limits = sliding_windows(config)
     if limits is None:

@@ -136,7 +136,7 @@ class TrainConfig(FitConfig):
                 raise ValueError("--chosen is about the cross entropy; give --objective cross_entropy, or leave it out")
             if self.attention not in (None, "xla"):
                 raise ValueError(f"--chosen runs with --attention xla, not {self.attention}; leave one of them out")
-        if self.reach is not None and self.reach != 0 and self.reach < self.length:
+        if self.reach and self.reach < self.length:
             raise ValueError(f"--reach must be 0, or at least --length {self.length}, got {self.reach}")
         if self.calibration <= 0:
             raise ValueError(f"--calibration must be at least 1, got {self.calibration}")

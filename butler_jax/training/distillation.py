@@ -75,7 +75,7 @@ def distil(
             shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
             base = load_base(config.base, dtype=config.dtype, shardings=shardings)
         base.require_tokenizer()
-        check_length(base.config, max(config.reach or 0, config.length))
+        check_length(base.config, config.reach or config.length)
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
             if predictor is None:

@@ -34,7 +34,7 @@ from butler_jax.model import (
     by_service,
     causal_attention,
     dense_mixer,
-    document_starts,
+    document_places,
     embed,
     output_gram,
     output_projection,
@@ -100,8 +100,7 @@ class DistillationObjective:
             nnx.state(predictor, nnx.Param). Divide loss and gradient by the count.
         """
         positions, segments = batch["positions"], batch["segments"]
-        columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-        near = columns - document_starts(segments)
+        near = document_places(segments)
         context = predictor.context(positions, near=near)
         far = find_far_keys(positions, segments)
         layers = LayerGradients(self, predictor, model, segments, context, far, dropout)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from butler_jax.model import BaseConfig, document_starts
+from butler_jax.model import BaseConfig, document_places
 from butler_jax.training.losses import FarKeys
 
 
@@ -83,12 +83,12 @@ def stretch_positions(batch: dict[str, np.ndarray], reach: int) -> dict[str, np.
 
 def find_far_keys(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> FarKeys:
     """The keys of first parts, for the rows of second parts, and the skipped positions that they stand for."""
-    starts = document_starts(segments)
-    columns = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
-    moved = positions - (columns - starts)
-    begins = (moved != jnp.roll(moved, 1, axis=1)) | (columns == starts)
+    places = document_places(segments)
+    columns = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    moved = positions - places
+    begins = (moved != jnp.roll(moved, 1, axis=1)) | (places == 0)
     end = jax.lax.cummax(jnp.where(begins, columns, 0), axis=1)
-    first_part = end - starts
+    first_part = end - (columns - places)
     far = (moved > 0) & (first_part > 0)
     count = (first_part + moved) / jnp.maximum(first_part, 1)
     return FarKeys(jnp.where(far, end, 0), jnp.where(far, jnp.log(jnp.where(far, count, 1.0)), 0.0))

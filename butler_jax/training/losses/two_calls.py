@@ -66,9 +66,8 @@ def run_two_calls(
     shift_rows, shift_keys = (functools.partial(_shift, tokens=n) for n in (row_shift, key_shift))
     options = {"sliding_window": None if keys.sliding_window is None else keys.sliding_window - keys.recent}
     if segments is not None:
-        place = jnp.arange(q.shape[1])[None] - attention.document_starts(segments)
         options["segments"] = shift_rows(segments)
-        options["key_segments"] = jnp.where(place < keys.sinks, -1, segments)
+        options["key_segments"] = jnp.where(attention.document_places(segments) < keys.sinks, -1, segments)
     contested_k = shift_keys(jnp.repeat(k, k_imp.shape[2] // k.shape[2], axis=2))
     rows, rows_imp, weight = shift_rows(q), shift_rows(q_imp), shift_rows(counted)[:, :, None]
 

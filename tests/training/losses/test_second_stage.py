@@ -10,7 +10,7 @@ from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross
 from butler_jax.training.losses.target import PENALTY
 from tests.marked import slow
 from tests.training.losses.naive import assert_close
-from tests.training.losses.test_target import RECENT, SINKS, make_far_keys, make_inputs
+from tests.training.losses.test_target import RECENT, SINKS, count_keys, make_far_keys, make_inputs
 
 LENGTH = 40
 
@@ -34,9 +34,7 @@ def naive(arrays, target, segments, budget):
         own = slice(kv * group, (kv + 1) * group)
         true = softmax(q[b, t, own] @ k[b, keys, kv].T / dim**0.5)
         scores = q_imp[b, t, own] @ k_imp[b, keys, kv].T / q_imp.shape[-1] ** 0.5
-        counts = np.ones(len(keys))
-        if target is not None and target.far is not None:
-            counts[(keys < target.far.end[b, t]) & contested] = np.exp(np.float64(target.far.log_count[b, t]))
+        counts = count_keys(target, b, t, keys, contested)
         logs = scores - np.log((counts * np.exp(scores))[:, contested].sum(axis=-1, keepdims=True))
         if target is not None:
             moved = v[b, keys, kv][None] - (true @ v[b, keys, kv])[:, None]

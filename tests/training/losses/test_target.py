@@ -36,6 +36,15 @@ def make_far_keys(length):
     return FarKeys(end, log_count)
 
 
+def count_keys(target, row, column, keys, contested):
+    """How many keys each key stands for."""
+    counts = np.ones(len(keys))
+    if target is not None and target.far is not None:
+        far = (keys < target.far.end[row, column]) & contested
+        counts[far] = np.exp(np.float64(target.far.log_count[row, column]))
+    return counts
+
+
 def naive(arrays, target, rule, segments):
     """The summed cross entropy and the summed penalty of the offset in float64, pair by pair."""
     q, k, v, q_imp, k_imp = (np.asarray(a, np.float64) for a in arrays)
@@ -48,9 +57,7 @@ def naive(arrays, target, rule, segments):
         contested = (keys >= start + SINKS) & (keys <= t - RECENT)
         if segments[b, t] == 0 or not contested.any():
             continue
-        counts = np.ones(len(keys))
-        if target.far is not None:
-            counts[(keys < target.far.end[b, t]) & contested] = np.exp(np.float64(target.far.log_count[b, t]))
+        counts = count_keys(target, b, t, keys, contested)
         logits = k[b, keys, h // group] @ q[b, t, h] / dim**0.5
         weights = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         values = v[b, keys, h // group]
