@@ -31,6 +31,7 @@ from butler_jax.model import (
     BaseModel,
     LayerView,
     dense_mixer,
+    document_places,
     embed,
     few_tokens,
     normed_stream,
@@ -209,7 +210,7 @@ def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K pair
         return mixed, carry, (energy, spread)
 
     x = embed(model, jnp.asarray(batch["tokens"]))
-    return run_layers(model, x, jnp.asarray(batch["positions"]), mixer, None)[2]
+    return run_layers(model, x, jnp.asarray(batch["positions"]), mixer, None, near=document_places(segments))[2]
 
 
 def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs, rank: int) -> LookaheadHeads:

@@ -10,6 +10,7 @@ import pytest
 from butler_jax import distil, init_predictor, load_base
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
+from butler_jax.predictors.lookahead import _pair_moments
 from butler_jax.training import distillation
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.objective import DistillationObjective
@@ -82,6 +83,9 @@ def test_layers_that_slide_keep_the_places_of_the_tokens():
         for given in (batch, stretch_positions(batch, 500))
     ]
     assert losses[0] == losses[1] > 0
+    moments = [_pair_moments(make_model(base), given) for given in (batch, stretch_positions(batch, 500))]
+    for plain, moved in zip(*moments, strict=True):  # of the layer that is served
+        np.testing.assert_array_equal(plain[1], moved[1])
 
 
 def test_the_default_is_the_context_or_the_window_of_the_served_layers():
