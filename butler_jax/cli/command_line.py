@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -122,7 +123,8 @@ def interrupts_end(said: str, statuses: Mapping[int, int] = {signal.SIGINT: 130}
     """Inside, Ctrl-C ends the program at once, with a line on stderr and status 130, also while it compiles.
 
     A KeyboardInterrupt waits for what is computed, is lost where it meets a callback of the garbage collection, and
-    after one JAX 0.10 crashes where the interpreter ends by itself.
+    after one JAX 0.10 crashes where the interpreter ends by itself. Afterwards these signals do not disturb the
+    callbacks with which the interpreter ends.
 
     Args:
         said: The line.
@@ -143,3 +145,5 @@ def interrupts_end(said: str, statuses: Mapping[int, int] = {signal.SIGINT: 130}
     taken = [one for one in statuses if signal.getsignal(one) is not signal.SIG_IGN]  # as a shell's background job does
     with answered(taken, end, end_soon):
         yield
+    for one in taken:
+        atexit.register(signal.signal, one, signal.SIG_IGN)  # the last to be registered is the first to be called

@@ -53,3 +53,21 @@ def test_a_signal_ends_a_command_that_computes(number, status):
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
     assert (process.returncode, error) == (status, "stopped here\n")
+
+
+ENDS = """
+import atexit, signal, time
+from butler_jax.cli.command_line import interrupts_end
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+with interrupts_end("stopped here"):
+    atexit.register(time.sleep, 1)
+    atexit.register(print, "ends", flush=True)
+"""
+
+
+def test_a_signal_does_not_disturb_the_end_of_the_interpreter():
+    process = subprocess.Popen([sys.executable, "-c", ENDS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ends\n"
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert (process.returncode, error) == (0, "")
