@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 import butler_jax
-from butler_jax.model import AttentionInputs, LayerWeights, forward, run_layers
+from butler_jax.model import AttentionInputs, LayerWeights, dense_mixer, embed, forward, run_layers
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig
 from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import simulate
 from butler_jax.training.objective import DistillationObjective
+from butler_jax.training.stretching import stretch_positions
 from butler_jax.weights import Base, adapt_model, fingerprint
 from tests.marked import long, slow
 from tests.own_decoder import OwnAdapter, OwnDecoder
@@ -61,6 +62,20 @@ def test_a_training_step_has_the_same_loss_and_gradient(model, base, target):
     assert len(flat[0]) == len(flat[1])
     for expected, found in zip(*flat, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-12)
+
+
+def test_layers_that_slide_keep_the_places_of_tokens_where_positions_skip():
+    config = dataclasses.replace(BASE, sliding_window=24, sliding_layers=(False, True, False))
+    ours = make_model(config)
+    batch = stretch_positions(BATCH, 400)
+    tokens, segments, positions, near = map(jnp.asarray, (*batch.values(), BATCH["positions"]))
+
+    def keys(model, near):
+        return run_layers(model, embed(model, tokens), positions, dense_mixer(config, segments), None, near=near)[0]
+
+    expected, found = (keys(one, near) for one in (ours, OwnAdapter(OwnDecoder(ours), config)))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert float(jnp.abs(keys(ours, None) - expected).max()) > 1e-2
 
 
 def test_a_simulation_reads_the_same_keys_and_predicts_the_same(model, base):
