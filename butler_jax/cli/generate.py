@@ -37,7 +37,8 @@ class GenerateConfig:
     """
 
     run: Path | None = None
-    """Directory of a training run, or of save_predictor. Default: decode the base model densely."""
+    """A training run, a directory of save_predictor or save_pretrained, or a hub id. Default: decode the base model
+    densely."""
     base: str | None = None
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
     prompt: str | None = None

@@ -18,7 +18,7 @@ class PublishConfig:
     """
 
     run: Path
-    """Directory of a training run, or of save_predictor."""
+    """A training run, a directory of save_predictor or save_pretrained, or a hub id."""
     out: Path | None = None
     """The directory to write. Default: only the repository."""
     hub: str | None = None

@@ -25,7 +25,8 @@ class EvalConfig(HostsConfig):
     """
 
     run: Path | None = None
-    """Directory of a training run; its predictor is the policy tokenbutler. Default: the base model alone."""
+    """A training run, a directory of save_predictor or save_pretrained, or a hub id; its predictor is the policy
+    tokenbutler. Default: the base model alone."""
     base: str | None = None
     """A Hugging Face directory, a hub id, a .gguf file, or tiny (embedded). Default: the run's."""
     compare: tuple[str | Path, ...] = ()

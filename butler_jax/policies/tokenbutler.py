@@ -58,7 +58,7 @@ class TokenButler(Scoring):
         """
         self.require_predictor(predictor)
         config = predictor.config
-        if self.error is not None and config.target not in ("attention", "weight"):
+        if self.error is not None and config.counts_values:
             raise ValueError(f"the predictor's target is {config.target}, which counts values already: leave out error")
         return dataclasses.replace(self, offset=config.offset)
 

@@ -36,6 +36,11 @@ class PredictorConfig:
     hidden: int | None = None
     """Hidden width I of the predictors contextual and producer. Default: 512."""
 
+    @property
+    def counts_values(self) -> bool:
+        """Whether the target is an error that follows from a token's value, and not from its weight alone."""
+        return self.target in ("value", "centred")
+
     def __post_init__(self):
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")

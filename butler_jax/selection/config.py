@@ -58,7 +58,8 @@ class SelectionConfig(AlwaysReadConfig):
     interval: int = 1
     """Decode steps from one choice to the next. The steps between read what was chosen, and all tokens since."""
     neighbours: bool = False
-    """Choose half of the budget by score. Each run of c chosen units then brings the c units to its right."""
+    """Choose half of the budget beside sinks and recent tokens by score. Each run of c chosen units then brings the c
+    units to its right."""
     min_context: int = 0
     """Rows of up to this many tokens read everything."""
     allocation: Allocation = "per_head"

@@ -119,7 +119,7 @@ def calibrate_tolerance(
             possible, and units of several tokens only under top_p.
         means: Fractions of the keys that a dense query reads, or numbers of tokens; one result for each. Where sinks
             and recent tokens alone exceed a mean, its tolerance is infinite.
-        policy: Default: tokenbutler with values, and without them under top_p.
+        policy: Default: tokenbutler, with values where the predictor's target leaves them out, but for top_p.
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
         rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it behind
             the prompt; None takes all.
@@ -133,7 +133,9 @@ def calibrate_tolerance(
             do not allow the allocation.
     """
     by_mass = selection.allocation == "top_p"
-    policy = policy or TokenButler(error=None if by_mass else "value")
+    if policy is None:
+        unvalued = predictor is not None and not predictor.config.counts_values
+        policy = TokenButler(error="value" if unvalued and not by_mass else None)
     if not batches:
         raise ValueError("a tolerance is calibrated on text: give at least one batch")
     if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):

@@ -11,7 +11,8 @@ import pytest
 
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.decoder import BaseModel
-from butler_jax.policies import make_policy
+from butler_jax.policies import TokenButler, make_policy
+from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation import calibrate_thresholds, calibrate_tolerance, simulate
 from pallas_kernels import from_image, ordered_image
@@ -104,6 +105,17 @@ def test_one_p_reaches_means_over_all_heads(model, name, means):
         read = (share if isinstance(mean, float) else share * np.arange(1, 129))[counted]
         np.testing.assert_allclose(read.mean(), mean, rtol=0.03)
         assert np.ptp(read) > 0.05 * read.mean()
+
+
+@pytest.mark.parametrize("target", ["centred", slow("attention")])
+def test_the_default_policy_is_that_of_the_predictor(model, target):
+    batch, most = batch_of(), SelectionConfig(budget=1.0, sinks=2, recent=3)
+    predictor = make_predictor(BASE, PredictorConfig(rank=8, target=target))
+    policy = TokenButler(error=None if target == "centred" else "value")
+    expected, found = (
+        calibrate_tolerance(model, predictor, [batch], most, [0.5], policy=one, corrections=0) for one in (policy, None)
+    )
+    assert found == expected
 
 
 @pytest.mark.slow
