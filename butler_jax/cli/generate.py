@@ -143,9 +143,14 @@ def _read_messages() -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit status."""
-    given = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     with interrupts_end("\nstopped"):
-        return run(lambda: _generate(read(GenerateConfig, arguments, "butler-jax generate"), given))
+        return run(lambda: _generate(read(GenerateConfig, arguments, "butler-jax generate"), options_of(arguments)))
+
+
+def options_of(arguments: list[str]) -> set[str]:
+    """The names of the options on a command line, as fields are named."""
+    options = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
 def _generate(config: GenerateConfig, given: set[str]) -> int:
@@ -244,9 +249,11 @@ def show_figures(base: Base, result: Generated) -> None:
     new = len(result.tokens[0])
     rate = f", then {result.tokens_per_second:.1f} tokens/s" if new >= TIMED else ""
     read = f"{100 * result.attended[0]:.1f} % of the cache read"
+    of_all = f"{100 * result.attended_of_dense[0]:.1f} % of what dense decoding reads"
     if base.config.mixed:
-        of_all = f"{100 * result.attended_of_dense[0]:.1f} % of what dense decoding reads"
         read += f" in the {len(base.config.served_layers)} served layers, {of_all} in all {base.config.layers}"
+    elif any(base.config.sliding):
+        read += f", {of_all}"
     kept = f" ({result.kept_tokens} of them kept)" if result.kept_tokens else ""
     print(
         f"{result.prompt_tokens[0]}{kept} + {new} tokens; {result.prefill_seconds:.1f} s to the first{rate}; {read}",

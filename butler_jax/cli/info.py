@@ -89,7 +89,7 @@ def _go_on(run_dir: Path, found: dict[str, Any]) -> str | None:
     where, run_dir = _from(run_dir, found["starts"])
     settings, note = {**config, "run_dir": str(run_dir)}, ""
     if found["done"] >= config["steps"]:
-        settings["steps"] = 2 * config["steps"]
+        settings["steps"] = 2 * found["done"]
     with contextlib.suppress(ValueError):  # of one process
         if host := parse_hosts(config.get("distributed", "")):
             settings["distributed"] = f"{host.address},{host.count},INDEX"
@@ -105,6 +105,8 @@ def _options(defaults: Any, settings: dict[str, Any]) -> Iterator[str]:
         value = settings.get(field.name)
         if dataclasses.is_dataclass(default):
             yield from _options(default, value or {})
+        elif isinstance(value, bool) and value != default:
+            yield f"--{'' if value else 'no-'}{flag_of(field).removeprefix('--')}"
         elif value is not None and value != default:
             yield from (flag_of(field), str(value))
 

@@ -31,7 +31,8 @@ def _run_harness(arguments: list[str]) -> int:
         raise ImportError(
             f"lm-evaluation-harness cannot be loaded ({error}); pip install 'butler-jax[harness]'"
         ) from None
-    if "--tasks" in arguments and "--include_path" not in arguments:
+    options = {argument.partition("=")[0] for argument in arguments}
+    if options & {"--tasks", "-t"} and "--include_path" not in options:
         arguments = [*arguments, "--include_path", str(TASKS_DIRECTORY)]
     sys.argv = ["butler-jax lm-eval", *arguments]
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork after JAX has started threads

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.hashes import hash_arrays, hash_code
-from butler_jax.parallel import EVALUATION_RULES, place
+from butler_jax.evaluation.hashes import hash_code
+from butler_jax.parallel import EVALUATION_RULES, hash_arrays, place
 from butler_jax.policies import Policy, describe, make_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
@@ -47,8 +47,9 @@ class EvaluatedPolicy(NamedTuple):
 
     @property
     def about(self) -> dict[str, Any]:
-        """The predictor's configuration, and how it was trained."""
-        return {**to_dict(self.predictor.config), "training": dict(self.training)}
+        """The predictor's configuration, a hash of its arrays, and how it was trained."""
+        facts = {"arrays": hash_arrays(self.predictor), "training": dict(self.training)}
+        return {**to_dict(self.predictor.config), **facts}
 
     @property
     def dense(self) -> bool:

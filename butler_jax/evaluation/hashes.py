@@ -1,4 +1,4 @@
-"""Short hashes of what results depend on: arrays, the code of a class, JSON-ready facts."""
+"""Short hashes of what results depend on: the code of a class, JSON-ready facts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from butler_jax.parallel import on_host
-
-
-def hash_arrays(tree: Any) -> str:
-    """Hash all numbers of a pytree with their types and shapes."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        values = on_host(leaf)
-        found.update(f"{values.dtype}{values.shape}".encode())
-        found.update(np.ascontiguousarray(values).tobytes())
-    return found.hexdigest()[:16]
+from butler_jax.parallel import hash_arrays
 
 
 def hash_code(kind: type) -> str:

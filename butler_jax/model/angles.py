@@ -44,6 +44,8 @@ def rope_angles(
         near: Positions in `BaseConfig.near_layers`. Where `positions` skip some, these must not: a sliding window
             reaches back over tokens. Default: `positions`.
     """
+    if length is None:
+        length = jnp.max(positions, axis=1) + 1
     apart = (False,) * config.layers if near is None else config.near_layers
     layers = list(zip(config.layer_ropes, apart, strict=True))
     kinds = list(dict.fromkeys(layers))
@@ -65,7 +67,6 @@ def _angles(config, rope: RopeConfig | None, positions, length) -> tuple[Array, 
     border = rope.border
     if border is None:
         return angles(0)
-    length = jnp.max(positions, axis=1) + 1 if length is None else jnp.asarray(length)
-    beyond = jnp.broadcast_to(length > border, positions.shape[:1])[:, None, None]
+    beyond = jnp.broadcast_to(jnp.asarray(length) > border, positions.shape[:1])[:, None, None]
     (short_cos, short_sin), (long_cos, long_sin) = angles(border), angles(border + 1)
     return jnp.where(beyond, long_cos, short_cos), jnp.where(beyond, long_sin, short_sin)

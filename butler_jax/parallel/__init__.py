@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "constrain",
             "constrain_module",
             "current_mesh",
+            "hash_arrays",
             "make_mesh",
             "map_shards",
             "module_shardings",

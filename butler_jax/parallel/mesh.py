@@ -14,6 +14,7 @@ A dimension stays whole where the axis size does not divide it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -365,3 +366,13 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def hash_arrays(tree: Any) -> str:
+    """Hash all numbers of a pytree with their types and shapes, in 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        values = on_host(leaf)
+        found.update(f"{values.dtype}{values.shape}".encode())
+        found.update(np.ascontiguousarray(values).tobytes())
+    return found.hexdigest()[:16]

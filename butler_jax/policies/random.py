@@ -21,6 +21,10 @@ class Random(Scoring):
     name = "random"
     seed: int = 0
 
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"the seed of random must be 0 or more, got {self.seed}")
+
     def scores(self, chunk: Chunk):
         """Multiples of 2**-24 in [0, 1), [B, K, 1, C, S]."""
         rows, columns = chunk.rows, chunk.columns

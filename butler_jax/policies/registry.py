@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from butler_jax.policies.base import Policy
 from butler_jax.policies.citrus import CItruS
@@ -27,12 +27,14 @@ POLICIES: dict[str, type[Policy]] = {
         *(H2O, SnapKV, CItruS, Quest, LowRank, TokenButler),
     )
 }
+WORDS = {"true": True, "1": True, "false": False, "0": False}
+"""Truth values as a setting names them."""
 
 
 def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> Policy:
     """The policy of a name in POLICIES with these hyper-parameters, which may also follow the name.
 
-    quest:page=8 is quest with pages of 8 tokens. The values of fields that are numbers are read as numbers.
+    quest:page=8 is quest with pages of 8 tokens, and snapkv:once=false cuts at every row.
 
     Args:
         name: The name.
@@ -40,18 +42,39 @@ def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), *
         **fields: Hyper-parameters of this policy.
 
     Raises:
-        ValueError: The name or a hyper-parameter is unknown. The message lists the known ones.
+        ValueError: The name or a hyper-parameter is unknown; the message lists the known ones. Or a value is of another
+            type than its field.
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} is neither a policy nor a name of one; make it one, as in Norm()")
     name, *settings = name.split(":")
-    for setting in settings:
-        field, _, value = setting.partition("=")
-        fields[field] = int(value) if value.isdigit() else value
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-    known = [field.name for field in dataclasses.fields(POLICIES[name])]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
+    known = get_type_hints(POLICIES[name])
+    known = {field.name: known[field.name] for field in dataclasses.fields(POLICIES[name])}
+    read = dict(_read_setting(name, setting, known) for setting in settings)
+    if unknown := sorted({*fields, *read} - {*known}):
         raise ValueError(f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
-    return POLICIES[name](**{f: value for f, value in defaults.items() if f in known} | fields)
+    return POLICIES[name](**{f: value for f, value in defaults.items() if f in known} | fields | read)
+
+
+def _read_setting(policy: str, setting: str, known: Mapping[str, Any]) -> tuple[str, Any]:
+    """The field and the value of a setting, FIELD=VALUE. The field may be unknown.
+
+    Raises:
+        ValueError: It is no such text, or the field has values of another type.
+    """
+    field, equals, text = setting.partition("=")
+    if not equals:
+        raise ValueError(f"a setting of policy {policy} is FIELD=VALUE, got {setting!r}")
+    kinds = get_args(known.get(field)) or (known.get(field),)
+    if bool in kinds and text.lower() in WORDS:
+        return field, WORDS[text.lower()]
+    if type(None) in kinds and text == "None":
+        return field, None
+    if int in kinds and text.removeprefix("-").isdecimal():
+        return field, int(text)
+    if {int, bool} & {*kinds}:
+        wanted = "a whole number" if int in kinds else "true or false"
+        raise ValueError(f"{field} of policy {policy} is {wanted}, got {text!r}")
+    return field, text

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.numpy import save
 
 from butler_jax.model import name_leaves
+from butler_jax.parallel import hash_arrays
 from butler_jax.storage import read_object, to_dict, write_whole
 from butler_jax.weights import Base, parse_hub_id, upload
 
@@ -37,11 +38,8 @@ def write_pretrained(
     """Write the files of a predictor; arguments as of `Predictor.save_pretrained`. name: of its repository."""
     directory = Path(directory).expanduser()
     _check_place(directory)
-    if report is not None and report.about.get("fingerprint") not in (None, base.fingerprint):
-        raise ValueError(
-            f"the report is about base {report.about.get('base')!r} ({report.about['fingerprint']}), the predictor for "
-            f"{base.name!r} ({base.fingerprint}); give the report of this predictor"
-        )
+    if report is not None:
+        _check_report(report, predictor, base)
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(leaf) for name, leaf in name_leaves(predictor).items()}
     write_whole(directory / WEIGHTS, save(arrays, metadata={"format": "np"}))  # save_file hides it from other users
@@ -58,6 +56,21 @@ def write_pretrained(
     write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")
     write_whole(directory / CARD, _make_card(config, report, name))
     return directory
+
+
+def _check_report(report: Any, predictor: Any, base: Base) -> None:
+    """Raise ValueError for a report about another base, or about other predictors."""
+    if report.about.get("fingerprint") not in (None, base.fingerprint):
+        raise ValueError(
+            f"the report is about base {report.about.get('base')!r} ({report.about['fingerprint']}), the predictor for "
+            f"{base.name!r} ({base.fingerprint}); give the report of this predictor"
+        )
+    evaluated = [one.get("arrays") for one in (report.about.get("predictors") or {}).values()]
+    if evaluated and None not in evaluated and hash_arrays(predictor) not in evaluated:
+        raise ValueError(
+            "the report is about another predictor, or about another step of its training; run butler-jax eval again, "
+            "or give the report of this predictor"
+        )
 
 
 def _check_place(directory: Path) -> None:

@@ -45,8 +45,13 @@ def read_settings(run: str | Path) -> dict[str, Any]:
 
 
 def with_present_names(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a training with FORMER_NAMES moved to their places. Settings that are nested already stay."""
+    """Settings of a training with FORMER_NAMES moved to their places. Settings that are nested already stay.
+
+    Those that versions before did not write get what they meant then.
+    """
     settings = {"hidden" if name == "inner" else name: value for name, value in settings.items()}  # of a pretraining
+    if "predictor" in settings and "steps" in settings:  # rows of trainings before kept their positions
+        settings = {"reach": 0, **settings}
     if isinstance(settings.get("predictor"), dict):
         return {**settings, "predictor": with_former_defaults(settings["predictor"])}
     if not isinstance(settings.get("predictor"), str):

@@ -33,6 +33,7 @@ from butler_jax.predictors import PREDICTORS, Predictor, PredictorConfig, make_p
 from butler_jax.runs import about, claim, load_predictor, steps
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
+from butler_jax.training.losses import require_products
 from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import TrainState, learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.training.stretching import StretchedBatches, default_reach
@@ -116,6 +117,8 @@ def prepare(
     base: Base, config: TrainConfig, mesh: jax.sharding.Mesh, run_dir: Path, predictor: Predictor | None = None
 ) -> tuple[Run, TrainState]:
     """The pieces of a run and its state before the first step, all on the mesh, which must be set."""
+    if DistillationObjective.from_config(config).loss == "squared_error":
+        require_products(base.config.attention_softcap)
     model = place_model(base.model, mesh)
     source = {"length": config.length, "batch_size": config.batch_size}
     source |= {"data_dir": config.data_dir, "strict": config.strict_data}
@@ -201,7 +204,8 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 
 def time_forward(model: BaseModel, batch: dict, config: TrainConfig) -> float:
-    """Seconds of the base's own forward pass to logits on such a batch: the best of three after compiling."""
+    """Seconds of the base's own forward pass to logits on a batch of `config.length` tokens a row: the best of three
+    after compiling."""
 
     @jax.jit
     def run(model, batch):
@@ -214,6 +218,8 @@ def time_forward(model: BaseModel, batch: dict, config: TrainConfig) -> float:
         )
         return logits.max(-1)
 
+    short = config.length - batch["tokens"].shape[1]  # where all that is held out is shorter than a row
+    batch = {name: jnp.pad(array, ((0, 0), (0, short))) for name, array in batch.items()}
     times = []
     for _ in range(4):
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from butler_jax.parallel import any_process, check_shared, exchange, gather, place_batch, stand_alike, tell
-from butler_jax.runs import Checkpoints, Record, copy_to_host, joined, read_settings, recorded
+from butler_jax.runs import Checkpoints, Record, copy_to_host, joined, read_settings, recorded, steps
 from butler_jax.storage import shown, to_dict, write_whole
 from butler_jax.training.config import FitConfig
 from butler_jax.training.interruptions import StopRequests, stop_requests
@@ -87,11 +87,15 @@ def _brief(value: Any) -> str:
 
 
 def open_run(run_dir: Path, config: FitConfig) -> None:
-    """Make the run directory with its config.json; raises as check_run does."""
+    """Make the run directory with its config.json; raises as check_run does.
+
+    The steps in it are not lowered below those of the newest checkpoint.
+    """
     check_run(run_dir, config)
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        settings = {**to_dict(config), "steps": max([config.steps, *steps(run_dir / "checkpoints")])}
+        write_whole(run_dir / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import pytest
 from butler_jax import chat, generate, load_base
 from butler_jax.cli import main
 from butler_jax.cli.command_line import read
-from butler_jax.cli.generate import GenerateConfig, choose_sampling, show_figures
+from butler_jax.cli.generate import GenerateConfig, choose_sampling, options_of, show_figures
 from butler_jax.decoding import Generated
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.model import BaseConfig
@@ -52,6 +52,7 @@ def test_both_shares_are_printed_where_layers_slide_beside_served_ones(capsys):
             (True, False) * 2,
             "25.0 % of the cache read in the 2 served layers, 60.0 % of what dense decoding reads in all 4",
         ),
+        ((True,) * 4, "25.0 % of the cache read, 60.0 % of what dense decoding reads"),
         ((False,) * 4, "25.0 % of the cache read"),
     ):
         config = BaseConfig(family="mistral", sliding_window=8, sliding_layers=slides, **sizes)
@@ -146,8 +147,9 @@ def test_sampling_that_is_not_given_is_that_of_generation_config(talking, capfd)
         ([], model, source + "temperature 0.7, top_k 5; min_p of it passed over"),
         (["--temperature=2"], hot, source + "top_k 5; min_p"),
         (["--temperature", "0", "--top-k", "5"], SamplingConfig(top_k=5), source + "min_p of it passed"),
+        (["--prompt", "temperature"], model, source + "temperature 0.7, top_k 5; min_p of it passed over"),
     ):
-        given = {argument.partition("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+        given = options_of(arguments)
         assert choose_sampling(read(GenerateConfig, ["--base", "x", *arguments], "generate"), given, drawn) == sampling
         assert said in capfd.readouterr().err
     assert main(["generate", "--base", str(talking), "--prompt", "The file", "--max-new-tokens", "8"]) == 0

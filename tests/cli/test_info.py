@@ -102,6 +102,9 @@ def test_the_command_to_go_on_has_the_settings_of_the_run(trained, copy):
     )
     shutil.rmtree(copy / "checkpoints" / "6")  # unfinished: as many steps as before
     assert options(info.inspect(copy)["go_on"], TrainConfig, "train").steps == config.steps
+    settings = {**json.loads((copy / "config.json").read_text()), "strict_data": True}
+    (copy / "config.json").write_text(json.dumps(settings))
+    assert options(info.inspect(copy)["go_on"], TrainConfig, "train").strict_data
 
 
 def started(copy: Path, **changes) -> None:

@@ -242,6 +242,16 @@ def test_what_ends_early_is_padded(tokenizer, book):
     assert not batch["tokens"][padding].any() and not batch["positions"][padding].any()
 
 
+def test_held_out_text_shorter_than_a_row_ends_with_its_block(tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("The river was wide. " * 700)
+    spec, where = f"text:{tmp_path / 'short.txt'}", str(tmp_path)
+    whole, cut = (read_held_out(spec, tokenizer, length=n, count=2, data_dir=where)[0] for n in (256, 8192))
+    tokens = int((cut["segments"] > 0).sum())
+    assert cut["tokens"].shape == (1, -(-tokens // 128) * 128) and 128 < tokens < 8192
+    assert whole["tokens"].shape == (1, 256)
+    np.testing.assert_array_equal(cut["tokens"][:, :256], whole["tokens"])
+
+
 def test_specifications_are_read_as_written():
     assert [(p.source, p.weight) for p in parse_spec("python_docs:0.5+coreference:.5")] == [
         ("python_docs", 0.5),

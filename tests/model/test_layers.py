@@ -17,6 +17,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from butler_jax.model.angles import rope_angles
+from butler_jax.model.config import BaseConfig, RopeConfig
 from butler_jax.model.hugging_face_config import base_config
 from butler_jax.model.layers import gated, layer_norm, rms_norm, rope_frequencies, rotary, rotary_angles
 
@@ -31,6 +33,7 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 HALF = [1.0 + 0.1 * i for i in range(8)]
+LONG = [2 * f for f in HALF]
 SCALINGS = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -62,7 +65,7 @@ SCALINGS = {
         "rope_type": "longrope",
         "factor": 4.0,
         "short_factor": HALF,
-        "long_factor": [2 * f for f in HALF],
+        "long_factor": LONG,
         "original_max_position_embeddings": 64,
     },
 }
@@ -114,6 +117,17 @@ def test_partial_longrope_changes_factors_at_the_original_context(name, length):
     assert config.rotary_dim == 12
     for ours, expected in zip(got, (cos, sin), strict=True):
         np.testing.assert_allclose(ours, expected[..., :6].numpy(), atol=2e-5)  # as above, positions below 70
+
+
+def test_layers_that_slide_take_the_factors_of_the_row_where_positions_skip():
+    rope = RopeConfig(
+        kind="longrope", factor=4.0, original_context=64, short_factor=tuple(HALF), long_factor=tuple(LONG)
+    )
+    sizes = dict(vocab_size=9, width=16, hidden=16, layers=2, heads=2, kv_heads=1, head_dim=16, context=256)
+    config = BaseConfig(family="llama", rope=rope, sliding_window=8, sliding_layers=(True, False), **sizes)
+    near, skipping = jnp.arange(50)[None], jnp.asarray([*range(25), *range(175, 200)])[None]
+    whole, found = rope_angles(config, near, 200), rope_angles(config, skipping, near=near)
+    np.testing.assert_array_equal(found.of(0)[0], whole.of(0)[0])
 
 
 def test_rotation_equals_that_of_transformers():

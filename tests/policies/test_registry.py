@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from butler_jax.policies import POLICIES, Evicting, Scoring, make_policy
+from butler_jax.policies import POLICIES, Evicting, LowRank, Scoring, SnapKV, TokenButler, describe, make_policy
 from tests.policies.chunks import B, C, D, G, K, S
 
 
@@ -35,3 +37,33 @@ def test_errors_name_what_is_known(chunk):
         make_policy("tokenbutler")(chunk._replace(predicted=None))
     with pytest.raises(ValueError, match="lowrank has no directions yet"):
         make_policy("lowrank")(chunk)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("snapkv:once=False", SnapKV(once=False)),
+        ("snapkv:once=1:pool=5", SnapKV(pool=5)),
+        ("lowrank:rank=4", LowRank(rank=4)),
+        ("tokenbutler:error=value", TokenButler(error="value")),
+        ("tokenbutler:error=None", TokenButler()),
+    ],
+)
+def test_settings_after_a_name_have_the_types_of_their_fields(text, policy):
+    assert describe(make_policy(text)) == describe(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quest:page=x", "page of policy quest is a whole number, got 'x'"),
+        ("citrus:chunk=1.5", "chunk of policy citrus is a whole number, got '1.5'"),
+        ("snapkv:once=maybe", "once of policy snapkv is true or false, got 'maybe'"),
+        ("snapkv:pool=-1", "snapkv pools an odd number of tokens, got -1"),
+        ("random:seed=-1", "the seed of random must be 0 or more, got -1"),
+        ("h2o:", "a setting of policy h2o is FIELD=VALUE, got ''"),
+    ],
+)
+def test_settings_of_another_type_are_refused(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_policy(text)

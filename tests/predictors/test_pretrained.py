@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from butler_jax import load_base, load_predictor
 from butler_jax.cli import main
 from butler_jax.evaluation.report.report import Report
+from butler_jax.parallel import hash_arrays
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs.saved_predictor import save_predictor
@@ -118,6 +119,11 @@ def test_the_card_says_base_use_training_and_quality(base, tmp_path):
     assert "/own-model" not in card and "--base BASE" not in card
     with pytest.raises(ValueError, match=r"the report is about base .*give the report of this predictor"):
         predictor_for(base).save_pretrained(tmp_path, dataclasses.replace(base, fingerprint="f"), report=report)
+    report.about["predictors"]["tokenbutler"]["arrays"] = "of another step"
+    with pytest.raises(ValueError, match="another step of its training; run butler-jax eval again"):
+        predictor_for(base).save_pretrained(tmp_path, pinned, report=report)
+    report.about["predictors"]["tokenbutler"]["arrays"] = hash_arrays(predictor_for(base))
+    predictor_for(base).save_pretrained(tmp_path, pinned, report=report)
     with pytest.raises(FileExistsError, match="is a run's directory"):
         (tmp_path / "checkpoints").mkdir()
         predictor_for(base).save_pretrained(tmp_path, base)

@@ -41,6 +41,7 @@ MEANT = TrainConfig(
     steps=50,
     length=256,
     eval_every=0,
+    reach=0,
     run_dir="runs/mine",
     predictor=PredictorConfig(kind="producer", rank=8, stride=3, hidden=64),
     selection=AlwaysReadConfig(sinks=2, recent=16),
@@ -79,6 +80,7 @@ def test_a_run_of_former_settings_goes_on_with_the_same_and_refuses_others(forme
     for other, words in (
         (dict(predictor=dataclasses.replace(MEANT.predictor, rank=4)), "rank: 8 there, 4 now"),
         (dict(selection=AlwaysReadConfig(sinks=2, recent=8)), "recent: 16 there, 8 now"),
+        (dict(reach=None), "reach: 0 there, None now"),
     ):
         with pytest.raises(ValueError, match=rf"other settings \({words}\); repeat them to go on"):
             check_run(former, dataclasses.replace(MEANT, **other))

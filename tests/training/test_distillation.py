@@ -8,8 +8,10 @@ import pytest
 from flax import nnx
 
 from butler_jax import distil, load_base, load_predictor
+from butler_jax.model import BaseConfig, BaseModel
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.training.config import TrainConfig
+from butler_jax.weights import Base
 from tests import tiny_runs
 
 
@@ -56,6 +58,16 @@ def test_text_with_nothing_to_choose_is_refused(tmp_path):
     place["text"].write_text("<|endoftext|>".join(["the old river"] * 400))
     with pytest.raises(ValueError, match=r"held out of .* are always read as sinks and recent tokens; give longer"):
         distil(load_base(str(place["base"])), tiny_runs.settings(place, tmp_path / "own", steps=1))
+
+
+def test_a_loss_that_the_base_does_not_allow_is_refused_before_the_run_is_made(tmp_path):
+    tiny = load_base("tiny")
+    sizes = dict(vocab_size=tiny.config.vocab_size, width=16, hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8)
+    model = BaseModel(BaseConfig(family="gemma2", context=128, attention_softcap=50.0, **sizes), jax.random.key(0))
+    config = TrainConfig(predictor=PredictorConfig(kind="contextual", hidden=16), length=64, run_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"with a soft cap \(50.0\).* train with --objective cross_entropy"):
+        distil(Base("capped", model, tiny.tokenizer, "f" * 16), config)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def _leaves(predictor):

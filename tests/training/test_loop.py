@@ -223,6 +223,12 @@ def test_other_settings_in_one_directory_are_refused_by_name(tmp_path):
     check_run(tmp_path / "run", TrainConfig(run_dir=tmp_path / "run", steps=900, keep=1, log_every=1))
 
 
+def test_the_steps_of_a_run_are_not_lowered_below_those_it_has(tmp_path):
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    open_run(tmp_path, TrainConfig(run_dir=tmp_path, steps=5))
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 20
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

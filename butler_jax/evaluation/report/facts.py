@@ -49,7 +49,11 @@ def _describe_predictor(config: Any) -> str:
     words = [str(config["kind"])] if "kind" in config else []
     return ", ".join(
         words
-        + [f"{k} {_format_value(v)}" for k, v in config.items() if k not in ("kind", "training") and v is not None]
+        + [
+            f"{k} {_format_value(v)}"
+            for k, v in config.items()
+            if k not in ("kind", "arrays", "training") and v is not None
+        ]
     )
 
 

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from butler_jax.data import Batch, pad_rows
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
-from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.passes import Passes
+from butler_jax.parallel import hash_arrays
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig

@@ -8,10 +8,10 @@ from butler_jax.data import Batch
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.contenders import EvaluatedPolicy
-from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.perplexity import list_known
 from butler_jax.evaluation.tasks.texts import name_windows
+from butler_jax.parallel import hash_arrays
 from butler_jax.selection import LIMITED, SelectionConfig
 from butler_jax.simulation import Recall, measure_recall
 from butler_jax.weights import Base

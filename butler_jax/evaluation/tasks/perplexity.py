@@ -16,11 +16,10 @@ from butler_jax.data import Batch, find_counted
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.contenders import EvaluatedPolicy
-from butler_jax.evaluation.hashes import hash_arrays
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.texts import name_windows
 from butler_jax.model import BaseConfig, BaseModel, check_length
-from butler_jax.parallel import current_mesh, on_host
+from butler_jax.parallel import current_mesh, hash_arrays, on_host
 from butler_jax.policies import Dense, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
@@ -118,7 +117,11 @@ def measure_perplexity(
     """
     masks = [find_counted(batch) & (batch["positions"] >= prompt_tokens) for batch in batches]
     if not any(mask.any() for mask in masks):
-        raise ValueError("there is no token to predict: the text is empty or too short")
+        longest = max(int(batch["positions"].max()) + 1 for batch in batches)
+        raise ValueError(
+            f"there is no token to predict: the longest document has {longest} tokens, of which the first "
+            f"{prompt_tokens} are a prompt; give longer texts, or a smaller --prompt-tokens (0 limits every row)"
+        )
     check_length(model.config, batches[0]["tokens"].shape[1])
     found: dict[str, list] = {f.name: [] for f in dataclasses.fields(TextSums)}
     options = dict(score_dtype=score_dtype, implementation=implementation)

@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "cross_entropy": ["attend_with_cross_entropy"],
         "target": ["ErrorRule", "ErrorTarget", "FarKeys"],
-        "squared_error": ["attend_with_squared_error"],
+        "squared_error": ["attend_with_squared_error", "require_products"],
     },
 )

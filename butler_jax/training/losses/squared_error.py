@@ -36,15 +36,20 @@ def attend_with_squared_error(
     Raises:
         ValueError: There is a soft cap. The pass in linear time needs logits that are products.
     """
+    require_products(softcap)
+    options = dict(segments=segments, sliding_window=sliding_window, implementation=implementation)
+    output = attention.causal_attention(q, k, v, sink_logits=sink_logits, **options)
+    loss, count = sum_squared_errors(q, k, q_imp, k_imp, segments=segments)
+    return jax.lax.stop_gradient(output), loss, count
+
+
+def require_products(softcap: float | None) -> None:
+    """Raise ValueError where logits are no products, because they have a soft cap."""
     if softcap is not None:
         raise ValueError(
             f"the squared error cannot follow logits with a soft cap ({softcap}), which this model's attention has; "
             "train with --objective cross_entropy"
         )
-    options = dict(segments=segments, sliding_window=sliding_window, implementation=implementation)
-    output = attention.causal_attention(q, k, v, sink_logits=sink_logits, **options)
-    loss, count = sum_squared_errors(q, k, q_imp, k_imp, segments=segments)
-    return jax.lax.stop_gradient(output), loss, count
 
 
 def sum_squared_errors(
