@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from butler_jax.data import Batch
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.progress import Say
 from butler_jax.evaluation.tasks.attention import AttentionTask
@@ -20,7 +23,7 @@ def make_tasks(base: Base, config: EvalConfig, data: str, say: Say) -> list[Task
 
     Args:
         data: The data set whose held-out part is read where config.text is None.
-        say: Receives a line where a text is shorter than asked for.
+        say: Receives a line where a text is shorter than asked for, and where prompts take most of it.
 
     Raises:
         ValueError, FileNotFoundError: A text is missing, empty or beyond the model's context.
@@ -29,6 +32,7 @@ def make_tasks(base: Base, config: EvalConfig, data: str, say: Say) -> list[Task
     if {"perplexity", "attention"} & set(config.tasks):
         check_length(base.config, config.context)
         windows = read_windows(base, config, data, say)
+        _tell_of_prompts(windows, config.prompt_tokens, say)
     make = {
         "perplexity": lambda: PerplexityTask(base, config, windows),
         "attention": lambda: AttentionTask(base, config, windows),
@@ -38,3 +42,15 @@ def make_tasks(base: Base, config: EvalConfig, data: str, say: Say) -> list[Task
         "variables": lambda: VariablesTask(base, config),
     }
     return [make[name]() if name in make else DownstreamTask(base, config, name) for name in config.tasks]
+
+
+def _tell_of_prompts(windows: Sequence[Batch], prompt_tokens: int, say: Say) -> None:
+    """Say it where less than half of the tokens come after the prompts."""
+    real = [batch["segments"] > 0 for batch in windows]
+    found = sum(int(mask.sum()) for mask in real)
+    left = sum(int((m & (b["positions"] >= prompt_tokens)).sum()) for m, b in zip(real, windows, strict=True))
+    if 0 < 2 * left < found:
+        say(
+            f"after prompts of {prompt_tokens} tokens, {left:,} of {found:,} tokens are left, because documents are "
+            "short; a smaller --prompt-tokens leaves more, and 0 all"
+        )
