@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,7 @@ from butler_jax.storage.settings import to_dict
 from butler_jax.training.config import TrainConfig
 from tests import tiny_runs
 from tests.host_devices import host_devices
-from tests.marked import long, slow
+from tests.marked import slow
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -314,55 +312,6 @@ def test_heavy_packages_are_imported_only_where_they_are_used(arguments):
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert done.returncode in (0, 2) and "butler_jax" in imported
     assert not imported & {"jax", "jaxlib", "flax", "orbax", "optax", "grain", "tensorflow_datasets", "numpy", "torch"}
-
-
-@pytest.mark.slow  # three starts
-@pytest.mark.parametrize(
-    ("arguments", "begun", "said"),
-    [
-        long(["eval.py", "--base", "tiny", "--tasks", "perplexity", "--out", "out"], "s left\n", "stopped; the same"),
-        (["-m", "butler_jax", "generate", "--base=tiny", "--prompt=A", "--max-new-tokens=1900"], "A", "stopped"),
-        (["train.py", "--run-dir", "out", "--batch-size=32", "--log-every=1"], "step 2/", "stopped; run the same"),
-    ],
-    ids=["eval", "generate", "train"],
-)
-def test_an_interrupt_ends_with_status_130(tmp_path, arguments, begun, said):
-    """JAX 0.10 crashes where an interrupted interpreter ends by itself, and the status is then that of the crash.
-
-    Training saves first, and a second Ctrl-C ends it at once, with status 130, unless it has saved by then.
-    """
-    script = [str(REPOSITORY / a) if a.endswith(".py") else a for a in arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # an evaluation of tiny computes for minutes without
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and children
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-u", *script],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    shown = ""
-    while begun not in shown:
-        shown += (letter := process.stdout.read(1))
-        assert letter, process.stderr.read()
-    time.sleep(1)  # into the next pass
-    process.send_signal(signal.SIGINT)
-    if arguments[0] == "train.py":
-        while not (line := process.stdout.readline()).startswith("stopping"):
-            assert line, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-    rest, error = process.communicate(timeout=120)
-    if process.returncode == 0:
-        assert "stopped and saved" in rest and not error, error
-    else:
-        assert process.returncode == 130 and said in error and "Traceback" not in error, error
-    if arguments[0] == "eval.py":
-        assert len((tmp_path / "out" / "cells.jsonl").read_text().splitlines()) >= 1
 
 
 @pytest.mark.parametrize("options", [["--allocations", "per_head"], slow([])], ids=["one", "default"])
