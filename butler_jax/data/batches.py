@@ -22,7 +22,7 @@ import grain
 import numpy as np
 
 from butler_jax.data.sources import coreference, python_docs, text
-from butler_jax.data.sources.passages import TextField
+from butler_jax.data.sources.passages import TextField, say_once
 from butler_jax.data.sources.prepared_sets import open_prepared_set
 from butler_jax.data.windows import Batch
 from butler_jax.text import Tokenizer
@@ -235,6 +235,11 @@ def read_batches(
         dataset = grain.MapDataset.source(source)
         if not isinstance(source, _Coreference):  # its samples are independent of each other
             dataset = dataset.shuffle(seed=(seed * 1_000_003 + number) % (1 << 32))
+            if len(source) < batch_size:
+                say_once(
+                    f"{parts[number].source} has fewer passages ({len(source)}) than a batch has rows ({batch_size}), "
+                    "so rows repeat each other; give more text, or a smaller batch"
+                )
         ordered.append(dataset.repeat())
     streams = []
     for row in rows:

@@ -242,6 +242,14 @@ def test_what_ends_early_is_padded(tokenizer, book):
     assert not batch["tokens"][padding].any() and not batch["positions"][padding].any()
 
 
+def test_rows_that_repeat_each_other_are_told(tokenizer, tmp_path, capfd):
+    (tmp_path / "short.txt").write_text("The river was wide. " * 700)
+    spec = f"text:{tmp_path / 'short.txt'}"
+    for batch_size, told in ((4, True), (1, False)):
+        next(read_batches(spec, tokenizer, length=64, batch_size=batch_size, seed=0, data_dir=str(tmp_path)))
+        assert ("fewer passages (1) than a batch has rows (4)" in capfd.readouterr().err) == told
+
+
 def test_held_out_text_shorter_than_a_row_ends_with_its_block(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("The river was wide. " * 700)
     spec, where = f"text:{tmp_path / 'short.txt'}", str(tmp_path)
