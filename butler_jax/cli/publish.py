@@ -46,12 +46,12 @@ def main(arguments: list[str]) -> int:
 def _publish(config: PublishConfig) -> int:
     """Load the base, the predictor and the report, write the files, and send them."""
     from butler_jax.evaluation import Report
-    from butler_jax.runs import load_predictor, run_base
+    from butler_jax.runs import load_predictor, load_run_base
     from butler_jax.weights import load_base
 
     place = config.report or config.run / "eval"
     report = Report.load(place) if config.report is not None or place.is_dir() else None
-    base = load_base(config.base or run_base(config.run))
+    base = load_base(config.base) if config.base else load_run_base(config.run)
     predictor = load_predictor(config.run, base)
     if report is None:
         print(

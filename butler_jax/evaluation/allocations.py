@@ -28,19 +28,27 @@ def allocate_policies(
     windows = None
     for policy in policies:
         names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
-        left_out = [n for n in names if n in LIMITED] if config.selection.neighbours else []
-        if left_out and left_out != names:  # a tolerance has no place for neighbours
+        what = "neighbours" if config.selection.neighbours else f"units of {config.selection.unit} tokens"
+        without = LIMITED if config.selection.neighbours else ("tolerance",) if config.selection.unit > 1 else ()
+        left_out = [n for n in names if n in without]
+        if left_out and left_out != names:  # a tolerance has no place for neighbours, and is one for single tokens
             names = [n for n in names if n not in left_out]
-            say(f"{policy.label}: with neighbours, {' and '.join(left_out)} is left out")
+            say(f"{policy.label}: with {what}, {' and '.join(left_out)} is left out")
         tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
         for name, tail in itertools.product(names, tails):
             words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]
             one = policy._replace(label=":".join(words), allocation=name, tail=tail)
+            most = replace(config.selection_at(1.0, tail), allocation=name)
+            try:
+                policy.policy.selection(most)
+            except ValueError as error:  # such as a tail that pages do not fit
+                raise ValueError(f"{policy.label}: {error}") from None
             if name in LIMITED:
                 if windows is None:
                     windows = read_windows(base, replace(config, tokens=min(config.tokens, PREPARED_TOKENS)), data, say)
                 how = dict(policy=policy.policy, prompt_tokens=config.prompt_tokens)
-                most = replace(config.selection_at(1.0, tail), allocation=name)
+                if config.stride is not None:  # the rows that count are the last of each window
+                    how["rows"] = None
                 given = (base.model, policy.predictor, windows, most, config.budgets)
                 one = one._replace(
                     calibrated=dict(zip(config.budgets, calibrate_tolerance(*given, **how), strict=True))

@@ -160,6 +160,11 @@ class EvalConfig(HostsConfig):
             raise ValueError(
                 f"the tails of an evaluation are given as tails={(self.selection.tail,)}; leave 0 in the selection"
             )
+        if self.selection.allocation != "per_head":
+            raise ValueError(
+                f"the allocations of an evaluation are given as allocations={(self.selection.allocation,)}, and their "
+                "tolerances are found for the budgets; leave both out of the selection"
+            )
         for budget, tail in itertools.product(self.budgets, self.tails):
             self.selection_at(budget, tail)
 
@@ -170,6 +175,6 @@ class EvalConfig(HostsConfig):
 
 def _numbers(name: str, kind: type, values: tuple) -> tuple:
     try:
-        return tuple(kind(v) for v in values)
+        return tuple(dict.fromkeys(kind(v) for v in values))
     except ValueError:
         raise ValueError(f"--{name} must be numbers separated by commas, got {','.join(map(str, values))}") from None

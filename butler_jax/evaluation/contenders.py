@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -172,7 +171,13 @@ def _needs_text(policy: Policy) -> bool:
 def _read_predictors(
     base: Any, predictor: Predictor | None, config: EvalConfig
 ) -> Iterator[tuple[str, Predictor, dict]]:
-    """(suffix of the label, predictor, its training): no suffix for the first, :KIND for those to compare."""
+    """(suffix of the label, predictor, its training): no suffix for the first, :KIND for those to compare.
+
+    Where a kind is taken, the run's name follows, and where that is taken too, its path.
+
+    Raises:
+        ValueError: A run is compared twice.
+    """
     from butler_jax.evaluation.training_facts import load_trained
 
     taken, training = set(), {}
@@ -182,7 +187,9 @@ def _read_predictors(
         yield "", predictor, training
     for run in config.compare:
         other, training = load_trained(run, base)
-        kind = other.config.kind
-        suffix = f":{kind}" if kind not in taken else f":{kind} {Path(run).name}"
-        taken.add(kind)
+        kind = f":{other.config.kind}"
+        suffix = next((s for s in (kind, f"{kind} {run.name}", f"{kind} {run}") if s not in taken), None)
+        if suffix is None:
+            raise ValueError(f"--compare names {run} more than once")
+        taken.add(suffix)
         yield suffix, other, training

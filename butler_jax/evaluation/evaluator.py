@@ -112,6 +112,8 @@ def evaluate(
         policies = list(allocate_policies(policies, base, config, data, note))
         tasks = make_tasks(base, config, data, note)
         plan = plan_cells(base, tasks, policies, config)
+        if not plan:
+            note("nothing is measured: the tasks take none of the policies under these allocations and tails")
         kept = KeptCells(Path(keep) if keep is not None and first else None)
         counts = _measure_missing(plan, kept, say, hosts=jax.process_count() if mesh is None else 1)
     report = Report(about={**_describe(base, policies, config, data), "notes": notes, "cells": counts})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from butler_jax.predictors import Predictor
-from butler_jax.runs import load_predictor, read_facts, records, steps
+from butler_jax.runs import load_predictor, pick_best, read_facts, records, steps
 from butler_jax.storage import read_object
 from butler_jax.weights import Base
 
@@ -56,6 +56,6 @@ def _find_best(run: str | Path) -> int | None:
     """The step that load_predictor takes; None where the checkpoints do not say."""
     directory = Path(run) / "checkpoints"
     try:
-        return min(steps(directory), key=lambda n: read_facts(directory / str(n))["metrics"]["loss"])
+        return pick_best({step: read_facts(directory / str(step))["metrics"]["loss"] for step in steps(directory)})
     except (OSError, ValueError, KeyError, TypeError):
         return None

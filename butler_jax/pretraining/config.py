@@ -50,6 +50,18 @@ class PretrainConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
+        if self.long_steps and self.long_rows % self.accumulate:
+            raise ValueError(
+                f"the --long-steps have batches of {self.long_rows} rows of {self.context} tokens, which --accumulate "
+                f"{self.accumulate} does not divide; give a larger --batch-size, or a smaller --accumulate"
+            )
+        if self.layers < 2 or 2 * self.head_dim > self.width:
+            raise ValueError(
+                f"the first two layers are begun with heads that copy, in two subspaces of the stream: --layers must "
+                f"be at least 2 and --width at least twice --head-dim, got {self.layers}, {self.width} and "
+                f"{self.head_dim}"
+            )
         if self.length > self.context:
             raise ValueError(f"--length {self.length} is beyond --context {self.context}")
         if not (0 <= self.long_steps <= self.steps):
@@ -57,6 +69,11 @@ class PretrainConfig(FitConfig):
         if self.vocab_size <= 256:
             raise ValueError(f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
         self.base_config()
+
+    @property
+    def long_rows(self) -> int:
+        """Rows of a batch of the whole context, with as many tokens as a batch of short rows."""
+        return max(1, self.batch_size * self.length // self.context)
 
     def base_config(self) -> BaseConfig:
         """The Llama-family model these settings describe."""

@@ -15,11 +15,12 @@ class Curriculum:
     """Rows of --length, then rows of the whole context for the last --long-steps, with as many tokens a step."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh):
-        rows = max(1, config.batch_size * config.length // config.context)
         sizes = [(config.length, config.batch_size)]
         if config.long_steps:
-            check_batch(rows, mesh, what=f"--long-steps have rows of {config.context} tokens: their batch size")
-            sizes.append((config.context, rows))
+            check_batch(
+                config.long_rows, mesh, what=f"--long-steps have rows of {config.context} tokens: their batch size"
+            )
+            sizes.append((config.context, config.long_rows))
         self._switch = config.steps - config.long_steps
         self._taken = 0
         self._streams = [

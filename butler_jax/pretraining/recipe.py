@@ -27,6 +27,7 @@ from butler_jax.text import Tokenizer, train_bpe
 from butler_jax.training import (
     Run,
     TrainState,
+    check_run,
     fit,
     learning_schedule,
     make_optimiser,
@@ -59,10 +60,11 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
     run_dir = config.run_dir or Path("runs") / "pretrain"
     parse_spec(config.data)
     with claim(run_dir):
-        open_run(run_dir, config)
+        check_run(run_dir, config)
         tokenizer = load_or_train_tokenizer(run_dir, config)
         with jax.set_mesh(mesh):
             run, state = prepare(config, tokenizer, mesh, run_dir)
+            open_run(run_dir, config)  # only after everything else was found in order
             model = fit(run, state).module
             out = config.out or run_dir / "model"
             write_model(out, model, tokenizer, config, losses=run.validate(model))
@@ -133,9 +135,10 @@ _next_token_loss = partial(jax.jit, static_argnames="implementation")(next_token
 
 
 def load_or_train_tokenizer(run_dir: Path, config: PretrainConfig) -> Tokenizer:
-    """The run's BPE; the first process trains it on the data if it is not there yet."""
+    """The run's BPE; the first process trains it on the data if it is not there yet, or the run was not begun."""
     path = run_dir / "model"
-    if jax.process_index() == 0 and not (path / "tokenizer.json").exists():
+    there = (path / "tokenizer.json").exists() and (run_dir / "config.json").exists()
+    if jax.process_index() == 0 and not there:
         texts = []
         for part in parse_spec(config.data):
             documents = open_documents(

@@ -10,10 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "checkpoints": ["Checkpoints", "copy_to_host", "joined"],
         "directory": ["Record", "claim", "holder", "recorded", "records"],
-        "finished_checkpoints": ["read_facts", "steps"],
+        "finished_checkpoints": ["pick_best", "read_facts", "steps"],
         "inspection": ["base_of", "inspect_run"],
         "provenance": ["command", "devices", "environment", "revision", "versions"],
-        "saved_predictor": ["about", "load_predictor", "save_predictor"],
+        "saved_predictor": ["about", "load_predictor", "load_run_base", "save_predictor"],
         "settings": ["find_run", "read_settings", "run_base", "run_config", "run_data"],
     },
 )

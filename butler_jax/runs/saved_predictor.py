@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def load_predictor(run: str | Path, base: Base | None = None, *, step: int | Non
         DamagedCheckpoint: A file is not what was written. No other checkpoint is loaded in its place.
     """
     place = find_run(run)
-    base = _load_own_base(place) if base is None else base
+    base = load_run_base(place) if base is None else base
     if is_pretrained(place):
         if step is not None:
             raise ValueError(f"{run} has one predictor and no checkpoints; leave step out")
@@ -76,14 +76,19 @@ def load_predictor(run: str | Path, base: Base | None = None, *, step: int | Non
                 raise
 
 
-def _load_own_base(place: Path) -> Base:
-    """The base that the files of a predictor name. A path is named by its last part alone."""
-    name = run_base(place)
+def load_run_base(run: str | Path, **options: Any) -> Base:
+    """Load the base that the files of a run or a predictor name, with options of `load_base`.
+
+    Raises:
+        FileNotFoundError: It is not there. A training of a base that was loaded in Python names the last part of its
+            path alone.
+    """
+    name = run_base(run)
     try:
-        return load_base(name)
+        return load_base(name, **options)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{place} was trained for the base {name!r}; give it as base= (--base): {error}"
+            f"{run} was trained for the base {name!r}; give it as base= (--base): {error}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import BaseModel, sliding_windows
 from butler_jax.parallel import on_host
@@ -113,7 +113,7 @@ def calibrate_tolerance(
     Args:
         model: The base model.
         predictor: Needed by policies with `needs_predictor`.
-        batches: tokens, segments, positions of one shape [B, T].
+        batches: tokens, segments, positions of one shape [B, T]; rows where `counted` does not hold do not count.
         selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Under the
             allocation top_p, the tolerance is 1 - p, and any other allocation counts as tolerance. Neighbours are not
             possible, and units of several tokens only under top_p.
@@ -148,6 +148,10 @@ def calibrate_tolerance(
     allocation, values = ("top_p", UNREAD) if by_mass else ("tolerance", GRID)
     selection = policy.selection(dataclasses.replace(selection, allocation=allocation, tolerance=np.inf, floor=0.0))
     limits = limits_of(selection, model.config, batches[0]["tokens"].shape[1])
+    counts = [
+        np.asarray((b["segments"] > 0) & (b["positions"] >= prompt_tokens) & b.get("counted", np.True_))
+        for b in batches
+    ]
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
 
     def sums_at(grid):
@@ -156,10 +160,11 @@ def calibrate_tolerance(
         They are tried by as many as the first grid has, so that one program is compiled.
         """
         parts = np.pad(grid, (0, -len(grid) % len(values)), mode="edge").reshape(-1, len(values))
-        how = dict(policy=policy, rule=selection.rule, prompt_tokens=prompt_tokens, rows=rows)
+        how = dict(policy=policy, rule=selection.rule, first=prompt_tokens, rows=rows)
         sums, counted = [], []
-        for batch in batches:
-            found = [_sum_above(model, predictor, batch, limits, jnp.asarray(p, jnp.float32), **how) for p in parts]
+        for batch, own in zip(batches, counts, strict=True):
+            given = model, predictor, batch, jnp.asarray(own), limits
+            found = [_sum_above(*given, jnp.asarray(p, jnp.float32), **how) for p in parts]
             sums.append(np.concatenate([on_host(tried).astype(np.float64) for tried, _ in found], axis=1))
             counted.append(float(found[0][1]))
         return np.stack(sums)[..., : len(grid)], np.array(counted)
@@ -191,7 +196,8 @@ def calibrate_tolerance(
 
         def read_at(value, kind=kind):
             selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
-            return _mean_read(model, predictor, batches[sample], selected, policy, prompt_tokens, whole=bool(kind))
+            given = model, predictor, batches[sample], counts[sample]
+            return _mean_read(*given, selected, policy, prompt_tokens, whole=bool(kind))
 
         wanted = np.interp(value, fine, read_of_sample[kind])
         found.append(_correct(value, wanted, slope, read_at, corrections))
@@ -216,44 +222,44 @@ def _mean_read(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Array],
+    counted: Bool[np.ndarray, "B T"],
     selection: SelectionConfig,
     policy: Policy,
     prompt_tokens: int,
     *,
     whole: bool,
 ) -> float:
-    """The share of its keys, or the number of them, that a row after the prompt reads in a simulation on average."""
+    """The share of its keys, or the number of them, that a row which counts reads in a simulation on average."""
     prompts = np.full(batch["tokens"].shape[0], prompt_tokens, np.int32)
     asked = np.zeros(batch["tokens"].shape, bool)  # no logits
     found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
-    positions = np.asarray(batch["positions"])
-    counted = (np.asarray(batch["segments"]) > 0) & (positions >= prompt_tokens)
-    held, windows = positions + 1, sliding_windows(model.config)
+    held, windows = np.asarray(batch["positions"]) + 1, sliding_windows(model.config)
     if windows is not None:  # the served layers all slide, or none of them does
         held = np.minimum(held, min(windows[layer] for layer in model.config.served_layers))
     read = on_host(found.attended) * (held if whole else 1)
     return float(np.mean(read[counted], dtype=np.float64))
 
 
-@partial(compiled, static_argnames=("policy", "rule", "prompt_tokens", "rows"))
+@partial(compiled, static_argnames=("policy", "rule", "first", "rows"))
 def _sum_above(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
+    counts: Bool[Array, "B T"],
     limits: Limits,
     grid: Float[Array, " tolerances"],
     *,
     policy: Scoring,
     rule: SelectionConfig,
-    prompt_tokens: int,
+    first: int,
     rows: int | None,
 ) -> tuple[Float[Array, "2 tolerances"], Float[Array, ""]]:
     """Fractions and numbers of keys that score at least a logarithm of the grid, mean over served layers and heads.
 
-    They are summed over the rows that count, whose number comes last.
+    They are summed over the rows of `spread` that count, whose number comes last.
     """
-    segments = batch["segments"]
-    counts = jnp.pad((segments > 0) & (batch["positions"] >= prompt_tokens), ((0, 0), (0, 1)))
+    length = counts.shape[1]
+    counts = jnp.pad(counts, ((0, 0), (0, 1)))
 
     def one(chunk):
         scores, allowed = policy(chunk.under(rule)), chunk.allowed
@@ -265,7 +271,7 @@ def _sum_above(
             scores = jnp.where(forced[:, None], jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
         held = jnp.broadcast_to(jnp.sum(allowed, axis=-1, dtype=jnp.int32), counts.shape[:1] + allowed.shape[1:2])
         most = jnp.where(held > limits.min_context, limits.table[held], held)
-        inside = jnp.take_along_axis(counts, jnp.minimum(chunk.rows.own, segments.shape[1]), axis=1)
+        inside = jnp.take_along_axis(counts, jnp.minimum(chunk.rows.own, length), axis=1)
 
         def at(value):
             least = weighed.threshold(value.reshape(1, 1, 1))[..., None] if rule.allocation == "top_p" else value
@@ -276,7 +282,7 @@ def _sum_above(
 
         return jax.lax.map(at, grid).T, jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
 
-    sums, number = sum_chunks(model, predictor, batch, one, rows=rows, first=prompt_tokens)
+    sums, number = sum_chunks(model, predictor, batch, one, rows=rows, first=first)
     served = np.asarray(model.config.served_layers)
     return jnp.mean(sums[served], axis=0), number[served[0]]
 

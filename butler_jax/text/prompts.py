@@ -29,7 +29,7 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
         ValueError: A prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or
             there is no tokenizer for a text.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes, bytearray)):  # bytes are refused below
         prompts = [prompts]
     if not isinstance(prompts, (Sequence, np.ndarray)):
         raise ValueError(f"prompts must be a text, or a list of texts or of token ids, got {type(prompts).__name__}")
@@ -50,7 +50,8 @@ def encode_prompt(tokenizer: Tokenizer | None, vocab_size: int, prompt: Any, nam
         if not row and tokenizer.bos is not None:
             row = [tokenizer.bos]
     else:
-        ids = isinstance(prompt, (Sequence, np.ndarray)) and all(isinstance(t, (int, np.integer)) for t in prompt)
+        ids = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, (bytes, bytearray))
+        ids = ids and all(isinstance(t, (int, np.integer)) for t in prompt)
         if not ids:
             raise ValueError(f"{name} must be a text or a list of token ids, got {shown(prompt)}")
         row = [int(token) for token in prompt]

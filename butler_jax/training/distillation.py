@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def distil(
         base: The frozen model with its tokenizer; default: it is loaded as the settings say.
         config: The settings; default: TrainConfig().
         predictor: Where to start, with the settings of config.predictor; it is copied. Default: config.start, else
-            `init_predictor`.
+            `init_predictor`. A run that has checkpoints goes on from them.
 
     Returns:
         The trained predictor. The run's directory holds its checkpoints and metrics.
@@ -76,12 +77,17 @@ def distil(
             shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
             base = load_base(config.base, dtype=config.dtype, shardings=shardings)
         base.require_tokenizer()
-        check_length(base.config, config.reach or config.length)
+        check_length(base.config, config.length)
+        if (config.reach or 0) > base.config.context:
+            raise ValueError(f"--reach {config.reach} is beyond the base's context of {base.config.context} tokens")
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
             if predictor is None:
                 predictor = _load_start(base, config, run_dir)
             else:
+                if steps(run_dir / "checkpoints"):
+                    unused = f"{run_dir} has checkpoints: it goes on from them, not from the given predictor"
+                    warnings.warn(unused, stacklevel=2)
                 _check_settings(predictor, config, "the predictor")
                 predictor = jax.tree.map(jnp.copy, predictor)  # the steps of a training reuse its memory
             run, state = prepare(base, config, mesh, run_dir, predictor)

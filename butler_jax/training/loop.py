@@ -31,6 +31,7 @@ CHANGEABLE = {
     "eval_every",
     "log_every",
     "run_dir",
+    "out",
     "data_dir",
     "strict_data",
     "mesh",

@@ -130,6 +130,8 @@ def test_empty_text(fails, place, tmp_path):
 def test_length_beyond_the_context(fails, place, tmp_path):
     line = fails("train", *common(place, tmp_path), "--length", 512)
     assert "length 512 is beyond the model's context of 128 tokens; use at most 128" in line
+    line = fails("train", *common(place, tmp_path), "--reach", 512)
+    assert "--reach 512 is beyond the base's context of 128 tokens" in line
     line = fails("eval", "--run", place["run"], "--context", 512)
     assert "512 is beyond the model's context of 128 tokens" in line
     line = fails("pretrain", "--length", 4096)

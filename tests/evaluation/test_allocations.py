@@ -77,6 +77,26 @@ def test_every_policy_that_keeps_its_cache_runs_with_each_tail():
         EvalConfig(tails="-8")
 
 
+def test_units_leave_a_tolerance_out_and_a_tail_that_pages_do_not_fit_names_the_policy():
+    policies, lines = [EvaluatedPolicy("oracle_residual", make_policy("oracle_residual"))], []
+    config = EvalConfig(selection=SelectionConfig(unit=4))
+    found = allocations.allocate_policies(policies, None, config, "", lines.append)
+    assert [one.label for one in found] == ["oracle_residual"]
+    assert lines == ["oracle_residual: with units of 4 tokens, tolerance is left out"]
+    pages = [EvaluatedPolicy("quest", make_policy("quest"))]
+    with pytest.raises(ValueError, match="quest: the tail must be a multiple of the unit 16, got 4"):
+        list(allocations.allocate_policies(pages, None, EvalConfig(tails="4"), "", print))
+
+
+@pytest.mark.slow
+def test_a_tolerance_with_a_stride_reads_the_mean_in_the_rows_that_count(tmp_path):
+    base, _, config = make_perplexity_evaluation(make_model(), tmp_path)
+    changes = dict(policies="dense,oracle_residual", allocations="tolerance", budgets="1/2", stride=20, prompt_tokens=0)
+    report = evaluate(base, None, dataclasses.replace(config, **changes))
+    (row,) = (r for r in report.rows if r["metric"] == "perplexity" and r["policy"] != "dense")
+    assert row["attended"] == pytest.approx(0.5, rel=0.05)
+
+
 def test_a_tail_brings_an_evaluation_closer_to_dense_and_its_bytes_count(tmp_path):
     base, _, config = make_perplexity_evaluation(make_model(), tmp_path)
     changes = dict(policies="dense,oracle", allocations="per_head", budgets="1/4", tails="0,4", prompt_tokens=8)

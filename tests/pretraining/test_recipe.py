@@ -28,6 +28,27 @@ def config(text: Path, **changes) -> PretrainConfig:
     return PretrainConfig(**{**sizes, **rows, **place, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(accumulate=4), "batches of 2 rows of 64 tokens, which --accumulate 4 does not divide"),
+        (dict(layers=1), "--layers must be at least 2"),
+        (dict(head_dim=32), "--width at least twice --head-dim, got 2, 32 and 32"),
+    ],
+)
+def test_sizes_that_cannot_be_trained_are_told(text, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(text, **changes)
+
+
+def test_a_run_that_was_refused_is_not_begun(text, tmp_path):
+    absent = config(text, run_dir=tmp_path, out="~/model", data=f"text:{tmp_path / 'absent.txt'}")
+    assert absent.out == Path("~/model").expanduser()
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
+        pretrain(absent)
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.slow
 def test_the_model_loads_and_a_stopped_run_goes_on_bit_for_bit(text, tmp_path, monkeypatch):
     out = pretrain(config(text, run_dir=tmp_path / "straight"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from butler_jax import load_base
+from butler_jax.cli import main
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.runs.saved_predictor import load_predictor, save_predictor
 from butler_jax.runs.settings import run_base, run_data
@@ -37,11 +38,13 @@ def test_a_saved_predictor_names_its_base(base, tmp_path):
         save_predictor(tmp_path / "handed", own, base)
 
 
-def test_a_base_that_is_not_found_is_asked_for(tmp_path):
+def test_a_base_that_is_not_found_is_asked_for(tmp_path, capfd):
     base = load_base(str(tiny_runs.make_base(tmp_path / "my-model")))
     save_predictor(tmp_path / "own", make_own(base), base)
     with pytest.raises(FileNotFoundError, match="own was trained for the base 'my-model'; give it as base="):
         load_predictor(tmp_path / "own")
+    assert main(["generate", "--run", str(tmp_path / "own"), "--prompt", "x"]) == 1
+    assert "was trained for the base 'my-model'; give it as base= (--base)" in capfd.readouterr().err
     load_predictor(tmp_path / "own", base)
 
 

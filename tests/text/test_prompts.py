@@ -17,6 +17,6 @@ def test_prompts_of_any_kind_are_tokens_or_an_error(small_model):
     for half in ("\ud800", "a\udfffb", "\udce9"):  # the last is what a Latin-1 argument becomes
         with pytest.raises(ValueError, match="half a character at"):
             read(half)
-    for wrong in ([[]], [], [[10**30]], [[-1]], [None], [[1.5]], 5, [["a"]], {"a": 1}, [object()]):
+    for wrong in ([[]], [], [[10**30]], [[-1]], [None], [[1.5]], 5, [["a"]], {"a": 1}, [object()], b"the"):
         with pytest.raises(ValueError, match="prompt"):
             read(wrong)

@@ -47,6 +47,8 @@ def test_a_predictor_that_is_given_stays_as_it_was_and_has_the_settings(tmp_path
     distil(base, settings, predictor=given)
     for own, other in zip(_leaves(given), before, strict=True):
         np.testing.assert_array_equal(own, other)
+    with pytest.warns(UserWarning, match="has checkpoints: it goes on from them, not from the given predictor"):
+        distil(base, settings, predictor=given)
     other = make_predictor(base.config, PredictorConfig(kind="producer", rank=4))
     with pytest.raises(ValueError, match="the predictor has kind 'producer' and not"):
         distil(base, tiny_runs.settings(place, tmp_path / "other", steps=1), predictor=other)
