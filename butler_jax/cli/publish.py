@@ -34,6 +34,7 @@ class PublishConfig:
 
     def __post_init__(self):
         require_local(self)
+        object.__setattr__(self, "out", None if self.out is None else self.out.expanduser())
         if self.out is None and self.hub is None:
             raise ValueError("nowhere to publish: give --out DIR, or --hub ORGANISATION/NAME")
 

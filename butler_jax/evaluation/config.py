@@ -104,6 +104,7 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
         for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:
                 continue

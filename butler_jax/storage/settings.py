@@ -23,7 +23,7 @@ def require_local(config) -> None:
         value = getattr(config, entry.name)
         for one in value if isinstance(value, tuple) else (value,):
             found = re.search(ADDRESS, str(one)) if isinstance(one, (str, Path)) else None
-            if found is not None and entry.name not in ("data_dir", "prompt", "stop"):
+            if found is not None and entry.name not in ("data_dir", "prompt", "stop", "system"):
                 raise ValueError(
                     f"--{entry.name.replace('_', '-')} {one}: files are not read from or written to a bucket's "
                     "address; mount the bucket (gcsfuse BUCKET DIRECTORY) and give the path under that directory, see "

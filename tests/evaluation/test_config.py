@@ -16,6 +16,10 @@ def test_a_bucket_stays_a_bucket():
     assert EvalConfig(data_dir=Path("/data")).data_dir == "/data"
 
 
+def test_the_tilde_is_the_home_directory():
+    assert EvalConfig(out="~/out").out == Path("~/out").expanduser()
+
+
 @pytest.mark.parametrize(
     ("given", "prompt"),
     [
