@@ -175,7 +175,9 @@ def calibrate_tolerance(
 
     sums, counted = sums_at(values)
     if not counted.any():
-        raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts or fewer")
+        raise ValueError(
+            f"no row is left after prompts of {prompt_tokens} tokens; give longer texts, or a smaller prompt_tokens"
+        )
     coarse, kinds = np.sum(sums, axis=0) / np.sum(counted), [int(isinstance(mean, int)) for mean in means]
     starts = [min(max(place(coarse[kind], mean), 0), len(values) - 2) for kind, mean in zip(kinds, means, strict=True)]
     between = max(LEAST_FINE, len(values) // len(means) - 1)

@@ -162,7 +162,9 @@ def measure_recall(
     for group, found in zip(groups, parts, strict=True):
         sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
         if not sums.rows.any():
-            raise ValueError(f"no row is left after prompts of {prompt_tokens} tokens; give longer texts or fewer")
+            raise ValueError(
+                f"no row is left after prompts of {prompt_tokens} tokens; give longer texts, or a smaller prompt_tokens"
+            )
         for number, policy in enumerate(group):
             _enter(result, policy.name, budgets, sums, number, model.config)
             if isinstance(policy, TokenButler) and sums.ranked.any():
