@@ -116,6 +116,22 @@ def test_the_table_of_long_windows_is_what_was_measured():
         assert f"| {name}, {words} | {' | '.join(cells)} |\n" in page
 
 
+def test_the_tables_of_every_budget_are_what_was_measured():
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    words = {"per_head": "per head", "per_layer": "per layer", "tolerance": "one tolerance"}
+    found: dict[tuple[str, ...], dict[float, str]] = {}
+    for r in rows_of("quality/prompted_smollm2_budgets.json"):
+        scale = {"over_dense": 100, "js_divergence": 1000}.get(r["metric"])
+        if scale and not r["tail"] and (r["metric"], r["text"]) != ("js_divergence", "cbronte_jane"):
+            cells = found.setdefault((r["metric"], r["text"], r["policy"], r["allocation"]), {})
+            cells[r["budget"]] = f"{scale * r['value']:.1f} ± {scale * r['error']:.1f}"
+    assert len(found) == 12
+    for (_, _, policy, allocation), cells in found.items():
+        name = f"**{policy}**" if policy == "tokenbutler" else policy
+        row = " | ".join(cells[b] for b in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 64, 256))
+        assert f"| {name}, {words[allocation]} | {row} |\n" in page
+
+
 def test_the_table_of_top_p_is_what_was_measured():
     page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
     words = {"per_head": "per head", "top_p": "top-p", "tolerance": "one tolerance"}
