@@ -26,13 +26,11 @@ def _evaluate(config: EvalConfig) -> int:
         from butler_jax.evaluation import check_directory, evaluate
         from butler_jax.parallel import EVALUATION_RULES, join_hosts, make_mesh, shardings_for
         from butler_jax.runs import load_run_base
-        from butler_jax.weights import load_base
 
         join_hosts(config)
         check_directory(out)
         shardings = shardings_for(make_mesh(config.mesh), EVALUATION_RULES) if config.mesh else None
-        options = dict(dtype=config.dtype, shardings=shardings)
-        base = load_base(config.base, **options) if config.base else load_run_base(config.run, **options)
+        base = load_run_base(config.run, config.base, dtype=config.dtype, shardings=shardings)
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
     if jax.process_index() != 0:
         return 0

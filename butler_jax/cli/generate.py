@@ -160,13 +160,11 @@ def _generate(config: GenerateConfig, given: set[str]) -> int:
     from butler_jax.evaluation import prepare_policies
     from butler_jax.parallel import make_mesh, place, shardings_for
     from butler_jax.runs import load_predictor, load_run_base, run_data
-    from butler_jax.weights import load_base
 
     prompts, selection = config.read_prompts(), None if config.is_dense else config.selection
     mesh = make_mesh(config.mesh or "data=1")
     shardings = shardings_for(mesh) if config.mesh else None
-    options = dict(dtype=config.dtype, shardings=shardings)
-    base = load_base(config.base, **options) if config.base else load_run_base(config.run, **options)
+    base = load_run_base(config.run, config.base, dtype=config.dtype, shardings=shardings)
     tokenizer = base.require_tokenizer()
     if config.chat:
         tokenizer.require_chat_template().source(config.template)

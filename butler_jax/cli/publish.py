@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from butler_jax.cli.command_line import read, run
-from butler_jax.storage import require_local
+from butler_jax.storage import expand_home, require_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class PublishConfig:
 
     def __post_init__(self):
         require_local(self)
-        object.__setattr__(self, "out", None if self.out is None else self.out.expanduser())
+        expand_home(self, "out")
         if self.out is None and self.hub is None:
             raise ValueError("nowhere to publish: give --out DIR, or --hub ORGANISATION/NAME")
 
@@ -48,11 +48,10 @@ def _publish(config: PublishConfig) -> int:
     """Load the base, the predictor and the report, write the files, and send them."""
     from butler_jax.evaluation import Report
     from butler_jax.runs import load_predictor, load_run_base
-    from butler_jax.weights import load_base
 
     place = config.report or config.run / "eval"
     report = Report.load(place) if config.report is not None or place.is_dir() else None
-    base = load_base(config.base) if config.base else load_run_base(config.run)
+    base = load_run_base(config.run, config.base)
     predictor = load_predictor(config.run, base)
     if report is None:
         print(

@@ -25,6 +25,7 @@ from butler_jax.data.sources import coreference, python_docs, text
 from butler_jax.data.sources.passages import TextField, say_once
 from butler_jax.data.sources.prepared_sets import open_prepared_set
 from butler_jax.data.windows import Batch
+from butler_jax.model import CHUNK
 from butler_jax.text import Tokenizer
 
 SPECS = (
@@ -34,7 +35,6 @@ SPECS = (
 
 _ENDLESS = 1 << 31
 _PROBES = 48  # documents of a source whose mean length stands for all
-PADDED_TO = 128  # tokens; the rows of a chunk of a simulation
 _BINS = 8  # rows that are packed at the same time where documents stay whole
 
 
@@ -280,7 +280,7 @@ def read_held_out(
     """Read the first `count` batches [batch_size, length] of the split "test"; every call returns the same ones.
 
     There are fewer where the held-out text ends, and the last may have rows of padding. Where all of it is shorter than
-    a row, the rows end with the block of PADDED_TO tokens in which it ends. Arguments are those of `read_batches`.
+    a row, the rows end with the chunk of a simulation in which it ends. Arguments are those of `read_batches`.
 
     Raises:
         ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.
@@ -301,7 +301,7 @@ def read_held_out(
         if len(rows) == count * batch_size:
             break
     longest = max(int(np.flatnonzero(row["tokens_segment_ids"])[-1]) + 1 for row in rows)
-    width = min(length, -(-longest // PADDED_TO) * PADDED_TO)
+    width = min(length, -(-longest // CHUNK) * CHUNK)
     rows = [{key: value[:width] for key, value in row.items()} for row in rows]
     empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
     rows += [empty] * (-len(rows) % batch_size)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from butler_jax.parallel import HostsConfig
 from butler_jax.selection import Allocation, SelectionConfig, parse_budget
-from butler_jax.storage import require_local, split_list
+from butler_jax.storage import expand_home, require_local, split_list
 
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
 
@@ -104,7 +104,7 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
+        expand_home(self, "out")
         for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:
                 continue

@@ -31,6 +31,7 @@ class EvaluatedPolicy(NamedTuple):
         policy: The policy, prepared.
         predictor: None where the policy needs none.
         training: How the predictor was trained; empty where that is not known.
+        arrays: A hash of the predictor's arrays.
         allocation: How heads share reads.
         tail: Tokens of the spans by which keys that are not read are estimated; 0 where they are not.
         calibrated: Under a tolerance or top-p, the selections by budget.
@@ -40,6 +41,7 @@ class EvaluatedPolicy(NamedTuple):
     policy: Policy
     predictor: Predictor | None = None
     training: Mapping[str, Any] = MappingProxyType({})
+    arrays: str = ""
     allocation: str = "per_head"
     tail: int = 0
     calibrated: Mapping[float | int, SelectionConfig] = MappingProxyType({})
@@ -47,8 +49,7 @@ class EvaluatedPolicy(NamedTuple):
     @property
     def about(self) -> dict[str, Any]:
         """The predictor's configuration, a hash of its arrays, and how it was trained."""
-        facts = {"arrays": hash_arrays(self.predictor), "training": dict(self.training)}
-        return {**to_dict(self.predictor.config), **facts}
+        return {**to_dict(self.predictor.config), "arrays": self.arrays, "training": dict(self.training)}
 
     @property
     def dense(self) -> bool:
@@ -78,7 +79,7 @@ class EvaluatedPolicy(NamedTuple):
         if self.predictor is not None:
             facts["predictor"] = to_dict(self.predictor.config)
             facts["predictor_code"] = hash_code(type(self.predictor))
-            facts["parameters"] = hash_arrays(self.predictor)
+            facts["parameters"] = self.arrays
         return facts
 
 
@@ -102,6 +103,7 @@ def collect_policies(
     policies = [policy.row_by_row() for policy in policies]  # rows after a prompt, or all rows, are limited one by one
     needing = [p for p in policies if p.needs_predictor]
     predictors = list(_read_predictors(base, predictor, config)) if needing else []
+    hashes = [hash_arrays(one) for _, one, _ in predictors]
     if needing and not predictors:
         if config.policies is not None:
             needing[0].require_predictor(None)
@@ -112,8 +114,8 @@ def collect_policies(
     for label, policy in zip(labels, policies, strict=True):
         if policy.needs_predictor:
             found += [
-                EvaluatedPolicy(label + suffix, policy.for_predictor(one), one, training)
-                for suffix, one, training in predictors
+                EvaluatedPolicy(label + suffix, policy.for_predictor(one), one, training, arrays)
+                for (suffix, one, training), arrays in zip(predictors, hashes, strict=True)
             ]
         else:
             found.append(EvaluatedPolicy(label, policy))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from butler_jax.model import BaseConfig, RopeConfig
+from butler_jax.storage import expand_home
 from butler_jax.training import FitConfig
 
 
@@ -50,7 +51,7 @@ class PretrainConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
+        expand_home(self, "out")
         if self.long_steps and self.long_rows % self.accumulate:
             raise ValueError(
                 f"the --long-steps have batches of {self.long_rows} rows of {self.context} tokens, which --accumulate "

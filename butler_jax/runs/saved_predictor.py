@@ -76,13 +76,15 @@ def load_predictor(run: str | Path, base: Base | None = None, *, step: int | Non
                 raise
 
 
-def load_run_base(run: str | Path, **options: Any) -> Base:
-    """Load the base that the files of a run or a predictor name, with options of `load_base`.
+def load_run_base(run: str | Path | None, base: str | None = None, **options: Any) -> Base:
+    """Load a base, or without one that which the files of a run or a predictor name, with options of `load_base`.
 
     Raises:
         FileNotFoundError: It is not there. A training of a base that was loaded in Python names the last part of its
             path alone.
     """
+    if base:
+        return load_base(base, **options)
     name = run_base(run)
     try:
         return load_base(name, **options)

@@ -31,6 +31,12 @@ def require_local(config) -> None:
                 )
 
 
+def expand_home(config, name: str) -> None:
+    """Make a setting a Path in which ~ is the home directory; None stays."""
+    value = getattr(config, name)
+    object.__setattr__(config, name, None if value is None else Path(value).expanduser())
+
+
 def split_list(values) -> tuple:
     """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'). Other values than text stay, and repeated entries are dropped."""
     values = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else values

@@ -10,7 +10,7 @@ from typing import Literal
 from butler_jax.parallel import HostsConfig
 from butler_jax.predictors import PredictorConfig
 from butler_jax.selection import AlwaysReadConfig, SelectionConfig, parse_budget
-from butler_jax.storage import require_local
+from butler_jax.storage import expand_home, require_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class FitConfig(HostsConfig):
         super().__post_init__()
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
-        object.__setattr__(self, "run_dir", None if self.run_dir is None else Path(self.run_dir).expanduser())
+        expand_home(self, "run_dir")
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "grace", "log_every")
         for name in positive:
             if getattr(self, name) <= 0:

@@ -70,12 +70,12 @@ def test_layers_that_slide_keep_the_places_of_tokens_where_positions_skip():
     batch = stretch_positions(BATCH, 400)
     tokens, segments, positions, near = map(jnp.asarray, (*batch.values(), BATCH["positions"]))
 
-    def keys(model, near):
+    def stream(model, near):
         return run_layers(model, embed(model, tokens), positions, dense_mixer(config, segments), None, near=near)[0]
 
-    expected, found = (keys(one, near) for one in (ours, OwnAdapter(OwnDecoder(ours), config)))
+    expected, found = (stream(one, near) for one in (ours, OwnAdapter(OwnDecoder(ours), config)))
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert float(jnp.abs(keys(ours, None) - expected).max()) > 1e-2
+    assert float(jnp.abs(stream(ours, None) - expected).max()) > 1e-2
 
 
 def test_a_simulation_reads_the_same_keys_and_predicts_the_same(model, base):

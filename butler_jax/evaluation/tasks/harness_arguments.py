@@ -8,7 +8,6 @@ from typing import Any
 from butler_jax.evaluation.contenders import prepare_policies
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig, parse_budget
-from butler_jax.weights import load_base
 
 
 def read_model_arguments(
@@ -59,10 +58,10 @@ def read_model_arguments(
     share = 1.0 if chosen.reads_everything else parse_budget(budget)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent)
     chosen.require_predictor(run)
-    from butler_jax.runs import find_run, load_predictor, run_base, run_data
+    from butler_jax.runs import find_run, load_predictor, load_run_base, run_data
 
     place = None if run is None else find_run(str(run))
-    loaded = load_base(base or run_base(place), dtype=dtype)
+    loaded = load_run_base(place, base, dtype=dtype)
     predictor = load_predictor(place, loaded) if chosen.needs_predictor else None
     data = run_data(place)
     (chosen,) = prepare_policies([chosen], loaded, data, data_dir=data_dir)
