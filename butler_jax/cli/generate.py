@@ -110,6 +110,11 @@ class GenerateConfig:
         """Whether a step reads everything."""
         return self.dense or self.make_policy().reads_everything
 
+    @property
+    def is_typed(self) -> bool:
+        """Whether messages are typed at a terminal, one after the other."""
+        return self.chat and self.prompt is None and self.prompt_file is None and sys.stdin.isatty()
+
     def read_prompts(self) -> Iterable[str]:
         """The prompt, or the messages of a terminal as they are typed.
 
@@ -119,7 +124,7 @@ class GenerateConfig:
         if self.prompt is not None:
             return [self.prompt]
         if self.prompt_file is None:
-            return _read_messages() if self.chat and sys.stdin.isatty() else [sys.stdin.read()]
+            return _read_messages() if self.is_typed else [sys.stdin.read()]
         try:
             return [self.prompt_file.read_text(encoding="utf-8")]
         except UnicodeDecodeError:
@@ -221,14 +226,24 @@ def _continue_prompt(config: GenerateConfig, base: Base, prompts: Iterable[str],
 
 
 def _talk(config: GenerateConfig, base: Base, prompts: Iterable[str], settings: dict[str, Any]) -> None:
-    """Print the answer to every message. Each is answered as a part of the conversation so far."""
+    """Print the answer to every message. Each is answered as a part of the conversation so far.
+
+    At a terminal, a message that is refused, such as one too long for the context, leaves the conversation as it was.
+    """
     from butler_jax.decoding import PromptCache, chat
 
     settings = {**settings, "template": config.template, "cache": PromptCache()}
     messages = [] if config.system is None else [{"role": "system", "content": config.system}]
     for prompt in prompts:
         messages.append({"role": "user", "content": prompt})
-        result = chat(base, messages, **settings)
+        try:
+            result = chat(base, messages, **settings)
+        except ValueError as error:
+            if not config.is_typed:
+                raise
+            messages.pop()
+            print(f"error: {error}; the message was left out", file=sys.stderr)
+            continue
         messages.append({"role": "assistant", "content": result.text})
         show_figures(base, result)
         if result.tokens[0][-1] not in base.require_tokenizer().ends and not config.stop:

@@ -20,7 +20,7 @@ class Family:
         activation_default: The activation where the key is missing.
         scaled_embeddings: Embeddings are multiplied by the root of their width.
         query_scalar: query_pre_attn_scalar, to the power of -1/2, is the factor on the attention logits.
-        soft_caps: attn_logit_softcapping and final_logit_softcapping count.
+        soft_caps: Which of attn_logit_softcapping and final_logit_softcapping count.
         multipliers: embedding_multiplier, attention_multiplier, residual_multiplier and logits_scaling count.
         sinks: Query heads have attention sinks.
         fused: The projections are stored as qkv_proj and gate_up_proj.
@@ -47,7 +47,7 @@ class Family:
     activation_default: str = "silu"
     scaled_embeddings: bool = False
     query_scalar: bool = False
-    soft_caps: bool = False
+    soft_caps: tuple[str, ...] = ()
     multipliers: bool = False
     sinks: bool = False
     fused: bool = False
@@ -70,7 +70,6 @@ GEMMA = dict(
     activation_default="gelu_pytorch_tanh",
     scaled_embeddings=True,
     query_scalar=True,
-    soft_caps=True,
     sliding="typed",
 )
 GEMMA_SIZES = {
@@ -172,6 +171,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         **GEMMA,
+        soft_caps=("attn_logit_softcapping", "final_logit_softcapping"),
         full_every=2,
         defaults={
             **GEMMA_SIZES,
@@ -183,6 +183,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         **GEMMA,
+        soft_caps=("final_logit_softcapping",),
         qk_norm=True,
         full_every=6,
         sliding_theta=10000.0,

@@ -56,7 +56,10 @@ def base_config(values: dict, *, rotary_share: bool = False) -> BaseConfig:
         )
 
     def flag(setting: bool | str) -> bool:
-        return bool(values.get(setting, False)) if isinstance(setting, str) else setting
+        value = values.get(setting) if isinstance(setting, str) else setting
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{setting} must be true or false, got {shown(value)}")
+        return bool(value)
 
     heads = whole(values["num_attention_heads"], "num_attention_heads")
     layers = whole(values["num_hidden_layers"], "num_hidden_layers")
@@ -79,7 +82,7 @@ def base_config(values: dict, *, rotary_share: bool = False) -> BaseConfig:
         head_dim=head_dim,
         context=context,
         norm_eps=values.get("rms_norm_eps", 1e-6),
-        tied=bool(values.get("tie_word_embeddings", False)),
+        tied=flag("tie_word_embeddings"),
         qkv_bias=flag(family.qkv_bias),
         output_bias=flag(family.output_bias),
         mlp_bias=flag(family.mlp_bias),
@@ -108,13 +111,9 @@ def _scales(family: Family, values: dict, width: int, head_dim: int) -> dict[str
         if scalar <= 0:
             raise ValueError(f"query_pre_attn_scalar must be above 0, got {scalar}")
         found["attention_scale"] = scalar**-0.5
-    if family.soft_caps:
-        for name, key in (
-            ("attention_softcap", "attn_logit_softcapping"),
-            ("logit_softcap", "final_logit_softcapping"),
-        ):
-            if values.get(key) is not None:
-                found[name] = number(values[key], key)
+    for name, key in (("attention_softcap", "attn_logit_softcapping"), ("logit_softcap", "final_logit_softcapping")):
+        if key in family.soft_caps and values.get(key) is not None:
+            found[name] = number(values[key], key)
     if family.multipliers:
 
         def multiplier(key: str) -> float:

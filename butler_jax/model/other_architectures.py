@@ -178,8 +178,7 @@ def honoured(family: Family) -> tuple[str, ...]:
     found = [family.activation]
     if family.query_scalar:
         found += ["query_pre_attn_scalar"]
-    if family.soft_caps:
-        found += ["attn_logit_softcapping", "final_logit_softcapping"]
+    found += family.soft_caps
     if family.multipliers:
         found += ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
     if family.full_every is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,19 @@ class Estimate(NamedTuple):
 
     def exp(self) -> Estimate:
         """The estimate of the exponential: a perplexity from a mean negative log-likelihood."""
-        return self.through(math.exp, math.exp(self.value))
+        return self.through(partial(_unbounded, math.exp), _unbounded(math.exp, self.value))
+
+    def expm1(self) -> Estimate:
+        """The estimate of the exponential less 1: how far one perplexity exceeds another."""
+        return self.through(partial(_unbounded, math.expm1), _unbounded(math.exp, self.value))
+
+
+def _unbounded(function: Callable[[float], float], value: float) -> float:
+    """The value of a growing function; infinite beyond the largest float."""
+    try:
+        return function(value)
+    except OverflowError:
+        return math.inf
 
 
 def estimate_ratio(sums: ArrayLike, counts: ArrayLike) -> Estimate:

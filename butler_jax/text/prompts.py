@@ -137,6 +137,8 @@ class Writer:
             if not last:
                 return ""
             now = now.rstrip("\ufffd")
-        self.start, self.shown = self.shown, len(self.tokens)
+        if self.tokenizer.decode(self.tokens[self.shown :]):  # special tokens alone would be no text before the next
+            self.start = self.shown
+        self.shown = len(self.tokens)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))
         return now[sum(1 for _ in same) :]

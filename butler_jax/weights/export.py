@@ -10,14 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from butler_jax.model import BaseConfig, BaseModel
+from butler_jax.model import BaseConfig, BaseModel, base_config
 from butler_jax.storage import write_whole
 from butler_jax.text import Tokenizer
 
 
 def save_model(directory: Path, model: BaseModel, tokenizer: Tokenizer) -> None:
-    """Write a Llama-family model as a Hugging Face directory: bfloat16 safetensors, config.json, tokenizer.json."""
-    config = model.config
+    """Write a plain Llama model as a Hugging Face directory: bfloat16 safetensors, config.json, tokenizer.json.
+
+    Raises:
+        ValueError: It is of another family, or has settings that config.json would not tell.
+    """
+    config, values = model.config, _hugging_face_config(model.config, tokenizer)
+    if base_config(values) != config:
+        raise ValueError(
+            f"a model of the family {config.family} with these settings is not written; only plain Llama models are, "
+            "without biases, scaled rotary embeddings or sliding windows"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm}
     if model.unembedding is not None:
@@ -40,7 +49,7 @@ def save_model(directory: Path, model: BaseModel, tokenizer: Tokenizer) -> None:
     host = {n: np.ascontiguousarray(jnp.asarray(t[...], jnp.bfloat16)) for n, t in tensors.items()}
     write_whole(directory / "model.safetensors", lambda path: save_file(host, path, metadata={"format": "pt"}))
     tokenizer.save(directory)
-    write_whole(directory / "config.json", json.dumps(_hugging_face_config(config, tokenizer), indent=2) + "\n")
+    write_whole(directory / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def _hugging_face_config(config: BaseConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -121,6 +122,8 @@ def build_model(
         ValueError: Before anything is read: a tensor is missing, unexpected or misshapen, or the model exceeds the
             memory of the devices or the machine. While reading: a value is not finite, or is not finite in dtype.
     """
+    if config.tied and not _shares_table(tensors):
+        config = dataclasses.replace(config, tied=False)  # as transformers does
     abstract = jax.eval_shape(partial(BaseModel, config, dtype=dtype), jax.random.key(0))
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     names = [parameter_name(path) for path, _ in leaves]
@@ -175,6 +178,16 @@ def build_model(
             rows = read(TABLES[name], first, min(first + step, shape[0]))
             slots[name].write((first,) + (0,) * (len(shape) - 1), rows)
     return jax.tree_util.tree_unflatten(tree, [slot.array() for slot in slots.values()])
+
+
+def _shares_table(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a tied model's output head, where it is stored too, equals the embedding. A block of rows at a time."""
+    head, table = (tensors.get(TABLES[name]) for name in ("unembedding", "embedding"))
+    if head is None or table is None:
+        return True
+    step = max(1, BLOCK_BYTES // (4 * math.prod(table.shape[1:])))
+    blocks = ((first, min(first + step, table.shape[0])) for first in range(0, table.shape[0], step))
+    return head.shape == table.shape and all(np.array_equal(head.read(*b), table.read(*b)) for b in blocks)
 
 
 def parameter_name(path: tuple) -> str:

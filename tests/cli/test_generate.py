@@ -117,7 +117,7 @@ def test_a_template_is_chosen_by_its_name(talking, capfd):
 
 
 def test_a_conversation_at_a_terminal_keeps_its_turns(talking, capfd, monkeypatch):
-    typed = iter(["The file", "", "Return the"])
+    typed = iter(["The file", "", "long " * 3000, "Return the"])  # the third is beyond the context of 2,048 tokens
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
 
     def ended():
@@ -133,6 +133,7 @@ def test_a_conversation_at_a_terminal_keeps_its_turns(talking, capfd, monkeypatc
     assert main(["generate", "--base", str(talking), "--chat", "--max-new-tokens", "6"]) == 0
     out, error = capfd.readouterr()
     assert out == wanted + "\n" and "of them kept) + 6 tokens" in error
+    assert "context of 2048 tokens" in error and "; the message was left out" in error
 
 
 @pytest.mark.slow

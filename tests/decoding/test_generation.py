@@ -145,6 +145,8 @@ def test_a_decoder_that_strips_keeps_the_space_after_the_prompt():
         writer = Writer(tokenizer, prompt)
         assert [writer.add(3, last=False), writer.add(4, last=True)] == wanted
         assert tokenizer.decode([*prompt, 3, 4]) == tokenizer.decode(prompt) + "".join(wanted)
+    writer = Writer(tokenizer, [0, 1])  # a special token between words is no beginning of a text
+    assert "".join(writer.add(token, last=False) for token in (2, 0, 3, 4)) == " file is open"
 
 
 def test_a_character_in_two_tokens_waits_until_it_is_whole():

@@ -199,6 +199,13 @@ def test_keys_of_another_architecture_that_change_nothing_pass():
         config(use_qk_norm=True)
 
 
+def test_gemma3_caps_the_logits_of_its_head_alone():
+    """transformers stores attn_logit_softcapping for it, and does not use it."""
+    assert config("gemma3_text", final_logit_softcapping=3.0).logit_softcap == 3.0
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=2\.0"):
+        config("gemma3_text", attn_logit_softcapping=2.0)
+
+
 def test_biases_and_norms_follow_each_family():
     plain, biased = config("llama"), config("llama", attention_bias=True, mlp_bias=True)
     assert not (plain.qkv_bias or plain.output_bias or plain.mlp_bias)

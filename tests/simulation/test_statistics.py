@@ -24,6 +24,8 @@ def test_a_ratios_error_is_that_of_resampled_sequences():
 def test_an_estimate_of_one_sequence_has_no_error_and_of_none_no_value():
     assert estimate_ratio(np.array([3.0, 0.0]), np.array([2, 0])) == Estimate(1.5, None, 2, 1)
     assert Estimate(math.log(2), 0.1, 5, 3).exp() == pytest.approx((2, 0.2, 5, 3))
+    assert Estimate(math.log(2), 0.1, 5, 3).expm1() == pytest.approx((1, 0.2, 5, 3))
+    assert Estimate(1000.0, None, 5, 1).exp() == Estimate(math.inf, None, 5, 1)
     with pytest.raises(ValueError, match="nothing to take a mean of"):
         estimate_ratio(np.array([0.0]), np.array([0]))
 

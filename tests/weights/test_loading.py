@@ -185,6 +185,8 @@ def test_sizes_that_are_no_sizes_are_named(small_model, key, bad):
         {"model_type": "qwen3", "use_sliding_window": True, "layer_types": 5},
         {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": "all"},
         {"model_type": "mistral", "sliding_window": "wide"},
+        {"tie_word_embeddings": "false"},
+        {"attention_bias": 1},
     ],
 )
 def test_settings_of_wrong_types_are_named(small_model, values):

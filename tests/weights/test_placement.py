@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.fuzz_targets import weights
+from butler_jax.model import forward
 from butler_jax.weights import load_base
 from butler_jax.weights.huggingface import SINGLE
 from butler_jax.weights.placement import check_memory
@@ -152,6 +153,20 @@ def test_unused_tensors_that_do_no_harm_are_passed_over(directory):
 
     rewrite(directory, change)
     assert equal(plain, load_base(directory))
+
+
+def test_a_head_that_differs_from_the_embedding_counts_whatever_the_configuration_says(directory):
+    """transformers keeps it too."""
+    import torch
+    import transformers
+
+    rewrite(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"][::-1].copy()}))
+    base = load_base(directory)
+    assert not base.config.tied
+    tokens = np.arange(12)[None]
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(forward(base.model, tokens.astype(np.int32)), theirs, atol=1e-4)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(directory):

@@ -79,7 +79,7 @@ def _read_lines(file: TextFile, passed: PassedOver, note: Callable[[float], None
                 passed.add(f"{file.path}, line {number}: {said}", remedy)
                 continue
             for piece, ends, done, of in _cut_line(line):
-                end = start + (1 if ends else len(raw) * done // of)
+                end = start + len(raw) * done // of
                 yield file.split or ("train" if first or end <= border else "test"), [piece], ends
                 first = False
 
@@ -87,11 +87,13 @@ def _read_lines(file: TextFile, passed: PassedOver, note: Callable[[float], None
 def _cut_line(line: str) -> Iterator[tuple[str, bool, int, int]]:
     """The documents that end in a line, and the rest in pieces: (text, whether it ends, characters so far, of all)."""
     *documents, rest = line.split(END_OF_TEXT)
+    done = 0
     for document in documents:
-        yield document, True, 0, 1
+        done += len(document) + len(END_OF_TEXT)
+        yield document, True, done, len(line)
     for at in range(0, len(rest), LONGEST_PIECE):
         piece = rest[at : at + LONGEST_PIECE]
-        yield piece, False, at + len(piece), len(rest)
+        yield piece, False, done + at + len(piece), len(line)
 
 
 def _decoded(block: Block) -> str | None:
@@ -125,7 +127,7 @@ def _read_records(file: TextFile, passed: PassedOver, note: Callable[[float], No
                 passed.add(str(error))
                 continue
             if not features:
-                texts = [name for name, value in record.items() if isinstance(value, str)]
+                texts = [name for name, value in record.items() if isinstance(value, str) or name == "text"]
                 features = choose_features((), texts or ["text"], list(record), f"text:{file.path}")
             try:
                 text = join_features(record, features)

@@ -49,6 +49,11 @@ def open_prepared_set(name: str, split: str, data_dir: str | None = None) -> Tex
     parts = choose_splits(tuple(builder.info.splits), f"tfds:{name}")
     if len(parts) == 1:  # no split is held out
         parts = {"train": f"train[:{100 - TEST_PERCENT}%]", "test": f"train[{100 - TEST_PERCENT}%:]"}
+        if split == "test" and not builder.info.splits[parts["test"]].num_examples:
+            raise ValueError(
+                f"tfds:{name} has no other split than train, and too few documents to hold out {TEST_PERCENT} % of "
+                "them; take a larger set, or mix it with one that has a split test"
+            )
     try:
         return TextField(builder, parts[split], features)
     except (NotImplementedError, ValueError) as error:

@@ -71,6 +71,8 @@ def open_table(path: Path, kind: str) -> TextTable:
 
             schema = opening(pa.OSFile(str(path))).schema
             rows = sum(batch.num_rows for batch in batches())
+        if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+            raise ValueError(f"{path} has several columns of the name {twice[0]}; rename them")
         texts = [field.name for field in schema if _is_text(field.type)]
         return TextTable(path, rows, schema.names, texts, batches)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,8 +67,7 @@ class TextSums:
 
     def excess_over(self, other: TextSums) -> Estimate:
         """The fraction by which the perplexity exceeds that of another pass over the same text, paired by sequence."""
-        log = estimate_ratio(self.nll - other.nll, self.rows)
-        return log.through(math.expm1, math.exp(log.value))
+        return estimate_ratio(self.nll - other.nll, self.rows).expm1()
 
     def mean(self, name: str) -> Estimate:
         """The mean over rows of one of the sums."""

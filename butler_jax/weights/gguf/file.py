@@ -176,10 +176,8 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         raise ValueError("missing tensor token_embd.weight")
     sliding_window = get("attention.sliding_window") or None
     family = FAMILY[architecture]
-    if family == "llama" and sliding_window:
-        family = "mistral"  # GGUF gives both families the architecture llama
-    if family == "llama" and get("expert_count"):
-        family = "mixtral"
+    if family == "llama":  # GGUF gives three families the architecture llama
+        family = "mixtral" if get("expert_count") else "mistral" if sliding_window else "llama"
     if family == "olmo2" and sliding_window:
         family = "olmo3"
     head_dim = whole(get("attention.key_length") or width // heads, f"{architecture}.attention.key_length")
@@ -230,9 +228,8 @@ def family_values(family: str, get: Any, width: int, heads: int) -> dict[str, An
         found["query_pre_attn_scalar"] = get("attention.key_length")
     if FAMILIES[family].multipliers:
         found["embedding_multiplier"] = get("embedding_scale") or 1.0
-        found["attention_multiplier"] = (
-            get("attention.scale") or get("attention.key_length") or (width // heads) ** -0.5
-        )
+        head_dim = get("attention.key_length") or width // heads
+        found["attention_multiplier"] = get("attention.scale") or head_dim**-0.5
         found["residual_multiplier"] = get("residual_scale") or 1.0
         found["logits_scaling"] = get("logit_scale") or 1.0
     return {key: value for key, value in found.items() if value is not None}

@@ -11,11 +11,12 @@ from butler_jax.data.sources.prepared_sets import open_prepared_set
 
 
 class Letters(tfds.core.GeneratorBasedBuilder):
-    """Twenty letters to open by name."""
+    """Letters to open by name."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = passages.PassageBuilder.code_path
     KEYS = ("article", "label")
+    COUNT = 100
 
     def _info(self):
         kinds = {"article": tfds.features.Text(), "label": tfds.features.Scalar(dtype=np.int32)}
@@ -26,9 +27,15 @@ class Letters(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        for i in range(100):
+        for i in range(self.COUNT):
             values = {"article": f"Dear {i}", "label": i}
             yield i, {key: values[key] for key in self.KEYS}
+
+
+class Few(Letters):
+    """Ten letters, of which 2 % are none."""
+
+    COUNT = 10
 
 
 class Numbers(Letters):
@@ -43,6 +50,13 @@ def test_a_prepared_set_opens_by_name_with_its_last_part_held_out(tmp_path):
     test = prepared_sets.open_prepared_set("letters:1.0.0", "test", str(tmp_path))
     read = [train[i] for i in range(len(train))] + [test[i] for i in range(len(test))]
     assert len(test) == 2 and sorted(read) == sorted(f"Dear {i}" for i in range(100))
+
+
+def test_a_set_too_small_to_hold_a_part_out_says_so(tmp_path):
+    Few(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    assert len(prepared_sets.open_prepared_set("few", "train", str(tmp_path))) == 10
+    with pytest.raises(ValueError, match="tfds:few has no other split than train, and too few documents"):
+        prepared_sets.open_prepared_set("few", "test", str(tmp_path))
 
 
 def test_sets_that_cannot_be_read_are_named(tmp_path):

@@ -94,6 +94,12 @@ def test_damaged_files_are_named(tmp_path, name):
             read(tmp_path / name)
 
 
+def test_columns_of_one_name_are_refused_by_it(tmp_path):
+    parquet.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns of the name text; rename them"):
+        read(tmp_path / "a.parquet")
+
+
 def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch):
     parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)

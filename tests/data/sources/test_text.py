@@ -48,6 +48,13 @@ def test_documents_end_at_the_end_of_text_mark_and_at_json_lines(tmp_path):
     assert 1 <= sum(split == "test" for split, _ in records) <= 6
 
 
+def test_a_part_is_held_out_of_documents_that_all_stand_in_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"document {i}" + " of words" * 200 + "<|endoftext|>" for i in range(1500)))
+    found = list(text.read_passages(TextFile(tmp_path / "a.txt", "text"), PassedOver()))
+    assert [passage.split(" of")[0] for _, passage in found] == [f"document {i}" for i in range(1500)]
+    assert [split for split, _ in found] == ["train"] * 1470 + ["test"] * 30  # 2 %
+
+
 BAD = [
     (
         b"fine\nna\xefve\nfine",
@@ -59,6 +66,7 @@ BAD = [
     ("one é".encode()[:-1] + b"\ntwo", "a.txt", "a.txt, line 1: byte 0xc3 at offset 4", "convert it"),
     (b'{"text": "x"}\n{"body": "x"}\n', "a.jsonl", r'a.jsonl, line 2: expected a string "text", .* found: body', ""),
     (b'{"text": "x"}\n\n{"text": 5}\n', "a.jsonl", r'a.jsonl, line 3: expected a string "text", and it is int', ""),
+    (b'{"text": null, "url": "z"}\n{"text": "x"}\n', "a.jsonl", r"a.jsonl, line 1: .* and it is NoneType", ""),
     (b'{"text": "x"}\n{"text": ', "a.jsonl", r"a.jsonl, line 2 is not valid JSON", ""),
     (b'{"text": "x"}\n[1]', "a.jsonl", r"a.jsonl, line 2 must hold a JSON object", ""),
     (b'{"text": "x"}\n{"text": "\xff"}\n{"text": "y"}', "a.jsonl", r"a.jsonl, line 2 is not valid JSON.*utf-8", ""),

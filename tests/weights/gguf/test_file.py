@@ -121,6 +121,7 @@ def assert_equal(a, b, **tolerance):
         ("phi3", "phi3"),
         ("mixtral", "llama"),
         slow("mistral with a sliding_window", "llama"),
+        slow("mixtral with a sliding_window", "llama"),
         slow("qwen3", "qwen3"),
         slow("qwen3_moe, normalised", "qwen3moe"),
     ],
@@ -168,6 +169,11 @@ def test_files_of_the_newer_families_load_like_their_directories(name, metadata,
             assert mine == theirs, field.name
         elif name == "granite":
             assert mine == pytest.approx(theirs, rel=1e-6)
+
+
+def test_granite_without_its_scale_divides_by_the_root_of_the_head_dimension(tmp_path):
+    _, file = pair("granite", "granite", tmp_path, metadata={n: v for n, v in SCALES.items() if "attention" not in n})
+    assert file.config.attention_scale == file.config.head_dim**-0.5
 
 
 def test_qwen2_biases_and_yarn_load(tmp_path):
