@@ -64,6 +64,8 @@ class GenerateConfig:
     pooling: Literal["normalised", "maximum"] = "normalised"
     """How the scores of a group's heads are combined: by the maximum of their softmax weights, or by the maximum of the
     scores, which is cheaper."""
+    data_dir: str | None = None
+    """Where prepared data sets lie, for a policy that is prepared on the run's text (lowrank). Default: TFDS's."""
     offload: bool = False
     """Keep keys and values in host memory. Only what is read goes to the device."""
     score_dtype: Literal["int8"] | None = None
@@ -175,7 +177,7 @@ def _generate(config: GenerateConfig, given: set[str]) -> int:
         tokenizer.require_chat_template().source(config.template)
     policy, predictor = config.make_policy(), None
     if selection is not None:
-        (policy,) = prepare_policies([policy], base, run_data(config.run))
+        (policy,) = prepare_policies([policy], base, run_data(config.run), data_dir=config.data_dir)
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None
         predictor = place(predictor, predictor.logical_axes, mesh) if predictor is not None else None
     settings = dict(

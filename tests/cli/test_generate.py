@@ -103,6 +103,13 @@ def test_a_message_is_answered_in_the_models_template(talking, capfd):
     assert "give --chat too" in capfd.readouterr().err
 
 
+def test_a_policy_is_prepared_on_the_text_of_the_run(run_dir, tmp_path, capfd):
+    place = tmp_path / "prepared"
+    how = ["--prompt", "The file", "--max-new-tokens", "2", "--policy", "lowrank:rank=4", "--data-dir", str(place)]
+    assert main(["generate", "--run", str(run_dir), *how]) == 0
+    assert capfd.readouterr().out.startswith("The file") and list(place.rglob("*.array_record*"))
+
+
 def test_a_template_is_chosen_by_its_name(talking, capfd):
     base = ["generate", "--base", str(talking), "--prompt", "The file", "--max-new-tokens", "6"]
     (talking / "additional_chat_templates").mkdir()
