@@ -97,7 +97,7 @@ def run(name: str, base: Any, length: int, tokens: int) -> Iterable[dict[str, An
         policy, capacity = make_policy("tokenbutler"), length + 4 * tokens
 
         def decoding(selection):
-            plan = make_plan(base.config, capacity, selection, policy)
+            plan = make_plan(base.config, capacity, selection, policy, predictor=predictor)
             return generation.Decoding(plan, SamplingConfig(), capacity, generation.CHUNK, None)
 
         lengths, held = jnp.asarray([length], jnp.int32), []

@@ -72,7 +72,7 @@ def importance_scores(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    lengths, first, scales, totals = _arrays(lengths, first, scales, totals)
+    q_imp, k_imp, lengths, first, scales, totals = _arrays(q_imp, k_imp, lengths, first, scales, totals)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
@@ -108,7 +108,7 @@ def importance_totals(
     Raises:
         ValueError: As `importance_scores`.
     """
-    lengths, first, scales = _arrays(lengths, first, scales)
+    q_imp, k_imp, lengths, first, scales = _arrays(q_imp, k_imp, lengths, first, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
     name = checks.choose_implementation(implementation, interpret)
     scale = _factor(scale, q_imp)
@@ -154,8 +154,9 @@ def select_top_k(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    lengths, first, threshold, counts = _arrays(lengths, first, threshold, counts)
+    scores, lengths, first, threshold, counts = _arrays(scores, lengths, first, threshold, counts)
     checks.check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold)
+    n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
     name = checks.choose_implementation(implementation, interpret)
     module, options = _dispatch(name, interpret, scores.size * n)
     options |= dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold))
@@ -210,9 +211,12 @@ def masked_topk_decode_attention(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    lengths, first = _arrays(lengths, first)
+    q, k, v, indices, valid = _arrays(q, k, v, indices, valid)
+    new_k, new_v, lengths, first = _arrays(new_k, new_v, lengths, first)
+    spans = None if spans is None else Spans(*_arrays(*spans))
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)
     checks.check_spans(spans, k, layer)
+    unit = int(unit)
     spans = None if spans is not None and spans.counts.size == 0 else spans
     if softcap is not None:
         implementation = checks.choose_capped(implementation, softcap)
@@ -272,6 +276,7 @@ def sparse_decode_attention(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
+    q, k, v, q_imp, k_imp, new_k, new_v = _arrays(q, k, v, q_imp, k_imp, new_k, new_v)
     lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_caches(k, q_imp, k_imp, layer)
@@ -284,6 +289,7 @@ def sparse_decode_attention(
         checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
         listed = jax.ShapeDtypeStruct((*q_imp.shape[:2], n), jnp.int32)
         checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
+        n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
         options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), scales=scales, layer=layer)
         options |= dict(normalised=_normalises(pooling, q_imp), score_scale=_factor(score_scale, q_imp))
         options |= dict(new_k=new_k, new_v=new_v, scale=_factor(scale, q), interpret=interpret or False)

@@ -56,8 +56,8 @@ def choose_capped(implementation: str | None, softcap: float) -> str:
     Raises:
         ValueError: The cap is not above 0, or the implementation is a kernel, which has none.
     """
-    if not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}; None leaves the logits as they are")
+    if not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be above 0 and finite, got {softcap}; None leaves the logits as they are")
     if implementation in ("tpu", "gpu"):
         raise ValueError(
             f'implementation "{implementation}" has no soft cap of logits, and softcap is {softcap}; use "xla" or None'

@@ -34,6 +34,7 @@ from pallas_kernels.bench.chips import CHIPS, GpuChip
 from pallas_kernels.bench.measurements import take_turns
 from pallas_kernels.bench.prediction import kernels_seconds
 from pallas_kernels.bench.programs import make_inputs, predict_program
+from pallas_kernels.checks import POOLINGS
 from pallas_kernels.gpu.tiles import TRIALS, Tiles, current_tiles, try_tiles, write_tiles
 
 CASES = ((1, 32768), (1, 131072), (16, 8192), (16, 32768))  # batch, tokens
@@ -131,6 +132,7 @@ def _micro(times):
 def write_found(path: Path | None, chip: str, tiles: Tiles, about: dict) -> None:
     """Write tiles and what is known of them to a file of their own, if there is a path."""
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"chip": chip, **about, "tiles": asdict(tiles)}, indent=1) + "\n")
 
 
@@ -138,7 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tuner; returns the exit status."""
     command = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__.splitlines()[0])
     command.add_argument("--minutes", type=float, default=5.0, help="begin no new setting after so many minutes")
-    command.add_argument("--pooling", default="maximum", help="of the scores of a group of query heads")
+    command.add_argument(
+        "--pooling", choices=POOLINGS, default="maximum", help="of the scores of a group of query heads"
+    )
     command.add_argument("--dry", action="store_true", help="do not write the table")
     command.add_argument("--json", type=Path, help="write what was found here too")
     command.add_argument("--model", choices=tuple(CHIPS), help="by the model of this chip, which need not be there")

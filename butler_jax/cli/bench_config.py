@@ -30,7 +30,7 @@ class BenchConfig:
     """How tokens are chosen. Each of --budgets and --intervals replaces its budget and interval. Under a tail, every
     variant is timed without it too."""
     pooling: Literal["normalised", "maximum"] = "normalised"
-    """How the scores of a group's heads are combined."""
+    """How the scores of a group's heads are combined; a predictor with an offset decides it itself."""
     batch: int = 1
     """Rows decoded together."""
     tokens: int = 16

@@ -70,14 +70,16 @@ def measure(config: BenchConfig, base: Base, predictor: Any, peer: Any, context:
 def _prefill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray, context: int) -> Any:
     """The first token and the caches after a prompt."""
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
-    how = _decoding(base, context, None, make_policy("tokenbutler"))
+    how = _decoding(base, context, None, make_policy("tokenbutler"), None)
     lengths = jnp.full(config.batch, prompt.shape[1], jnp.int32)
     return generation.start(base.model, predictor, jnp.asarray(prompt), lengths, keys, how=how)
 
 
-def _decoding(base: Base, capacity: int, selection: SelectionConfig | None, policy: Policy) -> generation.Decoding:
+def _decoding(
+    base: Base, capacity: int, selection: SelectionConfig | None, policy: Policy, predictor: Any
+) -> generation.Decoding:
     """What prefill and decode steps are compiled for."""
-    plan = make_plan(base.config, capacity, selection, policy)
+    plan = make_plan(base.config, capacity, selection, policy, predictor=predictor)
     return generation.Decoding(plan, SamplingConfig(), capacity, generation.CHUNK, None)
 
 
@@ -88,7 +90,7 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
     state = held.state
     if selection is None:
         predictor, state = None, dataclasses.replace(state, scores=None)
-    how = _decoding(base, state.kv.capacity, selection, policy)
+    how = _decoding(base, state.kv.capacity, selection, policy, predictor)
     memory = empty_memory(how.plan, base.config.layers, config.batch)
     spans = jax.jit(how.plan.span_means)(state.kv, state.lengths)
     state = dataclasses.replace(state, memory=memory, spans=spans)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from butler_jax.storage import from_dict
 
 
@@ -30,12 +32,19 @@ class SamplingConfig:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_k is not None:
+            require_whole(top_k=self.top_k)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"the repetition penalty must be above 0, got {self.repetition_penalty}")
+
+
+def require_whole(**settings: Any) -> None:
+    """Raise ValueError unless each is a whole number of at least 1."""
+    for name, value in settings.items():
+        if not (isinstance(value, (int, np.integer)) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 NEUTRAL = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket, room_for_all
-from butler_jax.decoding.config import SamplingConfig, read_sampling
+from butler_jax.decoding.config import SamplingConfig, read_sampling, require_whole
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, check_offload, make_plan, settle_choice
@@ -147,8 +147,9 @@ def generate_stream(
         ValueError: As `generate`.
     """
     selection, policy = settle_choice(selection, policy, predictor)
-    if not (isinstance(max_new_tokens, (int, np.integer)) and max_new_tokens >= 1):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+    require_whole(max_new_tokens=max_new_tokens, chunk=chunk)
+    if capacity is not None:
+        require_whole(capacity=capacity)
     check_score_dtype(score_dtype)
     known = base.tokenizer, base.config.vocab_size
     rows = encode(*known, prompts)
@@ -224,8 +225,8 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """A random key for every row. Raises ValueError for seeds that are no whole numbers, or not as many as rows."""
     if isinstance(seed, (int, np.integer)):
         seed = [int(seed) + b for b in range(rows)]
-    whole = not isinstance(seed, str) and all(isinstance(one, (int, np.integer)) for one in seed)
-    if not whole:
+    several = isinstance(seed, Iterable) and not isinstance(seed, str)
+    if not several or not all(isinstance(one, (int, np.integer)) for one in seed):
         raise ValueError(f"the seed must be a whole number, or one for every prompt, got {seed!r}")
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds do not fit {rows} prompts; give one each, or one number")

@@ -16,8 +16,12 @@ def penalise(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: flo
 
 
 def allowed_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Float[Array, "B V"]:
-    """Logits over the temperature, -inf for the tokens that top_k and top_p leave out; ties at an edge stay in."""
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    """Logits less the largest, over the temperature; -inf for what top_k and top_p leave out. Ties at an edge stay in.
+
+    What is divided is at most 0, so that a small temperature does not overflow.
+    """
+    logits = logits.astype(jnp.float32)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     limited = sampling.top_k is not None and sampling.top_k < logits.shape[-1]
     if not limited and sampling.top_p == 1:
         return logits

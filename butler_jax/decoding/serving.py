@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from butler_jax.decoding.capacity import bucket
-from butler_jax.decoding.config import SamplingConfig, read_sampling
+from butler_jax.decoding.config import SamplingConfig, read_sampling, require_whole
 from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.plan import check_offload, make_plan, settle_choice
 from butler_jax.decoding.prefill_pass import CHUNK
@@ -69,15 +67,14 @@ def serve(
     """
     if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
         raise ValueError(f"requests must be a list or another iterable of them, got one {type(requests).__name__}")
-    for name, value in (("slots", slots), ("chunk", chunk)):
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    require_whole(slots=slots, chunk=chunk)
     check_score_dtype(score_dtype)
     selection, policy = settle_choice(selection, policy, predictor)
     context = base.config.context
     if capacity is None:
         capacity = _room(base, requests) if isinstance(requests, (list, tuple)) else context
-    if not 1 <= capacity <= context:
+    require_whole(capacity=capacity)
+    if capacity > context:
         raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
     plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
     if selection is not None:

@@ -52,6 +52,7 @@ class PretrainConfig(FitConfig):
     def __post_init__(self):
         super().__post_init__()
         expand_home(self, "out")
+        self.base_config()  # refuses sizes that are none
         if self.long_steps and self.long_rows % self.accumulate:
             raise ValueError(
                 f"the --long-steps have batches of {self.long_rows} rows of {self.context} tokens, which --accumulate "
@@ -69,7 +70,6 @@ class PretrainConfig(FitConfig):
             raise ValueError(f"--long-steps must be in 0..{self.steps}, got {self.long_steps}")
         if self.vocab_size <= 256:
             raise ValueError(f"--vocab-size must be above 256 (the bytes), got {self.vocab_size}")
-        self.base_config()
 
     @property
     def long_rows(self) -> int:

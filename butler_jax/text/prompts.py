@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -78,7 +78,7 @@ def read_stops(
     if stop is None:
         return set() if tokenizer is None else set(tokenizer.ends), ()
     ids, texts = set(), []
-    for one in [stop] if isinstance(stop, (str, int, np.integer)) else stop:
+    for one in stop if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]:
         if isinstance(one, str):
             if tokenizer is None:
                 raise ValueError(f"stop {one!r} is a text, and the base has no tokenizer; give token ids")

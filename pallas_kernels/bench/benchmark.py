@@ -57,6 +57,14 @@ def numbers(text: str, least: int = 1) -> tuple[int, ...]:
     return found
 
 
+def count(text: str) -> int:
+    """One whole number of at least 1. Raises ArgumentTypeError for others."""
+    found = numbers(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"give one number, got {text!r}")
+    return found[0]
+
+
 def budgets(text: str) -> tuple[Fraction | int, ...]:
     """Comma-separated budgets: fractions of the context (1/16 or 0.0625) or numbers of tokens (2048).
 
@@ -94,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pooling", choices=checks.POOLINGS, default="normalised", help="of the scores of a group of query heads")
     add("--int8", action="store_true", help="k_imp in int8")
     add("--implementation", choices=checks.IMPLEMENTATIONS, default=None, help="default: the platform's own")
-    add("--repeats", type=int, default=9, help="timings, of which the median counts")
+    add("--repeats", type=count, default=9, help="timings, of which the median counts")
     add("--memory", type=float, default=8.0, help="GB that inputs may take")
     add("--minutes", type=float, default=None, help="stop in time to end within so many minutes")
     add("--json", type=Path, default=None, help="where the rows go; the plot goes beside them")
@@ -144,15 +152,19 @@ def main(arguments: list[str] | None = None) -> int:
             )
         check_kernels("gpu")
         print("the kernels agree with the reference on this GPU", flush=True)
-    if command.parse_args(arguments).model:
+    asked = command.parse_args(arguments)
+    try:
+        checks.check_unit(asked.unit)
+        name = None if asked.model else checks.choose_implementation(asked.implementation, None)
+    except ValueError as error:
+        command.error(str(error))
+    if asked.model:
         asked = command.parse_args([*(f"--{name}={value}" for name, value in DEFAULTS.items()), *arguments])
         try:
             run_model(asked)
         except ValueError as error:
             command.error(str(error))
         return 0
-    asked = command.parse_args(arguments)
-    name = checks.choose_implementation(asked.implementation, None)
     device = jax.devices()[0]
     begun = time.monotonic()
     bandwidth = copy_bandwidth(asked.repeats)

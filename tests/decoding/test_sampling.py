@@ -33,8 +33,11 @@ def test_top_k_and_top_p_keep_the_fewest_likeliest(k, p):
 def test_temperature_divides_and_zero_is_greedy():
     # float32 division
     half = SamplingConfig(temperature=0.5)
-    np.testing.assert_allclose(allowed_logits(jnp.asarray(LOGITS), half), LOGITS * 2, rtol=1e-6)
+    below = LOGITS - LOGITS.max(-1, keepdims=True)
+    np.testing.assert_allclose(allowed_logits(jnp.asarray(LOGITS), half), below * 2, rtol=1e-6)
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
+    tiny = SamplingConfig(temperature=1e-38)
+    np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, jnp.asarray(0), tiny), LOGITS.argmax(-1))
     np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, jnp.asarray(0), SamplingConfig()), LOGITS.argmax(-1))
 
 

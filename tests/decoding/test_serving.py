@@ -184,6 +184,7 @@ def test_memory_and_programs_stay_the_same(base, dense):
         (None, {}, "got one NoneType"),
         ([], dict(slots=0), "slots must be a whole number of at least 1, got 0"),
         ([], dict(chunk=0), "chunk must be a whole number of at least 1, got 0"),
+        ([], dict(capacity=2.5), "capacity must be a whole number of at least 1, got 2.5"),
         ([], dict(capacity=97), "the capacity must be 1 ... 96, the model's context, got 97"),
         ([], dict(score_dtype="int4"), "score_dtype must be 'int8' or None"),
         ([], dict(selection=FEW), "needs a trained predictor"),

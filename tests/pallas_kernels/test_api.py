@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 import pallas_kernels as pk
 from tests.pallas_kernels.definitions import (
+    KERNELS,
     PLAIN,
+    interpreted,
     listed,
     normal,
     oracle_attention,
@@ -22,6 +24,19 @@ from tests.pallas_kernels.definitions import (
     run,
     wide,
 )
+
+
+@pytest.mark.parametrize("implementation", [*PLAIN, *KERNELS])
+def test_numpy_arrays_and_numbers_are_taken(implementation):
+    """The numbers are static, and kernels are compiled for Python's own."""
+    arrays = dict(q=normal(0, 1, 2, 16), k=normal(1, 1, 1, 64, 16), v=normal(2, 1, 1, 64, 16))
+    arrays |= dict(q_imp=normal(3, 1, 1, 2, 8), k_imp=normal(4, 1, 1, 8, 64), lengths=jnp.asarray([60]))
+    numbers = dict(n=2, sinks=1, recent=2, unit=16)
+    how = dict(implementation=implementation, interpret=interpreted(implementation))
+    wanted = pk.sparse_decode_attention(**arrays, **numbers, **how)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    found = pk.sparse_decode_attention(**arrays, **{name: np.int64(n) for name, n in numbers.items()}, **how)
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("implementation", PLAIN)

@@ -48,6 +48,10 @@ def test_budgets_are_fractions_or_tokens():
         (["--batch", "0"], "at least 1"),
         (["--shape", "gpt"], "invalid choice"),
         (["--h200"], "needs a GPU, the platform is cpu"),
+        (["--implementation", "gpu"], "needs a GPU, the platform is cpu"),
+        (["--unit", "3"], "unit must be a power of two"),
+        (["--model", "h200", "--unit", "0"], "unit must be a power of two"),
+        (["--repeats", "0"], "at least 1"),
     ],
 )
 def test_bad_flags_are_told_in_a_line(flags, message, capsys):

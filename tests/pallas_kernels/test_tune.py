@@ -45,7 +45,7 @@ def test_small_tiles_give_the_references_results(size, pooling):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def testtiles_of_the_table_are_tiles(monkeypatch, tmp_path):
+def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path):
     for entry in json.loads(tiles.TABLE.read_text()).values():
         assert dataclasses.replace(tiles.Tiles(), **entry["tiles"])
     table = tmp_path / "tiles.json"
@@ -73,6 +73,17 @@ def test_modelled_tiles_of_the_table_are_what_the_model_finds(monkeypatch, tmp_p
         assert not entry.get("modelled") or entry["tiles"] == modelled[chip]["tiles"]
     monkeypatch.undo()
     tiles.tiles_of.cache_clear()
+
+
+def test_an_unknown_pooling_is_told_in_a_line(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--model", "h200", "--pooling", "mean", "--dry"])
+    assert "invalid choice: 'mean'" in capsys.readouterr().err
+
+
+def test_what_was_found_is_written_into_a_new_directory(tmp_path):
+    tune.write_found(tmp_path / "new" / "found.json", "a chip", tiles.Tiles(), {"modelled": True})
+    assert json.loads((tmp_path / "new" / "found.json").read_text())["chip"] == "a chip"
 
 
 def test_the_tuner_needs_a_gpu(capsys):

@@ -32,6 +32,7 @@ def config(text: Path, **changes) -> PretrainConfig:
     ("changes", "message"),
     [
         (dict(accumulate=4), "batches of 2 rows of 64 tokens, which --accumulate 4 does not divide"),
+        (dict(context=0), "context must be"),
         (dict(layers=1), "--layers must be at least 2"),
         (dict(head_dim=32), "--width at least twice --head-dim, got 2, 32 and 32"),
     ],

@@ -143,12 +143,12 @@ class HostStore(KVStore):
             return attend_chosen(q, k, v, Chosen(indices, valid), sinks, **options)
 
         batch, kv_heads = place.shape[:2]
-        operands = ("bh-", "bhs-", "bhs-", "bh-", "bh-", "bh-", "bh-", "h")
+        operands = ("bh-", "bh--", "bh--", "bh-", "bh-", "bh-", "bh-", "h")
         means = ()
         if spans is not None:
             operands += ("bh--", "bh--", "bh-")
             means = (*(jax.lax.dynamic_index_in_dim(a, view.index, keepdims=False) for a in spans[:2]), spans.counts)
-        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads, tokens=place.shape[-1])
+        split = by_rows_and_heads(run, operands, "bh-", rows=batch, heads=kv_heads)
         return split(q, rows.k, rows.v, view.k[:, 0], view.v[:, 0], place, rows.held, sinks, *means)
 
     def _fetch_layer(self, index):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +22,7 @@ from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from tests.decoding.letters import BASE, PROMPTS, Letters
+from tests.host_devices import host_devices
 from tests.marked import long
 
 pytestmark = pytest.mark.usefixtures("few_optimisations")
@@ -34,6 +39,34 @@ def test_offload_gives_the_resident_tokens(base, predictor):
     resident = butler_jax.generate(base, PROMPTS, **settings)
     offloaded = butler_jax.generate(base, PROMPTS, offload=True, **settings)
     assert offloaded.tokens == resident.tokens and offloaded.attended == resident.attended
+
+
+ODD = """
+import sys
+
+import jax
+
+sys.path.insert(0, sys.argv[1])
+import butler_jax
+from butler_jax.parallel import make_mesh
+from butler_jax.selection import SelectionConfig
+
+base, prompt = butler_jax.load_base("tiny"), [5, 9, 17, 33, 65, 129, 257, 513, 3, 7]
+how = dict(selection=SelectionConfig(budget=12), policy="oracle", max_new_tokens=4, capacity=63, stop=())
+alone = butler_jax.generate(base, prompt, **how)
+with jax.set_mesh(make_mesh("sequence=2")):
+    split = butler_jax.generate(base, prompt, offload=True, **how)
+assert split.tokens == alone.tokens and split.attended == alone.attended, (split, alone)
+"""
+
+
+@pytest.mark.slow
+def test_offload_decodes_on_a_mesh_that_splits_the_chosen_tokens_and_not_the_cache():
+    """A capacity of 63 has no halves, and the 12 tokens that are read have."""
+    environment = {**os.environ, "XLA_FLAGS": host_devices(2), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ODD, str(Path(__file__).parents[3])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.long  # the tokens above, and logits below
