@@ -26,6 +26,7 @@ from butler_jax.cli import main
 from butler_jax.evaluation.tasks import harness, passes
 from butler_jax.evaluation.tasks.downstream import run_harness
 from butler_jax.evaluation.tasks.harness import ButlerLM
+from butler_jax.evaluation.tasks.local_tasks import TASKS_DIRECTORY
 from butler_jax.policies import make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
@@ -295,6 +296,15 @@ def test_downstream_gives_means_and_standard_errors_of_its_samples(base, data):
         "accuracy_norm": np.mean(norm),
     }
     assert both.attended == 1
+
+
+@pytest.mark.parametrize("words", [["--tasks", "piqa_local"], ["--tasks=piqa_local"], ["-t", "piqa_local"]])
+def test_tasks_of_the_package_are_known_however_the_option_is_spelled(words, monkeypatch):
+    given = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: given.extend(sys.argv))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert main(["lm-eval", *words]) == 0
+    assert given[1:] == [*words, "--include_path", str(TASKS_DIRECTORY)]
 
 
 @pytest.mark.slow
