@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from butler_jax.evaluation.config import EvalConfig
+from butler_jax.evaluation.config import OF_LENGTHS, EvalConfig
 from butler_jax.evaluation.contenders import PREPARED_TOKENS, EvaluatedPolicy
 from butler_jax.evaluation.tasks.texts import read_windows
 from butler_jax.policies import Evicting
@@ -23,9 +23,9 @@ def allocate_policies(
     A policy that allows none of them reads per head, and one that evicts or reads everything has no tail. A label names
     the allocation where it is not per_head, and the tail where there is one. The tolerance of a budget, and p under
     top_p, are found on about PREPARED_TOKENS tokens of the text that perplexity reads, so that all allocations read as
-    many tokens on average.
+    many tokens on average. Where samples of given lengths are all that is read, it is read in windows of the longest.
     """
-    windows = None
+    windows, calibration = None, _calibration(config)
     for policy in policies:
         names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
         what = "neighbours" if config.selection.neighbours else f"units of {config.selection.unit} tokens"
@@ -45,12 +45,23 @@ def allocate_policies(
                 raise ValueError(f"{policy.label}: {error}") from None
             if name in LIMITED:
                 if windows is None:
-                    windows = read_windows(base, replace(config, tokens=min(config.tokens, PREPARED_TOKENS)), data, say)
-                how = dict(policy=policy.policy, prompt_tokens=config.prompt_tokens)
-                if config.stride is not None:  # the rows that count are the last of each window
+                    windows = read_windows(base, calibration, data, say)
+                how = dict(policy=policy.policy, prompt_tokens=calibration.prompt_tokens)
+                if calibration.stride is not None:  # the rows that count are the last of each window
                     how["rows"] = None
                 given = (base.model, policy.predictor, windows, most, config.budgets)
                 one = one._replace(
                     calibrated=dict(zip(config.budgets, calibrate_tolerance(*given, **how), strict=True))
                 )
             yield one
+
+
+def _calibration(config: EvalConfig) -> EvalConfig:
+    """The settings by which text is read to find tolerances."""
+    tokens = min(config.tokens, PREPARED_TOKENS)
+    if not set(config.tasks) <= set(OF_LENGTHS):
+        return replace(config, tokens=tokens)
+    context, prompt = max(config.lengths), 0
+    if config.prompt_tokens:  # what reads a choice are the answers, which stand at the end
+        prompt = 3 * context // 4 // config.selection.interval * config.selection.interval
+    return replace(config, tokens=max(tokens, context), context=context, prompt_tokens=prompt, stride=None)

@@ -14,7 +14,8 @@ from butler_jax.storage import expand_home, require_local, split_list
 
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
 
-TASKS = ("perplexity", "attention", "coreference", "needle", "key_value", "variables", *DOWNSTREAM)
+OF_LENGTHS = ("needle", "key_value", "variables")  # tasks whose samples have the --lengths
+TASKS = ("perplexity", "attention", "coreference", *OF_LENGTHS, *DOWNSTREAM)
 
 
 @dataclass(frozen=True, kw_only=True)

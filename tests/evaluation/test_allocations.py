@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,30 @@ def test_policies_run_under_the_allocations_that_their_scores_allow(monkeypatch)
     alone = dataclasses.replace(config, allocations="top_p")
     labels = [one.label for one in allocations.allocate_policies(policies, Anything, alone, "", print)]
     assert labels == ["dense", "oracle:top_p", "quest:top_p", "streaming", "oracle_residual", "tokenbutler"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "prompt_tokens", "read", "dense"),
+    [
+        ("key_value,needle", 1, (4096, 4096), 3072),
+        ("key_value", 0, (4096, 4096), 0),
+        ("key_value,perplexity", 1, (1024, 2048), 1),
+    ],
+)
+def test_tolerances_are_found_where_the_answers_of_long_samples_stand(monkeypatch, tasks, prompt_tokens, read, dense):
+    found = []
+    monkeypatch.setattr(allocations, "read_windows", lambda base, one, *given: found.append((one.context, one.tokens)))
+
+    def calibrate(model, predictor, windows, selection, means, **how):
+        found.append(how["prompt_tokens"])
+        return [dataclasses.replace(selection, tolerance=0.1)] * len(means)
+
+    monkeypatch.setattr(allocations, "calibrate_tolerance", calibrate)
+    one = EvaluatedPolicy("oracle_residual", make_policy("oracle_residual"))
+    asked = dict(tasks=tasks, lengths="512,4096", prompt_tokens=prompt_tokens, tokens=2048, budgets="64")
+    config = EvalConfig(allocations="tolerance", **asked)
+    assert [p.label for p in allocations.allocate_policies([one], SimpleNamespace(model=None), config, "", print)]
+    assert found == [read, dense]
 
 
 @pytest.mark.slow
