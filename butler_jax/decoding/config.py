@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
-
-import numpy as np
 
 from butler_jax.storage import from_dict
 
@@ -43,7 +42,7 @@ class SamplingConfig:
 def require_whole(**settings: Any) -> None:
     """Raise ValueError unless each is a whole number of at least 1."""
     for name, value in settings.items():
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
+        if not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "lookahead": ["Lookahead"],
         "pretrained": ["CARD", "CONFIG", "FORMAT", "WEIGHTS"],
         "producer": ["Producer"],
-        "registry": ["PREDICTORS", "make_predictor"],
+        "registry": ["PREDICTORS", "make_predictor", "predictor_class"],
     },
 )

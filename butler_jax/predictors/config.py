@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+Target = Literal["attention", "weight", "value", "centred"]
+Offset = Literal["none", "share", "self_normalised"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,12 @@ class PredictorConfig:
     stride: int = 4
     """P, the number of layers that one producer serves. The contextual predictor has a single producer and ignores
     it."""
-    target: Literal["attention", "weight", "value", "centred"] | None = None
+    target: Target | None = None
     """What scores are trained to be in proportion to: attention, the weight a among the contested keys of a head; or an
     error in the residual stream x that follows from not reading a token: weight a / |x|, value a |v W| / |x|, centred
     a |(v - o) W| / |x|, with v the value, o the output of the row and W the output projection of the head. An error
     has one unit for all heads and layers. Default: centred for lookahead, attention for the others."""
-    offset: Literal["none", "share", "self_normalised"] | None = None
+    offset: Offset | None = None
     """A number for each row and query head that makes scores the logarithms of errors. share: added to scores from
     which their log-sum-exp is taken off. self_normalised: added to the scores as they are. Default: share, and none
     where the target is attention."""
@@ -42,6 +45,7 @@ class PredictorConfig:
         return self.target in ("value", "centred")
 
     def __post_init__(self):
+        self._check_types()
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
         self._set_defaults()
@@ -61,6 +65,16 @@ class PredictorConfig:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:
             raise ValueError(f"hidden must be positive, got {self.hidden}")
+
+    def _check_types(self) -> None:
+        """Raise ValueError where a number is not whole, or a word is not known. A kind may be registered later."""
+        for name in ("rank", "stride", "value_channels", "hidden"):
+            value = getattr(self, name)
+            if type(value) is not int and not (name == "hidden" and value is None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        for name, known in (("target", get_args(Target)), ("offset", get_args(Offset))):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
     def _set_defaults(self) -> None:
         """Name the target and the offset where they are left out. An offset alone asks for an error as the target."""

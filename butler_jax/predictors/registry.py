@@ -20,6 +20,11 @@ def make_predictor(base: BaseConfig, config: PredictorConfig, seed: int = 0) -> 
     Raises:
         ValueError: PREDICTORS lacks config.kind, or the base's sizes do not suit the predictor.
     """
-    if config.kind not in PREDICTORS:
-        raise ValueError(f"unknown predictor {config.kind!r}; known: {', '.join(PREDICTORS)}")
-    return PREDICTORS[config.kind](base, config, jax.random.key(seed))
+    return predictor_class(config.kind)(base, config, jax.random.key(seed))
+
+
+def predictor_class(kind: str) -> type[Predictor]:
+    """The class of a kind. Raises ValueError where PREDICTORS lacks it."""
+    if kind not in PREDICTORS:
+        raise ValueError(f"unknown predictor {kind!r}; known: {', '.join(PREDICTORS)}")
+    return PREDICTORS[kind]

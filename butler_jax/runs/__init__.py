@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "finished_checkpoints": ["pick_best", "read_facts", "steps"],
         "inspection": ["base_of", "inspect_run"],
         "provenance": ["command", "devices", "environment", "revision", "versions"],
-        "saved_predictor": ["about", "load_predictor", "load_run_base", "save_predictor"],
+        "saved_predictor": ["about", "load_predictor", "load_run_base", "save_predictor", "stored_config"],
         "settings": ["find_run", "read_settings", "run_base", "run_config", "run_data"],
     },
 )

@@ -56,10 +56,11 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
     Raises:
         FileNotFoundError: The directory holds no run.
     """
-    if not any((run_dir / part).exists() for part in PARTS):
+    there = [part for part in PARTS if (run_dir / part).exists()]
+    if not there or (there == [CONFIG] and _is_foreign(run_dir)):
+        why = f"its {CONFIG} is not that of a training" if there else f"it has none of {', '.join(PARTS)}"
         raise FileNotFoundError(
-            f"{run_dir} is no run directory: it has none of {', '.join(PARTS)}; give the directory of a run of "
-            "butler-jax train"
+            f"{run_dir} is no run directory: {why}; give the directory of a run of butler-jax train"
         )
     problems: list[str] = []
     config, starts, held = _config(run_dir, kind_of, problems), _starts(run_dir, problems), holder(run_dir)
@@ -87,6 +88,14 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
         "done": done,
         "problems": problems,
     }
+
+
+def _is_foreign(run_dir: Path) -> bool:
+    """Whether config.json is a whole one of something else, such as a base model."""
+    try:
+        return read_settings(run_dir).keys().isdisjoint(("steps", "predictor", "fingerprint"))
+    except (OSError, ValueError):
+        return False
 
 
 def _config(run_dir: Path, kind_of: Callable[[dict], type | None], problems: list[str]) -> dict[str, Any]:

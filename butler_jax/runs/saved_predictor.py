@@ -129,8 +129,13 @@ def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
         checkpoints.check(step)
         facts = checkpoints.facts(step)
         check_base(facts, base, directory.parent)
-        config = from_dict(PredictorConfig, with_former_defaults(facts["predictor"]))
+        config = stored_config(facts)
         return checkpoints.restore_module(step, jax.eval_shape(lambda: make_predictor(base.config, config)))
+
+
+def stored_config(facts: dict) -> PredictorConfig:
+    """The settings of the predictor of a checkpoint. Raises ValueError where its facts do not tell them."""
+    return from_dict(PredictorConfig, with_former_defaults(facts.get("predictor")))
 
 
 def check_base(facts: dict, base: Base, path: str | Path) -> None:

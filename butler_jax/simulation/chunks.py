@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.decoding import rounded
+from butler_jax.decoding import check_score_dtype, rounded
 from butler_jax.model import (
     CHUNK,
     Band,
@@ -194,6 +194,7 @@ def importance_walk(
     Returns:
         The first state, and the step of a layer: (state, view) -> (state, (q_imp, k_imp, offset)).
     """
+    check_score_dtype(score_dtype)
     if predictor is None:
         return None, lambda state, view: (state, None)
     segments = batch["segments"]

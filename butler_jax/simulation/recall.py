@@ -136,11 +136,15 @@ def measure_recall(
         ValueError: There are no batches, no policies or no rows after the prompts, or a policy lacks its predictor.
     """
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
+    if twice := [p.name for n, p in enumerate(policies) if p.name in [q.name for q in policies[:n]]]:
+        raise ValueError(f"two policies have the name {twice[0]}, by which results are told apart; give each its own")
     selection = selection or SelectionConfig()
     options = RecallOptions(selection.rule, rows, ranks, score_dtype, implementation, prompt_tokens)
 
     def tables_of(policy: Policy, length: int) -> Int[np.ndarray, "budgets _"]:
-        own = policy.selection(selection) or selection  # its units may be pages
+        own = policy.selection(selection)  # its units may be pages
+        if own is None:  # it reads everything
+            return np.tile(np.arange(length + 1, dtype=np.int32), (len(budgets), 1))
         return np.stack([budget_table(dataclasses.replace(own, budget=b), length) for b in budgets])
 
     scoring = tuple(p for p in policies if isinstance(p, Scoring))

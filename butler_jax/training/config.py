@@ -124,6 +124,10 @@ class TrainConfig(FitConfig):
                 f"predictor must be a PredictorConfig, for instance PredictorConfig(kind='producer'), got "
                 f"{self.predictor!r}"
             )
+        if not isinstance(self.selection, AlwaysReadConfig):
+            raise ValueError(f"selection must be an AlwaysReadConfig, with sinks and recent, got {self.selection!r}")
+        always = AlwaysReadConfig(sinks=self.selection.sinks, recent=self.selection.recent)  # a budget does not count
+        object.__setattr__(self, "selection", always)
         if self.predictor.target != "attention" and self.objective == "squared_error":
             raise ValueError(
                 f"--target {self.predictor.target} is trained for by --objective cross_entropy, not by squared_error; "

@@ -30,8 +30,8 @@ import optax
 from butler_jax.data import read_batches, read_held_out
 from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
-from butler_jax.predictors import PREDICTORS, Predictor, PredictorConfig, make_predictor
-from butler_jax.runs import about, claim, load_predictor, steps
+from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
+from butler_jax.runs import about, claim, load_predictor, read_facts, steps, stored_config
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.losses import require_products
@@ -67,12 +67,14 @@ def distil(
         OSError: Where the run directory cannot be written.
     """
     config = config or TrainConfig()
+    predictor_class(config.predictor.kind)  # raises where it is not known
     if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
         config = dataclasses.replace(config, base=base.name)
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or default_run_dir(config)
     with claim(run_dir):
         check_run(run_dir, config)
+        _check_checkpoints(run_dir, config)
         if base is None:
             shardings = shardings_for(mesh) if mesh.size > 1 else None  # every device holds its own part from the start
             base = load_base(config.base, dtype=config.dtype, shardings=shardings)
@@ -88,7 +90,7 @@ def distil(
                 if steps(run_dir / "checkpoints"):
                     unused = f"{run_dir} has checkpoints: it goes on from them, not from the given predictor"
                     warnings.warn(unused, stacklevel=2)
-                _check_settings(predictor, config, "the predictor")
+                _check_settings(predictor.config, config, "the predictor")
                 predictor = jax.tree.map(jnp.copy, predictor)  # the steps of a training reuse its memory
             run, state = prepare(base, config, mesh, run_dir, predictor)
             open_run(run_dir, config)  # only after everything else was found in order
@@ -104,15 +106,26 @@ def _load_start(base: Base, config: TrainConfig, run_dir: Path) -> Predictor | N
     if config.start is None or steps(run_dir / "checkpoints"):
         return None
     predictor = load_predictor(config.start, base)
-    _check_settings(predictor, config, f"the predictor in {config.start}")
+    _check_settings(predictor.config, config, f"the predictor in {config.start}")
     return predictor
 
 
-def _check_settings(predictor: Predictor, config: TrainConfig, what: str) -> None:
-    """Raise ValueError unless a predictor to start from has the settings of a training."""
+def _check_checkpoints(run_dir: Path, config: TrainConfig) -> None:
+    """Raise ValueError where the newest checkpoint of a run that tells it is of a predictor with other settings."""
+    place = run_dir / "checkpoints"
+    for step in reversed(steps(place)):
+        try:
+            found = stored_config(read_facts(place / str(step)))
+        except (OSError, ValueError, KeyError):  # damaged, and set aside later
+            continue
+        return _check_settings(found, config, f"the predictor of step {step} in {run_dir}")
+
+
+def _check_settings(given: PredictorConfig, config: TrainConfig, what: str) -> None:
+    """Raise ValueError unless a predictor to go on from has the settings of a training."""
     differ = [
         f"{name} {theirs!r} and not {getattr(config.predictor, name)!r}"
-        for name, theirs in dataclasses.asdict(predictor.config).items()
+        for name, theirs in dataclasses.asdict(given).items()
         if theirs != getattr(config.predictor, name)
     ]
     if differ:
@@ -153,7 +166,7 @@ def prepare(
             batches=[place_batch(next(calibration), mesh) for _ in range(config.calibration)],
             seed=config.seed,
         )
-    predictor = place(predictor, PREDICTORS[config.predictor.kind].logical_axes, mesh)
+    predictor = place(predictor, predictor_class(config.predictor.kind).logical_axes, mesh)
     step, optimiser = distil_step(config)
     # Losses among chosen keys do not compare: a predictor that chooses keys of little weight has a lower one.
     objective = dataclasses.replace(DistillationObjective.from_config(config), chosen=None)
@@ -173,7 +186,7 @@ def prepare(
 
 def distil_step(config: TrainConfig) -> tuple[Callable[..., Any], optax.GradientTransformation]:
     """The jitted step of these settings, as `make_train_step` describes it, and its optimiser."""
-    kind = PREDICTORS[config.predictor.kind]
+    kind = predictor_class(config.predictor.kind)
     rate = config.learning_rate or kind.learning_rate
     optimiser = make_optimiser(config, rate)
     differentiate = DistillationObjective.from_config(config).differentiate

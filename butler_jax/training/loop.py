@@ -57,6 +57,10 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
     """
     if jax.process_count() > 1:
         check_shared(run_dir)
+    if 0 in steps(run_dir / "checkpoints"):  # a training saves from its first step on
+        raise ValueError(
+            f"{run_dir} holds a saved predictor; choose another --run-dir, and give --start {run_dir} to go on from it"
+        )
     path = run_dir / "config.json"
     if not path.exists():
         return
@@ -65,6 +69,8 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
         theirs = read_settings(run_dir)
     except ValueError as error:
         raise ValueError(f"{error}; remove it to go on with the settings given now") from None
+    if "steps" not in theirs or "fingerprint" in theirs:
+        raise ValueError(f"{path} is not that of a training: {run_dir} holds something else; choose another --run-dir")
     defaults = to_dict(type(config)())  # of settings that are newer than the run
     if different := list(_differences(theirs, {k: v for k, v in mine.items() if k not in CHANGEABLE}, defaults)):
         raise ValueError(
@@ -76,9 +82,9 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
 def _differences(theirs: dict, mine: dict, defaults: dict) -> Iterator[str]:
     """The settings that differ, those of nested configurations one by one, as "rank: 16 there, 8 now"."""
     for name, value in mine.items():
-        there = theirs.get(name, defaults[name])
+        there = theirs.get(name, defaults.get(name))
         if isinstance(value, dict) and isinstance(there, dict):
-            yield from _differences(there, value, defaults[name])
+            yield from _differences(there, value, defaults.get(name) or {})
         elif there != value:
             yield f"{name}: {_brief(there)} there, {value!r} now"
 

@@ -40,7 +40,7 @@ from butler_jax.model import (
     output_projection,
     run_layers,
 )
-from butler_jax.predictors import PREDICTORS, Context, Predictor, at, walk
+from butler_jax.predictors import Context, Predictor, at, predictor_class, walk
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses import (
     ErrorRule,
@@ -78,7 +78,7 @@ class DistillationObjective:
     @classmethod
     def from_config(cls, config: TrainConfig) -> DistillationObjective:
         """The objective of these settings."""
-        loss = config.objective or PREDICTORS[config.predictor.kind].objective
+        loss = config.objective or predictor_class(config.predictor.kind).objective
         always = dict(sinks=config.selection.sinks, recent=config.selection.recent)
         return cls(loss, **always, implementation=config.attention, chosen=config.chosen)
 

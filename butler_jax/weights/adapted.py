@@ -27,10 +27,12 @@ def adapt_model(model: ModelAdapter, name: str, tokenizer: Tokenizer | None = No
         tokenizer: As `Tokenizer.load(directory)` reads it. Training on text and evaluation need it.
 
     Raises:
-        TypeError: The adapter lacks a method, or a method returns another type.
+        TypeError: The model is no adapter, the adapter lacks a method, or a method returns another type.
         ValueError: An array has another shape than the configuration says, or the tokenizer has ids that the model has
             no embedding for.
     """
+    if not isinstance(model, ModelAdapter):
+        raise TypeError(f"model must be a ModelAdapter around the other library's model, got {type(model).__name__}")
     check_shapes(model)
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config, name)
@@ -51,6 +53,11 @@ def check_shapes(model: ModelAdapter) -> None:
                 f"[{', '.join(letters)}] = {wanted}; correct the one or the other"
             )
 
+    def of_type(what: str, kind: type, found: Any) -> Any:
+        if not isinstance(found, kind):
+            raise TypeError(f"{who}.{what} must return {kind.__name__}, got {type(found).__name__}")
+        return found
+
     layers = split_layers(model)
     if len(layers) != config.layers:
         raise ValueError(f"{who}.layers has {len(layers)} layers, but the adapter's config says {config.layers}")
@@ -58,10 +65,10 @@ def check_shapes(model: ModelAdapter) -> None:
     x = jax.eval_shape(model.embed, positions)
     check("embed(tokens)", x, "BTE")
     for number, layer in enumerate(layers):
-        inputs = AttentionInputs(*jax.eval_shape(model.project, layer, x, positions))
+        inputs = of_type("project", AttentionInputs, jax.eval_shape(model.project, layer, x, positions))
         for name, letters in zip(AttentionInputs._fields, ("BTHD", "BTKD", "BTKD", "BTKD"), strict=True):
             check(f"project(layers[{number}], ...).{name}", getattr(inputs, name), letters)
-        weights = LayerWeights(*jax.eval_shape(model.weights, layer))
+        weights = of_type("weights", LayerWeights, jax.eval_shape(model.weights, layer))
         for name, letters in zip(LayerWeights._fields, ("E", "EHD", "HDE", "HD", "D", "H"), strict=True):
             if getattr(weights, name) is not None or name in ("attention_norm", "q", "o"):
                 check(f"weights(layers[{number}]).{name}", getattr(weights, name), letters)

@@ -486,6 +486,11 @@ def test_a_saved_predictor_is_shown(place, tmp_path):
     assert found["go_on"] is None and found["evaluate"] == f"butler-jax eval --run {tmp_path / 'mine'} --base BASE"
 
 
+def test_a_base_model_is_no_damaged_run(place, capsys):
+    assert info.main([str(place["base"])]) == 1
+    assert "is no run directory: its config.json is not that of a training; give" in capsys.readouterr().err
+
+
 def test_no_run_is_told_in_one_line(tmp_path, capsys):
     for directory in (tmp_path, tmp_path / "absent"):
         assert info.main([str(directory)]) == 1

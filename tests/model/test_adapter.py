@@ -156,6 +156,15 @@ def test_a_shape_that_does_not_fit_the_config_is_named(adapter, method, wrong, s
         adapt_model(broken, "broken")
 
 
+def test_what_is_no_adapter_or_returns_another_type_is_named(adapter):
+    with pytest.raises(TypeError, match=r"model must be a ModelAdapter .* got OwnDecoder"):
+        adapt_model(adapter.decoder, "own")
+    for method, kind in (("project", "AttentionInputs"), ("weights", "LayerWeights")):
+        plain = {method: lambda self, *given, method=method: tuple(getattr(OwnAdapter, method)(self, *given))}
+        with pytest.raises(TypeError, match=f"Plain.{method} must return {kind}, got tuple"):
+            adapt_model(type("Plain", (OwnAdapter,), plain)(adapter.decoder, BASE), "plain")
+
+
 def test_a_missing_method_and_a_wrong_number_of_layers_are_named(adapter):
     bare = type("Bare", (butler_jax.ModelAdapter,), {})()
     bare.config = BASE

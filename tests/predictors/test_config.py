@@ -18,6 +18,10 @@ from butler_jax.training import TrainConfig
         (dict(kind="producer", value_channels=2), "only the lookahead predictor has value channels"),
         (dict(rank=4, value_channels=4), "value channels must be even and fewer than the rank"),
         (dict(value_channels=1), "value channels must be even and fewer than the rank"),
+        (dict(target="centered"), "unknown target 'centered'; known: attention, weight, value, centred"),
+        (dict(offset="shared"), "unknown offset 'shared'; known: none, share, self_normalised"),
+        (dict(rank=16.0), "rank must be a whole number, got 16.0"),
+        (dict(stride="4"), "stride must be a whole number, got '4'"),
     ],
 )
 def test_targets_and_offsets_that_do_not_go_together_are_refused(given, message):

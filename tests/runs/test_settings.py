@@ -126,7 +126,7 @@ def test_a_run_of_a_stranger_is_checked(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json must hold .*; remove it"):
         check_run(tmp_path, TrainConfig())
-    path.write_text('{"base": ' + "[" * 900 + "]" * 900 + "}")
+    path.write_text('{"steps": 5, "base": ' + "[" * 900 + "]" * 900 + "}")
     with pytest.raises(ValueError, match=r"other settings .*base: \[\[.* there, 'tiny' now"):
         check_run(tmp_path, TrainConfig())
     for kind in (sparse, os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")):

@@ -53,6 +53,19 @@ def test_recall_and_hit_rate_equal_sorted_form(model):
         assert (found.mass[name][0.5].n, found.hit_rate[name].n) == (60, 2)
 
 
+def test_a_policy_that_reads_everything_recalls_everything(model):
+    found = measure_recall(model, None, [make_batch([[40]], 64)], [make_policy("dense")], [0.25])
+    assert found.mass["dense"][0.25].value == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_cannot_be_told_apart_or_kept_is_refused(model):
+    pages = [make_policy("quest", page=8), make_policy("quest", page=16)]
+    with pytest.raises(ValueError, match="two policies have the name quest, by which results are told apart"):
+        measure_recall(model, None, [make_batch([[40]], 64)], pages, [0.5])
+    with pytest.raises(ValueError, match="score_dtype must be 'int8' or None, got 'int4'"):
+        simulate(model, make_batch([[40]], 64), make_policy("oracle"), SelectionConfig(), score_dtype="int4")
+
+
 @pytest.mark.slow
 def test_oracle_recalls_most_and_random_hits_half(model):
     predictor = make_predictor(BASE, PredictorConfig(kind="lookahead", rank=8, stride=2))

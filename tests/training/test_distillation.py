@@ -55,6 +55,21 @@ def test_a_predictor_that_is_given_stays_as_it_was_and_has_the_settings(tmp_path
 
 
 @pytest.mark.slow
+def test_checkpoints_of_a_predictor_with_other_settings_are_refused_before_settings_are_written(tmp_path):
+    place = tiny_runs.make_place(tmp_path)
+    base = load_base(str(place["base"]))
+    distil(base, tiny_runs.settings(place, tmp_path / "own", steps=1))
+    (tmp_path / "own" / "config.json").unlink()
+    wider = PredictorConfig(rank=8, stride=2, hidden=16)
+    with pytest.raises(ValueError, match=r"the predictor of step 1 in .*own has rank 4 and not 8; give its own"):
+        distil(base, tiny_runs.settings(place, tmp_path / "own", predictor=wider))
+    assert not (tmp_path / "own" / "config.json").exists()
+    distil(base, tiny_runs.settings(place, tmp_path / "own", steps=2))
+    with pytest.raises(ValueError, match="unknown predictor 'linear'; known: lookahead, producer, contextual"):
+        distil(base, tiny_runs.settings(place, tmp_path / "odd", predictor=PredictorConfig(kind="linear")))
+
+
+@pytest.mark.slow
 def test_text_with_nothing_to_choose_is_refused(tmp_path):
     place = tiny_runs.make_place(tmp_path)
     place["text"].write_text("<|endoftext|>".join(["the old river"] * 400))

@@ -19,6 +19,7 @@ from butler_jax import distil, load_base
 from butler_jax.parallel.mesh import make_mesh
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.runs import Checkpoints
+from butler_jax.selection import AlwaysReadConfig, SelectionConfig
 from butler_jax.training.config import FitConfig, TrainConfig
 from butler_jax.training.loop import NonFiniteLoss, Run, check_run, fit, open_run
 from butler_jax.training.step import TrainState
@@ -221,6 +222,26 @@ def test_other_settings_in_one_directory_are_refused_by_name(tmp_path):
         assert words in str(error.value)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     check_run(tmp_path / "run", TrainConfig(run_dir=tmp_path / "run", steps=900, keep=1, log_every=1))
+
+
+def test_a_directory_of_something_else_is_refused_and_stays_as_it_is(tmp_path):
+    for content in ({"model_type": "llama", "vocab_size": 96}, {"fingerprint": "a", "predictor": {}, "steps": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"config\.json is not that of a training: .* choose another --run-dir"):
+            open_run(tmp_path, TrainConfig(run_dir=tmp_path))
+        assert json.loads((tmp_path / "config.json").read_text()) == content
+    (tmp_path / "saved" / "checkpoints" / "0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="saved holds a saved predictor; choose another --run-dir, and give --start"):
+        open_run(tmp_path / "saved", TrainConfig(run_dir=tmp_path / "saved"))
+
+
+def test_the_selection_of_a_training_has_no_budget(tmp_path):
+    given = TrainConfig(run_dir=tmp_path, selection=SelectionConfig(sinks=2, recent=4, budget=0.5))
+    assert given.selection == AlwaysReadConfig(sinks=2, recent=4)
+    open_run(tmp_path, given)
+    check_run(tmp_path, TrainConfig(run_dir=tmp_path, selection=AlwaysReadConfig(sinks=2, recent=4)))
+    with pytest.raises(ValueError, match=r"selection must be an AlwaysReadConfig, with sinks and recent, got 0\.25"):
+        TrainConfig(selection=0.25)
 
 
 def test_the_steps_of_a_run_are_not_lowered_below_those_it_has(tmp_path):

@@ -81,5 +81,6 @@ def offset_penalty(
         mass: The summed errors of a row.
         use: 1 for rows that count, else 0.
     """
-    miss = (offset + (0.0 if rule.normalised else lse) - log_total(mass)) * use
+    miss = offset + (0.0 if rule.normalised else lse) - log_total(mass)
+    miss = jnp.where(use > 0, miss, 0.0)  # a product with 0 may be rewritten by the compiler, and its square overflow
     return PENALTY * jnp.sum(jnp.square(miss)), 2 * PENALTY * miss
