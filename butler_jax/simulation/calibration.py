@@ -23,7 +23,7 @@ from butler_jax.model import BaseModel, sliding_windows
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, weigh_units
+from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, parse_budget, weigh_units
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.programs import compiled
@@ -63,7 +63,7 @@ def calibrate_thresholds(
     Raises:
         ValueError: There are no batches, the mean is not below the budget, or the policy lacks its predictor.
     """
-    policy = policy or TokenButler()
+    policy, mean = policy or TokenButler(), parse_budget(mean)
     whole = isinstance(mean, int)
     if not batches:
         raise ValueError("thresholds are calibrated on text: give at least one batch")
@@ -136,10 +136,11 @@ def calibrate_tolerance(
     if policy is None:
         unvalued = predictor is not None and not predictor.config.counts_values
         policy = TokenButler(error="value" if unvalued and not by_mass else None)
-    if not batches:
-        raise ValueError("a tolerance is calibrated on text: give at least one batch")
+    means = [parse_budget(mean) for mean in means]
+    if not batches or not means:
+        raise ValueError("a tolerance is calibrated on text for means: give at least one batch, and one mean")
     if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
-        raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {list(means)}")
+        raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {means}")
     if (selection.unit != 1 and not by_mass) or selection.neighbours:
         raise ValueError(
             "a tolerance is found for single tokens: leave out unit and neighbours, or take the allocation per_head"

@@ -18,6 +18,8 @@ from butler_jax.simulation import calibrate_thresholds, calibrate_tolerance, sim
 from pallas_kernels import from_image, ordered_image
 from tests.marked import long, slow
 
+MEANS = (1 / 8, np.float32(0.125), "1/8")
+
 BASE = BaseConfig(
     family="llama", vocab_size=61, width=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim=16, context=256
 )
@@ -140,6 +142,10 @@ def test_bad_means_are_clear_errors(model):
         calibrate_thresholds(model, None, [batch_of()], most, 0)
     with pytest.raises(ValueError, match="needs a trained predictor"):
         calibrate_thresholds(model, None, [batch_of()], most, 0.125)
+    with pytest.raises(ValueError, match="give at least one batch, and one mean"):
+        calibrate_tolerance(model, None, [batch_of()], most, [], policy=make_policy("oracle_residual"))
+    numbers = [calibrate_thresholds(model, None, [batch_of()], most, n, policy=make_policy("oracle")) for n in MEANS]
+    assert numbers[0] == numbers[1] == numbers[2]
 
 
 @pytest.mark.slow
