@@ -6,11 +6,12 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from butler_jax.training.losses import ErrorRule, ErrorTarget, FarKeys, attend_with_cross_entropy, cross_entropy
-from butler_jax.training.losses.target import PENALTY
+from butler_jax.training.losses.target import PENALTY, offset_penalty
 from tests.marked import long, slow
 from tests.training.losses.naive import assert_close
 
@@ -143,3 +144,15 @@ def test_the_form_follows_the_device(monkeypatch):
     monkeypatch.setattr(cross_entropy, "platform", lambda: "gpu")
     with pytest.raises(ValueError, match='form "flash" is for TPU, the platform is gpu; use "xla"'):
         chosen("cudnn")
+
+
+def test_a_row_that_does_not_count_adds_no_penalty_where_the_rows_are_a_constant():
+    """A compiler may square the factors of a product one by one, and the log-sum-exp of no key is -1e30."""
+    lse, use = jnp.asarray([1.0, -1e30]), np.asarray([1.0, 0.0], np.float32)
+
+    @jax.jit
+    def penalty(offset, lse):
+        return offset_penalty(offset, lse, jnp.ones(2), jnp.asarray(use), ErrorRule("weight"))
+
+    total, gradient = penalty(jnp.zeros(2), lse)
+    assert total == pytest.approx(PENALTY) and gradient.tolist() == pytest.approx([2 * PENALTY, 0.0])
