@@ -32,18 +32,17 @@ class SamplingConfig:
         if not self.temperature >= 0:
             raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k is not None:
-            require_whole(top_k=self.top_k)
+            require_whole("top_k", self.top_k)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"the repetition penalty must be above 0, got {self.repetition_penalty}")
 
 
-def require_whole(**settings: Any) -> None:
-    """Raise ValueError unless each is a whole number of at least 1."""
-    for name, value in settings.items():
-        if not (isinstance(value, Integral) and value >= 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def require_whole(name: str, value: Any) -> None:
+    """Raise ValueError unless a setting is a whole number of at least 1."""
+    if not (isinstance(value, Integral) and value >= 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 NEUTRAL = {

@@ -147,9 +147,10 @@ def generate_stream(
         ValueError: As `generate`.
     """
     selection, policy = settle_choice(selection, policy, predictor)
-    require_whole(max_new_tokens=max_new_tokens, chunk=chunk)
+    require_whole("max_new_tokens", max_new_tokens)
+    require_whole("chunk", chunk)
     if capacity is not None:
-        require_whole(capacity=capacity)
+        require_whole("capacity", capacity)
     check_score_dtype(score_dtype)
     known = base.tokenizer, base.config.vocab_size
     rows = encode(*known, prompts)

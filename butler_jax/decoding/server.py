@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from butler_jax.decoding.capacity import room_for_all
+from butler_jax.decoding.config import require_whole
 from butler_jax.decoding.generated import Piece
 from butler_jax.decoding.generation import Decoding, row_keys
 from butler_jax.decoding.prompt_reader import PromptReader
@@ -158,8 +159,7 @@ class Server:
         began = time.perf_counter()
         prompt, count = encode_prompt(*known, request.prompt, name), request.max_new_tokens
         completion.prompt_tokens = len(prompt)
-        if not (isinstance(count, (int, np.integer)) and count >= 1):
-            raise ValueError(f"{name}: max_new_tokens must be a whole number of at least 1, got {count!r}")
+        require_whole(f"{name}: max_new_tokens", count)
         room_for_all(np.asarray([len(prompt)]), count, self.how.capacity, self.base.config.context)
         ends, stops = read_stops(*known, request.stop)
         seed = completion.number if request.seed is None else request.seed

@@ -67,13 +67,14 @@ def serve(
     """
     if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
         raise ValueError(f"requests must be a list or another iterable of them, got one {type(requests).__name__}")
-    require_whole(slots=slots, chunk=chunk)
+    require_whole("slots", slots)
+    require_whole("chunk", chunk)
     check_score_dtype(score_dtype)
     selection, policy = settle_choice(selection, policy, predictor)
     context = base.config.context
     if capacity is None:
         capacity = _room(base, requests) if isinstance(requests, (list, tuple)) else context
-    require_whole(capacity=capacity)
+    require_whole("capacity", capacity)
     if capacity > context:
         raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
     plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from butler_jax.model import centred_squares, masked_softmax, output_gram, output_projection, project_values
 from butler_jax.policies.scoring import Chunk, Scoring, largest_in_group, log_total
+from butler_jax.storage import require_known
 
 Error = Literal["centred", "value", "weight", "critical"]
 Pooling = Literal["maximum", "root_sum_square"]
@@ -48,9 +49,7 @@ class OracleResidual(Scoring):
     pooling: Pooling = "maximum"
 
     def __post_init__(self):
-        for name, known in (("error", get_args(Error)), ("pooling", get_args(Pooling))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
+        require_known(self, error=get_args(Error), pooling=get_args(Pooling))
 
     def numbers_read_per_key(self, base, predictor):
         """Whole keys and whole values are read."""

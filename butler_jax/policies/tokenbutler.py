@@ -18,6 +18,7 @@ from butler_jax.policies.scoring import (
     normalise,
     subtract_total,
 )
+from butler_jax.storage import require_known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,8 @@ class TokenButler(Scoring):
     offset: Literal["none", "share", "self_normalised"] = "none"
 
     def __post_init__(self):
-        known = {
-            "pooling": ("normalised", "maximum"),
-            "error": (None, "value"),
-            "offset": ("none", "share", "self_normalised"),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(map(str, values))}")
+        offsets = ("none", "share", "self_normalised")
+        require_known(self, pooling=("normalised", "maximum"), error=(None, "value"), offset=offsets)
 
     def for_predictor(self, predictor):
         """The policy with the predictor's offset.

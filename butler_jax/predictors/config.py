@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from butler_jax.storage import require_known
+
 Target = Literal["attention", "weight", "value", "centred"]
 Offset = Literal["none", "share", "self_normalised"]
 
@@ -45,10 +47,11 @@ class PredictorConfig:
         return self.target in ("value", "centred")
 
     def __post_init__(self):
-        self._check_types()
+        self._check_numbers()
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
         self._set_defaults()
+        require_known(self, target=get_args(Target), offset=get_args(Offset))  # a kind may be registered later
         if (self.target == "attention") != (self.offset == "none"):
             raise ValueError(
                 f"an offset goes with a target that is an error; got target {self.target} and offset {self.offset}"
@@ -66,15 +69,12 @@ class PredictorConfig:
         if self.hidden is not None and self.hidden <= 0:
             raise ValueError(f"hidden must be positive, got {self.hidden}")
 
-    def _check_types(self) -> None:
-        """Raise ValueError where a number is not whole, or a word is not known. A kind may be registered later."""
+    def _check_numbers(self) -> None:
+        """Raise ValueError where a number is not whole."""
         for name in ("rank", "stride", "value_channels", "hidden"):
             value = getattr(self, name)
             if type(value) is not int and not (name == "hidden" and value is None):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
-        for name, known in (("target", get_args(Target)), ("offset", get_args(Offset))):
-            if getattr(self, name) not in (None, *known):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
     def _set_defaults(self) -> None:
         """Name the target and the offset where they are left out. An offset alone asks for an error as the target."""

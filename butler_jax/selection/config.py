@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from butler_jax.storage import require_known
+
 Allocation = Literal["per_head", "per_layer", "tolerance", "top_p"]
 LIMITED = ("tolerance", "top_p")  # allocations whose rows read what reaches a tolerance
 
@@ -113,8 +115,7 @@ class SelectionConfig(AlwaysReadConfig):
 
     def _check_allocation(self) -> None:
         """Raise ValueError for an unknown allocation, or settings that belong to another one."""
-        if self.allocation not in get_args(Allocation):
-            raise ValueError(f"unknown allocation {self.allocation!r}; known: {', '.join(get_args(Allocation))}")
+        require_known(self, allocation=get_args(Allocation))
         if self.tolerance is not None:
             if self.allocation not in LIMITED:
                 known = " and ".join(LIMITED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -136,7 +137,7 @@ def measure_recall(
         ValueError: There are no batches, no policies or no rows after the prompts, or a policy lacks its predictor.
     """
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
-    if twice := [p.name for n, p in enumerate(policies) if p.name in [q.name for q in policies[:n]]]:
+    if twice := [name for name, times in Counter(p.name for p in policies).items() if times > 1]:
         raise ValueError(f"two policies have the name {twice[0]}, by which results are told apart; give each its own")
     selection = selection or SelectionConfig()
     options = RecallOptions(selection.rule, rows, ranks, score_dtype, implementation, prompt_tokens)

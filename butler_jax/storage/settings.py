@@ -37,6 +37,13 @@ def expand_home(config, name: str) -> None:
     object.__setattr__(config, name, None if value is None else Path(value).expanduser())
 
 
+def require_known(config, **known: tuple) -> None:
+    """Raise ValueError where a setting is none of the values that are known for it."""
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(map(str, values))}")
+
+
 def split_list(values) -> tuple:
     """('a,b', 'c') or 'a,b,c' -> ('a', 'b', 'c'). Other values than text stay, and repeated entries are dropped."""
     values = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else values

@@ -137,8 +137,9 @@ class Writer:
             if not last:
                 return ""
             now = now.rstrip("\ufffd")
-        if self.tokenizer.decode(self.tokens[self.shown :]):  # special tokens alone would be no text before the next
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))
+        new = now[sum(1 for _ in same) :]
+        if new:  # special tokens alone would be no text before the next token
             self.start = self.shown
         self.shown = len(self.tokens)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))
-        return now[sum(1 for _ in same) :]
+        return new

@@ -82,9 +82,9 @@ def check_run(run_dir: Path, config: FitConfig) -> None:
 def _differences(theirs: dict, mine: dict, defaults: dict) -> Iterator[str]:
     """The settings that differ, those of nested configurations one by one, as "rank: 16 there, 8 now"."""
     for name, value in mine.items():
-        there = theirs.get(name, defaults.get(name))
+        there = theirs.get(name, defaults[name])
         if isinstance(value, dict) and isinstance(there, dict):
-            yield from _differences(there, value, defaults.get(name) or {})
+            yield from _differences(there, value, defaults[name])
         elif there != value:
             yield f"{name}: {_brief(there)} there, {value!r} now"
 

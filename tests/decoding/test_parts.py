@@ -14,7 +14,7 @@ import pytest
 
 from butler_jax.decoding.parts import Part
 from butler_jax.selection import Chosen
-from tests.host_devices import host_devices
+from tests.host_devices import host_devices, run_on_devices
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -117,11 +117,7 @@ print(json.dumps([apart, {f"{text}: {name}": size for (text, name), size in move
 
 @pytest.mark.slow
 def test_parts_of_a_cache_decode_like_the_whole_and_never_come_together():
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", STEPS, str(REPOSITORY), "data=2,model=2,sequence=2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    apart, moved = json.loads(done.stdout.splitlines()[-1])
+    apart, moved = json.loads(run_on_devices(8, STEPS, "data=2,model=2,sequence=2").splitlines()[-1])
     # logits of size 1 after four layers of float32 sums in another order; counts and sets are exact
     assert max(apart.values()) < 2e-5, apart
     # half a layer's keys of half the rows are 2 * 128 * 8 numbers; the scores of a block of two layers fewer

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +13,7 @@ from benchmarks.watch import Watch
 from butler_jax import Request, SelectionConfig
 from butler_jax.decoding import SamplingConfig, prompt_parts, slots
 from tests.decoding.letters import Letters
-from tests.host_devices import host_devices
+from tests.host_devices import run_on_devices
 from tests.marked import long, slow
 
 SIZES = [(11, 20), (1, 30), (5, 3), (40, 25), (70, 10), (2, 1), (33, 12), (17, 9)]  # tokens of a prompt, and new ones
@@ -238,8 +234,4 @@ print(json.dumps(found["data=1"] == found["data=2,model=2,sequence=2"]))
 
 @pytest.mark.slow
 def test_slots_on_a_mesh():
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", MESH, str(Path(__file__).parents[2])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(run_on_devices(8, MESH).splitlines()[-1])

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -23,10 +19,8 @@ from butler_jax.weights.experts import join_experts
 from butler_jax.weights.huggingface import open_safetensors
 from butler_jax.weights.stored import StoredTensor
 from tests import reference_models, tiny_runs
-from tests.host_devices import host_devices
+from tests.host_devices import run_on_devices
 from tests.marked import long
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 BASE = BaseConfig(
     family="mixtral",
@@ -264,17 +258,7 @@ for config, text in zip(configs, sys.argv[2:], strict=True):
 @pytest.mark.long  # the training and decoding below are on such meshes too
 @pytest.mark.slow
 def test_experts_on_several_devices_compute_what_one_does():
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # nearly all of the time is compilation
-    meshes = ["data=2,expert=4", "data=2,model=2,expert=2"]
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES, str(REPOSITORY), *meshes],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_devices(8, DEVICES, "data=2,expert=4", "data=2,model=2,expert=2", optimised=False, timeout=600)
 
 
 RUNS = """
@@ -309,12 +293,9 @@ def test_training_and_decoding_with_an_expert_axis_are_those_of_one_device(tmp_p
         theirs = reference_models.save_model("mixtral", tmp_path / "mixtral")
     shutil.copy(directory / "tokenizer.json", tmp_path / "mixtral")
     (tmp_path / "book.txt").write_text(tiny_runs.text())
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    command = [sys.executable, "-c", RUNS, str(REPOSITORY), str(tmp_path / "mixtral"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (one, several), (tokens, same) = json.loads(done.stdout.splitlines()[-1])
+    arguments = str(tmp_path / "mixtral"), str(tmp_path)
+    printed = run_on_devices(8, RUNS, *arguments, optimised=False, timeout=600)
+    (one, several), (tokens, same) = json.loads(printed.splitlines()[-1])
     assert several == pytest.approx(one, abs=1e-5) and len(one) == 4
     assert tokens == same
     for row, prompt in zip(tokens, ([5, 6, 7, 8, 9], [8, 9]), strict=True):

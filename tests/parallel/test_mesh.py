@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -24,10 +21,8 @@ from butler_jax.training.config import TrainConfig
 from butler_jax.training.distillation import distil_step
 from butler_jax.training.step import start_state
 from tests import tiny_runs
-from tests.host_devices import host_devices
+from tests.host_devices import run_on_devices
 from tests.marked import long, slow
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def test_axes_left_out_are_one():
@@ -138,7 +133,7 @@ base = BaseConfig(
 )
 mesh = make_mesh("data=2,model=2")
 model = jax.eval_shape(lambda: BaseModel(base, jax.random.key(0)))
-for kind in sys.argv[1:]:
+for kind in sys.argv[2:]:
     config = TrainConfig(predictor=PredictorConfig(kind=kind, rank=4), length=32, batch_size=2)
     step, optimiser = distil_step(config)
     with jax.set_mesh(mesh):
@@ -164,12 +159,7 @@ for kind in sys.argv[1:]:
 @pytest.mark.slow  # a process each
 @pytest.mark.parametrize("kind", [long("contextual"), "lookahead", long("producer")])
 def test_a_step_hands_its_state_back_split_as_the_rules_say(kind):
-    environment = {**os.environ, "XLA_FLAGS": host_devices(4), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    done = subprocess.run(
-        [sys.executable, "-c", KEPT, kind], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_devices(4, KEPT, kind, optimised=False, timeout=600)
 
 
 def test_batches_are_multiples_of_the_data_axis():
@@ -213,12 +203,7 @@ def place(tmp_path_factory):
 def losses_of(place: Path, predictor: str, mesh: str) -> list[list[float]]:
     """The losses of five steps on one device and on eight."""
     cases = [(predictor, "data=1"), (predictor, mesh)]
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # nearly all of the time is compilation
-    command = [sys.executable, "-c", RUN, str(REPOSITORY), str(place), json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    losses = json.loads(done.stdout.splitlines()[-1])
+    losses = json.loads(run_on_devices(8, RUN, str(place), json.dumps(cases), optimised=False).splitlines()[-1])
     return [losses[f"{predictor} {mesh}"] for _, mesh in cases]
 
 
@@ -278,12 +263,8 @@ print(json.dumps(found))
     ],
 )
 def test_decoding_on_several_devices_gives_the_tokens_of_one(place, fields, meshes):
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as above
-    command = [sys.executable, "-c", DECODE, str(REPOSITORY), str(place / "base"), json.dumps(fields), *meshes]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    printed = run_on_devices(8, DECODE, str(place / "base"), json.dumps(fields), *meshes, optimised=False)
+    found = json.loads(printed.splitlines()[-1])
     for mesh in meshes:
         tokens, attended = found[mesh]
         assert tokens == found["data=1"][0] and attended == pytest.approx(found["data=1"][1])

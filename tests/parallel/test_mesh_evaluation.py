@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -16,11 +13,9 @@ import pytest
 from butler_jax.evaluation.evaluator import evaluate
 from butler_jax.policies import POLICIES
 from tests import tiny_evaluations, tiny_runs
-from tests.host_devices import host_devices
+from tests.host_devices import run_on_devices
 from tests.marked import long
 from tests.tiny_models import make_model
-
-REPOSITORY = Path(__file__).parent.parent.parent
 
 PASSES = """
 import dataclasses, json, sys
@@ -75,12 +70,7 @@ print(json.dumps(found))
 
 def on_eight_devices(script: str, *arguments: str) -> dict:
     """What a script prints as its last line, in a process of eight devices."""
-    environment = {**os.environ, "XLA_FLAGS": host_devices(8), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # nearly all of the time is compilation
-    command = [sys.executable, "-c", script, str(REPOSITORY), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_on_devices(8, script, *arguments, optimised=False).splitlines()[-1])
 
 
 def assert_as_on_one(found: dict) -> None:

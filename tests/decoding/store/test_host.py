@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -22,7 +18,7 @@ from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from tests.decoding.letters import BASE, PROMPTS, Letters
-from tests.host_devices import host_devices
+from tests.host_devices import run_on_devices
 from tests.marked import long
 
 pytestmark = pytest.mark.usefixtures("few_optimisations")
@@ -63,10 +59,7 @@ assert split.tokens == alone.tokens and split.attended == alone.attended, (split
 @pytest.mark.slow
 def test_offload_decodes_on_a_mesh_that_splits_the_chosen_tokens_and_not_the_cache():
     """A capacity of 63 has no halves, and the 12 tokens that are read have."""
-    environment = {**os.environ, "XLA_FLAGS": host_devices(2), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ODD, str(Path(__file__).parents[3])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_devices(2, ODD, timeout=600)
 
 
 @pytest.mark.long  # the tokens above, and logits below

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked what chip this is
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to share: another process may hold its lock
@@ -24,13 +21,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from butler_jax.training.losses import ErrorRule, ErrorTarget, attend_with_cross_entropy, flash_pass
-from tests.host_devices import host_devices
+from tests.host_devices import run_on_devices
 from tests.marked import long, slow
 from tests.tiny_models import random_documents
 from tests.training.losses.naive import assert_close
 from tests.training.losses.test_target import make_far_keys, make_inputs
-
-REPOSITORY = Path(__file__).parent.parent.parent.parent
 
 
 def cast_inputs(length, heads, kv_heads, key_heads, dtype=np.float32):
@@ -147,11 +142,7 @@ for a, b in zip(found, expected, strict=True):  # float32 sums over devices come
 
 @pytest.mark.slow
 def test_flash_on_several_devices_gives_what_one_does():
-    environment = {**os.environ, "XLA_FLAGS": host_devices(4), "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # nearly all of the time is compilation
-    command = [sys.executable, "-c", DEVICES, str(REPOSITORY)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_devices(4, DEVICES, optimised=False, timeout=600)
 
 
 def lower_for_v5e(length, sizes=(32, 8, 128, 16), dtype=jnp.bfloat16, **options):
