@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from butler_jax.decoding.generation import Generated, generate
+from butler_jax.storage import require_loaded
 
 if TYPE_CHECKING:
     from butler_jax.text import Messages
@@ -39,6 +40,7 @@ def chat(
     Raises:
         ValueError: The model has no chat template, or its template refuses the messages; or as `generate`.
     """
+    require_loaded(base)
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     tokenizer = base.require_tokenizer()
     template_of = tokenizer.require_chat_template()

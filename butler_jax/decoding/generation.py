@@ -32,6 +32,7 @@ from butler_jax.model import BaseConfig
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table, room_for
+from butler_jax.storage import require_loaded
 from butler_jax.text import Prompts, Writer, encode, read_stops
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def generate_stream(
     Raises:
         ValueError: As `generate`.
     """
+    require_loaded(base, predictor)
     selection, policy = settle_choice(selection, policy, predictor)
     require_whole("max_new_tokens", max_new_tokens)
     require_whole("chunk", chunk)

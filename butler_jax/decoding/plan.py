@@ -66,8 +66,10 @@ def settle_choice(
 ) -> tuple[SelectionConfig | None, Policy]:
     """The selection and the policy of a decoding: the default ones where only the other or a predictor is given.
 
-    Raises ValueError where no policy has the name.
+    Raises ValueError where no policy has the name, and where the selection is another thing.
     """
+    if not isinstance(selection, SelectionConfig | None):
+        raise ValueError(f"selection must be a SelectionConfig, got {selection!r}; write SelectionConfig(budget=0.25)")
     if selection is None and (predictor is not None or policy is not None):
         selection = SelectionConfig()
     return selection, make_policy(policy) if isinstance(policy, str) else policy or TokenButler()

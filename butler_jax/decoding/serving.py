@@ -16,6 +16,7 @@ from butler_jax.decoding.server import Server
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
+from butler_jax.storage import require_loaded
 from butler_jax.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def serve(
     """
     if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
         raise ValueError(f"requests must be a list or another iterable of them, got one {type(requests).__name__}")
+    require_loaded(base, predictor)
     require_whole("slots", slots)
     require_whole("chunk", chunk)
     check_score_dtype(score_dtype)

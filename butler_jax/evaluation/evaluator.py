@@ -40,7 +40,7 @@ from butler_jax.parallel import EVALUATION_RULES, agree, check_batch, gather, ma
 from butler_jax.predictors import Predictor
 from butler_jax.runs import command, run_data, versions
 from butler_jax.selection import SelectionConfig
-from butler_jax.storage import to_dict
+from butler_jax.storage import require_loaded, to_dict
 
 
 class PlannedCell(NamedTuple):
@@ -92,6 +92,7 @@ def evaluate(
             same.
     """
     config = config or EvalConfig()
+    require_loaded(base, predictor)
     base.require_tokenizer()
     first = jax.process_index() == 0
     say = say if say and first else (lambda line: None)

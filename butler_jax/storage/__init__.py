@@ -11,7 +11,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "compilation_cache": ["choose_cache", "default_cache", "prepare_cache", "use_compilation_cache"],
         "files": ["file_in", "open_regular", "sync", "write_whole", "writing"],
         "json_objects": ["parse_object", "read_lines", "read_object", "read_value"],
-        "settings": ["expand_home", "from_dict", "require_known", "require_local", "split_list", "to_dict"],
+        "settings": [
+            "expand_home",
+            "from_dict",
+            "require_known",
+            "require_loaded",
+            "require_local",
+            "split_list",
+            "to_dict",
+        ],
         "values": ["deeper", "fits", "number", "shown", "whole"],
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,6 +43,14 @@ def require_known(config, **known: tuple) -> None:
     for name, values in known.items():
         if getattr(config, name) not in values:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(map(str, values))}")
+
+
+def require_loaded(base=None, predictor=None) -> None:
+    """Raise ValueError where a name or a path stands in the place of what is loaded from it."""
+    for name, value in {"base": base, "predictor": predictor}.items():
+        if isinstance(value, str | os.PathLike):
+            given = os.fspath(value)
+            raise ValueError(f"the {name} is given as {given!r}; load it first: butler_jax.load_{name}({given!r})")
 
 
 def split_list(values) -> tuple:

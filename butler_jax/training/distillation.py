@@ -32,6 +32,7 @@ from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
 from butler_jax.runs import about, claim, load_predictor, read_facts, steps, stored_config
+from butler_jax.storage import require_loaded
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.losses import require_products
@@ -66,6 +67,7 @@ def distil(
             the run directory.
         OSError: Where the run directory cannot be written.
     """
+    require_loaded(base, predictor)
     config = config or TrainConfig()
     predictor_class(config.predictor.kind)  # raises where it is not known
     if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
@@ -208,6 +210,7 @@ def init_predictor(
     Raises:
         ValueError: The config is no PredictorConfig, or the lookahead predictor has no batches.
     """
+    require_loaded(base)
     if not isinstance(config, PredictorConfig | None):
         raise ValueError(f"config must be a PredictorConfig, got {type(config).__name__}; a TrainConfig has .predictor")
     return make_predictor(base.config, config or PredictorConfig(), seed).initialise(base.model, list(batches))
