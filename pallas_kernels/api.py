@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, reference, xla
+from pallas_kernels.arithmetic import finite_or_zero
 from pallas_kernels.choice import Rules, Selection
 from pallas_kernels.spans import Spans
 
@@ -39,6 +40,7 @@ def importance_scores(
     *,
     pooling: str = "normalised",
     totals: jax.Array | None = None,
+    offset: jax.Array | None = None,
     scales: jax.Array | None = None,
     scale: float | None = None,
     first: jax.Array | None = None,
@@ -61,6 +63,8 @@ def importance_scores(
             +inf, whose token comes first. "maximum" is the plain maximum, which is cheaper.
         totals: float [B, K, G], the log-sum-exps over all tokens, where k_imp holds a part of them: the merged
             `importance_totals` of all parts.
+        offset: float [B, K, G], added to the scores of each query head before the maximum is taken, in both poolings.
+            With it a group of one is normalised too.
         scales: float [K] or [B, K], K*G in place of K where k_imp has them; for int8 only, see `quantise_k_imp`.
         scale: The factor on the products, R**-0.5 unless given.
         first: int [B], the first token that a row sees.
@@ -72,15 +76,22 @@ def importance_scores(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    q_imp, k_imp, lengths, first, scales, totals = _arrays(q_imp, k_imp, lengths, first, scales, totals)
+    q_imp, k_imp, lengths, first, scales = _arrays(q_imp, k_imp, lengths, first, scales)
+    totals, offset = _arrays(totals, offset)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
+    checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
-    normalised = _normalises(pooling, q_imp)
+    normalised = pooling == "normalised" and (q_imp.shape[2] > 1 or offset is not None)
+    totals = totals if normalised else None
+    if offset is not None:
+        offset = offset.astype(jnp.float32)
+        if totals is not None or not normalised:  # known before the kernel: one term
+            totals, offset, normalised = (0.0 if totals is None else finite_or_zero(totals)) - offset, None, True
     scale = _factor(scale, q_imp)
     module, options = _dispatch(name, interpret, k_imp.size)
     options |= dict(scales=scales, scale=scale, first=first, layer=layer)
-    options |= dict(normalised=normalised, totals=totals if normalised else None)
+    options |= dict(normalised=normalised, totals=totals, offset=offset)
     return module.importance_scores(q_imp, k_imp, lengths, **options)
 
 
@@ -291,7 +302,8 @@ def sparse_decode_attention(
         checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
         n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
         options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), scales=scales, layer=layer)
-        options |= dict(normalised=_normalises(pooling, q_imp), score_scale=_factor(score_scale, q_imp))
+        options |= dict(normalised=pooling == "normalised" and q_imp.shape[2] > 1)
+        options |= dict(score_scale=_factor(score_scale, q_imp))
         options |= dict(new_k=new_k, new_v=new_v, scale=_factor(scale, q), interpret=interpret or False)
         results = gpu.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, n, **options)
         asked = (True, return_residual, return_selection)
@@ -342,11 +354,6 @@ def _arrays(*values):
 def _factor(scale: float | None, queries: jax.Array) -> float:
     """The factor on products with queries [..., D] or [..., R]: that given, or the default."""
     return queries.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _normalises(pooling: str, q_imp: jax.Array) -> bool:
-    """Whether log-sum-exps are taken off the scores. One query head alone needs none."""
-    return pooling == "normalised" and q_imp.shape[2] > 1
 
 
 def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:

@@ -36,7 +36,7 @@ def layer_by_layer(function):
         if scales is not None:
             scales = jnp.broadcast_to(scales, (q_imp.shape[0], k_imp.shape[-3]))
         rows = dict(q_imp=q_imp, lengths=lengths, scales=scales)
-        rows |= {name: options.pop(name) for name in ("first", "totals") if name in options}
+        rows |= {name: options.pop(name) for name in ("first", "totals", "offset") if name in options}
         rows = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), rows)
 
         def one(given):

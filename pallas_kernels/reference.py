@@ -53,12 +53,13 @@ def importance_totals(q_imp, k_imp, lengths, **options):
     return jax.nn.logsumexp(head_scores(q_imp, k_imp, lengths, **options), axis=-1)
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, **options):
     """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     scores = head_scores(q_imp, k_imp, lengths, **options)
     if normalised:
         totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
         scores = scores - jnp.where(jnp.isfinite(totals), totals, 0.0)[..., None]
+        scores = scores if offset is None else scores + offset[..., None]
     return jnp.max(scores, axis=2)
 
 

@@ -74,19 +74,14 @@ def pooled_scores(
     def run(k_imp, places, *of_rows):
         q_imp, offset, contested, first, scales = (None if a is None else a.reshape(-1, *a.shape[2:]) for a in of_rows)
         part = part_of(k_imp.shape[-1], axis)
-        options = dict(scales=scales, layer=places, implementation=plan.implementation)
         if part is not None:
             contested, first = part.count(contested), part.count(first)
-        totals = None
-        if pooling == "share" or (pooling == "normalised" and part is not None):
-            totals = importance_totals(q_imp, k_imp, contested, first=first, **options)
-            totals = totals if part is None else part.log_sum(totals)
-        if offset is not None:
-            totals = -offset if totals is None else totals - offset
-        pooled = "maximum" if totals is None and pooling != "normalised" else "normalised"
-        found = importance_scores(q_imp, k_imp, contested, first=first, pooling=pooled, totals=totals, **options)
-        if offset is not None and q_imp.shape[2] == 1:  # a group of one is not shifted
-            found = found - totals
+        options = dict(first=first, scales=scales, layer=places, implementation=plan.implementation)
+        totals, pooled = None, "normalised" if pooling in ("normalised", "share") else "maximum"
+        if part is not None and pooled == "normalised":
+            totals = part.log_sum(importance_totals(q_imp, k_imp, contested, **options))
+        options |= dict(pooling=pooled, totals=totals, offset=offset)
+        found = importance_scores(q_imp, k_imp, contested, **options)
         return found.reshape(-1, block, *found.shape[1:])
 
     operands = ("-bh-s", "-", "b-h--", "b-h-", "b-", "b-", "b-h")

@@ -66,9 +66,10 @@ class ScorePlan(NamedTuple):
         return jnp.arange(size, dtype=jnp.int32)
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, interpret, **options):
     """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
     operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, **options)
+    operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
     return _run_scores(operands, plan, totals, None).reshape(q_imp.shape[0], plan.heads, plan.size)
 
 
@@ -268,6 +269,9 @@ def _scores_kernel(refs, out_ref, *, plan, rules):
         scores = _block_scores(refs, key_row, block, plan)
         if plan.normalised:
             totals = finite_or_zero(_log_sum_exp(refs, key_row, plan))
+            if "offset" in refs:
+                own = plan.head < plan.group
+                totals = totals - plgpu.load(refs["offset"].at[key_row, plan.head], mask=own, other=0.0)
             if plan.apart:
                 scores = [own - jnp.sum(jnp.where(plan.head == i, totals, 0)) for i, own in enumerate(scores)]
             else:

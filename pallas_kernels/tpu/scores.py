@@ -75,7 +75,7 @@ class BlockPlan(NamedTuple):
         return self.blocks * self.block
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, interpret, **options):
     """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
     batch, heads = q_imp.shape[:2]
     key_heads, _, size = k_imp.shape[-3:]
@@ -83,8 +83,10 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, interpret, *
     counts = normalised and totals is None
     plan = _plan(operands, key_heads, counts, True)
     if plan is None:  # the scores of one head do not fit
-        totals, counts = importance_totals(q_imp, k_imp, lengths, interpret=interpret, **options), False
-        plan = _plan(operands, key_heads, counts, True)
+        totals = finite_or_zero(importance_totals(q_imp, k_imp, lengths, interpret=interpret, **options))
+        plan = _plan(operands, key_heads, False, True)
+    if offset is not None:
+        totals = -offset if totals is None else totals - offset
     scores = _over_blocks(operands, totals, plan, interpret=interpret)
     return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
 
@@ -127,7 +129,7 @@ def _in_rows(values, plan):
 def _over_blocks(operands, given, plan, *, interpret):
     """Scores [B*Q, S], pooled over the query heads, or log-sum-exps [programs, rows, 128]; float32.
 
-    given: log-sum-exps [B, K, G] that are subtracted from the scores, or None.
+    given: what is subtracted from the scores [B, K, G], besides the log-sum-exps that are computed; or None.
     """
     layers, bounds, q_imp, factor, k_imp = operands
     rows, group, rank = q_imp.shape
@@ -225,12 +227,14 @@ def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
 
         each_chunk(size, write, 0)
 
+    scratch = len(refs) - 2 * plan.counts - plan.held
+    *off_refs, out_ref = refs[:scratch]
+    off = finite_or_zero(off_refs[0][0]) if off_refs else 0.0
     if not plan.counts:
-        *off_refs, out_ref = refs
-        write_chunks(out_ref, plan.block, scores, finite_or_zero(off_refs[0][0]) if off_refs else 0.0)
+        write_chunks(out_ref, plan.block, scores, off)
         return
 
-    out_ref, top_ref, total_ref, *waiting = refs
+    top_ref, total_ref, *waiting = refs[scratch:]
 
     @pl.when(index == 0)
     def _():
@@ -262,4 +266,4 @@ def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
         if not plan.writes:
             out_ref[0] = jnp.broadcast_to(total, out_ref.shape[1:])
             return
-        write_chunks(out_ref, plan.room, lambda at: waiting[0][:, pl.ds(at, plan.chunk)], finite_or_zero(total))
+        write_chunks(out_ref, plan.room, lambda at: waiting[0][:, pl.ds(at, plan.chunk)], finite_or_zero(total) + off)

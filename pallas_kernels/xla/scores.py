@@ -24,7 +24,7 @@ UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole oper
 
 
 @layer_by_layer
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scale, first, layer):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, scales, scale, first, layer):
     """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     size, loops = k_imp.shape[-1], k_imp.dtype == jnp.float32
     factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
@@ -32,11 +32,11 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, scales, scal
     operands = q_imp, factor, k_imp_at, mask, loops
     if normalised and totals is None and products <= KEPT:
         kept, *sums = _map_chunks(lambda *found: found, KEPT, *operands)
-        scores = _join(_pool(kept, finite_or_zero(_total(*sums))[None]), size)
+        scores = _join(_pool(kept, _less(finite_or_zero(_total(*sums)), offset)[None]), size)
         return jnp.where(mask[:, None], scores, -jnp.inf)
     if normalised and totals is None:
         totals = _log_sum_exp(*operands)
-    totals = None if totals is None else finite_or_zero(totals)
+    totals = None if totals is None else _less(finite_or_zero(totals), offset)
     if products > FUSED and k_imp.dtype != jnp.int8:
         scores = _join(_map_chunks(lambda found, *_: _pool(found, totals), TILE, *operands), size)
     else:
@@ -104,6 +104,11 @@ def _members(q_imp, k_imp):
 def _log_sum_exp(*operands):
     """Log-sum-exps over the tokens where the mask is set, float32 [B, K, G]. operands: those of `_map_chunks`."""
     return _total(*_map_chunks(lambda _, *sums: sums, TILE, *operands))
+
+
+def _less(total, offset):
+    """What is taken off the scores: the log-sum-exps, less the offset where there is one."""
+    return total if offset is None else total - offset
 
 
 def _pool(scores, total):

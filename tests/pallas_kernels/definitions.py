@@ -49,7 +49,7 @@ def wide(array):
     return np.asarray(array.astype(jnp.float32), np.float64)
 
 
-def oracle_scores(q_imp, keys, lengths, pooling, first=None):
+def oracle_scores(q_imp, keys, lengths, pooling, first=None, offset=None):
     """q_imp [B, K, G, R] and keys [B, K, R, S], a token at a time."""
     q_imp, keys = np.asarray(q_imp, np.float64), np.asarray(keys, np.float64)
     batch, heads, group, rank = q_imp.shape
@@ -58,8 +58,10 @@ def oracle_scores(q_imp, keys, lengths, pooling, first=None):
         begin, end = (0 if first is None else int(first[b])), int(lengths[b])
         for h in range(heads):
             rows = [q_imp[b, h, g] @ keys[b, h, :, begin:end] / rank**0.5 for g in range(group)]
-            if pooling == "normalised" and group > 1 and end > begin:
+            if pooling == "normalised" and (group > 1 or offset is not None) and end > begin:
                 rows = [row - np.log(np.sum(np.exp(row - row.max()))) - row.max() for row in rows]
+            if offset is not None:
+                rows = [row + float(offset[b, h, g]) for g, row in enumerate(rows)]
             if end > begin:
                 out[b, h, begin:end] = np.max(rows, axis=0)
     return out

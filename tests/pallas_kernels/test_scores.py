@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,20 @@ def test_score_kernels_follow_the_definition(implementation):
         np.testing.assert_allclose(found, oracle_scores(q, keys[1], lengths, pooling, first), atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
+@pytest.mark.parametrize("group", [1, 3])
+def test_an_offset_is_added_to_each_query_head_before_they_are_pooled(implementation, group):
+    q, keys, offset = normal(0, 3, 2, group, 8), normal(1, 3, 2, 8, 200), normal(2, 3, 2, group)
+    lengths, first = jnp.array([200, 0, 31]), jnp.array([0, 0, 9])
+    score = functools.partial(run, pk.importance_scores, implementation=implementation)
+    totals = run(pk.importance_totals, q, keys, lengths, first=first, implementation=implementation)
+    for pooling, given in (("normalised", None), ("maximum", None), ("normalised", totals)):
+        found = score(q, keys, lengths, first=first, pooling=pooling, totals=given, offset=offset)
+        np.testing.assert_allclose(found, oracle_scores(q, keys, lengths, pooling, first, offset), atol=1e-5)
+    with pytest.raises(ValueError, match=r"offset must have shape \(3, 2, .\), got"):
+        score(q, keys, lengths, offset=offset[0])
+
+
 def test_a_long_cache_is_scored_as_a_short_one():
     """Long enough for several chunks of the log-sum-exp, the last of them overlapping."""
     q, keys, lengths = normal(0, 1, 8, 4, 4), normal(1, 1, 8, 4, 20_011), jnp.array([19_000])
@@ -49,7 +64,7 @@ def test_a_long_cache_is_scored_as_a_short_one():
 @pytest.mark.parametrize("layers", [[2], [2, 0, 3], list(range(9))], ids=str)
 @pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
 def test_several_layers_are_scored_as_each_of_them(implementation, layers, keys_of):
-    """With scales, lengths and first tokens of their own, and totals that are given."""
+    """With scales, lengths, first tokens and offsets of their own, and totals that are given."""
     batch, heads, group, count = 2, 2, 3, len(layers)
     key_heads = heads if keys_of == "group" else heads * group
     q = normal(0, batch * count, heads, group, 8)
@@ -57,14 +72,16 @@ def test_several_layers_are_scored_as_each_of_them(implementation, layers, keys_
     lengths = jnp.arange(batch * count) * 5 % 41 + 30
     of_rows = dict(first=lengths // 3, scales=jnp.swapaxes(scales[jnp.array(layers)], 0, 1).reshape(-1, key_heads))
     how = dict(layer=jnp.array(layers), implementation=implementation)
-    found = run(pk.importance_scores, q, keys, lengths, **of_rows, **how)
+    offset = normal(2, batch * count, heads, group)
+    found = run(pk.importance_scores, q, keys, lengths, offset=offset, **of_rows, **how)
     totals = run(pk.importance_totals, q, keys, lengths, **of_rows, **how)
     again = run(pk.importance_scores, q, keys, lengths, totals=totals, **of_rows, **how)
     for place, layer in enumerate(layers):
         own = jax.tree.map(lambda a, place=place: a[place::count], (q, lengths, of_rows))
         single = dict(layer=layer, implementation="reference")
-        expected = pk.importance_scores(own[0], keys, own[1], **own[2], **single)
+        expected = pk.importance_scores(own[0], keys, own[1], offset=offset[place::count], **own[2], **single)
         np.testing.assert_allclose(found[place::count], expected, atol=1e-5)
+        expected = pk.importance_scores(own[0], keys, own[1], **own[2], **single)
         np.testing.assert_allclose(again[place::count], expected, atol=1e-5)
         expected = pk.importance_totals(own[0], keys, own[1], **own[2], **single)
         np.testing.assert_allclose(totals[place::count], expected, atol=1e-5)
@@ -107,20 +124,23 @@ def test_every_way_of_the_cpu_follows_the_definition(monkeypatch, size, dtype, w
         keys, scales = keys.at[1, 0, :, 3, 20].set(jnp.nan).astype(dtype), None
         exact = wide(keys)
     lengths, first = jnp.array([size, size - 9]), jnp.array([0, 11])
-    for pooling in ("normalised", "maximum"):
+    for pooling, offset in itertools.product(("normalised", "maximum"), (None, normal(2, 2, 2, 3))):
         found = pk.importance_scores(
             q,
             keys,
             lengths,
             scales=None if scales is None else scales[1],
             pooling=pooling,
+            offset=offset,
             first=first,
             layer=1,
             implementation="xla",
         )
-        expected = oracle_scores(wide(q), exact[1], lengths, pooling, first)
+        expected = oracle_scores(wide(q), exact[1], lengths, pooling, first, offset)
         if scales is None:  # the first row without the token that has a NaN
-            others = oracle_scores(wide(q)[:1], np.delete(exact[1, :1], 20, axis=-1), lengths[:1] - 1, pooling)
+            others = oracle_scores(
+                wide(q)[:1], np.delete(exact[1, :1], 20, axis=-1), lengths[:1] - 1, pooling, None, offset
+            )
             expected[0] = np.insert(others[0], 20, -np.inf, axis=-1)
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
