@@ -132,7 +132,7 @@ def make_parts(out: Path, bases: list[str], tiny: bool) -> list[GpuPart]:
         "--context=32768,131072,8192,4096",
         "--batch=16,1",
         "--interval=1,8",
-        "--together=4,1",
+        "--together=2,1",
         "--minutes=5",
     ]
     if tiny:

@@ -29,7 +29,8 @@ FILES = ("sparse_decode.json", "sparse_decode_normalised.json")
 CONTEXTS = tuple(2**n for n in range(12, 18))
 BATCHES = (1, 16)
 INTERVALS = (1, 8)
-CALLS = (("normalised", 4), ("normalised", 1), ("maximum", 4))  # pooling, and layers that choose together
+CALLS = (("normalised", 2), ("normalised", 4), ("normalised", 1), ("maximum", 2))
+"""Pooling, and layers that choose together: the stride of the predictor."""
 PARTS = ("dense_seconds", "reuse_seconds", "predict_seconds")
 
 
@@ -40,7 +41,7 @@ def case_of(context: int, batch: int, pooling: str, together: int = 1) -> Case:
 
 
 def model_rows(chip: str, contexts=CONTEXTS, batches=BATCHES) -> list[dict[str, Any]]:
-    """The rows of a chip: a layer of a decode step with each pooling, and one alone; times in microseconds."""
+    """The rows of a chip: a layer of a decode step, with each pooling and several strides; times in microseconds."""
     found = []
     for (pooling, together), batch, context in itertools.product(CALLS, batches, contexts):
         for row in predict_rows(case_of(context, batch, pooling, together), CHIPS[chip], INTERVALS):

@@ -99,7 +99,10 @@ def _go_on(run_dir: Path, found: dict[str, Any]) -> str | None:
 
 
 def _options(defaults: Any, settings: dict[str, Any]) -> Iterator[str]:
-    """The command-line options of all settings that are not at their defaults."""
+    """The command-line options of all settings that are not at their defaults.
+
+    A setting that is chosen where it is left out is always named: another kind of predictor chooses otherwise.
+    """
     for field in dataclasses.fields(defaults):
         default = getattr(defaults, field.name)
         value = settings.get(field.name)
@@ -107,7 +110,7 @@ def _options(defaults: Any, settings: dict[str, Any]) -> Iterator[str]:
             yield from _options(default, value or {})
         elif isinstance(value, bool) and value != default:
             yield f"--{'' if value else 'no-'}{flag_of(field).removeprefix('--')}"
-        elif value is not None and value != default:
+        elif value is not None and (value != default or field.default is None):
             yield from (flag_of(field), str(value))
 
 

@@ -23,9 +23,9 @@ class PredictorConfig:
     """lookahead (ours), producer (the paper's second version) or contextual (its first)."""
     rank: int = 16
     """R, the length of q_imp and k_imp; even."""
-    stride: int = 4
-    """P, the number of layers that one producer serves. The contextual predictor has a single producer and ignores
-    it."""
+    stride: int | None = None
+    """P, the number of layers that one producer serves. Default: 2 for lookahead, 4 for the others. The contextual
+    predictor has a single producer and ignores it."""
     target: Target | None = None
     """What scores are trained to be in proportion to: attention, the weight a among the contested keys of a head; or an
     error in the residual stream x that follows from not reading a token: weight a / |x|, value a |v W| / |x|, centred
@@ -47,10 +47,10 @@ class PredictorConfig:
         return self.target in ("value", "centred")
 
     def __post_init__(self):
+        self._set_defaults()
         self._check_numbers()
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
-        self._set_defaults()
         require_known(self, target=get_args(Target), offset=get_args(Offset))  # a kind may be registered later
         if (self.target == "attention") != (self.offset == "none"):
             raise ValueError(
@@ -77,12 +77,14 @@ class PredictorConfig:
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
 
     def _set_defaults(self) -> None:
-        """Name the target and the offset where they are left out. An offset alone asks for an error as the target."""
+        """Fill in what is left out: stride, target and offset. An offset alone asks for an error as the target."""
         target, offset = self.target, self.offset
         if target is None:
             errors = self.kind == "lookahead" and offset != "none"
             target = "centred" if errors else "attention"
         if offset is None:
             offset = "none" if target == "attention" else "share"
+        if self.stride is None:
+            object.__setattr__(self, "stride", 2 if self.kind == "lookahead" else 4)
         object.__setattr__(self, "target", target)
         object.__setattr__(self, "offset", offset)

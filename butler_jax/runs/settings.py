@@ -28,7 +28,7 @@ def with_former_defaults(predictor: Any) -> Any:
     """Settings of a predictor; those that versions before did not write, or left open, get what they meant then."""
     if not isinstance(predictor, dict):
         return predictor
-    found = {"target": "attention", "offset": "none", **predictor}
+    found = {"target": "attention", "offset": "none", "stride": 4, **predictor}
     if found.get("value_channels", 0) is None:
         found["value_channels"] = 0 if found["target"] in ("attention", "weight") else 2
     return found

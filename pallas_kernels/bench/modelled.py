@@ -21,7 +21,7 @@ DEFAULTS = {
     "context": "4096,8192,16384,32768,65536,131072",
     "batch": "1,16",
     "interval": "1,8",
-    "together": "4,1",
+    "together": "2,1",
 }
 HEADER = (
     f"{'together':>8} {'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'us':>9} {'dense us':>9} "

@@ -68,9 +68,12 @@ def test_present_settings_stay_as_they_are():
 
 def test_a_predictor_without_a_target_was_trained_for_attention():
     former = {"kind": "lookahead", "rank": 8, "stride": 4, "hidden": None}
-    assert from_dict(PredictorConfig, with_former_defaults(former)) == PredictorConfig(rank=8, target="attention")
+    meant = PredictorConfig(rank=8, stride=4, target="attention")
+    assert from_dict(PredictorConfig, with_former_defaults(former)) == meant
     with_values = {**former, "target": "centred", "offset": "share", "value_channels": None}  # 2 was the default then
-    assert from_dict(PredictorConfig, with_former_defaults(with_values)) == PredictorConfig(rank=8, value_channels=2)
+    assert from_dict(PredictorConfig, with_former_defaults(with_values)) == PredictorConfig(
+        rank=8, stride=4, value_channels=2
+    )
     settings = {"base": "tiny", "predictor": former}
     assert with_present_names(settings)["predictor"] == with_former_defaults(former)
 
