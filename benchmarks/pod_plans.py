@@ -70,7 +70,7 @@ class PodPlan:
     def predictor_config(self) -> PredictorConfig:
         """The predictor's configuration."""
         offset = "none" if self.target == "attention" else "share"
-        return PredictorConfig(kind=self.predictor, target=self.target, offset=offset, value_channels=0)
+        return PredictorConfig(kind=self.predictor, stride=4, target=self.target, offset=offset, value_channels=0)
 
     @property
     def base(self) -> BaseConfig:

@@ -89,7 +89,7 @@ def pipeline() -> str:
         arrow((680, 150), (680, 91)),
         words(688, 124, "their keys and values", "soft", "start"),
         words(490, 270, "Blue: the frozen language model. Orange: the predictor.", "soft", "start"),
-        words(490, 290, "Training distils the frozen layers' attention into it.", "soft", "start"),
+        words(490, 290, "It is trained to predict what the frozen layers need.", "soft", "start"),
     ]
     return svg(865, 340, "One decode step of TokenButler", parts)
 

@@ -1,6 +1,6 @@
 """The lookahead predictor: the base's own projections, cut to R/2 rotary pairs and applied up to P layers early.
 
-It has the timing and the score cache of the producer predictor. It differs in three ways:
+At the same stride, it has the timing and the score cache of the producer predictor. It differs in three ways:
 
 - q_imp and k_imp are rotated at R/2 of the base's rotary frequencies.
 - They start as the matching rows of the frozen projections.
