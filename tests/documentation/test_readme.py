@@ -116,6 +116,18 @@ def test_the_table_of_long_windows_is_what_was_measured():
         assert f"| {name}, {words} | {' | '.join(cells)} |\n" in page
 
 
+def test_the_table_of_strides_is_what_was_measured():
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    found: dict[int, dict[tuple, str]] = {}
+    for r in rows_of("quality/strides_tiny.json"):
+        if "stride" in r and r["metric"] == "js_divergence":
+            cell = f"{1000 * r['value']:.2f} ± {1000 * r['error']:.2f}"
+            found.setdefault(r["stride"], {})[r["allocation"], -r["budget"]] = cell
+    assert len(found) == 4
+    for stride, cells in found.items():
+        assert f"| {stride} | {' | '.join(cells[key] for key in sorted(cells))} |\n" in page
+
+
 def test_the_tables_of_every_budget_are_what_was_measured():
     page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
     words = {"per_head": "per head", "per_layer": "per layer", "tolerance": "one tolerance"}
