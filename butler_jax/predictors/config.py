@@ -27,10 +27,10 @@ class PredictorConfig:
     """P, the number of layers that one producer serves. Default: 2 for lookahead, 4 for the others. The contextual
     predictor has a single producer and ignores it."""
     target: Target | None = None
-    """What exp(score) is trained to be in proportion to: attention, the weight a among the contested keys of a head; or an
-    error in the residual stream x that follows from not reading a token: weight a / |x|, value a |v W| / |x|, centred
-    a |(v - o) W| / |x|, with v the value, o the output of the row and W the output projection of the head. An error
-    has one unit for all heads and layers. Default: centred for lookahead, attention for the others."""
+    """What exp(score) is trained to be in proportion to: attention, the weight a among the contested keys of a head; or
+    an error in the residual stream x that follows from not reading a token: weight a / |x|, value a |v W| / |x|,
+    centred a |(v - o) W| / |x|, with v the value, o the output of the row and W the output projection of the head. An
+    error has one unit for all heads and layers. Default: centred for lookahead, attention for the others."""
     offset: Offset | None = None
     """A number for each row and query head that makes scores the logarithms of errors. share: added to scores from
     which their log-sum-exp is taken off. self_normalised: added to the scores as they are. Default: share, and none

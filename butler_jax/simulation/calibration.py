@@ -25,7 +25,7 @@ from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, parse_budget, weigh_units
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import sum_chunks
+from butler_jax.simulation.chunks import require_counted, sum_chunks
 from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
@@ -175,10 +175,7 @@ def calibrate_tolerance(
         return int(np.sum(read >= mean)) - 1
 
     sums, counted = sums_at(values)
-    if not counted.any():
-        raise ValueError(
-            f"no row is left after prompts of {prompt_tokens} tokens; give longer texts, or a smaller prompt_tokens"
-        )
+    require_counted(counted, prompt_tokens)
     coarse, kinds = np.sum(sums, axis=0) / np.sum(counted), [int(isinstance(mean, int)) for mean in means]
     starts = [min(max(place(coarse[kind], mean), 0), len(values) - 2) for kind, mean in zip(kinds, means, strict=True)]
     between = max(LEAST_FINE, len(values) // len(means) - 1)

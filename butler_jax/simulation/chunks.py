@@ -173,6 +173,14 @@ def spread_rows(length: int, rows: int | None, first: int = 0) -> Bool[np.ndarra
     return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows, first))
 
 
+def require_counted(rows: np.ndarray, prompt_tokens: int) -> None:
+    """Raise ValueError where no row counts."""
+    if not np.any(rows):
+        raise ValueError(
+            f"no row is left after prompts of {prompt_tokens} tokens; give longer texts, or a smaller prompt_tokens"
+        )
+
+
 def importance_walk(
     predictor: Predictor | None,
     x: Float[Array, "B T E"],

@@ -20,7 +20,7 @@ from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best, tied_share
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import spread_rows, sum_chunks
+from butler_jax.simulation.chunks import require_counted, spread_rows, sum_chunks
 from butler_jax.simulation.distances import count_bins, mean_distances, sum_by_distance
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.programs import compiled
@@ -166,10 +166,7 @@ def measure_recall(
     result = Recall({}, {}, {}, {}, {}, {}, {}, {})
     for group, found in zip(groups, parts, strict=True):
         sums = RecallSums(*(np.concatenate(arrays, axis=-1) for arrays in zip(*found, strict=True)))
-        if not sums.rows.any():
-            raise ValueError(
-                f"no row is left after prompts of {prompt_tokens} tokens; give longer texts, or a smaller prompt_tokens"
-            )
+        require_counted(sums.rows, prompt_tokens)
         for number, policy in enumerate(group):
             _enter(result, policy.name, budgets, sums, number, model.config)
             if isinstance(policy, TokenButler) and sums.ranked.any():
