@@ -245,8 +245,9 @@ def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
         """The largest score of every lane, and the sum of exp(score - largest), with those of a chunk."""
         top, total = carry
         found = scores(at)
-        if plan.held:
-            waiting[0][:, pl.ds(pl.multiple_of(index * plan.block + at, plan.chunk), plan.chunk)] = found
+        if plan.held:  # one block may have any size, and then begins at a number that the compiler knows
+            start = at if plan.blocks == 1 else pl.multiple_of(index * plan.block + at, plan.chunk)
+            waiting[0][:, pl.ds(start, plan.chunk)] = found
         if plan.chunk % LANES:  # lanes would be left over
             higher = jnp.maximum(top, jnp.max(found, axis=1, keepdims=True))
             sums = jnp.sum(jnp.exp(found - higher[:, :1]), axis=1, keepdims=True)

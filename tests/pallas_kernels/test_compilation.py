@@ -125,6 +125,18 @@ def test_the_totals_of_split_keys_and_the_scores_of_two_layers_compile_for_tpus(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [64, 300, 5000])
+def test_normalised_scores_of_a_room_that_128_does_not_divide_compile_for_tpus(size):
+    pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5e"])
+    mesh = Mesh(np.array(topology.devices[:1]), ("one",))
+    shapes = ((2, 3, 2, 16), jnp.bfloat16), ((2, 3, 16, size), jnp.bfloat16), ((2,), jnp.int32)
+    described = (jax.ShapeDtypeStruct(*one, sharding=NamedSharding(mesh, PartitionSpec())) for one in shapes)
+    with jax.set_mesh(mesh):
+        jax.jit(functools.partial(pk.importance_scores, implementation="tpu")).lower(*described).compile()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", *map(long, ("v5p", "v6e"))])
 def test_a_layer_is_not_copied_out_of_the_cache(chip):
     """Temporary memory of a step is a small part of one layer's keys and values, however they are stacked."""
