@@ -16,7 +16,12 @@ from butler_jax.simulation import calibrate_tolerance
 
 
 def allocate_policies(
-    policies: Sequence[EvaluatedPolicy], base: Any, config: EvalConfig, data: str, say: Callable[[str], None]
+    policies: Sequence[EvaluatedPolicy],
+    base: Any,
+    config: EvalConfig,
+    data: str,
+    note: Callable[[str], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[EvaluatedPolicy]:
     """Each policy under the allocations of a configuration that its scores allow, with each of its tails.
 
@@ -24,6 +29,10 @@ def allocate_policies(
     the allocation where it is not per_head, and the tail where there is one. The tolerance of a budget, and p under
     top_p, are found on about PREPARED_TOKENS tokens of the text that perplexity reads, so that all allocations read as
     many tokens on average. Where samples of given lengths are all that is read, it is read in windows of the longest.
+
+    Args:
+        note: Receives what the report should say.
+        say: Receives a line of progress before a search, which takes minutes on a large base.
     """
     windows, calibration = None, _calibration(config)
     for policy in policies:
@@ -33,7 +42,7 @@ def allocate_policies(
         left_out = [n for n in names if n in without]
         if left_out and left_out != names:  # a tolerance has no place for neighbours, and is one for single tokens
             names = [n for n in names if n not in left_out]
-            say(f"{policy.label}: with {what}, {' and '.join(left_out)} is left out")
+            note(f"{policy.label}: with {what}, {' and '.join(left_out)} is left out")
         tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
         for name, tail in itertools.product(names, tails):
             words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]
@@ -45,10 +54,12 @@ def allocate_policies(
                 raise ValueError(f"{policy.label}: {error}") from None
             if name in LIMITED:
                 if windows is None:
-                    windows = read_windows(base, calibration, data, say)
+                    windows = read_windows(base, calibration, data, note)
                 how = dict(policy=policy.policy, prompt_tokens=calibration.prompt_tokens)
                 if calibration.stride is not None:  # the rows that count are the last of each window
                     how["rows"] = None
+                found = "p" if name == "top_p" else "the tolerance"
+                say(f"finding {found} of each budget for {policy.label}")
                 given = (base.model, policy.predictor, windows, most, config.budgets)
                 one = one._replace(
                     calibrated=dict(zip(config.budgets, calibrate_tolerance(*given, **how), strict=True))

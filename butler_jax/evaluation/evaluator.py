@@ -110,7 +110,7 @@ def evaluate(
             base = dataclasses.replace(base, model=place_model(base.model, mesh, EVALUATION_RULES))
         policies = collect_policies(base, predictor, config, data, note)
         policies = [policy.on(mesh) for policy in policies] if mesh is not None else policies
-        policies = list(allocate_policies(policies, base, config, data, note))
+        policies = list(allocate_policies(policies, base, config, data, note, say))
         tasks = make_tasks(base, config, data, note)
         plan = plan_cells(base, tasks, policies, config)
         if not plan:

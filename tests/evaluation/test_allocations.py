@@ -18,7 +18,7 @@ from tests.tiny_models import make_model
 
 
 def test_policies_run_under_the_allocations_that_their_scores_allow(monkeypatch):
-    asked = []
+    asked, said = [], []
 
     def calibrate(model, predictor, windows, selection, means, **how):
         asked.append((how["policy"].name, selection.allocation))
@@ -34,7 +34,11 @@ def test_policies_run_under_the_allocations_that_their_scores_allow(monkeypatch)
     class Anything:
         model = None
 
-    found = list(allocations.allocate_policies(policies, Anything, config, "", print))
+    found = list(allocations.allocate_policies(policies, Anything, config, "", print, said.append))
+    assert said == [
+        *(f"finding p of each budget for {name}" for name in ("oracle", "quest")),
+        *(f"finding the tolerance of each budget for {name}" for name in ("oracle_residual", "tokenbutler")),
+    ]
     assert [one.label for one in found] == [
         *("dense", "oracle", "oracle:top_p", "quest", "quest:top_p", "streaming"),
         *("oracle_residual", "oracle_residual:tolerance", "tokenbutler", "tokenbutler:tolerance"),
