@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from pallas_kernels import checks, reference, xla
 from pallas_kernels.arithmetic import finite_or_zero
 from pallas_kernels.choice import Rules, Selection
+from pallas_kernels.reference import LOWEST
 from pallas_kernels.spans import Spans
 
 
@@ -64,7 +65,8 @@ def importance_scores(
         totals: float [B, K, G], the log-sum-exps over all tokens, where k_imp holds a part of them: the merged
             `importance_totals` of all parts.
         offset: float [B, K, G], added to the scores of each query head before the maximum is taken, in both poolings.
-            With it a group of one is normalised too.
+            With it a group of one is normalised too. It is held within 1e30, and NaN counts as -1e30. So -inf leaves a
+            head out, where another has a score.
         scales: float [K] or [B, K], K*G in place of K where k_imp has them; for int8 only, see `quantise_k_imp`.
         scale: The factor on the products, R**-0.5 unless given.
         first: int [B], the first token that a row sees.
@@ -85,7 +87,7 @@ def importance_scores(
     normalised = pooling == "normalised" and (q_imp.shape[2] > 1 or offset is not None)
     totals = totals if normalised else None
     if offset is not None:
-        offset = offset.astype(jnp.float32)
+        offset = jnp.clip(jnp.nan_to_num(offset.astype(jnp.float32), nan=LOWEST), LOWEST, -LOWEST)
         if totals is not None or not normalised:  # known before the kernel: one term
             totals, offset, normalised = (0.0 if totals is None else finite_or_zero(totals)) - offset, None, True
     scale = _factor(scale, q_imp)

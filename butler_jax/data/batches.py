@@ -16,6 +16,7 @@ import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import grain
@@ -220,6 +221,13 @@ def read_batches(
     Raises:
         ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.
     """
+    if not isinstance(spec, str):
+        raise ValueError(f"the data must be a text such as 'text:FILE', got {spec!r}; choose {SPECS}.")
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(f"the tokenizer of a base is needed, base.tokenizer; got a {type(tokenizer).__name__}.")
+    for name, value in {"length": length, "batch_size": batch_size, "seed": seed}.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name}={value!r} must be a whole number.")
     if length < 2:
         raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
     if batch_size < 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from butler_jax.storage import from_dict
+from butler_jax.storage import from_dict, settle_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class SamplingConfig:
     (Keskar et al. 2019, CTRL). 1 changes nothing."""
 
     def __post_init__(self):
+        settle_types(self)
         if not self.temperature >= 0:
             raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
         if self.top_k is not None:
@@ -37,6 +38,13 @@ class SamplingConfig:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"the repetition penalty must be above 0, got {self.repetition_penalty}")
+
+
+def settle_sampling(sampling: SamplingConfig | None, generation: Mapping[str, Any]) -> SamplingConfig:
+    """How tokens are drawn: as given, or as a generation_config.json says. Raises ValueError for another thing."""
+    if not isinstance(sampling, SamplingConfig | None):
+        raise ValueError(f"sampling must be a SamplingConfig, got {sampling!r}; write SamplingConfig(temperature=0.8)")
+    return sampling or read_sampling(generation)[0]
 
 
 def require_whole(name: str, value: Any) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket, room_for_all
-from butler_jax.decoding.config import SamplingConfig, read_sampling, require_whole
+from butler_jax.decoding.config import SamplingConfig, require_whole, settle_sampling
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, check_offload, make_plan, settle_choice
@@ -149,10 +149,10 @@ def generate_stream(
     """
     require_loaded(base, predictor)
     selection, policy = settle_choice(selection, policy, predictor)
-    require_whole("max_new_tokens", max_new_tokens)
-    require_whole("chunk", chunk)
-    if capacity is not None:
-        require_whole("capacity", capacity)
+    for name, value in dict(
+        max_new_tokens=max_new_tokens, chunk=chunk, capacity=1 if capacity is None else capacity
+    ).items():
+        require_whole(name, value)
     check_score_dtype(score_dtype)
     known = base.tokenizer, base.config.vocab_size
     rows = encode(*known, prompts)
@@ -168,7 +168,7 @@ def generate_stream(
                 "a row would grow beyond the original context of longrope, where its cache is computed again, which "
                 "offload does not do; leave offload out, or ask for fewer new tokens"
             )
-    sampling = sampling or read_sampling(base.generation)[0]
+    sampling = settle_sampling(sampling, base.generation)
     how = Decoding(plan, sampling, capacity, chunk, score_dtype, offload)
     width, kept = min(bucket(int(lengths.max()), 16), capacity), None
     if cache is not None:

@@ -66,10 +66,12 @@ def settle_choice(
 ) -> tuple[SelectionConfig | None, Policy]:
     """The selection and the policy of a decoding: the default ones where only the other or a predictor is given.
 
-    Raises ValueError where no policy has the name, and where the selection is another thing.
+    Raises ValueError where no policy has the name, and where either is another thing.
     """
     if not isinstance(selection, SelectionConfig | None):
         raise ValueError(f"selection must be a SelectionConfig, got {selection!r}; write SelectionConfig(budget=0.25)")
+    if not isinstance(policy, Policy | str | None):
+        raise ValueError(f"policy must be a policy or its name, got {policy!r}; make_policy makes one of a name")
     if selection is None and (predictor is not None or policy is not None):
         selection = SelectionConfig()
     return selection, make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
@@ -104,7 +106,7 @@ def make_plan(
                 f"the predictor is of a base of other sizes: {theirs}, and this base has {own}; load its base, or "
                 "train a predictor for this one"
             )
-    policy = policy or TokenButler()
+    _, policy = settle_choice(selection, policy, predictor)
     policy = policy if predictor is None else policy.for_predictor(predictor)
     selection = None if selection is None else policy.selection(selection)
     if selection is None:

@@ -118,7 +118,7 @@ def run_prompts(
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts as `prefill` does, under a plan that is made. Kept tokens are not run again, where nothing evicts."""
     length = tokens.shape[1]
-    check_sizes(model.config, length, lengths, capacity, chunk)
+    check_sizes(model.config, tokens, lengths, capacity, chunk)
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     whole = lengths + following
     if plan.when == "evicting":
@@ -143,8 +143,11 @@ def finish(
     return logits(model, last), constrain_state(state)
 
 
-def check_sizes(config: BaseConfig, length: int, lengths: Any, capacity: int, chunk: int) -> None:
+def check_sizes(config: BaseConfig, tokens: Any, lengths: Any, capacity: int, chunk: int) -> None:
     """Raise ValueError for prompts that do not fit."""
+    rows, length = tokens.shape
+    if np.shape(lengths) != (rows,):
+        raise ValueError(f"lengths must be one number for each of the {rows} rows of tokens, got {np.shape(lengths)}")
     if length > capacity:
         raise ValueError(f"prompts of {length} tokens do not fit a cache of {capacity}; raise the capacity")
     if capacity > config.context:

@@ -63,7 +63,7 @@ def read_offloaded(
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts as `prefill` does, with keys and values in host memory from the first chunk on."""
     batch, length = tokens.shape
-    check_sizes(model.config, length, lengths, capacity, chunk)
+    check_sizes(model.config, tokens, lengths, capacity, chunk)
     chunk = min(chunk, length)
     filled = begin_reading(model, predictor, batch, capacity, offload=True)
     for begin in range(0, int(lengths.max()), chunk):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from butler_jax.decoding.capacity import bucket
-from butler_jax.decoding.config import SamplingConfig, read_sampling, require_whole
+from butler_jax.decoding.config import SamplingConfig, require_whole, settle_sampling
 from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.plan import check_offload, make_plan, settle_choice
 from butler_jax.decoding.prefill_pass import CHUNK
@@ -84,7 +84,7 @@ def serve(
         policy.require_predictor(predictor)
     if offload:
         check_offload(plan, capacity)
-    sampling = sampling or read_sampling(base.generation)[0]
+    sampling = settle_sampling(sampling, base.generation)
     how = Decoding(plan, sampling, capacity, min(int(chunk), capacity), score_dtype, offload)
     return Server(base, predictor, how, int(slots)).run(iter(requests))
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.decoding.cache import DecodeState, constrain_state
@@ -106,6 +107,10 @@ def decode_step(
     """
     options = dict(predictor=predictor, most=most, implementation=implementation)
     plan = make_plan(model.config, state.kv.capacity, selection, policy, **options)
+    if np.shape(tokens) != state.lengths.shape:
+        raise ValueError(
+            f"tokens must be an id for each of the {len(state.lengths)} rows of the state, got shape {np.shape(tokens)}"
+        )
     check_plan(plan, state, predictor)
     return take_step(model, tokens, state, predictor, plan, details=details)
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from butler_jax.parallel import HostsConfig
 from butler_jax.selection import Allocation, SelectionConfig, parse_budget
-from butler_jax.storage import expand_home, require_local, split_list
+from butler_jax.storage import expand_home, require_local, settle_types, split_list
 
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
 
@@ -103,6 +103,7 @@ class EvalConfig(HostsConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        settle_types(self)
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         expand_home(self, "out")
@@ -114,6 +115,8 @@ class EvalConfig(HostsConfig):
                 raise ValueError(f"--{name} names nothing; give at least one")
         object.__setattr__(self, "compare", tuple(Path(p) for p in split_list(self.compare)))
         object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
+        if {type(b) for b in self.budgets if b == 1} == {int, float}:
+            raise ValueError("--budgets 1 and 1.0 are one token and everything; give them to two evaluations")
         object.__setattr__(self, "tails", _numbers("tails", int, self.tails))
         object.__setattr__(self, "lengths", _numbers("lengths", int, self.lengths))
         object.__setattr__(self, "depths", _numbers("depths", float, self.depths))
@@ -123,6 +126,8 @@ class EvalConfig(HostsConfig):
         unknown = [a for a in self.allocations if a not in get_args(Allocation)]
         if unknown:
             raise ValueError(f"unknown allocation {', '.join(unknown)}; known: {', '.join(get_args(Allocation))}")
+        if not isinstance(self.selection, SelectionConfig):
+            raise ValueError(f"selection must be a SelectionConfig, got {self.selection!r}")
         interval = self.selection.interval
         if self.prompt_tokens is None:
             prompt = 0 if self.stride is not None else self.context // 4 // interval * interval

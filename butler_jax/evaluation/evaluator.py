@@ -93,6 +93,8 @@ def evaluate(
     """
     config = config or EvalConfig()
     require_loaded(base, predictor)
+    if not isinstance(config, EvalConfig):
+        raise ValueError(f"config must be an EvalConfig, got a {type(config).__name__}")
     base.require_tokenizer()
     first = jax.process_index() == 0
     say = say if say and first else (lambda line: None)

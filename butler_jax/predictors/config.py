@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from butler_jax.storage import require_known
+from butler_jax.storage import require_known, settle_types
 
 Target = Literal["attention", "weight", "value", "centred"]
 Offset = Literal["none", "share", "self_normalised"]
@@ -48,7 +48,7 @@ class PredictorConfig:
 
     def __post_init__(self):
         self._set_defaults()
-        self._check_numbers()
+        settle_types(self)
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
         require_known(self, target=get_args(Target), offset=get_args(Offset))  # a kind may be registered later
@@ -68,13 +68,6 @@ class PredictorConfig:
             raise ValueError(f"stride must be at least 1, got {self.stride}")
         if self.hidden is not None and self.hidden <= 0:
             raise ValueError(f"hidden must be positive, got {self.hidden}")
-
-    def _check_numbers(self) -> None:
-        """Raise ValueError where a number is not whole."""
-        for name in ("rank", "stride", "value_channels", "hidden"):
-            value = getattr(self, name)
-            if type(value) is not int and not (name == "hidden" and value is None):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
 
     def _set_defaults(self) -> None:
         """Fill in what is left out: stride, target and offset. An offset alone asks for an error as the target."""

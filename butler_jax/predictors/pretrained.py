@@ -5,6 +5,7 @@ config.json names the base with its revision and fingerprint, so that the predic
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -18,7 +19,7 @@ from safetensors.numpy import save
 
 from butler_jax.model import name_leaves
 from butler_jax.parallel import hash_arrays
-from butler_jax.storage import read_object, to_dict, write_whole
+from butler_jax.storage import read_object, require_loaded, to_dict, write_whole
 from butler_jax.weights import Base, parse_hub_id, upload
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -36,13 +37,12 @@ def write_pretrained(
     name: str | None = None,
 ) -> Path:
     """Write the files of a predictor; arguments as of `Predictor.save_pretrained`. name: of its repository."""
+    require_loaded(base, predictor)
     directory = Path(directory).expanduser()
     _check_place(directory)
     if report is not None:
-        _check_report(report, predictor, base)
-    directory.mkdir(parents=True, exist_ok=True)
+        report = _report_of(report, predictor, base)
     arrays = {name: np.asarray(leaf) for name, leaf in name_leaves(predictor).items()}
-    write_whole(directory / WEIGHTS, save(arrays, metadata={"format": "np"}))  # save_file hides it from other users
     config = {
         "library_name": LIBRARY,
         "format": FORMAT,
@@ -53,24 +53,37 @@ def write_pretrained(
         "predictor": to_dict(predictor.config),
         "parameters": sum(math.prod(array.shape) for array in arrays.values()),
     }
-    write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")
-    write_whole(directory / CARD, _make_card(config, report, name))
+    card = _make_card(config, report, name)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")  # first: it says whose files these are
+    write_whole(directory / WEIGHTS, save(arrays, metadata={"format": "np"}))  # save_file hides it from other users
+    write_whole(directory / CARD, card)
     return directory
 
 
-def _check_report(report: Any, predictor: Any, base: Base) -> None:
-    """Raise ValueError for a report about another base, or about other predictors."""
+def _report_of(report: Any, predictor: Any, base: Base) -> Any:
+    """The report without the other predictors that it compares.
+
+    Raises ValueError for a report about another base, or about other predictors alone.
+    """
     if report.about.get("fingerprint") not in (None, base.fingerprint):
         raise ValueError(
             f"the report is about base {report.about.get('base')!r} ({report.about['fingerprint']}), the predictor for "
             f"{base.name!r} ({base.fingerprint}); give the report of this predictor"
         )
-    evaluated = [one.get("arrays") for one in (report.about.get("predictors") or {}).values()]
-    if evaluated and None not in evaluated and hash_arrays(predictor) not in evaluated:
+    predictors = report.about.get("predictors") or {}
+    evaluated = {label: one.get("arrays") for label, one in predictors.items()}
+    if not evaluated or None in evaluated.values():
+        return report
+    own = hash_arrays(predictor)
+    if own not in evaluated.values():
         raise ValueError(
             "the report is about another predictor, or about another step of its training; run butler-jax eval again, "
             "or give the report of this predictor"
         )
+    others = {label for label, arrays in evaluated.items() if arrays != own}
+    about = {**report.about, "predictors": {label: one for label, one in predictors.items() if label not in others}}
+    return dataclasses.replace(report, rows=[row for row in report.rows if row["policy"] not in others], about=about)
 
 
 def _check_place(directory: Path) -> None:

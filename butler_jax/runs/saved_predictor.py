@@ -14,7 +14,7 @@ from butler_jax.predictors import CONFIG, FORMAT, WEIGHTS, Predictor, PredictorC
 from butler_jax.runs.checkpoints import Checkpoints
 from butler_jax.runs.finished_checkpoints import steps
 from butler_jax.runs.settings import find_run, is_pretrained, pin, read_settings, run_base, with_former_defaults
-from butler_jax.storage import file_in, from_dict, shown, to_dict
+from butler_jax.storage import file_in, from_dict, require_loaded, shown, to_dict
 from butler_jax.weights import load_base, open_safetensors
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
     Raises:
         FileExistsError: The directory holds a predictor already.
     """
+    require_loaded(base, predictor)
     path = Path(path).expanduser()
     if (path / "checkpoints").exists() or is_pretrained(path):
         raise FileExistsError(f"{path} already holds a predictor; choose another directory")
@@ -57,6 +58,7 @@ def load_predictor(run: str | Path, base: Base | None = None, *, step: int | Non
         DamagedCheckpoint: A file is not what was written. No other checkpoint is loaded in its place.
     """
     place = find_run(run)
+    require_loaded(base)
     base = load_run_base(place) if base is None else base
     if is_pretrained(place):
         if step is not None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from butler_jax.storage import require_known
+from butler_jax.storage import require_known, settle_types
 
 Allocation = Literal["per_head", "per_layer", "tolerance", "top_p"]
 LIMITED = ("tolerance", "top_p")  # allocations whose rows read what reaches a tolerance
@@ -26,19 +26,14 @@ class AlwaysReadConfig:
     """Newest tokens that are always read, the query's own among them."""
 
     def __post_init__(self):
+        settle_types(self)
         self._require_at_least(0, "sinks", "recent")
 
     def _require_at_least(self, least: int, *names: str) -> None:
-        """Raise ValueError where a field is no whole number of at least `least`. Numpy's numbers become Python's."""
+        """Raise ValueError where a field is below `least`."""
         for name in names:
-            value = getattr(self, name)
-            if hasattr(value, "item"):
-                value = value.item()
-                object.__setattr__(self, name, value)
-            if type(value) is not int:
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +78,7 @@ class SelectionConfig(AlwaysReadConfig):
     al. 2024, arXiv 2407.11550)."""
 
     def __post_init__(self):
+        settle_types(self)
         self._require_at_least(0, "sinks", "unit", "min_context", "tail")
         self._require_at_least(1, "recent", "interval")
         if self.unit.bit_count() != 1:

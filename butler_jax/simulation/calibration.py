@@ -63,6 +63,7 @@ def calibrate_thresholds(
     Raises:
         ValueError: There are no batches, the mean is not below the budget, or the policy lacks its predictor.
     """
+    _require_batches(model, batches)
     policy, mean = policy or TokenButler(), parse_budget(mean)
     whole = isinstance(mean, int)
     if not batches:
@@ -132,6 +133,9 @@ def calibrate_tolerance(
         ValueError: There are no batches or no rows after the prompts, a mean is out of range, or the policy's scores
             do not allow the allocation.
     """
+    _require_batches(model, batches)
+    if isinstance(means, int | float | str):
+        raise ValueError(f"means must be a list of budgets, got {means!r}; write [{means!r}]")
     by_mass = selection.allocation == "top_p"
     if policy is None:
         unvalued = predictor is not None and not predictor.config.counts_values
@@ -202,6 +206,14 @@ def calibrate_tolerance(
         wanted = np.interp(value, fine, read_of_sample[kind])
         found.append(_correct(value, wanted, slope, read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
+
+
+def _require_batches(model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    """Raise ValueError where the batches are no list, or the model is a base."""
+    if hasattr(model, "fingerprint"):
+        raise ValueError("a calibration takes the model of a base: give base.model")
+    if not isinstance(batches, Sequence):  # one batch, or an endless iterator of them
+        raise ValueError(f"batches must be a list of batches such as [batch], got a {type(batches).__name__}")
 
 
 def _correct(value: float, mean: float, slope: float, read_at: Callable[[float], float], corrections: int) -> float:

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "require_known",
             "require_loaded",
             "require_local",
+            "settle_types",
             "split_list",
             "to_dict",
         ],

@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from butler_jax.storage.values import fits, shown
 
@@ -32,6 +33,33 @@ def require_local(config) -> None:
                 )
 
 
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path", NoneType: "None"}
+
+
+def settle_types(config) -> None:
+    """Make numbers of numpy and JAX Python's, and a Path text where text is meant.
+
+    Nested settings and tuples are left alone.
+
+    Raises:
+        ValueError: A setting is of another type than its field.
+    """
+    hints = get_type_hints(type(config))
+    for entry in dataclasses.fields(config):
+        value, hint = getattr(config, entry.name), hints[entry.name]
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not set(kinds) <= WORDS.keys():
+            continue
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):
+            value = value.item()
+        if isinstance(value, Path) and Path not in kinds:
+            value = str(value)
+        if not fits(value, hint):
+            words = " or ".join(WORDS[kind] for kind in kinds if not (kind is int and float in kinds))
+            raise ValueError(f"{entry.name} must be {words}, got {shown(value)}")
+        object.__setattr__(config, entry.name, value)
+
+
 def expand_home(config, name: str) -> None:
     """Make a setting a Path in which ~ is the home directory; None stays."""
     value = getattr(config, name)
@@ -46,11 +74,13 @@ def require_known(config, **known: tuple) -> None:
 
 
 def require_loaded(base=None, predictor=None) -> None:
-    """Raise ValueError where a name or a path stands in the place of what is loaded from it."""
-    for name, value in {"base": base, "predictor": predictor}.items():
+    """Raise ValueError where a name, a path or anything else stands in the place of a base or a predictor."""
+    for name, value, needed in (("base", base, "model"), ("predictor", predictor, "q_imp")):
         if isinstance(value, str | os.PathLike):
             given = os.fspath(value)
             raise ValueError(f"the {name} is given as {given!r}; load it first: butler_jax.load_{name}({given!r})")
+        if value is not None and not hasattr(value, needed):
+            raise ValueError(f"the {name} must be what butler_jax.load_{name} gives, got a {type(value).__name__}")
 
 
 def split_list(values) -> tuple:
@@ -58,7 +88,7 @@ def split_list(values) -> tuple:
     values = (values,) if isinstance(values, str) or not isinstance(values, Iterable) else values
     parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else (v,))]
     parts = [p.strip() if isinstance(p, str) else p for p in parts]
-    return tuple(dict.fromkeys(p for p in parts if p != ""))
+    return tuple({(type(p), p): p for p in parts if p != ""}.values())  # 1 and 1.0 are two
 
 
 def to_dict(config) -> dict:

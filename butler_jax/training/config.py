@@ -10,7 +10,7 @@ from typing import Literal
 from butler_jax.parallel import HostsConfig
 from butler_jax.predictors import PredictorConfig
 from butler_jax.selection import AlwaysReadConfig, SelectionConfig, parse_budget
-from butler_jax.storage import expand_home, require_local
+from butler_jax.storage import expand_home, require_local, settle_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ class FitConfig(HostsConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        settle_types(self)
         require_local(self)
         object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         expand_home(self, "run_dir")

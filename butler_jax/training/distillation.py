@@ -69,6 +69,8 @@ def distil(
     """
     require_loaded(base, predictor)
     config = config or TrainConfig()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config must be a TrainConfig, got a {type(config).__name__}")
     predictor_class(config.predictor.kind)  # raises where it is not known
     if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
         config = dataclasses.replace(config, base=base.name)

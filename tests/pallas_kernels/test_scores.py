@@ -49,6 +49,11 @@ def test_an_offset_is_added_to_each_query_head_before_they_are_pooled(implementa
     for pooling, given in (("normalised", None), ("maximum", None), ("normalised", totals)):
         found = score(q, keys, lengths, first=first, pooling=pooling, totals=given, offset=offset)
         np.testing.assert_allclose(found, oracle_scores(q, keys, lengths, pooling, first, offset), atol=1e-5)
+    out = jnp.full(offset.shape, -jnp.inf).at[..., 0].set(0.0)  # leaves all heads but the first out
+    for pooling in ("normalised", "maximum"):
+        found = score(q, keys, lengths, first=first, pooling=pooling, offset=out)
+        expected = oracle_scores(q[:, :, :1], keys, lengths, pooling, first, out[..., :1])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"offset must have shape \(3, 2, .\), got"):
         score(q, keys, lengths, offset=offset[0])
 

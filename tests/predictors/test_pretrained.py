@@ -124,6 +124,12 @@ def test_the_card_says_base_use_training_and_quality(base, tmp_path):
         predictor_for(base).save_pretrained(tmp_path, pinned, report=report)
     report.about["predictors"]["tokenbutler"]["arrays"] = hash_arrays(predictor_for(base))
     predictor_for(base).save_pretrained(tmp_path, pinned, report=report)
+    other = {**config, "arrays": "of another", "training": {"step": 77, "steps": 77}}
+    report.about["predictors"]["tokenbutler:compared"] = other
+    report.rows.extend([{**row, "policy": "tokenbutler:compared", "value": 1e-9} for row in report.rows])
+    predictor_for(base).save_pretrained(tmp_path, pinned, report=report)
+    card = (tmp_path / "README.md").read_text()
+    assert "compared" not in card and "step 77" not in card and "step 300 of 300" in card
     with pytest.raises(FileExistsError, match="is a run's directory"):
         (tmp_path / "checkpoints").mkdir()
         predictor_for(base).save_pretrained(tmp_path, base)

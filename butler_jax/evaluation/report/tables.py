@@ -140,7 +140,7 @@ def format_budget(budget: float | int | None) -> str:
     if budget is None:
         return ""
     if isinstance(budget, Integral):
-        return f"{budget:,} tokens"
+        return f"{budget:,} token{'' if budget == 1 else 's'}"
     share = 1 / budget if budget else 0.0
     return f"1/{round(share)}" if share >= 1.5 and abs(share - round(share)) < 1e-6 else f"{budget:g}"
 
