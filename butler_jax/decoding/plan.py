@@ -97,8 +97,12 @@ def make_plan(
 
     Raises:
         ValueError: For thresholds of another model, a predictor of a base of other sizes, units that a mesh would
-            split, and a policy that evicts on a mesh.
+            split, a policy that evicts on a mesh, and where jax_enable_x64 is set.
     """
+    if jax.config.jax_enable_x64:
+        raise ValueError(
+            "decoding computes in 32 bits: leave jax_enable_x64 off, or decode under jax.enable_x64(False)"
+        )
     if predictor is not None:
         theirs, own = ({name: getattr(one, name) for name in SIZES} for one in (predictor.base, base))
         if theirs != own:

@@ -64,7 +64,8 @@ def _factor_and_blocks(q_imp, k_imp, scales, scale, layer):
     start = (0 if layer is None else layer, 0, 0, 0)
 
     def k_imp_at(at, width):
-        found = jax.lax.dynamic_slice(stacked, (*start, at), (1, *k_imp.shape[-4:-1], width))
+        corner = [jnp.asarray(i, jnp.int32) for i in (*start, at)]  # one type under jax_enable_x64 too
+        found = jax.lax.dynamic_slice(stacked, corner, (1, *k_imp.shape[-4:-1], width))
         return found.reshape(batch, heads, 1 if shared else group, rank, width)
 
     return factor, k_imp_at

@@ -296,6 +296,11 @@ def test_bad_input_is_a_clear_error(base, prompts, settings, message):
         butler_jax.generate_stream(base, prompts, **settings)  # before the first piece is asked for
 
 
+def test_decoding_in_64_bits_is_a_clear_error(base):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="leave jax_enable_x64 off"):
+        butler_jax.generate(base, [[1]])
+
+
 @pytest.mark.parametrize("function", [butler_jax.generate, butler_jax.generate_stream])
 def test_settings_are_named_in_the_signature_and_a_typo_blames_the_function(base, function):
     shown = inspect.signature(function).parameters
