@@ -336,6 +336,7 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     Raises:
         ValueError: k_imp has fewer than two dimensions, or the scales are not those of its heads.
     """
+    k_imp, scales = _arrays(k_imp, scales)
     if k_imp.ndim < 2:
         raise ValueError(f"k_imp must be [..., R, S], got shape {k_imp.shape}")
     heads = k_imp.shape[:-2]
@@ -343,7 +344,7 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     if scales is None:
         scales = jnp.max(jnp.abs(values), axis=(-2, -1), initial=0.0) / 127.0
     checks.check_vector("scales", scales, (heads,), "f")
-    scales = jnp.asarray(scales, jnp.float32)
+    scales = scales.astype(jnp.float32)
     divisor = jnp.where(scales > 0, scales, 1.0)[..., None, None]
     return jnp.clip(jnp.round(values / divisor), -127, 127).astype(jnp.int8), scales
 

@@ -136,7 +136,10 @@ def check_layer(name: str, array: Any, layer: Any, dims: str, several: bool = Fa
         if np.ndim(layer) > several or np.size(layer) == 0:
             wanted = "one index, or a vector of them" if several else "one index"
             raise ValueError(f"layer must be {wanted}, got shape {np.shape(layer)}")
-        for number in np.ravel(layer) if isinstance(layer, (int, np.integer, np.ndarray)) else ():
+        known = np.asarray(layer) if isinstance(layer, (int, float, str, list, tuple, np.generic, np.ndarray)) else None
+        if np.dtype(layer.dtype if known is None else known.dtype).kind not in "iu":
+            raise ValueError(f"layer must be a whole number, got {layer!r}")
+        for number in () if known is None else np.ravel(known):
             if number < 0 or number >= array.shape[0]:
                 raise ValueError(f"layer {number} is outside the cache's {array.shape[0]} layers")
     return tuple(array.shape[layer is not None :])
@@ -228,6 +231,8 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
             raise ValueError(f"{name} must be floating point, got {array.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
+    if k.dtype != v.dtype:
+        raise ValueError(f"k in {k.dtype} and v in {v.dtype} must have one dtype")
     if shape[0] != batch:
         raise ValueError(f"k holds {shape[0]} rows and q {batch}; both are [B, ...]")
     if shape[3] != dim:

@@ -149,10 +149,10 @@ def generate_stream(
     """
     require_loaded(base, predictor)
     selection, policy = settle_choice(selection, policy, predictor)
-    for name, value in dict(
-        max_new_tokens=max_new_tokens, chunk=chunk, capacity=1 if capacity is None else capacity
-    ).items():
-        require_whole(name, value)
+    require_whole("max_new_tokens", max_new_tokens)
+    require_whole("chunk", chunk)
+    if capacity is not None:
+        require_whole("capacity", capacity)
     check_score_dtype(score_dtype)
     known = base.tokenizer, base.config.vocab_size
     rows = encode(*known, prompts)

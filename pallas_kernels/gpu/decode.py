@@ -17,7 +17,7 @@ def sparse_decode_attention(
     if can_image(q_imp, k_imp, rules.unit):
         image = importance_images(q_imp, k_imp, lengths, rules=rules, interpret=interpret, **scored)
     else:  # a unit is longer than what a program scores
-        scores = importance_scores(q_imp, k_imp, lengths, totals=None, interpret=interpret, **scored)
+        scores = importance_scores(q_imp, k_imp, lengths, totals=None, offset=None, interpret=interpret, **scored)
         image = image_of(scores, lengths, rules)
     chosen = dict(counts=counts, first=first, unit=rules.unit, interpret=interpret)
     units, taken = choose_units(image, lengths, n, k.shape[-2], **chosen)

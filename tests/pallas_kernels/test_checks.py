@@ -43,6 +43,7 @@ def whole(**changed):
         (dict(lengths=jnp.array([5.0])), "lengths must be integers"),
         (dict(k=jnp.zeros((1, 2, 31, 8))), "same number of tokens S"),
         (dict(v=jnp.zeros((1, 2, 32, 9))), "must have one shape"),
+        (dict(v=jnp.zeros((1, 2, 32, 8), jnp.bfloat16)), "k in float32 and v in bfloat16 must have one dtype"),
         (dict(q=jnp.zeros((1, 5, 8))), "5 query heads cannot share 2 KV heads"),
         (dict(q=jnp.zeros((1, 4, 9))), "k has head dimension 8 and q 9"),
         (dict(layer=0), "pass layer=|drop layer="),

@@ -99,6 +99,10 @@ def test_layers_that_do_not_fit_are_named():
         (np.array([1, 5]), "layer 5 is outside the cache's 5 layers"),
         ([], r"layer must be one index, or a vector of them, got shape \(0,\)"),
         ([[1, 2]], r"got shape \(1, 2\)"),
+        ([1, 5], "layer 5 is outside the cache's 5 layers"),
+        ("1", "layer must be a whole number, got '1'"),
+        (1.5, "layer must be a whole number, got 1.5"),
+        (True, "layer must be a whole number, got True"),
     ]:
         with pytest.raises(ValueError, match=message):
             pk.importance_scores(q, keys, lengths, layer=layers)
