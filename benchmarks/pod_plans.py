@@ -68,7 +68,7 @@ class PodPlan:
 
     @property
     def predictor_config(self) -> PredictorConfig:
-        """The predictor's configuration."""
+        """The predictor's configuration, with the stride of the tables in docs/guides/scaling.md."""
         offset = "none" if self.target == "attention" else "share"
         return PredictorConfig(kind=self.predictor, stride=4, target=self.target, offset=offset, value_channels=0)
 

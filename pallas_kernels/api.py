@@ -84,7 +84,7 @@ def importance_scores(
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
-    normalised = pooling == "normalised" and (q_imp.shape[2] > 1 or offset is not None)
+    normalised = _normalises(pooling, q_imp, offset)
     totals = totals if normalised else None
     if offset is not None:
         offset = jnp.clip(jnp.nan_to_num(offset.astype(jnp.float32), nan=LOWEST), LOWEST, -LOWEST)
@@ -304,8 +304,7 @@ def sparse_decode_attention(
         checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
         n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
         options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), scales=scales, layer=layer)
-        options |= dict(normalised=pooling == "normalised" and q_imp.shape[2] > 1)
-        options |= dict(score_scale=_factor(score_scale, q_imp))
+        options |= dict(normalised=_normalises(pooling, q_imp), score_scale=_factor(score_scale, q_imp))
         options |= dict(new_k=new_k, new_v=new_v, scale=_factor(scale, q), interpret=interpret or False)
         results = gpu.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, n, **options)
         asked = (True, return_residual, return_selection)
@@ -357,6 +356,11 @@ def _arrays(*values):
 def _factor(scale: float | None, queries: jax.Array) -> float:
     """The factor on products with queries [..., D] or [..., R]: that given, or the default."""
     return queries.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _normalises(pooling: str, q_imp: jax.Array, offset: jax.Array | None = None) -> bool:
+    """Whether log-sum-exps are taken off the scores. One query head alone needs none, unless it has an offset."""
+    return pooling == "normalised" and (q_imp.shape[2] > 1 or offset is not None)
 
 
 def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:

@@ -136,8 +136,8 @@ def check_layer(name: str, array: Any, layer: Any, dims: str, several: bool = Fa
         if np.ndim(layer) > several or np.size(layer) == 0:
             wanted = "one index, or a vector of them" if several else "one index"
             raise ValueError(f"layer must be {wanted}, got shape {np.shape(layer)}")
-        known = np.asarray(layer) if isinstance(layer, (int, float, str, list, tuple, np.generic, np.ndarray)) else None
-        if np.dtype(layer.dtype if known is None else known.dtype).kind not in "iu":
+        known = None if isinstance(layer, jax.Array) else np.asarray(layer)  # else it may be on the device, or traced
+        if (layer if known is None else known).dtype.kind not in "iu":
             raise ValueError(f"layer must be a whole number, got {layer!r}")
         for number in () if known is None else np.ravel(known):
             if number < 0 or number >= array.shape[0]:

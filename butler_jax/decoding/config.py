@@ -29,11 +29,11 @@ class SamplingConfig:
     (Keskar et al. 2019, CTRL). 1 changes nothing."""
 
     def __post_init__(self):
+        if self.top_k is not None:
+            require_whole("top_k", self.top_k)
         settle_types(self)
         if not self.temperature >= 0:
             raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None:
-            require_whole("top_k", self.top_k)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not self.repetition_penalty > 0:

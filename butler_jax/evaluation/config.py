@@ -105,7 +105,6 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         settle_types(self)
         require_local(self)
-        object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         expand_home(self, "out")
         for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:

@@ -78,6 +78,7 @@ class SelectionConfig(AlwaysReadConfig):
     al. 2024, arXiv 2407.11550)."""
 
     def __post_init__(self):
+        object.__setattr__(self, "budget", parse_budget(self.budget))
         settle_types(self)
         self._require_at_least(0, "sinks", "unit", "min_context", "tail")
         self._require_at_least(1, "recent", "interval")
@@ -85,7 +86,6 @@ class SelectionConfig(AlwaysReadConfig):
             raise ValueError(f"the unit must be a power of two (1, 2, 4, ...), got {self.unit}")
         if self.tail % self.unit:
             raise ValueError(f"the tail must be a multiple of the unit {self.unit}, got {self.tail}")
-        object.__setattr__(self, "budget", parse_budget(self.budget))
         self._check_budget()
         self._check_allocation()
         if self.threshold is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -33,7 +34,19 @@ def require_local(config) -> None:
                 )
 
 
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path", NoneType: "None"}
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
+"""The types that `settle_types` checks, as messages call them."""
+
+
+@functools.cache
+def _plain_fields(kind: type) -> list[tuple[str, Any, set]]:
+    """Names, annotations and types of the fields that have types of WORDS alone, or None."""
+    found = []
+    for name, hint in get_type_hints(kind).items():
+        kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,)) - {NoneType}
+        if kinds <= WORDS.keys():
+            found.append((name, hint, kinds - {int} if float in kinds else kinds))
+    return found
 
 
 def settle_types(config) -> None:
@@ -44,20 +57,16 @@ def settle_types(config) -> None:
     Raises:
         ValueError: A setting is of another type than its field.
     """
-    hints = get_type_hints(type(config))
-    for entry in dataclasses.fields(config):
-        value, hint = getattr(config, entry.name), hints[entry.name]
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if not set(kinds) <= WORDS.keys():
-            continue
+    for name, hint, kinds in _plain_fields(type(config)):
+        value = getattr(config, name)
         if getattr(value, "shape", None) == () and hasattr(value, "item"):
             value = value.item()
         if isinstance(value, Path) and Path not in kinds:
             value = str(value)
         if not fits(value, hint):
-            words = " or ".join(WORDS[kind] for kind in kinds if not (kind is int and float in kinds))
-            raise ValueError(f"{entry.name} must be {words}, got {shown(value)}")
-        object.__setattr__(config, entry.name, value)
+            words = " or ".join(word for kind, word in WORDS.items() if kind in kinds)
+            raise ValueError(f"{name} must be {words}, got {shown(value)}")
+        object.__setattr__(config, name, value)
 
 
 def expand_home(config, name: str) -> None:

@@ -68,7 +68,6 @@ class FitConfig(HostsConfig):
         super().__post_init__()
         settle_types(self)
         require_local(self)
-        object.__setattr__(self, "data_dir", None if self.data_dir is None else str(self.data_dir))
         expand_home(self, "run_dir")
         positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "grace", "log_every")
         for name in positive:

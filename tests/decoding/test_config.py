@@ -12,7 +12,7 @@ from butler_jax.decoding.config import SamplingConfig, read_sampling
     [
         ({"temperature": -1}, "temperature must be 0"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1"),
-        ({"top_k": 2.5}, "top_k must be a whole number or None, got 2.5"),
+        ({"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"top_p": 1.5}, "at most 1"),
         ({"repetition_penalty": 0}, "repetition penalty must be above 0"),

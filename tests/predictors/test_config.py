@@ -21,7 +21,7 @@ from butler_jax.training import TrainConfig
         (dict(target="centered"), "unknown target 'centered'; known: attention, weight, value, centred"),
         (dict(offset="shared"), "unknown offset 'shared'; known: none, share, self_normalised"),
         (dict(rank=16.0), "rank must be a whole number, got 16.0"),
-        (dict(stride="4"), "stride must be a whole number or None, got '4'"),
+        (dict(stride="4"), "stride must be a whole number, got '4'"),
     ],
 )
 def test_targets_and_offsets_that_do_not_go_together_are_refused(given, message):

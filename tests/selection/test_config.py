@@ -21,7 +21,7 @@ from butler_jax.selection import SelectionConfig
         ({"sinks": 1.5}, "sinks must be a whole number, got 1.5"),
         ({"interval": 2.5}, "interval must be a whole number, got 2.5"),
         ({"threshold": 1.0}, r"one number for every layer and KV head, \[L\]\[K\]; got 1.0"),
-        ({"budget": True}, "budget must be a number or text, got True"),
+        ({"budget": True}, "is not a number"),
         ({"sinks": -1}, "sinks"),
         ({"recent": 0}, "recent"),
         ({"unit": 3}, "power of two"),
