@@ -174,9 +174,14 @@ def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> No
             "int8 k_imp needs its scales, and other dtypes take none; quantise_k_imp gives both "
             f"(k_imp is {k_imp.dtype}, scales are {'given' if scales is not None else 'missing'})"
         )
-    if not quantised and not jnp.issubdtype(k_imp.dtype, jnp.floating):
-        raise ValueError(f"k_imp must be floating point or int8, got {k_imp.dtype}")
+    if not quantised and not is_floating(k_imp):
+        raise ValueError(f"k_imp must be floating point of 16 bits or more, or int8, got {k_imp.dtype}")
     check_vector("scales", scales, ((shape[1],), shape[:2]), "f")
+
+
+def is_floating(array) -> bool:
+    """Whether an array is floating point of 16 bits or more: weights are rounded to the precision of values."""
+    return jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits >= 16
 
 
 def check_caches(k, q_imp, k_imp, layer) -> None:
@@ -227,8 +232,8 @@ def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first,
     shape = check_layer("k", k, layer, "B K S D")
     check_some(*shape[:2])
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, got {array.dtype}")
+        if not is_floating(array):
+            raise ValueError(f"{name} must be floating point of 16 bits or more, got {array.dtype}")
     if k.shape != v.shape:
         raise ValueError(f"k {k.shape} and v {v.shape} must have one shape")
     if k.dtype != v.dtype:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
-from butler_jax.storage import from_dict, settle_types
+from butler_jax.storage import from_dict, settle_types, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         if self.top_k is not None:
-            require_whole("top_k", self.top_k)
+            whole(self.top_k, "top_k")
         settle_types(self)
         if not self.temperature >= 0:
             raise ValueError(f"the temperature must be 0 (greedy) or more, got {self.temperature}")
@@ -45,12 +44,6 @@ def settle_sampling(sampling: SamplingConfig | None, generation: Mapping[str, An
     if not isinstance(sampling, SamplingConfig | None):
         raise ValueError(f"sampling must be a SamplingConfig, got {sampling!r}; write SamplingConfig(temperature=0.8)")
     return sampling or read_sampling(generation)[0]
-
-
-def require_whole(name: str, value: Any) -> None:
-    """Raise ValueError unless a setting is a whole number of at least 1."""
-    if not (isinstance(value, Integral) and value >= 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 NEUTRAL = {

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket, room_for_all
-from butler_jax.decoding.config import SamplingConfig, require_whole, settle_sampling
+from butler_jax.decoding.config import SamplingConfig, settle_sampling
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, check_offload, make_plan, settle_choice
@@ -32,7 +32,7 @@ from butler_jax.model import BaseConfig
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, budget_table, room_for
-from butler_jax.storage import require_loaded
+from butler_jax.storage import require_loaded, whole
 from butler_jax.text import Prompts, Writer, encode, read_stops
 
 if TYPE_CHECKING:
@@ -149,10 +149,8 @@ def generate_stream(
     """
     require_loaded(base, predictor)
     selection, policy = settle_choice(selection, policy, predictor)
-    require_whole("max_new_tokens", max_new_tokens)
-    require_whole("chunk", chunk)
-    if capacity is not None:
-        require_whole("capacity", capacity)
+    max_new_tokens, chunk = whole(max_new_tokens, "max_new_tokens"), whole(chunk, "chunk")
+    capacity = None if capacity is None else whole(capacity, "capacity")
     check_score_dtype(score_dtype)
     known = base.tokenizer, base.config.vocab_size
     rows = encode(*known, prompts)
@@ -170,13 +168,14 @@ def generate_stream(
             )
     sampling = settle_sampling(sampling, base.generation)
     how = Decoding(plan, sampling, capacity, chunk, score_dtype, offload)
-    width, kept = min(bucket(int(lengths.max()), 16), capacity), None
+    kept = None
     if cache is not None:
+        if not isinstance(cache, PromptCache):
+            raise ValueError(f"cache must be a PromptCache, got a {type(cache).__name__}; write cache=PromptCache()")
         kept = cache.take(base.model, predictor, rows)
         if not how.resumes(predictor):
             cache = kept = None
-    if kept is not None:
-        width = capacity
+    width = min(bucket(int(lengths.max()), 16), capacity) if kept is None else capacity
     tokens = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):
         tokens[b, : len(row)] = row

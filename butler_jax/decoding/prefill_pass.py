@@ -94,7 +94,7 @@ def prefill(
         Logits after each row's last token in float32, and the state.
 
     Raises:
-        ValueError: T exceeds the capacity, the capacity the model's context, or a length is out of range.
+        ValueError: T exceeds the capacity, the capacity the model's context, or a length or a token is out of range.
     """
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)
@@ -161,6 +161,11 @@ def check_sizes(config: BaseConfig, tokens: Any, lengths: Any, capacity: int, ch
         raise ValueError("a prompt has no tokens; give every row at least one")
     if known.max() > length:
         raise ValueError(f"a prompt of {known.max()} tokens does not fit the {length} columns of tokens")
+    if not isinstance(tokens, jax.core.Tracer):
+        read = np.asarray(tokens)[np.arange(length) < known[:, None]]
+        wrong = read[(read < 0) | (read >= config.vocab_size)]
+        if len(wrong):
+            raise ValueError(f"a prompt has the token {wrong[0]}; the vocabulary is 0 ... {config.vocab_size - 1}")
 
 
 def _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation) -> Prefilled:

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 
 from butler_jax.decoding.capacity import room_for_all
-from butler_jax.decoding.config import require_whole
 from butler_jax.decoding.generated import Piece
 from butler_jax.decoding.generation import Decoding, row_keys
 from butler_jax.decoding.prompt_reader import PromptReader
 from butler_jax.decoding.requests import Completion, Request, request_of
 from butler_jax.decoding.slots import admit, advance_slots, make_slots, renew
 from butler_jax.predictors import Predictor
+from butler_jax.storage import whole
 from butler_jax.text import Writer, encode_prompt, read_stops
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Server:
         began = time.perf_counter()
         prompt, count = encode_prompt(*known, request.prompt, name), request.max_new_tokens
         completion.prompt_tokens = len(prompt)
-        require_whole(f"{name}: max_new_tokens", count)
+        whole(count, f"{name}: max_new_tokens")
         room_for_all(np.asarray([len(prompt)]), count, self.how.capacity, self.base.config.context)
         ends, stops = read_stops(*known, request.stop)
         seed = completion.number if request.seed is None else request.seed

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from butler_jax.decoding.capacity import bucket
-from butler_jax.decoding.config import SamplingConfig, require_whole, settle_sampling
+from butler_jax.decoding.config import SamplingConfig, settle_sampling
 from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.plan import check_offload, make_plan, settle_choice
 from butler_jax.decoding.prefill_pass import CHUNK
@@ -16,7 +16,7 @@ from butler_jax.decoding.server import Server
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.storage import require_loaded
+from butler_jax.storage import require_loaded, whole
 from butler_jax.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -69,14 +69,13 @@ def serve(
     if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
         raise ValueError(f"requests must be a list or another iterable of them, got one {type(requests).__name__}")
     require_loaded(base, predictor)
-    require_whole("slots", slots)
-    require_whole("chunk", chunk)
+    slots, chunk = whole(slots, "slots"), whole(chunk, "chunk")
     check_score_dtype(score_dtype)
     selection, policy = settle_choice(selection, policy, predictor)
     context = base.config.context
     if capacity is None:
         capacity = _room(base, requests) if isinstance(requests, (list, tuple)) else context
-    require_whole("capacity", capacity)
+    capacity = whole(capacity, "capacity")
     if capacity > context:
         raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
     plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
@@ -85,8 +84,8 @@ def serve(
     if offload:
         check_offload(plan, capacity)
     sampling = settle_sampling(sampling, base.generation)
-    how = Decoding(plan, sampling, capacity, min(int(chunk), capacity), score_dtype, offload)
-    return Server(base, predictor, how, int(slots)).run(iter(requests))
+    how = Decoding(plan, sampling, capacity, min(chunk, capacity), score_dtype, offload)
+    return Server(base, predictor, how, slots).run(iter(requests))
 
 
 def _room(base: Base, requests: Sequence[Any]) -> int:

@@ -14,7 +14,7 @@ from butler_jax.predictors import CONFIG, FORMAT, WEIGHTS, Predictor, PredictorC
 from butler_jax.runs.checkpoints import Checkpoints
 from butler_jax.runs.finished_checkpoints import steps
 from butler_jax.runs.settings import find_run, is_pretrained, pin, read_settings, run_base, with_former_defaults
-from butler_jax.storage import file_in, from_dict, require_loaded, shown, to_dict
+from butler_jax.storage import file_in, from_dict, require_loaded, shown, to_dict, whole
 from butler_jax.weights import load_base, open_safetensors
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _load_predictor(directory: Path, base: Base, step: int | None) -> Predictor:
     with Checkpoints(directory) as checkpoints:
         if not checkpoints.steps():
             raise FileNotFoundError(f"{directory} holds no finished checkpoint yet")
-        step = checkpoints.best() if step is None else step
+        step = checkpoints.best() if step is None else whole(step, "step", least=0)
         if step not in checkpoints.steps():
             there = ", ".join(map(str, checkpoints.steps()))
             raise FileNotFoundError(f"{directory} has no checkpoint of step {step}; steps: {there}")

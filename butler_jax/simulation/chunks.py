@@ -45,6 +45,7 @@ from butler_jax.simulation.sharding import (
     split_text,
     split_view,
 )
+from butler_jax.storage import whole
 
 LEAST = 4  # chunks of a band, twice as many where few rows run: each band is compiled by itself, which takes long
 Importance = tuple[Float[Array, "B T H R"], Float[Array, "B S Q R"], Float[Array, "B T H"] | None]
@@ -157,11 +158,14 @@ def spread(length: int, rows: int | None, first: int = 0) -> list[int]:
     """The numbers of chunks that are spread evenly along a sequence and hold about `rows` rows; None takes all.
 
     first: The first row; chunks that end before it are left out, except by None.
+
+    Raises ValueError for fewer than one row.
     """
     size = min(CHUNK, length)
     chunks = -(-length // size)
     if rows is None:
         return list(range(chunks))
+    rows = whole(rows, "rows")
     before = min(first // size, chunks - 1)
     left = chunks - before
     taken = min(max(rows // size, 1), left)

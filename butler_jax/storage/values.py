@@ -1,4 +1,4 @@
-"""Checks of values that were read from files, before anything is computed with them."""
+"""Checks of single values, before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def whole(value: Any, name: str, *, least: int = 1) -> int:
-    """`value`, if it is an int of at least `least`. Otherwise raises ValueError with its name."""
-    if type(value) is not int or value < least:
+    """`value` as an int, if it is a whole number of at least `least`. Otherwise raises ValueError with its name."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
-    return value
+    return int(value)
 
 
 def number(value: Any, name: str) -> float:

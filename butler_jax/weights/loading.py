@@ -77,7 +77,7 @@ def load_base(
     Args:
         spec: A Hugging Face directory (safetensors, sharded or not), a hub id "organisation/name" or
             "organisation/name@revision", a .gguf file, or "tiny", the model in this package.
-        dtype: Of the parameters; None is float32 on CPU and bfloat16 on accelerators.
+        dtype: Of the parameters, float32, bfloat16 or float16; None is float32 on CPU and bfloat16 on accelerators.
         shardings: (logical axes, shape) -> Sharding of a parameter, as from parallel.shardings_for(mesh); None puts all
             parameters on the default device.
         context: Tokens that the base is to take. A shorter context is extended by YaRN, without training
@@ -91,6 +91,8 @@ def load_base(
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     text = str(spec)
     if text.endswith(".gguf"):
         from butler_jax.weights import gguf

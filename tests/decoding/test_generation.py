@@ -273,6 +273,7 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         ([[1]], dict(seed=None), "the seed must be a whole number, or one for every prompt, got None"),
         ([[1]], dict(chunk=2.5), "chunk must be a whole number of at least 1, got 2.5"),
         ([[1]], dict(capacity=64.0), "capacity must be a whole number of at least 1, got 64.0"),
+        ([[1]], dict(cache={}), r"cache must be a PromptCache, got a dict; write cache=PromptCache\(\)"),
         ([[1]], dict(selection=0.25), "selection must be a SelectionConfig, got 0.25; write SelectionConfig"),
         ([[1]], dict(stop=1.5), "stop 1.5 is no token"),
         ([[1]], dict(stop=[99999]), "stop 99999 is no token; the vocabulary is 0 ... 60"),

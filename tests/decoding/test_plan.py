@@ -57,6 +57,9 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
         decode_step(base.model, jnp.asarray([1]), kept, selection=SelectionConfig(budget=0.5, interval=2), **other)
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([0]), capacity=4)
+    padded = jnp.asarray([[1, 60, -1], [2, 61, 99]])
+    with pytest.raises(ValueError, match="a prompt has the token 61; the vocabulary is 0"):
+        prefill(base.model, padded, jnp.asarray([2, 2]), capacity=4)
     assert isinstance(state, DecodeState) and logits.shape == (1, 61)
 
 

@@ -44,6 +44,14 @@ def whole(**changed):
         (dict(k=jnp.zeros((1, 2, 31, 8))), "same number of tokens S"),
         (dict(v=jnp.zeros((1, 2, 32, 9))), "must have one shape"),
         (dict(v=jnp.zeros((1, 2, 32, 8), jnp.bfloat16)), "k in float32 and v in bfloat16 must have one dtype"),
+        (
+            dict(k=jnp.zeros((1, 2, 32, 8), jnp.float8_e4m3fn)),
+            "k must be floating point of 16 bits",
+        ),
+        (
+            dict(k_imp=jnp.zeros((1, 2, 4, 32), jnp.float8_e5m2)),
+            "k_imp must be floating point of 16 bits",
+        ),
         (dict(q=jnp.zeros((1, 5, 8))), "5 query heads cannot share 2 KV heads"),
         (dict(q=jnp.zeros((1, 4, 9))), "k has head dimension 8 and q 9"),
         (dict(layer=0), "pass layer=|drop layer="),

@@ -184,6 +184,8 @@ def test_a_step_that_is_not_there_is_named(tmp_path):
     save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7.*steps: 0"):
         load_predictor(tmp_path / "predictor", BASE, step=7)
+    with pytest.raises(ValueError, match=r"step must be a whole number of at least 0, got 0\.0"):
+        load_predictor(tmp_path / "predictor", BASE, step=0.0)
 
 
 def test_places_of_processes_are_joined_and_have_to_agree():

@@ -144,6 +144,8 @@ def test_bad_means_are_clear_errors(model):
         calibrate_thresholds(model, None, [batch_of()], most, 0.125)
     with pytest.raises(ValueError, match="give at least one batch, and one mean"):
         calibrate_tolerance(model, None, [batch_of()], most, [], policy=make_policy("oracle_residual"))
+    with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got -5"):
+        calibrate_tolerance(model, None, [batch_of()], most, [0.1], policy=make_policy("oracle_residual"), rows=-5)
     numbers = [calibrate_thresholds(model, None, [batch_of()], most, n, policy=make_policy("oracle")) for n in MEANS]
     assert numbers[0] == numbers[1] == numbers[2]
 

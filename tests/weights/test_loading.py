@@ -241,6 +241,12 @@ def test_absent_embedded_model_says_how_to_make_it(monkeypatch, tmp_path):
         load_base("tiny")
 
 
+@pytest.mark.parametrize("dtype", ["int8", jnp.float8_e4m3fn])
+def test_a_precision_of_fewer_bits_is_a_clear_error(directory, dtype):
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got "):
+        load_base(directory, dtype=dtype)
+
+
 def test_fingerprint_ignores_dtype_and_tells_models_apart(directory):
     first = load_base(directory)
     assert first.fingerprint == load_base(directory, dtype=jnp.bfloat16).fingerprint == fingerprint(first.model)
