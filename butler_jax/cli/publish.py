@@ -34,7 +34,8 @@ class PublishConfig:
 
     def __post_init__(self):
         require_local(self)
-        expand_home(self, "out")
+        for name in ("run", "out", "report"):
+            expand_home(self, name)
         if self.out is None and self.hub is None:
             raise ValueError("nowhere to publish: give --out DIR, or --hub ORGANISATION/NAME")
 

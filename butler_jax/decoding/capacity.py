@@ -19,10 +19,12 @@ def room_for_all(lengths: np.ndarray, new: int, capacity: int | None, context: i
     """Tokens that every row gets room for. Raises ValueError where prompts and new tokens do not fit."""
     longest = int(lengths.max())
     needed = longest + new - 1  # the last token is not fed back
+    if longest > context:
+        raise ValueError(f"a prompt of {longest} tokens is beyond the model's context of {context} tokens; shorten it")
     if needed > context:
         raise ValueError(
             f"a prompt of {longest} tokens and {new} new ones are beyond the model's context of {context} tokens; ask "
-            f"for at most {max(context - longest + 1, 0)} new tokens, or shorten the prompt"
+            f"for at most {context - longest + 1} new tokens, or shorten the prompt"
         )
     if capacity is None:
         return min(bucket(needed, 64), context)

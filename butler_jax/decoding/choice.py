@@ -39,7 +39,7 @@ class Chooser:
     """The choices of one decode step under a plan.
 
     Attributes:
-        plan: What is chosen, by whom and when.
+        plan: What is chosen, by which policy and when.
         limits: Budgets and thresholds as data; None where everything is read.
         newest: Where the new tokens stand.
         steps: Decode steps so far.

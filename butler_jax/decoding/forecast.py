@@ -120,7 +120,7 @@ class Forecaster:
         return Forecasts(step.state, block, rows), LayerForecast(k_imp, scores, offset, chosen, rows)
 
     def fetch_next(self, carry: Forecasts, view: LayerView) -> Forecasts:
-        """The carry, with the keys and values that the next served layer will attend already being fetched.
+        """The carry, after the fetch of the keys and values of the next served layer was begun.
 
         If that layer begins a block, `forecast` fetches them, after its choice.
         """

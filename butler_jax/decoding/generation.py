@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,6 +168,7 @@ def generate_stream(
             )
     sampling = settle_sampling(sampling, base.generation)
     how = Decoding(plan, sampling, capacity, chunk, score_dtype, offload)
+    keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
     kept = None
     if cache is not None:
         if not isinstance(cache, PromptCache):
@@ -183,7 +184,6 @@ def generate_stream(
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
     result.sampling, result.kept_tokens = how.sampling, 0 if kept is None else int(kept.tokens)
-    keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
     steps = _steps(base.model, predictor, (tokens, lengths, keys, kept), how, max_new_tokens, cache)
     return _pieces(steps, writers, ends, max_new_tokens, result)
@@ -227,7 +227,7 @@ def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
     """A random key for every row. Raises ValueError for seeds that are no whole numbers, or not as many as rows."""
     if isinstance(seed, (int, np.integer)):
         seed = [int(seed) + b for b in range(rows)]
-    several = isinstance(seed, Iterable) and not isinstance(seed, str)
+    several = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
     if not several or not all(isinstance(one, (int, np.integer)) for one in seed):
         raise ValueError(f"the seed must be a whole number, or one for every prompt, got {seed!r}")
     if len(seed) != rows:

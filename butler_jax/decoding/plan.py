@@ -26,11 +26,11 @@ SIZES = ("width", "layers", "heads", "kv_heads", "head_dim")  # of a base, by wh
 
 @dataclass(frozen=True)
 class Plan:
-    """What is chosen, by whom and when.
+    """What is chosen, by which policy and when.
 
     Attributes:
         selection: The selection as the policy uses it; None where everything is read.
-        policy: Who ranks the tokens.
+        policy: The policy that ranks the tokens.
         when: "never": everything is read. "ahead": the predictor's scores alone decide, so that a block of layers has
             its choice before it runs. "in_layer": the policy ranks by the layer's own queries and keys. "evicting": the
             policy evicts.
@@ -91,7 +91,7 @@ def make_plan(
 
     Args:
         selection: Which cached tokens are read; None reads all.
-        policy: Who ranks them; None is `TokenButler()`.
+        policy: The policy that ranks them; None is `TokenButler()`.
         predictor: Whose scores the policy uses; None where it uses none, or where that is not yet known.
         most: The largest budget of any row, in tokens, where it is known to be below that of a full cache.
 

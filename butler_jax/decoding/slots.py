@@ -106,7 +106,10 @@ def renew(slots: Slots, row: ReadRow, slot, *, how: Decoding) -> Slots:
 
 
 def _with_caches(state: DecodeState, row: DecodeState, slot: Int[Array, ""], how: Decoding) -> DecodeState:
-    """The state with the caches of a row in a slot. What an interval remembers is chosen anew by the next step."""
+    """The state with the caches of a row in a slot.
+
+    What an interval remembers stays: a row joins at a step that chooses, and one that is read again keeps its choice.
+    """
 
     def put(rows: Any, row: Any) -> Any:
         return jax.tree.map(partial(put_row, number=slot), rows, row)

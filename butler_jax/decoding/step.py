@@ -1,6 +1,6 @@
 """One token a row: score the cached tokens, choose a few, attend to those, in every served layer.
 
-plan.py      what is chosen, by whom and when
+plan.py      what is chosen, by which policy and when
 forecast.py  score: what the predictor says of a layer before it runs
 choice.py    choose: the units that a layer reads
 store/       attend: where keys and values lie, and how the chosen ones are read
@@ -90,10 +90,10 @@ def decode_step(
         model: The base model.
         tokens: The next token of every row.
         state: As `prefill` or the step before left it.
-        predictor: Keeps its caches up to date, whoever chooses.
+        predictor: Its caches are kept up to date under every policy.
         selection: Which cached tokens are read; None reads all.
-        policy: Who ranks them; None is `TokenButler()`, the predictor. A policy that evicts goes on from a prefill
-            under the same policy and takes no predictor.
+        policy: The policy that ranks them; None is `TokenButler()`, the predictor. A policy that evicts goes on from a
+            prefill under the same policy and takes no predictor.
         most: The largest budget of any row at this step, in tokens, where it is known to be below that of a full cache.
         implementation: Of pallas_kernels; None takes the platform's.
         details: Whether `Found` has the chosen sets and the predictor's scores.

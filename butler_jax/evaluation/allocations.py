@@ -28,7 +28,8 @@ def allocate_policies(
     A policy that allows none of them reads per head, and one that evicts or reads everything has no tail. A label names
     the allocation where it is not per_head, and the tail where there is one. The tolerance of a budget, and p under
     top_p, are found on about PREPARED_TOKENS tokens of the text that perplexity reads, so that all allocations read as
-    many tokens on average. Where samples of given lengths are all that is read, it is read in windows of the longest.
+    many tokens on average. Where all tasks have samples of given lengths, that text is read in windows of the longest
+    length.
 
     Args:
         note: Receives what the report should say.

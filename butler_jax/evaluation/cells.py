@@ -41,7 +41,7 @@ class KeptCells:
 
     def __init__(self, directory: Path | None):
         """Read the cells of a directory; None keeps them in memory alone."""
-        self.path = None if directory is None else Path(directory) / FILE
+        self.path = None if directory is None else Path(directory).expanduser() / FILE
         self.cells: dict[str, Cell] = {}
         self._read = 0  # bytes of the file
         if self.path is None:

@@ -105,6 +105,7 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         settle_types(self)
         require_local(self)
+        expand_home(self, "run")
         expand_home(self, "out")
         for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:
@@ -112,7 +113,7 @@ class EvalConfig(HostsConfig):
             object.__setattr__(self, name, split_list(getattr(self, name)))
             if not getattr(self, name):
                 raise ValueError(f"--{name} names nothing; give at least one")
-        object.__setattr__(self, "compare", tuple(Path(p) for p in split_list(self.compare)))
+        object.__setattr__(self, "compare", tuple(Path(p).expanduser() for p in split_list(self.compare)))
         object.__setattr__(self, "budgets", tuple(parse_budget(b) for b in self.budgets))
         if {type(b) for b in self.budgets if b == 1} == {int, float}:
             raise ValueError("--budgets 1 and 1.0 are one token and everything; give them to two evaluations")
@@ -127,6 +128,11 @@ class EvalConfig(HostsConfig):
             raise ValueError(f"unknown allocation {', '.join(unknown)}; known: {', '.join(get_args(Allocation))}")
         if not isinstance(self.selection, SelectionConfig):
             raise ValueError(f"selection must be a SelectionConfig, got {self.selection!r}")
+        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.context == 1:
+            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
         interval = self.selection.interval
         if self.prompt_tokens is None:
             prompt = 0 if self.stride is not None else self.context // 4 // interval * interval
@@ -155,11 +161,6 @@ class EvalConfig(HostsConfig):
             raise ValueError(
                 f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}"
             )
-        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.context == 1:
-            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
         if self.tokens == 1:
             raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
         if self.selection.tail:
@@ -181,6 +182,8 @@ class EvalConfig(HostsConfig):
 
 def _numbers(name: str, kind: type, values: tuple) -> tuple:
     try:
+        if kind is int and any(isinstance(v, float) and v != int(v) for v in values):
+            raise ValueError
         return tuple(dict.fromkeys(kind(v) for v in values))
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"--{name} must be numbers separated by commas, got {','.join(map(str, values))}") from None

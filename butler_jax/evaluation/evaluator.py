@@ -99,7 +99,7 @@ def evaluate(
     first = jax.process_index() == 0
     say = say if say and first else (lambda line: None)
     if keep is not None:
-        check_directory(Path(keep))
+        check_directory(Path(keep).expanduser())
     data = data or config.data or run_data(config.run)
     notes: list[str] = []
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.policies.eviction import Evicting
+from butler_jax.storage import settle_types
 
 UNRATED = float(jnp.finfo(jnp.float32).max)  # above all attention
 
@@ -56,6 +57,7 @@ class CItruS(Evicting):
     observed: int = 32
 
     def __post_init__(self):
+        settle_types(self)
         if self.chunk < 1:
             raise ValueError(f"a chunk of citrus must have at least 1 token, got {self.chunk}")
         if self.observed < 1:
@@ -67,7 +69,7 @@ class CItruS(Evicting):
         return ChunkAttention(nothing, nothing, number, number)
 
     def observe(self, memory, weights, place, budget):
-        """Add the attention of the chunk's last rows, and rates the tokens when the chunk ends."""
+        """Add the attention of the chunk's last rows, and rate the tokens when the chunk ends."""
         size = jnp.clip(budget // 5, 1, self.chunk)
         first = place.own == place.start
         begun, length = jnp.where(first, place.own, memory.begun), jnp.where(first, size, memory.size)

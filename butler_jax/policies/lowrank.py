@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies.scoring import Chunk, Scoring
+from butler_jax.storage import settle_types
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +30,9 @@ class LowRank(Scoring):
     estimates_logits = True
     rank: int | None = None
     directions: np.ndarray | None = None
+
+    def __post_init__(self):
+        settle_types(self)
 
     __eq__ = object.__eq__  # compiled once for each set of directions
     __hash__ = object.__hash__

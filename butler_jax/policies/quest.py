@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from butler_jax.policies.scoring import Chunk, Scoring
 from butler_jax.selection import SelectionConfig
+from butler_jax.storage import settle_types
 
 Range = tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]
 
@@ -31,6 +32,7 @@ class Quest(Scoring):
     page: int = 16
 
     def __post_init__(self):
+        settle_types(self)
         if self.page < 1 or self.page & (self.page - 1):
             raise ValueError(f"a page of quest must be a power of two (1, 2, 4, 8, 16, ...), got {self.page}")
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt32
 
 from butler_jax.policies.scoring import Chunk, Scoring
+from butler_jax.storage import settle_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Random(Scoring):
     seed: int = 0
 
     def __post_init__(self):
+        settle_types(self)
         if self.seed < 0:
             raise ValueError(f"the seed of random must be 0 or more, got {self.seed}")
 

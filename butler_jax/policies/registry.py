@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
+
 from butler_jax.policies.base import Policy
 from butler_jax.policies.citrus import CItruS
 from butler_jax.policies.dense import Dense
@@ -77,4 +79,6 @@ def _read_setting(policy: str, setting: str, known: Mapping[str, Any]) -> tuple[
     if {int, bool} & {*kinds}:
         wanted = "a whole number" if int in kinds else "true or false"
         raise ValueError(f"{field} of policy {policy} is {wanted}, got {text!r}")
+    if field in known and np.ndarray in kinds:
+        raise ValueError(f"{field} of policy {policy} is given in Python alone, not as a text")
     return field, text

@@ -16,7 +16,7 @@ All heads and layers have this one unit, so their tokens can be ranked together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from butler_jax.model import centred_squares, masked_softmax, output_gram, output_projection, project_values
 from butler_jax.policies.scoring import Chunk, Scoring, largest_in_group, log_total
-from butler_jax.storage import require_known
+from butler_jax.storage import settle_types
 
 Error = Literal["centred", "value", "weight", "critical"]
 Pooling = Literal["maximum", "root_sum_square"]
@@ -49,7 +49,7 @@ class OracleResidual(Scoring):
     pooling: Pooling = "maximum"
 
     def __post_init__(self):
-        require_known(self, error=get_args(Error), pooling=get_args(Pooling))
+        settle_types(self)
 
     def numbers_read_per_key(self, base, predictor):
         """Whole keys and whole values are read."""

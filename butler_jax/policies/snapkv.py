@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from butler_jax.policies.eviction import Evicting
+from butler_jax.storage import settle_types
 
 
 class Recent(NamedTuple):
@@ -49,6 +50,7 @@ class SnapKV(Evicting):
     once: bool = True
 
     def __post_init__(self):
+        settle_types(self)
         if self.observed < 1:
             raise ValueError(f"snapkv must observe at least 1 row, got {self.observed}")
         if self.pool < 1 or self.pool % 2 == 0:

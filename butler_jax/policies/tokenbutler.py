@@ -18,7 +18,7 @@ from butler_jax.policies.scoring import (
     normalise,
     subtract_total,
 )
-from butler_jax.storage import require_known
+from butler_jax.storage import settle_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class TokenButler(Scoring):
     offset: Literal["none", "share", "self_normalised"] = "none"
 
     def __post_init__(self):
-        offsets = ("none", "share", "self_normalised")
-        require_known(self, pooling=("normalised", "maximum"), error=(None, "value"), offset=offsets)
+        settle_types(self)
 
     def for_predictor(self, predictor):
         """The policy with the predictor's offset.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from butler_jax.storage import require_known, settle_types
+from butler_jax.storage import settle_types
 
 Target = Literal["attention", "weight", "value", "centred"]
 Offset = Literal["none", "share", "self_normalised"]
@@ -48,10 +48,9 @@ class PredictorConfig:
 
     def __post_init__(self):
         self._set_defaults()
-        settle_types(self)
+        settle_types(self, "kind")  # a kind may be registered later
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
-        require_known(self, target=get_args(Target), offset=get_args(Offset))  # a kind may be registered later
         if (self.target == "attention") != (self.offset == "none"):
             raise ValueError(
                 f"an offset goes with a target that is an error; got target {self.target} and offset {self.offset}"

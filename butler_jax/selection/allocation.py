@@ -21,7 +21,7 @@ def allocate(
     Args:
         image: Image of every unit (`pallas_kernels.rank_image`).
         count: Units that each head would read by itself, at most those above BARRED.
-        config: Its allocation and floor count.
+        config: Of it, allocation and floor are used.
 
     Returns:
         The mask: `count` units of each head, or under per_layer as many of all heads together as their sum.

@@ -72,7 +72,7 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
             )
         threshold = jnp.asarray(config.threshold, jnp.float32)
     served = jnp.asarray(base.served) if base.mixed else None
-    return Limits(jnp.asarray(budget_table(config, length)), threshold, config.min_context, served=served)
+    return Limits(jnp.asarray(budget_table(config, length)), threshold, min(config.min_context, length), served=served)
 
 
 def beyond(

@@ -32,7 +32,7 @@ def choose(
         lengths: Tokens of each row, the newest included. A row of 0 chooses nothing.
         tokens: The budget of each row, as `budget_table` gives it.
         room: N, units that are listed for each row and KV head; see `room_for`.
-        config: Its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+        config: Of it, sinks, recent, unit and neighbours are used; budget and threshold are given as data.
         counts: Units of each head, as `share_counts` gives them; None: those of the budget.
         threshold: The lowest score that is read, of this layer.
         first: The first token that a row may see, under a sliding window; 0 unless given.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
-from butler_jax.storage import require_known, settle_types
+from butler_jax.storage import settle_types
 
 Allocation = Literal["per_head", "per_layer", "tolerance", "top_p"]
 LIMITED = ("tolerance", "top_p")  # allocations whose rows read what reaches a tolerance
@@ -110,8 +111,7 @@ class SelectionConfig(AlwaysReadConfig):
             )
 
     def _check_allocation(self) -> None:
-        """Raise ValueError for an unknown allocation, or settings that belong to another one."""
-        require_known(self, allocation=get_args(Allocation))
+        """Raise ValueError for settings that belong to another allocation."""
         if self.tolerance is not None:
             if self.allocation not in LIMITED:
                 known = " and ".join(LIMITED)
@@ -158,8 +158,10 @@ def _table(threshold: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...],
     shape = "threshold must hold one number for every layer and KV head, [L][K]"
     try:
         rows = tuple(tuple(float(value) for value in row) for row in threshold)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ValueError(f"{shape}; got {threshold!r}") from None
+    if any(math.isnan(value) for row in rows for value in row):
+        raise ValueError(f"{shape}; one of them is NaN")
     widths = {len(row) for row in rows}
     if len(widths) != 1 or 0 in widths:
         raise ValueError(f"{shape}; got rows of {sorted(widths)} numbers")

@@ -115,7 +115,7 @@ def select_mask(
             columns up to the query's own. The second axis is 1 or K.
         tokens: How many keys to attend, at least `config.least` or everything allowed, as `budget_table(...)[number of
             allowed keys]` gives it.
-        config: Its sinks, recent, unit and neighbours count; budget and threshold are given as data.
+        config: Of it, sinks, recent, unit and neighbours are used; budget and threshold are given as data.
         columns: Positions of the keys, consecutive; 0 ... S-1 unless given.
         threshold: See `SelectionConfig`; any shape that broadcasts to [B, K, C].
 
@@ -145,9 +145,10 @@ def tied_share(
 ) -> Float[Array, "B K C"]:
     """The share of each query's chosen units that only position tells from units left out: their scores are equal.
 
-    mask: what `select_mask` chose; the other arguments are its own. With neighbours, which no score chose, it is 0.
+    mask: what `select_mask` chose; the other arguments are its own. It is 0 with neighbours, which no score chose, and
+    with an interval, where other rows' scores chose.
     """
-    if config.neighbours:
+    if config.neighbours or config.interval > 1:
         return jnp.zeros(mask.shape[:-1])
     image, pages = _unit_images(scores, allowed, rows, config, columns, None)
     chosen = pages.image(jnp.where(mask, 1, BARRED)) > BARRED

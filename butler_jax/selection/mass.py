@@ -67,7 +67,7 @@ def weigh_units(
         scores: Logarithms of the weights of tokens, of which each row's sum to at most 1.
         allowed: The keys that a query may see, as `select_mask` takes them.
         rows: Columns of the query rows and of the first token of their documents.
-        config: Its sinks, recent and unit count.
+        config: Of it, sinks, recent and unit are used.
         columns: Positions of the keys, consecutive; 0 ... S-1 unless given.
     """
     columns = jnp.arange(scores.shape[-1], dtype=jnp.int32) if columns is None else columns

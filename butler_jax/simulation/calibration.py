@@ -1,6 +1,6 @@
 """Thresholds and tolerances under which rows read a given budget on average.
 
-A row reads the tokens that score above, so some rows read more than others.
+A row reads the tokens whose scores reach a threshold, so some rows read more than others.
 
 A policy that normalises its scores (to the logarithm of a predicted attention weight) makes those of one layer and KV
 head comparable between rows. So one threshold for each layer and head is calibrated on text. The budget of the
@@ -25,14 +25,14 @@ from butler_jax.policies import Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, parse_budget, weigh_units
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import require_counted, sum_chunks
+from butler_jax.simulation.chunks import require_batches, require_counted, require_model, sum_chunks
 from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
 
 GRID = np.arange(-40.0, 11.0)  # logarithms of the tolerances that are tried
 UNREAD = np.arange(-24.0, 1.0, 2.0)  # the same for what top-p leaves unread, of which each value takes longer
-LEAST_FINE = 8  # tolerances that are then tried at least between two of the grid
+LEAST_FINE = 8  # the fewest tolerances that are then tried between two neighbours of the grid
 CORRECTIONS = 2  # simulations that correct a tolerance for what the dense pass does not show
 CLOSE = 0.02  # relative distance from a mean at which its tolerance is not corrected further
 PASSES = 16  # bits of a threshold: a precision of 2**-7 of its value
@@ -63,7 +63,8 @@ def calibrate_thresholds(
     Raises:
         ValueError: There are no batches, the mean is not below the budget, or the policy lacks its predictor.
     """
-    _require_batches(model, batches)
+    require_model(model)
+    require_batches(batches)
     policy, mean = policy or TokenButler(), parse_budget(mean)
     whole = isinstance(mean, int)
     if not batches:
@@ -72,6 +73,8 @@ def calibrate_thresholds(
         raise ValueError(f"the mean budget must be above 0 and below everything, got {mean}")
     if isinstance(selection.budget, int) == whole and mean >= selection.budget:
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
+    if selection.allocation != "per_head":
+        raise ValueError(f"thresholds go with the allocation per_head, the allocation is {selection.allocation}")
     if not isinstance(policy, Scoring) or policy.reads_everything:
         raise ValueError(f"the policy {policy.name} has no scores to set thresholds on; take a policy that scores")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
@@ -120,7 +123,8 @@ def calibrate_tolerance(
             possible, and units of several tokens only under top_p.
         means: Fractions of the keys that a dense query reads, or numbers of tokens; one result for each. Where sinks
             and recent tokens alone exceed a mean, its tolerance is infinite.
-        policy: Default: tokenbutler, with values where the predictor's target leaves them out, but for top_p.
+        policy: Default: tokenbutler. Where the predictor's target leaves values out, it gets error="value", except
+            under top_p.
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
         rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it behind
             the prompt; None takes all.
@@ -133,7 +137,8 @@ def calibrate_tolerance(
         ValueError: There are no batches or no rows after the prompts, a mean is out of range, or the policy's scores
             do not allow the allocation.
     """
-    _require_batches(model, batches)
+    require_model(model)
+    require_batches(batches)
     if isinstance(means, int | float | str):
         raise ValueError(f"means must be a list of budgets, got {means!r}; write [{means!r}]")
     by_mass = selection.allocation == "top_p"
@@ -191,7 +196,7 @@ def calibrate_tolerance(
         own = read[kind]
         at = place(own, mean)
         if at < 0 or at == len(fine) - 1:
-            found.append(-np.inf if at < 0 and own[0] < mean else np.inf)
+            found.append(-np.inf if at < 0 else np.inf)
             continue
         share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
         value = fine[at] + share * (fine[at + 1] - fine[at])
@@ -206,14 +211,6 @@ def calibrate_tolerance(
         wanted = np.interp(value, fine, read_of_sample[kind])
         found.append(_correct(value, wanted, slope, read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
-
-
-def _require_batches(model: BaseModel, batches: Sequence[dict[str, np.ndarray]]) -> None:
-    """Raise ValueError where the batches are no list, or the model is a base."""
-    if hasattr(model, "fingerprint"):
-        raise ValueError("a calibration takes the model of a base: give base.model")
-    if not isinstance(batches, Sequence):  # one batch, or an endless iterator of them
-        raise ValueError(f"batches must be a list of batches such as [batch], got a {type(batches).__name__}")
 
 
 def _correct(value: float, mean: float, slope: float, read_at: Callable[[float], float], corrections: int) -> float:

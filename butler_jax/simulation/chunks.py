@@ -5,7 +5,7 @@ The predictor's q_imp and k_imp come from `importance_walk`, layer by layer duri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -175,6 +175,18 @@ def spread(length: int, rows: int | None, first: int = 0) -> list[int]:
 def spread_rows(length: int, rows: int | None, first: int = 0) -> Bool[np.ndarray, " T"]:
     """The rows of a sequence that lie in the chunks of `spread`."""
     return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows, first))
+
+
+def require_model(model: BaseModel) -> None:
+    """Raise ValueError where a base stands in the place of its model."""
+    if hasattr(model, "fingerprint"):
+        raise ValueError("the model of a base is needed: give base.model")
+
+
+def require_batches(batches: Sequence[dict[str, np.ndarray]]) -> None:
+    """Raise ValueError for one batch in the place of a list, or an iterator, which may be endless."""
+    if not isinstance(batches, Sequence):
+        raise ValueError(f"batches must be a list of batches such as [batch], got a {type(batches).__name__}")
 
 
 def require_counted(rows: np.ndarray, prompt_tokens: int) -> None:

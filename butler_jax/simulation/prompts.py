@@ -69,12 +69,17 @@ class ReadPrompts(NamedTuple):
         """What a policy without predictor needs of them."""
         return self._replace(k_imp=None, trunk=None)
 
-    def check(self, policy: Policy, predictor: Predictor | None) -> None:
-        """Raise ValueError where a policy cannot start from them."""
+    def check(self, policy: Policy, predictor: Predictor | None, interval: int = 1) -> None:
+        """Raise ValueError where a policy that chooses at every row of an interval cannot start from them."""
         if isinstance(policy, Evicting):
             raise ValueError(f"the policy {policy.name} evicts tokens of a prompt: simulate it without `read`")
         if predictor is not None and self.k_imp is None:
             raise ValueError(f"the prompts were read without the predictor of {policy.name}; give it to read_prompts")
+        if self.tokens % interval:
+            raise ValueError(
+                f"prompts of {self.tokens} tokens are no multiple of the interval {interval}; read a multiple, or "
+                "simulate without `read`"
+            )
 
 
 def read_prompts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,9 +18,9 @@ from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, mas
 from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler
 from butler_jax.predictors import Predictor, zeros_of
-from butler_jax.selection import Limits, SelectionConfig, budget_table, select_best, tied_share
+from butler_jax.selection import LIMITED, Limits, SelectionConfig, budget_table, select_best, tied_share
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import require_counted, spread_rows, sum_chunks
+from butler_jax.simulation.chunks import require_batches, require_counted, require_model, spread_rows, sum_chunks
 from butler_jax.simulation.distances import count_bins, mean_distances, sum_by_distance
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.programs import compiled
@@ -106,7 +106,7 @@ class RecallOptions(NamedTuple):
 def measure_recall(
     model: BaseModel,
     predictor: Predictor | None,
-    batches: Iterable[dict[str, np.ndarray]],
+    batches: Sequence[dict[str, np.ndarray]],
     policies: Sequence[Policy],
     budgets: Sequence[float | int],
     *,
@@ -134,12 +134,21 @@ def measure_recall(
         prompt_tokens: First tokens of every document whose rows do not count.
 
     Raises:
-        ValueError: There are no batches, no policies or no rows after the prompts, or a policy lacks its predictor.
+        ValueError: There are no batches, no policies or no rows after the prompts, a policy lacks its predictor, or
+            the selection has thresholds or a tolerance.
     """
+    require_model(model)
+    require_batches(batches)
+    if isinstance(policies, Policy):
+        raise ValueError(f"policies must be a list such as [policy], got the policy {policies.name} alone")
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
     if twice := [name for name, times in Counter(p.name for p in policies).items() if times > 1]:
         raise ValueError(f"two policies have the name {twice[0]}, by which results are told apart; give each its own")
     selection = selection or SelectionConfig()
+    if selection.threshold is not None or selection.allocation in LIMITED:
+        raise ValueError(
+            "recall is measured under budgets: leave out thresholds, and the allocations " + " and ".join(LIMITED)
+        )
     options = RecallOptions(selection.rule, rows, ranks, score_dtype, implementation, prompt_tokens)
 
     def tables_of(policy: Policy, length: int) -> Int[np.ndarray, "budgets _"]:

@@ -29,7 +29,7 @@ from butler_jax.policies import Evicting, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation.choice import sparse_chunk
-from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows
+from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows, require_model
 from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.predictions import predict_next
 from butler_jax.simulation.programs import compiled
@@ -103,15 +103,18 @@ def simulate(
     Raises:
         ValueError: The text exceeds the model's context, the policy lacks its predictor, the thresholds are those of
             another model, or the interval does not divide the rows of a chunk. Or prompts were read before, and the
-            policy evicts, or needs a predictor that they were read without.
+            policy evicts, needs a predictor that they were read without, or has an interval that does not divide them.
     """
-    length = batch["tokens"].shape[1]
+    require_model(model)
+    rows, length = batch["tokens"].shape
     check_length(model.config, length)
+    if prompts is not None and np.shape(prompts) != (rows,):
+        raise ValueError(f"prompts must be one number for each of the {rows} rows, got shape {np.shape(prompts)}")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
     if read is not None:
-        read.check(policy, predictor)
+        read.check(policy, predictor, 1 if config is None else config.interval)
     limits = None
     if config is not None:
         limits = limits_of(config, model.config, length)
@@ -129,7 +132,7 @@ def _simulate(model, predictor, batch, limits, wanted, reference, read, **how) -
 
 @partial(compiled, static_argnames=("policy", "rule", "score_dtype", "implementation"))
 def _run(model, predictor, batch, limits, read, **how) -> tuple[Array, ...]:
-    """The last residual stream, and attended to shares of `Simulated`."""
+    """The last residual stream, and the fields of `Simulated` from `attended` to `shares`."""
     batch = split_text(batch)
     x, (fractions, shares) = hidden_states(model, predictor, batch, limits, read=read, **how)
     base, heads = model.config, how["policy"].choosing_heads(model.config)

@@ -14,7 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "settings": [
             "expand_home",
             "from_dict",
-            "require_known",
             "require_loaded",
             "require_local",
             "settle_types",

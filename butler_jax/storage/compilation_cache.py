@@ -104,14 +104,18 @@ def use_compilation_cache(directory: str | Path | None = None) -> Path | None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    if directory is not None and str(directory) != OFF:
+        os.environ.pop("JAX_ENABLE_COMPILATION_CACHE", None)  # of an earlier call that turned the cache off
     found = prepare_cache(None if directory is None else str(directory))
-    jax.config.update("jax_enable_compilation_cache", os.environ.get("JAX_ENABLE_COMPILATION_CACHE") != "false")
+    enabled = os.environ.get("JAX_ENABLE_COMPILATION_CACHE") != "false"
+    jax.config.update("jax_enable_compilation_cache", enabled)
     if found is not None:
         jax.config.update("jax_compilation_cache_dir", str(found))
         least = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     compilation_cache.reset_cache()  # JAX decides at its first compilation, and keeps to it
-    return found
+    of_jax = os.environ.get("JAX_COMPILATION_CACHE_DIR") if enabled else None
+    return Path(of_jax) if found is None and of_jax else found
 
 
 def _open(directory: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from butler_jax.storage.values import fits, shown
 
@@ -49,14 +49,34 @@ def _plain_fields(kind: type) -> list[tuple[str, Any, set]]:
     return found
 
 
-def settle_types(config) -> None:
+@functools.cache
+def _named_values(kind: type) -> dict[str, tuple]:
+    """The values of the fields whose annotations name them, as a Literal does."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if {get_origin(part) for part in parts if part is not NoneType} == {Literal}:
+            literals = [value for part in parts for value in get_args(part)]
+            found[name] = (*literals, None) if NoneType in parts else tuple(literals)
+    return found
+
+
+def settle_types(config, *others: str) -> None:
     """Make numbers of numpy and JAX Python's, and a Path text where text is meant.
 
     Nested settings and tuples are left alone.
 
+    Args:
+        config: A dataclass.
+        *others: Fields that may have other values than a Literal names.
+
     Raises:
-        ValueError: A setting is of another type than its field.
+        ValueError: A setting is of another type than its field, or none of the values that its field names.
     """
+    for name, values in _named_values(type(config)).items():
+        value = getattr(config, name)
+        if value not in values and name not in others:
+            raise ValueError(f"unknown {name} {shown(value)}; known: {', '.join(map(str, values))}")
     for name, hint, kinds in _plain_fields(type(config)):
         value = getattr(config, name)
         if getattr(value, "shape", None) == () and hasattr(value, "item"):
@@ -73,13 +93,6 @@ def expand_home(config, name: str) -> None:
     """Make a setting a Path in which ~ is the home directory; None stays."""
     value = getattr(config, name)
     object.__setattr__(config, name, None if value is None else Path(value).expanduser())
-
-
-def require_known(config, **known: tuple) -> None:
-    """Raise ValueError where a setting is none of the values that are known for it."""
-    for name, values in known.items():
-        if getattr(config, name) not in values:
-            raise ValueError(f"unknown {name} {getattr(config, name)!r}; known: {', '.join(map(str, values))}")
 
 
 def require_loaded(base=None, predictor=None) -> None:

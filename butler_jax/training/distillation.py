@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from butler_jax.data import read_batches, read_held_out
+from butler_jax.data import parse_spec, read_batches, read_held_out
 from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
@@ -72,6 +72,7 @@ def distil(
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config must be a TrainConfig, got a {type(config).__name__}")
     predictor_class(config.predictor.kind)  # raises where it is not known
+    parse_spec(config.data)
     if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
         config = dataclasses.replace(config, base=base.name)
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TINY = Path(__file__).parent.parent / "tiny"
 FORMER_NAMES = {"sliding_window": "window", "sliding_layers": "windowed"}  # the names that fingerprints are made of
+PRECISIONS = ("float32", "bfloat16", "float16")
 SAMPLES = 256  # values of each parameter in a fingerprint
 
 
@@ -91,8 +92,8 @@ def load_base(
     """
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if dtype not in map(jnp.dtype, PRECISIONS):
+        raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype}")
     text = str(spec)
     if text.endswith(".gguf"):
         from butler_jax.weights import gguf

@@ -271,6 +271,12 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         ([[1]], dict(seed="a"), "the seed must be a whole number, or one for every prompt, got 'a'"),
         ([[1]], dict(seed=1.5), "the seed must be a whole number, or one for every prompt, got 1.5"),
         ([[1]], dict(seed=None), "the seed must be a whole number, or one for every prompt, got None"),
+        (
+            [[1]],
+            dict(seed=(n for n in (1,))),
+            "the seed must be a whole number, or one for every prompt",
+        ),
+        ([[1] * 97], {}, "a prompt of 97 tokens is beyond the model's context of 96 tokens; shorten it"),
         ([[1]], dict(chunk=2.5), "chunk must be a whole number of at least 1, got 2.5"),
         ([[1]], dict(capacity=64.0), "capacity must be a whole number of at least 1, got 64.0"),
         ([[1]], dict(cache={}), r"cache must be a PromptCache, got a dict; write cache=PromptCache\(\)"),

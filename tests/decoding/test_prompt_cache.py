@@ -35,6 +35,16 @@ def turns(base, lengths, new, *, end=None, **settings):
     return kept
 
 
+def test_a_refused_call_leaves_what_is_held(base):
+    cache = PromptCache()
+    first = butler_jax.generate(base, WORDS[:9], cache=cache, max_new_tokens=2, stop=())
+    prompt = [*WORDS[:9], *first.tokens[0], 5]
+    for wrong in (dict(seed="x"), dict(stop=[""])):
+        with pytest.raises(ValueError, match=r"the seed must be|a text to stop at is empty"):
+            butler_jax.generate(base, prompt, cache=cache, max_new_tokens=2, **wrong)
+    assert butler_jax.generate(base, prompt, cache=cache, max_new_tokens=2, stop=()).kept_tokens > 0
+
+
 @pytest.mark.slow
 def test_dense_turns_keep_prompt_and_answer(base):
     drawn = SamplingConfig(temperature=1.0, repetition_penalty=1.1)

@@ -54,6 +54,24 @@ def test_settings_after_a_name_have_the_types_of_their_fields(text, policy):
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("snapkv", dict(once="false"), "once must be True or False, got 'false'"),
+        ("snapkv", dict(pool=7.0), "pool must be a whole number, got 7.0"),
+        ("quest", dict(page="8"), "page must be a whole number, got '8'"),
+        ("random", dict(seed="1"), "seed must be a whole number, got '1'"),
+        ("lowrank", dict(rank="8"), "rank must be a whole number, got '8'"),
+        ("citrus", dict(chunk=2.5), "chunk must be a whole number, got 2.5"),
+        ("tokenbutler", dict(offset="shared"), "unknown offset 'shared'; known: none, share, self_normalised"),
+        ("oracle_residual", dict(error="l1"), "unknown error 'l1'; known: centred, value, weight, critical"),
+    ],
+)
+def test_fields_of_another_type_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_policy(name, **settings)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("quest:page=x", "page of policy quest is a whole number, got 'x'"),
@@ -61,6 +79,7 @@ def test_settings_after_a_name_have_the_types_of_their_fields(text, policy):
         ("snapkv:once=maybe", "once of policy snapkv is true or false, got 'maybe'"),
         ("snapkv:pool=-1", "snapkv pools an odd number of tokens, got -1"),
         ("random:seed=-1", "the seed of random must be 0 or more, got -1"),
+        ("lowrank:directions=x", "directions of policy lowrank is given in Python alone, not as a text"),
         ("h2o:", "a setting of policy h2o is FIELD=VALUE, got ''"),
     ],
 )

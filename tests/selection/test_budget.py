@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from math import ceil
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from butler_jax.selection import SelectionConfig, beyond, budget_table
+from butler_jax.selection import SelectionConfig, beyond, budget_table, limits_of
+from tests.tiny_models import BASE
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.1, 1 / 3, 1 / 16, 0.3, 1.0, 0.7])
@@ -32,5 +34,6 @@ def test_rows_up_to_min_context_attend_everything():
     table = budget_table(config, 400)
     np.testing.assert_array_equal(table[:101], np.arange(101))
     assert table[101] == 26 and table[400] == 100
+    assert limits_of(dataclasses.replace(config, min_context=10**12), BASE, 400).min_context == 400
     found = beyond(100, jnp.asarray([100, 101]), jnp.asarray([0.5, 0.5]))
     assert np.isneginf(found[0]) and found[1] == 0.5

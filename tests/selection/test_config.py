@@ -31,6 +31,8 @@ from butler_jax.selection import SelectionConfig
         ({"min_context": -1}, "min_context"),
         ({"threshold": ((0.0, 1.0), (0.0,))}, "every layer and KV head"),
         ({"threshold": ()}, "every layer and KV head"),
+        ({"threshold": (("a",),)}, "every layer and KV head"),
+        ({"threshold": ((float("nan"),),)}, "every layer and KV head, .* one of them is NaN"),
     ],
 )
 def test_bad_budget_is_a_clear_error(fields, message):

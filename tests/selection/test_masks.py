@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from math import ceil
 
@@ -115,6 +116,8 @@ def test_the_share_of_ties_counts_what_position_settled(unit):
         mask = select_mask(scores, allowed, rows, tokens, config)
         return mask, tied_share(mask, scores, allowed, rows, config)
 
+    every = dataclasses.replace(config, interval=2)
+    assert not tied_share(select_mask(scores, allowed, rows, tokens, config), scores, allowed, rows, every).any()
     mask, share = jax.jit(both)(scores)
     assert np.flatnonzero(mask[0, 0, 0, ::unit]).tolist() == [0, 1, 2, 3, 4, 5, 6, 9, 10, 11]
     np.testing.assert_allclose(share[0, 0], [3 / 10, 0, 0], rtol=1e-6)  # the last row reads everything

@@ -144,6 +144,9 @@ def test_bad_means_are_clear_errors(model):
         calibrate_thresholds(model, None, [batch_of()], most, 0.125)
     with pytest.raises(ValueError, match="give at least one batch, and one mean"):
         calibrate_tolerance(model, None, [batch_of()], most, [], policy=make_policy("oracle_residual"))
+    shared = SelectionConfig(budget=0.25, allocation="per_layer")
+    with pytest.raises(ValueError, match="thresholds go with the allocation per_head, the allocation is per_layer"):
+        calibrate_thresholds(model, None, [batch_of()], shared, 0.125, policy=make_policy("oracle_residual"))
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got -5"):
         calibrate_tolerance(model, None, [batch_of()], most, [0.1], policy=make_policy("oracle_residual"), rows=-5)
     numbers = [calibrate_thresholds(model, None, [batch_of()], most, n, policy=make_policy("oracle")) for n in MEANS]

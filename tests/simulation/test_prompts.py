@@ -69,5 +69,7 @@ def test_what_cannot_start_from_prompts_is_refused():
     predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
     with pytest.raises(ValueError, match="read without the predictor of tokenbutler; give it to read_prompts"):
         simulate(model, batch, make_policy("tokenbutler"), SelectionConfig(), predictor, read=read)
+    with pytest.raises(ValueError, match="prompts of 16 tokens are no multiple of the interval 32; read a"):
+        simulate(model, batch, make_policy("oracle"), SelectionConfig(interval=32), read=read)
     with pytest.raises(ValueError, match=r"prompts are 1 \.\.\. 47 tokens of these sequences, got 48"):
         read_prompts(model, batch, 48)

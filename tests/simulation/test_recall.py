@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from butler_jax.evaluation.tasks.perplexity import measure_perplexity
 from butler_jax.policies import Scoring, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
@@ -16,6 +17,7 @@ from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.simulation.chunks import spread
 from butler_jax.simulation.recall import correlate_ranks, mean_ranks
+from butler_jax.weights import Base
 from tests.marked import long, slow
 from tests.tiny_models import BASE, SCORES, make_batch, make_model, naive
 
@@ -62,6 +64,10 @@ def test_what_cannot_be_told_apart_or_kept_is_refused(model):
     pages = [make_policy("quest", page=8), make_policy("quest", page=16)]
     with pytest.raises(ValueError, match="two policies have the name quest, by which results are told apart"):
         measure_recall(model, None, [make_batch([[40]], 64)], pages, [0.5])
+    batch, oracle = make_batch([[40]], 64), make_policy("oracle")
+    for settings in (dict(threshold=((0.0,) * 2,) * 3), dict(allocation="top_p", tolerance=0.1)):
+        with pytest.raises(ValueError, match="recall is measured under budgets: leave out thresholds, and"):
+            measure_recall(model, None, [batch], [oracle], [0.5], selection=SelectionConfig(**settings))
     with pytest.raises(ValueError, match="score_dtype must be 'int8' or None, got 'int4'"):
         simulate(model, make_batch([[40]], 64), make_policy("oracle"), SelectionConfig(), score_dtype="int4")
 
@@ -172,6 +178,21 @@ def test_a_policy_of_pages_reads_what_it_reads_in_the_simulation(model):
     for budget, attended in found.items():
         simulated = simulate(model, batch, policy, SelectionConfig(budget=budget)).attended
         np.testing.assert_allclose(attended.value, np.mean(np.asarray(simulated)[batch["segments"] > 0]), rtol=1e-6)
+
+
+def test_what_stands_in_the_place_of_a_list_or_a_model_is_refused(model):
+    batch, oracle = make_batch([[40]], 40), make_policy("oracle")
+    base = Base("tiny", model, None, "f" * 16)
+    for call, message in (
+        (lambda: measure_recall(model, None, batch, [oracle], [0.5]), r"batches must be a list of batches such as"),
+        (lambda: measure_recall(model, None, [batch], oracle, [0.5]), "policies must be a list such as"),
+        (lambda: measure_recall(base, None, [batch], [oracle], [0.5]), "give base.model"),
+        (lambda: simulate(base, batch, oracle, SelectionConfig()), "give base.model"),
+        (lambda: simulate(model, batch, oracle, SelectionConfig(), prompts=8), "one number for each of the 1 rows"),
+        (lambda: measure_perplexity(model, [], oracle, SelectionConfig()), "give at least one batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_an_interval_that_chunks_cannot_hold_is_refused(model):

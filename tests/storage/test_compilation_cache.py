@@ -101,8 +101,12 @@ def test_a_library_call_changes_jaxs_settings(tmp_path):
         assert [getattr(jax.config, name) for name in names] == [str(tmp_path / "x"), True, 0.0]
         jax.jit(lambda x: x * 7 + len(names))(3.0)  # this process has compiled before
         assert list((tmp_path / "x").glob("*-cache"))
+        assert butler_jax.use_compilation_cache() == tmp_path / "x"
         assert butler_jax.use_compilation_cache("off") is None
         assert jax.config.jax_enable_compilation_cache is False
+        assert butler_jax.use_compilation_cache() is None
+        assert butler_jax.use_compilation_cache(tmp_path / "x") == tmp_path / "x"
+        assert jax.config.jax_enable_compilation_cache is True
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -91,6 +91,14 @@ def _leaves(predictor):
     return jax.tree.leaves(nnx.state(predictor))
 
 
+def test_what_is_not_known_is_refused_before_the_base_is_loaded(tmp_path):
+    for settings in (dict(objective="mse"), dict(attention="flash"), dict(dtype="float16")):
+        with pytest.raises(ValueError, match=r"unknown (objective|attention|dtype) '.*'; known: "):
+            TrainConfig(**settings)
+    with pytest.raises(ValueError, match="pyton_docs"):
+        distil(config=TrainConfig(base=str(tmp_path / "none"), data="pyton_docs", run_dir=tmp_path / "run"))
+
+
 def test_a_second_stage_is_about_the_cross_entropy_and_a_possible_budget():
     assert TrainConfig(chosen="1/8").chosen == 0.125
     for config in (PredictorConfig(kind="contextual"), PredictorConfig(target="attention")):

@@ -241,9 +241,9 @@ def test_absent_embedded_model_says_how_to_make_it(monkeypatch, tmp_path):
         load_base("tiny")
 
 
-@pytest.mark.parametrize("dtype", ["int8", jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", ["int8", "fp16", "float64", jnp.float8_e4m3fn])
 def test_a_precision_of_fewer_bits_is_a_clear_error(directory, dtype):
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got "):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got "):
         load_base(directory, dtype=dtype)
 
 

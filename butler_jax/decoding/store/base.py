@@ -84,7 +84,7 @@ class KVStore:
     def attend_first(
         self, view: LayerView, newest: Newest, sliding_window: int | None, *, implementation: str | None
     ) -> Float[Array, "B 1 H D"]:
-        """The same where the layer is known to be layer 0."""
+        """`attend_seen` of layer 0, where the layer is known to be that one."""
         return self.attend_seen(view, newest, sliding_window, implementation=implementation)
 
     def attend(

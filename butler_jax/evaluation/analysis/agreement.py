@@ -165,10 +165,11 @@ def measure_access(
     everything. The default selection is SelectionConfig().
 
     Raises:
-        ValueError: As `measure_head_agreement` does, for a policy that evicts, and where it lacks its predictor.
+        ValueError: As `measure_head_agreement` does, for a policy that evicts or lacks its predictor, and where the
+            selection has an interval.
     """
-    predictor = check_policy(policy, predictor)
-    selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
+    policy, predictor = check_policy(policy, predictor)
+    selection = choose_selection(policy, selection)
     batch, columns = _prepare(model, batch, rows)
     limits = limits_of(selection, model.config, batch["tokens"].shape[1])
     frequency, agreement, kept = _token_access(
@@ -179,9 +180,12 @@ def measure_access(
 
 
 def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
-    """Average y in up to `bins` bins of about equally many values along x. Equal x share a bin; NaN are left out."""
+    """Average y in up to `bins` bins of about equally many values along x. Equal x share a bin.
+
+    Pairs with a NaN are left out.
+    """
     x, y = np.ravel(x).astype(np.float64), np.ravel(y).astype(np.float64)
-    x, y = (a[~np.isnan(x)] for a in (x, y)) if x.size == y.size else (x, y)
+    x, y = (a[~np.isnan(x) & ~np.isnan(y)] for a in (x, y)) if x.size == y.size else (x, y)
     if not (x.size == y.size > 0 and bins > 0):
         raise ValueError(f"nothing to bin: {x.size} and {y.size} values, {bins} bins")
     edges = np.unique(np.quantile(x, np.arange(1, bins) / bins))
@@ -192,11 +196,22 @@ def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
     return Binned(*map(np.array, means), np.array(error), np.array([a.size for a, _ in parts]))
 
 
-def check_policy(policy: Policy, predictor: Predictor | None) -> Predictor | None:
-    """The predictor if the policy needs it. Raises ValueError for a policy that evicts, or that lacks its predictor."""
+def check_policy(policy: Policy, predictor: Predictor | None) -> tuple[Policy, Predictor | None]:
+    """The policy as it uses the predictor, and the predictor if it needs one.
+
+    Raises ValueError for a policy that evicts, or that lacks its predictor.
+    """
     if isinstance(policy, Evicting):
         raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
-    return policy.require_predictor(predictor)
+    return policy.for_predictor(predictor), policy.require_predictor(predictor)
+
+
+def choose_selection(policy: Policy, selection: SelectionConfig | None) -> SelectionConfig:
+    """The selection under which every row chooses; default: SelectionConfig(). Raises ValueError for an interval."""
+    selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
+    if selection.interval != 1:
+        raise ValueError(f"here every position chooses; the interval must be 1, got {selection.interval}")
+    return selection
 
 
 def _prepare(model: BaseModel, batch: Batch, rows: int) -> tuple[dict[str, Array], Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from butler_jax.evaluation.analysis.agreement import check_policy
+from butler_jax.evaluation.analysis.agreement import check_policy, choose_selection
 from butler_jax.evaluation.analysis.rows import Batch, as_batch, row_chunk, softmax
 from butler_jax.model import (
     BaseModel,
@@ -134,13 +134,11 @@ def find_reading(
             interval, or the batch has more than one row.
     """
     length = _one_row(model, batch)
-    predictor = check_policy(policy, predictor)
+    policy, predictor = check_policy(policy, predictor)
     real = np.flatnonzero(batch["segments"][0] > 0)
     if not (-real.size <= position < real.size):
         raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
-    selection = policy.selection(selection or SelectionConfig()) or SelectionConfig(budget=1.0)
-    if selection.interval != 1:
-        raise ValueError(f"here every position chooses; the interval must be 1, got {selection.interval}")
+    selection = choose_selection(policy, selection)
     limits = limits_of(selection, model.config, length)
     column = int(real[position])
     rows = jnp.full((1, 1), column, jnp.int32)

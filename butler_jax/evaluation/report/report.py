@@ -115,8 +115,9 @@ class Report:
         """
         from butler_jax.evaluation.report.pages import write_pages
 
-        check_directory(Path(directory))
-        path = Path(directory) / "report.json"
+        directory = Path(directory).expanduser()
+        check_directory(directory)
+        path = directory / "report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {"rows": self.rows, "arrays": self.arrays, **self.about}
         write_whole(path, json.dumps(whole, indent=1) + "\n")
@@ -131,7 +132,7 @@ class Report:
             FileNotFoundError: There is none.
             ValueError: The file holds no report.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         path = path / "report.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"there is no report in {path}; butler-jax eval makes one")

@@ -22,7 +22,7 @@ from butler_jax.parallel import current_mesh, hash_arrays, on_host
 from butler_jax.policies import Dense, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.simulation import Estimate, count_keys, estimate_ratio, simulate
+from butler_jax.simulation import Estimate, count_keys, estimate_ratio, require_batches, simulate
 from butler_jax.weights import Base
 
 BINS = 32  # of positions in a window
@@ -113,6 +113,9 @@ def measure_perplexity(
     Raises:
         ValueError: There is no token to predict, or a window is longer than the model's context.
     """
+    require_batches(batches)
+    if not batches:
+        raise ValueError("perplexity is measured on text: give at least one batch")
     masks = [find_counted(batch) & (batch["positions"] >= prompt_tokens) for batch in batches]
     if not any(mask.any() for mask in masks):
         longest = max(int(batch["positions"].max()) + 1 for batch in batches)

@@ -101,8 +101,10 @@ def run_fused(
             loss += penalty
         if keys.chosen is not None:
             scores = jnp.einsum("bqmr,bqsr->bqms", rows_imp, keys_imp)
-            logs = jnp.where(_tile(contested, scores.shape[2]), scores - predicted_lse, -jnp.inf)
-            logs = logs if target is None else logs + offset
+            logs = scores + offset if target is not None else scores
+            if target is None or rule.normalised:
+                logs = logs - predicted_lse
+            logs = jnp.where(_tile(contested, scores.shape[2]), logs, -jnp.inf)
             split = (batch, k.shape[2], heads // k.shape[2], chunk, -1)
             chosen = chosen_keys(logs.reshape(split), seen, index, first, starts, keys) & contested[:, None]
             found = attention.exponentials(scores.reshape(split), chosen[:, :, None])

@@ -11,8 +11,6 @@ from jaxtyping import Array, Float, Int
 from butler_jax.model import attention
 from butler_jax.training.losses.arrays import check_shapes, scale_gradients
 
-CHUNK = 128
-
 
 def attend_with_squared_error(
     q: Float[Array, "B T H D"],
@@ -59,7 +57,7 @@ def sum_squared_errors(
     k_imp: Float[Array, "B T Q R"],
     *,
     segments: Int[Array, "B T"] | None = None,
-    chunk: int = CHUNK,
+    chunk: int = attention.CHUNK,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum over heads and causal pairs of (q_i.k_j / sqrt(D) - q_imp_i.k_imp_j / sqrt(R))^2, and the number of terms.
 

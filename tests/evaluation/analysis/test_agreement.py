@@ -170,8 +170,15 @@ def test_bins_hold_every_value_once_and_their_means():
     assert found.count.sum() == 8 and np.all(np.diff(found.x) > 0)
     np.testing.assert_allclose(found.y, 10 * found.x)
     np.testing.assert_allclose((found.x * found.count).sum(), x.sum())
+    lacking = bin_means(np.array([1, np.nan, 3, 4]), np.array([1, 2, np.nan, 4]), bins=2)
+    assert lacking.y.tolist() == [1, 4]
     single = bin_means(np.zeros(4), np.array([1, 2, 3, 4.0]))
     assert single.count.tolist() == [4] and single.error[0] == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2)
+
+
+def test_access_is_that_of_rows_that_choose(model, batch):
+    with pytest.raises(ValueError, match="the interval must be 1, got 8"):
+        measure_access(model, None, batch, make_policy("oracle"), SelectionConfig(interval=8))
 
 
 @pytest.mark.parametrize("name", [name if name == "oracle" else long(name) for name in sorted(SCORES)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,6 +39,19 @@ def test_a_row_reads_what_the_simulation_reads(model, batch, predictor, position
     assert found.most == 4
     attended = simulate(model, one, make_policy("tokenbutler"), selection, predictor).attended[0, t]
     assert found.counts.sum() / (4 * (t + 1)) == pytest.approx(float(attended), rel=1e-6)
+
+
+def test_a_predictor_with_an_offset_chooses_as_it_does_in_the_simulation(model, batch):
+    one = {k: v[:1] for k, v in batch.items()}
+    predictor = make_predictor(BASE, PredictorConfig(rank=8, stride=2))
+    assert predictor.config.offset == "share"
+    predictor.heads.offset_bias[...] += jax.random.normal(jax.random.key(0), predictor.heads.offset_bias.shape)
+    for selection in (SelectionConfig(budget=0.375), SelectionConfig(allocation="tolerance", tolerance=0.05)):
+        found = find_reading(model, predictor, one, make_policy("tokenbutler"), selection)
+        attended = simulate(model, one, make_policy("tokenbutler"), selection, predictor).attended[0, 59]
+        assert found.counts.sum() / (4 * 60) == pytest.approx(float(attended), rel=1e-6)
+        bound = find_reading(model, predictor, one, make_policy("tokenbutler", offset="share"), selection)
+        np.testing.assert_array_equal(found.sets, bound.sets)
 
 
 def test_a_policy_for_every_query_head_reads_as_many_sets(model, batch):

@@ -13,6 +13,7 @@ from butler_jax.evaluation.plots import INK, render_figure
 from butler_jax.evaluation.report import pages
 from butler_jax.evaluation.report.figures import plan_figures
 from butler_jax.evaluation.report.pages import render_markdown, render_page
+from butler_jax.evaluation.report.report import Report
 from butler_jax.evaluation.report.tables import (
     find_metric,
     format_budget,
@@ -146,6 +147,15 @@ def test_any_part_of_an_evaluation_can_be_written(found, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_report_is_saved_and_read_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    made = report(few(rows()))
+    assert made.save("~/reports") == tmp_path / "reports" / "report.json"
+    assert Report.load("~/reports").rows == Report.load(tmp_path / "reports").rows
+    assert not (tmp_path / "~").exists()
+
+
 def test_pictures_of_a_former_report_go_and_others_stay(tmp_path):
     pages.write_pages(report(few(rows())), tmp_path)
     former = {p.name for p in tmp_path.glob("*.png")}

@@ -20,7 +20,7 @@ def softmax(x):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def naive(arrays, target, segments, budget):
+def naive(arrays, target, segments, budget, normalised, penalty=PENALTY):
     """The summed loss with centred errors, or without a target with attention weights."""
     q, k, v, q_imp, k_imp = (np.asarray(a, np.float64) for a in arrays)
     batch, length, heads, dim = q.shape
@@ -35,14 +35,16 @@ def naive(arrays, target, segments, budget):
         true = softmax(q[b, t, own] @ k[b, keys, kv].T / dim**0.5)
         scores = q_imp[b, t, own] @ k_imp[b, keys, kv].T / q_imp.shape[-1] ** 0.5
         counts = count_keys(target, b, t, keys, contested)
-        logs = scores - np.log((counts * np.exp(scores))[:, contested].sum(axis=-1, keepdims=True))
+        lse = np.log((counts * np.exp(scores))[:, contested].sum(axis=-1))
+        logs = scores - lse[:, None] if normalised else scores
         if target is not None:
             moved = v[b, keys, kv][None] - (true @ v[b, keys, kv])[:, None]
             sizes = np.sqrt(np.einsum("gsd,gde,gse->gs", moved, np.asarray(target.gram[kv], np.float64), moved))
             true = true * counts / np.sum(true * counts, axis=-1, keepdims=True) * sizes / target.norm[b, t]
             offset = np.asarray(target.offset, np.float64)[b, t, own]
             logs = logs + offset[:, None]
-            total += PENALTY * np.sum((offset - np.log(np.maximum(true[:, contested].sum(axis=-1), 1e-6))) ** 2)
+            miss = offset - np.log(np.maximum(true[:, contested].sum(axis=-1), 1e-6))
+            total += penalty * np.sum((miss if normalised else miss + lse) ** 2)
         most = max(int(np.ceil(budget * len(keys))), SINKS + RECENT) - SINKS - RECENT  # of the contested
         chosen = np.flatnonzero(contested)[np.argsort(-logs.max(axis=0)[contested], kind="stable")[:most]]
         if len(chosen):
@@ -52,10 +54,16 @@ def naive(arrays, target, segments, budget):
 
 
 @pytest.mark.parametrize(
-    ("errors", "far", "budget"),
-    [(True, True, 0.4), slow(True, False, 0.4), slow(False, False, 0.4), slow(True, False, 1.0)],
+    ("errors", "far", "budget", "normalised"),
+    [
+        (True, True, 0.4, True),
+        (True, False, 0.4, False),
+        slow(True, False, 0.4, True),
+        slow(False, False, 0.4, True),
+        slow(True, False, 1.0, True),
+    ],
 )
-def test_the_loss_among_chosen_keys_equals_the_naive_form(errors, far, budget):
+def test_the_loss_among_chosen_keys_equals_the_naive_form(errors, far, budget, normalised):
     arrays, target = make_inputs(LENGTH, 4, 2)
     target = target._replace(far=make_far_keys(LENGTH) if far else None)
     segments = np.ones((2, LENGTH), np.int32)
@@ -65,16 +73,16 @@ def test_the_loss_among_chosen_keys_equals_the_naive_form(errors, far, budget):
     def loss(q_imp, k_imp):
         own = ErrorTarget(*map(np.float32, target[:3]), target.far) if errors else None
         options = dict(segments=segments, sinks=SINKS, recent=RECENT, target=own, chosen=budget)
-        rule = ErrorRule("centred", normalised=True) if errors else None
+        rule = ErrorRule("centred", normalised=normalised) if errors else None
         return attend_with_cross_entropy(*small[:3], q_imp, k_imp, rule=rule, **options)[1]
 
     run = jax.jit(jax.value_and_grad(loss, (0, 1)))
     value, gradients = run(*small[3:])
     given = target if errors else None
-    assert_close(value, naive(arrays, given, segments, budget))
+    assert_close(value, naive(arrays, given, segments, budget, normalised))
     step, change = 1e-6, [np.random.default_rng(0).normal(size=a.shape) for a in arrays[3:]]  # too small to choose anew
     moved = [[*arrays[:3], *(a + s * c for a, c in zip(arrays[3:], change, strict=True))] for s in (step, -step)]
-    ahead, back = (naive(one, given, segments, budget) for one in moved)
+    ahead, back = (naive(one, given, segments, budget, normalised, penalty=0) for one in moved)  # it moves no scores
     slope = sum(float(np.sum(np.float64(g) * c)) for g, c in zip(gradients, change, strict=True))
     np.testing.assert_allclose(slope, (ahead - back) / (2 * step), rtol=1e-3)
 
