@@ -1,4 +1,4 @@
-"""The source distribution with the same bytes wherever it is built, as the wheel has them, for SOURCE_DATE_EPOCH."""
+"""Builds a source distribution whose bytes are the same wherever it is built, if SOURCE_DATE_EPOCH is set."""
 
 from __future__ import annotations
 

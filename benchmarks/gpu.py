@@ -102,10 +102,11 @@ def read_tests(path: Path) -> dict[str, Any] | None:
 
 def read_training(run_dir: Path) -> dict[str, Any] | None:
     """How many rows of metrics a training wrote, the first one and the last."""
-    with contextlib.suppress(FileNotFoundError):
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return {"rows": len(rows), "first": rows[0], "last": rows[-1]} if rows else None
-    return None
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # the last line may be cut off
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+            rows.append(json.loads(line))
+    return {"rows": len(rows), "first": rows[0], "last": rows[-1]} if rows else None
 
 
 def make_parts(out: Path, bases: list[str], tiny: bool) -> list[GpuPart]:

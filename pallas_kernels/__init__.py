@@ -4,6 +4,7 @@ It depends on JAX alone. The operations are in `api.py`, and `reference.py` defi
 """
 
 from pallas_kernels.api import (
+    choose_by_importance,
     importance_scores,
     importance_totals,
     masked_topk_decode_attention,
@@ -31,6 +32,7 @@ __all__ = [
     "Rules",
     "Selection",
     "Spans",
+    "choose_by_importance",
     "compact",
     "from_image",
     "image_of",

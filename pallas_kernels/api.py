@@ -12,8 +12,9 @@ Every operation takes
   interprets them on any platform, slowly, for tests. False lowers a kernel for its own platform on any, to compile
   ahead of time.
 - layer: an index, traced or not, into caches [L, ...] stacked over layers. With it, a scan over layers does not copy a
-  layer out of the caches. `importance_scores` and `importance_totals` take P of them too, int [P]. All other arrays
-  then have B*P rows in the place of B: for each row of the cache one for every layer, in their order.
+  layer out of the caches. `importance_scores`, `importance_totals` and `choose_by_importance` take P of them too, int
+  [P]. All other arrays then have B*P rows in the place of B: for each row of the cache one for every layer, in their
+  order.
 
 Bad input raises ValueError. The message says what was given, what is wrong and what to do. The method is TokenButler,
 arXiv 2503.07518. For each row, dense decode attention reads 2*S*K*D numbers, and this S*K*R + 2*N*unit*K*D.
@@ -51,8 +52,8 @@ def importance_scores(
 ) -> jax.Array:
     """Score of every cached token for every KV head: scale * q_imp . k_imp, pooled over the group's query heads.
 
-    A product that is NaN counts as -inf, in sums too. On TPU, so do the products of other heads with a token of which a
-    number of k_imp is not finite.
+    A product that is NaN counts as -inf, in sums too. On TPU, heads of k_imp are multiplied together: where a number of
+    a token's k_imp is not finite, the token scores -inf for all of these heads.
 
     Args:
         q_imp: float [B, K, G, R], the predictor's queries.
@@ -82,18 +83,13 @@ def importance_scores(
     totals, offset = _arrays(totals, offset)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
+    if totals is not None and pooling == "maximum":
+        raise ValueError('totals are for the pooling "normalised"; leave them out')
     checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
-    normalised = _normalises(pooling, q_imp, offset)
-    totals = totals if normalised else None
-    if offset is not None:
-        offset = jnp.clip(jnp.nan_to_num(offset.astype(jnp.float32), nan=LOWEST), LOWEST, -LOWEST)
-        if totals is not None or not normalised:  # known before the kernel: one term
-            totals, offset, normalised = (0.0 if totals is None else finite_or_zero(totals)) - offset, None, True
     scale = _factor(scale, q_imp)
     module, options = _dispatch(name, interpret, k_imp.size)
-    options |= dict(scales=scales, scale=scale, first=first, layer=layer)
-    options |= dict(normalised=normalised, totals=totals, offset=offset)
+    options |= dict(scales=scales, scale=scale, first=first, layer=layer) | _terms(pooling, q_imp, totals, offset)
     return module.importance_scores(q_imp, k_imp, lengths, **options)
 
 
@@ -176,6 +172,67 @@ def select_top_k(
     return Selection(*module.select_top_k(scores, lengths, n, **options))
 
 
+def choose_by_importance(
+    q_imp: jax.Array,
+    k_imp: jax.Array,
+    lengths: jax.Array,
+    n: int,
+    *,
+    counts: jax.Array | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    unit: int = 1,
+    first: jax.Array | None = None,
+    threshold: jax.Array | None = None,
+    pooling: str = "normalised",
+    offset: jax.Array | None = None,
+    scales: jax.Array | None = None,
+    scale: float | None = None,
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+    interpret: Any = None,
+) -> Selection:
+    """The n best units of every row by `importance_scores`: the choice of a decode step, for P layers at once.
+
+    Sinks and recent tokens are chosen in any case, so they are not scored, and log-sum-exps leave them out, as in
+    training. On GPU the scores are not written.
+
+    Args:
+        q_imp, k_imp, pooling, offset, scales, scale: See `importance_scores`.
+        lengths, n, counts, sinks, recent, unit, first, threshold: See `select_top_k`.
+        layer, implementation, interpret: See the module.
+
+    Returns:
+        The `Selection`, as `select_top_k` gives it.
+
+    Raises:
+        ValueError: The arguments do not fit together, or the implementation is another platform's.
+    """
+    q_imp, k_imp, lengths, first, scales = _arrays(q_imp, k_imp, lengths, first, scales)
+    counts, threshold, offset = _arrays(counts, threshold, offset)
+    checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
+    checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
+    scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k_imp.shape[-1]), jnp.float32)
+    checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
+    begin = jnp.maximum(jnp.zeros_like(lengths) if first is None else first, sinks)
+    contested = jnp.maximum(lengths - recent, 0)
+    name = checks.choose_implementation(implementation, interpret)
+    if name == "gpu" and k_imp.size * n:
+        from pallas_kernels import gpu
+
+        if gpu.can_image(q_imp, k_imp, unit):
+            n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
+            options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), contested=contested)
+            options |= dict(begin=begin, scales=scales, scale=_factor(scale, q_imp), layer=layer)
+            options |= _terms(pooling, q_imp, None, offset) | dict(interpret=interpret or False)
+            return gpu.choose_by_importance(q_imp, k_imp, lengths, n, **options)
+    shared = dict(implementation=name, interpret=interpret)
+    scored = dict(pooling=pooling, offset=offset, scales=scales, scale=scale, layer=layer)
+    scores = importance_scores(q_imp, k_imp, contested, first=begin, **scored, **shared)
+    rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
+    return select_top_k(scores, lengths, n, **rules, **shared)
+
+
 def masked_topk_decode_attention(
     q: jax.Array,
     k: jax.Array,
@@ -199,7 +256,7 @@ def masked_topk_decode_attention(
     """Attention of one query a row over the chosen units of its cache. Nothing else of the cache is read.
 
     Args:
-        q: float [B, H, D].
+        q: float [B, H, D]. The kernels, and the sums over spans, round it to the dtype of k.
         k, v: float [B, K, S, D]; [L, ...] with `layer`.
         indices: int [B, K, N], the chosen units.
         valid: bool [B, K, N], which of the indices count, as `select_top_k` gives them; None means all.
@@ -293,6 +350,7 @@ def sparse_decode_attention(
     lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_caches(k, q_imp, k_imp, layer)
+    checks.check_counts(n, k.shape[-2], unit, sinks, recent)
     tpu_can = checks.tpu_can(unit, k.shape[-2])
     name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
     if name == "gpu" and k_imp.size * n * k.size:  # its kernels hand each other what no other operation reads
@@ -355,12 +413,25 @@ def _arrays(*values):
 
 def _factor(scale: float | None, queries: jax.Array) -> float:
     """The factor on products with queries [..., D] or [..., R]: that given, or the default."""
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError(f"scale must be a number that is known when the call is traced, got {scale}")
     return queries.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _normalises(pooling: str, q_imp: jax.Array, offset: jax.Array | None = None) -> bool:
     """Whether log-sum-exps are taken off the scores. One query head alone needs none, unless it has an offset."""
     return pooling == "normalised" and (q_imp.shape[2] > 1 or offset is not None)
+
+
+def _terms(pooling: str, q_imp: jax.Array, totals: jax.Array | None, offset: jax.Array | None) -> dict[str, Any]:
+    """What is taken off the scores and added to them, as the implementations take it."""
+    normalised = _normalises(pooling, q_imp, offset)
+    totals = totals if normalised else None
+    if offset is not None:
+        offset = jnp.clip(jnp.nan_to_num(offset.astype(jnp.float32), nan=LOWEST), LOWEST, -LOWEST)
+        if totals is not None or not normalised:  # known before the kernel: one term
+            totals, offset, normalised = (0.0 if totals is None else finite_or_zero(totals)) - offset, None, True
+    return dict(normalised=normalised, totals=totals, offset=offset)
 
 
 def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:

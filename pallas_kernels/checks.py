@@ -16,14 +16,19 @@ POOLINGS = ("normalised", "maximum")
 SMALLEST_TPU_UNIT = 16  # one tile of bfloat16 rows; a smaller copy would read its neighbours too
 
 
-def current_platform() -> str:
-    """The platform that a call traced now will run on: that of the mesh, of jax_default_device, or the default.
+def current_device() -> Any:
+    """The device that a call traced now will run on, or its platform: of the mesh, or of jax_default_device, or None.
 
     A mesh may describe devices that are absent (jax.experimental.topologies). Kernels are then compiled for those.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    device = jax.config.jax_default_device if device is None else device
+    return jax.config.jax_default_device if device is None else device
+
+
+def current_platform() -> str:
+    """The platform of `current_device`, or the default one."""
+    device = current_device()
     device = jax.default_backend() if device is None else device
     platform = device if isinstance(device, str) else device.platform
     return "gpu" if platform in ("gpu", "cuda", "rocm") else platform
@@ -91,11 +96,16 @@ def check_tpu_unit(unit: int, size: int) -> None:
         )
 
 
-def check_vector(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kinds: str = "iu") -> None:
-    """Raise ValueError unless an array has one of the shapes and holds integers ("iu") or numbers ("f"), or is None."""
-    if value is None:
+def check_vector(
+    name: str, value: Any, shapes: tuple[tuple[int, ...], ...], kinds: str = "iu", *, required: bool = False
+) -> None:
+    """Raise ValueError unless an array has one of the shapes and holds integers ("iu") or numbers ("f").
+
+    None is allowed, unless the array is required.
+    """
+    if value is None and not required:
         return
-    given = jnp.shape(value)
+    given = None if value is None else jnp.shape(value)
     wanted = " or ".join(map(str, shapes))
     if given not in shapes:
         raise ValueError(f"{name} must have shape {wanted}, got {given}")
@@ -110,6 +120,9 @@ def check_spans(spans, k, layer) -> None:
     """Raise ValueError unless the spans are of a cache k, or None."""
     if spans is None:
         return
+    for name, array in zip(("k", "v", "counts"), spans, strict=True):
+        if array is None or array.ndim == 0:
+            raise ValueError(f"spans.{name} must be an array, got {array}")
     lead, dim, count = k.shape[:-2], k.shape[-1], spans.counts.shape[-1]
     for name, array in (("k", spans.k), ("v", spans.v)):
         wanted = (*lead, count, dim)
@@ -166,7 +179,9 @@ def check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer) -> No
         raise ValueError(f"k_imp {shape} must be [B, K, R, S] or [B, K*G, R, S] for q_imp [B, K, G, R] = {q_imp.shape}")
     if pooling not in POOLINGS:
         raise ValueError(f"unknown pooling {pooling!r}; use one of {', '.join(POOLINGS)}")
-    check_vector("lengths", lengths, ((batch,),))
+    if not is_floating(q_imp):
+        raise ValueError(f"q_imp must be floating point of 16 bits or more, got {q_imp.dtype}")
+    check_vector("lengths", lengths, ((batch,),), required=True)
     check_vector("first", first, ((batch,),))
     quantised = k_imp.dtype == jnp.int8
     if quantised != (scales is not None):
@@ -190,6 +205,8 @@ def check_caches(k, q_imp, k_imp, layer) -> None:
         raise ValueError(f"k {k.shape} and k_imp {k_imp.shape} must have room for the same number of tokens S")
     if layer is not None and k.shape[0] != k_imp.shape[0]:
         raise ValueError(f"k has {k.shape[0]} layers and k_imp {k_imp.shape[0]}; a cache has them for the same layers")
+    if k.ndim > 3 and q_imp.shape[0] != k.shape[-4]:
+        raise ValueError(f"q_imp has {q_imp.shape[0]} rows and k {k.shape[-4]}; both are [B, ...]")
     if q_imp.shape[1] != k.shape[-3]:
         raise ValueError(f"q_imp {q_imp.shape} and k {k.shape} differ in KV heads K")
 
@@ -201,7 +218,7 @@ def check_selection(scores, lengths, n, counts, sinks, recent, unit, first, thre
     batch, heads, size = scores.shape
     check_some(batch, heads)
     check_counts(n, size, unit, sinks, recent)
-    check_vector("lengths", lengths, ((batch,),))
+    check_vector("lengths", lengths, ((batch,),), required=True)
     check_vector("counts", counts, ((batch,), (batch, heads)))
     check_vector("first", first, ((batch,),))
     check_vector("threshold", threshold, ((heads,), (batch, heads)), "f")

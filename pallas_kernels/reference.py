@@ -82,7 +82,7 @@ def ranked(scores, lengths, rules):
     forced = jnp.broadcast_to(forced[:, None], scores.shape)
     if threshold is not None:
         limit = jnp.broadcast_to(threshold, scores.shape[:2]).astype(jnp.float32)[..., None]
-        may = may & ((scores >= limit) | (forced > 0))
+        may = may & (~(scores < limit) | (forced > 0))  # nothing is below NaN
     padding = ((0, 0), (0, 0), (0, -size % unit))
 
     def reduce(values, empty):
@@ -136,8 +136,8 @@ def masked_topk_decode_attention(
     safe = jnp.where(mask, tokens, 0)[..., None]
     rows_k, rows_v = (jnp.take_along_axis(a, safe, axis=2) if size else a for a in (k, v))
     if new_k is not None:
-        rows_k = jnp.concatenate([rows_k, new_k[:, :, None].astype(k.dtype)], axis=2)
-        rows_v = jnp.concatenate([rows_v, new_v[:, :, None].astype(v.dtype)], axis=2)
+        pairs = (rows_k, new_k[:, :, None]), (rows_v, new_v[:, :, None])
+        rows_k, rows_v = (jnp.concatenate([a.astype(jnp.float32) for a in pair], axis=2) for pair in pairs)
         mask = jnp.concatenate([mask, jnp.ones((batch, heads, 1), bool)], axis=2)
     counts = jnp.ones(mask.shape, jnp.int32)
     if spans is not None:

@@ -35,7 +35,8 @@ def span_sums(q, k, v, counts, *, scale=1.0, softcap=None):
     top = jnp.maximum(jnp.max(logits, axis=-1, initial=-jnp.inf), LOWEST)
     weights = jnp.exp(logits - top[..., None])
     v = jnp.where(jnp.any(counts > 0, axis=2)[..., None], v, 0)
-    out = jnp.einsum("bkru,bkud->bkrd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    weights_of_v = dict(preferred_element_type=jnp.float32, precision=exact(v.dtype))
+    out = jnp.einsum("bkru,bkud->bkrd", weights.astype(v.dtype), v, **weights_of_v)
     return top, jnp.sum(weights, axis=-1), out
 
 

@@ -1,9 +1,9 @@
 """The search for the threshold of a choice, by counting how many images of a row reach a trial.
 
-A bracket closes around the threshold. A trial interpolates between the values of its two ends by their distances from
-the wanted number n, which are (count - n) / (count + n), since the counts of large scores fall about exponentially. An
-end that stays has its distance halved (the Illinois form of the false position method, M. Dowell and P. Jarratt, BIT
-11, 1971). Later trials halve the bracket, so that ties end too.
+A bracket closes around the threshold. An end that `count` images reach lies (count - n) / (count + n) from the wanted
+number n. Counts of large scores fall about exponentially, so a trial interpolates between the values of the two ends by
+these distances. An end that stays has its distance halved (the Illinois form of the false position method, M. Dowell
+and P. Jarratt, BIT 11, 1971). Later trials halve the bracket, so that ties end too.
 """
 
 from __future__ import annotations

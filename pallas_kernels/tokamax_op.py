@@ -172,7 +172,7 @@ def sparse_decode_attention(
         implementation: A key of IMPLEMENTATIONS, or several, of which the first one that this device supports runs.
             None: the kernels of the platform, and "xla" where they do not suit it.
         return_residuals: Whether to return the log-sum-exp [B, H] too.
-        options: Those of `pallas_kernels.sparse_decode_attention`.
+        options: Those of `pallas_kernels.sparse_decode_attention` but return_residual, return_selection and interpret.
 
     Raises:
         ExceptionGroup: No implementation of these runs on this device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ from butler_jax.decoding.eviction import Eviction, evict_row
 from butler_jax.decoding.layer_forecast import LayerForecast
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.plan import Plan
-from butler_jax.decoding.scoring import chunk_of
+from butler_jax.decoding.scoring import BlockQueries, chunk_of, pooled_scores
 from butler_jax.decoding.store import KVStore
-from butler_jax.model import LayerView
-from butler_jax.parallel import by_rows_and_heads
+from butler_jax.model import BaseConfig, LayerView
+from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.policies import Place
 from butler_jax.predictors import at
 from butler_jax.selection import (
@@ -31,7 +32,7 @@ from butler_jax.selection import (
     weigh_units,
     with_recent,
 )
-from pallas_kernels import compact
+from pallas_kernels import choose_by_importance, compact, select_top_k
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,20 @@ class Chooser:
         """What a layer remembers already, where nothing was chosen."""
         return None if self.plan.interval == 1 else at(self.memory, layer)
 
-    def choose_block(self, scores: Float[Array, "B P K S"], layers: Int[Array, " P"]) -> Chosen:
-        """The units of P layers from their pooled scores, [P, B, K, N]."""
-        batch, block = scores.shape[:2]
+    def choose_block(self, queries: BlockQueries, layers: Int[Array, " P"], base: BaseConfig) -> Chosen:
+        """The units of P layers by the predictor's scores, [P, B, K, N]."""
         total, sliding_window = self.newest.total, self.newest.sliding_window(layers)
-        first = threshold = None
+        batch, block, first, threshold = len(total), len(layers), None, None
+        lengths = jnp.repeat(total, block)
         if sliding_window is not None:
             first = jnp.maximum(total[:, None] - sliding_window[None], 0).reshape(-1)
         if self.limits.threshold is not None:
             threshold = jnp.tile(self.limits.threshold[layers], (batch, 1))
-        scores = scores.reshape(batch * block, *scores.shape[2:])
-        chosen = self._select(scores, jnp.repeat(total, block), first, threshold)
+        if self.plan.selection.allocation == "per_layer" or token_axis(queries.k_imp.shape[-1]) is not None:
+            scores = pooled_scores(queries, lengths, first, self.plan, base)
+            chosen = self._select(scores, lengths, first, threshold)
+        else:
+            chosen = self._select_by_importance(queries, lengths, first, threshold)
         return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(batch, block, *a.shape[1:]), 0, 1), chosen)
 
     def count_tokens(self, chosen: Chosen, layer: Int[Array, ""]) -> Int[Array, "B K"]:
@@ -135,22 +139,43 @@ class Chooser:
 
     def _select(self, scores, lengths, first, threshold) -> Chosen:
         """Units by scores [B, K, S] of rows that hold `lengths` tokens and see those from `first` on."""
-        plan, count = self.plan, lengths if first is None else lengths - first
+        plan, counts, kv_heads = self.plan, None, self.kv.k.shape[2]
 
         def run(scores, lengths, tokens, counts, first, threshold):
             options = dict(counts=counts, first=first, threshold=threshold, implementation=plan.implementation)
-            return choose(scores, lengths, tokens, plan.room, plan.selection, **options)
+            select, size = partial(select_top_k, scores, lengths), scores.shape[-1]
+            return choose(select, size, lengths, tokens, plan.room, plan.selection, **options)
 
-        threshold = beyond(self.limits.min_context, count[:, None], threshold)
-        if threshold is not None:
-            threshold = jnp.broadcast_to(threshold, scores.shape[:2])
-        kv_heads = self.kv.k.shape[2]
-        tokens, counts = self.limits.table[count], None
+        tokens, threshold = self._budgets(lengths, first, threshold, scores.shape[1])
         if plan.selection.allocation == "per_layer":  # over all heads, before the mesh splits them
             counts = share_counts(scores, lengths, tokens, plan.selection, first)
         operands, result = ("bw-", "b", "b", "bw", "b", "bw"), Chosen("bw-", "bw-")
         split = by_rows_and_heads(run, operands, result, rows=self.newest.cached.shape[0], heads=kv_heads)
         return split(scores, lengths, tokens, counts, first, threshold)
+
+    def _select_by_importance(self, queries: BlockQueries, lengths, first, threshold) -> Chosen:
+        """The same by the predictor's scores, which are not needed themselves."""
+        plan, kv_heads = self.plan, self.kv.k.shape[2]
+
+        def run(lengths, tokens, first, threshold, *fields):
+            queries = BlockQueries(*fields)
+            options = queries.options(plan.policy.predictor_pooling)
+            select = partial(choose_by_importance, queries.q_imp, queries.k_imp, lengths, **options)
+            options = dict(first=first, threshold=threshold, implementation=plan.implementation)
+            return choose(select, queries.k_imp.shape[-1], lengths, tokens, plan.room, plan.selection, **options)
+
+        tokens, threshold = self._budgets(lengths, first, threshold, kv_heads)
+        operands, result = ("b", "b", "b", "bh", *queries.splits), Chosen("bh-", "bh-")
+        split = by_rows_and_heads(run, operands, result, rows=self.newest.cached.shape[0], heads=kv_heads)
+        return split(lengths, tokens, first, threshold, *queries)
+
+    def _budgets(self, lengths, first, threshold, heads: int) -> tuple[Int[Array, " B"], Float[Array, "B K"] | None]:
+        """The tokens that rows may read, and the threshold of their heads."""
+        count = lengths if first is None else lengths - first
+        threshold = beyond(self.limits.min_context, count[:, None], threshold)
+        if threshold is not None:
+            threshold = jnp.broadcast_to(threshold, (len(lengths), heads))
+        return self.limits.table[count], threshold
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from butler_jax.decoding.choice import Chooser
 from butler_jax.decoding.layer_forecast import LayerForecast
 from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.score_cache import ScoreCache, place_scored, restored
-from butler_jax.decoding.scoring import pooled_scores, q_imp_of_block, raw_scores, with_own_score
+from butler_jax.decoding.scoring import BlockQueries, q_imp_of_block, raw_scores, with_own_score
 from butler_jax.decoding.store import KVStore
 from butler_jax.model import BaseModel, LayerView, is_served
 from butler_jax.predictors import Predictor, at, schedule, walk, zeros_of
@@ -149,8 +149,8 @@ class Forecaster:
         q_imp, offset = q_imp_of_block(predictor, self.model, features, self.context, layers)
         chosen = None
         if self.ahead:
-            where = dict(scores=self.scores, newest=self.newest, plan=self.chooser.plan, base=config)
-            chosen = self.chooser.choose_block(pooled_scores(q_imp, offset, layers, **where), layers)
+            queries = BlockQueries.of(q_imp, offset, layers, self.scores, config)
+            chosen = self.chooser.choose_block(queries, layers, config)
         places = place_scored(config, layers)
         scales = None if self.scores.scales is None else self.scores.scales[places]
         k_imp = restored(self.scores.k_imp[places], scales)

@@ -7,7 +7,7 @@ layer only, where its score joins those of the cached tokens.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,51 +42,92 @@ def q_imp_of_block(
     return jax.vmap(one)(heads, weights_of(model, layers), layers)
 
 
+class BlockQueries(NamedTuple):
+    """What scores the cached tokens of a block of P layers, in the layout of `pallas_kernels` with P layers.
+
+    Attributes:
+        k_imp: The cache.
+        places: Of the layers in it.
+        q_imp: Queries.
+        offset: Of the predictor, which is added to the scores of each head; None where it has none.
+        scales: Of k_imp in int8; None where it is not.
+    """
+
+    k_imp: Float[Array, "L B Q R S"]
+    places: Int[Array, " P"]
+    q_imp: Float[Array, "BP K G R"]
+    offset: Float[Array, "BP K G"] | None
+    scales: Float[Array, "BP Q"] | None
+
+    @classmethod
+    def of(
+        cls,
+        q_imp: Float[Array, "P B H R"],
+        offset: Float[Array, "P B H"] | None,
+        layers: Int[Array, " P"],
+        scores: ScoreCache,
+        base: BaseConfig,
+    ) -> BlockQueries:
+        """The queries and offsets of `q_imp_of_block`, beside the cache."""
+        places, groups = place_scored(base, layers), (base.kv_heads, base.group)
+        scales = None if scores.scales is None else _by_rows(scores.scales[places])
+        q_imp = _by_rows(q_imp).reshape(-1, *groups, q_imp.shape[-1])
+        offset = None if offset is None else _by_rows(offset).reshape(-1, *groups)
+        return cls(scores.k_imp, places, q_imp, offset, scales)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """How `by_rows_and_heads` splits the fields."""
+        return ("-bh-s", "-", "bh--", "bh-", "bh")
+
+    def options(self, pooling: str) -> dict[str, Any]:
+        """Those of `importance_scores` and `choose_by_importance`; pooling: as a policy's `predictor_pooling`."""
+        pooling = "normalised" if pooling in ("normalised", "share") else "maximum"
+        return dict(pooling=pooling, offset=self.offset, scales=self.scales, layer=self.places)
+
+
+def _by_rows(x: Float[Array, "P B *rest"]) -> Float[Array, BP * rest]:
+    """The layers of each row one after the other."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
 def pooled_scores(
-    q_imp: Float[Array, "P B H R"],
-    offset: Float[Array, "P B H"] | None,
-    layers: Int[Array, " P"],
-    scores: ScoreCache,
-    newest: Newest,
+    queries: BlockQueries,
+    lengths: Int[Array, " BP"],
+    first: Int[Array, " BP"] | None,
     plan: Plan,
     base: BaseConfig,
-) -> Float[Array, "B P K S"]:
-    """The score of every cached token of P layers, pooled over the group.
+) -> Float[Array, "BP K S"]:
+    """The score of every cached token of P layers, pooled over the group, where the scores are needed themselves.
 
     With an offset, scores are logarithms of errors: the offset of each head is added before the maximum is taken.
     Sinks and recent tokens are read whatever their score: the log-sum-exp that pooling subtracts leaves them out. Where
     the mesh splits the tokens, every device scores its part, and the parts agree on one log-sum-exp.
+
+    Args:
+        lengths, first: Of the tokens that the rows see.
     """
     selection, pooling = plan.selection, plan.policy.predictor_pooling
-    block, batch = q_imp.shape[:2]
-    capacity = scores.k_imp.shape[-1]
+    capacity = queries.k_imp.shape[-1]
     axis = token_axis(capacity)
-    sliding_window = newest.sliding_window(layers)
-    seen = 0 if sliding_window is None else newest.total[:, None] - sliding_window[None]
-    first = jnp.maximum(seen, selection.sinks) + jnp.zeros((batch, block), jnp.int32)
-    contested = jnp.broadcast_to(jnp.maximum(newest.total - selection.recent, 0)[:, None], (batch, block))
-    places = place_scored(base, layers)
-    scales = None if scores.scales is None else jnp.swapaxes(scores.scales[places], 0, 1)
-    heads = batch, block, base.kv_heads, base.group
-    q_imp = jnp.swapaxes(q_imp, 0, 1).reshape(*heads, -1)
-    offset = None if offset is None else jnp.swapaxes(offset, 0, 1).reshape(heads)
+    begin = jnp.maximum(jnp.zeros_like(lengths) if first is None else first, selection.sinks)
+    contested = jnp.maximum(lengths - selection.recent, 0)
 
-    def run(k_imp, places, *of_rows):
-        q_imp, offset, contested, first, scales = (None if a is None else a.reshape(-1, *a.shape[2:]) for a in of_rows)
-        part = part_of(k_imp.shape[-1], axis)
+    def run(contested, begin, *fields):
+        queries = BlockQueries(*fields)
+        part = part_of(queries.k_imp.shape[-1], axis)
         if part is not None:
-            contested, first = part.count(contested), part.count(first)
-        options = dict(first=first, scales=scales, layer=places, implementation=plan.implementation)
-        totals, pooled = None, "normalised" if pooling in ("normalised", "share") else "maximum"
-        if part is not None and pooled == "normalised":
-            totals = part.log_sum(importance_totals(q_imp, k_imp, contested, **options))
-        options |= dict(pooling=pooled, totals=totals, offset=offset)
-        found = importance_scores(q_imp, k_imp, contested, **options)
-        return found.reshape(-1, block, *found.shape[1:])
+            contested, begin = part.count(contested), part.count(begin)
+        options = queries.options(pooling) | dict(first=begin, implementation=plan.implementation)
+        operands = queries.q_imp, queries.k_imp, contested
+        if part is not None and options["pooling"] == "normalised":
+            known = {name: options[name] for name in ("first", "scales", "layer", "implementation")}
+            options["totals"] = part.log_sum(importance_totals(*operands, **known))
+        return importance_scores(*operands, **options)
 
-    operands = ("-bh-s", "-", "b-h--", "b-h-", "b-", "b-", "b-h")
-    split = by_rows_and_heads(run, operands, "b-hs", rows=batch, heads=base.kv_heads, tokens=capacity)
-    return split(scores.k_imp, places, q_imp, offset, contested, first, scales)
+    rows = queries.k_imp.shape[1]
+    split = by_rows_and_heads(run, ("b", "b", *queries.splits), "bhs", rows=rows, heads=base.kv_heads, tokens=capacity)
+    return split(contested, begin, *queries)
 
 
 def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:

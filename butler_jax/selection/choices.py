@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -9,12 +11,13 @@ from butler_jax.selection.allocation import allocate
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
-from pallas_kernels import Rules, compact, image_of, select_top_k
+from pallas_kernels import Rules, compact, image_of
 from pallas_kernels import Selection as Chosen
 
 
 def choose(
-    scores: Float[Array, "B K S"],
+    select: Callable[..., Chosen],
+    size: int,
     lengths: Int[Array, " B"],
     tokens: Int[Array, " B"],
     room: int,
@@ -28,7 +31,9 @@ def choose(
     """The units that the newest token of each row attends, itself included, as `select_mask` would choose them.
 
     Args:
-        scores: Of the cached tokens, ordered as in `select_mask`. The newest one's does not matter: it is recent.
+        select: `select_top_k` of scores, or `choose_by_importance` of q_imp and k_imp. It is given the arguments that
+            follow lengths. The newest token's score does not matter: it is recent.
+        size: Tokens that the cache has room for.
         lengths: Tokens of each row, the newest included. A row of 0 chooses nothing.
         tokens: The budget of each row, as `budget_table` gives it.
         room: N, units that are listed for each row and KV head; see `room_for`.
@@ -37,11 +42,11 @@ def choose(
         threshold: The lowest score that is read, of this layer.
         first: The first token that a row may see, under a sliding window; 0 unless given.
     """
-    units = _units_of(scores, lengths, first, config)
+    units = _units_of(size, lengths, first, config)
     rules = dict(sinks=config.sinks, recent=config.recent, unit=config.unit, first=first, threshold=threshold)
     if counts is None:
         counts = count_units(jnp.minimum(tokens, units.held), units, config)
-    chosen = select_top_k(scores, lengths, room, counts=counts, implementation=implementation, **rules)
+    chosen = select(room, counts=counts, implementation=implementation, **rules)
     if not config.neighbours:
         return chosen
     of_heads = Units(*(a[:, None] for a in units))
@@ -57,20 +62,18 @@ def share_counts(
 ) -> Int[Array, "B K"]:
     """The units that each head reads where the heads of a layer share their reads, as `select_mask` shares them.
 
-    Arguments are those of `choose`.
+    scores: Of the cached tokens. The other arguments are those of `choose`.
     """
     image = image_of(scores, lengths, Rules(config.sinks, config.recent, config.unit, first, None))
-    units = _units_of(scores, lengths, first, config)
+    units = _units_of(scores.shape[-1], lengths, first, config)
     counts = count_units(jnp.minimum(tokens, units.held), units, config)
     mask = allocate(image, jnp.broadcast_to(counts[:, None], image.shape[:2]), config)
     return jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
 
-def _units_of(
-    scores: Float[Array, "B K S"], lengths: Int[Array, " B"], first: Int[Array, " B"] | None, config: SelectionConfig
-) -> Units:
+def _units_of(size: int, lengths: Int[Array, " B"], first: Int[Array, " B"] | None, config: SelectionConfig) -> Units:
     """All units of a cache, for rows of these lengths."""
-    number = jnp.arange(-(-scores.shape[-1] // config.unit), dtype=jnp.int32)[None]
+    number = jnp.arange(-(-size // config.unit), dtype=jnp.int32)[None]
     return Units(number, jnp.zeros_like(lengths) if first is None else first, lengths)
 
 

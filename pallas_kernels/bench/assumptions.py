@@ -69,6 +69,9 @@ class Assumptions(NamedTuple):
     bracket_write: Assumption = _sass(484, "instructions of a warp, every block of units")
     select_registers: Assumption = _sass(64, "a thread")
     select_shared: Assumption = _sass(32768, "bytes, at most")
+    xla_code: Assumption = Assumption(
+        40, "instructions of a warp, every 4 elements of a thread", f"{GUESS}: an operation of XLA between the kernels"
+    )
     attend_code: Assumption = _sass(409)
     attend_trip: Assumption = _sass(471, "instructions of a warp, every 64 tokens of 128 channels")
     attend_registers: Assumption = _sass(120, "a thread")

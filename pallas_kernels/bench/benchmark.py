@@ -136,6 +136,16 @@ def check_kernels(implementation: str) -> None:
             for i in ("reference", implementation)
         ]
         np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in outs), atol=tolerance)
+    for size in (1024, 65536):  # whole numbers, whose products are exact, so that every choice is the same
+        q_imp, keys = jnp.round(4 * normal(2, 2, 4, 16)), jnp.round(4 * normal(2, 2, 16, size))
+        k, v, lengths = normal(2, 2, size, 128), normal(2, 2, size, 128), jnp.array([size, size * 3 // 4])
+        options = dict(n=128 // unit, unit=unit, sinks=4, recent=8, pooling="maximum", return_selection=True)
+        results = [
+            api.sparse_decode_attention(q, k, v, q_imp, keys, lengths, implementation=i, **options)
+            for i in ("reference", implementation)
+        ]
+        np.testing.assert_array_equal(*(chosen.indices for _, chosen in results))
+        np.testing.assert_allclose(*(out for out, _ in results), atol=1e-4)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,6 +183,12 @@ def main(arguments: list[str] | None = None) -> int:
     machine |= dict(processor=platform.processor() or platform.machine(), date=datetime.date.today().isoformat())
     report = machine | settings | dict(implementation=name, repeats=asked.repeats, copy_gb_s=bandwidth / 1e9)
     report |= dict(rows=[], left_out=[])
+
+    def write() -> None:
+        if asked.json:
+            asked.json.parent.mkdir(parents=True, exist_ok=True)
+            asked.json.write_text(json.dumps(report, indent=1) + "\n")
+
     setting = f"{asked.shape}, {asked.dtype}, unit {asked.unit}, {asked.pooling} pooling, {name}"
     print(f"{report['device']}, jax {jax.__version__}, {setting}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     print(HEADER, flush=True)
@@ -186,15 +202,14 @@ def main(arguments: list[str] | None = None) -> int:
         if why := unfit(case, asked.memory, begun, longest, asked.minutes):
             report["left_out"].append(sizes | dict(why=why))
             print(f"{together:>8} {context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
+            write()
             continue
         start = time.monotonic()
         found = measure_case(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth)
         report["rows"].extend(found)
         longest = max(longest, time.monotonic() - start)
         print(*map(line, found), peers_line(found[-1]), sep="\n", flush=True)
-        if asked.json:
-            asked.json.parent.mkdir(parents=True, exist_ok=True)
-            asked.json.write_text(json.dumps(report, indent=1) + "\n")
+        write()
     if asked.json and report["rows"]:
         print(f"rows: {asked.json}\n{plot(report, asked.json.with_suffix('.png'))}")
     return 0

@@ -30,7 +30,7 @@ class GpuChip(NamedTuple):
             shared_memory_per_core=self.shared << 10,
             core_count=self.multiprocessors,
             fpus_per_core=128,
-            clock_rate_ghz=1.8,
+            clock_rate_ghz=self.clock,
             block_dim_limit_x=2**31 - 1,
             block_dim_limit_y=65535,
             block_dim_limit_z=65535,

@@ -95,10 +95,6 @@ def predict_rows(
 
 
 def shortest_gain(rows: list[dict[str, Any]]) -> int | None:
-    """The shortest context from which on every row is faster than dense; None where the longest is not."""
-    found = None
-    for row in sorted(rows, key=lambda row: -row["context"]):
-        if row["speedup"] <= 1:
-            break
-        found = row["context"]
-    return found
+    """The shortest context from which on every row is faster than dense; None where one of the longest is not."""
+    slow = max((row["context"] for row in rows if row["speedup"] <= 1), default=0)
+    return min((row["context"] for row in rows if row["context"] > slow), default=None)

@@ -81,8 +81,7 @@ def choose_and_attend(
     if case.int8:
         scored |= dict(scales=jnp.stack(layers["scales"], axis=1).reshape(-1, case.shape.kv_heads))
     scored |= dict(layer=jnp.arange(case.together, dtype=jnp.int32))
-    scores = api.importance_scores(q_imp, layers["k_imp"], rows, **scored, **run)
-    chosen = api.select_top_k(scores, rows, case.units, **rules, **run)
+    chosen = api.choose_by_importance(q_imp, layers["k_imp"], rows, case.units, **rules, **scored, **run)
     found = []
     for place, (k, v) in enumerate(zip(layers["k"], layers["v"], strict=True)):
         found.append(api.Selection(*(a[place :: case.together] for a in chosen)))

@@ -1,4 +1,7 @@
-"""The work of each kernel of a sparse call on GPU: its grid, from the traced program, and what a program of it does."""
+"""The work of each kernel of a sparse call on GPU: its grid, from the traced program, and what a program of it does.
+
+Where layers choose together, XLA has an operation beside the kernels. It counts as a kernel.
+"""
 
 from __future__ import annotations
 
@@ -105,9 +108,18 @@ def work_of(case: Case, tiles: Tiles, assumed: Assumptions) -> list[KernelWork]:
         bracket_threshold=_bracket_work,
         select_top_k=_select_work,
         attend_to_tokens=_attend_work,
-        merge_splits=_merge_work,
     )
-    return [makers[one.name](one, case if one.name in KEPT else rows, tiles, have) for one in launches]
+    works, splits = [], 1
+    for one in launches:
+        own = case if one.name in KEPT else rows
+        if one.name == "merge_splits":
+            works.append(_merge_work(one, own, splits, have))
+        else:
+            works.append(makers[one.name](one, own, tiles, have))
+        splits = one.grid[-1]
+        if one.name == "select_top_k" and case.together > 1:
+            works.append(_choices_work(rows, have))
+    return works
 
 
 def _sizes(case):
@@ -199,6 +211,14 @@ def _select_work(launch, case, tiles, have):
     )
 
 
+def _choices_work(case, have):
+    """XLA's operation that gives each layer its choice: indices, and which of them are valid."""
+    rows, _, _, _ = _sizes(case)
+    chosen = rows * case.units
+    launch = KernelLaunch(name="choices", grid=(-(-chosen // (4 * 4 * THREADS)),), warps=4)
+    return KernelWork(launch=launch, streamed=2 * 5 * chosen, instructions=have["xla_code"], loads=1, registers=32)
+
+
 def _attend_work(launch, case, tiles, have):
     rows, group, _, _ = _sizes(case)
     item, dim = jnp.dtype(case.dtype).itemsize, case.shape.dim
@@ -216,10 +236,9 @@ def _attend_work(launch, case, tiles, have):
     )
 
 
-def _merge_work(launch, case, tiles, have):
+def _merge_work(launch, case, splits, have):
     rows, group, _, _ = _sizes(case)
     item, dim = jnp.dtype(case.dtype).itemsize, case.shape.dim
-    splits = max(1, launch.programs // (rows * group))
     parts = 4 * rows * group * splits * (dim + 2)
     return KernelWork(
         launch=launch,

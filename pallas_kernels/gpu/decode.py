@@ -1,4 +1,4 @@
-"""The decode attention of one layer on GPU, without an operation between its kernels."""
+"""The choice of several layers and the decode attention of one on GPU, without an operation between their kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def sparse_decode_attention(
     first, layer = rules.first, options["layer"]
     scored = dict(scales=scales, scale=score_scale, first=first, layer=layer, normalised=normalised)
     if can_image(q_imp, k_imp, rules.unit):
-        image = importance_images(q_imp, k_imp, lengths, rules=rules, interpret=interpret, **scored)
+        scored |= dict(rules=rules, seen=None, totals=None, offset=None)
+        image = importance_images(q_imp, k_imp, lengths, interpret=interpret, **scored)
     else:  # a unit is longer than what a program scores
         scores = importance_scores(q_imp, k_imp, lengths, totals=None, offset=None, interpret=interpret, **scored)
         image = image_of(scores, lengths, rules)
@@ -24,3 +25,12 @@ def sparse_decode_attention(
     shared = dict(unit=rules.unit, lengths=lengths, first=first, interpret=interpret)
     out, residual = attend_to_units(q, k, v, units, taken, **shared, **options)
     return out, residual, as_selection(units, taken)
+
+
+def choose_by_importance(q_imp, k_imp, lengths, n, *, counts, rules, contested, begin, interpret, **scored):
+    """The `Selection` of n units by the scores of the tokens begin ... contested - 1. Arguments as in `api.py`."""
+    seen = lengths, rules.first
+    images = dict(rules=rules, seen=seen, first=begin, interpret=interpret)
+    image = importance_images(q_imp, k_imp, contested, **images, **scored)
+    chosen = dict(counts=counts, first=rules.first, unit=rules.unit, interpret=interpret)
+    return as_selection(*choose_units(image, lengths, n, k_imp.shape[-1], **chosen))

@@ -18,7 +18,16 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
 from pallas_kernels.choice import rank_image
 from pallas_kernels.gpu.tiles import current_tiles
-from pallas_kernels.gpu.triton import launch, multiply_add, padded_size, pairs, place_operands, seen_range, source_row
+from pallas_kernels.gpu.triton import (
+    launch,
+    multiply_add,
+    padded_size,
+    pairs,
+    place_operands,
+    seen_range,
+    source_row,
+    whole_numbers,
+)
 from pallas_kernels.reference import LOWEST
 
 SCORED = 16384  # elements of q_imp or k_imp times tokens that a program holds without spilling registers
@@ -73,13 +82,19 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, inte
     return _run_scores(operands, plan, totals, None).reshape(q_imp.shape[0], plan.heads, plan.size)
 
 
-def importance_images(q_imp, k_imp, lengths, *, rules, normalised, interpret, **options):
-    """Images of units, int32 [B, K, U]. Those that a row does not see have any value. Arguments as in `api.py`."""
+def importance_images(q_imp, k_imp, lengths, *, rules, seen, normalised, totals, offset, interpret, **options):
+    """Images of units, int32 [B, K, U]. Those that a row does not see have any value. Arguments as in `api.py`.
+
+    seen: (lengths, first) of the tokens that a row sees, where fewer of them are scored; None where all are.
+    """
     operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, **options)
+    operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
+    if seen is not None:
+        operands |= dict(zip(("ends", "begins"), map(whole_numbers, seen), strict=True))
     if rules.threshold is not None:
         shape = (q_imp.shape[0], plan.heads)
         operands["threshold"] = jnp.broadcast_to(rules.threshold, shape).astype(jnp.float32).reshape(-1)
-    images = _run_scores(operands, plan, None, rules._replace(first=None, threshold=None))
+    images = _run_scores(operands, plan, totals, rules._replace(first=None, threshold=None))
     return images.reshape(q_imp.shape[0], plan.heads, -1)
 
 
@@ -289,12 +304,16 @@ def _scores_kernel(refs, out_ref, *, plan, rules):
         plgpu.store(out_ref.at[row, block.position], best(), mask=block.position < plan.size)
         return
 
-    @pl.when(block.used)
+    places = {"lengths": refs["ends"], "first": refs.get("begins")} if "ends" in refs else refs
+    places = {name: ref for name, ref in places.items() if ref is not None}
+    shown = _block_of(places, row // plan.heads, index, plan)
+
+    @pl.when(shown.used)
     def _write_images():
         limit = refs["threshold"][row] if "threshold" in refs else None
         options = dict(sinks=rules.sinks, recent=rules.recent, threshold=limit)
-        age = refs["lengths"][row // plan.heads] - 1 - block.position
-        image = rank_image(best(), block.seen, age, block.position, **options)
+        age = places["lengths"][row // plan.heads] - 1 - block.position
+        image = rank_image(best(), shown.seen, age, block.position, **options)
         if rules.unit > 1:
             image = jnp.max(image.reshape(-1, rules.unit), axis=1)
         at = index * plan.tokens // rules.unit + jnp.arange(plan.tokens // rules.unit, dtype=jnp.int32)

@@ -1,8 +1,8 @@
 """Exact selection on GPU: the threshold of each row, and the units that reach it in the order of their positions.
 
 Several programs share a row. Each finds the row's threshold by itself, so that none waits for another, and writes the
-chosen units of its own part behind those of the parts before. It holds the row's images in registers meanwhile. Of a
-row too long for that, a kernel before has left the few candidates that lie around the threshold of a sample.
+chosen units of its own part behind those of the parts before. It holds the row's images in registers meanwhile. For a
+row that is too long for that, an earlier kernel leaves the few candidates around the threshold of a sample.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.choice import BARRED, TOP, Selection, image_of
 from pallas_kernels.gpu.tiles import current_tiles
 from pallas_kernels.gpu.triton import launch, padded_size, place_operands, seen_range, whole_numbers
-from pallas_kernels.threshold import close_bracket, open_bracket, span_bracket, tied_units
+from pallas_kernels.threshold import SHIFT, close_bracket, open_bracket, span_bracket, tied_units
 
 THINNED = 32  # units for each image of the sample whose order tells where the threshold lies
 SAMPLED = 32768  # images of a sample at most
 SPREAD = 4.0  # standard deviations of the sample's rank that candidates lie within
 CLEARED = 1024  # places of the list that are set to 0 at a time
 ABOVE, AROUND, HELD = 0, 1, 2  # what a part counts: units above the candidates, candidates, units that may be chosen
-SHIFT = 16  # bits of the smaller of two numbers that one sum counts
 CARRY = 1 << SHIFT
 
 
@@ -181,7 +180,7 @@ def _bracket_kernel(refs, candidates_ref, counted_ref, *, plan):
         image = _images(refs, row, begin, end, part * plan.part + i * plan.chunk, plan.chunk)
         own = (image > BARRED) & (image >= low) & (image < high)
         place = around + jnp.cumsum(own.astype(jnp.int32)) - 1
-        kept = own & (place < plan.room)  # of a part with more, the candidates are too many to be held anyway
+        kept = own & (place < plan.room)  # a part with more has too many candidates for the search to hold
         place = jnp.where(kept, part * plan.room + place, plan.parts * plan.room)
         plgpu.store(candidates_ref.at[row, place], image, mask=kept)
         return above + _number(image >= high), around + _number(own), held + _number(image > BARRED)

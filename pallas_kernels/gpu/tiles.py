@@ -2,10 +2,10 @@
 
 `tiles.json` has what `python -m pallas_kernels.tune` found on chips, by their name. Other chips take the defaults.
 
-An entry that is `modelled` was not measured: `tune --model` found it. That is the A100's alone. It has fewer
-multiprocessors than `choosers`, so that a second wave of programs would follow the first. For H100, H200 and B200 the
-model finds no other grid better by five per cent. It is about grids only, and they depend on a shape by its rows alone.
-So the table has an entry for a chip, and none for a shape.
+Entries marked `modelled` are from `tune --model`, not from a measurement. The A100 has the only one: it has fewer
+multiprocessors than `choosers`, so a part of the selection's programs would wait for a second wave. For H100, H200 and
+B200 the model finds no grid that is better by five per cent. The model varies grids only, and they depend on the number
+of rows alone, so the table has one entry a chip.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.checks import current_device
+
 TABLE = Path(__file__).with_name("tiles.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Sizes of blocks and grids. All but `choosers`, `programs` and `least_tokens` are powers of two."""
+    """Sizes of blocks and grids.
+
+    All but `attend_stages`, `choosers`, `programs` and `least_tokens` are powers of two.
+    """
 
     score_tokens: int = 512
     """Tokens that a program scores."""
@@ -77,8 +82,11 @@ _tried: list[Tiles] = []
 
 
 def current_tiles() -> Tiles:
-    """The tiles that kernels are traced with: those on trial, or those of the default device's chip."""
-    return _tried[-1] if _tried else tiles_of(jax.devices()[0].device_kind)
+    """The tiles that kernels are traced with: those on trial, or those of the chip that they are for."""
+    if _tried:
+        return _tried[-1]
+    device = current_device()
+    return tiles_of((device if hasattr(device, "device_kind") else jax.devices()[0]).device_kind)
 
 
 @functools.cache
@@ -86,6 +94,12 @@ def tiles_of(chip: str) -> Tiles:
     """The tiles of a chip by its name: those of the table, or the defaults."""
     table = json.loads(TABLE.read_text())
     return Tiles(**table[chip]["tiles"]) if chip in table else Tiles()
+
+
+def is_measured(chip: str) -> bool:
+    """Whether the table has tiles that were measured on a chip."""
+    found = json.loads(TABLE.read_text()).get(chip)
+    return found is not None and not found.get("modelled", False)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ LEAST = 16  # the smallest side of a product
 
 
 def launch(kernel, operands, *, grid, out_shape, warps, interpret, name, stages=2):
-    """Run a Triton kernel. It takes references to whole arrays: a dict of the operands that are not None, and results.
+    """Run a Triton kernel on whole arrays: kernel(references to the operands that are not None, by name, *results).
 
-    An operand that is not given costs no launch that fills it.
+    An operand that is None is left out, so that no launch has to fill one.
     """
     given = {key: array for key, array in operands.items() if array is not None}
 

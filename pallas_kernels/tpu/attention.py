@@ -1,8 +1,8 @@
 """Attention over chosen pages on TPU. Asynchronous copies bring the pages to VMEM, where they are attended in tiles.
 
 VMEM holds a ring of SLOTS tiles. While one tile is attended, the next ones are being copied, across the borders of rows
-too. Pages that are not valid are neither copied nor waited for. Of most tiles a row sees every token, so that they need
-no mask, and one semaphore is waited for once.
+too. Pages that are not valid are neither copied nor waited for. A row sees every token of most tiles. These need no
+mask, and one wait for each semaphore.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import finish, product
-from pallas_kernels.operands import attention_operands
 from pallas_kernels.reference import LOWEST
 from pallas_kernels.spans import join_spans
+from pallas_kernels.tpu.operands import attention_operands
 from pallas_kernels.tpu.registers import LANES, SUBLANES
 
 TILE = 512  # tokens attended at a time, or one unit where that is more

@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
-from pallas_kernels.operands import cache_row, score_operands
+from pallas_kernels.operands import cache_row
 from pallas_kernels.reference import LOWEST
+from pallas_kernels.tpu.operands import score_operands
 from pallas_kernels.tpu.registers import LANES, SUBLANES, lane_slices
 
 DEPTH = 128  # channels that one product sums over, at most, where it is of several heads

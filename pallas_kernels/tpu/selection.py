@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import xla
+from pallas_kernels.arithmetic import product
 from pallas_kernels.choice import BARRED, TOP, Selection, image_of, rank_image, wanted
-from pallas_kernels.operands import bounds
 from pallas_kernels.threshold import INFINITE, close_bracket, span_counts, spanned_images, tied_units
+from pallas_kernels.tpu.operands import bounds
 from pallas_kernels.tpu.registers import LANES, SUBLANES, lane_slices
 
 BLOCK = 8192  # tokens of which the images are formed at a time, or those of 128 units where they are more
@@ -128,8 +129,7 @@ def _chosen(operands, plan, interpret):
 
 def _whole(a, b, contract=(1, 0)):
     """Product of matrices of whole numbers up to 256, exact: bfloat16 factors, float32 sums."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), dims, preferred_element_type=jnp.float32)
+    return product(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), contract)
 
 
 def _triangle(size):

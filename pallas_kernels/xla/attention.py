@@ -41,6 +41,7 @@ def masked_topk_decode_attention(
         parts, width = at.shape
         row_k = _taken(cache_k, at) * np.float32(scale)
         keep = jnp.repeat(seen_here, dim, axis=-1) if paged > 1 else seen_here
+        # The sign, taken off below, is arithmetic that XLA fuses with the gather, as the scale is for keys.
         row_v = -jnp.where(keep, _taken(cache_v, at), 0.0)  # what is not attended may be NaN
         row_k, row_v = (a.reshape(parts, width * paged, dim) for a in (row_k, row_v))
         logits = jnp.einsum("rgd,rnd->rgn", queries, row_k, precision="highest")

@@ -10,9 +10,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.arithmetic import exact, finite_or_zero, total_of
-from pallas_kernels.operands import layer_by_layer
 from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
@@ -21,6 +21,35 @@ COLUMNS = 256  # products are summed down this many columns first
 FUSED = 2**21  # products that one fused loop pools; more are pooled by chunks, unless k_imp is int8
 MOST_TERMS = 256  # products that are unrolled into one fused loop
 UNROLLED = 8  # chunks that are unrolled, where XLA would convert the whole operand of a loop to float32 before it
+LAYERS = 8  # layers that are scored without a loop, at most
+
+
+def layer_by_layer(function):
+    """Extend a function that scores rows of one layer to P of them, one after the other."""
+
+    @functools.wraps(function)
+    def extended(q_imp, k_imp, lengths, *, layer, scales, **options):
+        if np.ndim(layer) == 0:
+            return function(q_imp, k_imp, lengths, layer=layer, scales=scales, **options)
+        layer, count = jnp.asarray(layer), np.size(layer)
+        if scales is not None:
+            scales = jnp.broadcast_to(scales, (q_imp.shape[0], k_imp.shape[-3]))
+        rows = dict(q_imp=q_imp, lengths=lengths, scales=scales)
+        rows |= {name: options.pop(name) for name in ("first", "totals", "offset") if name in options}
+        rows = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), rows)
+
+        def one(given):
+            layer, rows = given
+            return function(k_imp=k_imp, layer=layer, **rows, **options)
+
+        if count <= LAYERS:
+            found = [one(jax.tree.map(lambda a, p=p: a[p], (layer, rows))) for p in range(count)]
+            found = jnp.stack(found, axis=1)
+        else:
+            found = jnp.moveaxis(jax.lax.map(one, (layer, rows)), 0, 1)
+        return found.reshape(-1, *found.shape[2:])
+
+    return extended
 
 
 @layer_by_layer

@@ -17,10 +17,10 @@ from pallas_kernels.choice import BARRED, TOP, Selection, count_of, image_of, li
 
 BEYOND = np.int32(TOP + 1)  # no entry reaches it
 WORD = 32  # units in a word of bits
-COLUMNS = 256  # counts are first summed in int16 down this many columns
+COLUMNS = 256  # counts are first summed down this many columns, in int16 where that holds them
 SAMPLE = 32  # the sample takes one entry in so many
 LARGE = 4096  # number of entries from which a sample pays
-GUIDED = 8  # trials that interpolate; a search that goes on after them is likely held up by ties
+GUIDED = 8  # the last trial that may interpolate; a search that goes on after it is likely held up by ties
 
 
 def select_top_k(scores, lengths, n, *, counts, rules):
@@ -70,7 +70,8 @@ def _count_reaching(image, trial):
     if image.shape[-1] < LARGE:
         return jnp.sum((image >= trial[..., None]).astype(jnp.float32), axis=-1)
     rows = image.reshape(*image.shape[:-1], -1, COLUMNS) >= trial[..., None, None]
-    return jnp.sum(jnp.sum(rows, axis=-2, dtype=jnp.int16).astype(jnp.float32), axis=-1)
+    narrow = jnp.int16 if rows.shape[-2] < 2**15 else jnp.int32
+    return jnp.sum(jnp.sum(rows, axis=-2, dtype=narrow).astype(jnp.float32), axis=-1)
 
 
 def _kth_largest(image, target):

@@ -49,6 +49,9 @@ def test_results_of_tests_and_trainings_are_read(tmp_path):
     assert gpu.read_tests(tmp_path / "tests.xml") == {"passed": 1, "skipped": 1, "failed": ["b::three"]}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     assert gpu.read_training(tmp_path)["last"] == {"step": 2, "loss": 1.0}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert gpu.read_training(tmp_path)["rows"] == 2
     for nothing in (gpu.read_tests, gpu.read_json, gpu.read_training):
         assert nothing(tmp_path / "absent") is None
 

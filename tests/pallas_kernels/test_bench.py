@@ -65,7 +65,7 @@ def test_bad_flags_are_told_in_a_line(flags, message, capsys):
 def test_a_run_writes_the_rows_it_prints(tmp_path, capsys):
     path = tmp_path / "rows" / "small.json"
     flags = (
-        "--shape smollm2 --context 256,512 --budget 1/4,384 --batch 2 --interval 1,4 --together 1,4 --repeats 1".split()
+        "--shape smollm2 --context 512,256 --budget 1/4,384 --batch 2 --interval 1,4 --together 1,4 --repeats 1".split()
     )
     assert benchmark.main([*flags, "--json", str(path)]) == 0
     report = json.loads(path.read_text())

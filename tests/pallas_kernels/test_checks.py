@@ -58,11 +58,31 @@ def whole(**changed):
         (dict(k_imp=jnp.zeros((1, 2, 4, 32), jnp.int8)), "int8 k_imp needs its scales"),
         (dict(new_k=jnp.zeros((1, 2, 8))), "come together or not at all"),
         (dict(counts=jnp.zeros((3,), jnp.int32)), "counts must have shape"),
+        (dict(lengths=None), r"lengths must have shape \(1,\), got None"),
+        (dict(n=None, implementation="gpu", interpret=True), "n, the width of the list, must be a static integer"),
+        (dict(unit="16"), "unit must be a power of two .* got '16'"),
+        (dict(q_imp=jnp.zeros((1, 2, 2, 4), jnp.float8_e4m3fn)), "q_imp must be floating point of 16 bits"),
+        (
+            dict(q_imp=jnp.zeros((2, 2, 2, 4)), k_imp=jnp.zeros((2, 2, 4, 32)), lengths=jnp.array([5, 5])),
+            "q_imp has 2 rows",
+        ),
     ],
 )
 def test_bad_input_says_what_is_wrong(changed, message):
     with pytest.raises(ValueError, match=message):
         whole(**changed)
+
+
+def test_arguments_that_do_not_go_together_are_told():
+    q_imp, k_imp, lengths = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 2, 4, 32)), jnp.array([5])
+    with pytest.raises(ValueError, match='totals are for the pooling "normalised"; leave them out'):
+        pk.importance_scores(q_imp, k_imp, lengths, pooling="maximum", totals=jnp.zeros((1, 2, 2)))
+    with pytest.raises(ValueError, match="scale must be a number that is known when the call is traced, got "):
+        jax.jit(lambda scale: pk.importance_scores(q_imp, k_imp, lengths, scale=scale))(0.5)
+    k = jnp.zeros((1, 2, 32, 8))
+    for spans in (pk.Spans(k, k, None), pk.Spans(k, k, jnp.array(3))):
+        with pytest.raises(ValueError, match=r"spans\.counts must be an array, got (None|3)"):
+            pk.masked_topk_decode_attention(jnp.zeros((1, 4, 8)), k, k, jnp.zeros((1, 2, 1), jnp.int32), spans=spans)
 
 
 def test_a_page_needs_lengths_and_the_tpu_whole_pages():

@@ -81,3 +81,18 @@ def test_a_decode_step_reads_its_weights_in_place_and_has_no_conditions():
         assert temporary < 64 << 20, temporary
     added = sum(tail[0].values()) - sum(without[0].values())
     assert added <= 4 + 8, "the tail counts what each layer reads, and writes the means once"
+
+
+def test_kernels_for_an_absent_chip_have_its_tiles():
+    script = """
+from benchmarks.gpu_compile import mesh_of
+import jax
+from pallas_kernels.gpu.tiles import current_tiles, tiles_of
+with jax.set_mesh(mesh_of("a100")):
+    found = jax.eval_shape(lambda: jax.numpy.zeros(current_tiles().choosers)).shape
+assert found == (tiles_of("NVIDIA A100-SXM4-80GB").choosers,) != (tiles_of("NVIDIA H200").choosers,), found
+"""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip('the GPU compiler is not installed; pip install -e ".[gpu-compiler]" brings it')
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -44,6 +44,8 @@ def test_bytes_and_grids_are_those_counted_by_hand():
     assert found["select_top_k"].streamed == images + 8 * 256 * 4
     assert found["attend_to_tokens"].gathered == 2 * 8 * 256 * 128 * 2
     assert found["merge_splits"].launch.programs == 32
+    splits = found["attend_to_tokens"].launch.grid[1]
+    assert splits > 1 and found["merge_splits"].again == 4 * 32 * splits * (128 + 2)
 
 
 def test_a_call_is_one_launch_less_by_the_maximum_and_one_more_beyond_the_registers():
@@ -52,10 +54,11 @@ def test_a_call_is_one_launch_less_by_the_maximum_and_one_more_beyond_the_regist
 
 
 def test_layers_that_choose_together_share_the_launches_of_a_choice():
-    """Each has a fourth of a launch that scores and one that selects, as if the rows of a batch of four chose."""
+    """Each has a fourth of what scores and selects, as if the rows of a batch of four chose, and of XLA's operation."""
     found = predict_rows(case(32768, together=4), CHIPS["h200"], [1])[0]
     alone, batch = (predict_rows(case(32768, batch=b), CHIPS["h200"], [1])[0] for b in (1, 4))
-    assert found["launches"] == 3 / 4 + 2 and found["dense_seconds"] == alone["dense_seconds"]
+    assert found["launches"] == 4 / 4 + 2 and found["dense_seconds"] == alone["dense_seconds"]
+    assert found["kernels"].pop("choices") > 2e-6 / 4
     for name, seconds in found["kernels"].items():
         expected = alone["kernels"][name] if name in KEPT else batch["kernels"][name] / 4
         assert seconds == pytest.approx(expected), name
@@ -114,6 +117,7 @@ def test_the_command_prints_a_chip_that_is_not_here(tmp_path, capsys):
         and "batch 16, 1 layers together, a choice every 1 steps: faster than dense from 4096" in printed
     )
     assert shortest_gain([rows[0] | {"speedup": 0.5}, rows[1]]) == 32768
+    assert shortest_gain([rows[0], rows[1], rows[1] | {"speedup": 0.5}]) is None
 
 
 def test_a_wrong_assumption_is_told_in_a_line(capsys):

@@ -226,3 +226,37 @@ def test_int8_keys_with_offsets_beyond_32_bits_are_read_layer_by_layer(monkeypat
     monkeypatch.setattr(gpu_scores, "ADDRESSED", keys[0].size - 1)
     with pytest.raises(ValueError, match="which GPU kernels cannot address; split the batch"):
         pk.importance_scores(q_imp, keys[1], lengths, scales=scales[1, 0], implementation="gpu", interpret=True)
+
+
+CHOICES = {
+    "normalised": dict(),
+    "offset, window": dict(offset=normal(5, 4, 2, 3), first=jnp.array([0, 0, 100, 101])),
+    "maximum, threshold": dict(pooling="maximum", threshold=jnp.array([[0.5, 1.0]] * 4)),
+    "maximum, offset": dict(pooling="maximum", offset=normal(5, 4, 2, 3)),
+    "counts, int8": dict(counts=jnp.array([[3, 1], [2, 3], [0, 3], [3, 3]]), int8=True),
+}
+
+
+@pytest.mark.parametrize("implementation", ("xla", *KERNELS))
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_choice_by_importance_is_that_of_scores_without_sinks_and_recent_tokens(case, implementation):
+    """Two layers of two rows; the kernels choose pages of 16 tokens, and XLA two of 2 tokens."""
+    options, unit = dict(CHOICES[case]), 16 if implementation in KERNELS else 2
+    size, lengths = 192, jnp.array([192, 192, 131, 130])  # of each row, twice
+    q_imp, k_imp, layer = normal(0, 4, 2, 3, 8), normal(1, 3, 2, 2, 8, size), jnp.array([2, 0])
+    rules = dict(sinks=3, recent=5, unit=unit)
+    scored = {name: options.pop(name) for name in ("pooling", "offset") if name in options}
+    if options.pop("int8", False):
+        k_imp, scales = pk.quantise_k_imp(k_imp)
+        scored["scales"] = jnp.swapaxes(scales[layer], 0, 1).reshape(4, 2)
+    found = run(
+        *(pk.choose_by_importance, q_imp, k_imp, lengths),
+        **dict(n=6, layer=layer, implementation=implementation) | options | rules | scored,
+    )
+    first = jnp.maximum(options.get("first", jnp.zeros_like(lengths)), 3)
+    scores = pk.importance_scores(
+        q_imp, k_imp, lengths - 5, layer=layer, first=first, implementation="reference", **scored
+    )
+    wanted = pk.select_top_k(scores, lengths, 6, implementation="reference", **options, **rules)
+    np.testing.assert_array_equal(found.valid, wanted.valid)
+    np.testing.assert_array_equal(found.indices, wanted.indices)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from pallas_kernels import top_mask
 from tests.marked import long, slow
 from tests.pallas_kernels.definitions import KERNELS, PLAIN, check_choice, normal, run
 
@@ -115,3 +116,22 @@ def test_a_planted_key_is_found_among_262144_and_ties_go_to_the_earlier(implemen
 def test_selection_kernels_choose_the_best(implementation):
     scores = jnp.round(normal(5, 1, 2, 300) * 4) / 4  # with ties
     check_choice(implementation, scores, jnp.array([290]), n=40, sinks=3, recent=5, counts=jnp.array([[40, 7]]))
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
+def test_nothing_is_below_a_threshold_that_is_nan(implementation):
+    found = run(
+        pk.select_top_k,
+        normal(0, 1, 1, 20),
+        jnp.array([20]),
+        n=5,
+        threshold=jnp.array([jnp.nan]),
+        implementation=implementation,
+    )
+    assert found.valid.all()
+
+
+@pytest.mark.slow
+def test_columns_of_more_entries_than_int16_counts_are_counted():
+    image = jnp.asarray(np.random.default_rng(0).integers(0, 2**31 - 2, (1, 2**23), np.int32))
+    assert int(jnp.sum(jax.jit(top_mask)(image, jnp.array([2**23 - 1000])))) == 2**23 - 1000

@@ -45,7 +45,7 @@ def test_small_tiles_give_the_references_results(size, pooling):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path):
+def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path, capsys):
     for entry in json.loads(tiles.TABLE.read_text()).values():
         assert dataclasses.replace(tiles.Tiles(), **entry["tiles"])
     table = tmp_path / "tiles.json"
@@ -54,6 +54,10 @@ def test_tiles_of_the_table_are_tiles(monkeypatch, tmp_path):
     device = jax.devices()[0].device_kind
     tiles.write_tiles(device, SMALL, {"jax": jax.__version__})
     assert tiles.current_tiles() == SMALL
+    tiles.write_tiles("NVIDIA A100-SXM4-80GB", SMALL, {})
+    assert tune.main(["--model", "a100"]) == 0  # the model prefers other tiles, but these count as measured
+    assert "were measured on NVIDIA A100-SXM4-80GB: they stay" in capsys.readouterr().out
+    assert tiles.tiles_of("NVIDIA A100-SXM4-80GB") == SMALL
     monkeypatch.undo()
     tiles.tiles_of.cache_clear()
     assert tiles.current_tiles() == tiles.Tiles()

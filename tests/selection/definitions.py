@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.selection import beyond, budget_table, select_mask
+from butler_jax.selection import beyond, budget_table, choose, select_mask
+from pallas_kernels import select_top_k
 
 
 def select(scores, allowed, rows, config, threshold=None):
@@ -14,6 +17,11 @@ def select(scores, allowed, rows, config, threshold=None):
     tokens = jnp.asarray(budget_table(config, scores.shape[-1]))[count]
     threshold = beyond(config.min_context, count[:, None], threshold)
     return select_mask(scores, allowed, rows, tokens, config, threshold=threshold)
+
+
+def choose_by_scores(scores, lengths, *more, **options):
+    """`choose` of the units with the best scores [B, K, S]."""
+    return choose(partial(select_top_k, scores, lengths), scores.shape[-1], lengths, *more, **options)
 
 
 def sorted_choice(scores, allowed, own, start, tokens, sinks, recent):

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from butler_jax.selection import SelectionConfig, choose, share_counts
+from butler_jax.selection import SelectionConfig, share_counts
 from butler_jax.selection.allocation import allocate
 from pallas_kernels import BARRED, ordered_image
+from tests.selection.definitions import choose_by_scores
 
 
 def shared_choice(scores, barred, counts, floor):
@@ -50,10 +51,10 @@ def test_decoding_reads_as_many_units_in_all_as_separate_heads_would(unit):
     lengths, tokens = jnp.asarray([64, 30]), jnp.asarray([16, 10])
     config = SelectionConfig(sinks=2, recent=3, unit=unit, allocation="per_layer")
     counts = share_counts(scores, lengths, tokens, config)
-    each = choose(scores, lengths, tokens, 64 // unit, SelectionConfig(sinks=2, recent=3, unit=unit))
+    each = choose_by_scores(scores, lengths, tokens, 64 // unit, SelectionConfig(sinks=2, recent=3, unit=unit))
     np.testing.assert_array_equal(counts.sum(axis=1), each.valid.sum(axis=(1, 2)))
     assert (np.ptp(np.asarray(counts), axis=1) > 0).any()
-    shared = choose(scores, lengths, tokens, 64 // unit, config, counts=counts)
+    shared = choose_by_scores(scores, lengths, tokens, 64 // unit, config, counts=counts)
     np.testing.assert_array_equal(shared.valid.sum(axis=2), counts)
 
 

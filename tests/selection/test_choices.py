@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from butler_jax.selection import SelectionConfig, budget_table, choose, room_for
-from tests.selection.definitions import CASES, IDS, paged_choice
+from butler_jax.selection import SelectionConfig, budget_table, room_for
+from tests.selection.definitions import CASES, IDS, choose_by_scores, paged_choice
 
 
 @pytest.mark.parametrize("fields", CASES, ids=IDS)
@@ -23,7 +23,7 @@ def test_pages_thresholds_and_neighbours_equal_form_in_python(fields, sliding):
     tokens = table[lengths - first]
     threshold = None if config.threshold is None else jnp.asarray([config.threshold[1]] * S)
     room = room_for(config, S, int(tokens.max()))
-    pick = jax.jit(choose, static_argnames=("room", "config"))
+    pick = jax.jit(choose_by_scores, static_argnames=("room", "config"))
     indices, valid = map(np.asarray, pick(scores, lengths, tokens, room, config, threshold=threshold, first=first))
     for row, head in np.ndindex(S, 2):
         limit = None if config.threshold is None else config.threshold[1][head]
@@ -48,7 +48,7 @@ def test_implementations_choose_the_same(fields, sliding, implementation):
     threshold = None if config.threshold is None else jnp.asarray([config.threshold[1]] * 6)
     room = room_for(config, S, 20)
     options = dict(threshold=threshold, first=first, implementation=implementation)
-    indices, valid = map(np.asarray, choose(scores, jnp.asarray(lengths), tokens, room, config, **options))
+    indices, valid = map(np.asarray, choose_by_scores(scores, jnp.asarray(lengths), tokens, room, config, **options))
     for row, head in np.ndindex(6, 2):
         start = 0 if first is None else int(first[row])
         limit = None if threshold is None else config.threshold[1][head]

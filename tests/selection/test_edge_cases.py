@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from butler_jax.selection import Rows, SelectionConfig, choose, room_for
+from butler_jax.selection import Rows, SelectionConfig, room_for
 from tests.edge_cases import INF, NAN, normal
 from tests.marked import long, slow
 from tests.pallas_kernels.definitions import KERNELS, PLAIN
-from tests.selection.definitions import select
+from tests.selection.definitions import choose_by_scores, select
 
 SPECIAL = [3.0, -INF, INF, NAN, 2.0, INF, 1.0, 2.0, -INF, NAN, 0.0, -1.0]
 
@@ -43,7 +43,7 @@ def test_special_scores_have_an_order(implementation):
             options = dict(sinks=sinks, recent=recent, implementation=implementation, interpret=True)
             chosen = jax.jit(partial(pk.select_top_k, n=count, **options))(row, lengths)
         else:
-            pick = jax.jit(partial(choose, room=count, config=config, implementation=implementation))
+            pick = jax.jit(partial(choose_by_scores, room=count, config=config, implementation=implementation))
             chosen = pick(row, lengths, jnp.asarray([count]))
         indices, valid = (np.asarray(a)[0, 0] for a in chosen)
         assert indices[valid].tolist() == list(wanted), (scores, count)
@@ -67,7 +67,7 @@ def test_special_scores_have_the_same_order_in_a_whole_pass(scores, sinks, recen
 @pytest.mark.parametrize("budget", [1e-9, 12, 64, 1.0])
 def test_rows_up_to_sinks_and_window_attend_everything(length, budget):
     config = SelectionConfig(budget=budget)
-    pick = partial(choose, room=room_for(config, 16, 13), config=config)
+    pick = partial(choose_by_scores, room=room_for(config, 16, 13), config=config)
     tokens = min(length, {12: 12, 1e-9: 12}.get(budget, 64))
     chosen = pick(normal(0, 1, 2, 16), jnp.asarray([length]), jnp.asarray([tokens]))
     assert np.asarray(chosen.valid).sum(axis=-1).tolist() == [[tokens] * 2]
