@@ -45,7 +45,7 @@ KERNEL = re.compile(r'name = "(\w+)"')
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCall:
-    """The sparse attention of one layer out of two; the letters are those of `pallas_kernels.api`."""
+    """The sparse attention of one layer out of two; the letters are those of `pallas_kernels/api.py`."""
 
     batch: int = 1
     heads: int = 8

@@ -1,16 +1,15 @@
 """Decode attention that reads only the chosen tokens of a cache: in jax.numpy, and in Pallas for TPU and GPU.
 
-It depends on JAX alone. The operations are in `api.py`, and `reference.py` defines what they compute.
+It depends on JAX alone. The operations are in `api.py`, and in one call in `composed.py`. `reference.py` defines what
+they compute.
 """
 
 from pallas_kernels.api import (
-    choose_by_importance,
     importance_scores,
     importance_totals,
     masked_topk_decode_attention,
     quantise_k_imp,
     select_top_k,
-    sparse_decode_attention,
 )
 from pallas_kernels.choice import (
     BARRED,
@@ -23,6 +22,7 @@ from pallas_kernels.choice import (
     rank_image,
     unit_image,
 )
+from pallas_kernels.composed import choose_by_importance, sparse_decode_attention
 from pallas_kernels.spans import Spans, span_sums
 from pallas_kernels.xla.selection import compact, top_mask
 

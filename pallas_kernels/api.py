@@ -22,16 +22,14 @@ arXiv 2503.07518. For each row, dense decode attention reads 2*S*K*D numbers, an
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import checks, reference, xla
-from pallas_kernels.arithmetic import finite_or_zero
+from pallas_kernels import checks
+from pallas_kernels.arguments import as_arrays, dispatch, factor_of, terms_of
 from pallas_kernels.choice import Rules, Selection
-from pallas_kernels.reference import LOWEST
 from pallas_kernels.spans import Spans
 
 
@@ -79,17 +77,17 @@ def importance_scores(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    q_imp, k_imp, lengths, first, scales = _arrays(q_imp, k_imp, lengths, first, scales)
-    totals, offset = _arrays(totals, offset)
+    q_imp, k_imp, lengths, first, scales = as_arrays(q_imp, k_imp, lengths, first, scales)
+    totals, offset = as_arrays(totals, offset)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_vector("totals", totals, (q_imp.shape[:3],), "f")
     if totals is not None and pooling == "maximum":
         raise ValueError('totals are for the pooling "normalised"; leave them out')
     checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
     name = checks.choose_implementation(implementation, interpret)
-    scale = _factor(scale, q_imp)
-    module, options = _dispatch(name, interpret, k_imp.size)
-    options |= dict(scales=scales, scale=scale, first=first, layer=layer) | _terms(pooling, q_imp, totals, offset)
+    scale = factor_of(scale, q_imp)
+    module, options = dispatch(name, interpret, k_imp.size)
+    options |= dict(scales=scales, scale=scale, first=first, layer=layer) | terms_of(pooling, q_imp, totals, offset)
     return module.importance_scores(q_imp, k_imp, lengths, **options)
 
 
@@ -117,11 +115,11 @@ def importance_totals(
     Raises:
         ValueError: As `importance_scores`.
     """
-    q_imp, k_imp, lengths, first, scales = _arrays(q_imp, k_imp, lengths, first, scales)
+    q_imp, k_imp, lengths, first, scales = as_arrays(q_imp, k_imp, lengths, first, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
     name = checks.choose_implementation(implementation, interpret)
-    scale = _factor(scale, q_imp)
-    module, options = _dispatch(name, interpret, k_imp.size)
+    scale = factor_of(scale, q_imp)
+    module, options = dispatch(name, interpret, k_imp.size)
     options |= dict(scales=scales, scale=scale, first=first, layer=layer)
     return module.importance_totals(q_imp, k_imp, lengths, **options)
 
@@ -163,74 +161,13 @@ def select_top_k(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    scores, lengths, first, threshold, counts = _arrays(scores, lengths, first, threshold, counts)
+    scores, lengths, first, threshold, counts = as_arrays(scores, lengths, first, threshold, counts)
     checks.check_selection(scores, lengths, n, counts, sinks, recent, unit, first, threshold)
     n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
     name = checks.choose_implementation(implementation, interpret)
-    module, options = _dispatch(name, interpret, scores.size * n)
+    module, options = dispatch(name, interpret, scores.size * n)
     options |= dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold))
     return Selection(*module.select_top_k(scores, lengths, n, **options))
-
-
-def choose_by_importance(
-    q_imp: jax.Array,
-    k_imp: jax.Array,
-    lengths: jax.Array,
-    n: int,
-    *,
-    counts: jax.Array | None = None,
-    sinks: int = 0,
-    recent: int = 0,
-    unit: int = 1,
-    first: jax.Array | None = None,
-    threshold: jax.Array | None = None,
-    pooling: str = "normalised",
-    offset: jax.Array | None = None,
-    scales: jax.Array | None = None,
-    scale: float | None = None,
-    layer: jax.Array | int | None = None,
-    implementation: str | None = None,
-    interpret: Any = None,
-) -> Selection:
-    """The n best units of every row by `importance_scores`: the choice of a decode step, for P layers at once.
-
-    Sinks and recent tokens are chosen in any case, so they are not scored, and log-sum-exps leave them out, as in
-    training. On GPU the scores are not written.
-
-    Args:
-        q_imp, k_imp, pooling, offset, scales, scale: See `importance_scores`.
-        lengths, n, counts, sinks, recent, unit, first, threshold: See `select_top_k`.
-        layer, implementation, interpret: See the module.
-
-    Returns:
-        The `Selection`, as `select_top_k` gives it.
-
-    Raises:
-        ValueError: The arguments do not fit together, or the implementation is another platform's.
-    """
-    q_imp, k_imp, lengths, first, scales = _arrays(q_imp, k_imp, lengths, first, scales)
-    counts, threshold, offset = _arrays(counts, threshold, offset)
-    checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
-    checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
-    scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k_imp.shape[-1]), jnp.float32)
-    checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
-    begin = jnp.maximum(jnp.zeros_like(lengths) if first is None else first, sinks)
-    contested = jnp.maximum(lengths - recent, 0)
-    name = checks.choose_implementation(implementation, interpret)
-    if name == "gpu" and k_imp.size * n:
-        from pallas_kernels import gpu
-
-        if gpu.can_image(q_imp, k_imp, unit):
-            n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
-            options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), contested=contested)
-            options |= dict(begin=begin, scales=scales, scale=_factor(scale, q_imp), layer=layer)
-            options |= _terms(pooling, q_imp, None, offset) | dict(interpret=interpret or False)
-            return gpu.choose_by_importance(q_imp, k_imp, lengths, n, **options)
-    shared = dict(implementation=name, interpret=interpret)
-    scored = dict(pooling=pooling, offset=offset, scales=scales, scale=scale, layer=layer)
-    scores = importance_scores(q_imp, k_imp, contested, first=begin, **scored, **shared)
-    rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
-    return select_top_k(scores, lengths, n, **rules, **shared)
 
 
 def masked_topk_decode_attention(
@@ -281,9 +218,9 @@ def masked_topk_decode_attention(
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
     """
-    q, k, v, indices, valid = _arrays(q, k, v, indices, valid)
-    new_k, new_v, lengths, first = _arrays(new_k, new_v, lengths, first)
-    spans = None if spans is None else Spans(*_arrays(*spans))
+    q, k, v, indices, valid = as_arrays(q, k, v, indices, valid)
+    new_k, new_v, lengths, first = as_arrays(new_k, new_v, lengths, first)
+    spans = None if spans is None else Spans(*as_arrays(*spans))
     checks.check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer)
     checks.check_spans(spans, k, layer)
     unit = int(unit)
@@ -293,90 +230,13 @@ def masked_topk_decode_attention(
     name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k.shape[-2]))
     if name == "tpu":
         checks.check_tpu_unit(unit, k.shape[-2])
-    scale = _factor(scale, q)
-    module, options = _dispatch(name, interpret, indices.size * k.size)
+    scale = factor_of(scale, q)
+    module, options = dispatch(name, interpret, indices.size * k.size)
     options |= dict(lengths=lengths, first=first, layer=layer, return_residual=return_residual)
     options |= dict(unit=unit, new_k=new_k, new_v=new_v, spans=spans, scale=scale)
     if softcap is not None:
         options |= dict(softcap=softcap)
     return module.masked_topk_decode_attention(q, k, v, indices.astype(jnp.int32), valid, **options)
-
-
-def sparse_decode_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_imp: jax.Array,
-    k_imp: jax.Array,
-    lengths: jax.Array,
-    n: int,
-    *,
-    counts: jax.Array | None = None,
-    sinks: int = 0,
-    recent: int = 0,
-    unit: int = 1,
-    first: jax.Array | None = None,
-    threshold: jax.Array | None = None,
-    pooling: str = "normalised",
-    scales: jax.Array | None = None,
-    score_scale: float | None = None,
-    new_k: jax.Array | None = None,
-    new_v: jax.Array | None = None,
-    scale: float | None = None,
-    layer: jax.Array | int | None = None,
-    return_residual: bool = False,
-    return_selection: bool = False,
-    implementation: str | None = None,
-    interpret: Any = None,
-) -> Any:
-    """The decode attention of one layer: scores, choice and attention, one after the other.
-
-    Args:
-        q, k, v, new_k, new_v, scale, return_residual: See `masked_topk_decode_attention`. The current token, where it
-            is given as new_k and new_v, is attended besides the n units.
-        q_imp, k_imp, pooling, scales: See `importance_scores`; score_scale is its scale.
-        n, counts, sinks, recent, unit, threshold: See `select_top_k`.
-        lengths, first: int [B], for all three.
-        return_selection: Whether to return the choice too, to be attended again until the next prediction.
-        layer, implementation, interpret: See the module.
-
-    Returns:
-        [B, H, D]; with return_residual also the log-sum-exp [B, H]; with return_selection also the `Selection`.
-
-    Raises:
-        ValueError: The arguments do not fit together, or the implementation is another platform's.
-    """
-    q, k, v, q_imp, k_imp, new_k, new_v = _arrays(q, k, v, q_imp, k_imp, new_k, new_v)
-    lengths, first, threshold, counts, scales = _arrays(lengths, first, threshold, counts, scales)
-    checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
-    checks.check_caches(k, q_imp, k_imp, layer)
-    checks.check_counts(n, k.shape[-2], unit, sinks, recent)
-    tpu_can = checks.tpu_can(unit, k.shape[-2])
-    name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
-    if name == "gpu" and k_imp.size * n * k.size:  # its kernels hand each other what no other operation reads
-        from pallas_kernels import gpu
-
-        scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k.shape[-2]), jnp.float32)
-        checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
-        listed = jax.ShapeDtypeStruct((*q_imp.shape[:2], n), jnp.int32)
-        checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
-        n, sinks, recent, unit = map(int, (n, sinks, recent, unit))
-        options = dict(counts=counts, rules=Rules(sinks, recent, unit, first, threshold), scales=scales, layer=layer)
-        options |= dict(normalised=_normalises(pooling, q_imp), score_scale=_factor(score_scale, q_imp))
-        options |= dict(new_k=new_k, new_v=new_v, scale=_factor(scale, q), interpret=interpret or False)
-        results = gpu.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, n, **options)
-        asked = (True, return_residual, return_selection)
-        given = tuple(result for result, wanted in zip(results, asked, strict=True) if wanted)
-        return given if len(given) > 1 else given[0]
-    shared = dict(lengths=lengths, first=first, implementation=name, interpret=interpret)
-    scores = importance_scores(q_imp, k_imp, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared)
-    rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, threshold=threshold)
-    chosen = select_top_k(scores, n=n, **rules, **shared)
-    shared |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale, layer=layer, return_residual=return_residual)
-    out = masked_topk_decode_attention(q, k, v, *chosen, **shared)
-    if not return_selection:
-        return out
-    return (*out, chosen) if return_residual else (out, chosen)
 
 
 def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -393,7 +253,7 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     Raises:
         ValueError: k_imp has fewer than two dimensions, or the scales are not those of its heads.
     """
-    k_imp, scales = _arrays(k_imp, scales)
+    k_imp, scales = as_arrays(k_imp, scales)
     if k_imp.ndim < 2:
         raise ValueError(f"k_imp must be [..., R, S], got shape {k_imp.shape}")
     heads = k_imp.shape[:-2]
@@ -404,47 +264,3 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     scales = scales.astype(jnp.float32)
     divisor = jnp.where(scales > 0, scales, 1.0)[..., None, None]
     return jnp.clip(jnp.round(values / divisor), -127, 127).astype(jnp.int8), scales
-
-
-def _arrays(*values):
-    """Lists and numpy arrays as jax arrays. None stays None."""
-    return tuple(None if value is None else jnp.asarray(value) for value in values)
-
-
-def _factor(scale: float | None, queries: jax.Array) -> float:
-    """The factor on products with queries [..., D] or [..., R]: that given, or the default."""
-    if isinstance(scale, jax.core.Tracer):
-        raise ValueError(f"scale must be a number that is known when the call is traced, got {scale}")
-    return queries.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _normalises(pooling: str, q_imp: jax.Array, offset: jax.Array | None = None) -> bool:
-    """Whether log-sum-exps are taken off the scores. One query head alone needs none, unless it has an offset."""
-    return pooling == "normalised" and (q_imp.shape[2] > 1 or offset is not None)
-
-
-def _terms(pooling: str, q_imp: jax.Array, totals: jax.Array | None, offset: jax.Array | None) -> dict[str, Any]:
-    """What is taken off the scores and added to them, as the implementations take it."""
-    normalised = _normalises(pooling, q_imp, offset)
-    totals = totals if normalised else None
-    if offset is not None:
-        offset = jnp.clip(jnp.nan_to_num(offset.astype(jnp.float32), nan=LOWEST), LOWEST, -LOWEST)
-        if totals is not None or not normalised:  # known before the kernel: one term
-            totals, offset, normalised = (0.0 if totals is None else finite_or_zero(totals)) - offset, None, True
-    return dict(normalised=normalised, totals=totals, offset=offset)
-
-
-def _dispatch(name: str, interpret: Any, work: int) -> tuple[ModuleType, dict[str, Any]]:
-    """The module of an implementation, imported on first use, and the options that it alone takes.
-
-    work is 0 where an array is empty. The reference runs then, since kernels have blocks of at least one element.
-    """
-    if name == "reference" or work == 0:
-        return reference, {}
-    if name == "xla":
-        return xla, {}
-    if name == "tpu":
-        from pallas_kernels import tpu as kernels
-    else:
-        from pallas_kernels import gpu as kernels
-    return kernels, {"interpret": interpret or False}

@@ -20,8 +20,8 @@ from typing import Annotated, Any, ClassVar
 import jax
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.api import sparse_decode_attention as attend
 from pallas_kernels.checks import tpu_can
+from pallas_kernels.composed import sparse_decode_attention as attend
 from pallas_kernels.gpu.tiles import TRIALS, Tiles, current_tiles, try_tiles
 
 try:

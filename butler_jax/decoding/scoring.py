@@ -43,7 +43,7 @@ def q_imp_of_block(
 
 
 class BlockQueries(NamedTuple):
-    """What scores the cached tokens of a block of P layers, in the layout of `pallas_kernels` with P layers.
+    """What scores the cached tokens of a block of P layers, with N = B * P rows as `pallas_kernels` takes P layers.
 
     Attributes:
         k_imp: The cache.
@@ -55,9 +55,9 @@ class BlockQueries(NamedTuple):
 
     k_imp: Float[Array, "L B Q R S"]
     places: Int[Array, " P"]
-    q_imp: Float[Array, "BP K G R"]
-    offset: Float[Array, "BP K G"] | None
-    scales: Float[Array, "BP Q"] | None
+    q_imp: Float[Array, "N K G R"]
+    offset: Float[Array, "N K G"] | None
+    scales: Float[Array, "N Q"] | None
 
     @classmethod
     def of(
@@ -86,18 +86,18 @@ class BlockQueries(NamedTuple):
         return dict(pooling=pooling, offset=self.offset, scales=self.scales, layer=self.places)
 
 
-def _by_rows(x: Float[Array, "P B *rest"]) -> Float[Array, BP * rest]:
+def _by_rows(x: Float[Array, "P B ..."]) -> Float[Array, "N ..."]:
     """The layers of each row one after the other."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def pooled_scores(
     queries: BlockQueries,
-    lengths: Int[Array, " BP"],
-    first: Int[Array, " BP"] | None,
+    lengths: Int[Array, " N"],
+    first: Int[Array, " N"] | None,
     plan: Plan,
     base: BaseConfig,
-) -> Float[Array, "BP K S"]:
+) -> Float[Array, "N K S"]:
     """The score of every cached token of P layers, pooled over the group, where the scores are needed themselves.
 
     With an offset, scores are logarithms of errors: the offset of each head is added before the maximum is taken.

@@ -129,8 +129,7 @@ def measure_recall(
             prompt and the same for all policies; None measures all. Policies that evict run through all rows in any
             case.
         ranks: Whether to compute `spearman`, which sorts keys; it is 0 otherwise.
-        score_dtype: As `simulate` takes it.
-        implementation: The attention kernel of the dense pass; None chooses.
+        score_dtype, implementation: As `simulate` takes them.
         prompt_tokens: First tokens of every document whose rows do not count.
 
     Raises:
@@ -139,23 +138,18 @@ def measure_recall(
     """
     require_model(model)
     require_batches(batches)
-    if isinstance(policies, Policy):
-        raise ValueError(f"policies must be a list such as [policy], got the policy {policies.name} alone")
     policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
     if twice := [name for name, times in Counter(p.name for p in policies).items() if times > 1]:
         raise ValueError(f"two policies have the name {twice[0]}, by which results are told apart; give each its own")
     selection = selection or SelectionConfig()
     if selection.threshold is not None or selection.allocation in LIMITED:
-        raise ValueError(
-            "recall is measured under budgets: leave out thresholds, and the allocations " + " and ".join(LIMITED)
-        )
+        raise ValueError("recall is measured under budgets: leave out thresholds, tolerance and top_p")
     options = RecallOptions(selection.rule, rows, ranks, score_dtype, implementation, prompt_tokens)
 
     def tables_of(policy: Policy, length: int) -> Int[np.ndarray, "budgets _"]:
-        own = policy.selection(selection)  # its units may be pages
-        if own is None:  # it reads everything
-            return np.tile(np.arange(length + 1, dtype=np.int32), (len(budgets), 1))
-        return np.stack([budget_table(dataclasses.replace(own, budget=b), length) for b in budgets])
+        own, whole = policy.selection(selection), np.arange(length + 1, dtype=np.int32)  # units may be pages
+        each = (whole if own is None else budget_table(dataclasses.replace(own, budget=b), length) for b in budgets)
+        return np.stack([*each])
 
     scoring = tuple(p for p in policies if isinstance(p, Scoring))
     groups = [scoring] * bool(scoring) + [(p,) for p in policies if p not in scoring]

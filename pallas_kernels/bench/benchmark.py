@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import api, checks
+import pallas_kernels as pk
+from pallas_kernels import checks
 from pallas_kernels.bench.cases import SHAPES, Case, count_tokens
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.measurements import copy_bandwidth, measure_case
@@ -124,15 +125,15 @@ def check_kernels(implementation: str) -> None:
     q_imp, keys, lengths = normal(2, 2, 4, 16), normal(2, 2, 16, 1024), jnp.array([1024, 777])
     for dtype, tolerance in ((jnp.float32, 1e-4), (jnp.bfloat16, 3e-2)):  # of results of size 1
         own = [a.astype(dtype) for a in (q, k, v)]
-        scores = [api.importance_scores(q_imp, keys, lengths, implementation=i) for i in ("reference", implementation)]
+        scores = [pk.importance_scores(q_imp, keys, lengths, implementation=i) for i in ("reference", implementation)]
         np.testing.assert_allclose(*scores, atol=1e-4)
         options = dict(n=128 // unit, unit=unit, sinks=4, recent=8)
         chosen = [
-            api.select_top_k(scores[0], lengths, implementation=i, **options) for i in ("reference", implementation)
+            pk.select_top_k(scores[0], lengths, implementation=i, **options) for i in ("reference", implementation)
         ]
         np.testing.assert_array_equal(chosen[0].indices, chosen[1].indices)
         outs = [
-            api.masked_topk_decode_attention(*own, *chosen[0], unit=unit, lengths=lengths, implementation=i)
+            pk.masked_topk_decode_attention(*own, *chosen[0], unit=unit, lengths=lengths, implementation=i)
             for i in ("reference", implementation)
         ]
         np.testing.assert_allclose(*(np.asarray(out, np.float32) for out in outs), atol=tolerance)
@@ -141,7 +142,7 @@ def check_kernels(implementation: str) -> None:
         k, v, lengths = normal(2, 2, size, 128), normal(2, 2, size, 128), jnp.array([size, size * 3 // 4])
         options = dict(n=128 // unit, unit=unit, sinks=4, recent=8, pooling="maximum", return_selection=True)
         results = [
-            api.sparse_decode_attention(q, k, v, q_imp, keys, lengths, implementation=i, **options)
+            pk.sparse_decode_attention(q, k, v, q_imp, keys, lengths, implementation=i, **options)
             for i in ("reference", implementation)
         ]
         np.testing.assert_array_equal(*(chosen.indices for _, chosen in results))

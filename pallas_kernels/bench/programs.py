@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import api
+import pallas_kernels as pk
 from pallas_kernels.bench.cases import Case
 
 LAYERS = 4
@@ -45,7 +45,7 @@ def make_inputs(case: Case, layers: int) -> dict[str, Any]:
         scales=[None] * layers,
     )
     if case.int8:
-        pairs = [jax.jit(api.quantise_k_imp)(key) for key in found["k_imp"]]
+        pairs = [jax.jit(pk.quantise_k_imp)(key) for key in found["k_imp"]]
         found["k_imp"], found["scales"] = ([pair[i] for pair in pairs] for i in (0, 1))
     return found
 
@@ -68,24 +68,24 @@ def chain(attend: Any) -> Any:
 
 def choose_and_attend(
     case: Case, q: jax.Array, q_imp: jax.Array, layers: dict[str, Any], lengths: jax.Array, interpret: Any = None
-) -> tuple[jax.Array, list[api.Selection]]:
+) -> tuple[jax.Array, list[pk.Selection]]:
     """The attention of `case.together` layers and their choices; k, v and scales by layer, k_imp of several stacked."""
     run = dict(implementation=case.implementation, interpret=interpret)
     rules, scored = dict(unit=case.unit, sinks=4, recent=8), dict(pooling=case.pooling)
     if case.together == 1:
         (k,), (v,), (scales,) = layers["k"], layers["v"], layers["scales"]
         how = rules | scored | run | dict(scales=scales, return_selection=True)
-        out, chosen = api.sparse_decode_attention(q, k, v, q_imp, layers["k_imp"], lengths, case.units, **how)
+        out, chosen = pk.sparse_decode_attention(q, k, v, q_imp, layers["k_imp"], lengths, case.units, **how)
         return out, [chosen]
     q_imp, rows = (jnp.repeat(a, case.together, axis=0) for a in (q_imp, lengths))
     if case.int8:
         scored |= dict(scales=jnp.stack(layers["scales"], axis=1).reshape(-1, case.shape.kv_heads))
     scored |= dict(layer=jnp.arange(case.together, dtype=jnp.int32))
-    chosen = api.choose_by_importance(q_imp, layers["k_imp"], rows, case.units, **rules, **scored, **run)
+    chosen = pk.choose_by_importance(q_imp, layers["k_imp"], rows, case.units, **rules, **scored, **run)
     found = []
     for place, (k, v) in enumerate(zip(layers["k"], layers["v"], strict=True)):
-        found.append(api.Selection(*(a[place :: case.together] for a in chosen)))
-        q = api.masked_topk_decode_attention(q, k, v, *found[-1], unit=case.unit, lengths=lengths, **run)
+        found.append(pk.Selection(*(a[place :: case.together] for a in chosen)))
+        q = pk.masked_topk_decode_attention(q, k, v, *found[-1], unit=case.unit, lengths=lengths, **run)
     return q, found
 
 
@@ -112,7 +112,7 @@ def sparse_programs(case: Case, given: dict[str, Any]) -> tuple[dict[str, tuple[
     def again(q, q_imp, layer):
         k, v, chosen = layer
         options = dict(lengths=given["lengths"], unit=case.unit, implementation=case.implementation)
-        return api.masked_topk_decode_attention(q, k, v, *chosen, **options), None
+        return pk.masked_topk_decode_attention(q, k, v, *chosen, **options), None
 
     predict = predict_program(case, given)
     chosen = list(itertools.chain(*jax.block_until_ready(predict[0](*predict[1]))[1]))

@@ -11,7 +11,7 @@ from pallas_kernels.gpu.selection import as_selection, choose_units
 def sparse_decode_attention(
     q, k, v, q_imp, k_imp, lengths, n, *, counts, rules, normalised, scales, score_scale, interpret, **options
 ):
-    """Attention [B, H, D], its log-sum-exp [B, H], and the `Selection`. Arguments as in `api.py`."""
+    """Attention [B, H, D], its log-sum-exp [B, H], and the `Selection`. Arguments as in `composed.py`."""
     first, layer = rules.first, options["layer"]
     scored = dict(scales=scales, scale=score_scale, first=first, layer=layer, normalised=normalised)
     if can_image(q_imp, k_imp, rules.unit):
@@ -28,7 +28,7 @@ def sparse_decode_attention(
 
 
 def choose_by_importance(q_imp, k_imp, lengths, n, *, counts, rules, contested, begin, interpret, **scored):
-    """The `Selection` of n units by the scores of the tokens begin ... contested - 1. Arguments as in `api.py`."""
+    """The `Selection` of n units by the scores of the tokens begin ... contested - 1. Arguments as in `composed.py`."""
     seen = lengths, rules.first
     images = dict(rules=rules, seen=seen, first=begin, interpret=interpret)
     image = importance_images(q_imp, k_imp, contested, **images, **scored)

@@ -66,7 +66,7 @@ def test_what_cannot_be_told_apart_or_kept_is_refused(model):
         measure_recall(model, None, [make_batch([[40]], 64)], pages, [0.5])
     batch, oracle = make_batch([[40]], 64), make_policy("oracle")
     for settings in (dict(threshold=((0.0,) * 2,) * 3), dict(allocation="top_p", tolerance=0.1)):
-        with pytest.raises(ValueError, match="recall is measured under budgets: leave out thresholds, and"):
+        with pytest.raises(ValueError, match="recall is measured under budgets: leave out thresholds, tol"):
             measure_recall(model, None, [batch], [oracle], [0.5], selection=SelectionConfig(**settings))
     with pytest.raises(ValueError, match="score_dtype must be 'int8' or None, got 'int4'"):
         simulate(model, make_batch([[40]], 64), make_policy("oracle"), SelectionConfig(), score_dtype="int4")
@@ -185,7 +185,6 @@ def test_what_stands_in_the_place_of_a_list_or_a_model_is_refused(model):
     base = Base("tiny", model, None, "f" * 16)
     for call, message in (
         (lambda: measure_recall(model, None, batch, [oracle], [0.5]), r"batches must be a list of batches such as"),
-        (lambda: measure_recall(model, None, [batch], oracle, [0.5]), "policies must be a list such as"),
         (lambda: measure_recall(base, None, [batch], [oracle], [0.5]), "give base.model"),
         (lambda: simulate(base, batch, oracle, SelectionConfig()), "give base.model"),
         (lambda: simulate(model, batch, oracle, SelectionConfig(), prompts=8), "one number for each of the 1 rows"),
