@@ -53,7 +53,7 @@ def calibrate_thresholds(
         predictor: Needed by policies with `needs_predictor`.
         batches: tokens, segments, positions of one shape [B, T], run densely 16 times.
         selection: Its budget is the most that a row reads.
-        mean: A fraction of the keys that a dense query reads, or a number of tokens. Where sinks and recent tokens
+        mean: A fraction of all keys that dense rows read, or a mean number of tokens. Where sinks and recent tokens
             alone exceed it, thresholds are infinite. Where the budget does not reach it, they are -inf.
         policy: Default: tokenbutler.
 
@@ -83,11 +83,11 @@ def calibrate_thresholds(
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
     found = np.full((model.config.layers, policy.choosing_heads(model.config)), int(BARRED))
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
-        trial, total, rows = (found + (1 << bit)).astype(np.int32), 0.0, 0.0
-        for batch in batches:
-            part = _sum_read(model, predictor, batch, limits, trial, policy=policy, rule=selection.rule, whole=whole)
-            total, rows = total + on_host(part[0]).astype(np.float64), rows + float(part[1])
-        found = np.where(total / rows >= mean, trial, found)
+        trial = (found + (1 << bit)).astype(np.int32)
+        parts = [_sum_read(model, predictor, b, limits, trial, policy=policy, rule=selection.rule) for b in batches]
+        sums = (np.sum([on_host(a).astype(np.float64) for a in part], axis=0) for part in zip(*parts, strict=True))
+        read, held, rows = sums
+        found = np.where(read >= mean * (rows if whole else held[:, None]), trial, found)
     unreached = found == int(BARRED)  # all that the budget allows is less than the mean
     found = np.minimum(found + (1 << (31 - PASSES)), 2**31 - 1)  # the next one above, at which the mean is not exceeded
     values = np.asarray(from_image(jnp.asarray(found.astype(np.int32))))
@@ -111,6 +111,9 @@ def calibrate_tolerance(
 ) -> list[SelectionConfig]:
     """Find the tolerance of the whole model under which rows read `means` on average over served layers and heads.
 
+    Rows read about as many tokens each. So the same fraction in all is a larger one of short rows, and a smaller one of
+    long rows.
+
     Two dense passes find all tolerances. Where little is read, residual streams and so scores differ from the dense
     ones. So each tolerance is then corrected by simulations of one batch, until it reads as much as dense passes found.
 
@@ -121,7 +124,7 @@ def calibrate_tolerance(
         selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Under the
             allocation top_p, the tolerance is 1 - p, and any other allocation counts as tolerance. Neighbours are not
             possible, and units of several tokens only under top_p.
-        means: Fractions of the keys that a dense query reads, or numbers of tokens; one result for each. Where sinks
+        means: Fractions of all keys that dense rows read, or mean numbers of tokens; one result for each. Where sinks
             and recent tokens alone exceed a mean, its tolerance is infinite.
         policy: Default: tokenbutler. Where the predictor's target leaves values out, it gets error="value", except
             under top_p.
@@ -165,51 +168,50 @@ def calibrate_tolerance(
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
 
     def sums_at(grid):
-        """Sums of the fractions and numbers read at every tolerance, [batches, 2, N], and the rows of each batch.
+        """Keys read at every tolerance, [batches, N], and the keys held and the rows of each batch.
 
-        They are tried by as many as the first grid has, so that one program is compiled.
+        Tolerances are tried by as many as the first grid has, so that one program is compiled.
         """
         parts = np.pad(grid, (0, -len(grid) % len(values)), mode="edge").reshape(-1, len(values))
         how = dict(policy=policy, rule=selection.rule, first=prompt_tokens, rows=rows)
-        sums, counted = [], []
+        read, held, counted = [], [], []
         for batch, own in zip(batches, counts, strict=True):
             given = model, predictor, batch, jnp.asarray(own), limits
             found = [_sum_above(*given, jnp.asarray(p, jnp.float32), **how) for p in parts]
-            sums.append(np.concatenate([on_host(tried).astype(np.float64) for tried, _ in found], axis=1))
-            counted.append(float(found[0][1]))
-        return np.stack(sums)[..., : len(grid)], np.array(counted)
+            read.append(np.concatenate([on_host(tried).astype(np.float64) for tried, *_ in found]))
+            held.append(float(found[0][1]))
+            counted.append(float(found[0][2]))
+        return np.stack(read)[:, : len(grid)], np.array(held), np.array(counted)
 
     def place(read, mean):
         """The last tolerance that reads at least the mean; -1 where none does."""
         return int(np.sum(read >= mean)) - 1
 
-    sums, counted = sums_at(values)
+    read, held, counted = sums_at(values)
     require_counted(counted, prompt_tokens)
-    coarse, kinds = np.sum(sums, axis=0) / np.sum(counted), [int(isinstance(mean, int)) for mean in means]
-    starts = [min(max(place(coarse[kind], mean), 0), len(values) - 2) for kind, mean in zip(kinds, means, strict=True)]
+    coarse = np.sum(read, axis=0) / np.sum(counted)
+    tokens = [mean if isinstance(mean, int) else mean * np.sum(held) / np.sum(counted) for mean in means]
+    starts = [min(max(place(coarse, mean), 0), len(values) - 2) for mean in tokens]
     between = max(LEAST_FINE, len(values) // len(means) - 1)
     fine = np.unique(np.concatenate([np.linspace(values[i], values[i + 1], between + 1) for i in starts]))
-    sums, _ = sums_at(fine)
+    read, *_ = sums_at(fine)
     sample = int(np.argmax(counted))  # the batch on which tolerances are corrected
-    read, read_of_sample, found = np.sum(sums, axis=0) / np.sum(counted), sums[sample] / counted[sample], []
-    for kind, mean in zip(kinds, means, strict=True):
-        own = read[kind]
+    own, own_of_sample, found = np.sum(read, axis=0) / np.sum(counted), read[sample] / counted[sample], []
+    slopes = np.gradient(np.log(np.maximum(coarse, 1e-12)), values)
+
+    def read_at(value):
+        selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
+        return _mean_read(model, predictor, batches[sample], counts[sample], selected, policy, prompt_tokens)
+
+    for mean in tokens:
         at = place(own, mean)
         if at < 0 or at == len(fine) - 1:
             found.append(-np.inf if at < 0 else np.inf)
             continue
         share = (own[at] - mean) / max(own[at] - own[at + 1], 1e-12)
         value = fine[at] + share * (fine[at + 1] - fine[at])
-        slopes = np.gradient(np.log(np.maximum(coarse[kind], 1e-12)), values)
-        slope = np.interp(value, values, slopes)
-
-        def read_at(value, kind=kind):
-            selected = dataclasses.replace(selection, tolerance=float(np.exp(value)))
-            given = model, predictor, batches[sample], counts[sample]
-            return _mean_read(*given, selected, policy, prompt_tokens, whole=bool(kind))
-
-        wanted = np.interp(value, fine, read_of_sample[kind])
-        found.append(_correct(value, wanted, slope, read_at, corrections))
+        wanted = np.interp(value, fine, own_of_sample)
+        found.append(_correct(value, wanted, np.interp(value, values, slopes), read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
 
 
@@ -235,18 +237,15 @@ def _mean_read(
     selection: SelectionConfig,
     policy: Policy,
     prompt_tokens: int,
-    *,
-    whole: bool,
 ) -> float:
-    """The share of its keys, or the number of them, that a row which counts reads in a simulation on average."""
+    """The number of keys that a row which counts reads in a simulation on average."""
     prompts = np.full(batch["tokens"].shape[0], prompt_tokens, np.int32)
     asked = np.zeros(batch["tokens"].shape, bool)  # no logits
     found = simulate(model, batch, policy, selection, predictor, prompts=prompts, wanted=asked)
     held, windows = np.asarray(batch["positions"]) + 1, sliding_windows(model.config)
     if windows is not None:  # the served layers all slide, or none of them does
         held = np.minimum(held, min(windows[layer] for layer in model.config.served_layers))
-    read = on_host(found.attended) * (held if whole else 1)
-    return float(np.mean(read[counted], dtype=np.float64))
+    return float(np.mean((on_host(found.attended) * held)[counted], dtype=np.float64))
 
 
 @partial(compiled, static_argnames=("policy", "rule", "first", "rows"))
@@ -262,8 +261,8 @@ def _sum_above(
     rule: SelectionConfig,
     first: int,
     rows: int | None,
-) -> tuple[Float[Array, "2 tolerances"], Float[Array, ""]]:
-    """Fractions and numbers of keys that score at least a logarithm of the grid, mean over served layers and heads.
+) -> tuple[Float[Array, " tolerances"], Float[Array, ""], Float[Array, ""]]:
+    """Keys that score at least a logarithm of the grid, mean over served layers and heads, and keys that rows hold.
 
     They are summed over the rows of `spread` that count, whose number comes last.
     """
@@ -286,17 +285,21 @@ def _sum_above(
             least = weighed.threshold(value.reshape(1, 1, 1))[..., None] if rule.allocation == "top_p" else value
             read = jnp.sum((scores >= least) & allowed[:, None], axis=-1, dtype=jnp.int32)
             read = jnp.where(held > limits.min_context, jnp.mean(jnp.minimum(read, most[:, None]), axis=1), held)
-            both = jnp.stack([read / jnp.maximum(held, 1), read])
-            return jnp.sum(jnp.where(inside, both, 0.0), axis=(1, 2))
+            return jnp.sum(jnp.where(inside, read, 0.0))
 
-        return jax.lax.map(at, grid).T, jnp.sum(inside, dtype=jnp.int32).astype(jnp.float32)
+        return jax.lax.map(at, grid), jnp.sum(jnp.where(inside, held, 0).astype(jnp.float32)), _count(inside)
 
-    sums, number = sum_chunks(model, predictor, batch, one, rows=rows, first=first)
+    read, held, number = sum_chunks(model, predictor, batch, one, rows=rows, first=first)
     served = np.asarray(model.config.served_layers)
-    return jnp.mean(sums[served], axis=0), number[served[0]]
+    return jnp.mean(read[served], axis=0), jnp.mean(held[served]), number[served[0]]
 
 
-@partial(compiled, static_argnames=("policy", "rule", "whole"))
+def _count(rows: Bool[Array, "B C"]) -> Float[Array, ""]:
+    """How many rows there are."""
+    return jnp.sum(rows, dtype=jnp.int32).astype(jnp.float32)
+
+
+@partial(compiled, static_argnames=("policy", "rule"))
 def _sum_read(
     model: BaseModel,
     predictor: Predictor | None,
@@ -306,19 +309,19 @@ def _sum_read(
     *,
     policy: Policy,
     rule: SelectionConfig,
-    whole: bool,
-) -> tuple[Float[Array, "L K"], Float[Array, ""]]:
-    """What every layer and head reads, summed over the rows that are not padding, and the number of these rows."""
+) -> tuple[Float[Array, "L K"], Float[Array, " L"], Float[Array, ""]]:
+    """The keys that every layer and head reads, summed over the rows that are not padding.
+
+    Then follow the keys that these rows hold in every layer, and the number of the rows.
+    """
     segments, limits = batch["segments"], limits._replace(threshold=from_image(image))
     real = jnp.pad(segments > 0, ((0, 0), (0, 1)))  # rows beyond the end take the last column
 
     def one(chunk):
         mask, count = chosen_mask(chunk, lambda: policy(chunk.under(rule)), limits, rule)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-        if not whole:
-            read = read / jnp.maximum(count, 1).astype(jnp.float32)[:, None]
         inside = jnp.take_along_axis(real, jnp.minimum(chunk.rows.own, segments.shape[1]), axis=1)
-        return jnp.sum(jnp.where(inside[:, None], read, 0.0), axis=(0, 2))
+        held = jnp.where(inside, count, 0).astype(jnp.float32)
+        return jnp.sum(jnp.where(inside[:, None], read, 0.0), axis=(0, 2)), jnp.sum(held)
 
-    sums = sum_chunks(model, predictor, batch, one)
-    return sums, jnp.sum(segments > 0).astype(jnp.float32)
+    return *sum_chunks(model, predictor, batch, one), _count(segments > 0)

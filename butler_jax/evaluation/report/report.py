@@ -29,14 +29,14 @@ class ReportRow:
         sequences: How many sequences these lie in, over which the error is taken.
         unit: What the sequences are: "windows" of text, "samples", or "overlapping windows", which are not independent.
         seed: Of the samples.
-        attended: The mean fraction of the causal keys that was read in the served layers; None for hit_rate and
-            spearman, which are metrics of scores alone.
+        attended: The share of the causal keys that was read in the served layers: of all rows together in perplexity,
+            and else the mean over rows; None for hit_rate and spearman, which are metrics of scores alone.
         where: The part of the task that the row is about; {} for the whole task.
         allocation: How heads share the reads.
         prompt_tokens: First tokens of a window that are read densely and not counted; above 0, everything before a
             sample's answer is.
-        attended_of_dense: The keys that were read in all layers, as a mean share of those that a dense pass reads. Rows
-            have it where a layer other than layer 0 is not served.
+        attended_of_dense: The keys that were read in all layers, as a share of those that a dense pass reads, like
+            `attended`. Rows have it where a layer other than layer 0 is not served.
         tail: Tokens of the spans by which keys that are not read are estimated; 0 where they are not.
     """
 

@@ -35,13 +35,12 @@ class TextSums:
     Attributes:
         rows: How many rows count.
         nll: Negative log-likelihoods of the next tokens, in nats.
-        attended: Fractions of the causal keys that were read in the served layers.
-        of_dense: Keys that were read in all layers, as shares of those that a dense pass reads.
+        attended: Keys that were read in the served layers, mean over the choosing heads, in the units of `served_held`.
         read: Keys that were read in all layers and KV heads.
         held: Keys that a dense pass reads there.
         served: Keys that were read in the served layers.
-        served_held: Keys that a dense pass reads there.
-        heads: Fractions of the causal keys that every layer and choosing head read.
+        served_held: Keys that a dense pass reads there; of a base without served layers, those of all layers.
+        heads: Keys that every layer and choosing head read, in the units of `served_held`.
         positions: Attended fractions of the rows in each bin of positions, and how many rows count there.
         divergence: Divergences from a reference, as in `Simulated`; None without one.
         agrees: Agreements with a reference, likewise.
@@ -50,7 +49,6 @@ class TextSums:
     rows: Float[np.ndarray, " sequences"]
     nll: Float[np.ndarray, " sequences"]
     attended: Float[np.ndarray, " sequences"]
-    of_dense: Float[np.ndarray, " sequences"]
     read: Float[np.ndarray, " sequences"]
     held: Float[np.ndarray, " sequences"]
     served: Float[np.ndarray, " sequences"]
@@ -73,14 +71,20 @@ class TextSums:
         """The mean over rows of one of the sums."""
         return estimate_ratio(getattr(self, name), self.rows)
 
+    @property
+    def share_attended(self) -> Estimate:
+        """The share of all causal keys that was read in the served layers."""
+        return estimate_ratio(self.attended, self.served_held)._replace(n=self.mean("nll").n)
+
     def find_reads(self, base: BaseConfig) -> dict[str, list]:
-        """Mean fractions read, JSON-ready.
+        """Shares of the keys that were read, JSON-ready.
 
         Returns:
-            heads: [L - 1][heads], in the layers after the first; None where a layer is not served. positions: of each
-            bin, in all served layers and heads; None where no row counts.
+            heads: [L - 1][heads], of the keys of all rows, in the layers after the first; None where a layer is not
+            served. positions: of each bin, the mean over rows, in all served layers and heads; None where no row
+            counts.
         """
-        heads = self.heads.sum(axis=0) / self.rows.sum()
+        heads = self.heads.sum(axis=0) / self.served_held.sum()
         heads[~np.asarray(base.served)] = np.nan
         attended, rows = self.positions.sum(axis=0)
         positions = [round(a / n, 5) if n else None for a, n in zip(attended.tolist(), rows.tolist(), strict=True)]
@@ -136,13 +140,14 @@ def measure_perplexity(
         )
         every = jnp.ones((model.config.layers, *counted.shape))
         held, served = count_keys(model.config, jnp.asarray(batch["segments"]), every, model.config.kv_heads)
-        names = ("nll", "attended", "of_dense", "read", "served", "divergence", "agrees")
-        parts = {"rows": counted, "held": held, "served_held": served}
+        served = served if model.config.served_layers else held
+        names = ("nll", "read", "served", "divergence", "agrees")
+        parts = {"rows": counted, "held": held, "served_held": served, "attended": result.attended * served}
         parts |= {name: getattr(result, name) for name in names}
         for name, values in parts.items():
             if values is not None:
                 found[name].extend(np.where(counted, _float64(values), 0).sum(axis=1))
-        found["heads"].extend(np.einsum("lbht,bt->blh", _float64(result.shares), counted))
+        found["heads"].extend(np.einsum("lbht,bt->blh", _float64(result.shares), counted * _float64(served)))
         found["positions"].extend(_sum_bins(batch["positions"], _float64(result.attended), counted))
         if keep is not None:  # on a mesh it stays where it is: no device and no host has to hold all of it
             keep.append(np.asarray(result.stream) if current_mesh() is None else result.stream)
@@ -212,7 +217,7 @@ class PerplexityTask(Task):
             found["over_dense"] = result.excess_over(reference)
             found["js_divergence"], found["top1_agreement"] = result.mean("divergence"), result.mean("agrees")
         base = self.base.config
-        attended, layers, served = result.mean("attended"), base.layers, len(base.served_layers)
+        attended, layers, served = result.share_attended, base.layers, len(base.served_layers)
         found["effective_sparsity"] = attended.through(
             lambda share: 1 - (layers - served + served * share) / layers, served / layers
         )
@@ -223,7 +228,7 @@ class PerplexityTask(Task):
                 whole = self._sum_bytes(EvaluatedPolicy("dense", Dense()), reference, prefix)
                 share = estimate_ratio(read, whole)._replace(n=found["bytes_read"].n)
                 found[f"{prefix}bytes_of_dense"] = share
-        shares = dict(attended=attended.value, of_dense=result.mean("of_dense").value)
+        shares = dict(attended=attended.value, of_dense=estimate_ratio(result.read, result.held).value)
         size = find_bin_size(self.batches[0]["tokens"].shape[1])
         return Cell(
             [self.make_row(policy, name, e, budget=budget, **shares) for name, e in found.items()],

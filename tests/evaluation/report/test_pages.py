@@ -150,7 +150,8 @@ def test_any_part_of_an_evaluation_can_be_written(found, tmp_path):
 def test_a_report_is_saved_and_read_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    made = report(few(rows()))
+    about = report().about
+    made = Report(few(rows()), {}, about)
     assert made.save("~/reports") == tmp_path / "reports" / "report.json"
     assert Report.load("~/reports").rows == Report.load(tmp_path / "reports").rows
     assert not (tmp_path / "~").exists()
