@@ -56,7 +56,7 @@ class EvalConfig(HostsConfig):
     allocations: tuple[str, ...] = ("per_head", "tolerance")
     """How heads share reads: per_head, per_layer, tolerance, top_p (as the allocation of a selection). A policy runs
     under those that its scores allow, and per_head where they allow none. The tolerance of a budget, and the p of
-    top_p, are calibrated on the text, so that the mean over layers and heads is the budget."""
+    top_p, are calibrated on the text, so that layers, heads and rows together read the budget."""
     tails: tuple[str | int, ...] = (0,)
     """Tokens of the spans by which keys that are not read are estimated, as the tail of a selection; 0: they are not.
     Every policy that does not evict runs with each."""
