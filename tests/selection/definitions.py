@@ -19,9 +19,9 @@ def select(scores, allowed, rows, config, threshold=None):
     return select_mask(scores, allowed, rows, tokens, config, threshold=threshold)
 
 
-def choose_by_scores(scores, lengths, *more, **options):
+def choose_by_scores(scores, lengths, tokens, room, config, **options):
     """`choose` of the units with the best scores [B, K, S]."""
-    return choose(partial(select_top_k, scores, lengths), scores.shape[-1], lengths, *more, **options)
+    return choose(partial(select_top_k, scores, lengths), scores.shape[-1], lengths, tokens, room, config, **options)
 
 
 def sorted_choice(scores, allowed, own, start, tokens, sinks, recent):
