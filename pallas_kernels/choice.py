@@ -84,6 +84,11 @@ def rank_image(
     return jnp.where(seen, image, BARRED)
 
 
+def contested_range(lengths, first, sinks: int, recent: int) -> tuple[jax.Array, jax.Array]:
+    """The tokens that scores decide about, neither sinks nor recent: the first of them, and their end, int [B] each."""
+    return jnp.maximum(jnp.zeros_like(lengths) if first is None else first, sinks), jnp.maximum(lengths - recent, 0)
+
+
 def unit_image(image: jax.Array, unit: int) -> jax.Array:
     """The image of every unit, which is that of its best token: int32 [..., S] -> [..., ceil(S / unit)]."""
     if unit == 1:

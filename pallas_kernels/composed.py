@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import checks
 from pallas_kernels.api import importance_scores, masked_topk_decode_attention, select_top_k
 from pallas_kernels.arguments import as_arrays, factor_of, normalises, terms_of
-from pallas_kernels.choice import Rules, Selection
+from pallas_kernels.choice import Rules, Selection, contested_range
 
 
 def choose_by_importance(
@@ -58,8 +58,7 @@ def choose_by_importance(
     checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
     scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k_imp.shape[-1]), jnp.float32)
     checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
-    begin = jnp.maximum(jnp.zeros_like(lengths) if first is None else first, sinks)
-    contested = jnp.maximum(lengths - recent, 0)
+    begin, contested = contested_range(lengths, first, sinks, recent)
     name = checks.choose_implementation(implementation, interpret)
     if name == "gpu" and k_imp.size * n:
         from pallas_kernels import gpu
@@ -125,14 +124,13 @@ def sparse_decode_attention(
     lengths, first, threshold, counts, scales = as_arrays(lengths, first, threshold, counts, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, pooling, scales, layer)
     checks.check_caches(k, q_imp, k_imp, layer)
-    checks.check_counts(n, k.shape[-2], unit, sinks, recent)
+    scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k.shape[-2]), jnp.float32)
+    checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
     tpu_can = checks.tpu_can(unit, k.shape[-2])
     name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
     if name == "gpu" and k_imp.size * n * k.size:
         from pallas_kernels import gpu
 
-        scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k.shape[-2]), jnp.float32)
-        checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
         listed = jax.ShapeDtypeStruct((*q_imp.shape[:2], n), jnp.int32)
         checks.check_attention(q, k, v, listed, None, unit, new_k, new_v, lengths, first, layer)
         n, sinks, recent, unit = map(int, (n, sinks, recent, unit))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import sys
 import time
@@ -35,6 +34,7 @@ from pallas_kernels.bench.chips import CHIPS, GpuChip
 from pallas_kernels.bench.measurements import take_turns
 from pallas_kernels.bench.prediction import kernels_seconds
 from pallas_kernels.bench.programs import make_inputs, predict_program
+from pallas_kernels.bench.table import write_json
 from pallas_kernels.checks import POOLINGS
 from pallas_kernels.gpu.tiles import TRIALS, Tiles, current_tiles, is_measured, try_tiles, write_tiles
 
@@ -132,9 +132,7 @@ def _micro(times):
 
 def write_found(path: Path | None, chip: str, tiles: Tiles, about: dict) -> None:
     """Write tiles and what is known of them to a file of their own, if there is a path."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"chip": chip, **about, "tiles": asdict(tiles)}, indent=1) + "\n")
+    write_json(path, {"chip": chip, **about, "tiles": asdict(tiles)})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,8 +34,7 @@ class PublishConfig:
 
     def __post_init__(self):
         require_local(self)
-        for name in ("run", "out", "report"):
-            expand_home(self, name)
+        expand_home(self, "run", "out", "report")
         if self.out is None and self.hub is None:
             raise ValueError("nowhere to publish: give --out DIR, or --hub ORGANISATION/NAME")
 

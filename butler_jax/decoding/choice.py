@@ -16,7 +16,7 @@ from butler_jax.decoding.newest_tokens import Newest
 from butler_jax.decoding.plan import Plan
 from butler_jax.decoding.scoring import BlockQueries, chunk_of, pooled_scores
 from butler_jax.decoding.store import KVStore
-from butler_jax.model import BaseConfig, LayerView
+from butler_jax.model import LayerView
 from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.policies import Place
 from butler_jax.predictors import at
@@ -89,7 +89,7 @@ class Chooser:
         """What a layer remembers already, where nothing was chosen."""
         return None if self.plan.interval == 1 else at(self.memory, layer)
 
-    def choose_block(self, queries: BlockQueries, layers: Int[Array, " P"], base: BaseConfig) -> Chosen:
+    def choose_block(self, queries: BlockQueries, layers: Int[Array, " P"]) -> Chosen:
         """The units of P layers by the predictor's scores, [P, B, K, N]."""
         total, sliding_window = self.newest.total, self.newest.sliding_window(layers)
         batch, block, first, threshold = len(total), len(layers), None, None
@@ -99,7 +99,7 @@ class Chooser:
         if self.limits.threshold is not None:
             threshold = jnp.tile(self.limits.threshold[layers], (batch, 1))
         if self.plan.selection.allocation == "per_layer" or token_axis(queries.k_imp.shape[-1]) is not None:
-            scores = pooled_scores(queries, lengths, first, self.plan, base)
+            scores = pooled_scores(queries, lengths, first, self.plan)
             chosen = self._select(scores, lengths, first, threshold)
         else:
             chosen = self._select_by_importance(queries, lengths, first, threshold)

@@ -150,7 +150,7 @@ class Forecaster:
         chosen = None
         if self.ahead:
             queries = BlockQueries.of(q_imp, offset, layers, self.scores, config)
-            chosen = self.chooser.choose_block(queries, layers, config)
+            chosen = self.chooser.choose_block(queries, layers)
         places = place_scored(config, layers)
         scales = None if self.scores.scales is None else self.scores.scales[places]
         k_imp = restored(self.scores.k_imp[places], scales)

@@ -22,7 +22,7 @@ from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.policies import Chunk
 from butler_jax.predictors import Predictor, at, schedule, walk
 from butler_jax.selection import Rows
-from pallas_kernels import importance_scores, importance_totals
+from pallas_kernels import contested_range, importance_scores, importance_totals
 
 
 def q_imp_of_block(
@@ -96,7 +96,6 @@ def pooled_scores(
     lengths: Int[Array, " N"],
     first: Int[Array, " N"] | None,
     plan: Plan,
-    base: BaseConfig,
 ) -> Float[Array, "N K S"]:
     """The score of every cached token of P layers, pooled over the group, where the scores are needed themselves.
 
@@ -110,8 +109,7 @@ def pooled_scores(
     selection, pooling = plan.selection, plan.policy.predictor_pooling
     capacity = queries.k_imp.shape[-1]
     axis = token_axis(capacity)
-    begin = jnp.maximum(jnp.zeros_like(lengths) if first is None else first, selection.sinks)
-    contested = jnp.maximum(lengths - selection.recent, 0)
+    begin, contested = contested_range(lengths, first, selection.sinks, selection.recent)
 
     def run(contested, begin, *fields):
         queries = BlockQueries(*fields)
@@ -125,8 +123,8 @@ def pooled_scores(
             options["totals"] = part.log_sum(importance_totals(*operands, **known))
         return importance_scores(*operands, **options)
 
-    rows = queries.k_imp.shape[1]
-    split = by_rows_and_heads(run, ("b", "b", *queries.splits), "bhs", rows=rows, heads=base.kv_heads, tokens=capacity)
+    sizes = dict(rows=queries.k_imp.shape[1], heads=queries.q_imp.shape[1], tokens=capacity)
+    split = by_rows_and_heads(run, ("b", "b", *queries.splits), "bhs", **sizes)
     return split(contested, begin, *queries)
 
 

@@ -105,8 +105,7 @@ class EvalConfig(HostsConfig):
         super().__post_init__()
         settle_types(self)
         require_local(self)
-        expand_home(self, "run")
-        expand_home(self, "out")
+        expand_home(self, "run", "out")
         for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:
                 continue

@@ -89,10 +89,11 @@ def settle_types(config, *others: str) -> None:
         object.__setattr__(config, name, value)
 
 
-def expand_home(config, name: str) -> None:
-    """Make a setting a Path in which ~ is the home directory; None stays."""
-    value = getattr(config, name)
-    object.__setattr__(config, name, None if value is None else Path(value).expanduser())
+def expand_home(config, *names: str) -> None:
+    """Make settings Paths in which ~ is the home directory; None stays."""
+    for name in names:
+        value = getattr(config, name)
+        object.__setattr__(config, name, None if value is None else Path(value).expanduser())
 
 
 def require_loaded(base=None, predictor=None) -> None:

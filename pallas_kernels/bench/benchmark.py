@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import json
 import platform
 import sys
 import time
@@ -33,7 +32,7 @@ from pallas_kernels.bench.cases import SHAPES, Case, count_tokens
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.measurements import copy_bandwidth, measure_case
 from pallas_kernels.bench.modelled import DEFAULTS, read_assumption, run_model
-from pallas_kernels.bench.table import HEADER, line, peers_line, plot
+from pallas_kernels.bench.table import HEADER, line, peers_line, plot, write_json
 
 H200 = {  # lists begin with what matters most
     "shape": "llama8b",
@@ -184,12 +183,6 @@ def main(arguments: list[str] | None = None) -> int:
     machine |= dict(processor=platform.processor() or platform.machine(), date=datetime.date.today().isoformat())
     report = machine | settings | dict(implementation=name, repeats=asked.repeats, copy_gb_s=bandwidth / 1e9)
     report |= dict(rows=[], left_out=[])
-
-    def write() -> None:
-        if asked.json:
-            asked.json.parent.mkdir(parents=True, exist_ok=True)
-            asked.json.write_text(json.dumps(report, indent=1) + "\n")
-
     setting = f"{asked.shape}, {asked.dtype}, unit {asked.unit}, {asked.pooling} pooling, {name}"
     print(f"{report['device']}, jax {jax.__version__}, {setting}; a copy moves {bandwidth / 1e9:.1f} GB/s")
     print(HEADER, flush=True)
@@ -203,14 +196,14 @@ def main(arguments: list[str] | None = None) -> int:
         if why := unfit(case, asked.memory, begun, longest, asked.minutes):
             report["left_out"].append(sizes | dict(why=why))
             print(f"{together:>8} {context:>8} {tokens / context:>8.4f} {batch:>5} left out: {why}", flush=True)
-            write()
+            write_json(asked.json, report)
             continue
         start = time.monotonic()
         found = measure_case(case, asked.interval, asked.repeats, asked.memory * 1e9, bandwidth)
         report["rows"].extend(found)
         longest = max(longest, time.monotonic() - start)
         print(*map(line, found), peers_line(found[-1]), sep="\n", flush=True)
-        write()
+        write_json(asked.json, report)
     if asked.json and report["rows"]:
         print(f"rows: {asked.json}\n{plot(report, asked.json.with_suffix('.png'))}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from pallas_kernels.bench.assumptions import Assumptions
 from pallas_kernels.bench.cases import SHAPES, Case, count_tokens
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.prediction import predict_rows, shortest_gain
+from pallas_kernels.bench.table import write_json
 
 DEFAULTS = {
     "shape": "llama8b",
@@ -69,7 +69,5 @@ def run_model(asked: argparse.Namespace) -> dict[str, Any]:
         told = f"faster than dense from {gain} tokens on" if gain else "not faster than dense at the longest context"
         print(f"batch {batch}, {together} layers together, a choice every {interval} steps: {told}")
     print("assumed (--assume name=value replaces one):", *assumed.lines(), sep="\n")
-    if asked.json:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(asked.json, report)
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,13 @@ HEADER = (
     f"{'together':>8} {'context':>8} {'budget':>8} {'batch':>5} {'interval':>8} {'ms':>9} {'dense ms':>9} "
     f"{'speed-up':>8} {'cap':>6} {'share':>6} {'MB':>9} {'GB/s':>7} {'copy':>7} {'model cap':>9}"
 )
+
+
+def write_json(path: Path | None, found: dict[str, Any]) -> None:
+    """Write what was found to a file, if there is a path. Its directory is made."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -102,24 +102,17 @@ def work_of(case: Case, tiles: Tiles, assumed: Assumptions) -> list[KernelWork]:
     """The work of every launch of a sparse call."""
     launches = trace_launches(case, tiles)
     have, rows = assumed.values(), replace(case, batch=case.batch * case.together)
+    splits = max(one.grid[1] for one in launches if one.name == "attend_to_tokens")
     makers = dict(
         importance_totals=_totals_work,
         importance_scores=_scores_work,
         bracket_threshold=_bracket_work,
         select_top_k=_select_work,
         attend_to_tokens=_attend_work,
+        merge_splits=functools.partial(_merge_work, splits=splits),
     )
-    works, splits = [], 1
-    for one in launches:
-        own = case if one.name in KEPT else rows
-        if one.name == "merge_splits":
-            works.append(_merge_work(one, own, splits, have))
-        else:
-            works.append(makers[one.name](one, own, tiles, have))
-        splits = one.grid[-1]
-        if one.name == "select_top_k" and case.together > 1:
-            works.append(_choices_work(rows, have))
-    return works
+    works = [makers[one.name](one, case if one.name in KEPT else rows, tiles, have) for one in launches]
+    return works + [_choices_work(rows, have)] * (case.together > 1)
 
 
 def _sizes(case):
@@ -236,7 +229,7 @@ def _attend_work(launch, case, tiles, have):
     )
 
 
-def _merge_work(launch, case, splits, have):
+def _merge_work(launch, case, tiles, have, splits):
     rows, group, _, _ = _sizes(case)
     item, dim = jnp.dtype(case.dtype).itemsize, case.shape.dim
     parts = 4 * rows * group * splits * (dim + 2)

@@ -304,8 +304,8 @@ def _scores_kernel(refs, out_ref, *, plan, rules):
         plgpu.store(out_ref.at[row, block.position], best(), mask=block.position < plan.size)
         return
 
-    places = {"lengths": refs["ends"], "first": refs.get("begins")} if "ends" in refs else refs
-    places = {name: ref for name, ref in places.items() if ref is not None}
+    seen = dict(ends="lengths", begins="first")  # where fewer tokens are scored than a row sees
+    places = {seen[name]: ref for name, ref in refs.items() if name in seen} or refs
     shown = _block_of(places, row // plan.heads, index, plan)
 
     @pl.when(shown.used)

@@ -30,15 +30,19 @@ print(json.dumps(found))
 NORMALISED = {"importance_totals", "importance_scores", "select_top_k", "attend_to_tokens", "merge_splits"}
 
 
-def compile_all(asked: list[tuple[str, str]]) -> list:
+def run_apart(program: str) -> str:
+    """What a program prints in a process of its own."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip('the GPU compiler is not installed; pip install -e ".[gpu-compiler]" brings it')
-    program = PROGRAM.format(asked=json.dumps(asked))
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def compile_all(asked: list[tuple[str, str]]) -> list:
+    return json.loads(run_apart(PROGRAM.format(asked=json.dumps(asked))).splitlines()[-1])
 
 
 def test_no_kernel_spills_and_a_call_is_few_launches():
@@ -84,7 +88,7 @@ def test_a_decode_step_reads_its_weights_in_place_and_has_no_conditions():
 
 
 def test_kernels_for_an_absent_chip_have_its_tiles():
-    script = """
+    program = """
 from benchmarks.gpu_compile import mesh_of
 import jax
 from pallas_kernels.gpu.tiles import current_tiles, tiles_of
@@ -92,7 +96,4 @@ with jax.set_mesh(mesh_of("a100")):
     found = jax.eval_shape(lambda: jax.numpy.zeros(current_tiles().choosers)).shape
 assert found == (tiles_of("NVIDIA A100-SXM4-80GB").choosers,) != (tiles_of("NVIDIA H200").choosers,), found
 """
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip('the GPU compiler is not installed; pip install -e ".[gpu-compiler]" brings it')
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_apart(program)
