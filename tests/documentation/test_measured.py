@@ -78,7 +78,7 @@ def test_the_model_of_tpus_is_that_of_the_file():
 def test_recalled_mass_with_a_reach_is_that_of_the_file():
     rows = [row for row in read("quality/reach_smollm2.json")["rows"] if row["metric"] == "recalled_mass"]
     known = {(row["policy"], row["steps_with_reach"], row["context"]): row for row in rows}
-    (table,) = (t for t in tables(DOCS / "measured" / "quality.md") if "windows of" in t.splitlines()[0])
+    (table,) = (t for t in tables(DOCS / "measured" / "trials.md") if "windows of" in t.splitlines()[0])
     head, _, *lines = [cells(line) for line in table.splitlines()]
     for name, *shown in lines:
         for context, text in zip(head[1:], shown, strict=True):
@@ -90,7 +90,7 @@ def test_recalled_mass_with_a_reach_is_that_of_the_file():
 def test_reaches_are_those_of_the_file():
     rows = [row for row in read("quality/reach_tiny.json")["rows"] if "reach" in row]
     known = {(row["length"], row["reach"], row["metric"]): row for row in rows}
-    (table,) = (t for t in tables(DOCS / "measured" / "quality.md") if "`--reach`" in t.splitlines()[0])
+    (table,) = (t for t in tables(DOCS / "measured" / "trials.md") if "`--reach`" in t.splitlines()[0])
     for length, reach, *shown in [cells(line) for line in table.splitlines()[2:]]:
         place = int(length.split()[0]), int(reach.replace(",", "")) if reach else None
         for text, (metric, scale) in zip(shown, (("over_dense", 100), ("js_divergence", 1000)), strict=True):
