@@ -105,7 +105,7 @@ class GenerateConfig:
         from butler_jax.policies import make_policy
 
         name = self.policy or ("dense" if self.run is None else "tokenbutler")
-        return make_policy(name, defaults={"pooling": self.pooling})
+        return make_policy(name, defaults={"pooling": self.pooling} if name.split(":")[0] == "tokenbutler" else {})
 
     @property
     def is_dense(self) -> bool:
@@ -186,11 +186,10 @@ def _generate(config: GenerateConfig, given: set[str]) -> int:
         policy=policy,
         max_new_tokens=config.max_new_tokens,
         sampling=choose_sampling(config, given, base.generation),
-        stop=None if not config.stop else [*config.stop, *tokenizer.ends],
+        stop=config.stop or None,
         seed=config.seed,
         offload=config.offload,
         score_dtype=config.score_dtype,
-        stream=lambda piece: _show(piece.text),
     )
     with jax.set_mesh(mesh):
         (_talk if config.chat else _continue_prompt)(config, base, prompts, settings)
@@ -216,11 +215,14 @@ def choose_sampling(config: GenerateConfig, given: set[str], generation: Mapping
 
 def _continue_prompt(config: GenerateConfig, base: Base, prompts: Iterable[str], settings: dict[str, Any]) -> None:
     """Print a prompt and what follows it."""
-    from butler_jax.decoding import generate
+    from butler_jax.decoding import Generated, generate_stream
 
     for prompt in prompts:
+        result = Generated()
+        pieces = generate_stream(base, prompt, result=result, **settings)  # refuses settings before it is read from
         _show(prompt)
-        result = generate(base, prompt, **settings)
+        for piece in pieces:
+            _show(piece.text)
         show_figures(base, result)
         tokenizer = base.require_tokenizer()
         if len(result.tokens[0]) == 1 and result.tokens[0][0] in tokenizer.ends:
@@ -234,7 +236,7 @@ def _talk(config: GenerateConfig, base: Base, prompts: Iterable[str], settings: 
     """
     from butler_jax.decoding import PromptCache, chat
 
-    settings = {**settings, "template": config.template, "cache": PromptCache()}
+    settings |= {"template": config.template, "cache": PromptCache(), "stream": lambda piece: _show(piece.text)}
     messages = [] if config.system is None else [{"role": "system", "content": config.system}]
     for prompt in prompts:
         messages.append({"role": "user", "content": prompt})

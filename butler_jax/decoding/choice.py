@@ -34,6 +34,8 @@ from butler_jax.selection import (
 )
 from pallas_kernels import choose_by_importance, compact, select_top_k
 
+FORGOTTEN = -1  # stands in the place of a unit where no choice is kept
+
 
 @dataclass(frozen=True)
 class Chooser:
@@ -58,7 +60,8 @@ class Chooser:
     @property
     def now(self) -> Bool[Array, ""]:
         """Whether this step chooses; between the choices of an interval, what was chosen stays."""
-        return self.steps % self.plan.interval == 0
+        due = self.steps % self.plan.interval == 0
+        return due if self.plan.interval == 1 else due | jnp.any(self.memory.indices[..., 0] == FORGOTTEN)
 
     def choose(self, view: LayerView, known: LayerForecast) -> tuple[Chosen, Chosen | Eviction | None]:
         """The units that the layer in view reads, and what it remembers of them."""
@@ -86,8 +89,8 @@ class Chooser:
         return memory
 
     def recall(self, layer: Int[Array, ""]) -> Any:
-        """What a layer remembers already, where nothing was chosen."""
-        return None if self.plan.interval == 1 else at(self.memory, layer)
+        """What a layer remembers that is not served."""
+        return None if self.plan.interval == 1 else jax.tree.map(jnp.zeros_like, at(self.memory, layer))
 
     def choose_block(self, queries: BlockQueries, layers: Int[Array, " P"]) -> Chosen:
         """The units of P layers by the predictor's scores, [P, B, K, N]."""
@@ -213,6 +216,11 @@ def empty_memory(plan: Plan, layers: int, batch: int) -> Chosen | None:
         return None
     shape = (layers, batch, plan.heads, plan.room)
     return Chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+
+
+def forget(memory: Chosen | None) -> Chosen | None:
+    """The memory after a step that chose nothing: the next step of an interval chooses."""
+    return None if memory is None else memory._replace(indices=jnp.full_like(memory.indices, FORGOTTEN))
 
 
 def make_chooser(plan: Plan, **parts: Any) -> Chooser:

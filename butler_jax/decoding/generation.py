@@ -20,7 +20,7 @@ from butler_jax.decoding.capacity import bucket, room_for_all
 from butler_jax.decoding.config import SamplingConfig, settle_sampling
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
-from butler_jax.decoding.plan import Plan, check_offload, make_plan, settle_choice
+from butler_jax.decoding.plan import Plan, check_offload, make_plan, plan_step, settle_choice
 from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
 from butler_jax.decoding.prompt_cache import PromptCache
 from butler_jax.decoding.prompt_parts import read_offloaded
@@ -31,7 +31,7 @@ from butler_jax.decoding.step import take_step
 from butler_jax.model import BaseConfig
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
-from butler_jax.selection import SelectionConfig, budget_table, room_for
+from butler_jax.selection import SelectionConfig
 from butler_jax.storage import require_loaded, whole
 from butler_jax.text import Prompts, Writer, encode, read_stops
 
@@ -73,7 +73,8 @@ def generate(
         policy: What ranks the cached tokens, as in `decode_step`; its name, where it needs no preparation on text.
             Default: tokenbutler.
         sampling: How tokens are drawn. Default: as the model's generation_config.json says; greedy where it does not.
-        stop: Token ids and texts that end a row. A text may come across tokens, and the row's text ends before it.
+        stop: Token ids and texts that end a row, beside the tokenizer's ends; an empty list: nothing does, not even
+            these. A text may come across tokens, and the row's text ends before it.
             Default: the tokenizer's ends.
         seed: The seed of row 0, from which the other rows count on; or one seed a row.
         capacity: Tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
@@ -283,7 +284,8 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, cache) -> Itera
         made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, kept, how=first)
     del prompts, kept
     if cache is not None:
-        cache.hold(model, predictor, held.state, tokens[0, : lengths[0]].tolist(), dense=how.plan.selection is None)
+        prompt = tokens[0, : lengths[0]].tolist()
+        ticket = cache.hold(model, predictor, held.state, prompt, dense=how.plan.selection is None)
     crosses, so_far = _crossing(model.config, lengths, count - 1).any(), []
     for step in range(count):
         ready = made
@@ -296,10 +298,10 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, cache) -> Itera
                         whole[row] = [*tokens[row, : lengths[row]], *(token[row] for token in so_far)]
                     held = read_again(model, predictor, jnp.asarray(whole), jnp.asarray(crossing), held, how=how)
                 so_far.append(np.asarray(ready.token))
-            plan = _plan_step(model.config, how, lengths, step)
+            plan = plan_step(how.plan, model.config, how.capacity, lengths, step)
             made, held = advance(model, predictor, ready.token, keys, held, plan=plan, sampling=how.sampling)
             if cache is not None:
-                cache.add(held.state, ready.token)
+                cache.add(ticket, held.state, ready.token)
         yield ready
 
 
@@ -380,20 +382,3 @@ def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
     """The tokens drawn from logits."""
     token, seen = draw_next(logits, seen, keys, state.steps, sampling)
     return _Step(token, attended), _Held(state, seen)
-
-
-def _plan_step(config: BaseConfig, how: Decoding, lengths: np.ndarray, step: int) -> Plan:
-    """The plan of one step: dense while no row is beyond min_context, with less room where no row needs more.
-
-    A policy that evicts keeps from the first token on.
-    """
-    plan, selection = how.plan, how.plan.selection
-    if selection is None or selection.min_context == 0 or plan.when == "evicting":
-        return plan
-    chosen_at = lengths + step + 1 - step % selection.interval
-    if (chosen_at <= selection.min_context).all():
-        return make_plan(config, how.capacity, None, plan.policy, implementation=plan.implementation)
-    if (chosen_at <= selection.min_context).any():
-        return plan
-    most = int(budget_table(selection, how.capacity)[selection.min_context + 1 :].max())
-    return dataclasses.replace(plan, room=room_for(selection, how.capacity, most, heads=plan.heads))

@@ -13,8 +13,9 @@ from butler_jax.decoding.parts import check_units
 from butler_jax.decoding.span_means import SpanMeans
 from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, token_axis
-from butler_jax.policies import Evicting, Policy, TokenButler, make_policy
-from butler_jax.selection import SelectionConfig, limits_of, room_for
+from butler_jax.policies import Evicting, Policy, settle_policy
+from butler_jax.selection import SelectionConfig, budget_table, limits_of, room_for
+from pallas_kernels import IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     from butler_jax.decoding.cache import DecodeState
@@ -70,11 +71,9 @@ def settle_choice(
     """
     if not isinstance(selection, SelectionConfig | None):
         raise ValueError(f"selection must be a SelectionConfig, got {selection!r}; write SelectionConfig(budget=0.25)")
-    if not isinstance(policy, Policy | str | None):
-        raise ValueError(f"policy must be a policy or its name, got {policy!r}; make_policy makes one of a name")
     if selection is None and (predictor is not None or policy is not None):
         selection = SelectionConfig()
-    return selection, make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+    return selection, settle_policy(policy)
 
 
 def make_plan(
@@ -99,6 +98,8 @@ def make_plan(
         ValueError: For thresholds of another model, a predictor of a base of other sizes, units that a mesh would
             split, a policy that evicts on a mesh, and where jax_enable_x64 is set.
     """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {', '.join(IMPLEMENTATIONS)}")
     if jax.config.jax_enable_x64:
         raise ValueError(
             "decoding computes in 32 bits: leave jax_enable_x64 off, or decode under jax.enable_x64(False)"
@@ -133,6 +134,28 @@ def make_plan(
     return Plan(selection, policy, when, heads, room, implementation)
 
 
+def plan_step(plan: Plan, base: BaseConfig, capacity: int, lengths: Int[np.ndarray, " B"], step: int) -> Plan:
+    """The plan of one step: dense while no row is beyond min_context, with less room where no row needs more.
+
+    A policy that evicts keeps from the first token on.
+
+    Args:
+        lengths: Tokens of the prompts.
+        step: Steps before this one.
+    """
+    selection = plan.selection
+    if selection is None or selection.min_context == 0 or plan.when == "evicting":
+        return plan
+    window = base.sliding_window if base.serves_windows else capacity
+    seen = np.minimum(lengths + step + 1 - step % selection.interval, window)  # by each row when its units were chosen
+    if (seen <= selection.min_context).all():
+        return make_plan(base, capacity, None, plan.policy, implementation=plan.implementation)
+    if (seen <= selection.min_context).any():
+        return plan
+    most = int(budget_table(selection, capacity)[selection.min_context + 1 :].max())
+    return replace(plan, room=room_for(selection, capacity, most, heads=plan.heads))
+
+
 def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> None:
     """Raise ValueError where a step cannot be done; lengths that are still on the device are not checked."""
     if not isinstance(state.lengths, jax.core.Tracer):
@@ -149,7 +172,9 @@ def check_plan(plan: Plan, state: DecodeState, predictor: Predictor | None) -> N
             "the state was prefilled under a policy that evicts; decode with the same selection and policy"
         )
     if predictor is not None and state.scores is None:
-        raise ValueError("the state has no k_imp: prefill was done without the predictor; give it there too")
+        raise ValueError(
+            "the state has no k_imp: prefill or a step ran without the predictor; give it to prefill and every step"
+        )
     if plan.selection is not None:
         plan.policy.require_predictor(predictor)
     if plan.tail and (state.spans is None or state.spans.size != plan.tail):

@@ -30,9 +30,11 @@ from butler_jax.model import (
     LayerView,
     by_service,
     causal_attention,
+    check_tokens,
     dense_mixer,
     embed,
     logits,
+    require_model,
     run_layers,
 )
 from butler_jax.policies import Policy
@@ -96,6 +98,9 @@ def prefill(
     Raises:
         ValueError: T exceeds the capacity, the capacity the model's context, or a length or a token is out of range.
     """
+    require_model(model)
+    check_tokens(model.config, tokens, "B T", False)  # check_sizes knows which are padding
+    tokens = jnp.asarray(tokens)
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)
     fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, following=following)

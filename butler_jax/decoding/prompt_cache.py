@@ -37,6 +37,7 @@ class PromptCache:
         self._owner: tuple[Any, ...] = ()
         self._tokens: list[Any] = []
         self._length, self._dense = 0, False
+        self._ticket: object | None = None
 
     def take(self, model: Any, predictor: Any, rows: Sequence[Sequence[int]]) -> Kept | None:
         """Return the caches of the tokens with which the only row begins, and drop them here. None where none are held.
@@ -57,13 +58,20 @@ class PromptCache:
         count = next((n for n, (old, new) in enumerate(pairs) if old != new), min(len(held), len(row) - 1))
         return Kept(state.kv, state.scores, jnp.asarray(count, jnp.int32)) if count else None
 
-    def hold(self, model: Any, predictor: Any, state: DecodeState, tokens: list[int], *, dense: bool) -> None:
-        """Hold the state of a prompt. dense: whether what follows it reads everything."""
-        self._owner, self._state, self._dense = (model, predictor, current_mesh()), state, dense
-        self._tokens, self._length = list(tokens), len(tokens)
+    def hold(self, model: Any, predictor: Any, state: DecodeState, tokens: list[int], *, dense: bool) -> object:
+        """Hold the state of a prompt. dense: whether what follows it reads everything.
 
-    def add(self, state: DecodeState, token: Any) -> None:
-        """Hold the state after one more token [1]."""
+        Returns:
+            What `add` takes. It is void once the cache is taken or cleared, or holds another prompt.
+        """
+        self._owner, self._state, self._dense = (model, predictor, current_mesh()), state, dense
+        self._tokens, self._length, self._ticket = list(tokens), len(tokens), object()
+        return self._ticket
+
+    def add(self, ticket: object, state: DecodeState, token: Any) -> None:
+        """Hold the state after one more token [1]. With a void ticket, do nothing."""
+        if ticket is not self._ticket:
+            return
         self._state, self._length = state, self._length + 1
         if self._dense:
             self._tokens.append(token[0])

@@ -17,7 +17,7 @@ class Request:
         prompt: A text or token ids.
         max_new_tokens: New tokens at most.
         seed: Of its draws. Default: its place in the queue, from 0.
-        stop: Token ids and texts that end it, as in `generate`. Default: the tokenizer's ends.
+        stop: Token ids and texts that end it beside the tokenizer's ends, as in `generate`.
         stream: Called with every new `Piece` as it comes; `row` is the request's place in the queue. It may cancel the
             request. If it raises an exception, this request fails and no other.
         cancelled: Whether `cancel` was called.

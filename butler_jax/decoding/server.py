@@ -225,8 +225,8 @@ class Server:
                 try:
                     self._add(row, int(token[slot]), None if share is None else share[:, slot])
                 except Exception as error:
-                    self._fail(row.completion, error)
-                    self._free(row)
+                    row.completion.error = error
+                    self._end(row, "error")
 
     def _add(self, row: Row, token: int, share: np.ndarray | None) -> None:
         """A row's next token."""
@@ -252,6 +252,7 @@ class Server:
         """A row's completion, and its slot free again."""
         completion = row.completion
         completion.reason, completion.seconds = reason, time.perf_counter() - row.began
+        completion.text += row.writer.close()
         if len(completion.tokens) > 1:
             shares = row.read / (len(completion.tokens) - 1)
             completion.attended, completion.attended_of_dense = map(float, shares)
@@ -259,6 +260,7 @@ class Server:
         self._free(row)
 
     def _fail(self, completion: Completion, error: Exception) -> None:
+        """The completion of a request that could not begin."""
         completion.reason, completion.error = "error", error
         self.ended.append(completion)
 

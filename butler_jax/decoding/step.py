@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.decoding.cache import DecodeState, constrain_state
-from butler_jax.decoding.choice import Chooser, make_chooser
+from butler_jax.decoding.choice import Chooser, forget, make_chooser
 from butler_jax.decoding.forecast import Forecaster
 from butler_jax.decoding.newest_tokens import Newest, newest_of
 from butler_jax.decoding.plan import Plan, check_plan, make_plan
@@ -28,9 +28,11 @@ from butler_jax.model import (
     BaseModel,
     LayerView,
     by_sliding_window,
+    check_tokens,
     embed,
     is_served,
     logits,
+    require_model,
     run_layers,
 )
 from butler_jax.policies import Policy
@@ -90,8 +92,8 @@ def decode_step(
         model: The base model.
         tokens: The next token of every row.
         state: As `prefill` or the step before left it.
-        predictor: Its caches are kept up to date under every policy.
-        selection: Which cached tokens are read; None reads all.
+        predictor: Its caches are kept up to date under every policy. A step without it leaves them out for good.
+        selection: Which cached tokens are read; None reads all, after which the next step of an interval chooses.
         policy: The policy that ranks them; None is `TokenButler()`, the predictor. A policy that evicts goes on from a
             prefill under the same policy and takes no predictor.
         most: The largest budget of any row at this step, in tokens, where it is known to be below that of a full cache.
@@ -102,9 +104,11 @@ def decode_step(
         Logits in float32, the state with the token, and what was read.
 
     Raises:
-        ValueError: The cache is known to be full, a needed predictor is missing, thresholds are another model's, or
-            `prefill` did not make the state for this interval or policy.
+        ValueError: A token is known to be out of range or the cache to be full, a needed predictor is missing,
+            thresholds are another model's, or `prefill` did not make the state for this interval or policy.
     """
+    require_model(model)
+    check_tokens(model.config, tokens, "B")
     options = dict(predictor=predictor, most=most, implementation=implementation)
     plan = make_plan(model.config, state.kv.capacity, selection, policy, **options)
     if np.shape(tokens) != state.lengths.shape:
@@ -168,7 +172,7 @@ def take_step(
     if predictor is not None:
         k_imp = select_scored(model.config, new.k_imp)
         scores = append_scores(state.scores, k_imp, state.lengths, carry.walk.cache)
-    memory = state.memory if new.memory is None else new.memory
+    memory = forget(state.memory) if plan.selection is None else new.memory
     written, spans = kv.append(new.k, new.v, state.lengths), state.spans
     if spans is not None:
         spans = spans.append(new.k, new.v, state.lengths)

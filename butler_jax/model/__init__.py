@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "split_segments",
             "weighted_values",
         ],
+        "checks": ["check_length", "check_tokens", "require_model"],
         "config": ["BaseConfig", "RopeConfig"],
         "contributions": ["centred_squares", "output_gram", "output_projection", "project_values"],
         "decoder": [
@@ -40,7 +41,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "Mixer",
             "by_service",
             "by_sliding_window",
-            "check_length",
             "dense_mixer",
             "embed",
             "few_tokens",

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from butler_jax.model.angles import rope_angles
 from butler_jax.model.attention import causal_attention
+from butler_jax.model.checks import check_length
 from butler_jax.model.config import BaseConfig
 from butler_jax.model.experts import mix_experts
 from butler_jax.model.layers import gated, head_norm, rms_norm, rotary, soft_cap
@@ -385,14 +386,6 @@ def forward(
     mixer = dense_mixer(model.config, segments, implementation)
     x, _, _ = run_layers(model, embed(model, tokens), positions, mixer, None)
     return logits(model, x)
-
-
-def check_length(config: BaseConfig, length: int) -> None:
-    """Raise ValueError where a length in tokens exceeds the model's context."""
-    if length > config.context:
-        raise ValueError(
-            f"length {length} is beyond the model's context of {config.context} tokens; use at most {config.context}"
-        )
 
 
 def parameter_count(tree: Any) -> int:

@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "oracle": ["Oracle", "OracleHead"],
         "quest": ["Quest"],
         "random": ["Random"],
-        "registry": ["POLICIES", "make_policy"],
+        "registry": ["POLICIES", "make_policy", "settle_policy"],
         "residual": ["OracleResidual"],
         "scoring": ["Chunk", "Scoring", "estimate_weights", "largest_in_group", "normalise", "per_query_head"],
         "snapkv": ["SnapKV"],

@@ -37,7 +37,16 @@ class Quest(Scoring):
             raise ValueError(f"a page of quest must be a power of two (1, 2, 4, 8, 16, ...), got {self.page}")
 
     def selection(self, config: SelectionConfig) -> SelectionConfig:
-        """The selection with pages as units."""
+        """The selection with pages as units. Raises ValueError for other units, and a tail that pages do not fit."""
+        if config.unit not in (1, self.page):
+            raise ValueError(
+                f"quest has pages of {self.page}, not units of {config.unit}; give quest:page={config.unit}"
+            )
+        if config.tail % self.page:
+            raise ValueError(
+                f"a tail of {config.tail} tokens does not fit quest's pages of {self.page}; give a multiple, or set "
+                "smaller pages, as in quest:page=8"
+            )
         return dataclasses.replace(super().selection(config), unit=self.page)
 
     def numbers_read_per_key(self, base, predictor):

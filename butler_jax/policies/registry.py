@@ -60,6 +60,17 @@ def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), *
     return POLICIES[name](**{f: value for f, value in defaults.items() if f in known} | fields | read)
 
 
+def settle_policy(policy: Policy | str | None) -> Policy:
+    """A policy, which may be given by its name; None is `TokenButler()`.
+
+    Raises:
+        ValueError: It is none of these, or no policy has the name.
+    """
+    if not isinstance(policy, Policy | str | None):
+        raise ValueError(f"policy must be a policy or its name, got {policy!r}; make_policy makes one of a name")
+    return make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+
+
 def _read_setting(policy: str, setting: str, known: Mapping[str, Any]) -> tuple[str, Any]:
     """The field and the value of a setting, FIELD=VALUE. The field may be unknown.
 

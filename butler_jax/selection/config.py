@@ -118,6 +118,10 @@ class SelectionConfig(AlwaysReadConfig):
                 raise ValueError(f"a tolerance goes with the allocations {known}, the allocation is {self.allocation}")
             if not self.tolerance >= 0:
                 raise ValueError(f"the tolerance must be at least 0, got {self.tolerance}")
+            if self.allocation == "top_p" and 1 < self.tolerance < math.inf:
+                raise ValueError(
+                    f"under top_p the tolerance is 1 - p, a share (0 ... 1) of weight; got {self.tolerance}"
+                )
         if self.threshold is not None and self.allocation != "per_head":
             raise ValueError(f"thresholds go with the allocation per_head, the allocation is {self.allocation}")
         if not 0 <= self.floor <= 1:

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import BaseModel, sliding_windows
+from butler_jax.model import BaseModel, require_model, sliding_windows
 from butler_jax.parallel import on_host
-from butler_jax.policies import Policy, Scoring, TokenButler
+from butler_jax.policies import Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, parse_budget, weigh_units
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import require_batches, require_counted, require_model, sum_chunks
+from butler_jax.simulation.chunks import require_batches, require_counted, require_list, sum_chunks
 from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
@@ -45,7 +45,7 @@ def calibrate_thresholds(
     selection: SelectionConfig,
     mean: float | int,
     *,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
 ) -> SelectionConfig:
     """Find thresholds under which a row reads `mean` on average, in every served layer and head.
 
@@ -55,7 +55,7 @@ def calibrate_thresholds(
         selection: Its budget is the most that a row reads.
         mean: A fraction of all keys that dense rows read, or a mean number of tokens. Where sinks and recent tokens
             alone exceed it, thresholds are infinite. Where the budget does not reach it, they are -inf.
-        policy: Default: tokenbutler.
+        policy: A policy or its name; default: tokenbutler.
 
     Returns:
         The selection with thresholds.
@@ -65,7 +65,7 @@ def calibrate_thresholds(
     """
     require_model(model)
     require_batches(batches)
-    policy, mean = policy or TokenButler(), parse_budget(mean)
+    policy, mean = settle_policy(policy), parse_budget(mean)
     whole = isinstance(mean, int)
     if not batches:
         raise ValueError("thresholds are calibrated on text: give at least one batch")
@@ -104,7 +104,7 @@ def calibrate_tolerance(
     selection: SelectionConfig,
     means: Sequence[float | int],
     *,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     prompt_tokens: int = 0,
     rows: int | None = 256,
     corrections: int = CORRECTIONS,
@@ -116,6 +116,7 @@ def calibrate_tolerance(
 
     Two dense passes find all tolerances. Where little is read, residual streams and so scores differ from the dense
     ones. So each tolerance is then corrected by simulations of one batch, until it reads as much as dense passes found.
+    An interval counts in these simulations alone.
 
     Args:
         model: The base model.
@@ -125,9 +126,10 @@ def calibrate_tolerance(
             allocation top_p, the tolerance is 1 - p, and any other allocation counts as tolerance. Neighbours are not
             possible, and units of several tokens only under top_p.
         means: Fractions of all keys that dense rows read, or mean numbers of tokens; one result for each. Where sinks
-            and recent tokens alone exceed a mean, its tolerance is infinite.
-        policy: Default: tokenbutler. Where the predictor's target leaves values out, it gets error="value", except
-            under top_p.
+            and recent tokens alone exceed a mean, its tolerance is infinite. Where all that rows may read is less, it
+            is 0.
+        policy: A policy or its name. Default: tokenbutler, with error="value" where the predictor's target leaves
+            values out, except under top_p.
         prompt_tokens: First tokens of every document that are a prompt; their rows do not count.
         rows: About how many rows of every sequence the dense passes measure, in chunks spread evenly along it behind
             the prompt; None takes all.
@@ -138,21 +140,25 @@ def calibrate_tolerance(
 
     Raises:
         ValueError: There are no batches or no rows after the prompts, a mean is out of range, or the policy's scores
-            do not allow the allocation.
+            do not allow the allocation. Or a mean is above the selection's budget.
     """
     require_model(model)
     require_batches(batches)
-    if isinstance(means, int | float | str):
-        raise ValueError(f"means must be a list of budgets, got {means!r}; write [{means!r}]")
+    require_list(means=means)
     by_mass = selection.allocation == "top_p"
     if policy is None:
         unvalued = predictor is not None and not predictor.config.counts_values
         policy = TokenButler(error="value" if unvalued and not by_mass else None)
-    means = [parse_budget(mean) for mean in means]
+    policy, means = settle_policy(policy), [parse_budget(mean) for mean in means]
     if not batches or not means:
         raise ValueError("a tolerance is calibrated on text for means: give at least one batch, and one mean")
     if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
         raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {means}")
+    most = selection.budget
+    if above := [mean for mean in means if isinstance(mean, int) == isinstance(most, int) and mean > most]:
+        raise ValueError(f"a mean budget of {above[0]} is above the most a row may read, {most}")
+    if not isinstance(policy, Scoring) or policy.reads_everything:
+        raise ValueError(f"the policy {policy.name} has no scores to set a tolerance on; take a policy that scores")
     if (selection.unit != 1 and not by_mass) or selection.neighbours:
         raise ValueError(
             "a tolerance is found for single tokens: leave out unit and neighbours, or take the allocation per_head"

@@ -177,10 +177,11 @@ def spread_rows(length: int, rows: int | None, first: int = 0) -> Bool[np.ndarra
     return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows, first))
 
 
-def require_model(model: BaseModel) -> None:
-    """Raise ValueError where a base stands in the place of its model."""
-    if hasattr(model, "fingerprint"):
-        raise ValueError("the model of a base is needed: give base.model")
+def require_list(**values: Any) -> None:
+    """Raise ValueError where one number or name stands in the place of a list."""
+    for name, value in values.items():
+        if isinstance(value, int | float | str):
+            raise ValueError(f"{name} must be a list, got {value!r}; write [{value!r}]")
 
 
 def require_batches(batches: Sequence[dict[str, np.ndarray]]) -> None:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, masked_softmax, run_layers
+from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, masked_softmax, require_model, run_layers
 from butler_jax.parallel import on_host
-from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler
+from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import LIMITED, Limits, SelectionConfig, budget_table, select_best, tied_share
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import require_batches, require_counted, require_model, spread_rows, sum_chunks
+from butler_jax.simulation.chunks import require_batches, require_counted, require_list, spread_rows, sum_chunks
 from butler_jax.simulation.distances import count_bins, mean_distances, sum_by_distance
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.programs import compiled
@@ -107,7 +107,7 @@ def measure_recall(
     model: BaseModel,
     predictor: Predictor | None,
     batches: Sequence[dict[str, np.ndarray]],
-    policies: Sequence[Policy],
+    policies: Sequence[Policy | str],
     budgets: Sequence[float | int],
     *,
     selection: SelectionConfig | None = None,
@@ -122,12 +122,11 @@ def measure_recall(
     Args:
         predictor: Needed by policies with `needs_predictor`.
         batches: The text; int32 [B, T] each.
-        policies: The policies, with different names.
+        policies: The policies or their names, all different.
         budgets: Fractions of the causal keys, or numbers of tokens.
         selection: Sinks, recent tokens and units. `budgets` replaces its budget. Default: SelectionConfig().
-        rows: About how many query rows of every sequence are measured, in chunks spread evenly along it behind the
-            prompt and the same for all policies; None measures all. Policies that evict run through all rows in any
-            case.
+        rows: About how many query rows of every sequence are measured, the same for all policies, in chunks spread
+            evenly behind the prompt; None measures all. Policies that evict run through all rows.
         ranks: Whether to compute `spearman`, which sorts keys; it is 0 otherwise.
         score_dtype, implementation: As `simulate` takes them.
         prompt_tokens: First tokens of every document whose rows do not count.
@@ -138,7 +137,8 @@ def measure_recall(
     """
     require_model(model)
     require_batches(batches)
-    policies, budgets = tuple(p.for_predictor(predictor) for p in policies), tuple(budgets)
+    require_list(budgets=budgets, policies=policies)
+    policies, budgets = tuple(settle_policy(p).for_predictor(predictor) for p in policies), tuple(budgets)
     if twice := [name for name, times in Counter(p.name for p in policies).items() if times > 1]:
         raise ValueError(f"two policies have the name {twice[0]}, by which results are told apart; give each its own")
     selection = selection or SelectionConfig()

@@ -20,16 +20,18 @@ from butler_jax.model import (
     BaseModel,
     by_service,
     check_length,
+    check_tokens,
     dense_mixer,
     document_places,
+    require_model,
     run_layers,
     sliding_windows,
 )
-from butler_jax.policies import Evicting, Policy
+from butler_jax.policies import Evicting, Policy, settle_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, limits_of
 from butler_jax.simulation.choice import sparse_chunk
-from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows, require_model
+from butler_jax.simulation.chunks import importance_walk, map_chunks, merge_rows
 from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.predictions import predict_next
 from butler_jax.simulation.programs import compiled
@@ -69,8 +71,8 @@ class Simulated(NamedTuple):
 def simulate(
     model: BaseModel,
     batch: dict[str, Int[Array, "B S"]],
-    policy: Policy,
-    config: SelectionConfig,
+    policy: Policy | str,
+    config: SelectionConfig | None,
     predictor: Predictor | None = None,
     *,
     prompts: Int[Array, " B"] | None = None,
@@ -89,8 +91,8 @@ def simulate(
         batch: tokens, segments (0 is padding) and positions, int32 [B, T] each.
         read: What `read_prompts` kept of the first tokens of the batch. Only the T rows after these run, and `wanted`,
             `reference` and the results are theirs alone. The batch holds all tokens.
-        policy: The policy that ranks or evicts the keys.
-        config: Budget, sinks, recent tokens and units.
+        policy: The policy that ranks or evicts the keys, or its name.
+        config: Budget, sinks, recent tokens and units; None under a policy that reads everything.
         predictor: Needed by policies with `needs_predictor`.
         prompts: How many first tokens of every document of a sequence are a prompt. Their rows read everything, as in a
             prefill. None: no token.
@@ -101,16 +103,21 @@ def simulate(
         implementation: As in `model.causal_attention`, for dense attention.
 
     Raises:
-        ValueError: The text exceeds the model's context, the policy lacks its predictor, the thresholds are those of
-            another model, or the interval does not divide the rows of a chunk. Or prompts were read before, and the
-            policy evicts, needs a predictor that they were read without, or has an interval that does not divide them.
+        ValueError: A token is out of range, the text exceeds the model's context, the policy lacks its predictor, the
+            thresholds are those of another model, or the interval does not divide the rows of a chunk. Or prompts were
+            read before, and the policy evicts, needs a predictor that they were read without, or has an interval that
+            does not divide them.
     """
     require_model(model)
     rows, length = batch["tokens"].shape
     check_length(model.config, length)
     if prompts is not None and np.shape(prompts) != (rows,):
         raise ValueError(f"prompts must be one number for each of the {rows} rows, got shape {np.shape(prompts)}")
+    policy = settle_policy(policy)
+    if config is None and not policy.reads_everything:
+        raise ValueError(f"the policy {policy.name} needs a selection; give one, as in SelectionConfig(budget=0.25)")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
+    check_tokens(model.config, batch["tokens"], "B T", np.asarray(batch["segments"]) > 0)
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
     if read is not None:

@@ -69,16 +69,17 @@ def read_stops(
     """The token ids, and the texts, that end a row.
 
     Args:
-        stop: Token ids and texts, or one of them; None is the tokenizer's ends. A text that spells a special token is
-            that token, since decoded text does not show it.
+        stop: Token ids and texts, or one of them, beside the tokenizer's ends; None is these alone, and an empty list
+            nothing, not even these. A text that spells a special token is that token, since decoded text does not show
+            it.
 
     Raises:
         ValueError: An id is out of range, a text is empty, or there is no tokenizer for a text.
     """
-    if stop is None:
-        return set() if tokenizer is None else set(tokenizer.ends), ()
-    ids, texts = set(), []
-    for one in stop if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]:
+    given = () if stop is None else (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    none = tokenizer is None or (stop is not None and not given)
+    ids, texts = set() if none else set(tokenizer.ends), []
+    for one in given:
         if isinstance(one, str):
             if tokenizer is None:
                 raise ValueError(f"stop {one!r} is a text, and the base has no tokenizer; give token ids")
@@ -127,6 +128,11 @@ class Writer:
         shown = len(text) - (0 if last else max(begun, default=0))
         self.held = text[shown:]
         return text[:shown]
+
+    def close(self) -> str:
+        """The held text, of a row that ends before its last token; without an incomplete character."""
+        text, self.held = self.held, ""
+        return text
 
     def _complete(self, token: int, last: bool) -> str:
         """The whole characters that this token completes."""

@@ -147,7 +147,10 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into the directory `path`, which is created if need be."""
+        """Write tokenizer.json and tokenizer_config.json into the directory `path`, which is created if need be.
+
+        Ends beside eos are written into generation_config.json.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         write_whole(path / "tokenizer.json", self.backend.to_str(pretty=True))
@@ -162,6 +165,9 @@ class Tokenizer:
             named = [{"name": name, "template": one} for name, one in self.chat_template.sources.items()]
             config = {**self.chat_template.tokens, **config, "chat_template": named}
         write_whole(path / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        if self.ends - {self.eos}:
+            generation = _read_optional(path, "generation_config.json") | {"eos_token_id": sorted(self.ends)}
+            write_whole(path / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
     def _encode(self, text: str, *, offsets: bool = False) -> tokenizers.Encoding:
         try:

@@ -16,7 +16,7 @@ from butler_jax.cli.generate import GenerateConfig, choose_sampling, options_of,
 from butler_jax.decoding import Generated
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.model import BaseConfig
-from butler_jax.policies import make_policy
+from butler_jax.policies import POLICIES, make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.runs.saved_predictor import save_predictor
 from butler_jax.selection.config import SelectionConfig
@@ -187,6 +187,16 @@ def test_what_is_wrong_is_said_in_one_line(run_dir, capfd, arguments, message):
     assert "Traceback" not in error and len(lines) == 1 and message in lines[0], error
 
 
+def test_settings_are_refused_before_the_prompt_is_shown(capfd):
+    for wrong in (
+        ["--max-new-tokens", "0"],
+        ["--policy", "h2o", "--interval", "4"],
+        ["--policy", "quest", "--tail", "8"],
+    ):
+        assert main(["generate", "--base", "tiny", "--prompt", "x", *wrong]) == 1
+        assert capfd.readouterr().out == ""
+
+
 def test_flags_are_flat_and_their_settings_nest():
     flags = [
         "--base",
@@ -229,6 +239,10 @@ def test_flags_are_flat_and_their_settings_nest():
 def test_any_policy_is_taken_and_the_known_ones_are_named():
     config = GenerateConfig(base="tiny", policy="streaming")
     assert config.make_policy() == make_policy("streaming") and not config.is_dense
+    for name in set(POLICIES) - {"tokenbutler"}:
+        assert str(GenerateConfig(base="tiny", policy=name).make_policy()) == str(make_policy(name))
+    butler = GenerateConfig(run=Path("x"), pooling="maximum").make_policy()
+    assert butler == make_policy("tokenbutler", pooling="maximum")
     assert GenerateConfig(base="tiny").is_dense  # no run
     assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").is_dense
     with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):

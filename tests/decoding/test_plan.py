@@ -6,10 +6,12 @@ import dataclasses
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from butler_jax.decoding import decode_step, make_plan, prefill
 from butler_jax.decoding.cache import DecodeState
+from butler_jax.decoding.plan import plan_step
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig
 from tests.decoding.letters import BASE
@@ -35,8 +37,14 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
     logits, state = prefill(base.model, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=4)
     with pytest.raises(ValueError, match="the cache is full: a row holds 4 of 4 tokens"):
         decode_step(base.model, jnp.asarray([1]), state)
+    with pytest.raises(ValueError, match=r"there is the token 61; the vocabulary is 0 ... 60"):
+        decode_step(base.model, jnp.asarray([61]), state)
+    with pytest.raises(ValueError, match=r"give base\.model"):
+        prefill(base, jnp.ones((1, 4), jnp.int32), jnp.asarray([4]), capacity=4)
+    with pytest.raises(ValueError, match=r"tokens must be whole numbers \[B, T\], got int32\[4\]"):
+        prefill(base.model, jnp.ones(4, jnp.int32), jnp.asarray([4]), capacity=4)
     state = dataclasses.replace(state, lengths=jnp.asarray([3]))
-    with pytest.raises(ValueError, match="prefill was done without the predictor"):
+    with pytest.raises(ValueError, match="prefill or a step ran without the predictor"):
         decode_step(base.model, jnp.asarray([1]), state, predictor=predictor)
     with pytest.raises(ValueError, match="needs a trained predictor"):
         decode_step(base.model, jnp.asarray([1]), state, selection=SelectionConfig())
@@ -81,3 +89,11 @@ def test_a_state_of_another_policy_is_a_clear_error(base):
         step(state, policy=make_policy("snapkv"))
     with pytest.raises(ValueError, match="was prefilled under a policy that evicts"):
         step(state, policy=make_policy("oracle"))
+
+
+@pytest.mark.parametrize("window", [30, 50])
+def test_a_step_is_dense_where_a_window_holds_no_more_than_min_context(window):
+    base = dataclasses.replace(BASE, sliding_window=window)
+    plan = make_plan(base, 64, SelectionConfig(budget=0.5, sinks=1, recent=2, min_context=40), make_policy("oracle"))
+    rooms = [plan_step(plan, base, 64, np.asarray(rows), 0).room for rows in ([5, 39], [5, 60], [50, 60])]
+    assert rooms == ([0, 0, 0] if window == 30 else [0, 40, 32])  # 0: everything is read

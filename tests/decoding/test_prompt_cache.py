@@ -45,6 +45,18 @@ def test_a_refused_call_leaves_what_is_held(base):
     assert butler_jax.generate(base, prompt, cache=cache, max_new_tokens=2, stop=()).kept_tokens > 0
 
 
+def test_a_call_that_still_runs_leaves_a_later_one_alone(base):
+    settings = dict(cache=PromptCache(), capacity=64, stop=())
+    first = butler_jax.generate_stream(base, WORDS[:9], max_new_tokens=9, **settings)
+    next(first)
+    answer = butler_jax.generate(base, WORDS[10:20], max_new_tokens=4, **settings)
+    list(first)
+    prompt = [*WORDS[10:20], *answer.tokens[0]]
+    found = butler_jax.generate(base, prompt, max_new_tokens=8, **settings)
+    assert found.kept_tokens == 13
+    assert found.tokens == butler_jax.generate(base, prompt, max_new_tokens=8, stop=()).tokens
+
+
 @pytest.mark.slow
 def test_dense_turns_keep_prompt_and_answer(base):
     drawn = SamplingConfig(temperature=1.0, repetition_penalty=1.1)

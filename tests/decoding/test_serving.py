@@ -146,6 +146,27 @@ def test_a_request_ends_at_its_own_stops(base, dense):
     assert by_length.tokens == whole.tokens and by_length.reason == "length"
 
 
+def test_a_row_that_ends_early_has_its_text_and_its_figures(base):
+    few = dict(selection=SelectionConfig(budget=6, sinks=1, recent=2), policy="oracle")
+    (whole,) = served(base, queue([(30, 12)]), **few)
+    heard, stop = [], [whole.text[5] + "never"]  # the sixth letter may begin it, so it is held back
+
+    def cancel(piece):
+        if len(heard.append(piece) or heard) == 6:
+            asked.cancel()
+
+    def fail(piece):
+        if not piece.text:
+            raise RuntimeError("nothing came")
+
+    asked, failing = (Request(whole.request.prompt, 12, stop=stop, stream=stream) for stream in (cancel, fail))
+    cancelled, failed = served(base, [asked, failing], **few)
+    assert (cancelled.reason, failed.reason) == ("cancelled", "error")
+    for one in (cancelled, failed):
+        assert one.text == Letters().decode(one.tokens) and whole.text.startswith(one.text)
+        assert one.attended < 1 and one.seconds >= one.seconds_to_first > 0
+
+
 def test_the_queue_may_wait_and_may_break(base, dense):
     def come():
         yield None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from butler_jax.decoding import prefill, step
+from butler_jax.decoding import decode_step, prefill, step
 from butler_jax.model.config import RopeConfig
 from butler_jax.model.decoder import forward, run_layers
+from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
 from tests.decoding.ragged import CAPACITY, LENGTHS, PROMPTS, decoded, model_of, rows_of
@@ -77,3 +80,23 @@ def test_a_step_with_its_layers_unrolled_equals_the_scan(monkeypatch, kind, slid
 
     for one, other in zip(jax.tree.leaves(two_steps(False)), jax.tree.leaves(two_steps(True)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["oracle", "tokenbutler"])
+def test_a_step_of_an_interval_chooses_after_a_dense_one(name):
+    model = model_of(sliding_window=20, sliding_layers=(True, False, True, False))
+    predictor = make_predictor(model.config, PredictorConfig(rank=8, stride=2)) if name == "tokenbutler" else None
+    tokens = jax.random.randint(jax.random.key(3), (2, 34), 0, model.config.vocab_size)
+    selection = SelectionConfig(budget=0.5, sinks=1, recent=2, interval=4)
+    under = dict(predictor=predictor, selection=selection, policy=make_policy(name))
+    _, state = prefill(model, tokens[:, :30], jnp.asarray([30, 25]), capacity=48, **under)
+    _, state, _ = decode_step(model, tokens[:, 30], state, predictor=predictor)
+    fresh = dataclasses.replace(state, memory=None)
+    _, state, found = decode_step(model, tokens[:, 31], state, **under, details=True)
+    under["selection"] = dataclasses.replace(selection, interval=1)
+    _, _, wanted = decode_step(model, tokens[:, 31], fresh, **under, details=True)
+    assert not np.any(wanted.chosen[1] & ~found.chosen[1])  # layer 1 is the first that is served
+    assert 0 <= np.max(found.attended[1] - wanted.attended[1]) <= 1  # and the token since the dense step
+    under["selection"] = selection
+    _, _, later = decode_step(model, tokens[:, 32], state, **under, details=True)
+    assert not np.any(found.chosen[1::2] & ~later.chosen[1::2])  # the choice is kept

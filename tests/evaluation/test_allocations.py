@@ -113,7 +113,7 @@ def test_units_leave_a_tolerance_out_and_a_tail_that_pages_do_not_fit_names_the_
     assert [one.label for one in found] == ["oracle_residual"]
     assert lines == ["oracle_residual: with units of 4 tokens, tolerance is left out"]
     pages = [EvaluatedPolicy("quest", make_policy("quest"))]
-    with pytest.raises(ValueError, match="quest: the tail must be a multiple of the unit 16, got 4"):
+    with pytest.raises(ValueError, match="quest: a tail of 4 tokens does not fit quest's pages of 16"):
         list(allocations.allocate_policies(pages, None, EvalConfig(tails="4"), "", print))
 
 

@@ -30,6 +30,7 @@ from butler_jax.selection import SelectionConfig
         ({"interval": 0}, "interval must be at least 1"),
         ({"min_context": -1}, "min_context"),
         ({"threshold": ((0.0, 1.0), (0.0,))}, "every layer and KV head"),
+        ({"allocation": "top_p", "tolerance": 2}, "under top_p the tolerance is 1 - p"),
         ({"threshold": ()}, "every layer and KV head"),
         ({"threshold": (("a",),)}, "every layer and KV head"),
         ({"threshold": ((float("nan"),),)}, "every layer and KV head, .* one of them is NaN"),

@@ -148,6 +148,10 @@ def test_bad_means_are_clear_errors(model):
         calibrate_thresholds(model, None, [batch_of()], most, 0.125)
     with pytest.raises(ValueError, match="give at least one batch, and one mean"):
         calibrate_tolerance(model, None, [batch_of()], most, [], policy=make_policy("oracle_residual"))
+    with pytest.raises(ValueError, match=r"a mean budget of 0\.5 is above the most a row may read, 0\.25"):
+        calibrate_tolerance(model, None, [batch_of()], most, [0.5], policy="oracle_residual")
+    with pytest.raises(ValueError, match="the policy dense has no scores to set a tolerance on"):
+        calibrate_tolerance(model, None, [batch_of()], most, [0.1], policy="dense")
     shared = SelectionConfig(budget=0.25, allocation="per_layer")
     with pytest.raises(ValueError, match="thresholds go with the allocation per_head, the allocation is per_layer"):
         calibrate_thresholds(model, None, [batch_of()], shared, 0.125, policy=make_policy("oracle_residual"))

@@ -155,3 +155,15 @@ def test_rows_that_are_not_wanted_cost_no_logits_and_change_nothing_else(model):
     np.testing.assert_array_equal(np.asarray(part.nll)[wanted], np.asarray(whole.nll)[wanted])
     np.testing.assert_array_equal(np.asarray(part.greedy)[wanted], np.asarray(whole.greedy)[wanted])
     assert not np.asarray(part.nll)[0, :128].any()  # chunks of 64 rows without a wanted one
+
+
+def test_bad_input_is_named(model):
+    batch, wrong = make_batch([[9]], 9), make_batch([[9]], 9)
+    wrong["tokens"] = wrong["tokens"] + model.config.vocab_size
+    with pytest.raises(ValueError, match=r"there is the token \d+; the vocabulary is 0 ..."):
+        simulate(model, wrong, "oracle", SelectionConfig(budget=0.5))
+    with pytest.raises(ValueError, match="the policy oracle needs a selection"):
+        simulate(model, batch, "oracle", None)
+    with pytest.raises(ValueError, match="policy must be a policy or its name, got 3"):
+        simulate(model, batch, 3, SelectionConfig(budget=0.5))
+    assert float(simulate(model, batch, "dense", None).attended.min()) == 1

@@ -1,10 +1,11 @@
 """Prompts of any kind become token ids or an error."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
-from butler_jax.text.prompts import encode
+from butler_jax.text.prompts import encode, read_stops
 from butler_jax.weights import load_base
 
 
@@ -20,3 +21,14 @@ def test_prompts_of_any_kind_are_tokens_or_an_error(small_model):
     for wrong in ([[]], [], [[10**30]], [[-1]], [None], [[1.5]], 5, [["a"]], {"a": 1}, [object()], b"the"):
         with pytest.raises(ValueError, match="prompt"):
             read(wrong)
+
+
+def test_stops_come_beside_the_ends_of_the_tokenizer():
+    tokenizer = SimpleNamespace(
+        ends=frozenset({7, 9}), backend=SimpleNamespace(token_to_id={"<end>": 9, "a": 3}.get), decode=lambda ids: ""
+    )
+    read = partial(read_stops, tokenizer, 10)
+    assert read(None) == ({7, 9}, ()) and read([]) == read(()) == (set(), ())
+    assert read("\n") == ({7, 9}, ("\n",)) and read([2, "x"]) == ({7, 9, 2}, ("x",))
+    assert read(4) == ({7, 9, 4}, ()) and read("<end>") == ({7, 9}, ())
+    assert read_stops(None, 10, None) == (set(), ()) and read_stops(None, 10, [2]) == ({2}, ())

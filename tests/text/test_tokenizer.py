@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -95,6 +96,10 @@ def test_saved_tokenizer_loads_as_itself(tmp_path, bpe):
         bpe.add_bos,
         bpe.vocab_size,
     )
+    assert again.ends == bpe.ends and not (tmp_path / "out" / "generation_config.json").exists()
+    several = dataclasses.replace(bpe, ends=frozenset({bpe.eos, 5, 6}))
+    several.save(tmp_path / "several")
+    assert Tokenizer.load(tmp_path / "several").ends == {bpe.eos, 5, 6}
 
 
 @given(text=st.text())

@@ -53,7 +53,7 @@ def name_prompt(tokens: int) -> str:
 def describe_prompt(task: str, tokens: int) -> str:
     """What the rows of a task have before them."""
     if task == "attention":
-        return ""  # which measures on dense residual streams, whatever the prompt
+        return f"Rows of the first {tokens:,} tokens of each document do not count." if tokens else ""
     if task != "perplexity":
         return "Everything before the answer is a prompt, which is read densely." if tokens else ""
     if not tokens:

@@ -105,8 +105,11 @@ def _write_least(rows: Sequence[Row]) -> str:
         words += f"; {_list_named(ties)} tie{'s' if len(ties) == 1 else ''} with it"
     elif others:
         words += f", ahead of all other policies; the next is {others[0]['policy']}, {_write_excess(others[0])}"
-    bound = next((r for r in rows if r["policy"] == "oracle"), None)
-    return words + (f"; the attention oracle is {_write_excess(bound)}." if bound else ".")
+    bound = _pick_best(rows, _is_oracle)
+    if bound is None:
+        return words + "."
+    named = "" if bound["policy"] == "oracle" else f" ({bound['policy']})"
+    return words + f"; the attention oracle{named} is {_write_excess(bound)}."
 
 
 def _write_bytes(least: Sequence[Row], over: Sequence[Row], read: Mapping[tuple[str, Any], float]) -> str:
@@ -207,7 +210,7 @@ def _make_line(
         what=f"{name} at {format_budget(budget)}" if budget is not None else name,
         butler=_write_named(metric, butler, "tokenbutler"),
         other=_write_named(metric, other, ""),
-        oracle=_write_value(metric, oracle),
+        oracle=_write_named(metric, oracle, "oracle"),
         dense=_write_value(metric, dense),
         butler_leads=None if len(best) == 2 else butler is not None and butler["policy"] in best,
         bytes=(
@@ -220,8 +223,11 @@ def _make_line(
 def _pick_compared(rows: Sequence[Row], budget: float | int | None) -> tuple[Row | None, Row | None, Row | None]:
     """The best tokenbutler, the best other policy and the oracle at a budget."""
     here = [r for r in split_dense(rows)[1] if r["budget"] == budget]
-    oracle = next((r for r in here if r["policy"] == "oracle"), None)
-    return _pick_best(here, is_butler), _pick_best(here, _is_other), oracle
+    return _pick_best(here, is_butler), _pick_best(here, _is_other), _pick_best(here, _is_oracle)
+
+
+def _is_oracle(policy: str) -> bool:
+    return policy.split(":")[0] == "oracle"
 
 
 def _is_other(policy: str) -> bool:

@@ -293,7 +293,7 @@ class ButlerLM(TemplateLM):
             selection=None if dense else self.selection,
             policy=None if dense else self.policy,
             max_new_tokens=new,
-            stop=[*until, *sorted(self.text.ends)],
+            stop=until or None,
             seed=seeds + seeds[-1:] * spare,
             score_dtype=self.score_dtype,
             sampling=SamplingConfig(**given),

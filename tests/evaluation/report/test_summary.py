@@ -93,6 +93,13 @@ def test_equal_values_are_no_lead():
     assert line.butler_leads is None and "in 0 of the 1 lines, and an equal one in 1" in count_leads(lines)
 
 
+def test_an_oracle_with_a_tail_is_named():
+    found = make_rows({("oracle:tail=16", 0.125): (0.01, 0.4), ("streaming", 0.125): (0.3, 0.4)})
+    assert said(found)[1].endswith("the attention oracle (oracle:tail=16) is 1.00 % above dense.")
+    (line,) = make_summary_lines(found)
+    assert line.oracle.replace("\u00a0", " ") == "tail=16 +1.00 %"
+
+
 def test_lines_say_how_many_bytes_are_read():
     over = {("oracle", 0.125): (0.01, 0.4), ("tokenbutler", 0.125): (0.02, 0.45), ("quest", 0.125): (0.3, 0.56)}
     found = make_rows(over)
