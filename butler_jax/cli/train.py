@@ -48,7 +48,8 @@ def _pretrain(config: Any) -> str:
     """Train a base model; returns the last line to print."""
     from butler_jax.pretraining import pretrain
 
-    return f"the model is in {pretrain(config)}"
+    out = pretrain(config)
+    return "the model is not written yet" if out is None else f"the model is in {out}"
 
 
 def _run(read_config: Callable[[], Any], train: Callable[[Any], str]) -> int:

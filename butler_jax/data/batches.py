@@ -64,7 +64,7 @@ def parse_spec(spec: str) -> tuple[SourceShare, ...]:
         ValueError: A part is none of SPECS, or its weight is 0, infinite, or missing beside other weights.
     """
     parts = []
-    for piece in re.split(r"\+(?=python_docs|coreference|text:|tfds:)", spec.strip()):
+    for piece in re.split(r"\s*\+\s*(?=python_docs|coreference|text:|tfds:)", spec.strip()):
         source, weight = piece.strip(), None
         if match := re.fullmatch(r"(.+):(\d+(?:\.\d*)?|\.\d+)", source):
             source, weight = match[1], float(match[2])
@@ -109,7 +109,7 @@ def open_documents(
     if source == "python_docs":
         builder = python_docs.open_builder(data_dir)
     else:
-        paths = [path for path in source.removeprefix("text:").split(",") if path]
+        paths = [path.strip() for path in source.removeprefix("text:").split(",") if path.strip()]
         builder = text.open_builder(paths, data_dir, strict=strict)
     if split not in builder.info.splits:
         raise ValueError(f"data {source!r} is too small: it has no documents for the split {split!r}.")
@@ -221,18 +221,8 @@ def read_batches(
     Raises:
         ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.
     """
-    if not isinstance(spec, str):
-        raise ValueError(f"the data must be a text such as 'text:FILE', got {spec!r}; choose {SPECS}.")
-    if not hasattr(tokenizer, "encode"):
-        raise ValueError(f"the tokenizer of a base is needed, base.tokenizer; got a {type(tokenizer).__name__}.")
-    for name, value in {"length": length, "batch_size": batch_size, "seed": seed}.items():
-        if not isinstance(value, Integral):
-            raise ValueError(f"{name}={value!r} must be a whole number.")
-    if length < 2:
-        raise ValueError(f"length={length} is too short: a row needs at least 2 tokens.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    rows = range(batch_size) if rows is None else rows
+    length, batch_size, seed = _check(spec, tokenizer, length=length, batch_size=batch_size, seed=seed)
+    rows = range(batch_size) if rows is None else [int(row) for row in rows]
     if not rows or not set(rows) <= set(range(batch_size)):
         raise ValueError(f"rows={list(rows)} must be one or more of 0 ... {batch_size - 1}, the rows of a batch.")
     parts = parse_spec(spec)
@@ -293,14 +283,14 @@ def read_held_out(
     Raises:
         ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.
     """
-    if count < 1 or batch_size < 1 or length < 2:
-        raise ValueError(f"count={count}, batch_size={batch_size} and length={length} must be at least 1, 1 and 2.")
+    sizes = _check(spec, tokenizer, length=length, batch_size=batch_size, seed=seed, count=count)
+    length, batch_size, seed, count = sizes
     parts = parse_spec(spec)
     sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir, strict=strict) for part in parts]
     ordered = []
     for source in sources:
         dataset = grain.MapDataset.source(source)
-        ordered.append(dataset if isinstance(source, _Coreference) else dataset.shuffle(seed=seed))
+        ordered.append(dataset if isinstance(source, _Coreference) else dataset.shuffle(seed=seed % (1 << 32)))
     weights = _document_weights(parts, sources)
     mixed = ordered[0] if len(ordered) == 1 else grain.MapDataset.mix(ordered, weights)
     rows: list[dict[str, np.ndarray]] = []
@@ -314,6 +304,21 @@ def read_held_out(
     empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
     rows += [empty] * (-len(rows) % batch_size)
     return [_stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _check(spec: str, tokenizer: Tokenizer, **sizes: int) -> list[int]:
+    """The sizes as Python's numbers. Raises ValueError for data, a tokenizer or a size that is none."""
+    if not isinstance(spec, str):
+        raise ValueError(f"the data must be a text such as 'text:FILE', got {spec!r}; choose {SPECS}.")
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(f"the tokenizer of a base is needed, base.tokenizer; got a {type(tokenizer).__name__}.")
+    for name, value in sizes.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name}={value!r} must be a whole number.")
+        least = {"length": 2, "seed": -math.inf}.get(name, 1)
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+    return [int(value) for value in sizes.values()]
 
 
 class _Pieces(grain.experimental.FlatMapTransform):

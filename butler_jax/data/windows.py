@@ -35,7 +35,12 @@ def pad_rows(
 
     Returns:
         Batches of tokens, segments (1, and 0 for padding), positions (0 for padding) and the marks, all [B, T].
+
+    Raises:
+        ValueError: There are no rows.
     """
+    if not len(rows):
+        raise ValueError("there are no tokens to cut into rows; give at least one")
     batch_size = min(batch_size, len(rows))
     count = -(-len(rows) // batch_size) * batch_size
     tokens, segments, positions = np.zeros((3, count, width), np.int32)

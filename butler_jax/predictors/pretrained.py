@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from butler_jax.model import name_leaves
 from butler_jax.parallel import hash_arrays
-from butler_jax.storage import read_object, require_loaded, to_dict, write_whole
+from butler_jax.storage import read_object, require_loaded, to_dict, write_whole, writing
 from butler_jax.weights import Base, parse_hub_id, upload
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -54,7 +54,8 @@ def write_pretrained(
         "parameters": sum(math.prod(array.shape) for array in arrays.values()),
     }
     card = _make_card(config, report, name)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     write_whole(directory / CONFIG, json.dumps(config, indent=2) + "\n")  # first: it says whose files these are
     write_whole(directory / WEIGHTS, save(arrays, metadata={"format": "np"}))  # save_file hides it from other users
     write_whole(directory / CARD, card)

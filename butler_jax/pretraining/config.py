@@ -21,11 +21,11 @@ class PretrainConfig(FitConfig):
     length: int = 512
     """Tokens in a row; the last `long_steps` steps use the whole context instead."""
     long_steps: int = 60
-    """Final steps at rows of the full context, with as many tokens a step."""
+    """Final steps at rows of the full context, with about as many tokens a step."""
     batch_size: int = 8
     """Rows a step, over all devices."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay of matrices."""
+    """AdamW's decoupled weight decay, of all parameters but norms and biases."""
     clip: float = 1.0
     """Largest global gradient norm."""
     checkpoint_every: int = 250

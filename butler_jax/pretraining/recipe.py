@@ -42,14 +42,14 @@ TOKENIZER_DOCUMENTS = 4000
 VALIDATION_BATCHES = 4
 
 
-def pretrain(config: PretrainConfig | None = None) -> Path:
+def pretrain(config: PretrainConfig | None = None) -> Path | None:
     """Train a base model, or go on where a run with the same settings stopped. The defaults are the recipe of `tiny`.
 
     Rows are short first and as long as the context for the last `long_steps` steps.
 
     Returns:
         The directory that holds the model in Hugging Face layout: model.safetensors in bfloat16, and card.json, which
-        says how it was made.
+        says how it was made. None where Ctrl-C or SIGTERM ended the training before its last step.
 
     Raises:
         ValueError: Another process trains in the run directory.
@@ -65,9 +65,11 @@ def pretrain(config: PretrainConfig | None = None) -> Path:
         with jax.set_mesh(mesh):
             run, state = prepare(config, tokenizer, mesh, run_dir)
             open_run(run_dir, config)  # only after everything else was found in order
-            model = fit(run, state).module
+            state = fit(run, state)
+            if int(state.step) < config.steps:
+                return None
             out = config.out or run_dir / "model"
-            write_model(out, model, tokenizer, config, losses=run.validate(model))
+            write_model(out, state.module, tokenizer, config, losses=run.validate(state.module))
     return out
 
 

@@ -189,6 +189,7 @@ class Checkpoints:
         options = ocp.options.MultiprocessingOptions(**processes)
         with self._explained(step), ocp.Context(multiprocessing_options=options):
             there = self._unfinished(step)
+            there.mkdir(parents=True, exist_ok=True)  # where it cannot be made, Orbax's threads wait for five minutes
             writing = ocp.save_async(there, name_leaves(state), custom_metadata=about, overwrite=True)
         # Orbax keeps a thread and three open files for a save until its result is asked for.
         self._written = self._background.submit(writing.result)

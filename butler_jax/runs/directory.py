@@ -76,7 +76,9 @@ def _hold(run_dir: Path) -> Iterator[None]:
     try:
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = run_dir / LOCK
+            place, lock = run_dir / "checkpoints", run_dir / LOCK
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"{place} is no directory; move it away")
             if not lock.is_file() and lock.exists():
                 raise ValueError(f"{lock} is no regular file; move it away")
             file = lock.open("a+", errors="replace")
@@ -140,8 +142,8 @@ def recorded(run_dir: Path, about: dict[str, Any], start: int) -> Iterator[Recor
         start: The step at which training begins.
 
     Yields:
-        The record. The caller sets "to" and "ended" when it is done; `write` writes it at once. An error sets "ended";
-        after a kill it is None.
+        The record. The caller sets "to" as it goes, and "ended" when it is done; `write` writes it at once. An error
+        sets "ended"; after a kill it is None.
     """
     facts = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

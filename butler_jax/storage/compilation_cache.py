@@ -114,8 +114,9 @@ def use_compilation_cache(directory: str | Path | None = None) -> Path | None:
         least = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     compilation_cache.reset_cache()  # JAX decides at its first compilation, and keeps to it
-    of_jax = os.environ.get("JAX_COMPILATION_CACHE_DIR") if enabled else None
-    return Path(of_jax) if found is None and of_jax else found
+    of_jax = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    found = Path(of_jax) if found is None and of_jax else found
+    return found if enabled else None
 
 
 def _open(directory: Path) -> None:

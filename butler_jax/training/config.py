@@ -39,15 +39,15 @@ class FitConfig(HostsConfig):
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises; a cosine to a tenth of the peak follows."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay of matrices."""
+    """AdamW's decoupled weight decay, of all parameters but norms and biases."""
     clip: float = 10.0
     """Largest global gradient norm."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
     mesh: str = ""
     """Devices as data=N,model=M,expert=X. Default: as many devices on the data axis as divide the batch."""
-    attention: Literal["xla", "cudnn", "splash"] | None = None
-    """Attention implementation. Default: splash on TPU, cuDNN on GPU where it can, else xla."""
+    attention: Literal["xla", "splash"] | None = None
+    """Attention implementation. Default: splash on TPU, else xla, since cuDNN cannot keep documents apart."""
     seed: int = 0
     """Seed of the data order, of random parameters and of dropout."""
     run_dir: Path | None = None
@@ -109,7 +109,8 @@ class TrainConfig(FitConfig):
     this budget, a fraction or a number of tokens (DeepSeek-V3.2, arXiv 2512.02556, trains its indexer so). Validations
     count all of them. Default: all contested keys."""
     start: str | None = None
-    """A run or a saved predictor, from whose parameters the training starts. Default: those of `init_predictor`."""
+    """A run, for its best checkpoint, or a saved predictor, with whose parameters the training starts. Default: those
+    of `init_predictor`."""
     reach: int | None = None
     """Context in tokens that the predictor is trained for: the second part of every document of a batch is moved on by
     a random number of tokens (positional skip-wise training, arXiv 2309.10400). Validations are not. 0: that of

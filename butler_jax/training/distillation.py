@@ -32,6 +32,7 @@ from butler_jax.model import BaseModel, check_length, forward, place_model
 from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
 from butler_jax.runs import about, claim, load_predictor, read_facts, steps, stored_config
+from butler_jax.simulation import require_batches
 from butler_jax.storage import require_loaded
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
@@ -85,8 +86,14 @@ def distil(
             base = load_base(config.base, dtype=config.dtype, shardings=shardings)
         base.require_tokenizer()
         check_length(base.config, config.length)
-        if (config.reach or 0) > base.config.context:
-            raise ValueError(f"--reach {config.reach} is beyond the base's context of {base.config.context} tokens")
+        if config.dtype not in (None, str(base.dtype)):
+            raise ValueError(
+                f"dtype is {config.dtype}, and the base is in {base.dtype}; load it so, or leave dtype out"
+            )
+        farthest = default_reach(base.config)
+        if (config.reach or 0) > farthest:
+            what = "the window of all its layers" if base.config.serves_windows else "its context"
+            raise ValueError(f"--reach {config.reach} is beyond the base: {what} is {farthest} tokens")
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
             if predictor is None:
@@ -163,7 +170,9 @@ def prepare(
             "sinks and recent tokens; give longer documents, or lower --sinks or --recent"
         )
     held_out = [place_batch(own_rows(batch, mesh), mesh) for batch in held_out]
-    if predictor is None:
+    if predictor is None and steps(run_dir / "checkpoints"):
+        predictor = make_predictor(base.config, config.predictor)  # what a checkpoint is restored into
+    elif predictor is None:
         calibration = read(config.seed + 1)
         predictor = init_predictor(
             Base(base.name, model, base.tokenizer, base.fingerprint),
@@ -211,9 +220,10 @@ def init_predictor(
         seed: Of the random parameters of the other kinds.
 
     Raises:
-        ValueError: The config is no PredictorConfig, or the lookahead predictor has no batches.
+        ValueError: The config is no PredictorConfig, batches is no list, or the lookahead predictor has no batches.
     """
     require_loaded(base)
+    require_batches(batches)
     if not isinstance(config, PredictorConfig | None):
         raise ValueError(f"config must be a PredictorConfig, got {type(config).__name__}; a TrainConfig has .predictor")
     return make_predictor(base.config, config or PredictorConfig(), seed).initialise(base.model, list(batches))

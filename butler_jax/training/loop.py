@@ -357,6 +357,7 @@ class Loop:
             self.metrics.say(f"the first step took {seconds:.0f} s with its compilation")
         self.usual = seconds
         self.keeps_state = bool(values.pop("long", self.outlasts_grace()))
+        self.record["to"] = number
         tokens = self.run.config.batch_size * self.run.config.length
         self.row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
         if self.run.forward_seconds:

@@ -46,7 +46,7 @@ class Metrics:
                 kept = [line for _, line in read_lines(self.path) if _step_of(line) <= start]
                 write_whole(self.path, b"".join(kept))
             self._open()
-            self.board = _open_board(run_dir / "tensorboard")
+            self.board = _open_board(run_dir / "tensorboard", start)
             if self.console.is_terminal:
                 self.bar = _progress_bar(self.console)
                 self.task = self.bar.add_task("training", total=config.steps, completed=start, rate="")
@@ -125,14 +125,14 @@ class _Board:
                 self.writer.close()
 
 
-def _open_board(directory: Path) -> _Board | None:
-    """A TensorBoard writer, None where it is not installed."""
+def _open_board(directory: Path, start: int) -> _Board | None:
+    """A TensorBoard writer that hides earlier rows of steps after `start`; None where it is not installed."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
     with writing(directory):
-        return _Board(SummaryWriter(str(directory), max_queue=1000))
+        return _Board(SummaryWriter(str(directory), max_queue=1000, purge_step=start + 1))
 
 
 def _progress_bar(console: Console) -> Progress:

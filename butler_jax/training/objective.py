@@ -72,6 +72,8 @@ class DistillationObjective:
     chosen: int | float | None = None
 
     def __post_init__(self):
+        if self.loss == "squared_error" and self.chosen is not None:
+            raise ValueError("--chosen is about the cross entropy; give --objective cross_entropy, or leave it out")
         if self.loss not in LOSSES:
             raise ValueError(f"unknown objective {self.loss!r}; known: {', '.join(LOSSES)}")
 

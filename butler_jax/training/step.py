@@ -33,10 +33,10 @@ def start_state(module: Any, optimiser: optax.GradientTransformation) -> TrainSt
 
 
 def make_optimiser(config: FitConfig, learning_rate: float) -> optax.GradientTransformation:
-    """AdamW with clipping and the schedule of `learning_schedule`; only matrices decay."""
+    """AdamW with clipping and the schedule of `learning_schedule`; norms and biases do not decay."""
     rate = learning_schedule(config, learning_rate)
 
-    def matrices(parameters):
+    def decaying(parameters):
         def one(path, _):
             return not any(word in jax.tree_util.keystr(path) for word in ("norm", "bias"))
 
@@ -44,7 +44,7 @@ def make_optimiser(config: FitConfig, learning_rate: float) -> optax.GradientTra
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=matrices),
+        optax.adamw(rate, b2=0.95, weight_decay=config.weight_decay, mask=decaying),
     )
 
 

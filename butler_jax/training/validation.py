@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from butler_jax.model import BaseModel
 from butler_jax.policies import make_policy
 from butler_jax.predictors import Predictor
+from butler_jax.selection import SelectionConfig
 from butler_jax.simulation import measure_recall
 from butler_jax.training.objective import DistillationObjective
 
@@ -39,8 +40,10 @@ class Validation:
             self.held_out,
             [make_policy("tokenbutler")],
             [RECALL_BUDGET],
+            selection=SelectionConfig(sinks=self.objective.sinks, recent=max(self.objective.recent, 1)),
             rows=RECALL_ROWS,
             ranks=False,
+            implementation=self.objective.implementation,
         )
         hit_rate = found.hit_rate.get("tokenbutler")
         return {

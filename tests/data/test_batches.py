@@ -281,7 +281,7 @@ def test_bad_specifications_are_refused(spec):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"length": 1}, "length=1 is too short"),
+        ({"length": 1}, "length=1 must be at least 2"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"rows": [0, 2]}, r"rows=\[0, 2\] must be one or more of 0 ... 1, the rows of a batch"),
         ({"rows": []}, r"rows=\[\] must be one or more"),
@@ -291,6 +291,27 @@ def test_bad_specifications_are_refused(spec):
 def test_bad_sizes_are_refused(tokenizer, change, message):
     with pytest.raises(ValueError, match=message):
         read_batches("coreference", tokenizer, **{"length": 64, "batch_size": 2, **change})
+
+
+def test_held_out_text_is_asked_for_as_batches_are(tokenizer):
+    for wrong, message in (
+        (dict(length=64.0), "length=64.0 must be a whole number"),
+        (dict(count=0), "count=0 must be at least 1"),
+        (dict(tokenizer=None), "the tokenizer of a base is needed"),
+        (dict(spec=["coreference"]), "the data must be a text"),
+    ):
+        given = {"spec": "coreference", "tokenizer": tokenizer, "length": 16, "count": 1, **wrong}
+        with pytest.raises(ValueError, match=message):
+            read_held_out(given.pop("spec"), given.pop("tokenizer"), **given)
+    (batch,) = read_held_out("coreference", tokenizer, length=16, count=1, seed=-1)
+    assert batch["tokens"].shape == (1, 16)
+
+
+def test_sizes_may_be_numbers_of_numpy(tokenizer):
+    sizes = {"length": np.int64(16), "batch_size": np.int32(2), "seed": np.int64(3), "rows": np.arange(2)}
+    batches = read_batches("coreference + coreference_short", tokenizer, **sizes)
+    next(batches)
+    assert json.loads(json.dumps(batches.get_state()))["seed"] == 3
 
 
 def test_a_text_too_small_to_hold_any_out_says_so(tokenizer, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from butler_jax import load_base
+from butler_jax.pretraining import recipe
 from butler_jax.pretraining.config import PretrainConfig
 from butler_jax.pretraining.curriculum import Curriculum
 from butler_jax.pretraining.recipe import pretrain
@@ -48,6 +49,12 @@ def test_a_run_that_was_refused_is_not_begun(text, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         pretrain(absent)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_run_that_was_stopped_writes_no_model(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "fit", lambda run, state: state)
+    assert pretrain(config(text, run_dir=tmp_path / "run")) is None
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.slow

@@ -139,6 +139,14 @@ def test_a_directory_without_checkpoints_says_so(tmp_path):
         load_predictor(tmp_path / "run", BASE)
 
 
+def test_a_save_that_cannot_begin_leaves_no_thread_to_wait_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="could not be written"):
+        save_predictor(tmp_path / "file", random_predictor("producer"), BASE)
+    assert not [one for one in threading.enumerate() if one not in before and not one.daemon]
+
+
 def test_nothing_is_overwritten(tmp_path):
     save_predictor(tmp_path / "predictor", random_predictor("producer"), BASE)
     with pytest.raises(FileExistsError, match="already holds a predictor; choose another directory"):

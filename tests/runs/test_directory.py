@@ -157,3 +157,9 @@ def test_filelock_does_not_keep_these_promises(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="no locks available"):
         filelock.FileLock(tmp_path / "lock", blocking=False).acquire()
+
+
+def test_a_file_in_the_place_of_checkpoints_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match="checkpoints is no directory; move it away"), claim(tmp_path):
+        pass

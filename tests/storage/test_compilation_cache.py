@@ -93,7 +93,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("*-cache")) == ["10-cache", "20-cache"]
 
 
-def test_a_library_call_changes_jaxs_settings(tmp_path):
+def test_a_library_call_changes_jaxs_settings(tmp_path, monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:
@@ -104,6 +104,9 @@ def test_a_library_call_changes_jaxs_settings(tmp_path):
         assert butler_jax.use_compilation_cache() == tmp_path / "x"
         assert butler_jax.use_compilation_cache("off") is None
         assert jax.config.jax_enable_compilation_cache is False
+        assert butler_jax.use_compilation_cache() is None
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
         assert butler_jax.use_compilation_cache() is None
         assert butler_jax.use_compilation_cache(tmp_path / "x") == tmp_path / "x"
         assert jax.config.jax_enable_compilation_cache is True

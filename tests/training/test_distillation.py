@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from butler_jax import distil, load_base, load_predictor
+from butler_jax import distil, init_predictor, load_base, load_predictor, read_batches
 from butler_jax.model import BaseConfig, BaseModel
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.training.config import TrainConfig
@@ -108,3 +110,17 @@ def test_a_second_stage_is_about_the_cross_entropy_and_a_possible_budget():
         TrainConfig(chosen=0.5, attention="splash")
     with pytest.raises(ValueError, match="a budget of 5 tokens is below 4 sinks"):
         TrainConfig(chosen=5)
+
+
+def test_what_does_not_fit_the_base_is_told_before_anything_is_read(tmp_path):
+    base = load_base("tiny")
+    with pytest.raises(ValueError, match="dtype is bfloat16, and the base is in float32; load it so"):
+        distil(base, TrainConfig(dtype="bfloat16", run_dir=tmp_path / "run"))
+    sliding = dataclasses.replace(base.config, sliding_window=600)
+    base = dataclasses.replace(base, model=BaseModel(sliding, jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"--reach 1024 is beyond the base: the window of all its layers is 600"):
+        distil(base, TrainConfig(reach=1024, run_dir=tmp_path / "run"))
+    batches = read_batches("coreference", base.tokenizer, length=32, batch_size=1)
+    with pytest.raises(ValueError, match=r"batches must be a list of batches such as \[batch\], got a BatchIterator"):
+        init_predictor(base, batches=batches)
+    assert not (tmp_path / "run").exists()

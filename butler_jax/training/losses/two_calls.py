@@ -1,4 +1,4 @@
-"""The cross entropy through calls of attention kernels (cuDNN, Splash), which hold no T x T matrix.
+"""The cross entropy through calls of attention kernels, which hold no T x T matrix: Splash, or cuDNN without segments.
 
 With a row's attention A and the predicted weights B over the contested keys, the loss of a row is
 

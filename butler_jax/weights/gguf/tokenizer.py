@@ -19,6 +19,14 @@ WORDS = (  # how Llama 3 and Qwen 2 split a text into words; they differ in the 
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3, QWEN2 = WORDS.format(digits=r"\p{N}{1,3}"), WORDS.format(digits=r"\p{N}")
+CASED = (  # how GPT-4o and Mistral's Tekken do: a word ends where small letters are followed by a capital
+    r"[^\r\n\p{{L}}\p{{N}}]?{big}*{small}+{tail}|[^\r\n\p{{L}}\p{{N}}]?{big}+{small}*{tail}|{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BIG, SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+GPT4O = CASED.format(big=BIG, small=SMALL, tail=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", digits=r"\p{N}{1,3}")
+TEKKEN = CASED.format(big=BIG, small=SMALL, tail="", digits=r"\p{N}")
+WHOLE = ("llama-bpe", "tekken")  # under these, a word of the vocabulary becomes one token
 
 
 def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
@@ -36,8 +44,13 @@ WORD_SPLITTERS = {
     "gpt-2": _byte_level,
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
     "llama-bpe": lambda: _words(LLAMA3),
+    "dbrx": lambda: _words(LLAMA3),
+    "smaug-bpe": lambda: _words(LLAMA3),
     "qwen2": lambda: _words(QWEN2),
+    "gpt-4o": lambda: _words(GPT4O),
+    "tekken": lambda: _words(TEKKEN),
 }
+WORD_SPLITTERS["refact"] = WORD_SPLITTERS["smollm"]
 
 
 def read_tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
@@ -127,12 +140,13 @@ def byte_level_bpe(tokens: list[str], merges: list[str], pre: str) -> Backend:
     """BPE over bytes that are written as printable characters; `pre` is a name in WORD_SPLITTERS."""
     if pre not in WORD_SPLITTERS:
         raise ValueError(
-            f"unknown word splitting {shown(pre)} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}"
+            f"unknown word splitting {shown(pre)} (tokenizer.ggml.pre); supported: {', '.join(WORD_SPLITTERS)}; "
+            "give the model's Hugging Face directory"
         )
     model = models.BPE(
         vocab={token: index for index, token in enumerate(tokens)},
         merges=[tuple(merge.split(" ", 1)) for merge in merges],
-        ignore_merges=pre == "llama-bpe",  # a word of the vocabulary becomes one token
+        ignore_merges=pre in WHOLE,
     )
     backend = Backend(model)
     if pre == "qwen2":

@@ -72,11 +72,17 @@ def test_every_word_splitting_keeps_the_text(trained, pre):
         ("smollm", ["I", "'m", " ", "1", "2", "3", "4", "5", " up", "."]),
         ("llama-bpe", ["I", "'m", " ", "123", "45", " up", "."]),
         ("qwen2", ["I", "'m", " ", "1", "2", "3", "4", "5", " up", "."]),
+        ("dbrx", ["I", "'m", " ", "123", "45", " up", "."]),
+        ("refact", ["I", "'m", " ", "1", "2", "3", "4", "5", " up", "."]),
+        ("gpt-4o", ["I'm", " ", "123", "45", " up", "."]),
+        ("tekken", ["I", "'m", " ", "1", "2", "3", "4", "5", " up", "."]),
     ],
 )
 def test_words_are_cut_as_published(trained, pre, pieces):
     splitter = WORD_SPLITTERS[pre]()
     assert [p.replace("Ġ", " ") for p, _ in splitter.pre_tokenize_str("I'm 12345 up.")] == pieces
+    cased = ["camel", "Case", "/"] if pre in ("gpt-4o", "tekken") else ["camelCase", "/"]
+    assert [p for p, _ in splitter.pre_tokenize_str("camelCase/")] == cased
 
 
 def test_whole_words_go_before_merges_for_llama_3():
