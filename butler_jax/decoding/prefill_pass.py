@@ -30,7 +30,7 @@ from butler_jax.model import (
     LayerView,
     by_service,
     causal_attention,
-    check_tokens,
+    check_ids,
     dense_mixer,
     embed,
     logits,
@@ -99,7 +99,7 @@ def prefill(
         ValueError: T exceeds the capacity, the capacity the model's context, or a length or a token is out of range.
     """
     require_model(model)
-    check_tokens(model.config, tokens, "B T", False)  # check_sizes knows which are padding
+    check_ids(tokens, "B T")
     tokens = jnp.asarray(tokens)
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)

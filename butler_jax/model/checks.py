@@ -24,19 +24,25 @@ def check_length(config: BaseConfig, length: int) -> None:
         )
 
 
-def check_tokens(config: BaseConfig, tokens: Any, dims: str, real: Any = True) -> None:
-    """Raise ValueError where tokens are no ids, or one that is known is outside of the vocabulary.
+def check_ids(tokens: Any, dims: str) -> None:
+    """Raise ValueError where tokens are no whole numbers of these dimensions, such as "B T"."""
+    shape, kind = np.shape(tokens), tokens.dtype if hasattr(tokens, "dtype") else np.asarray(tokens).dtype
+    names = dims.split()
+    if len(shape) != len(names) or not np.issubdtype(kind, np.integer):
+        raise ValueError(f"tokens must be whole numbers [{', '.join(names)}], got {kind}{list(shape)}")
 
-    Args:
-        dims: Names of their dimensions, as in "B T".
-        real: Where a token is one; the others are padding.
+
+def check_tokens(config: BaseConfig, tokens: Any, dims: str, segments: Any = None) -> None:
+    """Raise ValueError as `check_ids`, and where a token that this process knows is outside of the vocabulary.
+
+    segments: 0 where a token is padding.
     """
-    known = None if isinstance(tokens, jax.core.Tracer) else np.asarray(tokens)
-    shape, kind = np.shape(tokens), tokens.dtype if known is None else known.dtype
-    if len(shape) != len(dims.split()) or not np.issubdtype(kind, np.integer):
-        raise ValueError(f"tokens must be whole numbers [{', '.join(dims.split())}], got {kind}{list(shape)}")
-    if known is None or isinstance(real, jax.core.Tracer):
+    check_ids(tokens, dims)
+    if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
-    wrong = known[((known < 0) | (known >= config.vocab_size)) & np.asarray(real)]
-    if wrong.size:
-        raise ValueError(f"there is the token {wrong[0]}; the vocabulary is 0 ... {config.vocab_size - 1}")
+    known = np.asarray(tokens)
+    wrong = (known < 0) | (known >= config.vocab_size)
+    if segments is not None:
+        wrong &= np.asarray(segments) > 0
+    if wrong.any():
+        raise ValueError(f"there is the token {known[wrong][0]}; the vocabulary is 0 ... {config.vocab_size - 1}")

@@ -117,7 +117,7 @@ def simulate(
     if config is None and not policy.reads_everything:
         raise ValueError(f"the policy {policy.name} needs a selection; give one, as in SelectionConfig(budget=0.25)")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
-    check_tokens(model.config, batch["tokens"], "B T", np.asarray(batch["segments"]) > 0)
+    check_tokens(model.config, batch["tokens"], "B T", batch["segments"])
     batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
     config = policy.selection(config)
     if read is not None:

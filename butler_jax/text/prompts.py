@@ -69,9 +69,9 @@ def read_stops(
     """The token ids, and the texts, that end a row.
 
     Args:
-        stop: Token ids and texts, or one of them, beside the tokenizer's ends; None is these alone, and an empty list
-            nothing, not even these. A text that spells a special token is that token, since decoded text does not show
-            it.
+        stop: Token ids and texts, or one of them, that end a row beside the tokenizer's ends. None: these ends alone.
+            An empty list: nothing ends a row. A text that spells a special token is that token, since decoded text does
+            not show it.
 
     Raises:
         ValueError: An id is out of range, a text is empty, or there is no tokenizer for a text.

@@ -92,8 +92,8 @@ def distil(
             )
         farthest = default_reach(base.config)
         if (config.reach or 0) > farthest:
-            what = "the window of all its layers" if base.config.serves_windows else "its context"
-            raise ValueError(f"--reach {config.reach} is beyond the base: {what} is {farthest} tokens")
+            what = "the window of all layers of the base," if base.config.serves_windows else "the base's context of"
+            raise ValueError(f"--reach {config.reach} is beyond {what} {farthest} tokens")
         with jax.set_mesh(mesh):
             agree({"base": base.fingerprint})
             if predictor is None:

@@ -69,12 +69,6 @@ def test_tables_of_policies_are_what_was_measured(file, task, metric):
         assert all(value["tokenbutler"][b] < value[p][b] for p in others for b in range(5))
 
 
-def test_the_table_of_the_readme_is_a_part_of_the_measured_one():
-    (shown,) = (t for t in tables(REPOSITORY / "README.md") if t.startswith("| per cent over dense | 1/2"))
-    (whole,) = (t for t in tables(DOCS / "measured" / "worst_case.md") if "oracle, a set" in t and "(Loki" in t)
-    assert set(shown.splitlines()) <= set(whole.splitlines()) and shown.count("\n") >= 10
-
-
 def test_the_table_of_ranks_and_strides_is_what_was_measured():
     found = {}
     for row in rows_of("h200/smollm2_allocations.json"):

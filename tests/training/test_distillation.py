@@ -118,7 +118,7 @@ def test_what_does_not_fit_the_base_is_told_before_anything_is_read(tmp_path):
         distil(base, TrainConfig(dtype="bfloat16", run_dir=tmp_path / "run"))
     sliding = dataclasses.replace(base.config, sliding_window=600)
     base = dataclasses.replace(base, model=BaseModel(sliding, jax.random.key(0)))
-    with pytest.raises(ValueError, match=r"--reach 1024 is beyond the base: the window of all its layers is 600"):
+    with pytest.raises(ValueError, match="--reach 1024 is beyond the window of all layers of the base, 600 tokens"):
         distil(base, TrainConfig(reach=1024, run_dir=tmp_path / "run"))
     batches = read_batches("coreference", base.tokenizer, length=32, batch_size=1)
     with pytest.raises(ValueError, match=r"batches must be a list of batches such as \[batch\], got a BatchIterator"):
