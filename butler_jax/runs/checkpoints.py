@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -189,7 +190,9 @@ class Checkpoints:
         options = ocp.options.MultiprocessingOptions(**processes)
         with self._explained(step), ocp.Context(multiprocessing_options=options):
             there = self._unfinished(step)
-            there.mkdir(parents=True, exist_ok=True)  # where it cannot be made, Orbax's threads wait for five minutes
+            if jax.process_index() == 0:  # where nothing can be made, Orbax's threads would wait for five minutes
+                self.directory.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryDirectory(dir=self.directory).cleanup()
             writing = ocp.save_async(there, name_leaves(state), custom_metadata=about, overwrite=True)
         # Orbax keeps a thread and three open files for a save until its result is asked for.
         self._written = self._background.submit(writing.result)

@@ -276,6 +276,18 @@ def test_links_of_pages_lead_to_files():
             assert (page.parent / target).exists(), (page, target)
 
 
+def test_links_within_pages_lead_to_headings():
+    def headings(page):
+        lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+    known = {page.resolve(): headings(page) for page in PAGES}
+    for page in PAGES:
+        for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            place = (page.parent / target).resolve() if target else page.resolve()
+            assert heading in known.get(place, {heading}), (page, target, heading)
+
+
 def test_the_version_is_the_same_wherever_it_is_written():
     (version,) = re.findall(r'^version = "(.*)"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
     assert f"\nversion: {version}\n" in (REPOSITORY / "CITATION.cff").read_text()
