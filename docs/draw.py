@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MEASURED = HERE.parent / "benchmarks" / "quality" / "smollm2.json"
+MEASURED = HERE.parent / "benchmarks" / "quality" / "prompted_smollm2.json"
 STYLE = """
 svg { --ground: #ffffff; --ink: #1c1e21; --soft: #5c6370; --frozen: #e6eefb; --blue: #2a62b5; --trained: #fdeadb;
   --orange: #b3540a; --line: #d5d9e0; }
@@ -26,14 +26,14 @@ TIP = (
     '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     '<path d="M0 0L8 4L0 8z" style="fill: var(--ink)"/></marker>'
 )
-SHOWN = {  # policy: colour
-    "oracle": "var(--ink)",
-    "tokenbutler": "var(--orange)",
-    "lowrank": "var(--blue)",
-    "quest": "#3a9464",
-    "h2o": "#a05cb5",
-    "streaming": "#c23b5a",
-    "random": "#8a8f99",
+SHOWN = {  # policy, allocation: label, colour
+    ("oracle", "per_head"): ("oracle", "var(--ink)"),
+    ("tokenbutler", "per_head"): ("tokenbutler, per head", "#d9884a"),
+    ("tokenbutler", "tolerance"): ("tokenbutler, one tolerance", "var(--orange)"),
+    ("lowrank", "per_head"): ("lowrank", "var(--blue)"),
+    ("quest", "per_head"): ("quest", "#3a9464"),
+    ("h2o", "per_head"): ("h2o", "#a05cb5"),
+    ("streaming", "per_head"): ("streaming", "#c23b5a"),
 }
 
 
@@ -95,32 +95,35 @@ def pipeline() -> str:
 
 
 def quality() -> str:
-    """Perplexity over dense against the budget, a line for each policy, from benchmarks/quality/smollm2.json."""
+    """Perplexity over dense against the budget after a prompt, from benchmarks/quality/prompted_smollm2.json."""
     rows = [
         r
         for r in json.loads(MEASURED.read_text())["rows"]
-        if (r["task"], r["metric"]) == ("perplexity", "over_dense") and r["policy"] in SHOWN
+        if (r["metric"], r["text"], r["sequences"]) == ("over_dense", "wikitext2_test", 4) and r["budget"] < 1
     ]
     budgets = sorted({r["budget"] for r in rows}, reverse=True)
-    left, right, top, bottom = 90, 590, 50, 360
-    low, high = math.log10(0.3), math.log10(1000)
+    left, right, top, bottom, least = 90, 540, 50, 360, 0.001
+    low, high = math.log10(100 * least), math.log10(1000)
 
     def place(budget: float, share: float) -> tuple[float, float]:
         x = left + (right - left) * budgets.index(budget) / (len(budgets) - 1)
-        return x, bottom - (bottom - top) * (math.log10(100 * share) - low) / (high - low)
+        return x, bottom - (bottom - top) * (math.log10(100 * max(share, least)) - low) / (high - low)
 
-    parts = [words(left, 28, "SmolLM2-135M on WikiText-2: perplexity over dense, per cent", anchor="start")]
-    for share in (0.01, 0.1, 1, 10):
+    parts = [
+        words(left, 28, "SmolLM2-135M on WikiText-2, after a prompt: perplexity over dense, per cent", anchor="start")
+    ]
+    for share, said in ((least, "0.1 or less"), (0.01, "1"), (0.1, "10"), (1, "100"), (10, "1000")):
         y = place(budgets[0], share)[1]
         parts += [
             f'<path class="grid" d="M{left} {y:.1f}H{right}"/>',
-            words(left - 10, y + 5, f"{100 * share:g}", "soft", "end"),
+            words(left - 10, y + 5, said, "soft", "end"),
         ]
     parts += [words(place(b, 1)[0], bottom + 24, f"1/{round(1 / b)}", "soft") for b in budgets]
-    parts.append(words((left + right) / 2, bottom + 48, "budget: share of the cached tokens that a step reads", "soft"))
+    parts.append(words((left + right) / 2, bottom + 48, "budget: share of the cached tokens that are read", "soft"))
     ends = []
-    for policy, colour in SHOWN.items():
-        own = sorted((r for r in rows if r["policy"] == policy), key=lambda r: -r["budget"])
+    for (policy, allocation), (name, colour) in SHOWN.items():
+        own = [r for r in rows if (r["policy"], r["allocation"]) == (policy, allocation)]
+        own.sort(key=lambda r: -r["budget"])
         points = [place(r["budget"], r["value"]) for r in own]
         line = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         wide = 3 if policy == "tokenbutler" else 1.6
@@ -129,12 +132,12 @@ def quality() -> str:
             below, above = (place(r["budget"], r["value"] + sign * r["error"])[1] for sign in (-1, 1))
             parts.append(f'<path style="stroke: {colour}" d="M{x:.1f} {below:.1f}V{above:.1f}"/>')
             parts.append(f'<circle style="fill: {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-        ends.append((points[-1][1], policy, colour))
+        ends.append((points[-1][1], name, colour))
     floor = 0.0
-    for y, policy, colour in sorted(ends):  # labels from the top, a line's height apart
+    for y, name, colour in sorted(ends):  # labels from the top, a line's height apart
         floor = max(y + 5, floor + 17)
-        parts.append(f'<text x="{right + 12}" y="{floor:.1f}" style="fill: {colour}">{policy}</text>')
-    return svg(720, 420, "Perplexity over dense against the budget", parts)
+        parts.append(f'<text x="{right + 12}" y="{floor:.1f}" style="fill: {colour}">{name}</text>')
+    return svg(780, 420, "Perplexity over dense against the budget", parts)
 
 
 if __name__ == "__main__":

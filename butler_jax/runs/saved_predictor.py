@@ -148,9 +148,9 @@ def check_base(facts: dict, base: Base, path: str | Path) -> None:
             "a directory of save_pretrained"
         )
     if facts["fingerprint"] != base.fingerprint:
-        name = pin(facts["base"], facts.get("revision"))
+        name, own = pin(facts["base"], facts.get("revision")), pin(base.name, base.revision)
+        that = "it with the weights and the context= of then" if name == own else "that base"
         raise ValueError(
             f"the predictor in {path} was trained for base {name!r} (fingerprint {facts['fingerprint']}), "
-            f"not for {pin(base.name, base.revision)!r} ({base.fingerprint}); load that base, or train a predictor for "
-            "this one"
+            f"not for {own!r} ({base.fingerprint}); load {that}, or train a predictor for this one"
         )

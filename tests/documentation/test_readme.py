@@ -15,6 +15,8 @@ from tests.documentation.pages import DOCS, PAGES, REPOSITORY, tables
 TABLES = [table for page in PAGES for table in tables(page)]
 
 LONG_WINDOWS = "quality/prompted_smollm2_8k.json"
+PROMPTED = "quality/prompted_smollm2.json"
+ALLOCATIONS = {"per_head": "per head", "per_layer": "per layer", "tolerance": "one tolerance", "top_p": "top-p"}
 
 
 def rows_of(name: str) -> list[dict]:
@@ -24,6 +26,13 @@ def rows_of(name: str) -> list[dict]:
 def where(row: dict) -> dict:
     """The part of a task that a row is about; of perplexity, its text."""
     return {} if row["task"] == "perplexity" else row["where"]
+
+
+def name_row(policy: str, allocation: str) -> str:
+    """The first cell of a row of a table of policies and allocations."""
+    name = f"**{policy}**" if policy == "tokenbutler" else policy
+    mark = " \u2020" if POLICIES[policy].form else ""
+    return f"{name}{mark}, {ALLOCATIONS[allocation]}"
 
 
 def names_policy(table: str, name: str) -> bool:
@@ -84,8 +93,8 @@ def test_the_table_of_ranks_and_strides_is_what_was_measured():
 
 def test_the_first_table_of_the_readme_is_what_was_measured():
     found = {}
-    for r in rows_of("quality/prompted_smollm2_policies.json"):
-        if r["metric"] == "over_dense":
+    for r in rows_of(PROMPTED):
+        if (r["metric"], r["sequences"]) == ("over_dense", 16):
             found[r["policy"], r["allocation"], r["text"]] = f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}"
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for label, policy, allocation in (
@@ -116,26 +125,21 @@ def test_the_table_of_long_windows_is_what_was_measured():
         ):
             rows = [found[policy, allocation, own, metric] for own in (0, 64)]
             cells += [form.format(scale * r["value"], scale * r["error"]) for r in rows]
-        name = f"**{policy}**" if policy == "tokenbutler" else policy
-        words = {"per_head": "per head", "tolerance": "one tolerance"}[allocation]
-        assert f"| {name}, {words} | {' | '.join(cells)} |\n" in page
+        assert f"| {name_row(policy, allocation)} | {' | '.join(cells)} |\n" in page
 
 
-def test_the_table_of_every_policy_is_what_was_measured():
+def test_the_tables_of_every_policy_are_what_was_measured():
     page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
-    words = {"per_head": "per head", "per_layer": "per layer", "tolerance": "one tolerance"}
     found: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for r in rows_of("quality/prompted_smollm2_policies.json"):
-        if r["policy"] != "dense":
+    for r in rows_of(PROMPTED):
+        if r["policy"] != "dense" and r["sequences"] == 16:
             found.setdefault((r["text"], r["policy"], r["allocation"]), {})[r["metric"]] = r
     assert len(found) == 26
     for (_, policy, allocation), rows in found.items():
         loss, js, read = rows["over_dense"], rows["js_divergence"], rows["bytes_of_dense"]
         cells = [f"{100 * loss['value']:.1f} ± {100 * loss['error']:.1f}"]
         cells += [f"{1000 * js['value']:.1f} ± {1000 * js['error']:.1f}", f"{100 * loss['attended']:.1f} %"]
-        name = f"**{policy}**" if policy == "tokenbutler" else policy
-        name += " \u2020" if POLICIES[policy].form else ""
-        line = f"| {name}, {words[allocation]} | {' | '.join(cells)} | {100 * read['value']:.0f} % |\n"
+        line = f"| {name_row(policy, allocation)} | {' | '.join(cells)} | {100 * read['value']:.0f} % |\n"
         assert line in page, line
 
 
@@ -153,23 +157,37 @@ def test_the_table_of_strides_is_what_was_measured():
 
 def test_the_tables_of_every_budget_are_what_was_measured():
     page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
-    words = {"per_head": "per head", "per_layer": "per layer", "tolerance": "one tolerance"}
     found: dict[tuple[str, ...], dict[float, str]] = {}
-    for r in rows_of("quality/prompted_smollm2_budgets.json"):
+    for r in rows_of(PROMPTED):
         scale = {"over_dense": 100, "js_divergence": 1000}.get(r["metric"])
-        if scale and not r["tail"] and (r["metric"], r["text"]) != ("js_divergence", "cbronte_jane"):
+        if scale and r["sequences"] == 4 and (r["metric"], r["text"]) != ("js_divergence", "cbronte_jane"):
             cells = found.setdefault((r["metric"], r["text"], r["policy"], r["allocation"]), {})
             cells[r["budget"]] = f"{scale * r['value']:.1f} ± {scale * r['error']:.1f}"
-    assert len(found) == 12
+    assert len(found) == 32
     for (_, _, policy, allocation), cells in found.items():
-        name = f"**{policy}**" if policy == "tokenbutler" else policy
         row = " | ".join(cells[b] for b in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 64, 256))
-        assert f"| {name}, {words[allocation]} | {row} |\n" in page
+        assert f"| {name_row(policy, allocation)} | {row} |\n" in page, (policy, allocation)
+
+
+@pytest.mark.parametrize(
+    ("text", "budgets"), [("wikitext2_test", (1 / 8, 1 / 16, 1 / 32)), ("cbronte_jane", (1 / 16,))]
+)
+def test_the_tables_of_the_tail_are_what_was_measured(text, budgets):
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    found: dict[tuple[str, str], dict[tuple, str]] = {}
+    for r in rows_of("quality/tail_smollm2.json"):
+        plain = not r.get("interval") and not r.get("score_dtype")
+        if (r["metric"], r["text"]) == ("over_dense", text) and plain:
+            cell = f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}"
+            found.setdefault((r["policy"], r["allocation"]), {})[r["budget"], r["tail"]] = cell
+    assert len(found) == (8 if len(budgets) == 3 else 3)
+    for (policy, allocation), cells in found.items():
+        row = " | ".join(cells[budget, tail] for budget in budgets for tail in (0, 64))
+        assert f"| {name_row(policy, allocation)} | {row} |\n" in page, (policy, allocation)
 
 
 def test_the_table_of_top_p_is_what_was_measured():
     page = (DOCS / "measured" / "trials.md").read_text(encoding="utf-8")
-    words = {"per_head": "per head", "top_p": "top-p", "tolerance": "one tolerance"}
     for metric, scale, digits in (("over_dense", 100, 1), ("js_divergence", 1000, 2)):
         found: dict[tuple[str, str], list[str]] = {}
         for r in rows_of("quality/top_p_tiny.json"):
@@ -178,8 +196,7 @@ def test_the_table_of_top_p_is_what_was_measured():
                 found.setdefault((r["policy"].split(":")[0], r["allocation"]), []).append(cell)
         assert len(found) == 8 and all(len(cells) == 3 for cells in found.values())
         for (policy, allocation), cells in found.items():
-            name = f"**{policy}**" if policy == "tokenbutler" else policy
-            assert f"| {name}, {words[allocation]} | {' | '.join(cells)} |\n" in page, (policy, allocation, cells)
+            assert f"| {name_row(policy, allocation)} | {' | '.join(cells)} |\n" in page, (policy, allocation, cells)
 
 
 def test_the_table_beside_kvpress_is_what_was_measured():

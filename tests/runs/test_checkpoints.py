@@ -114,6 +114,8 @@ def test_another_base_is_refused_with_both_names(tmp_path):
         load_predictor(tmp_path / "predictor", base_of("other", "bbbb"))
     for words in ("(fingerprint aaaa)", "not for 'other' (bbbb)", "load that base, or train a predictor for this one"):
         assert words in str(error.value)
+    with pytest.raises(ValueError, match="load it with the weights and the context= of then, or train a predictor"):
+        load_predictor(tmp_path / "predictor", base_of("mine", "bbbb"))
     renamed = load_predictor(tmp_path / "predictor", base_of("moved elsewhere", "aaaa"))  # the same weights
     assert renamed.kind == "producer"
 
