@@ -11,7 +11,7 @@ from pallas_kernels.api import (
     quantise_k_imp,
     select_top_k,
 )
-from pallas_kernels.checks import IMPLEMENTATIONS
+from pallas_kernels.checks import check_implementation
 from pallas_kernels.choice import (
     BARRED,
     TOP,
@@ -30,11 +30,11 @@ from pallas_kernels.xla.selection import compact, top_mask
 
 __all__ = [
     "BARRED",
-    "IMPLEMENTATIONS",
     "TOP",
     "Rules",
     "Selection",
     "Spans",
+    "check_implementation",
     "choose_by_importance",
     "compact",
     "contested_range",

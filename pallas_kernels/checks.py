@@ -34,19 +34,24 @@ def current_platform() -> str:
     return "gpu" if platform in ("gpu", "cuda", "rocm") else platform
 
 
+def check_implementation(implementation: str | None) -> None:
+    """Raise ValueError for a name that is neither None nor one of IMPLEMENTATIONS."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {', '.join(IMPLEMENTATIONS)}")
+
+
 def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can: bool = True) -> str:
     """The implementation to run; None takes the platform's kernel where the arguments suit it, and "xla" otherwise.
 
     Raises:
         ValueError: The name is unknown, or the kernel is another platform's.
     """
+    check_implementation(implementation)
     platform = current_platform()
     if implementation is None:
         if platform == "tpu":
             return "tpu" if tpu_can else "xla"
         return "gpu" if platform == "gpu" else "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {', '.join(IMPLEMENTATIONS)}")
     if implementation in ("tpu", "gpu") and interpret is None and platform != implementation:
         raise ValueError(
             f'implementation "{implementation}" needs a {implementation.upper()}, the platform is {platform}; '

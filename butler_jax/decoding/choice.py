@@ -34,7 +34,7 @@ from butler_jax.selection import (
 )
 from pallas_kernels import choose_by_importance, compact, select_top_k
 
-FORGOTTEN = -1  # stands in the place of a unit where no choice is kept
+FORGOTTEN = -1  # stands in the place of the first unit of every set where no choice is kept
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Chooser:
         limits: Budgets and thresholds as data; None where everything is read.
         newest: Where the new tokens stand.
         steps: Decode steps so far.
+        now: Whether this step chooses; between the choices of an interval, what was chosen stays.
         kv: Keys and values, for policies that look at them.
         memory: What the choices before remember (`DecodeState.memory`).
     """
@@ -54,14 +55,9 @@ class Chooser:
     limits: Limits | None
     newest: Newest
     steps: Int[Array, ""]
+    now: Bool[Array, ""]
     kv: KVStore
     memory: Chosen | Eviction | None
-
-    @property
-    def now(self) -> Bool[Array, ""]:
-        """Whether this step chooses; between the choices of an interval, what was chosen stays."""
-        due = self.steps % self.plan.interval == 0
-        return due if self.plan.interval == 1 else due | jnp.any(self.memory.indices[..., 0] == FORGOTTEN)
 
     def choose(self, view: LayerView, known: LayerForecast) -> tuple[Chosen, Chosen | Eviction | None]:
         """The units that the layer in view reads, and what it remembers of them."""
@@ -220,9 +216,12 @@ def empty_memory(plan: Plan, layers: int, batch: int) -> Chosen | None:
 
 def forget(memory: Chosen | None) -> Chosen | None:
     """The memory after a step that chose nothing: the next step of an interval chooses."""
-    return None if memory is None else memory._replace(indices=jnp.full_like(memory.indices, FORGOTTEN))
+    return None if memory is None else memory._replace(indices=memory.indices.at[..., 0].set(FORGOTTEN))
 
 
-def make_chooser(plan: Plan, **parts: Any) -> Chooser:
-    """The chooser of a plan; parts: the other fields of `Chooser`."""
-    return (EvictingChooser if plan.when == "evicting" else Chooser)(plan, **parts)
+def make_chooser(plan: Plan, *, steps: Int[Array, ""], memory: Chosen | Eviction | None, **parts: Any) -> Chooser:
+    """The chooser of a plan; parts: the other fields of `Chooser` but `now`."""
+    now = steps % plan.interval == 0
+    if plan.interval > 1:
+        now |= jnp.any(memory.indices[..., 0] == FORGOTTEN)
+    return (EvictingChooser if plan.when == "evicting" else Chooser)(plan, steps=steps, now=now, memory=memory, **parts)

@@ -74,8 +74,7 @@ def generate(
             Default: tokenbutler.
         sampling: How tokens are drawn. Default: as the model's generation_config.json says; greedy where it does not.
         stop: Token ids and texts that end a row beside the tokenizer's ends. An empty list: nothing ends a row. A text
-            may come across tokens, and the row's text ends before it.
-            Default: the tokenizer's ends.
+            may come across tokens, and the row's text ends before it. Default: these ends alone.
         seed: The seed of row 0, from which the other rows count on; or one seed a row.
         capacity: Tokens a row has room for. Default: the next of a few sizes, so that lengths up to it share a
             compilation.

@@ -15,7 +15,7 @@ from butler_jax.model import BaseConfig
 from butler_jax.parallel import current_mesh, token_axis
 from butler_jax.policies import Evicting, Policy, settle_policy
 from butler_jax.selection import SelectionConfig, budget_table, limits_of, room_for
-from pallas_kernels import IMPLEMENTATIONS
+from pallas_kernels import check_implementation
 
 if TYPE_CHECKING:
     from butler_jax.decoding.cache import DecodeState
@@ -98,8 +98,7 @@ def make_plan(
         ValueError: For thresholds of another model, a predictor of a base of other sizes, units that a mesh would
             split, a policy that evicts on a mesh, and where jax_enable_x64 is set.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"unknown implementation {implementation!r}; use None or one of {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(implementation)
     if jax.config.jax_enable_x64:
         raise ValueError(
             "decoding computes in 32 bits: leave jax_enable_x64 off, or decode under jax.enable_x64(False)"

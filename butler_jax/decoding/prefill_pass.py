@@ -31,6 +31,7 @@ from butler_jax.model import (
     by_service,
     causal_attention,
     check_ids,
+    check_tokens,
     dense_mixer,
     embed,
     logits,
@@ -166,11 +167,7 @@ def check_sizes(config: BaseConfig, tokens: Any, lengths: Any, capacity: int, ch
         raise ValueError("a prompt has no tokens; give every row at least one")
     if known.max() > length:
         raise ValueError(f"a prompt of {known.max()} tokens does not fit the {length} columns of tokens")
-    if not isinstance(tokens, jax.core.Tracer):
-        read = np.asarray(tokens)[np.arange(length) < known[:, None]]
-        wrong = read[(read < 0) | (read >= config.vocab_size)]
-        if len(wrong):
-            raise ValueError(f"a prompt has the token {wrong[0]}; the vocabulary is 0 ... {config.vocab_size - 1}")
+    check_tokens(config, tokens, "B T", np.arange(length) < known[:, None], said="a prompt has")
 
 
 def _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation) -> Prefilled:

@@ -32,17 +32,19 @@ def check_ids(tokens: Any, dims: str) -> None:
         raise ValueError(f"tokens must be whole numbers [{', '.join(names)}], got {kind}{list(shape)}")
 
 
-def check_tokens(config: BaseConfig, tokens: Any, dims: str, segments: Any = None) -> None:
+def check_tokens(config: BaseConfig, tokens: Any, dims: str, real: Any = None, said: str = "there is") -> None:
     """Raise ValueError as `check_ids`, and where a token that this process knows is outside of the vocabulary.
 
-    segments: 0 where a token is padding.
+    Args:
+        real: 0 or False where a token is padding, such as segments; None where none is.
+        said: How the error begins.
     """
     check_ids(tokens, dims)
     if isinstance(tokens, jax.core.Tracer) or not getattr(tokens, "is_fully_addressable", True):
         return
     known = np.asarray(tokens)
     wrong = (known < 0) | (known >= config.vocab_size)
-    if segments is not None:
-        wrong &= np.asarray(segments) > 0
+    if real is not None:
+        wrong &= np.asarray(real) > 0
     if wrong.any():
-        raise ValueError(f"there is the token {known[wrong][0]}; the vocabulary is 0 ... {config.vocab_size - 1}")
+        raise ValueError(f"{said} the token {known[wrong][0]}; the vocabulary is 0 ... {config.vocab_size - 1}")

@@ -75,8 +75,7 @@ def calibrate_thresholds(
         raise ValueError(f"a mean budget of {mean} must be below the most a row may read, {selection.budget}")
     if selection.allocation != "per_head":
         raise ValueError(f"thresholds go with the allocation per_head, the allocation is {selection.allocation}")
-    if not isinstance(policy, Scoring) or policy.reads_everything:
-        raise ValueError(f"the policy {policy.name} has no scores to set thresholds on; take a policy that scores")
+    _require_scores(policy, "thresholds")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     selection = policy.selection(selection)
     batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
@@ -157,8 +156,7 @@ def calibrate_tolerance(
     most = selection.budget
     if above := [mean for mean in means if isinstance(mean, int) == isinstance(most, int) and mean > most]:
         raise ValueError(f"a mean budget of {above[0]} is above the most a row may read, {most}")
-    if not isinstance(policy, Scoring) or policy.reads_everything:
-        raise ValueError(f"the policy {policy.name} has no scores to set a tolerance on; take a policy that scores")
+    _require_scores(policy, "a tolerance")
     if (selection.unit != 1 and not by_mass) or selection.neighbours:
         raise ValueError(
             "a tolerance is found for single tokens: leave out unit and neighbours, or take the allocation per_head"
@@ -219,6 +217,12 @@ def calibrate_tolerance(
         wanted = np.interp(value, fine, own_of_sample)
         found.append(_correct(value, wanted, np.interp(value, values, slopes), read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
+
+
+def _require_scores(policy: Policy, what: str) -> None:
+    """Raise ValueError for a policy without scores to set `what` on."""
+    if not isinstance(policy, Scoring) or policy.reads_everything:
+        raise ValueError(f"the policy {policy.name} has no scores to set {what} on; take a policy that scores")
 
 
 def _correct(value: float, mean: float, slope: float, read_at: Callable[[float], float], corrections: int) -> float:

@@ -29,7 +29,7 @@ import optax
 
 from butler_jax.data import parse_spec, read_batches, read_held_out
 from butler_jax.model import BaseModel, check_length, forward, place_model
-from butler_jax.parallel import agree, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
+from butler_jax.parallel import agree, gather, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
 from butler_jax.runs import about, claim, load_predictor, read_facts, steps, stored_config
 from butler_jax.simulation import require_batches
@@ -170,7 +170,8 @@ def prepare(
             "sinks and recent tokens; give longer documents, or lower --sinks or --recent"
         )
     held_out = [place_batch(own_rows(batch, mesh), mesh) for batch in held_out]
-    if predictor is None and steps(run_dir / "checkpoints"):
+    goes_on = gather(bool(steps(run_dir / "checkpoints")))[0]  # a file system may show them to others later
+    if predictor is None and goes_on:
         predictor = make_predictor(base.config, config.predictor)  # what a checkpoint is restored into
     elif predictor is None:
         calibration = read(config.seed + 1)

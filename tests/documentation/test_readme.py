@@ -28,6 +28,11 @@ def where(row: dict) -> dict:
     return {} if row["task"] == "perplexity" else row["where"]
 
 
+def cell(row: dict, scale: int = 100, digits: int = 1) -> str:
+    """A value and its standard error."""
+    return f"{scale * row['value']:.{digits}f} ± {scale * row['error']:.{digits}f}"
+
+
 def name_row(policy: str, allocation: str) -> str:
     """The first cell of a row of a table of policies and allocations."""
     name = f"**{policy}**" if policy == "tokenbutler" else policy
@@ -68,7 +73,7 @@ def test_tables_of_policies_are_what_was_measured(file, task, metric):
     figures: dict[str, list[str]] = {}
     for r in rows_of(file):
         if (r["task"], r["metric"]) == (task, metric) and r["policy"] != "dense" and not where(r):
-            figures.setdefault(r["policy"], []).append(f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}")
+            figures.setdefault(r["policy"], []).append(cell(r))
     lines = [line for table in TABLES for line in table.splitlines()]
     for policy, cells in figures.items():
         assert any(line.endswith(f" | {' | '.join(cells)} |") for line in lines), (policy, cells)
@@ -82,8 +87,8 @@ def test_the_table_of_ranks_and_strides_is_what_was_measured():
     found = {}
     for row in rows_of("h200/smollm2_allocations.json"):
         if "allocation" in row:
-            cell = f"{row['over_dense_percent']:.1f} ± {row['standard_error']:.1f}"
-            found[row["policy"], row["text"], row["allocation"]] = cell
+            shown = f"{row['over_dense_percent']:.1f} ± {row['standard_error']:.1f}"
+            found[row["policy"], row["text"], row["allocation"]] = shown
     texts, allocations = ("wikitext2_test", "cbronte_jane"), ("per_head", "per_layer")
     page = (DOCS / "measured" / "trials.md").read_text(encoding="utf-8")
     for run, label in {"r16": "R = 16", "r32": "R = 32", "r32p1": "R = 32, `--stride 1`"}.items():
@@ -95,7 +100,7 @@ def test_the_first_table_of_the_readme_is_what_was_measured():
     found = {}
     for r in rows_of(PROMPTED):
         if (r["metric"], r["sequences"]) == ("over_dense", 16):
-            found[r["policy"], r["allocation"], r["text"]] = f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}"
+            found[r["policy"], r["allocation"], r["text"]] = cell(r)
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for label, policy, allocation in (
         ("oracle: the true attention weights, every head its own 1/16", "oracle", "per_head"),
@@ -137,8 +142,7 @@ def test_the_tables_of_every_policy_are_what_was_measured():
     assert len(found) == 26
     for (_, policy, allocation), rows in found.items():
         loss, js, read = rows["over_dense"], rows["js_divergence"], rows["bytes_of_dense"]
-        cells = [f"{100 * loss['value']:.1f} ± {100 * loss['error']:.1f}"]
-        cells += [f"{1000 * js['value']:.1f} ± {1000 * js['error']:.1f}", f"{100 * loss['attended']:.1f} %"]
+        cells = [cell(loss), cell(js, 1000), f"{100 * loss['attended']:.1f} %"]
         line = f"| {name_row(policy, allocation)} | {' | '.join(cells)} | {100 * read['value']:.0f} % |\n"
         assert line in page, line
 
@@ -148,8 +152,7 @@ def test_the_table_of_strides_is_what_was_measured():
     found: dict[int, dict[tuple, str]] = {}
     for r in rows_of("quality/strides_tiny.json"):
         if "stride" in r and r["metric"] == "js_divergence":
-            cell = f"{1000 * r['value']:.2f} ± {1000 * r['error']:.2f}"
-            found.setdefault(r["stride"], {})[r["allocation"], -r["budget"]] = cell
+            found.setdefault(r["stride"], {})[r["allocation"], -r["budget"]] = cell(r, 1000, 2)
     assert len(found) == 4
     for stride, cells in found.items():
         assert f"| {stride} | {' | '.join(cells[key] for key in sorted(cells))} |\n" in page
@@ -162,7 +165,7 @@ def test_the_tables_of_every_budget_are_what_was_measured():
         scale = {"over_dense": 100, "js_divergence": 1000}.get(r["metric"])
         if scale and r["sequences"] == 4 and (r["metric"], r["text"]) != ("js_divergence", "cbronte_jane"):
             cells = found.setdefault((r["metric"], r["text"], r["policy"], r["allocation"]), {})
-            cells[r["budget"]] = f"{scale * r['value']:.1f} ± {scale * r['error']:.1f}"
+            cells[r["budget"]] = cell(r, scale)
     assert len(found) == 32
     for (_, _, policy, allocation), cells in found.items():
         row = " | ".join(cells[b] for b in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 64, 256))
@@ -178,8 +181,7 @@ def test_the_tables_of_the_tail_are_what_was_measured(text, budgets):
     for r in rows_of("quality/tail_smollm2.json"):
         plain = not r.get("interval") and not r.get("score_dtype")
         if (r["metric"], r["text"]) == ("over_dense", text) and plain:
-            cell = f"{100 * r['value']:.1f} ± {100 * r['error']:.1f}"
-            found.setdefault((r["policy"], r["allocation"]), {})[r["budget"], r["tail"]] = cell
+            found.setdefault((r["policy"], r["allocation"]), {})[r["budget"], r["tail"]] = cell(r)
     assert len(found) == (8 if len(budgets) == 3 else 3)
     for (policy, allocation), cells in found.items():
         row = " | ".join(cells[budget, tail] for budget in budgets for tail in (0, 64))
@@ -192,8 +194,7 @@ def test_the_table_of_top_p_is_what_was_measured():
         found: dict[tuple[str, str], list[str]] = {}
         for r in rows_of("quality/top_p_tiny.json"):
             if r["metric"] == metric and r["policy"] != "dense":
-                cell = f"{scale * r['value']:.{digits}f} ± {scale * r['error']:.{digits}f}"
-                found.setdefault((r["policy"].split(":")[0], r["allocation"]), []).append(cell)
+                found.setdefault((r["policy"].split(":")[0], r["allocation"]), []).append(cell(r, scale, digits))
         assert len(found) == 8 and all(len(cells) == 3 for cells in found.values())
         for (policy, allocation), cells in found.items():
             assert f"| {name_row(policy, allocation)} | {' | '.join(cells)} |\n" in page, (policy, allocation, cells)
