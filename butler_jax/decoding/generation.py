@@ -169,23 +169,19 @@ def generate_stream(
     sampling = settle_sampling(sampling, base.generation)
     how = Decoding(plan, sampling, capacity, chunk, score_dtype, offload)
     keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
-    kept = None
     if cache is not None:
         if not isinstance(cache, PromptCache):
             raise ValueError(f"cache must be a PromptCache, got a {type(cache).__name__}; write cache=PromptCache()")
-        kept = cache.take(base.model, predictor, rows)
+        cache.check(rows)
         if not how.resumes(predictor):
-            cache = kept = None
-    width = min(bucket(int(lengths.max()), 16), capacity) if kept is None else capacity
-    tokens = np.zeros((len(rows), width), np.int32)
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = row
+            cache.clear()
+            cache = None
     result = Generated() if result is None else result
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
-    result.sampling, result.kept_tokens = how.sampling, 0 if kept is None else int(kept.tokens)
+    result.sampling, result.kept_tokens = how.sampling, 0
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
-    steps = _steps(base.model, predictor, (tokens, lengths, keys, kept), how, max_new_tokens, cache)
+    steps = _steps(base.model, predictor, (rows, keys), how, max_new_tokens, cache, result)
     return _pieces(steps, writers, ends, max_new_tokens, result)
 
 
@@ -269,12 +265,21 @@ def _pieces(
             return
 
 
-def _steps(model, predictor, prompts, how: Decoding, count: int, cache) -> Iterator[_Step]:
+def _steps(model, predictor, prompts, how: Decoding, count: int, cache, result: Generated) -> Iterator[_Step]:
     """The steps of a batch. Each step is yielded after the following one was dispatched.
 
-    prompts: tokens [B, T], lengths [B], a key a row, and the `Kept` of a prompt or None. cache: holds the state.
+    prompts: the tokens of every row, and a key a row. cache: taken when the first step is asked for, since the steps
+    of another generator may free what it holds; it then holds the state.
     """
-    tokens, lengths, keys, kept = prompts
+    rows, keys = prompts
+    kept = None if cache is None else cache.take(model, predictor, rows[0])
+    if kept is not None:
+        result.kept_tokens = int(kept.tokens)
+    lengths = np.asarray([len(row) for row in rows], np.int32)
+    width = min(bucket(int(lengths.max()), 16), how.capacity) if kept is None else how.capacity
+    tokens = np.zeros((len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = row
     if how.offload:
         found = read_offloaded(model, predictor, tokens, lengths, how.plan, **how.prompts)
         made, held = draw_first(*found, tokens, lengths, keys, how=how)

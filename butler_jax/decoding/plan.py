@@ -95,8 +95,8 @@ def make_plan(
         most: The largest budget of any row, in tokens, where it is known to be below that of a full cache.
 
     Raises:
-        ValueError: For thresholds of another model, a predictor of a base of other sizes, units that a mesh would
-            split, a policy that evicts on a mesh, and where jax_enable_x64 is set.
+        ValueError: For a floor without per_layer, thresholds of another model, a predictor of a base of other sizes,
+            units that a mesh would split, a policy that evicts on a mesh, and where jax_enable_x64 is set.
     """
     check_implementation(implementation)
     if jax.config.jax_enable_x64:
@@ -117,6 +117,7 @@ def make_plan(
         return Plan(None, policy, "never", base.kv_heads, 0, implementation)
     if selection.tail > capacity:  # there is no whole span
         selection = replace(selection, tail=0)
+    selection.check_floor(selection.allocation)
     limits_of(selection, base, capacity)
     check_units(capacity, selection.unit)
     if isinstance(policy, Evicting):

@@ -39,15 +39,14 @@ class PromptCache:
         self._length, self._dense = 0, False
         self._ticket: object | None = None
 
-    def take(self, model: Any, predictor: Any, rows: Sequence[Sequence[int]]) -> Kept | None:
-        """Return the caches of the tokens with which the only row begins, and drop them here. None where none are held.
-
-        Raises:
-            ValueError: There are several rows.
-        """
+    def check(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError where there are several rows."""
         if len(rows) != 1:
             raise ValueError(f"a cache is for one prompt, and there are {len(rows)}; leave it out, or give one prompt")
-        state, length, row, border = self._state, self._length, rows[0], model.config.rope.border
+
+    def take(self, model: Any, predictor: Any, row: Sequence[int]) -> Kept | None:
+        """Return the caches of the tokens with which a row begins, and drop them here. None where none are held."""
+        state, length, border = self._state, self._length, model.config.rope.border
         same = all(a is b for a, b in zip(self._owner[:2], (model, predictor), strict=False))
         usable = state is not None and same and self._owner[2] == current_mesh()
         usable = usable and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # of an interrupted step

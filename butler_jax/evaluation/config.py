@@ -171,6 +171,7 @@ class EvalConfig(HostsConfig):
                 f"the allocations of an evaluation are given as allocations={(self.selection.allocation,)}, and their "
                 "tolerances are found for the budgets; leave both out of the selection"
             )
+        self.selection.check_floor(*self.allocations)
         if self.selection.threshold is not None and self.allocations != ("per_head",):
             raise ValueError('thresholds go with the allocation per_head alone; give allocations=("per_head",)')
         for budget, tail in itertools.product(self.budgets, self.tails):

@@ -127,6 +127,13 @@ class SelectionConfig(AlwaysReadConfig):
         if not 0 <= self.floor <= 1:
             raise ValueError(f"the floor is a share (0 ... 1) of a head's budget, got {self.floor}")
 
+    def check_floor(self, *allocations: str) -> None:
+        """Raise ValueError for a floor that none of the allocations uses."""
+        if self.floor and "per_layer" not in allocations:
+            raise ValueError(
+                f"a floor goes with the allocation per_layer, and this is {', '.join(allocations)}; leave out the floor"
+            )
+
     @property
     def rule(self) -> SelectionConfig:
         """The same without budget, thresholds, tolerance and min_context, which jitted code takes as data."""

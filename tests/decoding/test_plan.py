@@ -71,6 +71,11 @@ def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):
     assert isinstance(state, DecodeState) and logits.shape == (1, 61)
 
 
+def test_a_floor_that_nothing_uses_is_a_clear_error(base):
+    with pytest.raises(ValueError, match="a floor goes with the allocation per_layer, and this is per_head"):
+        make_plan(base.config, 64, SelectionConfig(budget=0.5, floor=0.2), make_policy("oracle"))
+
+
 def test_a_predictor_of_another_base_is_a_clear_error(predictor):
     other = dataclasses.replace(BASE, width=2 * BASE.width)
     with pytest.raises(ValueError, match=r"of a base of other sizes: .*'width': .* load its base, or train"):

@@ -57,6 +57,16 @@ def test_a_call_that_still_runs_leaves_a_later_one_alone(base):
     assert found.tokens == butler_jax.generate(base, prompt, max_new_tokens=8, stop=()).tokens
 
 
+def test_two_calls_in_turn_go_on_from_the_same_prompt(base):
+    settings = dict(cache=PromptCache(), capacity=64, stop=(), max_new_tokens=6)
+    alone = butler_jax.generate(base, WORDS[:9], capacity=64, stop=(), max_new_tokens=6)
+    first = butler_jax.generate_stream(base, WORDS[:9], **settings)
+    tokens = [next(first).token]
+    second = butler_jax.generate_stream(base, WORDS[:9], **settings)
+    tokens += [piece.token for piece in first]  # frees what the cache held when the second was made
+    assert [tokens, [piece.token for piece in second]] == alone.tokens * 2
+
+
 @pytest.mark.slow
 def test_dense_turns_keep_prompt_and_answer(base):
     drawn = SamplingConfig(temperature=1.0, repetition_penalty=1.1)

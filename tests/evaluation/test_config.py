@@ -50,6 +50,10 @@ def test_a_quarter_of_a_window_is_its_prompt(given, prompt):
         (dict(prompt_tokens=1024), "--prompt-tokens must be 0 ... 1023"),
         (dict(allocations="by_luck"), "unknown allocation by_luck"),
         (dict(selection=SelectionConfig(allocation="per_layer")), "are given as allocations="),
+        (
+            dict(selection=SelectionConfig(floor=0.2)),
+            "a floor goes with the allocation per_layer, and this is per_head",
+        ),
         (dict(selection=SelectionConfig(threshold=((0.0,),))), "thresholds go with the allocation per_head alone"),
         (dict(selection=SelectionConfig(interval=3)), "chooses every 1, 2, 4, ... 128 rows"),
         (dict(selection=SelectionConfig(interval=4), prompt_tokens=6), "must be a multiple of --interval 4"),
