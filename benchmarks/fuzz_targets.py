@@ -396,7 +396,7 @@ def _run_directory(root: Path) -> Target:
         checkpoints.Checkpoints(directory / "checkpoints", keep=2, about=about) as made,
     ):
         for step in (1, 2):
-            made.save(step, {"module": predictor}, {"taken": step}, {"loss": 1.0 / step})
+            made.save(step, {"module": predictor}, {"taken": step}, 1.0 / step)
         record.update(to=2, ended="finished")
     rows = encoded({"step": 1, "loss": 1.5, "seconds": 0.1}, {"step": 2, "loss": 1.25, "validation_loss": 0.5})
     (directory / "metrics.jsonl").write_bytes(b"\n".join(rows) + b"\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from butler_jax.selection import SelectionConfig, parse_budget
+from butler_jax.storage import require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,7 @@ class BenchConfig:
     """File to write the rows to."""
 
     def __post_init__(self):
-        for name in ("batch", "tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        require_positive(self, "batch", "tokens", "rounds")
         self.selections()
         if not self.lengths():
             raise ValueError("--contexts names no context; give for instance 1024,4096")

@@ -52,7 +52,7 @@ class GenerateConfig:
     """The name of the chat template, where the model has several. Default: the model's default."""
     system: str | None = None
     """What the model is told before a chat. Default: nothing."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = 64
     """The most tokens to generate."""
     dense: bool = False
     """Read everything, whatever the run."""

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Int
 
 from butler_jax.data.sources.passed_over import PassedOver
 from butler_jax.data.sources.pieces import read_pieces
@@ -20,6 +21,11 @@ Batch = dict[str, np.ndarray]
 padding. Positions start at 0 in each document."""
 
 PIECE = 200_000  # characters of a text that are tokenised at a time
+
+
+def as_batch(batch: Batch) -> dict[str, Int[Array, "B T"]]:
+    """The arrays of a batch that a pass takes, as jax arrays."""
+    return {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
 
 
 def pad_rows(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from butler_jax.decoding.generation import Generated, generate
-from butler_jax.storage import require_loaded
+from butler_jax.model import require_loaded
 
 if TYPE_CHECKING:
     from butler_jax.text import Messages

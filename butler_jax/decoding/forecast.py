@@ -94,8 +94,7 @@ class Forecaster:
             return Forecasts()
         walked, block = walk.begin(self.predictor, x, self.context, self.scores.trunk), None
         if self.ahead or self.per_head:
-            features = walked.captured if walked.features is None else walked.features
-            block = zeros_of(lambda: self._score_block(features, jnp.asarray(0)))
+            block = zeros_of(lambda: self._score_block(walked.read, jnp.asarray(0)))
         rows = zeros_of(lambda: self._fetch(jnp.asarray(0), block, jnp.asarray(0))) if self.ahead else None
         return Forecasts(walked, block, rows)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,28 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket, room_for_all
-from butler_jax.decoding.config import SamplingConfig, settle_sampling
+from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
-from butler_jax.decoding.plan import Plan, check_offload, make_plan, plan_step, settle_choice
+from butler_jax.decoding.plan import Plan, plan_step
 from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
 from butler_jax.decoding.prompt_cache import PromptCache
 from butler_jax.decoding.prompt_parts import read_offloaded
 from butler_jax.decoding.sampling import draw_next
-from butler_jax.decoding.score_cache import check_score_dtype
+from butler_jax.decoding.settings import Decoding, settle_decoding
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
-from butler_jax.model import BaseConfig
+from butler_jax.model import BaseConfig, require_loaded
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.storage import require_loaded, whole
-from butler_jax.text import Prompts, Writer, encode, read_stops
+from butler_jax.storage import whole
+from butler_jax.text import Prompts, Stop, Writer, encode, read_stops
 
 if TYPE_CHECKING:
     from butler_jax.weights import Base
-
-TURN = 64  # tokens that run together where a few follow kept ones
 
 
 def generate(
@@ -50,7 +47,7 @@ def generate(
     policy: Policy | str | None = None,
     max_new_tokens: int = 64,
     sampling: SamplingConfig | None = None,
-    stop: Sequence[int | str] | None = None,
+    stop: Stop = None,
     seed: int | Sequence[int] = 0,
     capacity: int | None = None,
     chunk: int = CHUNK,
@@ -127,7 +124,7 @@ def generate_stream(
     policy: Policy | str | None = None,
     max_new_tokens: int = 64,
     sampling: SamplingConfig | None = None,
-    stop: Sequence[int | str] | None = None,
+    stop: Stop = None,
     seed: int | Sequence[int] = 0,
     capacity: int | None = None,
     chunk: int = CHUNK,
@@ -148,26 +145,29 @@ def generate_stream(
         ValueError: As `generate`.
     """
     require_loaded(base, predictor)
-    selection, policy = settle_choice(selection, policy, predictor)
-    max_new_tokens, chunk = whole(max_new_tokens, "max_new_tokens"), whole(chunk, "chunk")
+    max_new_tokens = whole(max_new_tokens, "max_new_tokens")
     capacity = None if capacity is None else whole(capacity, "capacity")
-    check_score_dtype(score_dtype)
     known = base.tokenizer, base.config.vocab_size
     rows = encode(*known, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
-    plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
-    if selection is not None:
-        policy.require_predictor(predictor)
-    if offload:
-        check_offload(plan, capacity)
-        if _crossing(base.config, lengths, max_new_tokens - 1).any():
-            raise ValueError(
-                "a row would grow beyond the original context of longrope, where its cache is computed again, which "
-                "offload does not do; leave offload out, or ask for fewer new tokens"
-            )
-    sampling = settle_sampling(sampling, base.generation)
-    how = Decoding(plan, sampling, capacity, chunk, score_dtype, offload)
+    how = settle_decoding(
+        base,
+        predictor,
+        selection,
+        policy,
+        capacity=capacity,
+        sampling=sampling,
+        chunk=chunk,
+        offload=offload,
+        score_dtype=score_dtype,
+        implementation=implementation,
+    )
+    if offload and _crossing(base.config, lengths, max_new_tokens - 1).any():
+        raise ValueError(
+            "a row would grow beyond the original context of longrope, where its cache is computed again, which "
+            "offload does not do; leave offload out, or ask for fewer new tokens"
+        )
     keys, (ends, stops) = row_keys(seed, len(rows)), read_stops(*known, stop)
     if cache is not None:
         if not isinstance(cache, PromptCache):
@@ -183,40 +183,6 @@ def generate_stream(
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
     steps = _steps(base.model, predictor, (rows, keys), how, max_new_tokens, cache, result)
     return _pieces(steps, writers, ends, max_new_tokens, result)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """What a compiled prefill or step depends on, beside shapes; the fields are as in `generate`."""
-
-    plan: Plan
-    sampling: SamplingConfig
-    capacity: int
-    chunk: int
-    score_dtype: str | None
-    offload: bool = False
-
-    @property
-    def prompts(self) -> dict[str, Any]:
-        """The settings of `run_prompts`."""
-        return dict(capacity=self.capacity, chunk=self.chunk, score_dtype=self.score_dtype)
-
-    def resumes(self, predictor: Predictor | None) -> bool:
-        """Whether a prefill can go on from kept caches.
-
-        A policy that evicts runs the prompt from its first token. The scales of int8 are those of the whole prompt.
-        Caches in host memory are not kept.
-        """
-        if self.offload or self.plan.when == "evicting":
-            return False
-        return predictor is None or self.score_dtype is None
-
-    def after(self, kept: Kept | None, longest: int) -> Decoding:
-        """The same for a prefill that goes on from kept tokens. It has two sizes of chunks, so it compiles twice."""
-        if kept is None:
-            return self
-        few = longest - int(kept.tokens) <= 4 * TURN
-        return dataclasses.replace(self, chunk=min(TURN if few else self.chunk, self.chunk, self.capacity))
 
 
 def row_keys(seed: int | Sequence[int], rows: int) -> jax.Array:
@@ -378,7 +344,7 @@ def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) ->
 def advance(model, predictor, token, keys, held: _Held, *, plan: Plan, sampling: SamplingConfig) -> tuple[_Step, _Held]:
     """One more token for every row."""
     logits, state, found = take_step(model, token, held.state, predictor, plan)
-    share = shares_read(model.config, found.attended.astype(jnp.float32), state.lengths)
+    share = shares_read(model.config, found.attended, state.lengths)
     return _next(logits, state, share, held.seen, keys, sampling)
 
 

@@ -73,7 +73,7 @@ def prefill(
     policy: Policy | None = None,
     chunk: int = CHUNK,
     score_dtype: str | None = None,
-    implementation: str | None = None,
+    attention: str | None = None,
     following: int = 0,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
     """Run prompts densely and keep what decoding needs of them.
@@ -90,7 +90,7 @@ def prefill(
         chunk: Prompts of more tokens run in chunks of so many, as many as the longest row has. Padding beyond the
             longest row costs nothing.
         score_dtype: "int8" keeps k_imp in int8 (score_cache.py); None keeps it as the predictor makes it.
-        implementation: As in `model.causal_attention`, for prompts that run at once.
+        attention: The implementation of `model.causal_attention`, for prompts that run at once.
         following: Tokens that follow each prompt at once. longrope counts them to the row's length.
 
     Returns:
@@ -105,7 +105,7 @@ def prefill(
     check_score_dtype(score_dtype)
     plan = make_plan(model.config, capacity, selection, policy, predictor=predictor)
     fixed = dict(capacity=capacity, chunk=chunk, score_dtype=score_dtype, following=following)
-    return run_prompts(model, tokens, lengths, predictor, plan, implementation=implementation, **fixed)
+    return run_prompts(model, tokens, lengths, predictor, plan, attention=attention, **fixed)
 
 
 def run_prompts(
@@ -118,7 +118,7 @@ def run_prompts(
     capacity: int,
     chunk: int,
     score_dtype: str | None,
-    implementation: str | None = None,
+    attention: str | None = None,
     following: int = 0,
     kept: Kept | None = None,
 ) -> tuple[Float[Array, "B V"], DecodeState]:
@@ -128,10 +128,10 @@ def run_prompts(
     lengths = jnp.asarray(lengths).astype(jnp.int32)
     whole = lengths + following
     if plan.when == "evicting":
-        (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, whole, capacity, plan, implementation)
+        (last, kv, scores), memory = _prefill_evicting(model, tokens, lengths, whole, capacity, plan, attention)
         return logits(model, last), DecodeState(kv, scores, lengths, jnp.zeros((), jnp.int32), memory)
     if kept is None and length <= chunk:
-        filled = _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation)
+        filled = _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, attention)
     else:
         filled = _prefill_in_chunks(model, tokens, lengths, whole, capacity, predictor, chunk, kept)
     return finish(model, filled, lengths, plan, score_dtype)
@@ -170,17 +170,17 @@ def check_sizes(config: BaseConfig, tokens: Any, lengths: Any, capacity: int, ch
     check_tokens(config, tokens, "B T", np.arange(length) < known[:, None], said="a prompt has")
 
 
-def _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, implementation) -> Prefilled:
+def _prefill_at_once(model, tokens, lengths, whole, capacity, predictor, attention) -> Prefilled:
     """One dense pass over whole prompts; `whole` [B] as `length` in rope_angles."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
     x = embed(model, tokens)
-    dense = dense_mixer(model.config, None, implementation)
+    dense = dense_mixer(model.config, None, attention)
     room = capacity - length
 
     def attend_trunk(_, q, k, v):
         cache = tuple(jnp.pad(a, ((0, 0), (0, room), (0, 0), (0, 0))) for a in (k, v))
-        return causal_attention(q, k, v, implementation=implementation), cache
+        return causal_attention(q, k, v, implementation=attention), cache
 
     context = None if predictor is None else predictor.context(positions, whole)
 
@@ -277,9 +277,7 @@ def read_chunk(
     return jnp.where(((at >= 0) & (at < chunk))[:, None], found, last), kv, scores
 
 
-def _prefill_evicting(
-    model, tokens, lengths, whole, capacity, plan: Plan, implementation
-) -> tuple[Prefilled, Eviction]:
+def _prefill_evicting(model, tokens, lengths, whole, capacity, plan: Plan, attention) -> tuple[Prefilled, Eviction]:
     """Prompts under a policy that evicts, and what every layer has kept.
 
     Rows end together: a shorter one begins later, after rows that mean nothing, and keeps nothing of them. Keys and
@@ -291,7 +289,7 @@ def _prefill_evicting(
     columns = jnp.arange(length, dtype=jnp.int32)[None]
     shift = (length - lengths)[:, None]
     rows = Rows(columns - shift, jnp.zeros((batch, length), jnp.int32))
-    dense = dense_mixer(config, None, implementation)
+    dense = dense_mixer(config, None, attention)
 
     def move(x, place):
         return jnp.take_along_axis(x, jnp.clip(place, 0, length - 1)[:, :, None, None], axis=1)

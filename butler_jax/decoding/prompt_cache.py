@@ -35,7 +35,8 @@ class PromptCache:
         """Drop what is held, and its memory."""
         self._state: DecodeState | None = None
         self._owner: tuple[Any, ...] = ()
-        self._tokens: list[Any] = []
+        self._tokens: list[int] = []
+        self._new: list[Any] = []  # tokens [1] that are still on the device
         self._length, self._dense = 0, False
         self._ticket: object | None = None
 
@@ -51,7 +52,7 @@ class PromptCache:
         usable = state is not None and same and self._owner[2] == current_mesh()
         usable = usable and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))  # of an interrupted step
         usable = usable and (border is None or (length > border) == (len(row) > border))
-        held = [int(token) for token in self._tokens] if usable else []
+        held = self._tokens + [int(token[0]) for token in jax.device_get(self._new)] if usable else []
         self.clear()
         pairs = zip(held, row[:-1], strict=False)  # the last token is run for its logits
         count = next((n for n, (old, new) in enumerate(pairs) if old != new), min(len(held), len(row) - 1))
@@ -64,7 +65,7 @@ class PromptCache:
             What `add` takes. It is void once the cache is taken or cleared, or holds another prompt.
         """
         self._owner, self._state, self._dense = (model, predictor, current_mesh()), state, dense
-        self._tokens, self._length, self._ticket = list(tokens), len(tokens), object()
+        self._tokens, self._new, self._length, self._ticket = list(tokens), [], len(tokens), object()
         return self._ticket
 
     def add(self, ticket: object, state: DecodeState, token: Any) -> None:
@@ -73,4 +74,4 @@ class PromptCache:
             return
         self._state, self._length = state, self._length + 1
         if self._dense:
-            self._tokens.append(token[0])
+            self._new.append(token)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket
-from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.prompt_parts import begin_reading, end_reading, read_part
+from butler_jax.decoding.settings import Decoding
 from butler_jax.decoding.slots import ReadRow, read_whole
 from butler_jax.model import BaseModel
 from butler_jax.predictors import Predictor

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from butler_jax.decoding.generated import Piece
+from butler_jax.text import Stop
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class Request:
     prompt: str | Sequence[int]
     max_new_tokens: int = 64
     seed: int | None = None
-    stop: Sequence[int | str] | int | str | None = None
+    stop: Stop = None
     stream: Callable[[Piece], Any] | None = None
     cancelled: bool = field(default=False, init=False)
 

@@ -201,8 +201,7 @@ def empty_scores(predictor: Predictor, model: BaseModel, batch: int, capacity: i
         queries = jnp.zeros((batch, 1, config.heads, config.head_dim), dtype)
         layer = config.served_layers[0]
         view = LayerView(jnp.asarray(layer), weights_of(model, layer), x, queries, keys, keys, keys)
-        features = state.captured if state.features is None else state.features
-        return predictor.k_imp(at(predictor.heads, 0), features, view, context)[:, 0]
+        return predictor.k_imp(at(predictor.heads, 0), state.read, view, context)[:, 0]
 
     shape = jax.eval_shape(key, token)
     k_imp = jnp.zeros((len(layers_scored(config)), *shape.shape, capacity), shape.dtype)

@@ -16,9 +16,10 @@ import numpy as np
 
 from butler_jax.decoding.capacity import room_for_all
 from butler_jax.decoding.generated import Piece
-from butler_jax.decoding.generation import Decoding, row_keys
+from butler_jax.decoding.generation import row_keys
 from butler_jax.decoding.prompt_reader import PromptReader
 from butler_jax.decoding.requests import Completion, Request, request_of
+from butler_jax.decoding.settings import Decoding
 from butler_jax.decoding.slots import admit, advance_slots, make_slots, renew
 from butler_jax.predictors import Predictor
 from butler_jax.storage import whole

@@ -6,17 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from butler_jax.decoding.capacity import bucket
-from butler_jax.decoding.config import SamplingConfig, settle_sampling
-from butler_jax.decoding.generation import Decoding
-from butler_jax.decoding.plan import check_offload, make_plan, settle_choice
+from butler_jax.decoding.config import SamplingConfig
 from butler_jax.decoding.prefill_pass import CHUNK
 from butler_jax.decoding.requests import Completion, Request, request_of
-from butler_jax.decoding.score_cache import check_score_dtype
 from butler_jax.decoding.server import Server
+from butler_jax.decoding.settings import settle_decoding
+from butler_jax.model import require_loaded
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.storage import require_loaded, whole
+from butler_jax.storage import whole
 from butler_jax.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -69,22 +68,24 @@ def serve(
     if isinstance(requests, (str, Request)) or not isinstance(requests, Iterable):
         raise ValueError(f"requests must be a list or another iterable of them, got one {type(requests).__name__}")
     require_loaded(base, predictor)
-    slots, chunk = whole(slots, "slots"), whole(chunk, "chunk")
-    check_score_dtype(score_dtype)
-    selection, policy = settle_choice(selection, policy, predictor)
-    context = base.config.context
+    slots, context = whole(slots, "slots"), base.config.context
     if capacity is None:
         capacity = _room(base, requests) if isinstance(requests, (list, tuple)) else context
     capacity = whole(capacity, "capacity")
     if capacity > context:
         raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
-    plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
-    if selection is not None:
-        policy.require_predictor(predictor)
-    if offload:
-        check_offload(plan, capacity)
-    sampling = settle_sampling(sampling, base.generation)
-    how = Decoding(plan, sampling, capacity, min(chunk, capacity), score_dtype, offload)
+    how = settle_decoding(
+        base,
+        predictor,
+        selection,
+        policy,
+        capacity=capacity,
+        sampling=sampling,
+        chunk=chunk,
+        offload=offload,
+        score_dtype=score_dtype,
+        implementation=implementation,
+    )
     return Server(base, predictor, how, slots).run(iter(requests))
 
 

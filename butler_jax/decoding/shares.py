@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 from butler_jax.model import BaseConfig, sliding_windows
 
 
-def shares_read(config: BaseConfig, attended: Float[Array, "L B K"], lengths: Int[Array, " B"]) -> Float[Array, "2 B"]:
+def shares_read(config: BaseConfig, attended: Int[Array, "L B K"], lengths: Int[Array, " B"]) -> Float[Array, "2 B"]:
     """What each row read: of its tokens in the served layers, and of what dense decoding reads in all layers."""
+    attended = attended.astype(jnp.float32)
     own = jnp.ones(lengths.shape, jnp.float32)  # of a base of one layer, which is not served
     if config.served_layers:
         own = jnp.mean(attended[np.asarray(config.served_layers)], axis=(0, 2)) / lengths.astype(jnp.float32)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from butler_jax.decoding.cache import DecodeState, constrain_state, empty_host_store
-from butler_jax.decoding.generation import Decoding
 from butler_jax.decoding.prefill_pass import run_prompts, stream_dtype
 from butler_jax.decoding.sampling import draw_next
+from butler_jax.decoding.settings import Decoding
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
 from butler_jax.decoding.store import put_row
@@ -135,6 +135,6 @@ def advance_slots(
     lengths = jnp.where(active, slots.state.lengths, 0)
     state = dataclasses.replace(slots.state, lengths=lengths, steps=steps)
     found, state, read = take_step(model, slots.token, state, predictor, how.plan)
-    share = shares_read(model.config, read.attended.astype(jnp.float32), state.lengths)
+    share = shares_read(model.config, read.attended, state.lengths)
     token, seen = draw_next(found, slots.seen, slots.keys, slots.drawn, how.sampling)
     return token, share, Slots(state, token, slots.keys, slots.drawn + 1, seen)

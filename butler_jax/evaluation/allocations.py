@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from butler_jax.evaluation.config import OF_LENGTHS, EvalConfig
 from butler_jax.evaluation.contenders import PREPARED_TOKENS, EvaluatedPolicy
@@ -13,11 +12,12 @@ from butler_jax.evaluation.tasks.texts import read_windows
 from butler_jax.policies import Evicting
 from butler_jax.selection import LIMITED
 from butler_jax.simulation import calibrate_tolerance
+from butler_jax.weights import Base
 
 
 def allocate_policies(
     policies: Sequence[EvaluatedPolicy],
-    base: Any,
+    base: Base,
     config: EvalConfig,
     data: str,
     note: Callable[[str], None],

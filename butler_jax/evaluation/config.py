@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from butler_jax.parallel import HostsConfig
 from butler_jax.selection import Allocation, SelectionConfig, parse_budget
-from butler_jax.storage import expand_home, require_local, settle_types, split_list
+from butler_jax.storage import expand_home, require_local, require_positive, settle_types, split_list
 
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
 
@@ -106,6 +106,30 @@ class EvalConfig(HostsConfig):
         settle_types(self)
         require_local(self)
         expand_home(self, "run", "out")
+        self._settle_lists()
+        if not isinstance(self.selection, SelectionConfig):
+            raise ValueError(f"selection must be a SelectionConfig, got {self.selection!r}")
+        require_positive(self, "tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit")
+        if self.context == 1:
+            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
+        self._settle_prompts()
+        if min(self.lengths) <= 1:
+            raise ValueError(f"--lengths must be at least 2 tokens, got {min(self.lengths)}")
+        if not all(0 <= d <= 1 for d in self.depths):
+            raise ValueError(f"--depths are 0 ... 1, got {self.depths}")
+        wanting = [t for t in self.tasks if t in DOWNSTREAM]
+        if wanting and self.downstream is None:
+            raise ValueError(f"the task {', '.join(wanting)} reads local files: give their directory with --downstream")
+        if not (self.stride is None or (0 < self.stride < self.context and self.text is not None)):
+            raise ValueError(
+                f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}"
+            )
+        if self.tokens == 1:
+            raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
+        self._check_selection()
+
+    def _settle_lists(self) -> None:
+        """Lists as tuples of numbers or names. Raises ValueError where one is empty or has an unknown name."""
         for name in ("tasks", "policies", "budgets", "allocations", "tails", "lengths", "depths"):
             if getattr(self, name) is None:
                 continue
@@ -125,13 +149,9 @@ class EvalConfig(HostsConfig):
         unknown = [a for a in self.allocations if a not in get_args(Allocation)]
         if unknown:
             raise ValueError(f"unknown allocation {', '.join(unknown)}; known: {', '.join(get_args(Allocation))}")
-        if not isinstance(self.selection, SelectionConfig):
-            raise ValueError(f"selection must be a SelectionConfig, got {self.selection!r}")
-        for name in ("tokens", "context", "samples", "batch_size", "attention_rows", "needles", "limit"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.context == 1:
-            raise ValueError(f"--context must be at least 2 tokens, got {self.context}")
+
+    def _settle_prompts(self) -> None:
+        """Fill in prompt_tokens. Raises ValueError where it does not fit the context, the interval or the stride."""
         interval = self.selection.interval
         if self.prompt_tokens is None:
             prompt = 0 if self.stride is not None else self.context // 4 // interval * interval
@@ -149,19 +169,9 @@ class EvalConfig(HostsConfig):
             )
         if self.prompt_tokens and self.stride is not None:
             raise ValueError("--prompt-tokens and --stride both say which tokens are predicted; give one of them")
-        if min(self.lengths) <= 1:
-            raise ValueError(f"--lengths must be at least 2 tokens, got {min(self.lengths)}")
-        if not all(0 <= d <= 1 for d in self.depths):
-            raise ValueError(f"--depths are 0 ... 1, got {self.depths}")
-        wanting = [t for t in self.tasks if t in DOWNSTREAM]
-        if wanting and self.downstream is None:
-            raise ValueError(f"the task {', '.join(wanting)} reads local files: give their directory with --downstream")
-        if not (self.stride is None or (0 < self.stride < self.context and self.text is not None)):
-            raise ValueError(
-                f"--stride must be 1 ... {self.context - 1}, below the context, and needs --text; got {self.stride}"
-            )
-        if self.tokens == 1:
-            raise ValueError(f"--tokens must be at least 2, got {self.tokens}")
+
+    def _check_selection(self) -> None:
+        """Raise ValueError for settings of the selection that the lists replace, or that a budget does not allow."""
         if self.selection.tail:
             raise ValueError(
                 f"the tails of an evaluation are given as tails={(self.selection.tail,)}; leave 0 in the selection"

@@ -18,6 +18,7 @@ from butler_jax.policies import Policy, describe, make_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
+from butler_jax.weights import Base
 
 DEFAULT = ("dense", "oracle", "streaming", "tokenbutler")
 PREPARED_TOKENS = 8192  # of text that a policy is prepared on
@@ -84,7 +85,7 @@ class EvaluatedPolicy(NamedTuple):
 
 
 def collect_policies(
-    base: Any, predictor: Predictor | None, config: EvalConfig, data: str, say: Callable[[str], None]
+    base: Base, predictor: Predictor | None, config: EvalConfig, data: str, say: Callable[[str], None]
 ) -> list[EvaluatedPolicy]:
     """Make and prepare the policies of a configuration.
 
@@ -171,7 +172,7 @@ def _needs_text(policy: Policy) -> bool:
 
 
 def _read_predictors(
-    base: Any, predictor: Predictor | None, config: EvalConfig
+    base: Base, predictor: Predictor | None, config: EvalConfig
 ) -> Iterator[tuple[str, Predictor, dict]]:
     """(suffix of the label, predictor, its training): no suffix for the first, :KIND for those to compare.
 

@@ -35,12 +35,13 @@ from butler_jax.evaluation.progress import CellProgress, Say
 from butler_jax.evaluation.report.report import Report, check_directory
 from butler_jax.evaluation.tasks.base import Task
 from butler_jax.evaluation.tasks.registry import make_tasks
-from butler_jax.model import place_model
+from butler_jax.model import place_model, require_loaded
 from butler_jax.parallel import EVALUATION_RULES, agree, check_batch, gather, make_mesh
 from butler_jax.predictors import Predictor
 from butler_jax.runs import command, run_data, versions
 from butler_jax.selection import SelectionConfig
-from butler_jax.storage import require_loaded, to_dict
+from butler_jax.storage import to_dict
+from butler_jax.weights import Base
 
 
 class PlannedCell(NamedTuple):
@@ -63,21 +64,20 @@ class PlannedCell(NamedTuple):
 
 
 def evaluate(
-    base: Any,
+    base: Base,
     predictor: Predictor | None = None,
     config: EvalConfig | None = None,
     *,
-    data: str | None = None,
     keep: str | Path | None = None,
     say: Say | None = None,
 ) -> Report:
     """Run the tasks of a configuration on a base model.
 
     Args:
+        base: The model, with its tokenizer.
         predictor: Needed by the policy tokenbutler; None reads it from config.run. Without either, the default policies
             leave tokenbutler out.
         config: The configuration; config.policies are names, or policies themselves.
-        data: As config.data.
         keep: The directory of cells.jsonl, where finished cells are kept. A later evaluation measures a cell again only
             where something it depends on has changed, the policies' code and the package's version included. None
             writes nothing.
@@ -100,7 +100,7 @@ def evaluate(
     say = say if say and first else (lambda line: None)
     if keep is not None:
         check_directory(Path(keep).expanduser())
-    data = data or config.data or run_data(config.run)
+    data = config.data or run_data(config.run)
     notes: list[str] = []
 
     def note(line: str) -> None:
@@ -143,7 +143,7 @@ def _on_mesh(config: EvalConfig) -> Iterator[jax.sharding.Mesh | None]:
 
 
 def plan_cells(
-    base: Any, tasks: Sequence[Task], policies: Sequence[EvaluatedPolicy], config: EvalConfig
+    base: Base, tasks: Sequence[Task], policies: Sequence[EvaluatedPolicy], config: EvalConfig
 ) -> list[PlannedCell]:
     """The cells of an evaluation in the order of tasks, policies and budgets."""
     shared = {"base": base.fingerprint, "dtype": str(base.dtype)}
@@ -193,7 +193,7 @@ def _measure_missing(plan: Sequence[PlannedCell], kept: KeptCells, say: Say, *, 
     return {"measured": len(measured), "kept": len(plan) - len(measured)}
 
 
-def _describe(base: Any, policies: Sequence[EvaluatedPolicy], config: EvalConfig, data: str) -> dict[str, Any]:
+def _describe(base: Base, policies: Sequence[EvaluatedPolicy], config: EvalConfig, data: str) -> dict[str, Any]:
     """What a report tells about its evaluation."""
     names = dict.fromkeys(one.policy for one in policies)
     return dict(

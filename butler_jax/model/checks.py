@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
 import numpy as np
 
 from butler_jax.model.config import BaseConfig
+
+
+def require_loaded(base: Any, predictor: Any = None) -> None:
+    """Raise ValueError where a name, a path or anything else stands in the place of a base or a predictor."""
+    for name, value, needed in (("base", base, "model"), ("predictor", predictor, "q_imp")):
+        if isinstance(value, str | os.PathLike):
+            given = os.fspath(value)
+            raise ValueError(f"the {name} is given as {given!r}; load it first: butler_jax.load_{name}({given!r})")
+        if value is not None and not hasattr(value, needed):
+            raise ValueError(f"the {name} must be what butler_jax.load_{name} gives, got a {type(value).__name__}")
 
 
 def require_model(model: Any) -> None:

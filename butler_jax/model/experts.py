@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from butler_jax.model.config import BaseConfig
+from butler_jax.model.layers import gated
 from butler_jax.parallel import map_shards, shard_index, splitting_axes, sum_shards
 
 BLOCK = 128  # rows of a block: enough for a matrix unit, and few are padding
@@ -184,4 +185,4 @@ def activate(config: BaseConfig, gate: Float[Array, "*B I"], up: Float[Array, "*
     """The gated hidden units of an expert."""
     if config.swiglu_limit is not None:
         return limited_swiglu(gate, up, config.swiglu_limit, config.swiglu_alpha)
-    return jax.nn.silu(gate) * up
+    return gated(gate, up, config.activation)

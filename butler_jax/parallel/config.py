@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from butler_jax.storage import require_positive
+
 
 class Host(NamedTuple):
     """Where the first process of a run listens, how many processes there are, and which of them this one is."""
@@ -54,6 +56,4 @@ class HostsConfig:
     def __post_init__(self):
         if self.distributed:
             parse_hosts(self.distributed)
-        for name in ("start_timeout", "host_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1 s, got {getattr(self, name)}")
+        require_positive(self, "start_timeout", "host_timeout")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from butler_jax.data import as_batch
 from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies.scoring import Chunk, Scoring
@@ -49,7 +50,7 @@ class LowRank(Scoring):
             raise ValueError(f"the rank of lowrank must be 1 ... {dim}, the head dimension, got {rank}")
         sums = None
         for batch in batches:
-            part = key_moments(model, {n: jnp.asarray(batch[n]) for n in ("tokens", "segments", "positions")})
+            part = key_moments(model, as_batch(batch))
             sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
         if sums is None:
             raise ValueError("lowrank finds its directions on text: give at least one batch")

@@ -79,6 +79,14 @@ class Chunk(NamedTuple):
         return grouped_sinks(sink_logits(self.weights), self.logits.shape[1])
 
 
+def scaled_products(q: Float[Array, "B K G C R"], k: Float[Array, "B _ S R"]) -> Float[Array, "B K G C S"]:
+    """q . k / sqrt(R) in float32, with keys for each KV head, or for each of the K G query heads."""
+    form = "bkgcd,bksd->bkgcs"
+    if k.shape[1] != q.shape[1]:
+        form, k = "bkgcd,bkgsd->bkgcs", k.reshape(*q.shape[:3], *k.shape[2:])
+    return jnp.einsum(form, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring(Policy):
     """Base class of policies that score. `scores` scores per query head, and `pool` combines them per choosing head."""

@@ -17,9 +17,9 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.numpy import save
 
-from butler_jax.model import name_leaves
+from butler_jax.model import name_leaves, require_loaded
 from butler_jax.parallel import hash_arrays
-from butler_jax.storage import read_object, require_loaded, to_dict, write_whole, writing
+from butler_jax.storage import read_object, to_dict, write_whole, writing
 from butler_jax.weights import Base, parse_hub_id, upload
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -39,6 +39,11 @@ class Walk(NamedTuple):
     features: Any
     cache: Any
 
+    @property
+    def read(self) -> Any:
+        """What the heads of the block read: the features, or the captured stream itself."""
+        return self.captured if self.features is None else self.features
+
 
 class WalkStep(NamedTuple):
     """The predictor at one layer: the head's parameters, the producer's features, the place and the next state."""

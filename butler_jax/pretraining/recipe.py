@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -133,7 +132,7 @@ class HeldOutLosses:
         return {**losses, "validation_loss": sum(losses.values()) / len(losses)}
 
 
-_next_token_loss = partial(jax.jit, static_argnames="implementation")(next_token_loss)
+_next_token_loss = jax.jit(next_token_loss, static_argnames="implementation")
 
 
 def load_or_train_tokenizer(run_dir: Path, config: PretrainConfig) -> Tokenizer:

@@ -147,14 +147,14 @@ class Checkpoints:
                 f"{self.directory.parent} to start again"
             )
 
-    def save(self, step: int, state: Any, data_state: Any, metrics: dict[str, float | None]) -> None:
+    def save(self, step: int, state: Any, data_state: Any, loss: float | None) -> None:
         """Save a checkpoint in the background. A step that is saved already is left alone.
 
         A checkpoint is safe once wait() or the next save() has returned.
 
         Args:
             data_state: State of this process's data iterator, JSON.
-            metrics: Metrics of the step, `loss` among them: None where it was not validated.
+            loss: Of the validation after the step; None without one.
 
         Raises:
             OSError: This save cannot begin, or the one before it failed.
@@ -162,9 +162,9 @@ class Checkpoints:
         if step in self.steps():
             return
         copied = jax.tree.map(jnp.copy, state)  # the next step reuses the memory of the originals
-        self._begin(step, copied, joined(gather(data_state)), metrics)
+        self._begin(step, copied, joined(gather(data_state)), loss)
 
-    def save_beside(self, step: int, state: Any, data_state: Any, metrics: dict[str, float | None]) -> None:
+    def save_beside(self, step: int, state: Any, data_state: Any, loss: float | None) -> None:
         """Save a checkpoint while the devices compute, and return when it is safe on this process's side.
 
         All processes have to call it. It runs no computation on a device, and no collective.
@@ -172,7 +172,7 @@ class Checkpoints:
         Args:
             state: On the host, as `copy_to_host` makes it.
             data_state: State of the data iterators of all processes, joined.
-            metrics: As for save().
+            loss: As for save().
 
         Raises:
             OSError: It cannot be written, or the save before it failed.
@@ -180,12 +180,12 @@ class Checkpoints:
         self.wait(agree=False)
         if step in steps(self.directory):
             return
-        self._begin(step, state, data_state, metrics, active_processes=set(range(jax.process_count())))
+        self._begin(step, state, data_state, loss, active_processes=set(range(jax.process_count())))
         self.wait(agree=False)
 
-    def _begin(self, step: int, state: Any, data_state: Any, metrics: dict[str, Any], **processes: Any) -> None:
+    def _begin(self, step: int, state: Any, data_state: Any, loss: float | None, **processes: Any) -> None:
         """Begin a save of arrays that nobody changes. processes: Orbax's options for several."""
-        about = {**self.about, "step": step, "data": data_state, "metrics": metrics}
+        about = {**self.about, "step": step, "data": data_state, "metrics": {"loss": loss}}
         self._began = time.monotonic()
         options = ocp.options.MultiprocessingOptions(**processes)
         with self._explained(step), ocp.Context(multiprocessing_options=options):

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from butler_jax.runs.directory import LEVELS, RECORDS, holder, read_records
-from butler_jax.runs.finished_checkpoints import METADATA, UNFINISHED, pick_best, steps
+from butler_jax.runs.finished_checkpoints import UNFINISHED, pick_best, read_facts, steps
 from butler_jax.runs.finished_checkpoints import damage as find_damage
 from butler_jax.runs.settings import CONFIG, read_settings
-from butler_jax.storage import deeper, fits, number, open_regular, parse_object, read_object, shown, whole
+from butler_jax.storage import deeper, fits, number, open_regular, parse_object, shown, whole
 
 PARTS = (CONFIG, RECORDS, "metrics.jsonl", "checkpoints")
 
@@ -174,7 +174,7 @@ def _checkpoints(directory: Path) -> Iterator[dict[str, Any]]:
         except (OSError, ValueError, RecursionError) as error:
             damage = [f"it cannot be checked ({error})"]
         try:
-            facts = read_object(path / METADATA)["custom_metadata"]
+            facts = read_facts(path)
             told = facts["metrics"]["loss"]  # None where it was saved without a validation
             loss = None if told is None else number(told, "its loss")
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from butler_jax.model import compare_leaves, name_leaves, place_leaves
+from butler_jax.model import compare_leaves, name_leaves, place_leaves, require_loaded
 from butler_jax.predictors import CONFIG, FORMAT, WEIGHTS, Predictor, PredictorConfig, make_predictor
 from butler_jax.runs.checkpoints import Checkpoints
 from butler_jax.runs.finished_checkpoints import steps
 from butler_jax.runs.settings import find_run, is_pretrained, pin, read_settings, run_base, with_former_defaults
-from butler_jax.storage import file_in, from_dict, require_loaded, shown, to_dict, whole
+from butler_jax.storage import file_in, from_dict, shown, to_dict, whole
 from butler_jax.weights import load_base, open_safetensors
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def save_predictor(path: str | Path, predictor: Predictor, base: Base) -> None:
     if (path / "checkpoints").exists() or is_pretrained(path):
         raise FileExistsError(f"{path} already holds a predictor; choose another directory")
     with Checkpoints(path / "checkpoints", keep=1, about=about(base, predictor.config)) as checkpoints:
-        checkpoints.save(0, {"module": predictor}, None, {"loss": 0.0})
+        checkpoints.save(0, {"module": predictor}, None, 0.0)
 
 
 def about(base: Base, config: PredictorConfig) -> dict:

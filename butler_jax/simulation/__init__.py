@@ -9,8 +9,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "calibration": ["calibrate_thresholds", "calibrate_tolerance"],
+        "checks": ["require_batches"],
         "choice": ["chosen_mask", "sparse_chunk"],
-        "chunks": ["Importance", "importance_walk", "map_chunks", "merge_rows", "require_batches"],
+        "chunks": ["Importance", "importance_walk", "map_chunks", "merge_rows"],
         "prompts": ["ReadPrompts", "read_prompts"],
         "recall": ["LEAST_KEYS", "Recall", "choose_best", "choose_half", "measure_recall"],
         "simulator": ["Simulated", "count_keys", "simulate"],

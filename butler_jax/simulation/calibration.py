@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.data import as_batch
 from butler_jax.model import BaseModel, require_model, sliding_windows
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, parse_budget, weigh_units
+from butler_jax.simulation.checks import require_batches, require_counted, require_list
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import require_batches, require_counted, require_list, sum_chunks
+from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.programs import compiled
 from butler_jax.simulation.simulator import simulate
 from pallas_kernels import BARRED, from_image
@@ -78,7 +80,7 @@ def calibrate_thresholds(
     _require_scores(policy, "thresholds")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     selection = policy.selection(selection)
-    batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
+    batches = [as_batch(batch) for batch in batches]
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
     found = np.full((model.config.layers, policy.choosing_heads(model.config)), int(BARRED))
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
@@ -148,14 +150,9 @@ def calibrate_tolerance(
     if policy is None:
         unvalued = predictor is not None and not predictor.config.counts_values
         policy = TokenButler(error="value" if unvalued and not by_mass else None)
-    policy, means = settle_policy(policy), [parse_budget(mean) for mean in means]
+    policy, means = settle_policy(policy), _parse_means(means, selection.budget)
     if not batches or not means:
         raise ValueError("a tolerance is calibrated on text for means: give at least one batch, and one mean")
-    if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
-        raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {means}")
-    most = selection.budget
-    if above := [mean for mean in means if isinstance(mean, int) == isinstance(most, int) and mean > most]:
-        raise ValueError(f"a mean budget of {above[0]} is above the most a row may read, {most}")
     _require_scores(policy, "a tolerance")
     if (selection.unit != 1 and not by_mass) or selection.neighbours:
         raise ValueError(
@@ -169,7 +166,7 @@ def calibrate_tolerance(
         np.asarray((b["segments"] > 0) & (b["positions"] >= prompt_tokens) & b.get("counted", np.True_))
         for b in batches
     ]
-    batches = [{n: jnp.asarray(b[n]) for n in ("tokens", "segments", "positions")} for b in batches]
+    batches = [as_batch(batch) for batch in batches]
 
     def sums_at(grid):
         """Keys read at every tolerance, [batches, N], and the keys held and the rows of each batch.
@@ -217,6 +214,16 @@ def calibrate_tolerance(
         wanted = np.interp(value, fine, own_of_sample)
         found.append(_correct(value, wanted, np.interp(value, values, slopes), read_at, corrections))
     return [dataclasses.replace(selection, tolerance=float(np.exp(value))) for value in found]
+
+
+def _parse_means(means: Sequence[float | int | str], most: float | int) -> list[float | int]:
+    """Mean budgets as numbers. Raises ValueError for one out of range, or above the most that a row may read."""
+    means = [parse_budget(mean) for mean in means]
+    if any(not (mean > 0 and (isinstance(mean, int) or mean <= 1)) for mean in means):
+        raise ValueError(f"mean budgets must be above 0, and fractions at most 1, got {means}")
+    if above := [mean for mean in means if isinstance(mean, int) == isinstance(most, int) and mean > most]:
+        raise ValueError(f"a mean budget of {above[0]} is above the most a row may read, {most}")
+    return means
 
 
 def _require_scores(policy: Policy, what: str) -> None:

@@ -5,7 +5,7 @@ The predictor's q_imp and k_imp come from `importance_walk`, layer by layer duri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from butler_jax.model import (
     split_groups,
     split_keys,
 )
-from butler_jax.policies import Chunk
+from butler_jax.policies import Chunk, scaled_products
 from butler_jax.predictors import Predictor, walk, zeros_of
 from butler_jax.selection import Rows
 from butler_jax.simulation.prompts import ReadPrompts, attend_last
@@ -75,7 +75,7 @@ def map_chunks(
     """
     length = view.q.shape[1]
     size, before = min(CHUNK, length), segments.shape[1] - length
-    kv_heads, group = view.k.shape[2], view.q.shape[2] // view.k.shape[2]
+    kv_heads = view.k.shape[2]
     view = split_view(view)
 
     def pad(a):
@@ -94,20 +94,12 @@ def map_chunks(
         offset = None if offset is None else split_rows(offset[..., None], kv_heads, size)
         importance = split_rows(q_imp, kv_heads, size), keys_of(k_imp), offset
 
-    def scores(rows, columns):
-        """Scaled products of rows with keys per KV head or, where there are H of them, per query head."""
-        batch, width = rows.shape[0], rows.shape[-1]
-        form = "bkgcd,bksd->bkgcs"
-        if columns.shape[1] != kv_heads:
-            form, columns = "bkgcd,bkgsd->bkgcs", columns.reshape(batch, kv_heads, group, -1, width)
-        return split_scores(jnp.einsum(form, rows, columns, preferred_element_type=jnp.float32) * width**-0.5)
-
     def one(band, number):
         first = band.first_key(number, size)
         q, k = queries[number], band.take(keys, first, 2)
         predicted = offset = None
         if importance is not None:
-            predicted = scores(importance[0][number], band.take(importance[1], first, 2))
+            predicted = split_scores(scaled_products(importance[0][number], band.take(importance[1], first, 2)))
             if importance[2] is not None:
                 offset = importance[2][number]
         row = before + number * size
@@ -120,7 +112,7 @@ def map_chunks(
             q=q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype),
             k=k,
             v=band.take(values, first, 2),
-            logits=soft_cap(scores(q, k), view.softcap),
+            logits=soft_cap(split_scores(scaled_products(q, k)), view.softcap),
             predicted=predicted,
             offset=offset,
             rows=Rows(own, start),
@@ -175,27 +167,6 @@ def spread(length: int, rows: int | None, first: int = 0) -> list[int]:
 def spread_rows(length: int, rows: int | None, first: int = 0) -> Bool[np.ndarray, " T"]:
     """The rows of a sequence that lie in the chunks of `spread`."""
     return np.isin(np.arange(length) // min(CHUNK, length), spread(length, rows, first))
-
-
-def require_list(**values: Any) -> None:
-    """Raise ValueError where one number or name stands in the place of a list."""
-    for name, value in values.items():
-        if isinstance(value, int | float | str):
-            raise ValueError(f"{name} must be a list, got {value!r}; write [{value!r}]")
-
-
-def require_batches(batches: Sequence[dict[str, np.ndarray]]) -> None:
-    """Raise ValueError for one batch in the place of a list, or an iterator, which may be endless."""
-    if not isinstance(batches, Sequence):
-        raise ValueError(f"batches must be a list of batches such as [batch], got a {type(batches).__name__}")
-
-
-def require_counted(rows: np.ndarray, prompt_tokens: int) -> None:
-    """Raise ValueError where no row counts."""
-    if not np.any(rows):
-        raise ValueError(
-            f"no row is left after prompts of {prompt_tokens} tokens; give longer texts, or a smaller prompt_tokens"
-        )
 
 
 def importance_walk(

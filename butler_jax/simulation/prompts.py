@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from butler_jax.data import as_batch
 from butler_jax.model import (
     BaseConfig,
     BaseModel,
@@ -101,7 +102,7 @@ def read_prompts(
     Raises:
         ValueError: `tokens` is out of range.
     """
-    batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
+    batch = as_batch(batch)
     if not 1 <= tokens < batch["tokens"].shape[1]:
         raise ValueError(f"prompts are 1 ... {batch['tokens'].shape[1] - 1} tokens of these sequences, got {tokens}")
     return _read(model, predictor, batch, tokens=tokens, implementation=implementation)

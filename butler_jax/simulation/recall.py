@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.data import as_batch
 from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, masked_softmax, require_model, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import LIMITED, Limits, SelectionConfig, budget_table, select_best, tied_share
+from butler_jax.simulation.checks import require_batches, require_counted, require_list
 from butler_jax.simulation.choice import chosen_mask
-from butler_jax.simulation.chunks import require_batches, require_counted, require_list, spread_rows, sum_chunks
+from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.distances import count_bins, mean_distances, sum_by_distance
 from butler_jax.simulation.eviction import evicted_sums
 from butler_jax.simulation.programs import compiled
@@ -154,8 +156,7 @@ def measure_recall(
     scoring = tuple(p for p in policies if isinstance(p, Scoring))
     groups = [scoring] * bool(scoring) + [(p,) for p in policies if p not in scoring]
     parts: list[list[RecallSums]] = [[] for _ in groups]
-    for batch in batches:
-        batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
+    for batch in map(as_batch, batches):
         for group, found in zip(groups, parts, strict=True):
             tables = jnp.asarray(np.stack([tables_of(policy, batch["tokens"].shape[1]) for policy in group]))
             if group is not scoring:
@@ -211,14 +212,8 @@ def _sum_scoring(
     options: RecallOptions,
 ) -> RecallSums:
     """The sums of one dense pass. tables: `budget_table` of every policy and budget."""
-    look = partial(
-        _sum_chunk,
-        counted=_counted(batch, options),
-        predictor=predictor,
-        policies=policies,
-        tables=tables,
-        options=options,
-    )
+    fixed = dict(predictor=predictor, policies=policies, tables=tables, options=options)
+    look = partial(_sum_chunk, counted=_counted(batch, options), **fixed)
     how = dict(implementation=options.implementation, score_dtype=options.score_dtype)
     how |= dict(rows=options.rows, first=options.prompt_tokens)
     found = sum_chunks(model, predictor, batch, look, **how)

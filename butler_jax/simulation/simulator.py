@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from butler_jax.data import as_batch
 from butler_jax.model import (
     BaseConfig,
     BaseModel,
@@ -72,7 +73,7 @@ def simulate(
     model: BaseModel,
     batch: dict[str, Int[Array, "B S"]],
     policy: Policy | str,
-    config: SelectionConfig | None,
+    selection: SelectionConfig | None,
     predictor: Predictor | None = None,
     *,
     prompts: Int[Array, " B"] | None = None,
@@ -92,7 +93,7 @@ def simulate(
         read: What `read_prompts` kept of the first tokens of the batch. Only the T rows after these run, and `wanted`,
             `reference` and the results are theirs alone. The batch holds all tokens.
         policy: The policy that ranks or evicts the keys, or its name.
-        config: Budget, sinks, recent tokens and units; None under a policy that reads everything.
+        selection: Budget, sinks, recent tokens and units; None under a policy that reads everything.
         predictor: Needed by policies with `needs_predictor`.
         prompts: How many first tokens of every document of a sequence are a prompt. Their rows read everything, as in a
             prefill. None: no token.
@@ -114,19 +115,19 @@ def simulate(
     if prompts is not None and np.shape(prompts) != (rows,):
         raise ValueError(f"prompts must be one number for each of the {rows} rows, got shape {np.shape(prompts)}")
     policy = settle_policy(policy)
-    if config is None and not policy.reads_everything:
+    if selection is None and not policy.reads_everything:
         raise ValueError(f"the policy {policy.name} needs a selection; give one, as in SelectionConfig(budget=0.25)")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     check_tokens(model.config, batch["tokens"], "B T", batch["segments"])
-    batch = {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
-    config = policy.selection(config)
+    batch = as_batch(batch)
+    selection = policy.selection(selection)
     if read is not None:
-        read.check(policy, predictor, 1 if config is None else config.interval)
+        read.check(policy, predictor, 1 if selection is None else selection.interval)
     limits = None
-    if config is not None:
-        limits = limits_of(config, model.config, length)
+    if selection is not None:
+        limits = limits_of(selection, model.config, length)
         limits = limits._replace(prompts=None if prompts is None else jnp.asarray(prompts, jnp.int32))
-    how = dict(policy=policy, rule=config and config.rule, score_dtype=score_dtype, implementation=implementation)
+    how = dict(policy=policy, rule=selection and selection.rule, score_dtype=score_dtype, implementation=implementation)
     return _simulate(model, predictor, batch, limits, wanted, reference, read, **how)
 
 

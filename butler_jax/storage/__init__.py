@@ -14,8 +14,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "settings": [
             "expand_home",
             "from_dict",
-            "require_loaded",
             "require_local",
+            "require_positive",
             "settle_types",
             "split_list",
             "to_dict",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +17,9 @@ ADDRESS = r"(?:^|[:,])((gs|s3|az|abfs|hdfs|memory):/+[^,]*)"
 
 
 def require_local(config) -> None:
-    """Raise ValueError where a setting is the address of a bucket. Only data_dir may be one.
+    """Raise ValueError where a setting is the address of a bucket.
 
+    data_dir may be one. prompt, stop and system are texts, not paths.
     A Path has lost a slash: gs://bucket/runs has become gs:/bucket/runs.
     """
     for entry in dataclasses.fields(config):
@@ -96,14 +96,11 @@ def expand_home(config, *names: str) -> None:
         object.__setattr__(config, name, None if value is None else Path(value).expanduser())
 
 
-def require_loaded(base=None, predictor=None) -> None:
-    """Raise ValueError where a name, a path or anything else stands in the place of a base or a predictor."""
-    for name, value, needed in (("base", base, "model"), ("predictor", predictor, "q_imp")):
-        if isinstance(value, str | os.PathLike):
-            given = os.fspath(value)
-            raise ValueError(f"the {name} is given as {given!r}; load it first: butler_jax.load_{name}({given!r})")
-        if value is not None and not hasattr(value, needed):
-            raise ValueError(f"the {name} must be what butler_jax.load_{name} gives, got a {type(value).__name__}")
+def require_positive(config, *names: str) -> None:
+    """Raise ValueError where a setting is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
 
 
 def split_list(values) -> tuple:

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "chat_template": ["ChatTemplate", "ChatTemplateError", "Messages", "read_templates"],
-        "prompts": ["Prompts", "Writer", "encode", "encode_prompt", "read_stops"],
+        "prompts": ["Prompts", "Stop", "Writer", "encode", "encode_prompt", "read_stops"],
         "tokenizer": ["Tokenizer", "named_errors", "train_bpe"],
     },
 )

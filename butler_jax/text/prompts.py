@@ -63,15 +63,16 @@ def encode_prompt(tokenizer: Tokenizer | None, vocab_size: int, prompt: Any, nam
     return row
 
 
-def read_stops(
-    tokenizer: Tokenizer | None, vocab_size: int, stop: Sequence[int | str] | int | str | None
-) -> tuple[set[int], tuple[str, ...]]:
+Stop = Sequence[int | str] | int | str | None
+"""Token ids and texts, or one of them, that end a row beside the tokenizer's ends. None: these ends alone. An empty
+list: nothing ends a row."""
+
+
+def read_stops(tokenizer: Tokenizer | None, vocab_size: int, stop: Stop) -> tuple[set[int], tuple[str, ...]]:
     """The token ids, and the texts, that end a row.
 
     Args:
-        stop: Token ids and texts, or one of them, that end a row beside the tokenizer's ends. None: these ends alone.
-            An empty list: nothing ends a row. A text that spells a special token is that token, since decoded text does
-            not show it.
+        stop: A text that spells a special token is that token, since decoded text does not show it.
 
     Raises:
         ValueError: An id is out of range, a text is empty, or there is no tokenizer for a text.

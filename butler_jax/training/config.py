@@ -10,7 +10,7 @@ from typing import Literal
 from butler_jax.parallel import HostsConfig
 from butler_jax.predictors import PredictorConfig
 from butler_jax.selection import AlwaysReadConfig, SelectionConfig, parse_budget
-from butler_jax.storage import expand_home, require_local, settle_types
+from butler_jax.storage import expand_home, require_local, require_positive, settle_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,8 @@ class FitConfig(HostsConfig):
         settle_types(self)
         require_local(self)
         expand_home(self, "run_dir")
-        positive = ("steps", "length", "batch_size", "accumulate", "checkpoint_every", "keep", "grace", "log_every")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        require_positive(self, "steps", "length", "batch_size", "accumulate")
+        require_positive(self, "checkpoint_every", "keep", "grace", "log_every")
         if self.length == 1:
             raise ValueError(f"--length must be at least 2 tokens, got {self.length}")
         if self.eval_every < 0:
@@ -143,8 +141,7 @@ class TrainConfig(FitConfig):
                 raise ValueError(f"--chosen runs with --attention xla, not {self.attention}; leave one of them out")
         if self.reach and self.reach < self.length:
             raise ValueError(f"--reach must be 0, or at least --length {self.length}, got {self.reach}")
-        if self.calibration <= 0:
-            raise ValueError(f"--calibration must be at least 1, got {self.calibration}")
+        require_positive(self, "calibration")
         sinks, recent = self.selection.sinks, self.selection.recent
         if sinks + recent >= self.length:
             raise ValueError(

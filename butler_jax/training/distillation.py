@@ -19,7 +19,7 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from butler_jax.data import parse_spec, read_batches, read_held_out
-from butler_jax.model import BaseModel, check_length, forward, place_model
+from butler_jax.data import Batch, parse_spec, read_batches, read_held_out
+from butler_jax.model import BaseModel, check_length, forward, place_model, require_loaded
 from butler_jax.parallel import agree, gather, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
 from butler_jax.runs import about, claim, load_predictor, read_facts, steps, stored_config
 from butler_jax.simulation import require_batches
-from butler_jax.storage import require_loaded
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.losses import require_products
@@ -210,7 +209,7 @@ def distil_step(config: TrainConfig) -> tuple[Callable[..., Any], optax.Gradient
 
 
 def init_predictor(
-    base: Base, config: PredictorConfig | None = None, *, batches: list[dict] = (), seed: int = 0
+    base: Base, config: PredictorConfig | None = None, *, batches: Sequence[Batch] = (), seed: int = 0
 ) -> Predictor:
     """The predictor that a training run starts from.
 
@@ -221,7 +220,7 @@ def init_predictor(
         seed: Of the random parameters of the other kinds.
 
     Raises:
-        ValueError: The config is no PredictorConfig, batches is no list, or the lookahead predictor has no batches.
+        ValueError: The config is no PredictorConfig, batches is no sequence, or the lookahead predictor has no batches.
     """
     require_loaded(base)
     require_batches(batches)

@@ -267,7 +267,7 @@ class Loop:
         tell(f"{self.requests.key}/passed", number)  # a process that would leave an earlier step takes part instead
         self.metrics.sync()
         if number > self.saved:
-            self.checkpoints.save(number, self.state, place, {"loss": loss})
+            self.checkpoints.save(number, self.state, place, loss)
             self.saved = number
         self.requests.saving = self.checkpoints.seconds
 
@@ -331,7 +331,7 @@ class Loop:
             self.checkpoints.wait(agree=False)
         else:
             places = exchange(f"{key}/place", place, until)
-            self.checkpoints.save_beside(step, copy_to_host(state), joined(places), {"loss": None})
+            self.checkpoints.save_beside(step, copy_to_host(state), joined(places), None)
         self.conclude(step)
         self.record.write()
         self.metrics.close()

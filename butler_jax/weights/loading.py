@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,8 +185,13 @@ def _samples(array: jax.Array) -> np.ndarray:
     count = min(SAMPLES, array.size)
     flat = np.arange(count, dtype=np.int64) * array.size // count
     at = tuple(i.astype(np.int32) for i in np.unravel_index(flat, array.shape))
-    take = jax.jit(lambda x, at: x[at].astype(jnp.bfloat16), out_shardings=_everywhere(array))
-    return np.asarray(take(array, at)).view("<u2")
+    return np.asarray(_sampler(_everywhere(array))(array, at)).view("<u2")
+
+
+@functools.cache
+def _sampler(sharding: jax.sharding.Sharding | None) -> Callable[..., jax.Array]:
+    """A function that takes values of an array as bfloat16. It compiles once for each shape."""
+    return jax.jit(lambda x, at: x[at].astype(jnp.bfloat16), out_shardings=sharding)
 
 
 def _everywhere(array: jax.Array) -> jax.sharding.Sharding | None:

@@ -1,7 +1,7 @@
 """Speed of sparse decode attention compared with dense: a table, a JSON file and a plot.
 
     python -m pallas_kernels.bench --shape llama8b --context 32768,131072 --budget 1/16 --batch 1 --interval 1,8
-    python -m pallas_kernels.bench --h200        # everything a GPU with 100 GB can show in 8 minutes
+    python -m pallas_kernels.bench --h200        # everything a GPU with 100 GB can show in 7 minutes
     python -m pallas_kernels.bench --model h200  # a model of the time on a chip that need not be there
 
 A row measures the decode attention of one layer. `seconds` is the mean time of a step over an interval, in which one

@@ -171,7 +171,7 @@ def test_zeros(fails, option):
         (["train", "--distributed", "a:1,2,2"], "'a:1,2,2': 2 is none of the 2 processes; they are 0 ... 1"),
         (["train", "--distributed", "a:1,0,0"], "'a:1,0,0': the number of processes must be at least 1"),
         (["train", "--distributed", "a:99999,2,0"], "99999 is no port; ports are 1 ... 65535"),
-        (["train", "--host-timeout", "0"], "--host-timeout must be at least 1 s, got 0"),
+        (["train", "--host-timeout", "0"], "--host-timeout must be at least 1, got 0"),
     ],
 )
 def test_settings_that_cannot_be(fails, arguments, message):

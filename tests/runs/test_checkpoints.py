@@ -73,7 +73,7 @@ def test_many_saves_leave_no_thread_and_no_open_file_behind(tmp_path):
     held = []
     with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         for step in range(1, 9):
-            checkpoints.save(step, {"module": {"w": jnp.ones(3)}}, None, {"loss": 1 / step})
+            checkpoints.save(step, {"module": {"w": jnp.ones(3)}}, None, 1 / step)
             checkpoints.wait()
             files = Path("/proc/self/fd")
             held.append((threading.active_count(), len(list(files.iterdir())) if files.is_dir() else 0))
@@ -85,14 +85,14 @@ def test_a_checkpoint_that_promises_more_than_a_training_leaves_is_not_read(tmp_
     about = {"base": "mine", "fingerprint": "aaaa", "predictor": to_dict(predictor.config)}
     count = sum(leaf.size for leaf in jax.tree.leaves(predictor))
     with Checkpoints(tmp_path / "checkpoints", keep=1, about=about) as checkpoints:
-        checkpoints.save(1, {"module": predictor, "more": jnp.zeros(4 * count)}, None, {"loss": 0.0})
+        checkpoints.save(1, {"module": predictor, "more": jnp.zeros(4 * count)}, None, 0.0)
     with pytest.raises(ValueError, match=rf"holds {5 * count} values with a predictor of {count}, more than any"):
         load_predictor(tmp_path, BASE)
 
 
 def test_a_checkpoint_that_names_no_base_or_predictor_is_told(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", keep=1, about={"fingerprint": "aaaa"}) as checkpoints:
-        checkpoints.save(1, {"module": random_predictor("producer")}, None, {"loss": 0.0})
+        checkpoints.save(1, {"module": random_predictor("producer")}, None, 0.0)
     with pytest.raises(ValueError, match="do not say which base and predictor they are of"):
         load_predictor(tmp_path, BASE)
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_names_no_base_or_predictor_is_told(tmp_path):
 def test_a_run_does_not_go_on_with_another_base(tmp_path):
     state = {"module": random_predictor("producer")}
     with Checkpoints(tmp_path / "run", keep=1, about={"base": "mine", "fingerprint": "aaaa"}) as checkpoints:
-        checkpoints.save(1, state, None, {"loss": 0.0})
+        checkpoints.save(1, state, None, 0.0)
     with (
         Checkpoints(tmp_path / "run", keep=1, about={"base": "other", "fingerprint": "bbbb"}) as checkpoints,
         pytest.raises(ValueError, match=r"belongs to base 'mine' .fingerprint aaaa., not to 'other' .bbbb."),
@@ -163,7 +163,7 @@ def test_the_best_is_loaded_unless_a_step_is_named(tmp_path):
     predictors = [random_predictor("producer", seed=seed) for seed in range(3)]
     with Checkpoints(tmp_path / "checkpoints", keep=5, about=about(predictors[0])) as checkpoints:
         for step, (predictor, loss) in enumerate(zip(predictors, (3.0, 1.0, 2.0), strict=True), 1):
-            checkpoints.save(step, {"module": predictor, "step": jnp.asarray(step)}, {"place": step}, {"loss": loss})
+            checkpoints.save(step, {"module": predictor, "step": jnp.asarray(step)}, {"place": step}, loss)
         assert (checkpoints.best(), checkpoints.latest()) == (2, 3)
 
     def query(predictor):
@@ -178,7 +178,7 @@ def test_a_training_may_remove_what_is_being_read(tmp_path, monkeypatch, moment)
     predictors = [random_predictor("producer", seed=seed) for seed in range(2)]
     with Checkpoints(tmp_path / "checkpoints", keep=5, about=about(predictors[0])) as checkpoints:
         for step, predictor in enumerate(predictors):
-            checkpoints.save(step, {"module": predictor}, None, {"loss": step})
+            checkpoints.save(step, {"module": predictor}, None, step)
 
     real = getattr(Checkpoints, moment)
 
@@ -211,7 +211,7 @@ def test_state_and_place_in_the_data_come_back_exactly(tmp_path):
     predictor = random_predictor("lookahead")
     state = {"module": predictor, "moments": (jnp.asarray([1.5, -2.0]), jnp.asarray([3], jnp.int32))}
     with Checkpoints(tmp_path / "checkpoints", keep=2, about=about(predictor)) as checkpoints:
-        checkpoints.save(4, state, {"place": [1, {"deep": "text"}]}, {"loss": 1.0})
+        checkpoints.save(4, state, {"place": [1, {"deep": "text"}]}, 1.0)
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         empty = jax.tree.map(jnp.zeros_like, state)
         found, place = checkpoints.restore(4, empty)

@@ -200,7 +200,7 @@ def test_a_damaged_predictor_is_refused_naming_the_whole_ones(tmp_path):
     predictors = [saved.random_predictor("producer", seed=seed) for seed in range(3)]
     with Checkpoints(tmp_path / "checkpoints", keep=5, about=saved.about(predictors[0])) as made:
         for step, loss in enumerate((3.0, 1.0, 2.0)):
-            made.save(step, {"module": predictors[step]}, None, {"loss": loss})
+            made.save(step, {"module": predictors[step]}, None, loss)
     best = tmp_path / "checkpoints" / "1"
     shutil.copytree(best, tmp_path / "good")
     words = (

@@ -66,7 +66,7 @@ def key_value(
         stem = line[: line.index(" {answer}")].format(value=value, key=key)
         questions.append((f"What is the {value} of {key}? {stem}", answer))
     others = (said(*pair()) for _ in iter(int, 1))
-    return _fill(tokenizer, f"Every name has a {value}.", lines, others, questions, length, least=1)
+    return _fill(tokenizer, f"Every name has a {value}.", lines, others, questions, length)
 
 
 def variables(
@@ -104,7 +104,7 @@ def variables(
         asked = [(f"Which number does {names[-1]} hold? {names[-1]} =", number)]
     else:
         asked = [(f"Which variables hold {number}? They are", ", ".join(names))]
-    return _fill(tokenizer, "Every variable holds a number.", lines, others, asked, length, least=1)
+    return _fill(tokenizer, "Every variable holds a number.", lines, others, asked, length)
 
 
 def _fill(
@@ -114,12 +114,11 @@ def _fill(
     others: Iterator[Line],
     asked: Asked,
     length: int,
-    least: int,
 ) -> AskedSample:
-    """The sample with as many of the other lines as fit; at least `least` of them."""
+    """The sample with as many of the other lines as fit, at least one."""
     if length > MOST:
         raise ValueError(f"{length} tokens are beyond {MOST}, where numbers of six digits run out; give fewer")
-    others = list(islice(others, max(length // _LEAST_LINE, least)))
+    others = list(islice(others, max(length // _LEAST_LINE, 1)))
 
     def put(number: int) -> tuple[str, list[Span]]:
         body = "\n".join(line for _, line in sorted([*lines, *others[:number]]))
@@ -133,10 +132,10 @@ def _fill(
     def size(number: int) -> int:
         return len(tokenizer.encode(put(number)[0]))
 
-    shortest = size(least)
+    shortest = size(1)
     if length < shortest:
         raise ValueError(f"{length} tokens are too short for this sample; give at least {shortest}")
-    text, spans = put(max(find_largest(size, len(others), length), least))
+    text, spans = put(max(find_largest(size, len(others), length), 1))
     tokens, mask = asked_tokens(tokenizer, text, spans)
     return AskedSample(text=text, spans=tuple(spans), tokens=tuple(tokens), asked=tuple(mask))
 

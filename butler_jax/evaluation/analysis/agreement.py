@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, of_served, see_rows, softmax
+from butler_jax.data import Batch, as_batch
+from butler_jax.evaluation.analysis.rows import by_heads, last_rows, of_served, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import Chunk, Evicting, Policy, TokenButler
 from butler_jax.predictors import Predictor
@@ -90,21 +91,21 @@ def measure_head_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) ->
     return np.asarray(_head_agreement(model, *_prepare(model, batch, rows)))
 
 
-def measure_step_agreement(model: BaseModel, batch: Batch, *, steps: int = 50) -> Float[np.ndarray, "L C C"]:
-    """Measure the divergence between the attention of every two of the last `steps` rows, C.
+def measure_step_agreement(model: BaseModel, batch: Batch, *, rows: int = 50) -> Float[np.ndarray, "L C C"]:
+    """Measure the divergence between the attention of every two of the last C rows.
 
     It is taken over the keys that all of these rows see (the cache before step 0), where each row's attention is scaled
     to a sum of 1, and averaged over query heads and sequences.
 
     Raises:
-        ValueError: As `measure_head_agreement` does, and where the model's sliding window is shorter than the steps.
+        ValueError: As `measure_head_agreement` does, and where the model's sliding window is shorter than the rows.
     """
-    _check_sliding_window(model, steps)
-    return of_served(model.config, np.asarray(_step_agreement(model, *_prepare(model, batch, steps))), axis=0)
+    _check_sliding_window(model, rows)
+    return of_served(model.config, np.asarray(_step_agreement(model, *_prepare(model, batch, rows))), axis=0)
 
 
 def measure_overlap(
-    model: BaseModel, predictor: Predictor | None, batch: Batch, *, steps: int = 50, fraction: float = 0.1
+    model: BaseModel, predictor: Predictor | None, batch: Batch, *, rows: int = 50, fraction: float = 0.1
 ) -> Overlap:
     """Measure how much of the top `fraction` of the keys at step 0 is in the top `fraction` at later steps, C in all.
 
@@ -114,11 +115,9 @@ def measure_overlap(
     Raises:
         ValueError: As `measure_step_agreement` does, and for a fraction that is not between 0 and 1.
     """
-    if not (0 < fraction < 1):
-        raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
-    _check_sliding_window(model, steps)
-    batch, rows = _prepare(model, batch, steps)
-    true, predicted = _overlap(model, predictor, batch, rows, _sizes(batch, fraction))
+    _check_sliding_window(model, rows)
+    batch, columns = _prepare(model, batch, rows)
+    true, predicted = _overlap(model, predictor, batch, columns, _sizes(batch, fraction))
     return Overlap(*(None if a is None else of_served(model.config, by_heads(a)) for a in (true, predicted)))
 
 
@@ -142,8 +141,6 @@ def measure_drift(
     TokenButler().require_predictor(predictor)
     if distance <= 0:
         raise ValueError(f"the distance must be at least 1 row, got {distance}")
-    if not (0 < fraction < 1):
-        raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
     _check_sliding_window(model, distance + 1)
     batch, columns = _prepare(model, batch, rows + distance)
     found = _drift(model, predictor, batch, columns, _sizes(batch, fraction), distance=distance)
@@ -230,7 +227,9 @@ def _check_sliding_window(model: BaseModel, rows: int) -> None:
 
 
 def _sizes(batch: dict[str, Array], fraction: float) -> Int[Array, " S"]:
-    """ceil(fraction * n), for n = 0 ... T."""
+    """ceil(fraction * n), for n = 0 ... T. Raises ValueError for a fraction that is not between 0 and 1."""
+    if not (0 < fraction < 1):
+        raise ValueError(f"the fraction must be between 0 and 1, got {fraction}")
     return jnp.asarray(budget_table(SelectionConfig(budget=fraction, sinks=0, recent=1), batch["tokens"].shape[1]))
 
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from butler_jax.evaluation.analysis.rows import Batch, as_batch, by_heads, last_rows, of_served, see_rows, softmax
+from butler_jax.data import Batch, as_batch
+from butler_jax.evaluation.analysis.rows import by_heads, last_rows, of_served, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
 from butler_jax.policies import OracleResidual
 from butler_jax.selection import select_best

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from butler_jax.data import Batch, as_batch
 from butler_jax.evaluation.analysis.agreement import check_policy, choose_selection
-from butler_jax.evaluation.analysis.rows import Batch, as_batch, row_chunk, softmax
+from butler_jax.evaluation.analysis.rows import row_chunk, softmax
 from butler_jax.model import (
     BaseModel,
     by_sliding_window,

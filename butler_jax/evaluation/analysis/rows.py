@@ -27,7 +27,7 @@ from butler_jax.model import (
     run_layers,
     soft_cap,
 )
-from butler_jax.policies import Chunk
+from butler_jax.policies import Chunk, scaled_products
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Rows
 from butler_jax.simulation import LEAST_KEYS, Importance, importance_walk
@@ -70,19 +70,12 @@ def last_rows(batch: Batch, count: int) -> Int[np.ndarray, "B C"]:
     return np.stack(found).astype(np.int32)
 
 
-def as_batch(batch: Batch) -> dict[str, Int[Array, "B T"]]:
-    """The arrays of a batch that a pass takes, as jax arrays."""
-    return {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
-
-
 def see_rows(
     model: BaseModel,
     predictor: Predictor | None,
     batch: dict[str, Int[Array, "B T"]],
     rows: Int[Array, "B C"],
     look: Callable[[Chunk], Any],
-    *,
-    implementation: str | None = None,
 ) -> Any:
     """Call look(chunk) in every layer of a dense pass, and stack the results [L, ...]. To be called in jitted code.
 
@@ -91,8 +84,8 @@ def see_rows(
     """
     base, segments = model.config, batch["segments"]
     x = embed(model, batch["tokens"])
-    dense = dense_mixer(base, segments, implementation)
-    begun, step = importance_walk(predictor, x, batch, implementation=implementation)
+    dense = dense_mixer(base, segments, None)
+    begun, step = importance_walk(predictor, x, batch)
 
     def mixer(state, view):
         state, importance = step(state, view)
@@ -120,11 +113,7 @@ def row_chunk(
         return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]), 1, 3)
 
     def scores(q, k):
-        """Scaled products [B, K, G, C, S]; k: [B, T, K or H, width]."""
-        form, k = "bkgcd,bksd->bkgcs", jnp.moveaxis(k, 1, 2)
-        if k.shape[1] != kv_heads:
-            form, k = "bkgcd,bkgsd->bkgcs", k.reshape(k.shape[0], kv_heads, -1, *k.shape[2:])
-        return jnp.einsum(form, q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        return scaled_products(q, jnp.moveaxis(k, 1, 2))
 
     q = queries(view.q)
     predicted = offset = None

@@ -9,10 +9,18 @@ from functools import partial
 from numbers import Integral
 from typing import Any, Literal
 
-from butler_jax.evaluation.report.shares import DASH, READ, TableColumn, find_shares, is_finite, is_mixed, name_served
+from butler_jax.evaluation.report.shares import (
+    DASH,
+    READ,
+    Row,
+    TableColumn,
+    find_shares,
+    is_finite,
+    is_mixed,
+    name_served,
+)
 from butler_jax.policies import POLICIES, Policy
 
-Row = Mapping[str, Any]
 MINUS = "\u2212"
 
 TASKS = {

@@ -104,7 +104,7 @@ def count_answers(
     passes: Passes,
     batches: Sequence[Batch],
     policy: Policy,
-    config: SelectionConfig,
+    selection: SelectionConfig,
     predictor: Predictor | None = None,
 ) -> Answers:
     """Count the right answers on batches of `batch_answers` under a policy and a budget. Compiles once per length."""
@@ -112,7 +112,7 @@ def count_answers(
     for batch in batches:
         asked, real = batch["asked"], batch["segments"] > 0
         wanted = np.pad(asked[:, 1:], ((0, 0), (0, 1)))
-        found = passes(batch, policy, config, predictor, wanted=wanted)
+        found = passes(batch, policy, selection, predictor, wanted=wanted)
         limited = wanted if passes.prompted else real
         guessed = np.pad(found.greedy[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         good = (guessed == batch["tokens"]) & asked

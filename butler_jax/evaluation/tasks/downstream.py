@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,6 @@ def run_harness(
     task: str,
     limit: int | None = None,
     batch_size: int = 8,
-    progress: bool = False,
     passes: Passes | None = None,
 ) -> HarnessScores:
     """Run a task of `make_local_tasks`; every position attends its own choice.
@@ -71,8 +70,8 @@ def run_harness(
 
     from butler_jax.evaluation.tasks.harness import ButlerLM
 
-    with _quieten(progress):
-        model = ButlerLM(base, policy, selection, predictor, batch_size=batch_size, progress=progress, passes=passes)
+    with _quieten():
+        model = ButlerLM(base, policy, selection, predictor, batch_size=batch_size, passes=passes)
         tasks = make_local_tasks(directory, [task])
         found = evaluate(model, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     samples = found["samples"][f"{task}_local"]
@@ -133,13 +132,13 @@ def _estimate_metric(samples: list[dict], name: str) -> Estimate:
 
 
 @contextmanager
-def _quieten(progress: bool) -> Iterator[None]:
-    """Hide the harness's notes on its own configuration, and its bars where `progress` is false."""
+def _quieten() -> Iterator[None]:
+    """Hide the harness's notes on its own configuration, and its bars."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with nullcontext() if progress else redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

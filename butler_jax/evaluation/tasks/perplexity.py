@@ -95,7 +95,7 @@ def measure_perplexity(
     model: BaseModel,
     batches: Sequence[Batch],
     policy: Policy,
-    config: SelectionConfig,
+    selection: SelectionConfig,
     predictor: Predictor | None = None,
     *,
     prompt_tokens: int = 0,
@@ -136,7 +136,7 @@ def measure_perplexity(
         prompts = jnp.full(len(counted), prompt_tokens, jnp.int32) if prompt_tokens else None
         reference = None if references is None else references[number]
         result = simulate(
-            model, batch, policy, config, predictor, prompts=prompts, wanted=wanted, reference=reference, **options
+            model, batch, policy, selection, predictor, prompts=prompts, wanted=wanted, reference=reference, **options
         )
         every = jnp.ones((model.config.layers, *counted.shape))
         held, served = count_keys(model.config, jnp.asarray(batch["segments"]), every, model.config.kv_heads)

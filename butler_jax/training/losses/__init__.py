@@ -1,6 +1,7 @@
 """The two distillation losses, exact over all the pairs they are about, without a T x T matrix.
 
-Both compare the scores of a predictor with the logits of a frozen attention layer, one file each.
+Both compare the scores of a predictor with the logits of a frozen attention layer: `cross_entropy.py` and
+`squared_error.py`. The other modules are their passes, targets and kernels.
 """
 
 import lazy_loader

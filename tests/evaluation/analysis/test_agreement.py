@@ -86,7 +86,7 @@ def test_head_agreement_is_the_mean_divergence_of_pairs_of_heads(model, batch, s
 
 
 def test_step_agreement_is_over_the_keys_that_all_steps_see(model, batch, seen):
-    found = measure_step_agreement(model, batch, steps=6)
+    found = measure_step_agreement(model, batch, rows=6)
     assert found.shape == (3, 6, 6)
     for layer, a, b in ((0, 0, 5), (1, 2, 3), (2, 4, 1)):
         wanted = []
@@ -100,7 +100,7 @@ def test_step_agreement_is_over_the_keys_that_all_steps_see(model, batch, seen):
 
 
 def test_overlap_is_that_of_the_best_tenth_of_what_was_cached(model, batch, predictor, seen):
-    found = measure_overlap(model, predictor, batch, steps=8)
+    found = measure_overlap(model, predictor, batch, rows=8)
     assert found.true.shape == found.predicted.shape == (2, 3, 4, 8)
     np.testing.assert_array_equal(found.true[..., 0], 1)
     np.testing.assert_array_equal(found.predicted[:, 1:, :, 0], 1)
@@ -121,19 +121,19 @@ def test_overlap_is_that_of_the_best_tenth_of_what_was_cached(model, batch, pred
     each = found.true[:, 1:].mean((1, 2))
     np.testing.assert_allclose(mean, each.mean(0), rtol=1e-6)  # the same mean in another order
     np.testing.assert_allclose(error, np.abs(each[0] - each[1]) / 2, atol=1e-7)  # of two values
-    assert measure_overlap(model, None, batch, steps=8).predicted is None
+    assert measure_overlap(model, None, batch, rows=8).predicted is None
 
 
 def test_a_sliding_window_leaves_the_keys_in_common():
     model = make_model(dataclasses.replace(BASE, sliding_window=40))
     batch = make_batch([[60]], 60)
-    found = measure_overlap(model, None, batch, steps=6)
+    found = measure_overlap(model, None, batch, rows=6)
     _, _, weights = naive(model, batch["tokens"][0], lambda layer, head, t, true: true, 1.0, sliding=40)
     for head in range(4):
         best = [top(weights[2][head, t][5 - n : 40 - n], 4) for n, t in enumerate(range(54, 60))]  # columns 20 ... 54
         np.testing.assert_allclose(found.true[0, 2, head], [len(best[0] & b) / 4 for b in best], **SETS)
     with pytest.raises(ValueError, match="sliding window is 40 tokens: 20 rows"):
-        measure_step_agreement(model, batch, steps=20)
+        measure_step_agreement(model, batch, rows=20)
 
 
 def test_drift_is_measured_from_the_row_before(model, batch, predictor, seen):
@@ -206,7 +206,7 @@ def test_what_cannot_be_measured_is_said(model, batch):
     with pytest.raises(ValueError, match="20 rows need a document of at least 51 tokens"):
         measure_head_agreement(model, batch, rows=20)
     with pytest.raises(ValueError, match="fraction must be between 0 and 1"):
-        measure_overlap(model, None, batch, steps=4, fraction=1.5)
+        measure_overlap(model, None, batch, rows=4, fraction=1.5)
     with pytest.raises(ValueError, match="needs a trained predictor"):
         measure_drift(model, None, batch, rows=4)
     with pytest.raises(ValueError, match="h2o evicts"):
