@@ -245,7 +245,7 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     Args:
         k_imp: float [..., R, S]. Unwritten places of a cache must be finite. Zeros do not change the scale.
         scales: float [...] of an earlier call, to append new tokens to a cache; larger values saturate. None maps the
-            largest magnitude to 127.
+            largest magnitude to 127, and that of a head of zeros alone to 1.
 
     Returns:
         int8 [..., R, S] and float32 [...].
@@ -259,7 +259,8 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     heads = k_imp.shape[:-2]
     values = k_imp.astype(jnp.float32)
     if scales is None:
-        scales = jnp.max(jnp.abs(values), axis=(-2, -1), initial=0.0) / 127.0
+        largest = jnp.max(jnp.abs(values), axis=(-2, -1), initial=0.0)
+        scales = jnp.where(largest > 0, largest, 1.0) / 127.0
     checks.check_vector("scales", scales, (heads,), "f")
     scales = scales.astype(jnp.float32)
     divisor = jnp.where(scales > 0, scales, 1.0)[..., None, None]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, xla
 from pallas_kernels.arithmetic import finite_or_zero
+from pallas_kernels.checks import check_number
 from pallas_kernels.reference import LOWEST
 
 
@@ -20,9 +21,10 @@ def as_arrays(*values):
 
 def factor_of(scale: float | None, queries: jax.Array) -> float:
     """The factor on products with queries [..., D] or [..., R]: that given, or the default."""
-    if isinstance(scale, jax.core.Tracer):
-        raise ValueError(f"scale must be a number that is known when the call is traced, got {scale}")
-    return queries.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return queries.shape[-1] ** -0.5
+    check_number("scale", scale)
+    return float(scale)
 
 
 def normalises(pooling: str, q_imp: jax.Array, offset: jax.Array | None = None) -> bool:

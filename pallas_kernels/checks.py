@@ -44,10 +44,17 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
     """The implementation to run; None takes the platform's kernel where the arguments suit it, and "xla" otherwise.
 
     Raises:
-        ValueError: The name is unknown, or the kernel is another platform's.
+        ValueError: The name is unknown, the kernel is another platform's, or jax_enable_x64 is set for a kernel.
     """
     check_implementation(implementation)
     platform = current_platform()
+    if jax.config.jax_enable_x64 and (
+        implementation in ("tpu", "gpu") or (implementation is None and platform != "cpu")
+    ):
+        raise ValueError(
+            "the kernels count in 32 bits: leave jax_enable_x64 off, call them under jax.enable_x64(False), or use "
+            'implementation="xla"'
+        )
     if implementation is None:
         if platform == "tpu":
             return "tpu" if tpu_can else "xla"
@@ -66,13 +73,23 @@ def choose_capped(implementation: str | None, softcap: float) -> str:
     Raises:
         ValueError: The cap is not above 0, or the implementation is a kernel, which has none.
     """
-    if not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be above 0 and finite, got {softcap}; None leaves the logits as they are")
+    check_number("softcap", softcap)
+    if not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}; None leaves the logits as they are")
     if implementation in ("tpu", "gpu"):
         raise ValueError(
             f'implementation "{implementation}" has no soft cap of logits, and softcap is {softcap}; use "xla" or None'
         )
     return implementation or "xla"
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is one finite number that is known when the call is traced."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a number that is known when the call is traced, got {value}")
+    one = np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.number)
+    if not one or not np.isfinite(float(value)):
+        raise ValueError(f"{name} must be one finite number, got {value!r}")
 
 
 def check_unit(unit: int) -> None:
@@ -244,6 +261,8 @@ def check_counts(n, size, unit, sinks, recent) -> None:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < 0:
             raise ValueError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        if value >= 2**30:
+            raise ValueError(f"{name} must be below 2**30, got {value!r}")
 
 
 def check_attention(q, k, v, indices, valid, unit, new_k, new_v, lengths, first, layer) -> None:

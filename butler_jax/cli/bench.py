@@ -39,6 +39,8 @@ def _bench(config: BenchConfig) -> int:
             print(f"{context} tokens are beyond the model's context of {base.config.context}: left out", flush=True)
             continue
         rows += measure(config, base, predictor, peer, context)
+    if not rows:
+        raise ValueError("no context is left to measure; give shorter --contexts")
     about = {
         "base": base.name,
         "device": f"{jax.default_backend()} {jax.devices()[0].device_kind}",

@@ -25,11 +25,21 @@ def read(kind: type, arguments: list[str], program: str) -> Any:
     the fields of a nested configuration that have flags (default: all).
 
     Raises:
-        ValueError: The configuration's own checks refuse a value.
+        ValueError: A list is given by two options of the same name, or the configuration's own checks refuse a value.
         SystemExit: An option is unknown, or its value has the wrong type; a message is printed.
     """
+    hints, given = get_type_hints(kind), [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    for flag in (flag_of(one) for one in dataclasses.fields(kind) if "tuple" in str(hints[one.name])):
+        if given.count(flag) > 1:
+            raise ValueError(f"{flag} is given twice, and only the last would count; give one list, as in {flag} A B")
     values = tyro.cli(_unchecked(kind), args=arguments, prog=program, config=(tyro.conf.OmitArgPrefixes,))
     return _checked(kind, values)
+
+
+def options_of(arguments: list[str]) -> set[str]:
+    """The names of the options on a command line, as fields are named."""
+    options = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
 def flag_of(field: dataclasses.Field) -> str | None:

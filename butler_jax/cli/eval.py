@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from butler_jax.cli.command_line import interrupts_end, read, run
+from butler_jax.cli.command_line import interrupts_end, options_of, read, run
 from butler_jax.evaluation import EvalConfig
 
 
 def main(arguments: list[str]) -> int:
     """Run one evaluation; returns the exit status."""
-    return run(lambda: _evaluate(read(EvalConfig, arguments, "butler-jax eval")))
+    return run(lambda: _evaluate(read(EvalConfig, arguments, "butler-jax eval"), options_of(arguments)))
 
 
-def _evaluate(config: EvalConfig) -> int:
-    """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host prints."""
+def _evaluate(config: EvalConfig, given: set[str]) -> int:
+    """Evaluate, show the tables, write the report. Ctrl-C loses only the cells under way. The first host prints.
+
+    given: the names of the options on the command line.
+    """
+    config.check_given(given)
     if config.run is None and config.base is None:
         raise ValueError(
             "nothing to evaluate: give --run DIR (a run of butler-jax train), or --base SPEC for a base model alone"

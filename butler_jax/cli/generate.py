@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from butler_jax.cli.command_line import interrupts_end, read, run
+from butler_jax.cli.command_line import interrupts_end, options_of, read, run
 from butler_jax.decoding import SAMPLING_FILES, SamplingConfig, read_sampling
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import require_local
@@ -96,21 +96,28 @@ class GenerateConfig:
             raise ValueError("--template names a chat template; give --chat too, or leave it out")
         if self.system is not None and not self.chat:
             raise ValueError("--system is for a conversation; give --chat too, or write it into the prompt")
-        policy = self.make_policy()
-        if not self.dense:
-            policy.require_predictor(self.run)
+        if self.dense and self.policy not in (None, "dense"):
+            raise ValueError(f"--dense reads everything, and --policy {self.policy} chooses; give one of them")
+        self.make_policy().require_predictor(self.run)
 
     def make_policy(self) -> Policy:
         """The policy. Raises ValueError for an unknown one."""
         from butler_jax.policies import make_policy
 
-        name = self.policy or ("dense" if self.run is None else "tokenbutler")
+        name = self.policy or ("dense" if self.dense or self.run is None else "tokenbutler")
         return make_policy(name, defaults={"pooling": self.pooling} if name.split(":")[0] == "tokenbutler" else {})
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether a step reads everything."""
-        return self.dense or self.make_policy().reads_everything
+    def check_given(self, given: set[str]) -> None:
+        """Raise ValueError for options on the command line that do nothing under the policy; given: their names."""
+        policy = self.make_policy()
+        named = {"score_dtype", "pooling"} & given if not policy.needs_predictor else set()
+        needed = "a predictor, which --run gives"
+        if policy.reads_everything:
+            named |= {field.name for field in fields(SelectionConfig)} & given
+            needed = "a policy that chooses; give --run or --policy"
+        if named:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(named))
+            raise ValueError(f"the policy is {policy.name}, and {flags} needs {needed}; or leave it out")
 
     @property
     def is_typed(self) -> bool:
@@ -154,12 +161,6 @@ def main(arguments: list[str]) -> int:
         return run(lambda: _generate(read(GenerateConfig, arguments, "butler-jax generate"), options_of(arguments)))
 
 
-def options_of(arguments: list[str]) -> set[str]:
-    """The names of the options on a command line, as fields are named."""
-    options = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
-    return {option.removeprefix("--").replace("-", "_") for option in options}
-
-
 def _generate(config: GenerateConfig, given: set[str]) -> int:
     """Load, generate and print. given: the names of the options on the command line."""
     import jax
@@ -168,14 +169,16 @@ def _generate(config: GenerateConfig, given: set[str]) -> int:
     from butler_jax.parallel import make_mesh, place, shardings_for
     from butler_jax.runs import load_predictor, load_run_base, run_data
 
-    prompts, selection = config.read_prompts(), None if config.is_dense else config.selection
+    config.check_given(given)
+    prompts, policy = config.read_prompts(), config.make_policy()
+    selection = None if policy.reads_everything else config.selection
     mesh = make_mesh(config.mesh or "data=1")
     shardings = shardings_for(mesh) if config.mesh else None
     base = load_run_base(config.run, config.base, dtype=config.dtype, shardings=shardings)
     tokenizer = base.require_tokenizer()
     if config.chat:
         tokenizer.require_chat_template().source(config.template)
-    policy, predictor = config.make_policy(), None
+    predictor = None
     if selection is not None:
         (policy,) = prepare_policies([policy], base, run_data(config.run), data_dir=config.data_dir)
         predictor = load_predictor(config.run, base) if policy.needs_predictor else None

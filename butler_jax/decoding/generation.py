@@ -88,8 +88,10 @@ def generate(
 
     Raises:
         ValueError: A prompt is empty, an id is out of range, prompt and new tokens fit neither the capacity nor the
-            context, or there is a cache for several prompts.
+            context, there is a cache for several prompts, or stream is no function.
     """
+    if not (stream is None or callable(stream)):
+        raise ValueError(f"stream is a function of each piece, got {stream!r}; generate_stream gives the pieces")
     result = Generated()
     pieces = generate_stream(
         base,

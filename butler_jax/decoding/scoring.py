@@ -19,7 +19,7 @@ from butler_jax.decoding.plan import Plan
 from butler_jax.decoding.score_cache import ScoreCache, layers_scored, place_scored
 from butler_jax.model import BaseConfig, BaseModel, LayerView, soft_cap, weights_of
 from butler_jax.parallel import by_rows_and_heads, token_axis
-from butler_jax.policies import Chunk
+from butler_jax.policies import Chunk, scaled_products
 from butler_jax.predictors import Predictor, at, schedule, walk
 from butler_jax.selection import Rows
 from pallas_kernels import contested_range, importance_scores, importance_totals
@@ -171,7 +171,6 @@ def chunk_of(
         allowed &= columns[None] >= first[:, None]
     if predicted is not None:
         predicted = predicted.reshape(batch, kv_heads, heads // kv_heads, 1, size)
-    logits = jnp.einsum("bkgcd,bksd->bkgcs", q, k, preferred_element_type=jnp.float32) * dim**-0.5
     return Chunk(
         layer=view.index,
         weights=view.weights,
@@ -179,7 +178,7 @@ def chunk_of(
         q=q * jnp.asarray(dim**-0.5, q.dtype),
         k=k,
         v=v,
-        logits=soft_cap(logits, view.softcap),
+        logits=soft_cap(scaled_products(q, k), view.softcap),
         predicted=predicted,
         offset=None if offset is None else offset.reshape(batch, kv_heads, -1, 1, 1),
         rows=Rows(cached[:, None], jnp.zeros_like(cached)[:, None]),

@@ -15,6 +15,18 @@ from butler_jax.storage import expand_home, require_local, require_positive, set
 DOWNSTREAM = ("lambada", "piqa", "winogrande", "arc_easy")
 
 OF_LENGTHS = ("needle", "key_value", "variables")  # tasks whose samples have the --lengths
+READ_BY = {
+    "downstream": DOWNSTREAM,
+    "limit": DOWNSTREAM,
+    "lengths": OF_LENGTHS,
+    "depths": ("needle",),
+    "needles": ("needle",),
+    "samples": ("coreference", "key_value", "variables"),
+    "stride": ("perplexity",),
+    "attention_rows": ("attention",),
+}
+"""The options that some tasks alone read."""
+
 TASKS = ("perplexity", "attention", "coreference", *OF_LENGTHS, *DOWNSTREAM)
 
 
@@ -186,6 +198,15 @@ class EvalConfig(HostsConfig):
             raise ValueError('thresholds go with the allocation per_head alone; give allocations=("per_head",)')
         for budget, tail in itertools.product(self.budgets, self.tails):
             self.selection_at(budget, tail)
+
+    def check_given(self, given: set[str]) -> None:
+        """Raise ValueError for an option that was given and that none of the tasks reads; given: names of fields."""
+        for name, readers in READ_BY.items():
+            if name in given and not set(readers) & set(self.tasks):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for the tasks {', '.join(readers)}, and --tasks names "
+                    f"{', '.join(self.tasks)}; leave it out, or add a task"
+                )
 
     def selection_at(self, budget: float | int, tail: int = 0) -> SelectionConfig:
         """The selection with one of the budgets and tails."""

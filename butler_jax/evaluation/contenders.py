@@ -97,12 +97,15 @@ def collect_policies(
         say: Receives a line where something is left out.
 
     Raises:
-        ValueError: A policy is unknown, has the label of another, or was asked for and lacks its predictor.
+        ValueError: A policy is unknown, has the label of another, or was asked for and lacks its predictor. Or runs are
+            compared, and no policy needs a predictor.
     """
     given, defaults = config.policies or DEFAULT, {"seed": config.seed}
     policies = [p if isinstance(p, Policy) else make_policy(p, defaults) for p in given]
     policies = [policy.row_by_row() for policy in policies]  # rows after a prompt, or all rows, are limited one by one
     needing = [p for p in policies if p.needs_predictor]
+    if config.compare and not needing:
+        raise ValueError("--compare is about predictors, and no policy of --policies needs one; add tokenbutler")
     predictors = list(_read_predictors(base, predictor, config)) if needing else []
     hashes = [hash_arrays(one) for _, one, _ in predictors]
     if needing and not predictors:

@@ -118,6 +118,8 @@ def evaluate(
         if not plan:
             note("nothing is measured: the tasks take none of the policies under these allocations and tails")
         kept = KeptCells(Path(keep) if keep is not None and first else None)
+        if others := len(kept.cells.keys() - {cell.key for cell in plan}):
+            say(f"{others} finished cells of other settings stay in {keep}; the report is of these settings alone")
         counts = _measure_missing(plan, kept, say, hosts=jax.process_count() if mesh is None else 1)
     report = Report(about={**_describe(base, policies, config, data), "notes": notes, "cells": counts})
     for planned in plan:

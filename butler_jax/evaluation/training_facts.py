@@ -37,13 +37,14 @@ def read_training(run: str | Path, step: int | None) -> dict[str, Any]:
 
     Returns:
         Run, step, SETTINGS as config.json has them, tokens_a_step (length times batch_size); command, directory and git
-        of the last start in run.json.
+        of the last start in run.json that took a step.
     """
     try:
         config = read_object(Path(run) / "config.json")
     except (OSError, ValueError):
         config = {}
-    last = (records(Path(run)) or [{}])[-1]
+    starts = [start for start in records(Path(run)) if (start.get("to") or 0) > (start.get("from") or 0)]
+    last = starts[-1] if starts else {}
     found = {"run": str(run), "step": step, **{name: config.get(name) for name in SETTINGS}}
     length, rows = config.get("length"), config.get("batch_size")
     if isinstance(length, int) and isinstance(rows, int):

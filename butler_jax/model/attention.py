@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model.layers import soft_cap
@@ -64,7 +65,7 @@ def causal_attention(
     Raises:
         ValueError: The shapes do not fit, or the named implementation is unknown or cannot take these inputs.
     """
-    check_shapes(q, k, v, segments, sliding_window)
+    check_shapes(q, k, v, segments, sliding_window, softcap, sink_logits)
     if key_segments is None:
         key_segments = segments
     elif segments is None or key_segments.shape != segments.shape:
@@ -121,18 +122,24 @@ def cudnn_head_dim() -> int:
     return 256 if float(capability) >= 9 else 128
 
 
-def check_shapes(q, k, v, segments, sliding_window) -> None:
-    """Raise ValueError unless q, k, v, segments and sliding_window fit `causal_attention`."""
+def check_shapes(q, k, v, segments, sliding_window, softcap=None, sink_logits=None) -> None:
+    """Raise ValueError unless these fit `causal_attention`."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k and v must be [B, T, heads, dim]; got {q.shape}, {k.shape}, {v.shape}")
     if k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape} differ in batch, length, KV heads or width")
+    if 0 in q.shape[:2]:
+        raise ValueError(f"q, k and v hold no tokens: q is {q.shape}; give at least one row and one token")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} KV heads; use a multiple")
     if segments is not None and segments.shape != q.shape[:2]:
         raise ValueError(f"segments must be [B, T] = {q.shape[:2]}, got {segments.shape}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1 (the token itself), got {sliding_window}")
+    if sliding_window is not None and not (isinstance(sliding_window, (int, np.integer)) and sliding_window >= 1):
+        raise ValueError(f"sliding_window must be a whole number, at least 1 (the token itself), got {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}; None leaves the logits as they are")
+    if sink_logits is not None and sink_logits.shape != q.shape[2:3]:
+        raise ValueError(f"sink_logits must be one for each of the {q.shape[2]} query heads, got {sink_logits.shape}")
 
 
 # --- XLA: chunks of query rows, keys in bands -----------------------------------------------------

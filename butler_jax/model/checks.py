@@ -28,7 +28,9 @@ def require_model(model: Any) -> None:
 
 
 def check_length(config: BaseConfig, length: int) -> None:
-    """Raise ValueError where a length in tokens exceeds the model's context."""
+    """Raise ValueError where a length in tokens is 0, or exceeds the model's context."""
+    if length < 1:
+        raise ValueError("there are no tokens; give at least one")
     if length > config.context:
         raise ValueError(
             f"length {length} is beyond the model's context of {config.context} tokens; use at most {config.context}"

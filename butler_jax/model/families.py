@@ -28,6 +28,7 @@ class Family:
             use_sliding_window is set too), "typed" (all, or those that layer_types names) or "switched" (as
             use_sliding_window, layer_types and max_window_layers say).
         full_every: In a typed family without layer_types, every so many layers one does not slide; None: all slide.
+        patterned: sliding_window_pattern takes the place of full_every.
         sliding_theta: The base of the wavelengths in sliding layers, where they have a rotary embedding of their own:
             a number, or "rope_theta" for the base of the other layers. None: they have the embedding of the others.
         unrotated_every: Without no_rope_layers, every so many layers one has no rotary embedding; None: all have one.
@@ -53,6 +54,7 @@ class Family:
     fused: bool = False
     sliding: str = "never"
     full_every: int | None = None
+    patterned: bool = False
     sliding_theta: float | str | None = None
     unrotated_every: int | None = None
     rotary_share: bool = False
@@ -186,6 +188,7 @@ FAMILIES: dict[str, Family] = {
         soft_caps=("final_logit_softcapping",),
         qk_norm=True,
         full_every=6,
+        patterned=True,
         sliding_theta=10000.0,
         defaults={
             **GEMMA_SIZES,

@@ -149,18 +149,16 @@ def _sliding(
 ) -> tuple[int | None, tuple[bool, ...]]:
     """BaseConfig's sliding_window and sliding_layers."""
     sliding_window, kinds = values.get("sliding_window"), _layer_types(family, values)
-    if family.sliding == "never" or sliding_window is None:
-        return None, ()
-    if family.sliding in ("switched", "enabled") and not values.get("use_sliding_window", False):
-        if family.unrotated_every is not None and SLIDING in kinds:
-            raise ValueError(
-                f"layer_types names {SLIDING}, but use_sliding_window is not set: set it, or name {FULL} alone"
-            )
+    if kinds and len(kinds) != layers:
+        raise ValueError(f"layer_types names {len(kinds)} layers, and num_hidden_layers is {layers}: correct one")
+    switch = family.sliding in ("switched", "enabled")
+    if family.sliding == "never" or sliding_window is None or (switch and not values.get("use_sliding_window", False)):
+        if SLIDING in kinds:
+            key = "sliding_window" if sliding_window is None else "use_sliding_window"
+            raise ValueError(f"layer_types names {SLIDING}, but {key} is not set: set it, or name {FULL} alone")
         return None, ()
     sliding_window = whole(sliding_window, "sliding_window")
     if kinds and family.sliding not in ("always", "enabled"):
-        if len(kinds) != layers:
-            raise ValueError(f"layer_types names {len(kinds)} layers, and num_hidden_layers is {layers}: correct one")
         slides = tuple(kind == SLIDING for kind in kinds)
     elif family.full_every is not None:
         every = whole(values.get("sliding_window_pattern") or family.full_every, "sliding_window_pattern")

@@ -164,12 +164,14 @@ def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def neutral_values(family: Family) -> Mapping[str, tuple[Any, ...]]:
-    """KEYS as they are for a family: True leaves a norm or a bias of queries and keys that it has as it is."""
+    """KEYS as they are for a family: a value that says what the family has anyway changes nothing."""
     found = dict(KEYS)
     if family.qk_norm:
         found |= dict.fromkeys(("use_qk_norm", "qk_norm"), (True,))
     if family.qkv_bias:
         found |= dict.fromkeys(("use_qkv_bias", "qkv_bias"), (True,))
+    if family.full_every is not None:
+        found |= {"sliding_window_pattern": (family.full_every,)}
     return found
 
 
@@ -181,7 +183,7 @@ def honoured(family: Family) -> tuple[str, ...]:
     found += family.soft_caps
     if family.multipliers:
         found += ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"]
-    if family.full_every is not None:
+    if family.patterned:
         found += ["sliding_window_pattern"]
     if family.sliding_theta is not None:
         found += ["rope_local_base_freq"]

@@ -108,10 +108,26 @@ class Scoring(Policy):
         return mean_over_group(estimate_weights(self.scores(chunk), chunk.allowed, chunk.sink_logits))
 
     def __call__(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
-        """What selection compares: the pooled scores, or under top_p the logarithms of estimated weights."""
+        """What selection compares: the pooled scores, or under top_p the logarithms of estimated weights.
+
+        Raises ValueError for scores of another shape than `scores` and `pool` name.
+        """
+        batch, kv_heads, group, rows, keys = chunk.logits.shape
         if chunk.allocation == "top_p":
-            return self.log_weights(chunk)
-        return self.pool(self.scores(chunk), chunk)
+            found = self.log_weights(chunk)
+        else:
+            scores = self.scores(chunk)
+            self._require_shape(scores, *((batch, kv_heads, size, rows, keys) for size in (group, 1)))
+            found = self.pool(scores, chunk)
+        self._require_shape(found, *((batch, heads, rows, keys) for heads in (kv_heads, kv_heads * group)))
+        return found
+
+    def _require_shape(self, scores: Array, *shapes: tuple[int, ...]) -> None:
+        """Raise ValueError where scores have none of these shapes."""
+        if scores.shape not in shapes:
+            pooled = "pooled " if len(shapes[0]) == 4 else ""
+            wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+            raise ValueError(f"the {pooled}scores of the policy {self.name} are {list(scores.shape)}, not {wanted}")
 
     @property
     def predictor_pooling(self) -> str | None:

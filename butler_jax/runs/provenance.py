@@ -49,7 +49,9 @@ def revision(directory: Path = Path(__file__).parent) -> dict[str, Any] | None:
 
 def command() -> str:
     """The command line of this process."""
-    return shlex.join(["python", *sys.argv])
+    program, *arguments = sys.argv
+    named = ["butler-jax"] if Path(program).name == "__main__.py" else ["python", program]
+    return shlex.join([*named, *arguments])
 
 
 def environment() -> dict[str, str]:

@@ -82,8 +82,8 @@ def load_run_base(run: str | Path | None, base: str | None = None, **options: An
     """Load a base, or without one that which the files of a run or a predictor name, with options of `load_base`.
 
     Raises:
-        FileNotFoundError: It is not there. A training of a base that was loaded in Python names the last part of its
-            path alone.
+        FileNotFoundError: It is not there. Files of `save_predictor` and `save_pretrained` name the last part of a
+            local path alone.
     """
     if base:
         return load_base(base, **options)

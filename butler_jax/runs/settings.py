@@ -69,11 +69,15 @@ def find_run(run: str | Path) -> Path:
     A name below a directory that exists here, as in runs/my-run, is not looked for on the hub.
 
     Raises:
-        FileNotFoundError: The hub does not deliver it.
+        FileNotFoundError: It is not there, or the hub does not deliver it.
     """
     path = Path(run).expanduser()
     asked = parse_hub_id(str(run))
-    return path if asked is None or path.exists() or path.parent.is_dir() else download(*asked)
+    if asked is not None and not path.parent.is_dir():
+        return path if path.exists() else download(*asked)
+    if not path.exists():
+        raise FileNotFoundError(f"no such directory: {run}; give the directory of a run of butler-jax train")
+    return path
 
 
 def is_pretrained(directory: Path) -> bool:

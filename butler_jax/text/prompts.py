@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
+import jax
 import numpy as np
 
 from butler_jax.storage import shown
@@ -23,7 +24,8 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
     Args:
         tokenizer: Encodes texts; None where the model has none.
         vocab_size: Of the model; the ids are below it.
-        prompts: A text, a list of texts, a list of token ids, or a list of such lists.
+        prompts: A text, a list of texts, a list or an array of token ids, or a list of such lists. An empty text is
+            the token at which texts begin, where the tokenizer has one.
 
     Raises:
         ValueError: A prompt is empty or of another type, an id is out of range, a text contains a lone surrogate, or
@@ -31,6 +33,8 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
     """
     if isinstance(prompts, (str, bytes, bytearray)):  # bytes are refused below
         prompts = [prompts]
+    if isinstance(prompts, jax.Array):
+        prompts = np.asarray(prompts)
     if not isinstance(prompts, (Sequence, np.ndarray)):
         raise ValueError(f"prompts must be a text, or a list of texts or of token ids, got {type(prompts).__name__}")
     prompts = list(prompts)
@@ -50,6 +54,7 @@ def encode_prompt(tokenizer: Tokenizer | None, vocab_size: int, prompt: Any, nam
         if not row and tokenizer.bos is not None:
             row = [tokenizer.bos]
     else:
+        prompt = np.asarray(prompt) if isinstance(prompt, jax.Array) else prompt
         ids = isinstance(prompt, (Sequence, np.ndarray)) and not isinstance(prompt, (bytes, bytearray))
         ids = ids and all(isinstance(t, (int, np.integer)) for t in prompt)
         if not ids:

@@ -40,7 +40,7 @@ from butler_jax.training.objective import DistillationObjective
 from butler_jax.training.step import TrainState, learning_schedule, make_optimiser, make_train_step, start_state
 from butler_jax.training.stretching import StretchedBatches, default_reach
 from butler_jax.training.validation import Validation
-from butler_jax.weights import Base, load_base
+from butler_jax.weights import Base, is_spec_of, load_base
 
 VALIDATION_ROWS = 8
 """Held-out rows of text that a validation reads."""
@@ -74,7 +74,11 @@ def distil(
     predictor_class(config.predictor.kind)  # raises where it is not known
     parse_spec(config.data)
     if base is not None and config.base == "tiny":  # the configuration was not told which base it is for
-        config = dataclasses.replace(config, base=base.name)
+        config = dataclasses.replace(config, base=base.source or base.name)
+    elif base is not None and not is_spec_of(config.base, base):
+        raise ValueError(
+            f"the base that is given is {base.name!r}, and config.base is {config.base!r}; leave it out there"
+        )
     mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
     run_dir = config.run_dir or default_run_dir(config)
     with claim(run_dir):

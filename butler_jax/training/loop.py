@@ -156,7 +156,8 @@ def fit(run: Run, state: TrainState) -> TrainState:
         DamagedCheckpoint: Where there are checkpoints and none is whole.
     """
     config, directory = run.config, run.directory
-    with Checkpoints(directory / "checkpoints", keep=config.keep, about=run.about) as checkpoints:
+    about = {**run.about, "steps": config.steps}
+    with Checkpoints(directory / "checkpoints", keep=config.keep, about=about) as checkpoints:
         start = gather(checkpoints.latest() or 0)[0]  # a file system may show it to the others later
         if start:
             state, place = checkpoints.restore(start, state)
@@ -165,10 +166,15 @@ def fit(run: Run, state: TrainState) -> TrainState:
         metrics = Metrics(directory, config, start)
         for note in checkpoints.notes:
             metrics.say(note)
-        if start >= config.steps:
-            metrics.say(f"{directory} has all its {config.steps} steps; raise --steps to go on")
+        if start > config.steps:
+            metrics.say(f"{directory} has {start} steps, more than --steps {config.steps}; nothing is trained")
+        elif start == config.steps:
+            metrics.say(f"{directory} has all its {start} steps; raise --steps to go on")
         elif start:
             metrics.say(f"going on from step {start} of {directory}")
+            planned = checkpoints.facts(start).get("steps", config.steps)
+            if planned != config.steps:
+                metrics.say(f"it was for {planned} steps: from here on the learning rate is that of {config.steps}")
         with (
             contextlib.closing(metrics),
             recorded(directory, run.about, start) as record,

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "adapted": ["adapt_model"],
         "export": ["save_model"],
         "huggingface": ["download", "open_safetensors", "parse_hub_id", "upload"],
-        "loading": ["Base", "fingerprint", "load_base"],
+        "loading": ["Base", "fingerprint", "is_spec_of", "load_base"],
     },
 )

@@ -42,6 +42,8 @@ class Base:
         generation: How the model's makers generate: the object in generation_config.json, or what a .gguf file says, in
             the same terms. {} where there is neither.
         revision: The commit of the hub that the files came from; None for others.
+        source: What `load_base` takes to load it again, with a local path made absolute; None for a model that was not
+            loaded.
     """
 
     name: str
@@ -50,6 +52,11 @@ class Base:
     fingerprint: str
     generation: Mapping[str, Any] = field(default_factory=dict, compare=False)
     revision: str | None = None
+    source: str | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        sizes = f"{self.config.layers} layers of width {self.config.width}, context {self.config.context}"
+        return f"Base({self.name!r}: {sizes}, {self.dtype}, fingerprint {self.fingerprint})"
 
     @property
     def config(self) -> BaseConfig:
@@ -110,7 +117,18 @@ def load_base(
         check_tokenizer(tokenizer, source.config, text)
     config = source.config if context is None else source.config.extended(context)
     model = build_model(config, source.tensors, dtype=dtype, shardings=shardings, source=text)
-    return Base(name, model, tokenizer, fingerprint(model), generation, revision)
+    return Base(name, model, tokenizer, fingerprint(model), generation, revision, _absolute(text))
+
+
+def _absolute(spec: str) -> str:
+    """The spec of a model with a local path made absolute."""
+    path = Path(os.path.expanduser(spec))
+    return spec if spec == "tiny" or not path.exists() else str(path.absolute())
+
+
+def is_spec_of(spec: str, base: Base) -> bool:
+    """Whether a spec of `load_base` names a base that is loaded: by its name, or by where it was loaded from."""
+    return spec.partition("@")[0] == base.name or _absolute(spec) == base.source
 
 
 def _directory(spec: str) -> tuple[Path, tuple[str, str | None]]:
@@ -126,7 +144,8 @@ def _directory(spec: str) -> tuple[Path, tuple[str, str | None]]:
     if path.is_dir():
         return path, huggingface.cached_id(path)
     if path.exists():
-        raise ValueError(f"{spec} is a file, but neither a .gguf file nor a Hugging Face directory")
+        remedy = f"; give its directory, {path.parent}" if (path.parent / "config.json").exists() else ""
+        raise ValueError(f"{spec} is a file, but neither a .gguf file nor a Hugging Face directory{remedy}")
     if asked := huggingface.parse_hub_id(spec):
         path = huggingface.download(*asked)
         return path, (asked[0], path.name)

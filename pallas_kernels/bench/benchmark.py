@@ -31,7 +31,7 @@ from pallas_kernels import checks
 from pallas_kernels.bench.cases import SHAPES, Case, count_tokens
 from pallas_kernels.bench.chips import CHIPS
 from pallas_kernels.bench.measurements import copy_bandwidth, measure_case
-from pallas_kernels.bench.modelled import DEFAULTS, read_assumption, run_model
+from pallas_kernels.bench.modelled import DEFAULTS, amount, read_assumption, run_model
 from pallas_kernels.bench.table import HEADER, line, peers_line, plot, write_json
 
 H200 = {  # lists begin with what matters most
@@ -103,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
     add("--int8", action="store_true", help="k_imp in int8")
     add("--implementation", choices=checks.IMPLEMENTATIONS, default=None, help="default: the platform's own")
     add("--repeats", type=count, default=9, help="timings, of which the median counts")
-    add("--memory", type=float, default=8.0, help="GB that inputs may take")
-    add("--minutes", type=float, default=None, help="stop in time to end within so many minutes")
+    add("--memory", type=amount, default=8.0, help="GB that inputs may take")
+    add("--minutes", type=amount, default=None, help="stop in time to end within so many minutes")
     add("--json", type=Path, default=None, help="where the rows go; the plot goes beside them")
     add("--h200", action="store_true", help="a check and the whole table of an H200, into benchmarks/h200/")
     add("--model", choices=tuple(CHIPS), default=None, help="print a model of this chip, which need not be there")
@@ -169,6 +169,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         command.error(str(error))
     if asked.model:
+        measuring = [
+            f"--{name}" for name in ("implementation", "repeats", "memory", "minutes") if _given(name, arguments)
+        ]
+        if measuring:
+            command.error(f"{', '.join(measuring)} is about measurements, and --model computes; leave it out")
         asked = command.parse_args([*(f"--{name}={value}" for name, value in DEFAULTS.items()), *arguments])
         try:
             run_model(asked)
@@ -207,6 +212,11 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.json and report["rows"]:
         print(f"rows: {asked.json}\n{plot(report, asked.json.with_suffix('.png'))}")
     return 0
+
+
+def _given(name: str, arguments: list[str]) -> bool:
+    """Whether an option is on the command line."""
+    return any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
 
 
 def unfit(case: Case, memory: float, begun: float, longest: float, minutes: float | None) -> str | None:

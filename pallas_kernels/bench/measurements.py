@@ -17,7 +17,10 @@ COPIED = 2**28  # bytes of the array whose copy measures the bandwidth
 
 
 def take_turns(programs: dict[str, tuple[Any, tuple]], repeats: int) -> dict[str, float]:
-    """Median seconds of every (program, arguments), which must be compiled. They take turns to share disturbances."""
+    """Median seconds of every (program, arguments), after one call each that compiles it. They take turns, to share
+    disturbances."""
+    for program, arguments in programs.values():
+        jax.block_until_ready(program(*arguments))
     times: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, (program, arguments) in programs.items():

@@ -29,12 +29,23 @@ HEADER = (
 )
 
 
+def amount(text: str) -> float:
+    """One finite number above 0. Raises ArgumentTypeError for others."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"give a number above 0, got {text!r}")
+    return found
+
+
 def read_assumption(text: str) -> tuple[str, float]:
     """A name and a figure from name=value. Raises ArgumentTypeError for other text."""
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
-    except ValueError:
+        return name, amount(value)
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"give name=value such as launch=1.5, got {text!r}") from None
 
 

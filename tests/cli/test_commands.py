@@ -161,6 +161,7 @@ def test_zeros(fails, option):
             ["eval", "--run", "x", "--tasks", "chess"],
             "unknown task chess; known: perplexity, attention",
         ),
+        (["eval", "--run", "x", "--limit", "4"], "--limit is for the tasks lambada, piqa, winogrande, arc_easy, and"),
         (["eval", "--run", "x", "--context", "1"], "--context must be at least 2 tokens, got 1"),
         (
             ["train", "--distributed", "10.0.0.1,4,0"],

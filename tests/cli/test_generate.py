@@ -11,8 +11,8 @@ import pytest
 
 from butler_jax import chat, generate, load_base
 from butler_jax.cli import main
-from butler_jax.cli.command_line import read
-from butler_jax.cli.generate import GenerateConfig, choose_sampling, options_of, show_figures
+from butler_jax.cli.command_line import options_of, read
+from butler_jax.cli.generate import GenerateConfig, choose_sampling, show_figures
 from butler_jax.decoding import Generated
 from butler_jax.decoding.config import SamplingConfig
 from butler_jax.model import BaseConfig
@@ -42,6 +42,12 @@ def test_a_prompt_is_continued(run_dir, capfd):
     assert main(["generate", "--run", str(run_dir), "--prompt", "the river", "--max-new-tokens", "20"]) == 0
     out, error = capfd.readouterr()
     assert out.startswith("the river") and "tokens/s" in error and "% of the cache read" in error
+
+
+def test_dense_reads_everything_in_spite_of_a_run(run_dir, capfd):
+    arguments = ["generate", "--run", str(run_dir), "--prompt", "the river", "--max-new-tokens", "4"]
+    assert main([*arguments, "--dense"]) == 0
+    assert "100.0 % of the cache read" in capfd.readouterr().err
 
 
 def test_both_shares_are_printed_where_layers_slide_beside_served_ones(capsys):
@@ -176,7 +182,12 @@ def test_sampling_that_is_not_given_is_that_of_generation_config(talking, capfd)
         (["--run", "RUN", "--prompt", "x", "--budget", "half"], "is not a number"),
         (["--run", "RUN", "--prompt", "x", "--unit", "12"], "power of two"),
         (["--run", "RUN", "--prompt", "x", "--max-new-tokens", "500"], "context of 128 tokens"),
-        (["--run", "absent", "--prompt", "x"], "absent"),
+        (["--run", "absent", "--prompt", "x"], "no such directory: absent"),
+        (["--run", "RUN", "--prompt", "x", "--dense", "--policy", "quest"], "--dense reads everything, and --policy"),
+        (["--run", "RUN", "--prompt", "x", "--dense", "--budget", "1/8"], "the policy is dense, and --budget needs a"),
+        (["--base", "tiny", "--prompt", "x", "--sinks", "2", "--pooling", "maximum"], "--pooling, --sinks needs a"),
+        (["--run", "RUN", "--prompt", "x", "--policy", "quest", "--score-dtype", "int8"], "needs a predictor, which"),
+        (["--run", "RUN", "--prompt", "x", "--stop", "a", "--stop", "b"], "--stop is given twice, and only the last"),
         (["--run", "RUN", "--prompt-file", "absent.txt"], "absent.txt"),
     ],
 )
@@ -238,13 +249,13 @@ def test_flags_are_flat_and_their_settings_nest():
 
 def test_any_policy_is_taken_and_the_known_ones_are_named():
     config = GenerateConfig(base="tiny", policy="streaming")
-    assert config.make_policy() == make_policy("streaming") and not config.is_dense
+    assert config.make_policy() == make_policy("streaming")
     for name in set(POLICIES) - {"tokenbutler"}:
         assert str(GenerateConfig(base="tiny", policy=name).make_policy()) == str(make_policy(name))
     butler = GenerateConfig(run=Path("x"), pooling="maximum").make_policy()
     assert butler == make_policy("tokenbutler", pooling="maximum")
-    assert GenerateConfig(base="tiny").is_dense  # no run
-    assert GenerateConfig(base="tiny", run=Path("x"), policy="dense").is_dense
+    for dense in ({}, dict(run=Path("x"), policy="dense"), dict(run=Path("x"), dense=True)):
+        assert GenerateConfig(base="tiny", **dense).make_policy() == make_policy("dense")
     with pytest.raises(ValueError, match="unknown policy 'fortune'; known: dense, oracle"):
         GenerateConfig(base="tiny", policy="fortune")
 
@@ -257,4 +268,3 @@ def test_decoding_is_not_dense_where_tokenbutler_was_asked_for(capsys):
         "run=RUN in --model_args, predictor= in Python), or another policy\n"
     )
     assert GenerateConfig(base="tiny", run=Path("x")).make_policy() == make_policy("tokenbutler")
-    assert GenerateConfig(base="tiny", policy="tokenbutler", dense=True).is_dense

@@ -163,6 +163,11 @@ def test_evaluation_yields_every_row_and_writes_report(model, tmp_path, capsys):
     assert saved["rows"] == report.rows and saved["predictors"]["tokenbutler"]["kind"] == "lookahead"
     assert np.shape(saved["arrays"]["hit_rate"]["tokenbutler"]) == (BASE.layers - 1, BASE.heads)
     assert report.value("perplexity", "dense") == saved["rows"][0]["value"]
+    assert report.value("perplexity", "random", "1/2") == report.value("perplexity", "random", 0.5)
+    with pytest.raises(KeyError, match=r"no row has task 'perplexity' \(there: perplexity, .*budget 0.1 \(there: "):
+        report.value("perplexity", "random", 0.1)
+    shown = report._repr_markdown_()
+    assert "| **tokenbutler** |" in shown and repr(report).startswith("Report('letters': ")
     report.print()
     assert "tokenbutler" in capsys.readouterr().out
 
@@ -187,6 +192,8 @@ def test_bad_input_is_a_clear_error(model, tmp_path):
         EvalConfig(budgets="3/2")
     with pytest.raises(ValueError, match="the policy tokenbutler needs a trained predictor; give --run RUN"):
         evaluate(base, config=EvalConfig(policies="dense,tokenbutler", context=64))
+    with pytest.raises(ValueError, match="--compare is about predictors, and no policy of --policies needs one"):
+        evaluate(base, config=EvalConfig(policies="dense", compare=tmp_path, context=64))
     with pytest.raises(ValueError, match="--policies names nothing"):
         EvalConfig(policies="")
     with pytest.raises(ValueError, match="needs a trained predictor"):

@@ -106,9 +106,11 @@ def test_an_evaluation_reports_the_same_numbers():
     tiny = butler_jax.load_base("tiny")
     base = adapt_model(OwnAdapter(OwnDecoder(tiny.model), tiny.config), "own", tiny.tokenizer)
     sizes = dict(tokens=256, context=128, budgets=(0.25,))
-    config = butler_jax.EvalConfig(**sizes, policies=("dense", "tokenbutler"), tasks=("perplexity",))
+    config = butler_jax.EvalConfig(
+        **sizes, policies=("dense", "tokenbutler"), tasks=("perplexity",), data="python_docs"
+    )
     predictor = butler_jax.init_predictor(base, PredictorConfig(rank=8), batches=[BATCH])
-    expected, found = (butler_jax.evaluate(one, predictor, config, data="python_docs") for one in (tiny, base))
+    expected, found = (butler_jax.evaluate(one, predictor, config) for one in (tiny, base))
     assert len(found.rows) == len(expected.rows) > 5
     for one, other in zip(found.rows, expected.rows, strict=True):
         assert all(one[name] == other[name] for name in ("metric", "policy", "budget"))

@@ -81,6 +81,22 @@ def test_scale_replaces_the_default():
     )
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(sink_logits=jnp.zeros(2)), "sink_logits must be one for each of the 4 query heads"),
+        (dict(softcap=0.0), "softcap must be above 0, got 0.0"),
+        (dict(sliding_window=2.5), "sliding_window must be a whole number"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changed, said):
+    q, k, v = _inputs(0, 1, 9, 4, 2, 4, 4)
+    with pytest.raises(ValueError, match=said):
+        causal_attention(q, k, v, **changed)
+    with pytest.raises(ValueError, match="q, k and v hold no tokens"):
+        causal_attention(q[:, :0], k[:, :0], v[:, :0])
+
+
 def test_gradients_equal_those_of_the_whole_square():
     q, k, v = (jnp.asarray(x) for x in _inputs(1, 2, 200, 4, 2, 4, 4))
     segments = jnp.asarray(random_documents(1, 2, 200, most=4))
@@ -197,7 +213,7 @@ def test_bands_cover_every_chunk_once_and_reach_every_key():
         ({"implementation": "flash"}, "unknown implementation 'flash'.*xla.*cudnn.*splash"),
         ({"implementation": "cudnn"}, "cannot keep documents apart"),
         ({"implementation": "cudnn", "segments": None}, "needs bfloat16 or float16"),
-        ({"sliding_window": 0}, "sliding_window must be at least 1"),
+        ({"sliding_window": 0}, "sliding_window must be a whole number, at least 1"),
         ({"segments": np.ones((1, 3), np.int32)}, "segments must be"),
         ({"k": np.zeros((1, 8, 3, 4), np.float32)}, "differ in batch, length, KV heads or width"),
         ({"q": np.zeros((1, 8, 3, 4), np.float32)}, "3 query heads cannot share 2 KV heads"),

@@ -199,6 +199,23 @@ def test_keys_of_another_architecture_that_change_nothing_pass():
         config(use_qk_norm=True)
 
 
+def test_a_pattern_of_layers_counts_in_gemma3_alone():
+    assert config("gemma3_text", sliding_window_pattern=2).sliding == (True, False, True, False)
+    assert config("gemma2", sliding_window_pattern=2) == config("gemma2")
+    for family in ("gemma2", "gpt_oss", "olmo3"):
+        with pytest.raises(ValueError, match="sliding_window_pattern=3, which a model of the family"):
+            config(family, sliding_window_pattern=3)
+
+
+def test_layer_types_that_do_not_fit_are_refused():
+    kinds = ["sliding_attention"] * 4
+    for family, key in (("gemma2", "sliding_window"), ("mistral", "sliding_window"), ("qwen3", "use_sliding_window")):
+        with pytest.raises(ValueError, match=f"names sliding_attention, but {key} is not set"):
+            config(family, layer_types=kinds, **({} if "use" in key else {"sliding_window": None}))
+    with pytest.raises(ValueError, match="layer_types names 3 layers, and num_hidden_layers is 4"):
+        config("qwen3", layer_types=["full_attention"] * 3)
+
+
 def test_gemma3_caps_the_logits_of_its_head_alone():
     """transformers stores attn_logit_softcapping for it, and does not use it."""
     assert config("gemma3_text", final_logit_softcapping=3.0).logit_softcap == 3.0

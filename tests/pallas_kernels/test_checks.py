@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pallas_kernels as pk
@@ -60,6 +61,7 @@ def whole(**changed):
         (dict(counts=jnp.zeros((3,), jnp.int32)), "counts must have shape"),
         (dict(lengths=None), r"lengths must have shape \(1,\), got None"),
         (dict(n=None, implementation="gpu", interpret=True), "n, the width of the list, must be a static integer"),
+        (dict(recent=2**31), r"recent must be below 2\*\*30, got 2147483648"),
         (dict(unit="16"), "unit must be a power of two .* got '16'"),
         (dict(q_imp=jnp.zeros((1, 2, 2, 4), jnp.float8_e4m3fn)), "q_imp must be floating point of 16 bits"),
         (
@@ -79,6 +81,11 @@ def test_arguments_that_do_not_go_together_are_told():
         pk.importance_scores(q_imp, k_imp, lengths, pooling="maximum", totals=jnp.zeros((1, 2, 2)))
     with pytest.raises(ValueError, match="scale must be a number that is known when the call is traced, got "):
         jax.jit(lambda scale: pk.importance_scores(q_imp, k_imp, lengths, scale=scale))(0.5)
+    for scale in (np.array([0.1, 5.0]), "x", float("nan")):
+        with pytest.raises(ValueError, match="scale must be one finite number, got"):
+            pk.importance_scores(q_imp, k_imp, lengths, scale=scale)
+    with jax.enable_x64(True), pytest.raises(ValueError, match="the kernels count in 32 bits: leave jax_enable_x64"):
+        pk.importance_scores(q_imp, k_imp, lengths, implementation="gpu", interpret=True)
     k = jnp.zeros((1, 2, 32, 8))
     for spans in (pk.Spans(k, k, None), pk.Spans(k, k, jnp.array(3))):
         with pytest.raises(ValueError, match=r"spans\.counts must be an array, got (None|3)"):

@@ -14,6 +14,7 @@ def test_random_scores_are_uniform_and_differ_everywhere(chunk):
     big = 256
     own = jnp.arange(big, dtype=jnp.int32)[None]
     many = chunk._replace(rows=Rows(own, jnp.zeros_like(own)), columns=jnp.arange(big))
+    many = many._replace(logits=jnp.zeros((1, *chunk.logits.shape[1:3], big, big)))
     scores = np.asarray(make_policy("random")(many))[0]
     assert scores.min() >= 0 and scores.max() < 1
     # 131,072 draws: the standard errors of the mean and of the deciles are below 1.5e-3

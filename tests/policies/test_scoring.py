@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from butler_jax.policies import make_policy
+from butler_jax.policies import Oracle, make_policy
 from butler_jax.selection import SelectionConfig
 from tests.policies.chunks import B, C, softmax
 
@@ -37,6 +37,23 @@ def test_weights_for_top_p_are_means_of_softmaxes_over_the_group(chunk, name, fi
     found = np.exp(np.asarray(make_policy(name)(chunk._replace(allocation="top_p")), np.float64))
     inside = np.broadcast_to(keys[:, None], wanted.shape)
     np.testing.assert_allclose(found[inside], wanted[inside], rtol=2e-5)  # float32 logits of size 10, as above
+
+
+def test_scores_of_another_shape_are_refused_with_the_shapes_that_are_wanted(chunk):
+    class Flat(Oracle):
+        def scores(self, chunk):
+            return chunk.logits.max(axis=2)
+
+    class Few(Oracle):
+        def pool(self, scores, chunk):
+            return scores.max(axis=(1, 2))[:, None]
+
+    for policy, said in (
+        (Flat(), r"the scores of the policy oracle are \["),
+        (Few(), "the pooled scores of the policy"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            policy(chunk)
 
 
 def test_a_policy_refuses_top_p_whose_scores_estimate_no_logits():

@@ -134,8 +134,10 @@ def test_other_sizes_are_named(tmp_path):
 
 
 def test_a_directory_without_checkpoints_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no checkpoints; give the directory of a run of butler-jax train"):
+    with pytest.raises(FileNotFoundError, match=r"no such directory: .*absent; give the directory of a run"):
         load_predictor(tmp_path / "absent", BASE)
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoints; give the directory of a run of butler-jax train"):
+        load_predictor(tmp_path, BASE)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="holds no finished checkpoint yet"):
         load_predictor(tmp_path / "run", BASE)

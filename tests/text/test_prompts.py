@@ -3,6 +3,8 @@
 from functools import partial
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from butler_jax.text.prompts import encode, read_stops
@@ -15,6 +17,8 @@ def test_prompts_of_any_kind_are_tokens_or_an_error(small_model):
     assert read("a\0b")[0] and base.tokenizer.decode(read("a\0b")[0]) == "a\0b"
     assert end in read("a<|endoftext|>b")[0]  # what spells a special token is that token
     assert read("") == [[base.tokenizer.bos]]
+    for ids in ([3, 4], [[3, 4], [5, 6]]):
+        assert read(jnp.asarray(ids)) == read(np.asarray(ids)) == read(ids)
     for half in ("\ud800", "a\udfffb", "\udce9"):  # the last is what a Latin-1 argument becomes
         with pytest.raises(ValueError, match="half a character at"):
             read(half)

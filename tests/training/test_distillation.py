@@ -116,6 +116,10 @@ def test_what_does_not_fit_the_base_is_told_before_anything_is_read(tmp_path):
     base = load_base("tiny")
     with pytest.raises(ValueError, match="dtype is bfloat16, and the base is in float32; load it so"):
         distil(base, TrainConfig(dtype="bfloat16", run_dir=tmp_path / "run"))
+    with pytest.raises(
+        ValueError, match=r"the base that is given is 'tiny', and config.base is '.*none'; leave it out"
+    ):
+        distil(base, TrainConfig(base=str(tmp_path / "none"), run_dir=tmp_path / "run"))
     sliding = dataclasses.replace(base.config, sliding_window=600)
     base = dataclasses.replace(base, model=BaseModel(sliding, jax.random.key(0)))
     with pytest.raises(ValueError, match="--reach 1024 is beyond the window of all layers of the base, 600 tokens"):

@@ -178,7 +178,10 @@ def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path, capsys):
     assert int(state.step) == 8 and "has all its 8 steps; raise --steps to go on" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert int(run(tmp_path, steps=10).step) == 10
+    assert "it was for 8 steps: from here on the learning rate is that of 10" in capsys.readouterr().out
     assert [row["step"] for row in tiny_runs.rows(tmp_path)] == list(range(1, 11))
+    assert int(run(tmp_path, steps=4).step) == 10
+    assert "has 10 steps, more than --steps 4; nothing is trained" in capsys.readouterr().out
 
 
 def test_the_best_and_the_newest_checkpoints_are_kept(tmp_path):

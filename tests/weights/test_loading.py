@@ -19,7 +19,7 @@ from benchmarks.fuzz_targets import CONFIG, tokenizer_file, write_model
 from butler_jax.model.decoder import BaseModel, forward
 from butler_jax.model.hugging_face_config import base_config
 from butler_jax.text import encode
-from butler_jax.weights import fingerprint, load_base, loading
+from butler_jax.weights import fingerprint, is_spec_of, load_base, loading
 from butler_jax.weights.huggingface import SINGLE
 from tests.weights.hostile import (
     EMBEDDING,
@@ -245,6 +245,14 @@ def test_absent_embedded_model_says_how_to_make_it(monkeypatch, tmp_path):
 def test_a_precision_of_fewer_bits_is_a_clear_error(directory, dtype):
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got "):
         load_base(directory, dtype=dtype)
+
+
+def test_a_base_knows_where_it_was_loaded_from_and_is_shown_in_a_line(directory, monkeypatch):
+    base = load_base(directory)
+    monkeypatch.chdir(directory.parent)
+    assert base.source == str(directory) == load_base(directory.name).source and load_base("tiny").source == "tiny"
+    assert is_spec_of(directory.name, base) and is_spec_of(str(directory), base) and not is_spec_of("tiny", base)
+    assert repr(base).startswith(f"Base('{directory.name}': ") and len(repr(base)) < 200
 
 
 def test_fingerprint_ignores_dtype_and_tells_models_apart(directory):

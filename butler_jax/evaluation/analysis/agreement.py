@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from butler_jax.data import Batch, as_batch
 from butler_jax.evaluation.analysis.rows import by_heads, last_rows, of_served, see_rows, softmax
 from butler_jax.model import BaseModel, check_length
-from butler_jax.policies import Chunk, Evicting, Policy, TokenButler
+from butler_jax.policies import Chunk, Evicting, Policy, TokenButler, settle_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, budget_table, limits_of
 from butler_jax.simulation import LEAST_KEYS, choose_best, choose_half, chosen_mask
@@ -151,7 +151,7 @@ def measure_access(
     model: BaseModel,
     predictor: Predictor | None,
     batch: Batch,
-    policy: Policy,
+    policy: Policy | str,
     selection: SelectionConfig | None = None,
     *,
     rows: int = 50,
@@ -193,11 +193,12 @@ def bin_means(x: np.ndarray, y: np.ndarray, bins: int = 10) -> Binned:
     return Binned(*map(np.array, means), np.array(error), np.array([a.size for a, _ in parts]))
 
 
-def check_policy(policy: Policy, predictor: Predictor | None) -> tuple[Policy, Predictor | None]:
-    """The policy as it uses the predictor, and the predictor if it needs one.
+def check_policy(policy: Policy | str, predictor: Predictor | None) -> tuple[Policy, Predictor | None]:
+    """The policy, which may be given by its name, as it uses the predictor, and the predictor if it needs one.
 
     Raises ValueError for a policy that evicts, or that lacks its predictor.
     """
+    policy = settle_policy(policy)
     if isinstance(policy, Evicting):
         raise ValueError(f"{policy.name} evicts row after row and chooses no set for a row; take another policy")
     return policy.for_predictor(predictor), policy.require_predictor(predictor)

@@ -81,6 +81,11 @@ def render_markdown(report: Any, pictures: Pictures | None = None) -> str:
     return _render("report.md.j2", report, pictures)
 
 
+def render_tables(report: Any) -> str:
+    """The tables of report.md alone."""
+    return _render("tables.md.j2", report, None)
+
+
 def render_card(report: Any) -> str:
     """The sections Training and Quality of a predictor's model card."""
     return _render("card.md.j2", report, None)

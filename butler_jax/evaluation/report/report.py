@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from butler_jax.evaluation.report.tables import make_tables
+from butler_jax.selection import parse_budget
 from butler_jax.storage import fits, read_object, write_whole
 
 MOST_BYTES = 256 << 20
@@ -89,17 +90,24 @@ class Report:
             del values["attended_of_dense"]
         self.rows.append(values)
 
-    def value(self, task: str, policy: str, budget: float | None = None, metric: str | None = None) -> float:
+    def value(self, task: str, policy: str, budget: float | str | None = None, metric: str | None = None) -> float:
         """The value of the first row about a whole task that matches; None matches everything.
 
+        budget: As in EvalConfig, a number or a text such as "1/4".
+
         Raises:
-            KeyError: No row has it.
+            KeyError: No row has it. The message lists what the rows have.
+            ValueError: The budget is not a number.
         """
-        for row in self.rows:
-            wanted = {"task": task, "policy": policy, "budget": budget, "metric": metric}
-            if not row["where"] and all(v is None or row[k] == v for k, v in wanted.items()):
+        wanted = {"task": task, "policy": policy, "metric": metric}
+        wanted["budget"] = None if budget is None else parse_budget(budget)
+        whole = [row for row in self.rows if not row["where"]]
+        for row in whole:
+            if all(v is None or row[k] == v for k, v in wanted.items()):
                 return row["value"]
-        raise KeyError(f"no row for task {task!r}, policy {policy!r}, budget {budget!r}, metric {metric!r}")
+        known = {name: ", ".join(dict.fromkeys(str(row[name]) for row in whole)) or "none" for name in wanted}
+        lacking = ", ".join(f"{name} {value!r} (there: {known[name]})" for name, value in wanted.items() if value)
+        raise KeyError(f"no row has {lacking}")
 
     def save(self, directory: str | Path) -> Path:
         """Write report.json, report.md, report.html and a PNG for each figure.
@@ -141,6 +149,16 @@ class Report:
         if not fits(rows, list[dict]) or not isinstance(arrays, dict):
             raise ValueError(f"{path} is no report: it has no rows; give the report.json that butler-jax eval wrote")
         return cls(rows, arrays, about)
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(dict.fromkeys(row["task"] for row in self.rows)) or "nothing"
+        return f"Report({self.about.get('base')!r}: {len(self.rows)} rows of {tasks}; print() shows their tables)"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: the tables of report.md."""
+        from butler_jax.evaluation.report.pages import render_tables
+
+        return render_tables(self)
 
     def card(self) -> str:
         """How the predictor was trained and the main results, as Markdown for a model card."""

@@ -216,10 +216,11 @@ def family_values(family: str, get: Any, width: int, heads: int) -> dict[str, An
     }
     if FAMILIES[family].full_every is not None:
         pattern = get("attention.sliding_window_pattern")
-        if isinstance(pattern, list):
+        if pattern is not None and not isinstance(pattern, list):  # one number: every so many layers one is full
+            every = whole(pattern, "attention.sliding_window_pattern")
+            pattern = [(layer + 1) % every != 0 for layer in range(get("block_count"))]
+        if pattern is not None:
             found["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
-        elif pattern is not None:
-            found["sliding_window_pattern"] = pattern
     if FAMILIES[family].sliding_theta is not None:
         found["rope_local_base_freq"] = get("rope.freq_base_swa")
     if family in GEMMA_27B and get("block_count") == GEMMA_27B[family]:
@@ -290,6 +291,8 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
             "original_max_position_embeddings": original,
         }
         return values | ({"attention_factor": attention_factor} if attention_factor else {})
+    if get("rope.scaling.type") == "longrope":
+        raise ValueError("rope.scaling.type is longrope, and the tensor rope_factors_long.weight is missing")
     kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
     factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
     if factor <= 0:

@@ -248,7 +248,7 @@ def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
         (dict(policy="dens"), "unknown policy 'dens'; known: dense, oracle"),
         (dict(policy="quest", pages=3), "policy quest has no pages"),
         (dict(policy="tokenbutler"), r"needs a trained predictor; give .*run=RUN in --model_args"),
-        (dict(policy="tokenbutler", run="nowhere"), "nowhere has no checkpoints; give the directory of a run"),
+        (dict(policy="tokenbutler", run="nowhere"), "no such directory: nowhere; give the directory of a run"),
         (dict(policy="oracle", budget="3/2"), "at most 1.0"),
         (dict(policy="oracle", budget="5"), "below 4 sinks"),
         (dict(policy="oracle", budget="half"), "not a number"),
