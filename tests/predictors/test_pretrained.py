@@ -197,7 +197,7 @@ def test_a_name_below_a_directory_of_here_is_not_looked_for_on_the_hub(tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert main(["eval", "--run", "runs/typo"]) == 1
-    assert "error: runs/typo is no run directory" in capfd.readouterr().err
+    assert "error: no such directory: runs/typo; give" in capfd.readouterr().err
 
 
 def test_the_base_of_the_hubs_cache_has_its_name_and_revision(tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from butler_jax.evaluation.contenders import prepare_policies
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig, parse_budget
+
+PASSED = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress", "prompted", "enable_thinking")
+"""Arguments that `ButlerLM` takes as they are."""
 
 
 def read_model_arguments(
@@ -18,6 +22,9 @@ def read_model_arguments(
     budget: str | float | int = 0.25,
     sinks: int = 4,
     recent: int = 8,
+    allocation: str = "per_head",
+    tolerance: float | None = None,
+    tail: int = 0,
     dtype: str | None = None,
     data_dir: str | None = None,
     device: str | None = None,
@@ -32,11 +39,11 @@ def read_model_arguments(
         budget: A fraction (0.25 or 1/4) or a number of tokens (256).
         sinks: First tokens that are always read.
         recent: Newest tokens that are always read.
+        allocation, tolerance, tail: As in SelectionConfig.
         data_dir: Where prepared data sets lie, for a policy that is prepared on text.
         device: Refused; JAX_PLATFORMS names the device.
         max_batch_size: Refused; batch_size is a number.
-        others: max_length, batch_size, score_dtype, add_bos_token, progress, prompted, enable_thinking, and the
-            policy's own fields.
+        others: PASSED, and the policy's own fields.
 
     Raises:
         ValueError: An argument is refused or invalid.
@@ -52,11 +59,17 @@ def read_model_arguments(
             "nothing to evaluate: give run=DIR (a run of butler-jax train), or base=SPEC (a directory, a hub id, a "
             ".gguf file, tiny)"
         )
-    passed = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress", "prompted", "enable_thinking")
-    settings = {name: others.pop(name) for name in passed if name in others}
-    chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
+    settings = {name: others.pop(name) for name in PASSED if name in others}
+    try:
+        chosen = make_policy(policy or ("dense" if run is None else "tokenbutler"), **others)
+    except ValueError as error:
+        if not others:
+            raise
+        known = [*(name for name in inspect.signature(read_model_arguments).parameters if name != "others"), *PASSED]
+        raise ValueError(f"{error}. The model itself has the arguments {', '.join(known)}") from None
     share = 1.0 if chosen.reads_everything else parse_budget(budget)
-    selection = SelectionConfig(budget=share, sinks=sinks, recent=recent)
+    limited = dict(allocation=allocation, tolerance=tolerance, tail=tail)
+    selection = SelectionConfig(budget=share, sinks=sinks, recent=recent, **limited)
     chosen.require_predictor(run)
     from butler_jax.runs import find_run, load_predictor, load_run_base, run_data
 

@@ -246,7 +246,7 @@ def test_a_text_that_begins_with_the_first_token_is_not_given_it_twice(base):
     ("arguments", "said"),
     [
         (dict(policy="dens"), "unknown policy 'dens'; known: dense, oracle"),
-        (dict(policy="quest", pages=3), "policy quest has no pages"),
+        (dict(policy="quest", pages=3), r"policy quest has no pages.*The model itself has the arguments base, run, .*"),
         (dict(policy="tokenbutler"), r"needs a trained predictor; give .*run=RUN in --model_args"),
         (dict(policy="tokenbutler", run="nowhere"), "no such directory: nowhere; give the directory of a run"),
         (dict(policy="oracle", budget="3/2"), "at most 1.0"),
@@ -266,10 +266,10 @@ def test_bad_arguments_are_told(directory, arguments, said):
 
 def test_arguments_make_the_model(directory):
     model = ButlerLM.create_from_arg_string(
-        f"base={directory},policy=quest,page=4,budget=1/4,sinks=2,recent=3,max_length=64", {"batch_size": "2"}
+        f"base={directory},policy=quest,page=4,budget=1/4,sinks=2,recent=3,tail=16,max_length=64", {"batch_size": "2"}
     )
     assert model.policy == make_policy("quest", page=4)
-    assert model.selection == SelectionConfig(budget=0.25, sinks=2, recent=3)
+    assert model.selection == SelectionConfig(budget=0.25, sinks=2, recent=3, tail=16)
     assert (model.batch_size, model.max_length) == (2, 64)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         ButlerLM.create_from_arg_string("policy=dense")
