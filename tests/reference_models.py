@@ -135,7 +135,7 @@ MODELS = {  # name -> (family, settings)
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
     "mixtral with a sliding_window": (
         "mixtral",
-        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5, "hidden_act": "gelu_pytorch_tanh"},
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 5},
     ),
     "qwen3_moe": (
         "qwen3_moe",
@@ -156,9 +156,9 @@ MODELS = {  # name -> (family, settings)
             "moe_intermediate_size": 32,
             "norm_topk_prob": True,
             "head_dim": 32,
-            "hidden_act": "gelu",
         },
     ),
+    "qwen3_moe, gelu": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 24, "hidden_act": "gelu"}),
 }
 
 

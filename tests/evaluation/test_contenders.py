@@ -24,3 +24,9 @@ def test_the_best_step_is_that_of_the_predictor_that_is_loaded(monkeypatch, tmp_
     monkeypatch.setattr(training_facts, "steps", lambda directory: [*losses])
     monkeypatch.setattr(training_facts, "read_facts", lambda path: {"metrics": {"loss": losses[int(path.name)]}})
     assert training_facts._find_best(tmp_path) == 30
+
+
+def test_the_command_of_a_training_is_that_of_the_last_start_that_took_a_step(monkeypatch, tmp_path):
+    starts = [{"command": "train --steps 4", "from": 0, "to": 4}, {"command": "train --steps 2", "from": 4, "to": 4}]
+    monkeypatch.setattr(training_facts, "records", lambda run: starts)
+    assert training_facts.read_training(tmp_path, 4)["command"] == "train --steps 4"
