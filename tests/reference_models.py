@@ -158,7 +158,7 @@ MODELS = {  # name -> (family, settings)
             "head_dim": 32,
         },
     ),
-    "qwen3_moe, gelu": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 24, "hidden_act": "gelu"}),
+    "qwen3_moe, gelu": ("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 24, "hidden_act": "gelu"}),
 }
 
 
