@@ -153,18 +153,8 @@ def generate_stream(
     rows = encode(*known, prompts)
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
-    how = settle_decoding(
-        base,
-        predictor,
-        selection,
-        policy,
-        capacity=capacity,
-        sampling=sampling,
-        chunk=chunk,
-        offload=offload,
-        score_dtype=score_dtype,
-        implementation=implementation,
-    )
+    options = dict(chunk=chunk, offload=offload, score_dtype=score_dtype, implementation=implementation)
+    how = settle_decoding(base, predictor, selection, policy, sampling, capacity, **options)
     if offload and _crossing(base.config, lengths, max_new_tokens - 1).any():
         raise ValueError(
             "a row would grow beyond the original context of longrope, where its cache is computed again, which "

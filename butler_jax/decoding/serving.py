@@ -74,18 +74,8 @@ def serve(
     capacity = whole(capacity, "capacity")
     if capacity > context:
         raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
-    how = settle_decoding(
-        base,
-        predictor,
-        selection,
-        policy,
-        capacity=capacity,
-        sampling=sampling,
-        chunk=chunk,
-        offload=offload,
-        score_dtype=score_dtype,
-        implementation=implementation,
-    )
+    options = dict(chunk=chunk, offload=offload, score_dtype=score_dtype, implementation=implementation)
+    how = settle_decoding(base, predictor, selection, policy, sampling, capacity, **options)
     return Server(base, predictor, how, slots).run(iter(requests))
 
 
