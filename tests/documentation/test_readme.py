@@ -174,7 +174,7 @@ def test_the_tables_of_every_budget_are_what_was_measured():
             cells[r["budget"]] = cell(r, scale)
     assert len(found) == 33
     for (_, _, policy, allocation), cells in found.items():
-        row = " | ".join(cells[b] for b in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 64, 256))
+        row = " | ".join(cells[b] for b in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 64, 128, 256, 512))
         assert f"| {name_row(policy, allocation)} | {row} |\n" in page, (policy, allocation)
 
 
