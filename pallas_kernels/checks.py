@@ -48,21 +48,18 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
     """
     check_implementation(implementation)
     platform = current_platform()
-    if jax.config.jax_enable_x64 and (
-        implementation in ("tpu", "gpu") or (implementation is None and platform != "cpu")
-    ):
-        raise ValueError(
-            "the kernels count in 32 bits: leave jax_enable_x64 off, call them under jax.enable_x64(False), or use "
-            'implementation="xla"'
-        )
     if implementation is None:
-        if platform == "tpu":
-            return "tpu" if tpu_can else "xla"
-        return "gpu" if platform == "gpu" else "xla"
-    if implementation in ("tpu", "gpu") and interpret is None and platform != implementation:
+        suits = platform == "gpu" or (platform == "tpu" and tpu_can)
+        implementation = platform if suits else "xla"
+    elif implementation in ("tpu", "gpu") and interpret is None and platform != implementation:
         raise ValueError(
             f'implementation "{implementation}" needs a {implementation.upper()}, the platform is {platform}; '
             'use "xla", or interpret=True to try the kernel slowly here'
+        )
+    if implementation in ("tpu", "gpu") and jax.config.jax_enable_x64:
+        raise ValueError(
+            "the kernels count in 32 bits: leave jax_enable_x64 off, call them under jax.enable_x64(False), or use "
+            'implementation="xla"'
         )
     return implementation
 

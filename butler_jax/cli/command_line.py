@@ -28,7 +28,7 @@ def read(kind: type, arguments: list[str], program: str) -> Any:
         ValueError: A list is given by two options of the same name, or the configuration's own checks refuse a value.
         SystemExit: An option is unknown, or its value has the wrong type; a message is printed.
     """
-    hints, given = get_type_hints(kind), [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    hints, given = get_type_hints(kind), _flags_in(arguments)
     for flag in (flag_of(one) for one in dataclasses.fields(kind) if "tuple" in str(hints[one.name])):
         if given.count(flag) > 1:
             raise ValueError(f"{flag} is given twice, and only the last would count; give one list, as in {flag} A B")
@@ -38,8 +38,12 @@ def read(kind: type, arguments: list[str], program: str) -> Any:
 
 def options_of(arguments: list[str]) -> set[str]:
     """The names of the options on a command line, as fields are named."""
-    options = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
-    return {option.removeprefix("--").replace("-", "_") for option in options}
+    return {flag.removeprefix("--").replace("-", "_") for flag in _flags_in(arguments)}
+
+
+def _flags_in(arguments: list[str]) -> list[str]:
+    """The flags on a command line, as `flag_of` writes them."""
+    return [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
 
 
 def flag_of(field: dataclasses.Field) -> str | None:

@@ -173,7 +173,7 @@ def generate_stream(
     result.prompt_tokens = lengths.tolist()
     result.sampling, result.kept_tokens = how.sampling, 0
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
-    steps = _steps(base.model, predictor, (rows, keys), how, max_new_tokens, cache, result)
+    steps = _steps(base.model, predictor, (rows, lengths, keys), how, max_new_tokens, cache, result)
     return _pieces(steps, writers, ends, max_new_tokens, result)
 
 
@@ -226,14 +226,13 @@ def _pieces(
 def _steps(model, predictor, prompts, how: Decoding, count: int, cache, result: Generated) -> Iterator[_Step]:
     """The steps of a batch. Each step is yielded after the following one was dispatched.
 
-    prompts: the tokens of every row, and a key a row. cache: taken when the first step is asked for, since the steps
-    of another generator may free what it holds; it then holds the state.
+    prompts: the tokens of every row, lengths [B], and a key a row. cache: taken when the first step is asked for, since
+    the steps of another generator may free what it holds; it then holds the state.
     """
-    rows, keys = prompts
+    rows, lengths, keys = prompts
     kept = None if cache is None else cache.take(model, predictor, rows[0])
     if kept is not None:
         result.kept_tokens = int(kept.tokens)
-    lengths = np.asarray([len(row) for row in rows], np.int32)
     width = min(bucket(int(lengths.max()), 16), how.capacity) if kept is None else how.capacity
     tokens = np.zeros((len(rows), width), np.int32)
     for b, row in enumerate(rows):

@@ -171,7 +171,7 @@ def neutral_values(family: Family) -> Mapping[str, tuple[Any, ...]]:
     if family.qkv_bias:
         found |= dict.fromkeys(("use_qkv_bias", "qkv_bias"), (True,))
     if family.full_every is not None:
-        found |= {"sliding_window_pattern": (family.full_every,)}
+        found["sliding_window_pattern"] = (family.full_every,)
     return found
 
 

@@ -117,17 +117,17 @@ class Scoring(Policy):
             found = self.log_weights(chunk)
         else:
             scores = self.scores(chunk)
-            self._require_shape(scores, *((batch, kv_heads, size, rows, keys) for size in (group, 1)))
+            self._require_shape("scores", scores, *((batch, kv_heads, size, rows, keys) for size in (group, 1)))
             found = self.pool(scores, chunk)
-        self._require_shape(found, *((batch, heads, rows, keys) for heads in (kv_heads, kv_heads * group)))
+        shapes = [(batch, heads, rows, keys) for heads in (kv_heads, kv_heads * group)]
+        self._require_shape("pooled scores", found, *shapes)
         return found
 
-    def _require_shape(self, scores: Array, *shapes: tuple[int, ...]) -> None:
+    def _require_shape(self, name: str, scores: Array, *shapes: tuple[int, ...]) -> None:
         """Raise ValueError where scores have none of these shapes."""
         if scores.shape not in shapes:
-            pooled = "pooled " if len(shapes[0]) == 4 else ""
             wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-            raise ValueError(f"the {pooled}scores of the policy {self.name} are {list(scores.shape)}, not {wanted}")
+            raise ValueError(f"the {name} of the policy {self.name} are {list(scores.shape)}, not {wanted}")
 
     @property
     def predictor_pooling(self) -> str | None:

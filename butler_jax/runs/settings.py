@@ -72,12 +72,12 @@ def find_run(run: str | Path) -> Path:
         FileNotFoundError: It is not there, or the hub does not deliver it.
     """
     path = Path(run).expanduser()
+    if path.exists():
+        return path
     asked = parse_hub_id(str(run))
     if asked is not None and not path.parent.is_dir():
-        return path if path.exists() else download(*asked)
-    if not path.exists():
-        raise FileNotFoundError(f"no such directory: {run}; give the directory of a run of butler-jax train")
-    return path
+        return download(*asked)
+    raise FileNotFoundError(f"no such directory: {run}; give the directory of a run of butler-jax train")
 
 
 def is_pretrained(directory: Path) -> bool:

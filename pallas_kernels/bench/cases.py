@@ -54,6 +54,11 @@ class Case:
         return -(-self.tokens // self.unit)
 
     @property
+    def tokens_read(self) -> int:
+        """The tokens of the chosen units of a row."""
+        return min(self.units * self.unit, self.context)
+
+    @property
     def dense_bytes(self) -> float:
         """Bytes that dense decode attention reads in one layer: all keys and values."""
         shape = self.shape
@@ -68,9 +73,7 @@ class Case:
         item = jnp.dtype(self.dtype).itemsize
         k_imp = rows * self.context * self.shape.rank * (1 if self.int8 else item)
         scores = 2 * rows * self.context * 4
-        return (k_imp + scores) / interval + 2.0 * rows * min(
-            self.units * self.unit, self.context
-        ) * self.shape.dim * item
+        return (k_imp + scores) / interval + 2.0 * rows * self.tokens_read * self.shape.dim * item
 
     def speeds(self, interval: int, dense: float, first: float, again: float) -> dict[str, float]:
         """Seconds of a step, beside dense attention and the byte cap.

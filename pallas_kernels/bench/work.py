@@ -216,11 +216,11 @@ def _attend_work(launch, case, tiles, have):
     rows, group, _, _ = _sizes(case)
     item, dim = jnp.dtype(case.dtype).itemsize, case.shape.dim
     tokens = tiles.attend_tokens(padded_size(dim), item, padded_size(group))
-    trips = math.ceil(math.ceil(case.units * case.unit / tokens) / launch.grid[1])
+    trips = math.ceil(math.ceil(case.tokens_read / tokens) / launch.grid[1])
     return KernelWork(
         launch=launch,
         streamed=4 * rows * case.units + 4 * launch.programs * group * (dim + 2),
-        gathered=2.0 * rows * case.units * case.unit * dim * item,
+        gathered=2.0 * rows * case.tokens_read * dim * item,
         instructions=have["attend_code"] + trips * have["attend_trip"],
         loads=3 + trips,  # the length, units, and their keys; then the next ones, which were asked for a trip before
         barriers=5 * trips,

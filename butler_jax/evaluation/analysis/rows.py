@@ -84,7 +84,7 @@ def see_rows(
     """
     base, segments = model.config, batch["segments"]
     x = embed(model, batch["tokens"])
-    dense = dense_mixer(base, segments, None)
+    dense = dense_mixer(base, segments)
     begun, step = importance_walk(predictor, x, batch)
 
     def mixer(state, view):

@@ -291,9 +291,9 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
             "original_max_position_embeddings": original,
         }
         return values | ({"attention_factor": attention_factor} if attention_factor else {})
-    if get("rope.scaling.type") == "longrope":
-        raise ValueError("rope.scaling.type is longrope, and the tensor rope_factors_long.weight is missing")
     kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
+    if kind == "longrope":
+        raise ValueError("rope.scaling.type is longrope, and the tensor rope_factors_long.weight is missing")
     factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
     if factor <= 0:
         raise ValueError(f"rope.scaling.factor must be above 0, got {factor}")
