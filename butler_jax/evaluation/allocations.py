@@ -38,12 +38,10 @@ def allocate_policies(
     windows, calibration = None, _calibration(config)
     for policy in policies:
         names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
-        what = "neighbours" if config.selection.neighbours else f"units of {config.selection.unit} tokens"
-        without = LIMITED if config.selection.neighbours else ("tolerance",) if config.selection.unit > 1 else ()
-        left_out = [n for n in names if n in without]
-        if left_out and left_out != names:  # a tolerance has no place for neighbours, and is one for single tokens
+        left_out = [n for n in names if n in LIMITED] if config.selection.neighbours else []
+        if left_out and left_out != names:  # a tolerance has no place for neighbours
             names = [n for n in names if n not in left_out]
-            note(f"{policy.label}: with {what}, {' and '.join(left_out)} is left out")
+            note(f"{policy.label}: with neighbours, {' and '.join(left_out)} is left out")
         tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
         for name, tail in itertools.product(names, tails):
             words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]

@@ -62,7 +62,7 @@ class EvalConfig(HostsConfig):
     """Tokens that a query reads, with sinks and recent tokens: fractions of the tokens it may see, or numbers of
     tokens."""
     selection: SelectionConfig = field(
-        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "interval", "neighbours", "floor")}
+        default=SelectionConfig(), metadata={"flags": ("sinks", "recent", "unit", "interval", "neighbours", "floor")}
     )
     """How tokens are chosen. Each of --budgets replaces its budget."""
     allocations: tuple[str, ...] = ("per_head", "tolerance")

@@ -20,7 +20,7 @@ from butler_jax.selection.allocation import allocate
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
-from pallas_kernels import BARRED, TOP, ordered_image, rank_image, top_mask, unit_image
+from pallas_kernels import BARRED, TOP, from_image, ordered_image, rank_image, top_mask, unit_image
 
 
 class Rows(NamedTuple):
@@ -133,6 +133,27 @@ def select_mask(
     if config.neighbours:
         mask = add_neighbours(mask, units, config)
     return mask if config.unit == 1 else pages.columns(mask, scores.shape[-1]) & allowed
+
+
+def best_in_unit(
+    scores: Float[Array, "B K C S"],
+    allowed: Bool[Array, "B Q C S"],
+    rows: Rows,
+    config: SelectionConfig,
+    columns: Int[Array, " S"] | None = None,
+) -> Float[Array, "B K C S"]:
+    """For every token the best score of its unit, which `select_mask` compares; inf in units that are always read.
+
+    Of config, sinks, recent and unit are used; the other arguments are those of `select_mask`. NaN counts as -inf.
+    """
+    columns = jnp.arange(scores.shape[-1], dtype=jnp.int32) if columns is None else columns
+    always = always_chosen(rows, columns, config.sinks, config.recent)[:, None]
+    scores = jnp.where(always, jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+    if config.unit == 1:
+        return scores
+    pages = Pages(config.unit, columns[0] - rows.start)
+    best = pages.image(jnp.where(allowed, ordered_image(scores), BARRED))
+    return pages.columns(from_image(best), scores.shape[-1])
 
 
 def tied_share(

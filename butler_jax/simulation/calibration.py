@@ -24,7 +24,7 @@ from butler_jax.model import BaseModel, require_model, sliding_windows
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor
-from butler_jax.selection import Limits, SelectionConfig, always_chosen, limits_of, parse_budget, weigh_units
+from butler_jax.selection import Limits, SelectionConfig, best_in_unit, limits_of, parse_budget, weigh_units
 from butler_jax.simulation.checks import require_batches, require_counted, require_list
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import sum_chunks
@@ -125,7 +125,7 @@ def calibrate_tolerance(
         batches: tokens, segments, positions of one shape [B, T]; rows where `counted` does not hold do not count.
         selection: Its budget is the most that a row reads, and its sinks and recent tokens are always read. Under the
             allocation top_p, the tolerance is 1 - p, and any other allocation counts as tolerance. Neighbours are not
-            possible, and units of several tokens only under top_p.
+            possible.
         means: Fractions of all keys that dense rows read, or mean numbers of tokens; one result for each. Where sinks
             and recent tokens alone exceed a mean, its tolerance is infinite. Where all that rows may read is less, it
             is 0.
@@ -154,9 +154,10 @@ def calibrate_tolerance(
     if not batches or not means:
         raise ValueError("a tolerance is calibrated on text for means: give at least one batch, and one mean")
     _require_scores(policy, "a tolerance")
-    if (selection.unit != 1 and not by_mass) or selection.neighbours:
+    if selection.neighbours:
         raise ValueError(
-            "a tolerance is found for single tokens: leave out unit and neighbours, or take the allocation per_head"
+            "a tolerance is found without neighbours, which no score chooses: leave them out, or take the allocation "
+            "per_head"
         )
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     allocation, values = ("top_p", UNREAD) if by_mass else ("tolerance", GRID)
@@ -288,12 +289,12 @@ def _sum_above(
 
     def one(chunk):
         scores, allowed = policy(chunk.under(rule)), chunk.allowed
+        seen = scores, allowed[:, None], chunk.rows, rule, chunk.columns
         if rule.allocation == "top_p":
-            weighed = weigh_units(scores, allowed[:, None], chunk.rows, rule, chunk.columns)
+            weighed = weigh_units(*seen)
             scores = weighed.scores
         else:
-            forced = always_chosen(chunk.rows, chunk.columns, rule.sinks, rule.recent)
-            scores = jnp.where(forced[:, None], jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+            scores = best_in_unit(*seen)
         held = jnp.broadcast_to(jnp.sum(allowed, axis=-1, dtype=jnp.int32), counts.shape[:1] + allowed.shape[1:2])
         most = jnp.where(held > limits.min_context, limits.table[held], held)
         inside = jnp.take_along_axis(counts, jnp.minimum(chunk.rows.own, length), axis=1)

@@ -159,6 +159,7 @@ TOLERANCE = dict(budget=0.7, allocation="tolerance", tolerance=0.1, min_context=
 TOP_P = dict(budget=0.9, allocation="top_p", tolerance=0.3)
 ALLOCATED = [
     ("oracle_residual", {"error": "weight"}, TOLERANCE),
+    ("oracle_residual", {"error": "weight"}, {**TOLERANCE, "unit": 4}),
     ("oracle_residual", {"pooling": "root_sum_square"}, PER_LAYER_AND_NEIGHBOURS),
     ("tokenbutler", {"error": "value"}, {**TOLERANCE, "offset": "share", "target": "weight"}),
     ("tokenbutler", {}, {**PER_LAYER, "offset": "share"}),
@@ -166,6 +167,7 @@ ALLOCATED = [
     ("quest", {"page": 4}, TOP_P),
     ("lowrank", {"rank": 4}, {**TOP_P, "min_context": 30}),
     long("tokenbutler", {}, {**TOP_P, "unit": 4}),
+    long("tokenbutler", {"error": "value"}, {**TOLERANCE, "offset": "share", "target": "weight", "unit": 4}),
     long("oracle_residual", {"error": "weight"}, PER_LAYER),
     long("oracle_residual", {"pooling": "root_sum_square"}, TOLERANCE),
     long("tokenbutler", {"error": "value"}, PER_LAYER_AND_NEIGHBOURS),

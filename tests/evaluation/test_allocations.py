@@ -106,12 +106,12 @@ def test_every_policy_that_keeps_its_cache_runs_with_each_tail():
         EvalConfig(tails="-8")
 
 
-def test_units_leave_a_tolerance_out_and_a_tail_that_pages_do_not_fit_names_the_policy():
+def test_neighbours_leave_a_tolerance_out_and_a_tail_that_pages_do_not_fit_names_the_policy():
     policies, lines = [EvaluatedPolicy("oracle_residual", make_policy("oracle_residual"))], []
-    config = EvalConfig(selection=SelectionConfig(unit=4))
+    config = EvalConfig(selection=SelectionConfig(neighbours=True))
     found = allocations.allocate_policies(policies, None, config, "", lines.append)
     assert [one.label for one in found] == ["oracle_residual"]
-    assert lines == ["oracle_residual: with units of 4 tokens, tolerance is left out"]
+    assert lines == ["oracle_residual: with neighbours, tolerance is left out"]
     pages = [EvaluatedPolicy("quest", make_policy("quest"))]
     with pytest.raises(ValueError, match="quest: a tail of 4 tokens does not fit quest's pages of 16"):
         list(allocations.allocate_policies(pages, None, EvalConfig(tails="4"), "", print))

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from butler_jax.selection import Rows, SelectionConfig, budget_table, select_mask, tied_share
+from butler_jax.selection import Rows, SelectionConfig, best_in_unit, budget_table, select_mask, tied_share
 from tests.selection.definitions import CASES, IDS, paged_choice, select, sorted_choice
 
 masked = jax.jit(select_mask, static_argnames="config")
@@ -99,6 +99,23 @@ def test_mask_of_packed_documents_is_the_choice_of_each_newest_token(fields):
         limit = None if config.threshold is None else config.threshold[1][head]
         wanted = paged_choice(scores[0, head, t, starts[t] :], held, table[held], config, limit)
         assert set(np.flatnonzero(mask[0, head, t]) - starts[t]) == wanted
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_a_token_counts_as_the_best_of_its_unit(unit):
+    size, start = 44, 3
+    config, own = SelectionConfig(sinks=2, recent=3, unit=unit), np.arange(size, dtype=np.int32)
+    scores = np.random.default_rng(1).normal(size=(1, 2, size, size)).astype(np.float32)
+    scores[0, 0, :, 7] = np.nan
+    allowed = (own[None] <= own[:, None]) & (own[None] >= start)
+    rows = Rows(own[None], np.full((1, size), start, np.int32))
+    found = jax.jit(best_in_unit, static_argnums=3)(scores, allowed[None, None], rows, config)
+    for head, t in np.ndindex(2, size):
+        for first in range(start, t + 1, unit):
+            page = np.arange(first, min(first + unit, t + 1))
+            always = (page < start + 2).any() or (page > t - 3).any()
+            best = np.inf if always else np.nan_to_num(scores[0, head, t, page], nan=-np.inf).max()
+            np.testing.assert_array_equal(found[0, head, t, page], best)
 
 
 @pytest.mark.parametrize("unit", [1, 4])

@@ -81,10 +81,10 @@ def mean_read(share, counted, mean):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt_tokens", [long(0), 40])
-def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens):
+@pytest.mark.parametrize(("prompt_tokens", "unit"), [long(0, 1), (40, 1), (40, 4)])
+def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens, unit):
     batch, policy = batch_of(), make_policy("oracle_residual")
-    most = SelectionConfig(budget=1.0, sinks=2, recent=3)
+    most = SelectionConfig(budget=1.0, sinks=2, recent=3, unit=unit)
     means = [0.25, 0.5, 20]
     found = calibrate_tolerance(
         model, None, [batch], most, means, policy=policy, prompt_tokens=prompt_tokens, rows=None
@@ -155,6 +155,10 @@ def test_bad_means_are_clear_errors(model):
     shared = SelectionConfig(budget=0.25, allocation="per_layer")
     with pytest.raises(ValueError, match="thresholds go with the allocation per_head, the allocation is per_layer"):
         calibrate_thresholds(model, None, [batch_of()], shared, 0.125, policy=make_policy("oracle_residual"))
+    with pytest.raises(ValueError, match="a tolerance is found without neighbours"):
+        calibrate_tolerance(
+            model, None, [batch_of()], SelectionConfig(neighbours=True), [0.1], policy="oracle_residual"
+        )
     with pytest.raises(ValueError, match="rows must be a whole number of at least 1, got -5"):
         calibrate_tolerance(model, None, [batch_of()], most, [0.1], policy=make_policy("oracle_residual"), rows=-5)
     numbers = [calibrate_thresholds(model, None, [batch_of()], most, n, policy=make_policy("oracle")) for n in MEANS]
