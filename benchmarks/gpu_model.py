@@ -29,26 +29,29 @@ FILES = ("sparse_decode.json", "sparse_decode_normalised.json")
 CONTEXTS = tuple(2**n for n in range(12, 18))
 BATCHES = (1, 16)
 INTERVALS = (1, 8)
-CALLS = (("normalised", 2), ("normalised", 4), ("normalised", 1), ("maximum", 2))
-"""Pooling, and layers that choose together: the stride of the predictor."""
+CALLS = (
+    *(("normalised", 2, 1), ("normalised", 4, 1), ("normalised", 1, 1), ("maximum", 2, 1)),
+    *(("normalised", 2, 4), ("maximum", 2, 4), ("normalised", 2, 16), ("maximum", 2, 16)),
+)
+"""Pooling, layers that choose together (the stride of the predictor), and tokens of a unit."""
 PARTS = ("dense_seconds", "reuse_seconds", "predict_seconds")
 
 
-def case_of(context: int, batch: int, pooling: str, together: int = 1) -> Case:
+def case_of(context: int, batch: int, pooling: str, together: int = 1, unit: int = 1) -> Case:
     """Llama-3.1-8B's layer, a sixteenth of the tokens read."""
-    sizes = dict(context=context, batch=batch, tokens=context // 16, together=together)
+    sizes = dict(context=context, batch=batch, tokens=context // 16, together=together, unit=unit)
     return Case(shape=SHAPES["llama8b"], dtype=jnp.dtype(jnp.bfloat16), pooling=pooling, **sizes)
 
 
 def model_rows(chip: str, contexts=CONTEXTS, batches=BATCHES) -> list[dict[str, Any]]:
-    """The rows of a chip: a layer of a decode step, with each pooling and several strides; times in microseconds."""
+    """The rows of a chip: a layer of a decode step, with each of the calls; times in microseconds."""
     found = []
-    for (pooling, together), batch, context in itertools.product(CALLS, batches, contexts):
-        for row in predict_rows(case_of(context, batch, pooling, together), CHIPS[chip], INTERVALS):
+    for (pooling, together, unit), batch, context in itertools.product(CALLS, batches, contexts):
+        for row in predict_rows(case_of(context, batch, pooling, together, unit), CHIPS[chip], INTERVALS):
             kernels = {name: round(1e6 * t, 1) for name, t in row["kernels"].items()}
             figures = dict(us=row["seconds"] * 1e6, dense_us=row["dense_seconds"] * 1e6, speedup=row["speedup"])
             figures |= dict(cap=row["cap"], share_of_cap=row["share_of_cap"])
-            which = dict(chip=chip, pooling=pooling, together=together, batch=batch, context=context)
+            which = dict(chip=chip, pooling=pooling, together=together, unit=unit, batch=batch, context=context)
             which |= dict(interval=row["interval"])
             found.append(which | {k: round(v, 3) for k, v in figures.items()} | dict(kernels=kernels))
     return found

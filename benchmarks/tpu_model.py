@@ -37,7 +37,8 @@ CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # a second: the peak over
 CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
 OPERATION = 0.5e-6  # seconds; a guess
 TRIALS = 8  # of the search for a threshold; counted on normal scores, 1/16 chosen
-HEADS, GROUP, DIM, RANK, UNIT = 8, 4, 128, 16, 16  # Llama-3.1-8B's layer, pages of 16 tokens
+HEADS, GROUP, DIM, RANK = 8, 4, 128, 16  # Llama-3.1-8B's layer
+UNITS = (16, 8, 4, 2)  # tokens of a page
 KERNELS = ("importance_scores", "select_top_k", "attend_to_pages")
 
 
@@ -62,7 +63,7 @@ def runs_of(kernel: str) -> list[BundleRun]:
     return [BundleRun(*one) for one in found if one[1] > 2]
 
 
-def compile_layer(chip: str, context: int) -> tuple[dict[str, list[BundleRun]], int]:
+def compile_layer(chip: str, context: int, unit: int) -> tuple[dict[str, list[BundleRun]], int]:
     """The schedules of the kernels of a layer, and how many operations of a call are beside them."""
     for path in SCHEDULES.glob("*"):
         path.unlink()
@@ -75,8 +76,8 @@ def compile_layer(chip: str, context: int) -> tuple[dict[str, list[BundleRun]], 
     operands += array(1, HEADS, RANK, context), array(1, dtype=jnp.int32)
 
     def layer(q, k, v, q_imp, k_imp, lengths):
-        rules = dict(sinks=4, recent=8, unit=UNIT, implementation="tpu")
-        return pk.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, context // 16 // UNIT, **rules)
+        rules = dict(sinks=4, recent=8, unit=unit, implementation="tpu")
+        return pk.sparse_decode_attention(q, k, v, q_imp, k_imp, lengths, context // 16 // unit, **rules)
 
     with jax.set_mesh(mesh):
         text = jax.jit(layer).lower(*operands).compile().as_text()
@@ -101,7 +102,19 @@ def search_bundles(runs: list[BundleRun], units: int) -> float:
     return once + parts * (number + widen) + TRIALS * trial + units // selection.LANES * mark + slots * sum(find)
 
 
-def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> dict[str, float]:
+def tile_bundles(runs: list[BundleRun], unit: int) -> tuple[float, float, float]:
+    """The bundles of a tile of the attention: around it, and to attend it where a row sees all or a part of it."""
+    inner = [i for i, run in enumerate(runs) if run.depth == 3]
+    pages, around = attention.TILE // unit, 0
+    first, *_ = inner
+    if pages > attention.UNROLLED:  # a loop starts the copies, those of a core's first tiles and those of the others
+        _, first, starts, *_ = inner
+        around = pages // attention.UNROLLED * runs[starts].bundles
+    *parts, whole, masked = [run.bundles for run in runs[first:] if run.depth == 2]
+    return around + sum(parts), whole, masked
+
+
+def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int, unit: int) -> dict[str, float]:
     """The bundles that each kernel of a call executes."""
     depth = lambda kernel, d: [run.bundles for run in runs[kernel] if run.depth == d]  # noqa: E731
     blocks = context // scores.BLOCK
@@ -110,7 +123,7 @@ def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> di
     outside = sum(depth("importance_scores", 1))
     found = {"importance_scores": batch * (blocks * outside + context // chunk * (score + write))}
 
-    units, together = context // UNIT, selection.LANES * UNIT
+    units, together = context // unit, selection.LANES * unit
     found["select_top_k"] = (
         batch
         * HEADS
@@ -118,31 +131,34 @@ def bundles_of(runs: dict[str, list[BundleRun]], context: int, batch: int) -> di
         * (context // together * depth("select_top_k", 2)[0] + search_bundles(runs["select_top_k"], units))
     )
     attend = runs["attend_to_pages"]
-    tile_loop = next(i for i, run in enumerate(attend) if run.depth == 3)  # behind the loop of a core's first tiles
-    *around, whole, masked = [run.bundles for run in attend[tile_loop:] if run.depth == 2]
+    around, whole, masked = tile_bundles(attend, unit)
     tiles = context // 16 // attention.TILE
-    row = tiles * sum(around) + (tiles - 1) * whole + masked  # the newest page is seen in part
+    row = tiles * around + (tiles - 1) * whole + masked  # the newest page is seen in part
     found["attend_to_pages"] = batch * HEADS * (row + sum(depth("attend_to_pages", 1)))
     return found
 
 
-def model_row(chip: str, context: int, batch: int, runs: dict[str, list[BundleRun]], beside: int) -> dict[str, Any]:
+def model_row(
+    chip: str, context: int, batch: int, unit: int, runs: dict[str, list[BundleRun]], beside: int
+) -> dict[str, Any]:
     """A row of the table: seconds of each kernel, of the call and of dense attention, and the share of the byte cap."""
     bandwidth = pod_plans.CHIPS[chip].memory
     case = Case(
-        shape=SHAPES["llama8b"], context=context, batch=batch, tokens=context // 16, dtype=jnp.bfloat16, unit=UNIT
+        shape=SHAPES["llama8b"], context=context, batch=batch, tokens=context // 16, dtype=jnp.bfloat16, unit=unit
     )
     written = 4 * batch * HEADS * context  # scores
     read = case.dense_bytes / 16
     moved = dict(importance_scores=case.sparse_bytes(1) - read - written, select_top_k=written, attend_to_pages=read)
     kernels = {}
-    for kernel, bundles in bundles_of(runs, context, batch).items():
+    for kernel, bundles in bundles_of(runs, context, batch, unit).items():
         cores = CORES[chip] if kernel == "attend_to_pages" or batch > 1 else 1  # cores divide sequences, or rows
         cycles, bytes_ = bundles / cores / CLOCKS[chip], moved[kernel] / bandwidth
         kernels[kernel] = dict(bundles=round(bundles), bundle_seconds=cycles, byte_seconds=bytes_)
     seconds = beside * OPERATION + sum(max(k["bundle_seconds"], k["byte_seconds"]) for k in kernels.values())
     dense = case.dense_bytes / bandwidth
-    row = dict(chip=chip, context=context, batch=batch, dense_seconds=dense, operations=beside, kernels=kernels)
+    row = dict(
+        chip=chip, context=context, batch=batch, unit=unit, dense_seconds=dense, operations=beside, kernels=kernels
+    )
     return row | case.speeds(1, dense, seconds, seconds)
 
 
@@ -152,20 +168,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     rows = []
-    print("MODELLED, nothing was run: Llama-3.1-8B's layer, bfloat16, 1/16 read in pages of 16 tokens")
-    for chip, context in itertools.product(CLOCKS, (16384, 32768, 131072)):
-        schedule = compile_layer(chip, context)
+    print("MODELLED, nothing was run: Llama-3.1-8B's layer, bfloat16, 1/16 read in pages")
+    for unit, chip, context in itertools.product(UNITS, CLOCKS, (16384, 32768, 131072)):
+        schedule = compile_layer(chip, context, unit)
         for batch in (1, 16):
-            row = model_row(chip, context, batch, *schedule)
+            row = model_row(chip, context, batch, unit, *schedule)
             rows.append(row)
             parts = ", ".join(
                 f"{name} {1e6 * k['bundle_seconds']:.1f} ({1e6 * k['byte_seconds']:.1f} for bytes)"
                 for name, k in row["kernels"].items()
             )
             print(
-                f"{chip} {context:>7} tokens, batch {batch:>2}: {1e6 * row['seconds']:8.1f} us, dense "
-                f"{1e6 * row['dense_seconds']:8.1f} us, {row['speedup']:5.2f}x, {row['share_of_cap']:4.0%} of the cap "
-                f"{row['cap']:.1f}; {row['operations']} operations; us: {parts}",
+                f"{chip} {context:>7} tokens, pages of {unit:>2}, batch {batch:>2}: {1e6 * row['seconds']:8.1f} us, "
+                f"dense {1e6 * row['dense_seconds']:8.1f} us, {row['speedup']:5.2f}x, {row['share_of_cap']:4.0%} of "
+                f"the cap {row['cap']:.1f}; {row['operations']} operations; us: {parts}",
                 flush=True,
             )
     shutil.rmtree(SCHEDULES, ignore_errors=True)

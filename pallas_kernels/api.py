@@ -227,9 +227,9 @@ def masked_topk_decode_attention(
     spans = None if spans is not None and spans.counts.size == 0 else spans
     if softcap is not None:
         implementation = checks.choose_capped(implementation, softcap)
-    name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k.shape[-2]))
+    name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k))
     if name == "tpu":
-        checks.check_tpu_unit(unit, k.shape[-2])
+        checks.check_tpu_unit(unit, k)
     scale = factor_of(scale, q)
     module, options = dispatch(name, interpret, indices.size * k.size)
     options |= dict(lengths=lengths, first=first, layer=layer, return_residual=return_residual)

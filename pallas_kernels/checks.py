@@ -13,7 +13,7 @@ import numpy as np
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 POOLINGS = ("normalised", "maximum")
-SMALLEST_TPU_UNIT = 16  # one tile of bfloat16 rows; a smaller copy would read its neighbours too
+WORD = 4  # bytes in which a TPU packs rows of narrow numbers: a copy has whole words
 
 
 def current_device() -> Any:
@@ -96,17 +96,18 @@ def check_unit(unit: int) -> None:
         raise ValueError(f"unit must be a power of two (1, 2, 4, 8, 16, ...), got {unit!r}")
 
 
-def tpu_can(unit: int, size: int) -> bool:
-    """Whether the TPU kernels support this unit in a cache of `size` tokens: whole units of at least 16 tokens."""
-    return unit >= SMALLEST_TPU_UNIT and size % unit == 0
+def tpu_can(unit: int, k: Any) -> bool:
+    """Whether the TPU kernels support this unit in caches like k: whole units, each of whole words."""
+    return unit * k.dtype.itemsize >= WORD and k.shape[-2] % unit == 0
 
 
-def check_tpu_unit(unit: int, size: int) -> None:
+def check_tpu_unit(unit: int, k: Any) -> None:
     """Raise ValueError unless `tpu_can`."""
-    if unit < SMALLEST_TPU_UNIT:
+    size, least = k.shape[-2], WORD // k.dtype.itemsize
+    if unit < least:
         raise ValueError(
-            f'the "tpu" kernels read units of {SMALLEST_TPU_UNIT} tokens or more, got unit={unit}; choose pages with '
-            f'unit={SMALLEST_TPU_UNIT}, or use implementation="xla"'
+            f'the "tpu" kernels read units of {least} tokens or more of {k.dtype.name}, got unit={unit}; choose units '
+            f'with unit={least}, or use implementation="xla"'
         )
     if size % unit != 0:
         raise ValueError(

@@ -126,8 +126,7 @@ def sparse_decode_attention(
     checks.check_caches(k, q_imp, k_imp, layer)
     scored = jax.ShapeDtypeStruct((*q_imp.shape[:2], k.shape[-2]), jnp.float32)
     checks.check_selection(scored, lengths, n, counts, sinks, recent, unit, first, threshold)
-    tpu_can = checks.tpu_can(unit, k.shape[-2])
-    name = checks.choose_implementation(implementation, interpret, tpu_can=tpu_can)
+    name = checks.choose_implementation(implementation, interpret, tpu_can=checks.tpu_can(unit, k))
     if name == "gpu" and k_imp.size * n * k.size:
         from pallas_kernels import gpu
 

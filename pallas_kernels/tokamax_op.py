@@ -140,7 +140,7 @@ class TritonSparseDecodeAttention(SparseDecodeAttention):
 
 @dataclasses.dataclass(frozen=True)
 class MosaicSparseDecodeAttention(SparseDecodeAttention):
-    """The Pallas kernels for TPU, which take units of 16 tokens or more. They have no configuration."""
+    """The Pallas kernels for TPU, which take units of whole words of 32 bits. They have no configuration."""
 
     platform: ClassVar[str | None] = "tpu"
 
@@ -179,7 +179,7 @@ def sparse_decode_attention(
         ValueError: An implementation is unknown, or the arguments do not fit together.
     """
     if implementation is None:
-        pages = tpu_can(options.get("unit", 1), k.shape[-2])
+        pages = tpu_can(options.get("unit", 1), k)
         implementation = ("triton", "mosaic", "xla") if pages else ("triton", "xla")
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]

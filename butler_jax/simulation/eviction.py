@@ -73,14 +73,17 @@ def evicted_sums(
     tables: Int[Array, "budgets _"],
     rule: SelectionConfig,
     counted: Bool[Array, "B T"],
+    prompts: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "budgets B"], Float[Array, "budgets B"]]:
     """Recalled mass and attended fraction of a layer under several budgets, summed over the rows that are counted.
 
-    All rows run, since each depends on those before it. Layer 0, which is always dense, gives zeros.
+    All rows run, since each depends on those before it, and those of a prompt keep everything. Layer 0, which is always
+    dense, gives zeros.
     """
 
     def sparse():
-        found, keys = rows_of(view, segments, sliding_window, policy, tables, rule, output=False, mass=True)
+        how = dict(prompts=prompts, output=False, mass=True)
+        found, keys = rows_of(view, segments, sliding_window, policy, tables, rule, **how)
 
         def total(a):
             split = a.reshape(tables.shape[0], *segments.shape)

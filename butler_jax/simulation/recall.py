@@ -240,12 +240,13 @@ def _sum_evicting(
     dense = dense_mixer(base, segments, options.implementation)
     measured = spread_rows(segments.shape[1], options.rows, options.prompt_tokens)
     counted = _counted(batch, options) & jnp.asarray(measured)[None]
+    prompts = jnp.full(segments.shape[0], options.prompt_tokens, jnp.int32)
 
     def mixer(state, view):
         view = split_view(view)
 
         def measure(sliding_window):
-            return evicted_sums(view, segments, sliding_window, policy, tables, rule, counted)
+            return evicted_sums(view, segments, sliding_window, policy, tables, rule, counted, prompts)
 
         return dense(None, view)[0], state, by_service(base, view.index, measure, partial(zeros_of, measure, None))
 
@@ -290,6 +291,7 @@ def _sum_chunk(
     last = counted.shape[1] - 1
     inside = chunk.rows.own <= last
     real = inside & jnp.take_along_axis(counted, jnp.minimum(chunk.rows.own, last), axis=1)
+    prompts = jnp.full(batch, options.prompt_tokens, jnp.int32)
     few = slice(RANKED - 1, None, RANKED)
     ranked, held = (real & (count >= LEAST_KEYS))[:, few], allowed[:, few]
     weights = masked_softmax(chunk.logits, allowed[:, None, None], chunk.sink_logits)
@@ -310,7 +312,7 @@ def _sum_chunk(
 
     def sum_mass(pooled, rule, table):
         """Recalled mass, the fraction of keys read, the share of ties, and both by distance, summed over rows."""
-        mask, _ = chosen_mask(chunk, lambda: pooled, Limits(table, None, 0), rule)
+        mask, _ = chosen_mask(chunk, lambda: pooled, Limits(table, None, 0, prompts), rule)
         tied = tied_share(mask, pooled, allowed[:, None], chunk.rows, rule, chunk.columns)
         mask = mask.reshape(batch, kv_heads, -1, size, keys)
         read = jnp.sum(mask, axis=-1, dtype=jnp.int32) / jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]

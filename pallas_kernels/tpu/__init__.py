@@ -1,4 +1,4 @@
-"""The operations as Pallas kernels for TPU: pages of 16 tokens and more."""
+"""The operations as Pallas kernels for TPU: units of whole words: one token of float32, two of bfloat16, and more."""
 
 from pallas_kernels.tpu.attention import masked_topk_decode_attention
 from pallas_kernels.tpu.scores import importance_scores, importance_totals

@@ -24,6 +24,7 @@ from pallas_kernels.tpu.registers import LANES, SUBLANES
 
 TILE = 512  # tokens attended at a time, or one unit where that is more
 SLOTS = 4  # tiles in flight, with one being attended; a power of two
+UNROLLED = 32  # pages whose copies are started one after another; a longer list is started in a loop of these
 SCALAR_BYTES = 2**18  # of scalar memory for the lists of pages, in one call
 NOTHING, PART, PAGES, WHOLE = 0, 1, 2, 3  # what a row sees of a tile: some pages, something of each, or all tokens
 
@@ -46,7 +47,7 @@ class RingPlan(NamedTuple):
 def masked_topk_decode_attention(
     q, k, v, indices, valid, *, unit, new_k, new_v, lengths, first, spans, scale, layer, return_residual, interpret
 ):
-    """[B, H, D], and the log-sum-exp [B, H] on request. Arguments as in `api.py`; unit >= 16 and S is whole units."""
+    """[B, H, D], and the log-sum-exp [B, H] on request. Arguments as in `api.py`; `checks.tpu_can` holds."""
     heads = indices.shape[1]
     operands = attention_operands(q, k, v, indices, valid, lengths=lengths, first=first, layer=layer)
     base, pages, bounds, queries, *caches = operands
@@ -147,14 +148,19 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
         own, tile, _ = place
         return pages_ref[(own * tiles + tile) * width + u]
 
-    def copies(place, u):
-        """The two copies of page u of a tile, and whether the row sees it."""
+    def copies(place, first, u=0, of=1):
+        """The two copies of page first + u of a tile, of `of` pages from the first on, and whether the row sees it."""
         own, _, slot = place
-        page = page_of(place, u)
+        page = page_of(place, first + u)
         start = pl.ds(pl.multiple_of(page * unit, unit), unit)
-        part = pl.ds(u * unit if isinstance(u, int) else pl.multiple_of(u * unit, unit), unit)
+        at = first * unit if isinstance(first, int) else pl.multiple_of(first * unit, of * unit)
+        part, inside = pl.ds(at, of * unit), pl.ds(u * unit, unit)
         both = [
-            pltpu.make_async_copy(hbm.at[base_ref[0] + own, start, :], vmem.at[slot, part, :], arrived.at[slot, which])
+            pltpu.make_async_copy(
+                hbm.at[base_ref[0] + own, start, :],
+                vmem.at[slot, part, :].at[inside, :],
+                arrived.at[slot, which],
+            )
             for which, (hbm, vmem) in enumerate(rings)
         ]
         return both, page >= 0
@@ -174,15 +180,29 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
 
         jax.lax.fori_loop(0, width, one, 0)
 
+    def start_all(place):
+        """Start every copy of a tile."""
+
+        of = min(width, UNROLLED)
+
+        def some(part, carry):
+            for u in range(of):
+                for copy in copies(place, part * of, u, of)[0]:
+                    copy.start()
+            return carry
+
+        if of == width:
+            some(0, 0)
+        else:
+            jax.lax.fori_loop(0, width // of, some, 0)
+
     def start(step):
         place = place_of(jnp.minimum(step, last - 1))
         kind = jnp.where(step < last, kinds_ref[place[0], place[1]], NOTHING)
 
         @pl.when(kind >= PAGES)
         def _():
-            for u in range(width):
-                for copy in copies(place, u)[0]:
-                    copy.start()
+            start_all(place)
 
         @pl.when(kind == PART)
         def _():
@@ -215,10 +235,14 @@ def _kernel(base_ref, pages_ref, kinds_ref, bounds_ref, q_ref, k_hbm, v_hbm, *ou
 
     def seen_tokens(place):
         """1 for the tokens of a tile that the row sees and 0 for others, [tokens, 128]."""
-        token = jax.lax.broadcasted_iota(jnp.int32, (unit, LANES), 0)
+        together = max(SUBLANES // unit, 1)  # pages of a part, which has whole registers
+        token = jax.lax.broadcasted_iota(jnp.int32, (together * unit, LANES), 0)
         parts = []
-        for u in range(width):
-            position = page_of(place, u) * unit + token  # below 0, and so not seen, where there is no page
+        for u in range(0, width, together):
+            page = page_of(place, u)
+            for more in range(1, together):
+                page = jnp.where(token < more * unit, page, page_of(place, u + more))
+            position = page * unit + jax.lax.bitwise_and(token, unit - 1)  # below 0, and so not seen, without a page
             parts.append(((position >= begin) & (position < end)).astype(jnp.float32))
         return jnp.concatenate(parts)
 

@@ -19,11 +19,12 @@ from tests.marked import long
 MEMORY_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 
 
-@pytest.mark.slow  # .ci/run takes v5e with the newer Python
-@pytest.mark.parametrize("chip", [long(chip) for chip in tpu_decode.CHIPS])
-def test_a_decode_step_of_llama_compiles(chip, capsys):
+@pytest.mark.slow  # .ci/run takes v5e in pages of 16 with the newer Python
+@pytest.mark.parametrize(("chip", "unit"), [*(long(chip, 16) for chip in tpu_decode.CHIPS), ("v5p", 2)])
+def test_a_decode_step_of_llama_compiles(chip, unit, capsys):
     pytest.importorskip("libtpu", reason='libtpu is not installed; pip install "jax[tpu]" brings the TPU compiler')
-    compiled = tpu_decode.compile_decode(chip)
+    selection = dataclasses.replace(tpu_decode.SELECTION, unit=unit)
+    compiled = tpu_decode.compile_decode(chip, selection=selection)
     found, text = tpu_decode.summary(compiled), compiled.as_text()
     with capsys.disabled():
         print(f"\nLlama-3.1-8B, one step on {tpu_decode.CHIPS[chip][1]} x {chip}: {found}")

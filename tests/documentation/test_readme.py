@@ -251,7 +251,8 @@ def test_the_tables_of_the_model_of_gpus_are_those_of_its_file():
     for row in found["rows"]:
         lines.setdefault((row["batch"], row["interval"], row["context"]), []).append(row)
     for (batch, interval, context), rows in lines.items():
-        calls = {(r["chip"], r["pooling"], r["together"]): (f"{r['speedup']:.2f}x", r["share_of_cap"]) for r in rows}
+        tokens = (r for r in rows if r["unit"] == 1)
+        calls = {(r["chip"], r["pooling"], r["together"]): (f"{r['speedup']:.2f}x", r["share_of_cap"]) for r in tokens}
         cells = [calls[chip, "normalised", 2][0] for chip in ("a100", "h100", "h200", "b200")]
         best, of_best = calls["h200", "maximum", 2]
         cells += [
@@ -260,6 +261,11 @@ def test_the_tables_of_the_model_of_gpus_are_those_of_its_file():
             *(calls["h200", "normalised", together][0] for together in (4, 1)),
         ]
         assert f"| {batch} | {interval} | {context:,} | {' | '.join(cells)} |\n" in page
+    for (batch, interval, context), rows in lines.items():
+        of_pages = {(r["pooling"], r["unit"]): r for r in rows if (r["chip"], r["together"]) == ("h200", 2)}
+        both = [of_pages[pooling, unit] for pooling in ("normalised", "maximum") for unit in (1, 4, 16)]
+        cells = [f"{r['speedup']:.2f}x, {r['share_of_cap']:.0%}".replace("%", " %") for r in both]
+        assert interval != 1 or f"| {batch} | {context:,} | {' | '.join(cells)} |\n" in page
 
 
 def test_seconds_of_notebooks_are_what_was_measured():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
+from tests.marked import slow
 from tests.pallas_kernels.definitions import (
     KERNELS,
     PLAIN,
@@ -37,7 +38,7 @@ def test_attention_kernels_read_the_chosen_and_nothing_else(implementation):
     check_attention(case, implementation, 1e-5, new=(normal(7, 2, 2, 64), normal(8, 2, 2, 64)))
 
 
-@pytest.mark.parametrize("unit", [16, 32])
+@pytest.mark.parametrize("unit", [4, 16, *map(slow, (1, 2, 8, 32))])
 def test_tiles_on_tpu_are_seen_whole_in_part_and_not_at_all(unit):
     case = attention_case(8, batch=4, heads=2, group=3, dim=64, size=2400 // unit * unit, n=1800 // unit, unit=unit)
     case.lengths = case.lengths.at[2].set(1601)

@@ -39,7 +39,11 @@ def whole(**changed):
         (dict(implementation="cuda"), "unknown implementation 'cuda'; use None or one of reference, xla, tpu, gpu"),
         (dict(implementation="tpu", unit=16, n=1), 'needs a TPU, the platform is cpu; use "xla"'),
         (dict(implementation="gpu"), 'needs a GPU, the platform is cpu; use "xla"'),
-        (dict(implementation="tpu", interpret=True), "units of 16 tokens or more, got unit=1"),
+        (
+            dict.fromkeys(("k", "v"), jnp.zeros((1, 2, 32, 8), jnp.bfloat16))
+            | dict(implementation="tpu", interpret=True),
+            "units of 2 tokens or more of bfloat16, got unit=1",
+        ),
         (dict(lengths=jnp.array([5, 5])), r"lengths must have shape \(1,\), got \(2,\)"),
         (dict(lengths=jnp.array([5.0])), "lengths must be integers"),
         (dict(k=jnp.zeros((1, 2, 31, 8))), "same number of tokens S"),

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from butler_jax.evaluation.tasks.perplexity import measure_perplexity
+from butler_jax.model import dense_mixer, embed, run_layers
 from butler_jax.policies import Scoring, make_policy
 from butler_jax.predictors import make_predictor
 from butler_jax.predictors.config import PredictorConfig
-from butler_jax.selection import SelectionConfig
+from butler_jax.selection import SelectionConfig, limits_of
 from butler_jax.simulation import measure_recall, simulate
 from butler_jax.simulation.chunks import spread
+from butler_jax.simulation.eviction import evicting_attention
 from butler_jax.simulation.recall import correlate_ranks, mean_ranks
 from butler_jax.weights import Base
 from tests.marked import long, slow
@@ -120,9 +122,10 @@ def test_recall_of_some_rows_measures_only_those(model):
     assert spread(1024, 256, 600) == [5, 7] and spread(1024, 512, 900) == [7] and spread(1024, 1, 2000) == [7]
 
 
-@pytest.mark.parametrize("name", [long("streaming"), slow("h2o")])
-def test_rows_of_a_prompt_do_not_count(model, name):
+@pytest.mark.slow
+def test_rows_of_a_prompt_do_not_count(model):
     """The sums over all rows are those over the rows of a prompt and those after it."""
+    name = "streaming"
     batch, policies = make_batch([[96]], 96), [make_policy(name)]
     short = {key: array[:, :40] for key, array in batch.items()}
     whole, prompt = (measure_recall(model, None, [b], policies, [0.5], ranks=False) for b in (batch, short))
@@ -132,6 +135,30 @@ def test_rows_of_a_prompt_do_not_count(model, name):
     assert 96 * masses[0].value == pytest.approx(40 * masses[1].value + 56 * masses[2].value, rel=1e-5)
     with pytest.raises(ValueError, match="no row is left after prompts of 96 tokens"):
         measure_recall(model, None, [batch], policies, [0.5], ranks=False, prompt_tokens=96)
+
+
+def test_a_policy_that_evicts_keeps_the_prompt(model):
+    batch, policy, selection = make_batch([[96]], 96), make_policy("h2o"), SelectionConfig(budget=0.25)
+    found = measure_recall(model, None, [batch], [policy], [0.25], prompt_tokens=40).mass["h2o"][0.25]
+    limits = limits_of(selection, model.config, 96)._replace(prompts=jnp.asarray([40]))
+    dense = dense_mixer(model.config, batch["segments"])
+
+    def mixer(state, view):
+        evicted = evicting_attention(view, batch["segments"], None, policy, limits, selection.rule, mass=True)
+        return dense(None, view)[0], state, evicted.mass
+
+    *_, masses = run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)
+    assert found.value == pytest.approx(float(masses[1:, 0, 40:].mean()), rel=1e-5) and found.n == 56
+
+
+@pytest.mark.slow
+def test_after_the_prompt_of_each_document_rows_choose_anew_under_an_interval(model):
+    batch, streaming = make_batch([[37, 53]], 96), make_policy("streaming")
+    selection = SelectionConfig(budget=0.5, interval=16)
+    found = measure_recall(model, None, [batch], [streaming], [0.5], selection=selection, prompt_tokens=16)
+    found = found.attended["streaming"][0.5].value
+    read = np.asarray(simulate(model, batch, streaming, selection, prompts=np.asarray([16], np.int32)).attended)
+    assert found == pytest.approx(read[(batch["segments"] > 0) & (batch["positions"] >= 16)].mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [long(None), slow(128)])
