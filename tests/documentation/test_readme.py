@@ -194,6 +194,18 @@ def test_the_tables_of_the_tail_are_what_was_measured(text, budgets):
         assert f"| {name_row(policy, allocation)} | {row} |\n" in page, (policy, allocation)
 
 
+def test_the_table_of_pages_is_what_was_measured():
+    page = (DOCS / "measured" / "quality.md").read_text(encoding="utf-8")
+    found: dict[tuple, dict[int, str]] = {}
+    for r in rows_of("quality/pages_smollm2.json"):
+        if r["metric"] == "over_dense":
+            found.setdefault((r["policy"], r["allocation"], r["budget"]), {})[r["page_tokens"]] = cell(r)
+    assert len(found) == 8
+    for (policy, allocation, budget), cells in found.items():
+        row = " | ".join(cells[size] for size in (1, 2, 4, 8, 16))
+        assert f"| {name_row(policy, allocation)} | 1/{round(1 / budget)} | {row} |\n" in page, (policy, allocation)
+
+
 def test_the_table_of_top_p_is_what_was_measured():
     page = (DOCS / "measured" / "trials.md").read_text(encoding="utf-8")
     for metric, scale, digits in (("over_dense", 100, 1), ("js_divergence", 1000, 2)):

@@ -25,6 +25,17 @@ def place(tmp_path_factory):
 
 def test_a_policy_of_a_notebook_is_hashed_with_its_attributes_defaults_and_properties():
     text = """
+import functools
+
+SCALE = 2
+
+def helper(values):
+    return values * SCALE
+
+@functools.cache
+def kept(name):
+    return name in {"one", "two"}
+
 class Newest:
     sign = 1
     def scores(self, chunk, by=1):
@@ -35,6 +46,8 @@ class Newest:
     @staticmethod
     def two():
         return 2
+    def scaled(self, values):
+        return [helper(value) for value in values if kept(value)]
 """
 
     def hash_of(text):
@@ -43,8 +56,26 @@ class Newest:
         return hash_code(space["Newest"])
 
     edits = [("sign = 1", "sign = -1"), ("by=1", "by=2"), ('"newest"', '"oldest"'), ("return 2", "return 3")]
+    edits += [("SCALE = 2", "SCALE = 3"), ("values * SCALE", "values + SCALE"), ('"two"', '"three"')]
     assert hash_of(text) == hash_of("\n" + text)
-    assert len({hash_of(text), *(hash_of(text.replace(*edit)) for edit in edits)}) == 5
+    assert len({hash_of(text), *(hash_of(text.replace(*edit)) for edit in edits)}) == 8
+
+
+def test_classes_of_a_function_are_hashed_with_what_they_close_over():
+    def make(alpha):
+        class Scaled:
+            sign = 1
+
+            def scores(self, chunk):
+                return alpha * chunk
+
+        return Scaled
+
+    one, other = make(1.0), make(-1.0)
+    assert hash_code(one) == hash_code(make(1.0)) != hash_code(other)
+    other = make(1.0)
+    other.sign = -1
+    assert hash_code(other) != hash_code(one)
 
 
 def test_cells_of_another_precision_are_others(place):
