@@ -10,7 +10,7 @@ from butler_jax.evaluation.config import OF_LENGTHS, EvalConfig
 from butler_jax.evaluation.contenders import PREPARED_TOKENS, EvaluatedPolicy
 from butler_jax.evaluation.tasks.texts import read_windows
 from butler_jax.policies import Evicting
-from butler_jax.selection import LIMITED
+from butler_jax.selection import LIMITED, SelectionConfig
 from butler_jax.simulation import calibrate_tolerance
 from butler_jax.weights import Base
 
@@ -35,35 +35,47 @@ def allocate_policies(
         note: Receives what the report should say.
         say: Receives a line of progress before a search, which takes minutes on a large base.
     """
+    planned = [one for policy in policies for one in _plan(policy, config, note)]
     windows, calibration = None, _calibration(config)
-    for policy in policies:
-        names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
-        left_out = [n for n in names if n in LIMITED] if config.selection.neighbours else []
-        if left_out and left_out != names:  # a tolerance has no place for neighbours
-            names = [n for n in names if n not in left_out]
-            note(f"{policy.label}: with neighbours, {' and '.join(left_out)} is left out")
-        tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
-        for name, tail in itertools.product(names, tails):
-            words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]
-            one = policy._replace(label=":".join(words), allocation=name, tail=tail)
-            most = replace(config.selection_at(1.0, tail), allocation=name)
-            try:
-                policy.policy.selection(most)
-            except ValueError as error:  # such as a tail that pages do not fit
-                raise ValueError(f"{policy.label}: {error}") from None
-            if name in LIMITED:
-                if windows is None:
-                    windows = read_windows(base, calibration, data, note)
-                how = dict(policy=policy.policy, prompt_tokens=calibration.prompt_tokens)
-                if calibration.stride is not None:  # the rows that count are the last of each window
-                    how["rows"] = None
-                found = "p" if name == "top_p" else "the tolerance"
-                say(f"finding {found} of each budget for {policy.label}")
-                given = (base.model, policy.predictor, windows, most, config.budgets)
-                one = one._replace(
-                    calibrated=dict(zip(config.budgets, calibrate_tolerance(*given, **how), strict=True))
-                )
-            yield one
+    for one in planned:
+        if one.allocation in LIMITED:
+            if windows is None:
+                windows = read_windows(base, calibration, data, note)
+            how = dict(policy=one.policy, prompt_tokens=calibration.prompt_tokens)
+            if calibration.stride is not None:  # the rows that count are the last of each window
+                how["rows"] = None
+            found = "p" if one.allocation == "top_p" else "the tolerance"
+            say(f"finding {found} of each budget for {one.label}")
+            given = (base.model, one.predictor, windows, _most(one, config), config.budgets)
+            one = one._replace(calibrated=dict(zip(config.budgets, calibrate_tolerance(*given, **how), strict=True)))
+        yield one
+
+
+def _plan(policy: EvaluatedPolicy, config: EvalConfig, note: Callable[[str], None]) -> Iterator[EvaluatedPolicy]:
+    """A policy under its allocations with its tails, without tolerances. Raises ValueError for one it cannot take."""
+    names = [n for n in config.allocations if policy.policy.allows(n)] or ["per_head"]
+    left_out = [n for n in names if n in LIMITED] if config.selection.neighbours else []
+    if left_out and left_out != names:  # a tolerance has no place for neighbours
+        names = [n for n in names if n not in left_out]
+        note(f"{policy.label}: with neighbours, {' and '.join(left_out)} is left out")
+    tails = (0,) if policy.dense or isinstance(policy.policy, Evicting) else config.tails
+    longest = max(config.context, *config.lengths)
+    for name, tail in itertools.product(names, tails):
+        if tail > longest:
+            note(f"a tail of {tail} tokens does nothing in rows of at most {longest}: no span is ever whole")
+        words = [policy.label, *([] if name == "per_head" else [name]), *([f"tail={tail}"] if tail else [])]
+        one = policy._replace(label=":".join(words), allocation=name, tail=tail)
+        try:
+            for selection in [_most(one, config)] if name in LIMITED else one.selections(config).values():
+                policy.policy.selection(selection)
+        except ValueError as error:  # such as a tail that pages do not fit
+            raise ValueError(f"{policy.label}: {error}") from None
+        yield one
+
+
+def _most(policy: EvaluatedPolicy, config: EvalConfig) -> SelectionConfig:
+    """The selection with which the tolerances of a policy are found."""
+    return replace(config.selection_at(1.0, policy.tail), allocation=policy.allocation)
 
 
 def _calibration(config: EvalConfig) -> EvalConfig:

@@ -130,8 +130,11 @@ def label_policies(policies: list[Policy]) -> list[str]:
     """The names of policies, followed by their settings where a name occurs twice: quest:page=8 and quest:page=16.
 
     Raises:
-        ValueError: Two labels are the same.
+        ValueError: Two labels are the same, or a name cannot begin a label.
     """
+    for name in (p.name for p in policies):
+        if not name or ":" in name or name.startswith("_"):
+            raise ValueError(f"a policy is called {name!r}; give it a name without a colon and a leading underscore")
     counts, labels = Counter(p.name for p in policies), []
     for policy in policies:
         words = [f"{k}={v}" for k, v in describe(policy).items() if k != "name" and counts[policy.name] > 1]

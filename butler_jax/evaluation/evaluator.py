@@ -104,16 +104,17 @@ def evaluate(
     notes: list[str] = []
 
     def note(line: str) -> None:
-        notes.append(line)
-        say(line)
+        if line not in notes:
+            notes.append(line)
+            say(line)
 
     with _on_mesh(config) as mesh:
         if mesh is not None:
             base = dataclasses.replace(base, model=place_model(base.model, mesh, EVALUATION_RULES))
         policies = collect_policies(base, predictor, config, data, note)
         policies = [policy.on(mesh) for policy in policies] if mesh is not None else policies
-        policies = list(allocate_policies(policies, base, config, data, note, say))
         tasks = make_tasks(base, config, data, note)
+        policies = list(allocate_policies(policies, base, config, data, note, say))
         plan = plan_cells(base, tasks, policies, config)
         if not plan:
             note("nothing is measured: the tasks take none of the policies under these allocations and tails")

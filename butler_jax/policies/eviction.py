@@ -100,9 +100,11 @@ def evict(
 ) -> Bool[Array, "B K S"]:
     """The candidates without those beyond the budget that are worth least; protected tokens always stay.
 
-    One is dropped, or several at the row where min_context ends.
+    One is dropped, or several at the row where min_context ends. NaN counts as -inf.
     """
     free = candidates & ~protected[:, None]
+    most = jnp.finfo(worth.dtype).max
+    worth = jnp.clip(jnp.where(jnp.isnan(worth), -most, worth), -most, most)  # inf is what is not free
     over = jnp.sum(candidates, axis=-1, dtype=jnp.int32) - budget[:, None]
 
     def one():

@@ -55,6 +55,8 @@ def make_policy(name: str, defaults: Mapping[str, Any] = MappingProxyType({}), *
     known = get_type_hints(POLICIES[name])
     known = {field.name: known[field.name] for field in dataclasses.fields(POLICIES[name])}
     read = dict(_read_setting(name, setting, known) for setting in settings)
+    if "offset" in read and name == TokenButler.name:
+        raise ValueError("the offset of tokenbutler is its predictor's: leave it out, and train with --offset")
     if unknown := sorted({*fields, *read} - {*known}):
         raise ValueError(f"policy {name} has no {', '.join(unknown)}; it has {', '.join(known) or 'no settings'}")
     return POLICIES[name](**{f: value for f, value in defaults.items() if f in known} | fields | read)

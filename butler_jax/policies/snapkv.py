@@ -44,7 +44,10 @@ class SnapKV(Evicting):
     """
 
     name = "snapkv"
-    form = "simulated row after row; published as one cut at the end of a dense prompt"
+    form = (
+        "simulated row after row, and pooled with the observed rows; published as one cut at the end of a dense "
+        "prompt, and pooled without them"
+    )
     observed: int = 32
     pool: int = 7
     once: bool = True

@@ -11,6 +11,7 @@ from butler_jax.predictors import zeros_of
 from butler_jax.simulation.sharding import rows_here, split_row_groups, split_tables
 
 LOGIT_ROWS = 64  # rows of logits formed at a time
+NO_TOKEN = -1  # the most likely token where the largest logit is not finite
 
 
 def predict_next(
@@ -43,7 +44,9 @@ def predict_next(
 
     def told(stream, following, other):
         values = logits(model, rows_here(stream))
-        greedy = jnp.argmax(values, axis=-1).astype(jnp.int32)
+        greedy = jnp.where(jnp.isfinite(jnp.max(values, axis=-1)), jnp.argmax(values, axis=-1), NO_TOKEN).astype(
+            jnp.int32
+        )
         logs = jax.nn.log_softmax(values)
         nll = -jnp.take_along_axis(logs, following[..., None], axis=-1)[..., 0]
         if other is None:

@@ -45,7 +45,7 @@ class Simulated(NamedTuple):
 
     Attributes:
         nll: Negative log-likelihood of the next token in nats; 0 where it is padding or belongs to another document.
-        greedy: The most likely next token.
+        greedy: The most likely next token; -1 where its logit is not finite.
         attended: Fraction of its causal keys that a row read, mean over the served layers and choosing heads.
         read: Keys that a row read in all layers and heads, those that are not served included.
         served: Keys that a row read in the served layers.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from butler_jax.model.decoder import LayerView
-from butler_jax.policies import make_policy
+from butler_jax.policies import evict, make_policy
 from butler_jax.selection.budget import Limits, budget_table
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.simulation.eviction import evicted_sums, evicting_attention
@@ -132,6 +132,14 @@ def test_budgets_together_are_each_budget_alone():
         for found, values in zip(together, (wanted[2], wanted[1]), strict=True):
             wanted_sums = np.where(counted, values.mean(-1), 0).sum(axis=1)
             np.testing.assert_allclose(found[n], wanted_sums, rtol=1e-5)  # sums of 20 rows
+
+
+@pytest.mark.parametrize("worth", [np.nan, np.inf, -np.inf])
+def test_a_worth_that_is_not_finite_exceeds_no_budget(worth):
+    protected = np.zeros((1, 10), bool)
+    protected[0, :2] = True
+    kept = evict(jnp.ones((1, 2, 10), bool), jnp.full((1, 2, 10), worth), protected, jnp.asarray([9]))
+    assert np.asarray(kept).tolist() == [[[True, True, False, *[True] * 7]] * 2]
 
 
 def test_layer_0_keeps_everything_and_settings_that_mean_nothing_are_refused():

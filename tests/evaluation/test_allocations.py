@@ -36,8 +36,8 @@ def test_policies_run_under_the_allocations_that_their_scores_allow(monkeypatch)
 
     found = list(allocations.allocate_policies(policies, Anything, config, "", print, said.append))
     assert said == [
-        *(f"finding p of each budget for {name}" for name in ("oracle", "quest")),
-        *(f"finding the tolerance of each budget for {name}" for name in ("oracle_residual", "tokenbutler")),
+        *(f"finding p of each budget for {name}:top_p" for name in ("oracle", "quest")),
+        *(f"finding the tolerance of each budget for {name}:tolerance" for name in ("oracle_residual", "tokenbutler")),
     ]
     assert [one.label for one in found] == [
         *("dense", "oracle", "oracle:top_p", "quest", "quest:top_p", "streaming"),
@@ -102,6 +102,9 @@ def test_every_policy_that_keeps_its_cache_runs_with_each_tail():
     assert found["oracle"].selections(config) == found["h2o"].selections(config) == {0.25: SelectionConfig(budget=0.25)}
     with pytest.raises(ValueError, match=r"the tails of an evaluation are given as tails=\(8,\)"):
         EvalConfig(selection=SelectionConfig(tail=8))
+    lines = []
+    [*allocations.allocate_policies(policies, None, dataclasses.replace(config, tails="2048"), "", lines.append)]
+    assert lines == ["a tail of 2048 tokens does nothing in rows of at most 1024: no span is ever whole"]
     with pytest.raises(ValueError, match="tail must be at least 0, got -8"):
         EvalConfig(tails="-8")
 
@@ -115,6 +118,14 @@ def test_neighbours_leave_a_tolerance_out_and_a_tail_that_pages_do_not_fit_names
     pages = [EvaluatedPolicy("quest", make_policy("quest"))]
     with pytest.raises(ValueError, match="quest: a tail of 4 tokens does not fit quest's pages of 16"):
         list(allocations.allocate_policies(pages, None, EvalConfig(tails="4"), "", print))
+
+
+def test_what_a_policy_cannot_take_is_told_before_a_tolerance_is_found():
+    policies = [EvaluatedPolicy(name, make_policy(name)) for name in ("oracle_residual", "quest")]
+    config, said = EvalConfig(budgets="1/4,24"), []
+    with pytest.raises(ValueError, match=r"quest: a budget of 24 tokens is below .* = 39"):
+        list(allocations.allocate_policies(policies, None, config, "", print, said.append))
+    assert said == []
 
 
 @pytest.mark.slow

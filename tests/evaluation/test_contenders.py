@@ -19,6 +19,12 @@ def test_predictors_that_are_compared_have_labels_of_their_own(monkeypatch):
         list(contenders._read_predictors(None, None, EvalConfig(compare="a/run,./a/run,a//run,a/./run")))
 
 
+@pytest.mark.parametrize("name", ["dense:x", "_hidden", ""])
+def test_a_name_that_cannot_begin_a_label_is_refused(name):
+    with pytest.raises(ValueError, match=f"a policy is called '{name}'; give it a name without a colon"):
+        contenders.label_policies([SimpleNamespace(name=name)])
+
+
 def test_the_best_step_is_that_of_the_predictor_that_is_loaded(monkeypatch, tmp_path):
     losses = {10: 0.5, 20: 0.4, 30: 0.4, 40: None}  # step 40 was saved after Ctrl-C, without a validation
     monkeypatch.setattr(training_facts, "steps", lambda directory: [*losses])

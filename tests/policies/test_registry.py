@@ -22,6 +22,11 @@ def test_every_policy_gives_finite_scores_of_the_shape_selection_takes_or_evicts
         assert np.isfinite(np.asarray(scores)).all(), name
 
 
+def test_the_offset_of_a_predictor_is_no_setting():
+    with pytest.raises(ValueError, match="the offset of tokenbutler is its predictor's"):
+        make_policy("tokenbutler:offset=none")
+
+
 def test_errors_name_what_is_known(chunk):
     with pytest.raises(ValueError, match="unknown policy 'best'; known: dense, oracle"):
         make_policy("best")

@@ -36,6 +36,14 @@ def test_a_base_of_one_layer_is_dense():
     assert np.isfinite(found.nll).all() and np.asarray(found.attended)[0].tolist() == [1.0] * 9
 
 
+def test_logits_that_are_not_numbers_predict_no_token():
+    broken = BaseModel(BASE, jax.random.key(0))
+    broken.embedding[...] = broken.embedding[...] * np.nan
+    dense, batch = make_policy("dense"), text(9, 0, total=9)
+    found = simulate(broken, batch, dense, None, reference=simulate(broken, batch, dense, None).stream)
+    assert (np.asarray(found.greedy) == -1).all() and not np.asarray(found.agrees).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenbutler", long("oracle"), long("streaming"), "h2o"])
 def test_a_pass_over_one_token_or_none_is_dense(model, predictor, name):

@@ -10,6 +10,14 @@ from butler_jax.text import Tokenizer
 Span = tuple[int, int]
 
 
+class TooShortError(ValueError):
+    """A length that leaves no room for a sample; `least` is the shortest that does."""
+
+    def __init__(self, length: int, least: int):
+        super().__init__(f"{length} tokens are too short for this sample; give at least {least}")
+        self.least = least
+
+
 @dataclass(frozen=True)
 class AskedSample:
     """A text and the answers that a model has to predict in it.

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from random import Random
 
-from butler_jax.data.sources.asked_samples import AskedSample, asked_tokens, find_largest
+from butler_jax.data.sources.asked_samples import AskedSample, TooShortError, asked_tokens, find_largest
 from butler_jax.data.sources.coreference import invented_name, invented_word, sentences
 from butler_jax.text import Tokenizer
 
@@ -113,7 +113,7 @@ def sample(
 
     least = size(0) + LEAST_HAYSTACK
     if length < least:
-        raise ValueError(f"{length} tokens are too short for this needle and its question; give at least {least}")
+        raise TooShortError(length, least)
     filled, at = put(find_largest(size, len(cuts) - 1, length))
     whole = f"{filled}\n\n{question} {answer}"
     answer_span = (len(whole) - len(answer), len(whole))

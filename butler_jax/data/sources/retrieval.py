@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
 
-from butler_jax.data.sources.asked_samples import AskedSample, Span, asked_tokens, find_largest
+from butler_jax.data.sources.asked_samples import AskedSample, Span, TooShortError, asked_tokens, find_largest
 from butler_jax.data.sources.coreference import invented_word
 from butler_jax.text import Tokenizer
 
@@ -134,7 +134,7 @@ def _fill(
 
     shortest = size(1)
     if length < shortest:
-        raise ValueError(f"{length} tokens are too short for this sample; give at least {shortest}")
+        raise TooShortError(length, shortest)
     text, spans = put(max(find_largest(size, len(others), length), 1))
     tokens, mask = asked_tokens(tokenizer, text, spans)
     return AskedSample(text=text, spans=tuple(spans), tokens=tuple(tokens), asked=tuple(mask))

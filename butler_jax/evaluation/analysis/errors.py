@@ -28,10 +28,12 @@ class Errors(NamedTuple):
     Attributes:
         weights: The attention weight of every key.
         errors: Its error; NaN in layers after the first that are not served.
+        seen: Which keys a row sees.
     """
 
     weights: Float[np.ndarray, "B L H C T"]
     errors: Float[np.ndarray, "B L H C T"]
+    seen: Bool[np.ndarray, "B L H C T"]
 
     def read(self, share: float, by: By) -> Bool[np.ndarray, "B layers H C T"]:
         """The keys that rows read in the layers from 1 on, each query head by itself.
@@ -41,8 +43,8 @@ class Errors(NamedTuple):
             by: "weight" and "error" read the keys of largest weight or error in every head. "tolerance" reads those of
                 largest error over all heads and layers of a row, as many in all.
         """
-        values, keys = (self.weights if by == "weight" else self.errors)[:, 1:], self.weights[:, 1:] > 0
-        keys &= ~np.isnan(values)  # errors of layers that are not served
+        values = (self.weights if by == "weight" else self.errors)[:, 1:]
+        keys = self.seen[:, 1:] & ~np.isnan(values)  # errors of layers that are not served
         counts = np.ceil(share * np.count_nonzero(keys, axis=-1)).astype(np.int32)
         if by != "tolerance":
             return np.asarray(_select(values, keys, counts))
@@ -61,7 +63,7 @@ class Errors(NamedTuple):
 
     def share_read(self, share: float, by: By) -> Float[np.ndarray, "layers H"]:
         """The share of the keys that is read, mean over rows and sequences. share and by: as in `read`."""
-        read, seen = self.read(share, by), self.weights[:, 1:] > 0
+        read, seen = self.read(share, by), self.seen[:, 1:]
         return (read.sum(axis=-1) / seen.sum(axis=-1)).mean(axis=(0, 3))
 
 
@@ -77,8 +79,8 @@ def measure_errors(model: BaseModel, batch: Batch, *, rows: int = 50) -> Errors:
     """
     check_length(model.config, batch["tokens"].shape[1])
     found = _measure(model, as_batch(batch), jnp.asarray(last_rows(batch, rows)))
-    weights, errors = map(by_heads, found)
-    return Errors(weights, of_served(model.config, errors))
+    weights, errors, seen = map(by_heads, found)
+    return Errors(weights, of_served(model.config, errors), seen > 0)
 
 
 @jax.jit
@@ -86,7 +88,8 @@ def _measure(model, batch, rows):
     def look(chunk):
         weights = softmax(chunk.logits, chunk.allowed, chunk.sink_logits)
         errors = jnp.where(chunk.allowed[:, None, None], jnp.exp(OracleResidual().scores(chunk)), 0.0)
-        return weights, jnp.broadcast_to(errors, weights.shape)
+        seen = jnp.broadcast_to(chunk.allowed[:, None, None], weights.shape).astype(weights.dtype)
+        return weights, jnp.broadcast_to(errors, weights.shape), seen
 
     return see_rows(model, None, batch, rows, look)
 

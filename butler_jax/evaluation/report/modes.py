@@ -55,7 +55,11 @@ def describe_prompt(task: str, tokens: int) -> str:
     if task == "attention":
         return f"Rows of the first {tokens:,} tokens of each document do not count." if tokens else ""
     if task != "perplexity":
-        return "Everything before the answer is a prompt, which is read densely." if tokens else ""
+        return (
+            "Everything before the answer is a prompt, of which all but the last token is read densely."
+            if tokens
+            else ""
+        )
     if not tokens:
         return "There is no prompt: every row of a window is limited."
     return f"The first {tokens:,} tokens of each document are a prompt. They are read densely and do not count."

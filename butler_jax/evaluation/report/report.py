@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class ReportRow:
         metric: What was measured.
         policy: The label of the policy.
         budget: A fraction of the causal keys or a number of tokens; None for metrics of scores alone.
-        value: The value.
+        value: The value. In report.json null stands for one that is not finite.
         error: Its standard error; None where a single sequence was seen.
         n: How many tokens, rows or samples the value is a mean of.
         sequences: How many sequences these lie in, over which the error is taken.
@@ -127,14 +128,15 @@ class Report:
         check_directory(directory)
         path = directory / "report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"rows": self.rows, "arrays": self.arrays, **self.about}
-        write_whole(path, json.dumps(whole, indent=1) + "\n")
+        rows = [{k: None if isinstance(v, float) and not isfinite(v) else v for k, v in r.items()} for r in self.rows]
+        whole = {"rows": rows, "arrays": self.arrays, **self.about}
+        write_whole(path, json.dumps(whole, indent=1, allow_nan=False) + "\n")
         write_pages(self, directory)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Read the report.json that `save` wrote; `path` is the file or its directory.
+        """Read the report.json that `save` wrote; `path` is the file or its directory. A value of null is NaN.
 
         Raises:
             FileNotFoundError: There is none.
@@ -148,7 +150,7 @@ class Report:
         rows, arrays = about.pop("rows", None), about.pop("arrays", {})
         if not fits(rows, list[dict]) or not isinstance(arrays, dict):
             raise ValueError(f"{path} is no report: it has no rows; give the report.json that butler-jax eval wrote")
-        return cls(rows, arrays, about)
+        return cls([{**r, "value": nan} if r.get("value", 0.0) is None else r for r in rows], arrays, about)
 
     def __repr__(self) -> str:
         tasks = ", ".join(dict.fromkeys(row["task"] for row in self.rows)) or "nothing"

@@ -70,22 +70,33 @@ def make_summary_lines(rows: Sequence[Row]) -> list[SummaryLine]:
 def summarise(rows: Sequence[Row]) -> list[str]:
     """Write three sentences about perplexity: the dense model, the smallest budget, and the comparison in bytes.
 
+    One more names policies whose perplexity is not finite, of which the others do not speak.
+
     They follow from the rows alone, whichever policy they speak for. Two values tie where they differ by less than the
     standard error of the difference, with both errors taken as independent.
     """
-    text = [r for r in rows if r["task"] == "perplexity" and not r.get("where") and is_finite(r["value"])]
+    text = [r for r in rows if r["task"] == "perplexity" and not r.get("where")]
+    broken = dict.fromkeys(
+        r["policy"] for r in text if r["metric"] in ("perplexity", "over_dense") and not is_finite(r["value"])
+    )
+    text = [r for r in text if is_finite(r["value"])]
     dense = next((r for r in split_dense(text)[0] if r["metric"] == "perplexity"), None)
     over = [r for r in text if r["metric"] == "over_dense"]
     least = [r for r in over if r["budget"] == sort_budgets(over)[-1]] if over else []
     read = list_bytes(text)
     found = [_write_dense(dense) if dense is not None else "", _write_least(least), _write_bytes(least, over, read)]
+    found.append(f"The perplexity of {', '.join(broken)} is not finite." if broken else "")
     return [sentence for sentence in found if sentence]
 
 
 def _write_dense(row: Row) -> str:
     """'The dense model has a perplexity of 20.0 ± 0.5 over 16 windows, after a prompt of 256 tokens.'"""
     count, prompt = row.get("sequences"), row.get("prompt_tokens")
-    over = f" over {count:,} {row['unit']}" if count and row.get("unit") else ""
+    over = (
+        f" over {count:,} {row['unit'].removesuffix('s') if count == 1 else row['unit']}"
+        if count and row.get("unit")
+        else ""
+    )
     after = f", {name_prompt(prompt)}" if prompt else ""
     return f"The dense model has a perplexity of {_write_value(find_metric('perplexity'), row)}{over}{after}."
 
@@ -133,7 +144,7 @@ def _write_bytes(least: Sequence[Row], over: Sequence[Row], read: Mapping[tuple[
     ranked = sorted(rivals.values(), key=lambda r: r["value"])
     head = f"In bytes, {name(mine)} ({_write_share(most)} of what dense reads, all layers and its choice counted)"
     if not ranked:
-        return f"{head} has no rival: no other policy here reads as few."
+        return f"{head} has no rival: no other policy with a finite perplexity reads as few."
     better, ties = ([r for r in ranked if _compare(r, mine) == sign] for sign in (-1, 0))
     if not better and not ties:
         return (

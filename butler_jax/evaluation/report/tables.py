@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,8 +128,22 @@ def is_butler(policy: str) -> bool:
 
 
 def _find_policy(label: str) -> Policy:
-    """The policy whose name begins a label, with its default settings; a plain `Policy` for a name not in POLICIES."""
-    return POLICIES.get(label.split(":")[0], Policy)()
+    """The policy whose name begins a label, with its default settings. A plain `Policy` for a name that is not known.
+
+    It is one of POLICIES, or the last class with this name that was defined here and has defaults for all its fields.
+    """
+    name = label.split(":")[0]
+    for kind in (POLICIES[name],) if name in POLICIES else reversed(_list_kinds(Policy)):
+        if getattr(kind, "name", None) == name:
+            with contextlib.suppress(TypeError):
+                return kind()
+    return Policy()
+
+
+def _list_kinds(kind: type[Policy]) -> list[type[Policy]]:
+    """The classes below a class, as they were defined."""
+    found = ([below, *_list_kinds(below)] for below in kind.__subclasses__())
+    return list(itertools.chain.from_iterable(found))
 
 
 def split_dense(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:

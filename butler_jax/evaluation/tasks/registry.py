@@ -51,6 +51,6 @@ def _tell_of_prompts(windows: Sequence[Batch], prompt_tokens: int, say: Say) -> 
     left = sum(int((m & (b["positions"] >= prompt_tokens)).sum()) for m, b in zip(real, windows, strict=True))
     if 0 < 2 * left < found:
         say(
-            f"after prompts of {prompt_tokens} tokens, {left:,} of {found:,} tokens are left, because documents are "
-            "short; a smaller --prompt-tokens leaves more, and 0 all"
+            f"after prompts of {prompt_tokens} tokens of each document, {left:,} of {found:,} tokens are left; a "
+            "smaller --prompt-tokens leaves more, and 0 all"
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from butler_jax.data import AskedSample, Batch
+from butler_jax.data import AskedSample, Batch, TooShortError
 from butler_jax.data.sources import needle, retrieval
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.tasks.answers import AnsweringTask, batch_answers, group_by_label
@@ -102,12 +102,29 @@ def _make_batches(
     batches, labels = [], []
     for length in grid.lengths:
         wanted = [{**place, "length": length} for place in places for _ in range(grid.samples)]
-        seeds = [" ".join([str(grid.seed), *(f"{k} {float(v)}" for k, v in place.items())]) for place in wanted]
-        made = [make(**place, seed=seeds[n], index=n % grid.samples) for n, place in enumerate(wanted)]
+        made, least = _draw(make, wanted, grid)
+        if least:
+            while more := _draw(make, [{**place, "length": least} for place in wanted], grid)[1]:
+                least = more  # samples of another length are others
+            raise ValueError(f"{length} tokens are too short for the samples of the task {task}; give at least {least}")
         labels += wanted
         rows = [(sample.tokens, sample.asked) for sample in made]
         batches += batch_answers(rows, batch_size=grid.batch_size, context=grid.context)
     return LabelledBatches(batches, labels)
+
+
+def _draw(
+    make: Callable[..., AskedSample], wanted: Sequence[dict[str, Any]], grid: SampleGrid
+) -> tuple[list[AskedSample], int]:
+    """The samples of these places and lengths that have room, and the length that the others need at least, or 0."""
+    made, least = [], 0
+    for n, place in enumerate(wanted):
+        seed = " ".join([str(grid.seed), *(f"{k} {float(v)}" for k, v in place.items())])
+        try:
+            made.append(make(**place, seed=seed, index=n % grid.samples))
+        except TooShortError as error:
+            least = max(least, error.least)
+    return made, least
 
 
 class RetrievalTask(AnsweringTask):

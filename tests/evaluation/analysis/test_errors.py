@@ -56,10 +56,10 @@ def test_an_error_is_the_change_of_the_stream_without_the_token(model, batch, fo
 
 def test_each_way_reads_as_many_keys_and_leaves_what_it_does_not_read():
     random = np.random.default_rng(0)
-    seen = np.arange(12) < np.asarray([8, 11])[:, None]  # [C, T]
-    weights = np.where(seen, random.random((2, 4, 3, 2, 12)), 0.0)
+    seen = np.broadcast_to(np.arange(12) < np.asarray([8, 11])[:, None], (2, 4, 3, 2, 12))  # [B, L, H, C, T]
+    weights = np.where(seen, random.random(seen.shape), 0.0)
     errors = np.where(seen, random.random(weights.shape), 0.0)
-    found, share = Errors(weights, errors), 1 / 3
+    found, share = Errors(weights, errors, seen), 1 / 3
     count = np.asarray([3, 4])  # a third of 8 and of 11, rounded up
     for by, ranks in (("weight", weights), ("error", errors)):
         read = found.read(share, by)
@@ -79,7 +79,8 @@ def test_each_way_reads_as_many_keys_and_leaves_what_it_does_not_read():
     assert totals == sorted(totals) and totals[0] < totals[1] < totals[2]
     assert found.left(1.0, "error").max() == 0
     np.testing.assert_allclose(found.share_read(share, "error"), (3 / 8 + 4 / 11) / 2)
-    apart = Errors(weights, np.where(np.arange(4)[:, None, None, None] == 2, np.nan, errors))  # layer 2 is not served
+    served = np.arange(4)[:, None, None, None] != 2
+    apart = Errors(weights, np.where(served, errors, np.nan), seen)
     read = apart.read(share, "tolerance")
     assert not read[:, 1].any() and (read[:, :, :, 0].sum(axis=(1, 2, 3)) == 6 * count[0]).all()
 

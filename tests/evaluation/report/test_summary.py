@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from butler_jax.evaluation.report.summary import count_leads, make_summary_lines, summarise
 from butler_jax.evaluation.report.tables import make_tables
+from butler_jax.policies.oracle import Oracle
 from tests.tiny_reports import row
 
 LAYERS = "of the keys read, layer 0 aside"
@@ -67,7 +70,7 @@ def test_the_dense_perplexity_has_its_prompt_and_windows():
             "is ahead of all other policies that read no more; the next is streaming at 1/4 (40.0 %), "
             "50.00 ± 2.00 % above dense.",
         ),
-        ((0.30, 0.44), (0.20, 0.44), "has no rival: no other policy here reads as few."),
+        ((0.30, 0.44), (0.20, 0.44), "has no rival: no other policy with a finite perplexity reads as few."),
     ],
     ids="tie behind ahead alone".split(),
 )
@@ -77,6 +80,22 @@ def test_the_comparison_in_bytes_is_said_as_it_is(streaming, quest, end):
     found = make_rows(over, 0.02)
     head = "In bytes, tokenbutler at 1/16 (43.0 % of what dense reads, all layers and its choice counted) "
     assert said(found)[2] == head + end
+
+
+def test_a_perplexity_that_is_not_finite_is_named():
+    over = {("tokenbutler", 1 / 8): (-0.1, 0.3), ("streaming", 1 / 8): (float("inf"), 0.2)}
+    _, _, bytes_read, last = said(make_rows(over))
+    assert bytes_read.endswith("has no rival: no other policy with a finite perplexity reads as few.")
+    assert last == "The perplexity of streaming is not finite."
+
+
+def test_a_bound_of_ones_own_is_never_the_best():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Oracle):
+        name = "of_mine"
+
+    over = {("of_mine", 1 / 8): (0.01, 0.4), ("streaming", 1 / 8): (0.29, 0.4)}
+    assert ", streaming is 29.00 % above dense" in said(make_rows(over))[1] and Mine.is_bound
 
 
 def test_a_tie_at_the_smallest_budget_is_no_lead():

@@ -12,4 +12,4 @@ def test_prompts_that_take_most_of_a_text_are_told():
         lines: list[str] = []
         config = EvalConfig(tasks="perplexity", tokens=2048, context=1024, prompt_tokens=prompt_tokens)
         make_tasks(base, config, "coreference_short", lines.append)
-        assert any(line.startswith("after prompts of 256 tokens, ") for line in lines) == told
+        assert any(line.startswith("after prompts of 256 tokens of each document, ") for line in lines) == told

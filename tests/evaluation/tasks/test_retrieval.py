@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,14 @@ def test_a_grid_has_every_cell_and_one_length_a_batch(tokenizer):
     assert len(rows) == 18 and all(
         label["length"] - 8 <= n <= label["length"] for label, n in zip(labels, rows, strict=True)
     )
+
+
+def test_the_length_that_is_told_is_enough_for_every_sample(tokenizer):
+    grid = SampleGrid(lengths=(12,), samples=20, context=512)
+    with pytest.raises(ValueError, match=r"12 tokens are too short for the samples of the task variables") as told:
+        make_variables_batches(tokenizer, grid)
+    least = int(str(told.value).rsplit(" ", 1)[1])
+    assert len(make_variables_batches(tokenizer, dataclasses.replace(grid, lengths=(least,))).labels) == 20
 
 
 def test_no_two_samples_of_a_grid_share_what_is_asked_and_other_cells_change_none(tokenizer):
