@@ -38,7 +38,7 @@ import numpy as np
 from benchmarks.about import about
 from benchmarks.training_step import forward, make_batch
 from benchmarks.watch import Compilations, memory_mib
-from butler_jax.decoding import SamplingConfig, empty_memory, generation, make_plan
+from butler_jax.decoding import GREEDY, empty_memory, generation, make_plan
 from butler_jax.policies import make_policy
 from butler_jax.predictors import PredictorConfig, make_predictor
 from butler_jax.selection import SelectionConfig
@@ -98,13 +98,14 @@ def run(name: str, base: Any, length: int, tokens: int) -> Iterable[dict[str, An
 
         def decoding(selection):
             plan = make_plan(base.config, capacity, selection, policy, predictor=predictor)
-            return generation.Decoding(plan, SamplingConfig(), capacity, generation.CHUNK, None)
+            return generation.Decoding(plan, capacity, generation.CHUNK, None)
 
         lengths, held = jnp.asarray([length], jnp.int32), []
 
         def prefill():
             held.clear()
-            held.append(generation.start(base.model, predictor, batch["tokens"], lengths, keys, how=decoding(few)))
+            found = generation.read_prompts(base.model, predictor, batch["tokens"], lengths, how=decoding(few))
+            held.append(generation.draw_first(*found, batch["tokens"], lengths, keys, GREEDY))
             return held
 
         yield {"pass": name, **measure(prefill)}
@@ -117,7 +118,7 @@ def run(name: str, base: Any, length: int, tokens: int) -> Iterable[dict[str, An
             def decode(how=how, now=now):
                 for _ in range(tokens):
                     now[:] = generation.advance(
-                        base.model, predictor, now[0].token, keys, now[1], plan=how.plan, sampling=how.sampling
+                        base.model, predictor, now[0].token, keys, now[1], GREEDY, plan=how.plan
                     )
                 return now[0].token
 

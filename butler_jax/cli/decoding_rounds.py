@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.cli.bench_config import BenchConfig
-from butler_jax.decoding import SamplingConfig, empty_memory, generation, make_plan
+from butler_jax.decoding import GREEDY, empty_memory, generation, make_plan
 from butler_jax.policies import Policy, make_policy
 from butler_jax.selection import SelectionConfig
 from butler_jax.weights import Base
@@ -72,7 +72,8 @@ def _prefill(config: BenchConfig, base: Base, predictor: Any, prompt: np.ndarray
     keys = jax.vmap(jax.random.key)(jnp.arange(config.batch, dtype=jnp.uint32))
     how = _decoding(base, context, None, make_policy("tokenbutler"), None)
     lengths = jnp.full(config.batch, prompt.shape[1], jnp.int32)
-    return generation.start(base.model, predictor, jnp.asarray(prompt), lengths, keys, how=how)
+    found = generation.read_prompts(base.model, predictor, jnp.asarray(prompt), lengths, how=how)
+    return generation.draw_first(*found, prompt, lengths, keys, GREEDY)
 
 
 def _decoding(
@@ -80,7 +81,7 @@ def _decoding(
 ) -> generation.Decoding:
     """What prefill and decode steps are compiled for."""
     plan = make_plan(base.config, capacity, selection, policy, predictor=predictor)
-    return generation.Decoding(plan, SamplingConfig(), capacity, generation.CHUNK, None)
+    return generation.Decoding(plan, capacity, generation.CHUNK, None)
 
 
 def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, selection: SelectionConfig | None) -> Round:
@@ -101,7 +102,7 @@ def _decoder(config: BenchConfig, base: Base, predictor: Any, start: Any, select
         began = time.perf_counter()
         for _ in range(tokens):
             now[0], now[1] = generation.advance(
-                base.model, predictor, now[0].token, keys, now[1], plan=how.plan, sampling=how.sampling
+                base.model, predictor, now[0].token, keys, now[1], GREEDY, plan=how.plan
             )
         jax.block_until_ready(now[0].token)
         return time.perf_counter() - began

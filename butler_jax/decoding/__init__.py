@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "prefill_pass": ["prefill"],
         "prompt_cache": ["PromptCache"],
         "requests": ["Completion", "Request"],
+        "sampling": ["GREEDY"],
         "score_cache": ["check_score_dtype", "rounded"],
         "serving": ["serve"],
         "step": ["Found", "decode_step"],

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from butler_jax.decoding.capacity import bucket, room_for_all
-from butler_jax.decoding.config import SamplingConfig
+from butler_jax.decoding.config import SamplingConfig, settle_sampling
 from butler_jax.decoding.eviction import Eviction, row_axes
 from butler_jax.decoding.generated import Generated, Piece
 from butler_jax.decoding.plan import Plan, plan_step
 from butler_jax.decoding.prefill_pass import CHUNK, Kept, run_prompts
 from butler_jax.decoding.prompt_cache import PromptCache
 from butler_jax.decoding.prompt_parts import read_offloaded
-from butler_jax.decoding.sampling import draw_next
+from butler_jax.decoding.sampling import Draws, draw_next
 from butler_jax.decoding.settings import Decoding, settle_decoding
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
@@ -154,7 +154,8 @@ def generate_stream(
     lengths = np.asarray([len(row) for row in rows], np.int32)
     capacity = room_for_all(lengths, max_new_tokens, capacity, base.config.context)
     options = dict(chunk=chunk, offload=offload, score_dtype=score_dtype, implementation=implementation)
-    how = settle_decoding(base, predictor, selection, policy, sampling, capacity, **options)
+    how = settle_decoding(base, predictor, selection, policy, capacity, **options)
+    sampling = settle_sampling(sampling, base.generation)
     if offload and _crossing(base.config, lengths, max_new_tokens - 1).any():
         raise ValueError(
             "a row would grow beyond the original context of longrope, where its cache is computed again, which "
@@ -171,9 +172,9 @@ def generate_stream(
     result = Generated() if result is None else result
     result.tokens, result.texts = [[] for _ in rows], ["" for _ in rows]
     result.prompt_tokens = lengths.tolist()
-    result.sampling, result.kept_tokens = how.sampling, 0
+    result.sampling, result.kept_tokens = sampling, 0
     writers = [Writer(base.tokenizer, row, stops) for row in rows]
-    steps = _steps(base.model, predictor, (rows, lengths, keys), how, max_new_tokens, cache, result)
+    steps = _steps(base.model, predictor, (rows, lengths, keys), how, Draws.of(sampling), max_new_tokens, cache, result)
     return _pieces(steps, writers, ends, max_new_tokens, result)
 
 
@@ -223,7 +224,9 @@ def _pieces(
             return
 
 
-def _steps(model, predictor, prompts, how: Decoding, count: int, cache, result: Generated) -> Iterator[_Step]:
+def _steps(
+    model, predictor, prompts, how: Decoding, draws: Draws, count: int, cache, result: Generated
+) -> Iterator[_Step]:
     """The steps of a batch. Each step is yielded after the following one was dispatched.
 
     prompts: the tokens of every row, lengths [B], and a key a row. cache: taken when the first step is asked for, since
@@ -239,10 +242,10 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, cache, result: 
         tokens[b, : len(row)] = row
     if how.offload:
         found = read_offloaded(model, predictor, tokens, lengths, how.plan, **how.prompts)
-        made, held = draw_first(*found, tokens, lengths, keys, how=how)
     else:
         first = how.after(kept, int(lengths.max()))
-        made, held = start(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), keys, kept, how=first)
+        found = read_prompts(model, predictor, jnp.asarray(tokens), jnp.asarray(lengths), kept, how=first)
+    made, held = draw_first(*found, tokens, lengths, keys, draws)
     del prompts, kept
     if cache is not None:
         prompt = tokens[0, : lengths[0]].tolist()
@@ -260,7 +263,7 @@ def _steps(model, predictor, prompts, how: Decoding, count: int, cache, result: 
                     held = read_again(model, predictor, jnp.asarray(whole), jnp.asarray(crossing), held, how=how)
                 so_far.append(np.asarray(ready.token))
             plan = plan_step(how.plan, model.config, how.capacity, lengths, step)
-            made, held = advance(model, predictor, ready.token, keys, held, plan=plan, sampling=how.sampling)
+            made, held = advance(model, predictor, ready.token, keys, held, draws, plan=plan)
             if cache is not None:
                 cache.add(ticket, held.state, ready.token)
         yield ready
@@ -289,24 +292,21 @@ class _Step(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("how",))
-def start(model, predictor, tokens, lengths, keys, kept: Kept | None = None, *, how: Decoding) -> tuple[_Step, _Held]:
-    """The first token of every row and the caches of the prompts."""
-    found = run_prompts(model, tokens, lengths, predictor, how.plan, kept=kept, **how.prompts)
-    return _draw_first(*found, tokens, lengths, keys, how=how)
+def read_prompts(model, predictor, tokens, lengths, kept: Kept | None = None, *, how: Decoding) -> tuple[Any, Any]:
+    """The logits after the last token of every prompt, and the state."""
+    return run_prompts(model, tokens, lengths, predictor, how.plan, kept=kept, **how.prompts)
 
 
-def _draw_first(logits, state, tokens, lengths, keys, *, how: Decoding) -> tuple[_Step, _Held]:
+@partial(jax.jit, donate_argnames=("state",))
+def draw_first(logits, state, tokens, lengths, keys, draws: Draws) -> tuple[_Step, _Held]:
     """The first token of every row after prompts that were read."""
     seen = None
-    if how.sampling.repetition_penalty != 1:
+    if draws.penalised:
         batch, width = tokens.shape
         inside = jnp.arange(width)[None] < lengths[:, None]
         place = jnp.where(inside, tokens, logits.shape[-1])
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], place].set(True, mode="drop")
-    return _next(logits, state, jnp.ones((2, *lengths.shape)), seen, keys, how.sampling)
-
-
-draw_first = jax.jit(_draw_first, static_argnames=("how",), donate_argnames=("state",))
+    return _next(logits, state, jnp.ones((2, *lengths.shape)), seen, keys, draws)
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("held",))
@@ -331,15 +331,15 @@ def read_again(model, predictor, tokens, rows, held: _Held, *, how: Decoding) ->
     return held._replace(state=dataclasses.replace(state, **caches))
 
 
-@partial(jax.jit, static_argnames=("plan", "sampling"), donate_argnames=("held",))
-def advance(model, predictor, token, keys, held: _Held, *, plan: Plan, sampling: SamplingConfig) -> tuple[_Step, _Held]:
+@partial(jax.jit, static_argnames=("plan",), donate_argnames=("held",))
+def advance(model, predictor, token, keys, held: _Held, draws: Draws, *, plan: Plan) -> tuple[_Step, _Held]:
     """One more token for every row."""
     logits, state, found = take_step(model, token, held.state, predictor, plan)
     share = shares_read(model.config, found.attended, state.lengths)
-    return _next(logits, state, share, held.seen, keys, sampling)
+    return _next(logits, state, share, held.seen, keys, draws)
 
 
-def _next(logits, state, attended, seen, keys, sampling) -> tuple[_Step, _Held]:
+def _next(logits, state, attended, seen, keys, draws: Draws) -> tuple[_Step, _Held]:
     """The tokens drawn from logits."""
-    token, seen = draw_next(logits, seen, keys, state.steps, sampling)
+    token, seen = draw_next(logits, seen, keys, state.steps, draws)
     return _Step(token, attended), _Held(state, seen)

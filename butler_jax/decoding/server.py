@@ -19,6 +19,7 @@ from butler_jax.decoding.generated import Piece
 from butler_jax.decoding.generation import row_keys
 from butler_jax.decoding.prompt_reader import PromptReader
 from butler_jax.decoding.requests import Completion, Request, request_of
+from butler_jax.decoding.sampling import Draws
 from butler_jax.decoding.settings import Decoding
 from butler_jax.decoding.slots import admit, advance_slots, make_slots, renew
 from butler_jax.predictors import Predictor
@@ -74,8 +75,8 @@ class Server:
     A step is dispatched before the tokens of the one before it are read.
     """
 
-    def __init__(self, base: Base, predictor: Predictor | None, how: Decoding, slots: int):
-        self.base, self.predictor, self.how = base, predictor, how
+    def __init__(self, base: Base, predictor: Predictor | None, how: Decoding, draws: Draws, slots: int):
+        self.base, self.predictor, self.how, self.draws = base, predictor, how, draws
         self.rows: list[Row | None] = [None] * slots
         self.slots = None
         self.clock = self.number = 0
@@ -89,7 +90,8 @@ class Server:
     def run(self, source: Iterator[Any]) -> Iterator[Completion]:
         """Serve until the source ends and all its requests have."""
         self.source = source
-        self.slots = make_slots(self.base.model, self.predictor, self.how, len(self.rows))
+        room = len(self.rows)
+        self.slots = make_slots(self.base.model, self.predictor, self.how, room, penalised=self.draws.penalised)
         while True:
             self._drop_cancelled()
             self._take_next()
@@ -176,12 +178,13 @@ class Server:
         if reader.found is None or self.clock % self.how.plan.interval != 0:
             return
         self.reading, seen = None, None
-        if self.how.sampling.repetition_penalty != 1:
+        if self.draws.penalised:
             seen = np.zeros((1, self.base.config.vocab_size), bool)
             seen[0, row.prompt] = True
         row.slot, row.drawn = self.rows.index(None), 1
         self.rows[row.slot] = row
-        token, self.slots = admit(self.slots, reader.found, np.int32(row.slot), row.key, seen, how=self.how)
+        slot = np.int32(row.slot)
+        token, self.slots = admit(self.slots, reader.found, slot, row.key, seen, self.draws, how=self.how)
         self.flying.append(([row], token, None))
 
     def _active(self) -> list[bool]:
@@ -201,8 +204,8 @@ class Server:
         for row in self.rows:
             if row is not None and active[row.slot] and row.cached == border:
                 self._read_again(row)
-        where = np.asarray(active), np.int32(self.clock)
-        token, share, self.slots = advance_slots(self.base.model, self.predictor, self.slots, *where, how=self.how)
+        given = self.slots, np.asarray(active), np.int32(self.clock), self.draws
+        token, share, self.slots = advance_slots(self.base.model, self.predictor, *given, how=self.how)
         self.clock += 1
         for slot, row in enumerate(self.rows):
             if active[slot]:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from butler_jax.decoding.capacity import bucket
-from butler_jax.decoding.config import SamplingConfig
+from butler_jax.decoding.config import SamplingConfig, settle_sampling
 from butler_jax.decoding.prefill_pass import CHUNK
 from butler_jax.decoding.requests import Completion, Request, request_of
+from butler_jax.decoding.sampling import Draws
 from butler_jax.decoding.server import Server
 from butler_jax.decoding.settings import settle_decoding
 from butler_jax.model import require_loaded
@@ -75,8 +76,9 @@ def serve(
     if capacity > context:
         raise ValueError(f"the capacity must be 1 ... {context}, the model's context, got {capacity}")
     options = dict(chunk=chunk, offload=offload, score_dtype=score_dtype, implementation=implementation)
-    how = settle_decoding(base, predictor, selection, policy, sampling, capacity, **options)
-    return Server(base, predictor, how, slots).run(iter(requests))
+    how = settle_decoding(base, predictor, selection, policy, capacity, **options)
+    draws = Draws.of(settle_sampling(sampling, base.generation))
+    return Server(base, predictor, how, draws, slots).run(iter(requests))
 
 
 def _room(base: Base, requests: Sequence[Any]) -> int:

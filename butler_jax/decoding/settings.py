@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from butler_jax.decoding.config import SamplingConfig, settle_sampling
 from butler_jax.decoding.plan import Plan, check_offload, make_plan, settle_choice
 from butler_jax.decoding.prefill_pass import Kept
 from butler_jax.decoding.score_cache import check_score_dtype
@@ -26,7 +25,6 @@ class Decoding:
     """What a compiled prefill or step depends on, beside shapes; the fields are as in `generate`."""
 
     plan: Plan
-    sampling: SamplingConfig
     capacity: int
     chunk: int
     score_dtype: str | None
@@ -60,7 +58,6 @@ def settle_decoding(
     predictor: Predictor | None,
     selection: SelectionConfig | None,
     policy: Policy | str | None,
-    sampling: SamplingConfig | None,
     capacity: int,
     *,
     chunk: int,
@@ -77,4 +74,4 @@ def settle_decoding(
         policy.require_predictor(predictor)
     if offload:
         check_offload(plan, capacity)
-    return Decoding(plan, settle_sampling(sampling, base.generation), capacity, chunk, score_dtype, offload)
+    return Decoding(plan, capacity, chunk, score_dtype, offload)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from butler_jax.decoding.cache import DecodeState, constrain_state, empty_host_store
 from butler_jax.decoding.prefill_pass import run_prompts, stream_dtype
-from butler_jax.decoding.sampling import draw_next
+from butler_jax.decoding.sampling import Draws, draw_next
 from butler_jax.decoding.settings import Decoding
 from butler_jax.decoding.shares import shares_read
 from butler_jax.decoding.step import take_step
@@ -50,9 +50,9 @@ class ReadRow(NamedTuple):
     state: DecodeState
 
 
-def make_slots(model: BaseModel, predictor: Predictor | None, how: Decoding, count: int) -> Slots:
-    """Free slots. With offload, keys and values lie in host memory."""
-    slots = _free_slots(model, predictor, how=how, count=count)
+def make_slots(model: BaseModel, predictor: Predictor | None, how: Decoding, count: int, *, penalised: bool) -> Slots:
+    """Free slots. With offload, keys and values lie in host memory. penalised: whether rows remember their tokens."""
+    slots = _free_slots(model, predictor, how=how, count=count, penalised=penalised)
     if how.offload:
         place = slots.token.sharding  # each has one, so that the first step compiles once
         slots = jax.device_put(slots, place)
@@ -61,14 +61,14 @@ def make_slots(model: BaseModel, predictor: Predictor | None, how: Decoding, cou
     return slots
 
 
-@partial(jax.jit, static_argnames=("how", "count"))
-def _free_slots(model, predictor, *, how: Decoding, count: int) -> Slots:
+@partial(jax.jit, static_argnames=("how", "count", "penalised"))
+def _free_slots(model, predictor, *, how: Decoding, count: int, penalised: bool) -> Slots:
     def prompts():
         ones = jnp.ones((count, 1), jnp.int32)
         return run_prompts(model, ones, ones[:, 0], predictor, how.plan, **how.prompts)
 
     found, state = zeros_of(prompts)
-    seen = None if how.sampling.repetition_penalty == 1 else jnp.zeros(found.shape, bool)
+    seen = jnp.zeros(found.shape, bool) if penalised else None
     nothing = jnp.zeros(count, jnp.int32)
     state = dataclasses.replace(state, kv=None) if how.offload else constrain_state(state)
     return Slots(state, nothing, jax.vmap(jax.random.key)(nothing.astype(jnp.uint32)), nothing, seen)
@@ -81,10 +81,12 @@ def read_whole(model, predictor, tokens, length, following, *, how: Decoding) ->
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("slots",))
-def admit(slots: Slots, row: ReadRow, slot, key, seen, *, how: Decoding) -> tuple[Int[Array, " 1"], Slots]:
+def admit(
+    slots: Slots, row: ReadRow, slot, key, seen, draws: Draws, *, how: Decoding
+) -> tuple[Int[Array, " 1"], Slots]:
     """The first token of a row, and the slots with the row in one of them; seen [1, V]: as in `Slots`."""
     nothing = jnp.zeros(1, jnp.int32)
-    token, seen = draw_next(row.logits, seen, key, nothing, how.sampling)
+    token, seen = draw_next(row.logits, seen, key, nothing, draws)
     if seen is not None:
         seen = slots.seen.at[slot].set(seen[0])
     at = partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=0)
@@ -126,7 +128,7 @@ def _with_caches(state: DecodeState, row: DecodeState, slot: Int[Array, ""], how
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("slots",))
 def advance_slots(
-    model, predictor, slots: Slots, active, steps, *, how: Decoding
+    model, predictor, slots: Slots, active, steps, draws: Draws, *, how: Decoding
 ) -> tuple[Int[Array, " B"], Float[Array, "2 B"], Slots]:
     """One more token for every active row, and what each row read for it, as `shares_read` gives it.
 
@@ -136,5 +138,5 @@ def advance_slots(
     state = dataclasses.replace(slots.state, lengths=lengths, steps=steps)
     found, state, read = take_step(model, slots.token, state, predictor, how.plan)
     share = shares_read(model.config, read.attended, state.lengths)
-    token, seen = draw_next(found, slots.seen, slots.keys, slots.drawn, how.sampling)
+    token, seen = draw_next(found, slots.seen, slots.keys, slots.drawn, draws)
     return token, share, Slots(state, token, slots.keys, slots.drawn + 1, seen)

@@ -75,12 +75,12 @@ def test_decoding_compiles_nothing_as_the_cache_fills(base, settings):
 def test_prompts_of_every_length_share_few_programs(base, settings, fields):
     """Widths 16, 24, 32, 48, 64, 96 and capacities 64, 96: what is new is bounded by the buckets, not by lengths."""
     settings = settings | dict(selection=SelectionConfig(budget=0.3, sinks=1, recent=3, **fields))
-    before = generation.start._cache_size(), generation.advance._cache_size()
+    before = generation.read_prompts._cache_size(), generation.advance._cache_size()
     for length in range(1, 91, 1 if not fields else 4):
         butler_jax.generate(
             base, [list(range(1, length % 50 + 1)) + [1] * (length - length % 50)], max_new_tokens=3, **settings
         )
-    after = generation.start._cache_size(), generation.advance._cache_size()
+    after = generation.read_prompts._cache_size(), generation.advance._cache_size()
     assert after[0] - before[0] <= 7  # a prompt of 62 tokens needs the second capacity already: one width twice
     assert after[1] - before[1] <= 2 * (3 if fields else 1)  # dense, mixed and sparse steps under min_context
 

@@ -180,10 +180,24 @@ def test_an_emoji_in_four_byte_tokens_is_printed_whole_or_not_at_all(last):
 
 
 def test_prompts_of_a_bucket_share_one_compilation(base, dense):
-    before = generation.start._cache_size(), generation.advance._cache_size()
+    before = generation.read_prompts._cache_size(), generation.advance._cache_size()
     shorter = [PROMPTS[0][:9], PROMPTS[1] * 3, PROMPTS[2][:2]]
     butler_jax.generate(base, shorter, max_new_tokens=12, stop=())
-    assert (generation.start._cache_size(), generation.advance._cache_size()) == before
+    assert (generation.read_prompts._cache_size(), generation.advance._cache_size()) == before
+
+
+def test_other_numbers_of_sampling_compile_nothing_anew(base, dense):
+    programs = generation.read_prompts, generation.draw_first, generation.advance
+
+    def sizes_after(**fields):
+        sampling = SamplingConfig(**fields)
+        butler_jax.generate(base, PROMPTS, max_new_tokens=3, stop=(), sampling=sampling)
+        return [program._cache_size() for program in programs]
+
+    read = programs[0]._cache_size()
+    first = sizes_after(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+    assert first[0] == read  # the prompts are read as for greedy tokens
+    assert sizes_after(temperature=0.7, top_k=5, repetition_penalty=1.3) == first
 
 
 def test_between_choices_the_chosen_stay_and_new_tokens_join(base):

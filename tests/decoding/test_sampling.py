@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 
 from butler_jax.decoding.config import SamplingConfig
-from butler_jax.decoding.sampling import allowed_logits, draw, penalise
+from butler_jax.decoding.sampling import Draws, allowed_logits, draw, penalise
 
 LOGITS = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 2
+
+
+def draws_of(**fields):
+    return Draws.of(SamplingConfig(**fields))
 
 
 def kept(logits, **fields):
     return [
         set(np.flatnonzero(row > -np.inf))
-        for row in np.asarray(allowed_logits(jnp.asarray(logits), SamplingConfig(**fields)))
+        for row in np.asarray(allowed_logits(jnp.asarray(logits), draws_of(**fields)))
     ]
 
 
@@ -32,13 +36,13 @@ def test_top_k_and_top_p_keep_the_fewest_likeliest(k, p):
 
 def test_temperature_divides_and_zero_is_greedy():
     # float32 division
-    half = SamplingConfig(temperature=0.5)
+    half = draws_of(temperature=0.5)
     below = LOGITS - LOGITS.max(-1, keepdims=True)
     np.testing.assert_allclose(allowed_logits(jnp.asarray(LOGITS), half), below * 2, rtol=1e-6)
     keys = jax.vmap(jax.random.key)(jnp.arange(4))
-    tiny = SamplingConfig(temperature=1e-38)
+    tiny = draws_of(temperature=1e-38)
     np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, jnp.asarray(0), tiny), LOGITS.argmax(-1))
-    np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, jnp.asarray(0), SamplingConfig()), LOGITS.argmax(-1))
+    np.testing.assert_array_equal(draw(jnp.asarray(LOGITS), keys, jnp.asarray(0), draws_of()), LOGITS.argmax(-1))
 
 
 def test_repetition_penalty_weakens_only_what_was_seen():
@@ -49,7 +53,7 @@ def test_repetition_penalty_weakens_only_what_was_seen():
 
 
 def test_a_rows_draws_do_not_depend_on_its_batch():
-    sampling = SamplingConfig(temperature=1.0, top_p=0.95)
+    sampling = draws_of(temperature=1.0, top_p=0.95)
     keys = jax.vmap(jax.random.key)(jnp.asarray([7, 8, 9, 10], jnp.uint32))
     for step in range(3):
         together = draw(jnp.asarray(LOGITS), keys, jnp.asarray(step), sampling)
@@ -61,7 +65,7 @@ def test_a_rows_draws_do_not_depend_on_its_batch():
 def test_draws_follow_the_probabilities():
     logits = np.log(np.asarray([[0.5, 0.3, 0.2]], np.float32))
     keys = jax.vmap(jax.random.key)(jnp.arange(4000))
-    sampling = SamplingConfig(temperature=1.0)
+    sampling = draws_of(temperature=1.0)
     drawn = draw(jnp.broadcast_to(jnp.asarray(logits), (4000, 3)), keys, jnp.asarray(0), sampling)
     # standard error of a share of 4000 draws is below 0.008: five of them
     np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [0.5, 0.3, 0.2], atol=0.04)
