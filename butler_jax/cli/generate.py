@@ -200,12 +200,19 @@ def _generate(config: GenerateConfig, given: set[str]) -> int:
 
 
 def choose_sampling(config: GenerateConfig, given: set[str], generation: Mapping[str, Any]) -> SamplingConfig:
-    """How tokens are drawn: as the command line says, and else as the model's files say, which is printed."""
+    """How tokens are drawn: as the command line says, and else as the model's files say, which is printed.
+
+    Raises ValueError for options of draws where nothing is drawn.
+    """
     names = [field.name for field in fields(SamplingConfig)]
     sampling, passed_over = read_sampling(generation)
     plain = SamplingConfig()
     taken = [n for n in names if n not in given and getattr(sampling, n) != getattr(plain, n)]
     sampling = replace(sampling, **{name: getattr(config.sampling, name) for name in names if name in given})
+    idle = sorted({"top_k", "top_p", "seed"} & given) if sampling.temperature == 0 else []
+    if idle:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"{flags} needs draws, and the most likely token is taken; give --temperature above 0")
     if sampling.temperature == 0:
         taken = [name for name in taken if name == "repetition_penalty"]
     told = ", ".join(f"{name} {getattr(sampling, name):g}" for name in taken)

@@ -49,7 +49,8 @@ class Completion:
         number: The request's place in the queue, from 0.
         request: What was asked. A prompt that was given alone has become a `Request`.
         tokens: New ids, those at which it stopped included.
-        text: What they say, up to a text to stop at; "" without a tokenizer.
+        text: What they say, up to a text to stop at; "" without a tokenizer. Of a request that was cancelled or failed
+            it has the text too that was held back, since a text to stop at may have begun.
         reason: "stop": a token or a text ended it. "length": max_new_tokens did. "cancelled", or "error".
         error: Why the request failed; None where it did not.
         prompt_tokens: Tokens of the prompt.

@@ -68,6 +68,8 @@ def settle_decoding(
     """The settings of `generate` or `serve` that hold for all rows, checked. Raises ValueError where one is wrong."""
     chunk = min(whole(chunk, "chunk"), capacity)
     check_score_dtype(score_dtype)
+    if score_dtype is not None and predictor is None:
+        raise ValueError(f"score_dtype {score_dtype} is for the keys of a predictor, and there is none; leave it out")
     selection, policy = settle_choice(selection, policy, predictor)
     plan = make_plan(base.config, capacity, selection, policy, predictor=predictor, implementation=implementation)
     if selection is not None:

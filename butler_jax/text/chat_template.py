@@ -91,7 +91,7 @@ class ChatTemplate:
         messages = _checked(messages)
         source = self.source(name, tools=tools is not None)
         if continue_final_message:
-            messages[-1]["content"] = _last_text(messages[-1]) + TAG
+            _tag_last_text(messages[-1])
         given = {
             "messages": messages,
             "tools": tools,
@@ -126,11 +126,15 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
     return [copy.deepcopy(dict(message)) for message in messages]
 
 
-def _last_text(message: dict[str, Any]) -> str:
+def _tag_last_text(message: dict[str, Any]) -> None:
+    """Add TAG to the text of a message, or to its last part of text."""
     content = message.get("content")
-    if not isinstance(content, str):
+    holder, key = message, "content"
+    if isinstance(content, list) and content and isinstance(content[-1], dict):
+        holder, key = content[-1], "text"
+    if not isinstance(holder.get(key), str):
         raise ValueError(f"the last message has no text to continue; its content is {shown(content)}")
-    return content
+    holder[key] += TAG
 
 
 class _Process:

@@ -33,9 +33,9 @@ def encode(tokenizer: Tokenizer | None, vocab_size: int, prompts: Prompts) -> li
     """
     if isinstance(prompts, (str, bytes, bytearray)):  # bytes are refused below
         prompts = [prompts]
-    if isinstance(prompts, jax.Array):
-        prompts = np.asarray(prompts)
-    if not isinstance(prompts, (Sequence, np.ndarray)):
+    if isinstance(prompts, (jax.Array, np.ndarray)):
+        prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be a text, or a list of texts or of token ids, got {type(prompts).__name__}")
     prompts = list(prompts)
     if not prompts:
@@ -80,11 +80,13 @@ def read_stops(tokenizer: Tokenizer | None, vocab_size: int, stop: Stop) -> tupl
         stop: A text that spells a special token is that token, since decoded text does not show it.
 
     Raises:
-        ValueError: An id is out of range, a text is empty, or there is no tokenizer for a text.
+        ValueError: An id is out of range, a text is empty, there is no tokenizer for a text, or bytes are given.
     """
     given = () if stop is None else (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     none = tokenizer is None or (stop is not None and not given)
     ids, texts = set() if none else set(tokenizer.ends), []
+    if isinstance(stop, bytes | bytearray):
+        raise ValueError(f"stop must be token ids and texts, got {shown(stop)}; decode it")
     for one in given:
         if isinstance(one, str):
             if tokenizer is None:

@@ -38,9 +38,9 @@ class _Generation(Extension):
 
     tags = {"generation"}
 
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
 def _raise_exception(message: str) -> None:

@@ -103,7 +103,7 @@ def load_base(
     if dtype not in map(jnp.dtype, PRECISIONS):
         raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype}")
     text = str(spec)
-    if text.endswith(".gguf"):
+    if text.lower().endswith(".gguf"):
         from butler_jax.weights import gguf
 
         path, revision = Path(os.path.expanduser(spec)), None

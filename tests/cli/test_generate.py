@@ -160,7 +160,7 @@ def test_sampling_that_is_not_given_is_that_of_generation_config(talking, capfd)
     for arguments, sampling, said in (
         ([], model, source + "temperature 0.7, top_k 5; min_p of it passed over"),
         (["--temperature=2"], hot, source + "top_k 5; min_p"),
-        (["--temperature", "0", "--top-k", "5"], SamplingConfig(top_k=5), source + "min_p of it passed"),
+        (["--temperature", "0"], SamplingConfig(top_k=5), source + "min_p of it passed"),
         (["--prompt", "temperature"], model, source + "temperature 0.7, top_k 5; min_p of it passed over"),
     ):
         given = options_of(arguments)
@@ -189,6 +189,7 @@ def test_sampling_that_is_not_given_is_that_of_generation_config(talking, capfd)
         (["--run", "RUN", "--prompt", "x", "--policy", "quest", "--score-dtype", "int8"], "needs a predictor, which"),
         (["--run", "RUN", "--prompt", "x", "--stop", "a", "--stop", "b"], "--stop is given twice, and only the last"),
         (["--run", "RUN", "--prompt-file", "absent.txt"], "absent.txt"),
+        (["--base", "tiny", "--prompt", "x", "--top-p", "0.5", "--seed", "1"], "--seed, --top-p needs draws, and the"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run_dir, capfd, arguments, message):

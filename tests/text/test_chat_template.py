@@ -114,6 +114,17 @@ def test_texts_are_those_of_transformers(backend, name, system):
         assert ours.render(begun, **how) == theirs.apply_chat_template(begun, tokenize=False, **how)
 
 
+def test_what_is_set_in_the_answer_and_a_list_of_parts_are_as_in_transformers():
+    said = "{% for m in messages %}{% generation %}{% set x = 5 %}{{ m.content }}{% endgeneration %}{{ x }}{% endfor %}"
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    begun = [{"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": "wor"}]}]
+    backend = train_bpe(["a b c"], 300).backend
+    for template, messages, how in ((said, TALK, {}), (parts, begun, dict(continue_final_message=True))):
+        theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+        wanted = theirs.apply_chat_template(messages, tokenize=False, **how)
+        assert ChatTemplate({"default": template}, {}).render(messages, add_generation_prompt=False, **how) == wanted
+
+
 def test_of_several_templates_the_asked_one_is_taken(tmp_path):
     train_bpe(["a b c"], 300).save(tmp_path)
     path = tmp_path / "tokenizer_config.json"

@@ -49,6 +49,13 @@ def test_first_token_is_added_once_or_not_at_all(tmp_path, template, flag):
     assert tokenizer.encode("a b", bos=False) == [2, 3]
 
 
+@pytest.mark.parametrize("config", [{}, {"bos_token": "</s>"}])
+def test_the_token_that_the_file_puts_first_comes_first(tmp_path, config):
+    write(tmp_path, template=True, **config)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.bos, tokenizer.encode("a b")) == (0, [0, 2, 3])
+
+
 @pytest.mark.parametrize("dropout", [0.5, 1.0, 0.0, None])
 def test_a_text_has_one_encoding_whatever_dropout_the_file_asks_for(tmp_path, bpe, dropout):
     bpe.save(tmp_path)

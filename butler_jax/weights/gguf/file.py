@@ -116,6 +116,12 @@ def open_file(path: Path) -> tuple[Source, Tokenizer | None, dict[str, Any]]:
             f"{path} is truncated or damaged: {path.stat().st_size} bytes, and its header does not fit ({error}). "
             "Download or copy the file again"
         ) from error
+    parts = fields.get("split.count", 1)
+    if parts != 1:
+        raise ValueError(
+            f"{path} is one of {shown(parts)} parts of a model; join them with llama-gguf-split --merge, and give the "
+            "whole file"
+        )
     stored = {t.name: _stored(path, t, gguf) for t in reader.tensors}
     try:
         values = config_values(fields, stored)
@@ -182,6 +188,7 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         family = "olmo3"
     head_dim = whole(get("attention.key_length") or width // heads, f"{architecture}.attention.key_length")
     rope = rope_values(get, stored, context)
+    check_arithmetic(get, f"{architecture}.", head_dim, scales=FAMILIES[family].multipliers)
     rotated = whole(get("rope.dimension_count", head_dim), f"{architecture}.rope.dimension_count")
     epsilon = number(need("attention.layer_norm_rms_epsilon"), f"{architecture}.attention.layer_norm_rms_epsilon")
     return {
@@ -206,6 +213,23 @@ def config_values(fields: dict[str, Any], stored: dict[str, StoredTensor]) -> di
         "rope_scaling": {**FAMILIES[family].rope, **rope} if rope["rope_type"] == "yarn" else rope,
         "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
     }
+
+
+def check_arithmetic(get: Any, prefix: str, head_dim: int, *, scales: bool) -> None:
+    """Raise ValueError for a key of the metadata that asks for other arithmetic than that of the architecture.
+
+    scales: whether the family has scales of attention and of logits.
+    """
+    neutral = {"attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.value_length": (head_dim,)}
+    if not scales:
+        neutral |= {"attention.scale": (0, head_dim**-0.5), "logit_scale": (0, 1)}
+    for key, values in neutral.items():
+        value = get(key)
+        same = isinstance(value, int | float) and any(math.isclose(value, one, rel_tol=1e-5) for one in values)
+        if value is not None and not same:
+            raise ValueError(
+                f"{prefix}{key}={shown(value)} is not supported; it must be {' or '.join(map(str, values))}"
+            )
 
 
 def family_values(family: str, get: Any, width: int, heads: int) -> dict[str, Any]:
@@ -270,8 +294,14 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
         return tensor.read(0, tensor.shape[0]).astype(np.float32).tolist()
 
     original = whole(get("rope.scaling.original_context_length") or context, "rope.scaling.original_context_length")
+    kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
+    factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
+    if factor <= 0:
+        raise ValueError(f"rope.scaling.factor must be above 0, got {factor}")
     if "rope_freqs.weight" in stored:
-        divisors = factors("rope_freqs.weight")
+        if kind not in ("none", "linear"):
+            raise ValueError(f"rope.scaling.type is {shown(kind)} beside the tensor rope_freqs.weight: not supported")
+        divisors = [value * (factor if kind == "linear" else 1.0) for value in factors("rope_freqs.weight")]
         return {
             "rope_type": "longrope",
             "short_factor": divisors,
@@ -291,12 +321,8 @@ def rope_values(get: Any, stored: dict[str, StoredTensor], context: int) -> dict
             "original_max_position_embeddings": original,
         }
         return values | ({"attention_factor": attention_factor} if attention_factor else {})
-    kind = get("rope.scaling.type") or ("linear" if get("rope.scale_linear", 1.0) != 1.0 else "none")
     if kind == "longrope":
         raise ValueError("rope.scaling.type is longrope, and the tensor rope_factors_long.weight is missing")
-    factor = number(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0, "rope.scaling.factor")
-    if factor <= 0:
-        raise ValueError(f"rope.scaling.factor must be above 0, got {factor}")
     if kind == "none":
         return {"rope_type": "default"}
     if kind == "linear":

@@ -33,7 +33,7 @@ def interleave(rows, heads):
     return out
 
 
-def write(path, model, architecture, *, kind=TYPE.F32, metadata=None, extra=None, tokenizer=None):
+def write(path, model, architecture, *, kind=TYPE.F32, metadata=None, extra=None, tokenizer=None, parts=1):
     """A transformers model as a GGUF file: names by the gguf library's own map, matrices in type `kind`."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -67,6 +67,8 @@ def write(path, model, architecture, *, kind=TYPE.F32, metadata=None, extra=None
             if isinstance(value, int)
             else writer.add_float32
         )(key, value)
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     for add, values in (tokenizer or {}).items():
         getattr(writer, f"add_{add}")(values)
     names = getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_"))
@@ -222,6 +224,39 @@ def test_linear_scaling_loads(tmp_path):
     directory, file = pair("llama with wide heads", "llama", tmp_path, metadata=scaling)
     assert directory.config.rope == file.config.rope
     assert_equal(directory, file, rtol=0)  # nothing is rounded
+
+
+def test_divisors_and_linear_scaling_count_together(tmp_path):
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
+    ones = {"rope_freqs.weight": np.ones(12)}
+    directory, file = pair("llama with wide heads", "llama", tmp_path, metadata=scaling, extra=ones)
+    width = directory.config.head_dim
+    ours, theirs = (rope_frequencies(b.config.rope, width, context=256, length=8)[0] for b in (file, directory))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"rope\.scaling\.type is 'yarn' beside the tensor rope_freqs\.weight"):
+        pair("llama with wide heads", "llama", tmp_path, metadata={"rope.scaling.type": "yarn"}, extra=ones)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.scale", 0.5),
+        ("attention.causal", 0),
+        ("attention.clamp_kqv", 1.0),
+        ("logit_scale", 2.0),
+        ("attention.value_length", 8),
+    ],
+)
+def test_arithmetic_that_the_decoder_does_not_have_is_refused(key, value, tmp_path):
+    path = write(tmp_path / "m.gguf", reference_models.make_model("llama"), "llama", metadata={key: value})
+    with pytest.raises(ValueError, match=rf"m\.gguf: llama\.{key}={value} is not supported; it must be "):
+        load_base(path)
+
+
+def test_a_part_of_a_model_is_named(tmp_path):
+    path = write(tmp_path / "m-00001-of-00002.gguf", reference_models.make_model("llama"), "llama", parts=2)
+    with pytest.raises(ValueError, match="is one of 2 parts of a model; join them with llama-gguf-split --merge"):
+        load_base(path)
 
 
 @pytest.mark.parametrize(
