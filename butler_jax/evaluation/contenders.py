@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.hashes import hash_code
 from butler_jax.parallel import EVALUATION_RULES, hash_arrays, place
-from butler_jax.policies import Policy, describe, make_policy
+from butler_jax.policies import POLICIES, Policy, Scoring, describe, make_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
@@ -22,6 +22,7 @@ from butler_jax.weights import Base
 
 DEFAULT = ("dense", "oracle", "streaming", "tokenbutler")
 PREPARED_TOKENS = 8192  # of text that a policy is prepared on
+TRIED_TOKENS = 128  # on which a policy of one's own is tried
 
 
 class EvaluatedPolicy(NamedTuple):
@@ -98,7 +99,7 @@ def collect_policies(
 
     Raises:
         ValueError: A policy is unknown, has the label of another, or was asked for and lacks its predictor. Or runs are
-            compared, and no policy needs a predictor.
+            compared, and no policy needs a predictor. Or all scores of a policy of one's own are NaN.
     """
     given, defaults = config.policies or DEFAULT, {"seed": config.seed}
     policies = [p if isinstance(p, Policy) else make_policy(p, defaults) for p in given]
@@ -123,7 +124,25 @@ def collect_policies(
             ]
         else:
             found.append(EvaluatedPolicy(label, policy))
+    for one in found:
+        _check_scores(one, base, say)
     return found
+
+
+def _check_scores(policy: EvaluatedPolicy, base: Base, say: Callable[[str], None]) -> None:
+    """Say it where scores of a policy of one's own are NaN. Raises ValueError where all are."""
+    if not isinstance(policy.policy, Scoring) or type(policy.policy) in POLICIES.values() or policy.dense:
+        return
+    from butler_jax.simulation import measure_nan_scores
+
+    length = min(TRIED_TOKENS, base.config.context)
+    tokens = np.arange(length, dtype=np.int32)[None] % base.config.vocab_size
+    batch = dict(tokens=tokens, segments=np.ones_like(tokens), positions=np.arange(length, dtype=np.int32)[None])
+    share = measure_nan_scores(base.model, policy.predictor, batch, policy.policy)
+    if share == 1:
+        raise ValueError(f"the scores of the policy {policy.label} are NaN for every key; see what divides by 0")
+    if share:
+        say(f"{policy.label}: {100 * share:.0f} % of its scores are NaN; these keys are read last")
 
 
 def label_policies(policies: list[Policy]) -> list[str]:

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checks": ["require_batches"],
         "choice": ["chosen_mask", "sparse_chunk"],
         "chunks": ["Importance", "importance_walk", "map_chunks", "merge_rows"],
+        "nan_scores": ["measure_nan_scores"],
         "prompts": ["ReadPrompts", "read_prompts"],
         "recall": ["LEAST_KEYS", "Recall", "choose_best", "choose_half", "measure_recall"],
         "simulator": ["Simulated", "count_keys", "simulate"],

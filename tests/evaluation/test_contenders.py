@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from butler_jax import EvalConfig
 from butler_jax.evaluation import contenders, training_facts
+from butler_jax.policies import Scoring
+from tests.tiny_evaluations import make_perplexity_evaluation
+from tests.tiny_models import make_model
 
 
 def test_predictors_that_are_compared_have_labels_of_their_own(monkeypatch):
@@ -23,6 +29,31 @@ def test_predictors_that_are_compared_have_labels_of_their_own(monkeypatch):
 def test_a_name_that_cannot_begin_a_label_is_refused(name):
     with pytest.raises(ValueError, match=f"a policy is called '{name}'; give it a name without a colon"):
         contenders.label_policies([SimpleNamespace(name=name)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(Scoring):
+    """Scores of which those of the keys before a column are NaN."""
+
+    name = "broken"
+    before: int = 0
+
+    def scores(self, chunk):
+        return jnp.where(chunk.columns < self.before, jnp.nan, chunk.logits)
+
+
+def test_scores_that_are_nan_are_told(tmp_path):
+    base, _, config = make_perplexity_evaluation(make_model(), tmp_path)
+    decided = np.maximum(np.arange(min(128, base.config.context)) - 11, 0)  # neither 4 sinks nor 8 recent tokens
+    share = 100 * np.minimum(decided, 16).sum() / decided.sum()
+    for before, told in ((0, []), (20, [f"broken: {share:.0f} % of its scores are NaN; these keys are read last"])):
+        said = []
+        wanted = dataclasses.replace(config, policies=(Broken(before=before),))
+        contenders.collect_policies(base, None, wanted, "python_docs", said.append)
+        assert said == told
+    wanted = dataclasses.replace(config, policies=(Broken(before=1000),))
+    with pytest.raises(ValueError, match="the scores of the policy broken are NaN for every key"):
+        contenders.collect_policies(base, None, wanted, "python_docs", print)
 
 
 def test_the_best_step_is_that_of_the_predictor_that_is_loaded(monkeypatch, tmp_path):
