@@ -123,12 +123,11 @@ def test_the_table_of_long_windows_is_what_was_measured():
         for r in rows_of(LONG_WINDOWS)
     }
     loss = "{:.1f} ± {:.1f}"
-    columns = {"wikitext2_test": ((0, 64), "{:.1f}"), "cbronte_jane": ((0,), loss)}  # tails, the form of a divergence
     for text, policy, allocation, tail, metric in found:
         if policy == "dense" or tail or metric != "perplexity":
             continue
-        tails, divergence = columns[text]
-        cells = []
+        tails = [own for own in (0, 64) if (text, policy, allocation, own, metric) in found]
+        divergence, cells = "{:.1f}" if len(tails) > 1 else loss, []
         for metric, scale, form in (
             ("over_dense", 100, loss),
             ("js_divergence", 1000, divergence),
