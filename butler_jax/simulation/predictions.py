@@ -44,9 +44,8 @@ def predict_next(
 
     def told(stream, following, other):
         values = logits(model, rows_here(stream))
-        greedy = jnp.where(jnp.isfinite(jnp.max(values, axis=-1)), jnp.argmax(values, axis=-1), NO_TOKEN).astype(
-            jnp.int32
-        )
+        best = jnp.argmax(values, axis=-1).astype(jnp.int32)
+        greedy = jnp.where(jnp.isfinite(jnp.max(values, axis=-1)), best, NO_TOKEN)
         logs = jax.nn.log_softmax(values)
         nll = -jnp.take_along_axis(logs, following[..., None], axis=-1)[..., 0]
         if other is None:

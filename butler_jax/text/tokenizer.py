@@ -98,7 +98,9 @@ class Tokenizer:
             with named_errors(f"{path} describes a tokenizer that fails"):
                 probe = backend.encode("a", add_special_tokens=True).ids
             plain = backend.encode("a", add_special_tokens=False).ids
-            add_bos = _mentions_template(raw.get("post_processor")) and len(plain) < len(probe) and probe[0] != plain[0]
+            add_bos = (
+                _mentions_template(raw.get("post_processor")) and len(plain) < len(probe) and probe[:1] != plain[:1]
+            )
             bos = probe[0] if add_bos else bos  # the token that the model's own tokenizer puts first
         if not isinstance(add_bos, bool):
             raise ValueError(f"{directory}: add_bos_token must be true or false, got {shown(add_bos)}")

@@ -92,11 +92,8 @@ def summarise(rows: Sequence[Row]) -> list[str]:
 def _write_dense(row: Row) -> str:
     """'The dense model has a perplexity of 20.0 ± 0.5 over 16 windows, after a prompt of 256 tokens.'"""
     count, prompt = row.get("sequences"), row.get("prompt_tokens")
-    over = (
-        f" over {count:,} {row['unit'].removesuffix('s') if count == 1 else row['unit']}"
-        if count and row.get("unit")
-        else ""
-    )
+    unit = str(row.get("unit") or "").removesuffix("s" if count == 1 else "")
+    over = f" over {count:,} {unit}" if count and unit else ""
     after = f", {name_prompt(prompt)}" if prompt else ""
     return f"The dense model has a perplexity of {_write_value(find_metric('perplexity'), row)}{over}{after}."
 
