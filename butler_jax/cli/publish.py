@@ -49,6 +49,8 @@ def _publish(config: PublishConfig) -> int:
     from butler_jax.evaluation import Report
     from butler_jax.runs import load_predictor, load_run_base
 
+    if config.private and config.hub is None:
+        raise ValueError("--private is for a new repository on the hub: give --hub, or leave it out")
     place = config.report or config.run / "eval"
     report = Report.load(place) if config.report is not None or place.is_dir() else None
     base = load_run_base(config.run, config.base)

@@ -10,6 +10,7 @@ At the start, every process reads all `text:` files once for their digest, and p
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -277,7 +278,8 @@ def read_held_out(
 ) -> list[Batch]:
     """Read the first `count` batches [batch_size, length] of the split "test"; every call returns the same ones.
 
-    There are fewer where the held-out text ends, and the last may have rows of padding. Where all of it is shorter than
+    The sources of a mixture have their shares of the rows, one after the other, and at least one each. There are fewer
+    where the held-out text ends, and the last may have rows of padding. Where all of it is shorter than
     a row, the rows end with the chunk of a simulation in which it ends. Arguments are those of `read_batches`.
 
     Raises:
@@ -287,23 +289,29 @@ def read_held_out(
     length, batch_size, seed, count = sizes
     parts = parse_spec(spec)
     sources = [open_documents(part.source, split="test", seed=seed, data_dir=data_dir, strict=strict) for part in parts]
-    ordered = []
-    for source in sources:
-        dataset = grain.MapDataset.source(source)
-        ordered.append(dataset if isinstance(source, _Coreference) else dataset.shuffle(seed=seed % (1 << 32)))
-    weights = _document_weights(parts, sources)
-    mixed = ordered[0] if len(ordered) == 1 else grain.MapDataset.mix(ordered, weights)
     rows: list[dict[str, np.ndarray]] = []
-    for row in _packed(mixed, tokenizer, length):
-        rows.append(row)
-        if len(rows) == count * batch_size:
-            break
+    for source, share in zip(sources, _share_rows(parts, count * batch_size), strict=True):
+        dataset = grain.MapDataset.source(source)
+        ordered = dataset if isinstance(source, _Coreference) else dataset.shuffle(seed=seed % (1 << 32))
+        rows += itertools.islice(_packed(ordered, tokenizer, length), share)
     longest = max(int(np.flatnonzero(row["tokens_segment_ids"])[-1]) + 1 for row in rows)
     width = min(length, -(-longest // CHUNK) * CHUNK)
     rows = [{key: value[:width] for key, value in row.items()} for row in rows]
     empty = {key: np.zeros_like(value) for key, value in rows[0].items()}
     rows += [empty] * (-len(rows) % batch_size)
     return [_stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+def _share_rows(parts: Sequence[SourceShare], rows: int) -> list[int]:
+    """How many rows each source has: by its weight, as many as `rows` in all or one each."""
+    weights = [part.weight or 1.0 for part in parts]
+    shares = [weight / sum(weights) * rows for weight in weights]
+    found = [max(int(share), 1) for share in shares]
+    while sum(found) < rows:
+        found[max(range(len(parts)), key=lambda n: shares[n] - found[n])] += 1
+    while sum(found) > max(rows, len(parts)):
+        found[max(range(len(parts)), key=lambda n: found[n] - shares[n] if found[n] > 1 else -math.inf)] -= 1
+    return found
 
 
 def _check(spec: str, tokenizer: Tokenizer, **sizes: int) -> list[int]:

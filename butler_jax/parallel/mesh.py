@@ -64,9 +64,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Read a mesh such as "data=4,model=2" as the size of every axis; 1 for an axis that the text leaves out.
 
     Raises:
-        ValueError: A part has another form, an unknown axis or a size below 1.
+        ValueError: A part has another form, an unknown axis or a size below 1, or an axis is named twice.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         match = re.fullmatch(r"(\w+)=(\d{1,9})", part)
         if not match:
@@ -76,17 +76,20 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise ValueError(f"mesh {text!r}: unknown axis {axis!r}; axes are {', '.join(AXES)}")
         if size == 0:
             raise ValueError(f"mesh {text!r}: {axis} must be at least 1")
+        if axis in sizes:
+            raise ValueError(f"mesh {text!r} names the axis {axis} twice; give it once")
         sizes[axis] = size
-    return sizes
+    return dict.fromkeys(AXES, 1) | sizes
 
 
-def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
+def make_mesh(text: str = "", *, batch_size: int | None = None, what: str = "batch size") -> Mesh:
     """Make the mesh that `text` describes over the first devices.
 
     Args:
         text: As `parse_mesh` reads it. "" gives the data axis as many devices as divide the batch, and all devices
             where several hosts run together.
-        batch_size: Rows of a training batch; None for decoding.
+        batch_size: Rows of a training batch, or of a part of one; None for decoding.
+        what: What errors call these rows.
 
     Raises:
         ValueError: The mesh needs more devices than there are, does not divide the batch, has a sequence axis in
@@ -114,7 +117,7 @@ def make_mesh(text: str = "", *, batch_size: int | None = None) -> Mesh:
         )
     mesh = arrange(sizes, devices[:needed])
     if batch_size:
-        check_batch(batch_size, mesh)
+        check_batch(batch_size, mesh, what=what)
     return mesh
 
 

@@ -55,7 +55,7 @@ def pretrain(config: PretrainConfig | None = None) -> Path | None:
         OSError: The run directory cannot be written.
     """
     config = config or PretrainConfig()
-    mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
+    mesh = make_mesh(config.mesh, batch_size=config.part, what=config.part_name)
     run_dir = config.run_dir or Path("runs") / "pretrain"
     parse_spec(config.data)
     with claim(run_dir):
@@ -105,7 +105,7 @@ def read_held_out_batches(
     config: PretrainConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
 ) -> dict[str, list[dict[str, jax.Array]]]:
     """Held-out batches of each source of the data, on the mesh."""
-    settings = {"length": config.length, "batch_size": config.batch_size}
+    settings = {"length": config.length, "batch_size": config.part}
     settings |= {"data_dir": config.data_dir, "strict": config.strict_data}
 
     def read(source):

@@ -45,7 +45,8 @@ class FitConfig(HostsConfig):
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the base model and the activations. Default: float32 on CPU, bfloat16 on accelerators."""
     mesh: str = ""
-    """Devices as data=N,model=M,expert=X. Default: as many devices on the data axis as divide the batch."""
+    """Devices as data=N,model=M,expert=X. Default: as many devices on the data axis as divide the batch, or with
+    --accumulate a part of it."""
     attention: Literal["xla", "splash"] | None = None
     """Attention implementation. Default: splash on TPU, else xla, since cuDNN cannot keep documents apart."""
     seed: int = 0
@@ -71,6 +72,8 @@ class FitConfig(HostsConfig):
         expand_home(self, "run_dir")
         require_positive(self, "steps", "length", "batch_size", "accumulate")
         require_positive(self, "checkpoint_every", "keep", "grace", "log_every")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"--seed must be a number of 64 bits, got {self.seed}")
         if self.length == 1:
             raise ValueError(f"--length must be at least 2 tokens, got {self.length}")
         if self.eval_every < 0:
@@ -87,6 +90,16 @@ class FitConfig(HostsConfig):
             raise ValueError(f"--weight-decay must be 0 or more, got {self.weight_decay}")
         if self.batch_size % self.accumulate != 0:
             raise ValueError(f"--batch-size {self.batch_size} is not divisible by --accumulate {self.accumulate}")
+
+    @property
+    def part(self) -> int:
+        """Rows of a batch whose gradients are computed at once."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def part_name(self) -> str:
+        """What errors call `part`."""
+        return "batch size" if self.accumulate == 1 else "batch size / --accumulate ="
 
 
 @dataclass(frozen=True, kw_only=True)

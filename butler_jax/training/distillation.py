@@ -43,7 +43,7 @@ from butler_jax.training.validation import Validation
 from butler_jax.weights import Base, is_spec_of, load_base
 
 VALIDATION_ROWS = 8
-"""Held-out rows of text that a validation reads."""
+"""About how many held-out rows of text a validation reads."""
 
 
 def distil(
@@ -79,7 +79,9 @@ def distil(
         raise ValueError(
             f"the base that is given is {base.name!r}, and config.base is {config.base!r}; leave it out there"
         )
-    mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
+    if predictor is not None and config.start is not None:
+        raise ValueError(f"a predictor is given, and the settings start from {config.start}; give one of them")
+    mesh = make_mesh(config.mesh, batch_size=config.part, what=config.part_name)
     run_dir = config.run_dir or default_run_dir(config)
     with claim(run_dir):
         check_run(run_dir, config)
@@ -163,8 +165,8 @@ def prepare(
         batches = read_batches(config.data, base.tokenizer, seed=seed, rows=rows, **source)
         return StretchedBatches(batches, reach) if reach else batches
 
-    count = max(1, VALIDATION_ROWS // config.batch_size)
-    held_out = read_held_out(config.data, base.tokenizer, count=count, **source)
+    count = max(1, VALIDATION_ROWS // config.part)
+    held_out = read_held_out(config.data, base.tokenizer, count=count, **source | {"batch_size": config.part})
     always = config.selection.sinks + config.selection.recent
     longest = max(int(batch["positions"].max()) + 1 for batch in held_out)
     if longest <= always:
@@ -197,7 +199,7 @@ def prepare(
         batches=read(config.seed),
         validate=Validation(objective, model, held_out).measure,
         about=about(base, predictor.config),
-        forward_seconds=time_forward(model, held_out[0], config),
+        forward_seconds=config.accumulate * time_forward(model, held_out[0], config),
     )
     return run, start_state(predictor, optimiser)
 

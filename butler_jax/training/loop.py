@@ -1,4 +1,4 @@
-"""The training loop: dispatch a step, read the metrics of the one before, validate, save, go on where it stopped.
+"""The training loop: dispatch a step, wait for its metrics, validate, save, go on where it stopped.
 
 With several processes, what one of them must tell the others travels with the step's metrics.
 """
@@ -202,7 +202,7 @@ class Finished(NamedTuple):
 
 
 class Loop:
-    """The steps of one start. The metrics of a step are read after the next one was dispatched."""
+    """The steps of one start. The next batch is read while a step computes, and the step is waited for."""
 
     def __init__(
         self,
@@ -217,6 +217,7 @@ class Loop:
         self.checkpoints, self.metrics, self.requests, self.record = checkpoints, metrics, requests, record
         self.several = jax.process_count() > 1
         self.pending: tuple[int, dict] | None = None  # number and metrics of the dispatched step
+        self.tokens = 0  # of its batch
         self.row: dict[str, Any] | None = None  # of the step that is finished and not written down
         self.newest: Finished | None = None  # what a thread can save meanwhile
         self.saved = 0  # the last step with a checkpoint
@@ -285,7 +286,7 @@ class Loop:
         if self.several:  # a request to any process is known to all with the step's metrics, after the next
             values["stop"] = any_process(self.requests.asked, self.run.mesh, values["loss"])
             values["long"] = any_process(self.outlasts_grace(), self.run.mesh, values["stop"])
-        self.pending = (number, values)
+        self.pending, self.tokens = (number, values), jax.tree.leaves(batch)[0].size  # each is [B, T]
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """The main thread waits for the step; of several processes, a step more may be needed to stop."""
@@ -364,8 +365,7 @@ class Loop:
         self.usual = seconds
         self.keeps_state = bool(values.pop("long", self.outlasts_grace()))
         self.record["to"] = number
-        tokens = self.run.config.batch_size * self.run.config.length
-        self.row = {"step": number, **values, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        self.row = {"step": number, **values, "seconds": seconds, "tokens_per_second": self.tokens / seconds}
         if self.run.forward_seconds:
             self.row["forward_ratio"] = seconds / self.run.forward_seconds
 

@@ -183,6 +183,9 @@ def test_unknown_data_mesh_and_rank_are_named(fails, place, tmp_path):
     given = common(place, tmp_path)
     assert "unknown data 'wiki'; choose python_docs" in fails("train", *given, "--data", "wiki")
     assert "unknown axis 'rows'; axes are data, model" in fails("train", *given, "--mesh", "rows=2")
+    assert "--seed must be a number of 64 bits, got 18446744073709551617" in fails(
+        "train", *given, "--seed", str(2**64 + 1)
+    )
     line = fails("train", *given, "--mesh", "data=64")
     assert "mesh 'data=64' needs 64 devices, but this machine has" in line
     assert "rank 16 exceeds the base's head dimension 8; use at most 8" in fails("train", *given, "--rank", 16)

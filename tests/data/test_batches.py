@@ -235,6 +235,22 @@ def test_held_out_batches_are_fixed_and_of_the_test_split(tokenizer, book):
     assert tokenizer.decode(endless[0]["tokens"][0]).startswith(coreference.sample(0, 0, "test").text[:100])
 
 
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        ("BOOK:0.25+coreference:0.75", (2, 6)),
+        ("coreference:0.75+BOOK:0.25", (2, 6)),
+        ("BOOK:0.01+coreference:0.99", (1, 7)),
+    ],
+)
+def test_held_out_rows_of_a_mixture_are_shared_by_its_weights(tokenizer, book, spec, rows):
+    found = read_held_out(spec.replace("BOOK", book[0]), tokenizer, length=32, count=4, batch_size=2, data_dir=book[1])
+    texts = [tokenizer.decode(row) for batch in found for row in batch["tokens"]]
+    (own,) = read_held_out(book[0], tokenizer, length=32, count=1, batch_size=rows[0], data_dir=book[1])
+    of_book = sum(text in [tokenizer.decode(row) for row in own["tokens"]] for text in texts)
+    assert (of_book, len(texts) - of_book) == rows
+
+
 def test_what_ends_early_is_padded(tokenizer, book):
     (batch,) = read_held_out(book[0], tokenizer, length=4096, count=9, batch_size=3, data_dir=book[1])
     padding = batch["segments"] == 0

@@ -39,6 +39,7 @@ def test_axes_left_out_are_one():
         ("data=4;model=2", "not of the form axis=size"),
         ("data=-1", "not of the form axis=size"),
         ("rows=4", "unknown axis 'rows'; axes are data, model, sequence"),
+        ("data=2,data=4", "names the axis data twice"),
         ("data=0", "data must be at least 1"),
         ("data=100,model=10", r"needs 1000 devices, but this machine has \d+ .*choose sizes whose product is at most"),
     ],

@@ -103,10 +103,10 @@ def _files_of(given: str, features: _Features, say: Callable[[str], None]) -> li
     if path.is_dir():
         return list(_saved_set(path, features.names, say)) or _directory(path, features, say)
     if not path.exists() and glob.has_magic(given):
-        found = sorted(Path(each) for each in glob.glob(str(path), recursive=True))
-        if files := [_named_file(each, features) for each in found if each.is_file()]:
-            return files
-        raise FileNotFoundError(f"no text file matches {path}")
+        found = sorted(each for each in map(Path, glob.glob(str(path), recursive=True)) if each.is_file())
+        if not found:
+            raise FileNotFoundError(f"no text file matches {path}")
+        return _matched(path, found, features, say)
     if not path.exists():
         raise FileNotFoundError(f"no such text file or directory: {path}")
     if not path.is_file():
@@ -115,6 +115,29 @@ def _files_of(given: str, features: _Features, say: Callable[[str], None]) -> li
             "input (text:-)."
         )
     return [_named_file(path, features)]
+
+
+def _matched(pattern: Path, found: list[Path], features: _Features, say: Callable[[str], None]) -> list[TextFile]:
+    """The files that a pattern matches, without empty ones and those that are no text."""
+    files, errors = [], []
+    for path in found:
+        try:
+            files.append(_named_file(path, features))
+        except ValueError as error:
+            if _is_compressed(path):
+                raise
+            errors.append((path, error))
+    if not files:
+        raise errors[0][1]
+    if errors:
+        names = ", ".join(str(path) for path, _ in errors[:5]) + (", ..." if len(errors) > 5 else "")
+        say(f"text:{pattern} passes over {len(errors)} of {len(found)} files, which hold no text: {names}")
+    return files
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether the name is that of a compressed file with text inside, which is damaged if it cannot be read."""
+    return path.stat().st_size > 0 and inner_name(path) != path.name.lower()
 
 
 def _named_file(path: Path, features: _Features) -> TextFile:
@@ -171,6 +194,8 @@ def _directory(directory: Path, features: _Features, say: Callable[[str], None])
             if kind is not None:
                 _check(file)
         except ValueError:
+            if _is_compressed(path):
+                raise
             kind = None
         (others if kind is None else files).append((inside, file))
     if any(file.kind != "text" for _, file in files):

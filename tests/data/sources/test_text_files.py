@@ -65,6 +65,12 @@ def test_patterns_name_files_whatever_their_suffix(tmp_path):
     write(tmp_path, a_py="x = 1", b_py="y = 2", in__c_py="z = 3", d_txt="text")
     assert [file.name for file in find_files([f"{tmp_path}/*.py"], never)] == ["a.py", "b.py"]
     assert [file.name for file in find_files([f"{tmp_path}/**/*.py"], never)] == ["a.py", "b.py", "c.py"]
+    (tmp_path / "__init__.py").touch()
+    said = []
+    assert [file.name for file in find_files([f"{tmp_path}/**/*.py"], said.append)] == ["a.py", "b.py", "c.py"]
+    assert len(said) == 1 and "passes over 1 of 4 files, which hold no text: " in said[0]
+    with pytest.raises(ValueError, match=r"__init__\.py is empty"):
+        find_files([f"{tmp_path}/__init_*.py"], never)
     with pytest.raises(FileNotFoundError, match=r"no text file matches .*\*\.rs"):
         find_files([f"{tmp_path}/*.rs"], never)
 
