@@ -306,11 +306,9 @@ def _share_rows(parts: Sequence[SourceShare], rows: int) -> list[int]:
     """How many rows each source has: by its weight, as many as `rows` in all or one each."""
     weights = [part.weight or 1.0 for part in parts]
     shares = [weight / sum(weights) * rows for weight in weights]
-    found = [max(int(share), 1) for share in shares]
-    while sum(found) < rows:
+    found = [1] * len(parts)
+    for _ in range(rows - len(parts)):
         found[max(range(len(parts)), key=lambda n: shares[n] - found[n])] += 1
-    while sum(found) > max(rows, len(parts)):
-        found[max(range(len(parts)), key=lambda n: found[n] - shares[n] if found[n] > 1 else -math.inf)] -= 1
     return found
 
 

@@ -157,8 +157,6 @@ def plan_cells(
         if not task.takes(policy):
             continue
         selections = policy.selections(config)
-        for selection in selections.values():
-            policy.policy.selection(selection)  # raises before anything is measured
         for part in [selections] if task.at_once else [{budget: s} for budget, s in selections.items()]:
             chosen = {str(budget): to_dict(selection) for budget, selection in part.items()}
             depends = {**shared, "task": task.name, **task.facts, "policy": facts[policy.label], "selections": chosen}

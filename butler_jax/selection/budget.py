@@ -56,11 +56,8 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
         ValueError: The thresholds are not those of a model of these sizes, or the tolerance is missing.
     """
     threshold = None
+    config.require_tolerance()
     if config.allocation in LIMITED:
-        if config.tolerance is None:
-            raise ValueError(
-                f"the allocation {config.allocation} needs a tolerance; give one, or let calibrate_tolerance find it"
-            )
         with np.errstate(divide="ignore"):
             threshold = jnp.full((base.layers, 1), np.log(config.tolerance), jnp.float32)
     if config.threshold is not None:

@@ -134,6 +134,13 @@ class SelectionConfig(AlwaysReadConfig):
                 f"a floor goes with the allocation per_layer, and this is {', '.join(allocations)}; leave out the floor"
             )
 
+    def require_tolerance(self) -> None:
+        """Raise ValueError where the allocation needs a tolerance, and there is none."""
+        if self.allocation in LIMITED and self.tolerance is None:
+            raise ValueError(
+                f"the allocation {self.allocation} needs a tolerance; give one, or let calibrate_tolerance find it"
+            )
+
     @property
     def rule(self) -> SelectionConfig:
         """The same without budget, thresholds, tolerance and min_context, which jitted code takes as data."""

@@ -145,15 +145,11 @@ def best_in_unit(
     """For every token the best score of its unit, which `select_mask` compares; inf in units that are always read.
 
     Of config, sinks, recent and unit are used; the other arguments are those of `select_mask`. NaN counts as -inf.
+    Tokens that a row may not see are NaN.
     """
-    columns = jnp.arange(scores.shape[-1], dtype=jnp.int32) if columns is None else columns
-    always = always_chosen(rows, columns, config.sinks, config.recent)[:, None]
-    scores = jnp.where(always, jnp.inf, jnp.where(jnp.isnan(scores), -jnp.inf, scores))
-    if config.unit == 1:
-        return scores
-    pages = Pages(config.unit, columns[0] - rows.start)
-    best = pages.image(jnp.where(allowed, ordered_image(scores), BARRED))
-    return pages.columns(from_image(best), scores.shape[-1])
+    image, pages = _unit_images(scores, allowed, rows, config, columns, None)
+    best = jnp.where(image > ordered_image(jnp.float32(jnp.inf)), jnp.inf, from_image(image))
+    return pages.columns(best, scores.shape[-1])
 
 
 def tied_share(

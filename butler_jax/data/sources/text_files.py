@@ -130,9 +130,14 @@ def _matched(pattern: Path, found: list[Path], features: _Features, say: Callabl
     if not files:
         raise errors[0][1]
     if errors:
-        names = ", ".join(str(path) for path, _ in errors[:5]) + (", ..." if len(errors) > 5 else "")
+        names = _list_few([path for path, _ in errors])
         say(f"text:{pattern} passes over {len(errors)} of {len(found)} files, which hold no text: {names}")
     return files
+
+
+def _list_few(paths: list[Path]) -> str:
+    """The first five paths, for a line that is read by people."""
+    return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")
 
 
 def _is_compressed(path: Path) -> bool:
@@ -201,7 +206,7 @@ def _directory(directory: Path, features: _Features, say: Callable[[str], None])
     if any(file.kind != "text" for _, file in files):
         about = [each for each in files if each[1].kind == "text" and each[0].stem.lower() in ABOUT]
         files, others = [each for each in files if each not in about], [*others, *about]
-    names = ", ".join(str(inside) for inside, _ in others[:5]) + (", ..." if len(others) > 5 else "")
+    names = _list_few([inside for inside, _ in others])
     if not files:
         has = f"; it holds {names}" if others else ""
         wanted = " with the feature " + "+".join(features.names) if features.names else ""

@@ -80,7 +80,7 @@ def measure_errors(model: BaseModel, batch: Batch, *, rows: int = 50) -> Errors:
     check_length(model.config, batch["tokens"].shape[1])
     found = _measure(model, as_batch(batch), jnp.asarray(last_rows(batch, rows)))
     weights, errors, seen = map(by_heads, found)
-    return Errors(weights, of_served(model.config, errors), seen > 0)
+    return Errors(weights, of_served(model.config, errors), seen)
 
 
 @jax.jit
@@ -88,8 +88,7 @@ def _measure(model, batch, rows):
     def look(chunk):
         weights = softmax(chunk.logits, chunk.allowed, chunk.sink_logits)
         errors = jnp.where(chunk.allowed[:, None, None], jnp.exp(OracleResidual().scores(chunk)), 0.0)
-        seen = jnp.broadcast_to(chunk.allowed[:, None, None], weights.shape).astype(weights.dtype)
-        return weights, jnp.broadcast_to(errors, weights.shape), seen
+        return tuple(jnp.broadcast_to(a, weights.shape) for a in (weights, errors, chunk.allowed[:, None, None]))
 
     return see_rows(model, None, batch, rows, look)
 

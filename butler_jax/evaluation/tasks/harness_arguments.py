@@ -8,7 +8,7 @@ from typing import Any
 
 from butler_jax.evaluation.contenders import prepare_policies
 from butler_jax.policies import make_policy
-from butler_jax.selection import LIMITED, SelectionConfig, parse_budget
+from butler_jax.selection import SelectionConfig, parse_budget
 
 PASSED = ("max_length", "batch_size", "score_dtype", "add_bos_token", "progress", "prompted", "enable_thinking")
 """Arguments that `ButlerLM` takes as they are."""
@@ -70,8 +70,7 @@ def read_model_arguments(
     share = 1.0 if chosen.reads_everything else parse_budget(budget)
     limited = dict(allocation=allocation, tolerance=tolerance, tail=tail)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent, **limited)
-    if allocation in LIMITED and tolerance is None:
-        raise ValueError(f"allocation={allocation} needs tolerance=NUMBER, which an evaluation finds for a budget")
+    selection.require_tolerance()
     chosen.require_predictor(run)
     if not chosen.needs_predictor:
         chosen.selection(selection)
