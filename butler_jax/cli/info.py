@@ -84,7 +84,7 @@ def inspect(run_dir: Path) -> dict[str, Any]:
 
 def _go_on(run_dir: Path, found: dict[str, Any]) -> str | None:
     config, kind = found["config"], kind_of(found["config"])
-    if kind is None or found["held"]:
+    if kind is None or found["held"] or _all_damaged(found):
         return None
     where, run_dir = _from(run_dir, found["starts"])
     settings, note = {**config, "run_dir": str(run_dir)}, ""
@@ -120,10 +120,15 @@ def _evaluate(run_dir: Path, found: dict[str, Any]) -> str | None:
         model = run_dir / "model"
         ready = (model / "model.safetensors").is_file()
         return where + shlex.join(["butler-jax", "eval", "--base", str(model)]) if ready else None
-    if "fingerprint" not in found["config"] and all(one["state"] == "damaged" for one in found["checkpoints"]):
+    if "fingerprint" not in found["config"] and (not found["checkpoints"] or _all_damaged(found)):
         return None
     base = [] if found["config"] else ["--base", "BASE"]  # of save_predictor
     return where + shlex.join(["butler-jax", "eval", "--run", str(run_dir), *base])
+
+
+def _all_damaged(found: dict[str, Any]) -> bool:
+    """Whether there are checkpoints and none is whole. A training refuses to go on then."""
+    return bool(found["checkpoints"]) and all(one["state"] == "damaged" for one in found["checkpoints"])
 
 
 def _from(run_dir: Path, starts: list[dict]) -> tuple[str, Path]:

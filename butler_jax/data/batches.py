@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import re
 import weakref
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ SPECS = (
 )
 
 _ENDLESS = 1 << 31
-_PROBES = 48  # documents of a source whose mean length stands for all
+_PROBES = 1000  # documents of a source, drawn at random, whose mean length stands for all
 _BINS = 8  # rows that are packed at the same time where documents stay whole
 
 
@@ -367,8 +368,8 @@ def _document_weights(parts: Sequence[SourceShare], sources: Sequence[Documents]
     """How often a document of each source is drawn, so that its text has its share."""
     weights = []
     for part, source in zip(parts, sources, strict=True):
-        step = max(len(source) // _PROBES, 1)
-        probes = [len(source[index]) for index in range(0, min(len(source), step * _PROBES), step)]
+        drawn = random.Random(0).sample(range(len(source)), min(len(source), _PROBES))
+        probes = [len(source[index]) for index in drawn]
         weights.append((part.weight or 1.0) / max(sum(probes) / len(probes), 1.0))
     return [weight / sum(weights) for weight in weights]
 

@@ -182,7 +182,7 @@ class Predictor(nnx.Module):
 
         Raises:
             FileExistsError: The directory is that of a run, or has files of these names that are not of a predictor.
-            ValueError: The report is about another base.
+            ValueError: The report is about another base, or base_id is no id on the hub.
         """
         from butler_jax.predictors.pretrained import write_pretrained
 

@@ -38,6 +38,8 @@ def write_pretrained(
 ) -> Path:
     """Write the files of a predictor; arguments as of `Predictor.save_pretrained`. name: of its repository."""
     require_loaded(base, predictor)
+    if base_id is not None and parse_hub_id(base_id) is None:
+        raise ValueError(f"base_id={base_id!r} is no id on the hub; give ORGANISATION/NAME[@REVISION]")
     directory = Path(directory).expanduser()
     _check_place(directory)
     if report is not None:

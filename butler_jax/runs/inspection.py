@@ -73,6 +73,8 @@ def inspect_run(run_dir: Path, kind_of: Callable[[dict[str, Any]], type | None])
     best = pick_best({one["step"]: one["loss"] for one in usable})
     for one in found:
         one["best"] = one["step"] == best
+    if found and not usable:
+        problems.append(f"no checkpoint is whole; to start again, remove {run_dir}, or choose another --run-dir")
     done = max((one["step"] for one in usable), default=0)
     return {
         "run": str(run_dir),

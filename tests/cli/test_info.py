@@ -158,6 +158,14 @@ def test_finished_is_what_is_saved_to_the_last_step(copy):
     assert info.inspect(copy)["state"] == "damaged since it finished, saved up to step 0 of 6"
 
 
+def test_without_a_whole_checkpoint_no_command_is_named(copy, report):
+    for path in (copy / "checkpoints").glob("*/digests.json"):
+        path.unlink()
+    found, text = report()
+    assert found["go_on"] is None and found["evaluate"] is None and "to go on" not in text
+    assert found["problems"] == [f"no checkpoint is whole; to start again, remove {copy}, or choose another --run-dir"]
+
+
 def test_the_base_is_told_without_a_checkpoint(trained, place, copy, report):
     shutil.rmtree(copy / "checkpoints")
     line = f"base         base (fingerprint {load_base(str(place['base'])).fingerprint})"
@@ -234,7 +242,7 @@ def test_damage_and_leftovers_are_shown(copy, capsys):
     assert found["set_aside"] == [str(copy / "damaged" / "1")]
     assert found["unfinished"] == [str(copy / "checkpoints" / "8.unfinished")]
     assert found["metrics"]["step"] == 6 and found["starts"] == [] and found["config"] == {}
-    assert [problem.split()[0] for problem in found["problems"]] == ["config.json", "run.json"]
+    assert [problem.split()[0] for problem in found["problems"]] == ["config.json", "run.json", "no"]
     text = shown(capsys, copy)
     for words in (
         "state/_METADATA is missing",

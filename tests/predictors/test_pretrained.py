@@ -152,6 +152,12 @@ def test_a_predictor_may_be_written_again(base, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["base"] == "some/base"
 
 
+def test_an_id_that_is_none_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match=r"base_id='some base' is no id on the hub; give ORGANISATION/NAME"):
+        predictor_for(base).save_pretrained(tmp_path / "new", base, base_id="some base")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_card_without_a_report_says_so(base, tmp_path):
     predictor_for(base).save_pretrained(tmp_path, base)
     card = (tmp_path / "README.md").read_text()
