@@ -11,6 +11,7 @@ from pallas_kernels.api import (
     quantise_k_imp,
     select_top_k,
 )
+from pallas_kernels.arithmetic import sum_units
 from pallas_kernels.checks import check_implementation
 from pallas_kernels.choice import (
     BARRED,
@@ -49,6 +50,7 @@ __all__ = [
     "select_top_k",
     "span_sums",
     "sparse_decode_attention",
+    "sum_units",
     "top_mask",
     "unit_image",
 ]

@@ -38,6 +38,7 @@ def choose_by_importance(
 ) -> Selection:
     """The n best units of every row by `importance_scores`: the choice of a decode step, for P layers at once.
 
+    A unit counts as the log-sum-exp of its tokens' scores.
     Sinks and recent tokens are chosen in any case, so they are not scored, and log-sum-exps leave them out, as in
     training. On GPU the scores are not written.
 
@@ -70,7 +71,7 @@ def choose_by_importance(
             options |= terms_of(pooling, q_imp, None, offset) | dict(interpret=interpret or False)
             return gpu.choose_by_importance(q_imp, k_imp, lengths, n, **options)
     shared = dict(implementation=name, interpret=interpret)
-    scored = dict(pooling=pooling, offset=offset, scales=scales, scale=scale, layer=layer)
+    scored = dict(pooling=pooling, offset=offset, scales=scales, scale=scale, layer=layer, unit=unit)
     scores = importance_scores(q_imp, k_imp, contested, first=begin, **scored, **shared)
     rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
     return select_top_k(scores, lengths, n, **rules, **shared)
@@ -104,6 +105,8 @@ def sparse_decode_attention(
     interpret: Any = None,
 ) -> Any:
     """The decode attention of one layer: scores, choice and attention, one after the other.
+
+    A unit counts as the log-sum-exp of its tokens' scores.
 
     Args:
         q, k, v, new_k, new_v, scale, return_residual: See `masked_topk_decode_attention`. The current token, where it
@@ -141,7 +144,8 @@ def sparse_decode_attention(
         given = tuple(result for result, wanted in zip(results, asked, strict=True) if wanted)
         return given if len(given) > 1 else given[0]
     shared = dict(lengths=lengths, first=first, implementation=name, interpret=interpret)
-    scores = importance_scores(q_imp, k_imp, pooling=pooling, scales=scales, scale=score_scale, layer=layer, **shared)
+    scored = dict(pooling=pooling, scales=scales, scale=score_scale, layer=layer, unit=unit)
+    scores = importance_scores(q_imp, k_imp, **scored, **shared)
     rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, threshold=threshold)
     chosen = select_top_k(scores, n=n, **rules, **shared)
     shared |= dict(unit=unit, new_k=new_k, new_v=new_v, scale=scale, layer=layer, return_residual=return_residual)

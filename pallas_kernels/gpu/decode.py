@@ -18,7 +18,8 @@ def sparse_decode_attention(
         scored |= dict(rules=rules, seen=None, totals=None, offset=None)
         image = importance_images(q_imp, k_imp, lengths, interpret=interpret, **scored)
     else:  # a unit is longer than what a program scores
-        scores = importance_scores(q_imp, k_imp, lengths, totals=None, offset=None, interpret=interpret, **scored)
+        scored |= dict(unit=rules.unit, totals=None, offset=None)
+        scores = importance_scores(q_imp, k_imp, lengths, interpret=interpret, **scored)
         image = image_of(scores, lengths, rules)
     chosen = dict(counts=counts, first=first, unit=rules.unit, interpret=interpret)
     units, taken = choose_units(image, lengths, n, k.shape[-2], **chosen)

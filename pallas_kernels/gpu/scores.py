@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
+from pallas_kernels.arithmetic import finite_or_zero, score_product, sum_units, total_of
 from pallas_kernels.choice import rank_image
 from pallas_kernels.gpu.tiles import current_tiles
 from pallas_kernels.gpu.triton import (
@@ -47,6 +47,7 @@ class ScorePlan(NamedTuple):
         rank, size, heads: R, S, K.
         scale: The factor on the products.
         scales: How many scales of int8 keys there are.
+        unit: Tokens that count together.
         normalised: Whether log-sum-exps are taken off.
         interpret: Whether the kernels are interpreted.
     """
@@ -60,6 +61,7 @@ class ScorePlan(NamedTuple):
     heads: int
     scale: float
     scales: int
+    unit: int
     normalised: bool
     interpret: bool
 
@@ -75,11 +77,13 @@ class ScorePlan(NamedTuple):
         return jnp.arange(size, dtype=jnp.int32)
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit, interpret, **options):
     """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
-    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, **options)
+    within = unit if can_image(q_imp, k_imp, unit) else 1
+    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, unit=within, **options)
     operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
-    return _run_scores(operands, plan, totals, None).reshape(q_imp.shape[0], plan.heads, plan.size)
+    scores = _run_scores(operands, plan, totals, None).reshape(q_imp.shape[0], plan.heads, plan.size)
+    return sum_units(scores, unit // within)
 
 
 def importance_images(q_imp, k_imp, lengths, *, rules, seen, normalised, totals, offset, interpret, **options):
@@ -87,7 +91,7 @@ def importance_images(q_imp, k_imp, lengths, *, rules, seen, normalised, totals,
 
     seen: (lengths, first) of the tokens that a row sees, where fewer of them are scored; None where all are.
     """
-    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, **options)
+    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, unit=rules.unit, **options)
     operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
     if seen is not None:
         operands |= dict(zip(("ends", "begins"), map(whole_numbers, seen), strict=True))
@@ -115,7 +119,7 @@ def _tokens(group, rank):
     return min(current_tiles().score_tokens, max(64, SCORED // padded_size(max(rank, group))))
 
 
-def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, first, layer):
+def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, first, layer, unit=1):
     """The operands of both kernels, and their plan."""
     k_imp, layer = _addressable(k_imp, layer)
     batch, heads, _, rank = q_imp.shape
@@ -127,7 +131,7 @@ def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, fi
     shared, number = key_heads // heads, 1 if scales is None else scales.size
     tokens, warps = _tokens(q_imp.shape[1], rank), current_tiles().score_warps
     sizes = tokens, warps, shared, q_imp.shape[1], rank, size, heads
-    return operands, ScorePlan(*sizes, float(scale), number, normalised, interpret)
+    return operands, ScorePlan(*sizes, float(scale), number, unit, normalised, interpret)
 
 
 def _addressable(k_imp, layer):
@@ -294,11 +298,13 @@ def _scores_kernel(refs, out_ref, *, plan, rules):
         return functools.reduce(jnp.maximum, scores) if plan.apart else jnp.max(scores, axis=0)
 
     def best():
+        """The best score of every token, summed over units."""
         if plan.shared == 1:
-            return pooled(row)
+            return sum_units(pooled(row), plan.unit)
         lowest = jnp.full(plan.tokens, -jnp.inf, jnp.float32)
         first = row * plan.shared
-        return jax.lax.fori_loop(0, plan.shared, lambda i, top: jnp.maximum(top, pooled(first + i)), lowest)
+        found = jax.lax.fori_loop(0, plan.shared, lambda i, top: jnp.maximum(top, pooled(first + i)), lowest)
+        return sum_units(found, plan.unit)
 
     if rules is None:
         plgpu.store(out_ref.at[row, block.position], best(), mask=block.position < plan.size)
