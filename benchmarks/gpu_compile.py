@@ -131,7 +131,7 @@ def compile_decode(chip: str, layers: int = 32, tail: int = 0) -> Any:
     tail: tokens of a span of the tail; 0 for none.
     """
     mesh = arrange(parse_mesh("model=1,sequence=1"), [*mesh_of(chip).devices.ravel()])
-    how = dict(batch=1, capacity=32768, implementation="gpu", selection=SelectionConfig(budget=1 / 16, tail=tail))
+    how = dict(batch=1, capacity=32768, implementation=None, selection=SelectionConfig(budget=1 / 16, tail=tail))
     return lower_decode(mesh, base=dataclasses.replace(LLAMA_8B, layers=layers), **how).compile(STRICT)
 
 

@@ -111,7 +111,7 @@ def ours(model: BaseModel, tokens: np.ndarray, prompt: Prompt, budget: float, st
         kept = found.chosen[..., :length]
         kept = kept.at[0].set(kept[1]) if step.first else kept  # the same in every layer
     else:
-        limits, dense = limits_of(selection, model.config, length + 1), step.form == "dense rows"
+        limits, dense = limits_of(selection, model.config, length + 1, model.config.kv_heads), step.form == "dense rows"
         row = tokens[:, : length + 1]
         kept = kept_row_by_row(model, row, limits, policy=step.policy, rule=selection.rule, dense=dense)
     return kept if step.first else kept.at[0].set(True)

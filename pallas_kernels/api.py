@@ -8,16 +8,17 @@ Every operation takes
 
 - implementation: "reference" (plain jax.numpy, for reading and testing), "xla" (the fast form on CPU), "tpu" or "gpu"
   (Pallas kernels), or None, which takes the platform's own. A named implementation runs or raises. It never falls back.
-- interpret: None (the default) runs kernels on their own platform only. True, or pltpu.InterpretParams for "tpu",
-  interprets them on any platform, slowly, for tests. False lowers a kernel for its own platform on any, to compile
-  ahead of time.
+- interpret: None (the default) runs kernels on their own platform only. With a named kernel, True, or
+  pltpu.InterpretParams for "tpu", interprets it on any platform, slowly, for tests, and False lowers it for its own
+  platform on any, to compile ahead of time.
 - layer: an index, traced or not, into caches [L, ...] stacked over layers. With it, a scan over layers does not copy a
   layer out of the caches. `importance_scores`, `importance_totals` and `choose_by_importance` take P of them too, int
   [P]. All other arrays then have B*P rows in the place of B: for each row of the cache one for every layer, in their
   order.
 
-Bad input raises ValueError. The message says what was given, what is wrong and what to do. The method is TokenButler,
-arXiv 2503.07518. For each row, dense decode attention reads 2*S*K*D numbers, and this S*K*R + 2*N*unit*K*D.
+Call the operations under jax.jit: outside, each call is compiled anew. Bad input raises ValueError. The message says
+what was given, what is wrong and what to do. The method is TokenButler, arXiv 2503.07518. For each row, dense decode
+attention reads 2*S*K*D numbers, and this S*K*R + 2*N*unit*K*D.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def importance_scores(
         raise ValueError('totals are for the pooling "normalised"; leave them out')
     checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
     checks.check_unit(unit)
-    name = checks.choose_implementation(implementation, interpret)
+    name = checks.choose_for_scores(implementation, interpret, q_imp, k_imp)
     scale = factor_of(scale, q_imp)
     module, options = dispatch(name, interpret, k_imp.size)
     options |= dict(scales=scales, scale=scale, first=first, layer=layer, unit=int(unit))
@@ -122,7 +123,7 @@ def importance_totals(
     """
     q_imp, k_imp, lengths, first, scales = as_arrays(q_imp, k_imp, lengths, first, scales)
     checks.check_importance(q_imp, k_imp, lengths, first, "normalised", scales, layer)
-    name = checks.choose_implementation(implementation, interpret)
+    name = checks.choose_for_scores(implementation, interpret, q_imp, k_imp)
     scale = factor_of(scale, q_imp)
     module, options = dispatch(name, interpret, k_imp.size)
     options |= dict(scales=scales, scale=scale, first=first, layer=layer)
@@ -218,7 +219,7 @@ def masked_topk_decode_attention(
     Returns:
         [B, H, D] in the dtype of q; with return_residual also the log-sum-exp of the scaled logits, float32 [B, H],
         with which partial results can be merged. A row that attends nothing, or only logits of -1e30 and below, gives 0
-        and -inf. A row with a logit of +inf or NaN gives NaN.
+        and -inf. A row with a logit of +inf or NaN gives NaN. What is not read may be NaN, but not for a gradient.
 
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
@@ -248,7 +249,8 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     """Quantise k_imp to int8 with one scale for each head (and row, and layer): k_imp = scale * int8.
 
     Args:
-        k_imp: float [..., R, S]. Unwritten places of a cache must be finite. Zeros do not change the scale.
+        k_imp: float [..., R, S]. Unwritten places of a cache hold 0, which does not change the scale. Neither does what
+            is not finite: an infinity becomes 127, and NaN becomes 0.
         scales: float [...] of an earlier call, to append new tokens to a cache; larger values saturate. None maps the
             largest magnitude to 127, and that of a head of zeros alone to 1.
 
@@ -264,9 +266,10 @@ def quantise_k_imp(k_imp: jax.Array, scales: jax.Array | None = None) -> tuple[j
     heads = k_imp.shape[:-2]
     values = k_imp.astype(jnp.float32)
     if scales is None:
-        largest = jnp.max(jnp.abs(values), axis=(-2, -1), initial=0.0)
+        largest = jnp.max(jnp.abs(values), axis=(-2, -1), initial=0.0, where=jnp.isfinite(values))
         scales = jnp.where(largest > 0, largest, 1.0) / 127.0
     checks.check_vector("scales", scales, (heads,), "f")
     scales = scales.astype(jnp.float32)
     divisor = jnp.where(scales > 0, scales, 1.0)[..., None, None]
-    return jnp.clip(jnp.round(values / divisor), -127, 127).astype(jnp.int8), scales
+    values = jnp.nan_to_num(values / divisor, nan=0.0)
+    return jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8), scales

@@ -48,6 +48,8 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
     """
     check_implementation(implementation)
     platform = current_platform()
+    if interpret and implementation not in ("tpu", "gpu"):
+        raise ValueError(f'interpret={interpret!r} is for the kernels "tpu" and "gpu"; got {implementation!r}')
     if implementation is None:
         suits = platform == "gpu" or (platform == "tpu" and tpu_can)
         implementation = platform if suits else "xla"
@@ -62,6 +64,17 @@ def choose_implementation(implementation: str | None, interpret: Any, *, tpu_can
             'implementation="xla"'
         )
     return implementation
+
+
+def choose_for_scores(implementation: str | None, interpret: Any, q_imp: Any, k_imp: Any) -> str:
+    """The implementation that scores arrays like these.
+
+    Raises ValueError as `choose_implementation` and `check_tpu_loads` do.
+    """
+    name = choose_implementation(implementation, interpret, tpu_can=tpu_loads(q_imp, k_imp))
+    if name == "tpu":
+        check_tpu_loads(q_imp, k_imp)
+    return name
 
 
 def choose_capped(implementation: str | None, softcap: float) -> str:
@@ -96,13 +109,25 @@ def check_unit(unit: int) -> None:
         raise ValueError(f"unit must be a power of two (1, 2, 4, 8, 16, ...), got {unit!r}")
 
 
+def tpu_loads(*arrays: Any) -> bool:
+    """Whether the TPU kernels can load arrays like these. Mosaic has no float16."""
+    return all(array.dtype != jnp.float16 for array in arrays)
+
+
 def tpu_can(unit: int, k: Any) -> bool:
     """Whether the TPU kernels support this unit in caches like k: whole units, each of whole words."""
-    return unit * k.dtype.itemsize >= WORD and k.shape[-2] % unit == 0
+    return tpu_loads(k) and unit * k.dtype.itemsize >= WORD and k.shape[-2] % unit == 0
+
+
+def check_tpu_loads(*arrays: Any) -> None:
+    """Raise ValueError unless `tpu_loads`."""
+    if not tpu_loads(*arrays):
+        raise ValueError('the "tpu" kernels have no float16: give bfloat16 or float32, or use implementation="xla"')
 
 
 def check_tpu_unit(unit: int, k: Any) -> None:
     """Raise ValueError unless `tpu_can`."""
+    check_tpu_loads(k)
     size, least = k.shape[-2], WORD // k.dtype.itemsize
     if unit < least:
         raise ValueError(

@@ -86,6 +86,7 @@ def rank_image(
 
 def contested_range(lengths, first, sinks: int, recent: int) -> tuple[jax.Array, jax.Array]:
     """The tokens that scores decide about, neither sinks nor recent: the first of them, and their end, int [B] each."""
+    lengths = lengths.astype(jnp.int32)
     return jnp.maximum(jnp.zeros_like(lengths) if first is None else first, sinks), jnp.maximum(lengths - recent, 0)
 
 

@@ -78,6 +78,8 @@ def search(minutes: float, pooling: str, say=print) -> tuple[Tiles, dict]:
         return [compiled and time_all(compiled) for compiled in programs]
 
     (first,) = times([best])
+    if first is None:
+        raise ValueError("the present tiles need more registers or shared memory than this GPU has; remove its entry")
     now = first
     say(f"{_micro(now)}  before")
     for name, values in TRIALS.items():
@@ -164,7 +166,10 @@ def main(arguments: list[str] | None = None) -> int:
     if device.platform != "gpu":
         command.error(f"it times kernels on a GPU, the platform is {device.platform}; run it on the chip to tune for")
     print(f"{device.device_kind}, jax {jax.__version__}; microseconds a layer: {CASES} (batch, tokens)")
-    best, measured = search(asked.minutes, asked.pooling, lambda line: print(line, flush=True))
+    try:
+        best, measured = search(asked.minutes, asked.pooling, lambda line: print(line, flush=True))
+    except ValueError as error:
+        command.error(str(error))
     print(best)
     write_found(asked.json, device.device_kind, best, today | measured)
     if not asked.dry:

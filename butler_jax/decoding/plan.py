@@ -118,7 +118,7 @@ def make_plan(
     if selection.tail > capacity:  # there is no whole span
         selection = replace(selection, tail=0)
     selection.check_floor(selection.allocation)
-    limits_of(selection, base, capacity)
+    limits_of(selection, base, capacity, policy.choosing_heads(base))
     check_units(capacity, selection.unit)
     if isinstance(policy, Evicting):
         if current_mesh() is not None:

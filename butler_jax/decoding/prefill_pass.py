@@ -284,7 +284,7 @@ def _prefill_evicting(model, tokens, lengths, whole, capacity, plan: Plan, atten
     values that were dropped stay in the store unread.
     """
     config, (batch, length), policy = model.config, tokens.shape, plan.policy
-    limits = limits_of(plan.selection, config, capacity)
+    limits = limits_of(plan.selection, config, capacity, plan.heads)
     table = jnp.arange(len(limits.table), dtype=jnp.int32) if policy.once else limits.table
     columns = jnp.arange(length, dtype=jnp.int32)[None]
     shift = (length - lengths)[:, None]

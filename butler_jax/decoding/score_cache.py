@@ -84,9 +84,10 @@ def append_scores(
 
 
 def scales_of(k_imp: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:
-    """What one step of int8 is worth, from the tokens held by each row."""
+    """What one step of int8 is worth, from the tokens held by each row. Tokens that are not finite do not count."""
     later = jnp.cumsum(held, axis=1) > SINKS
     counted = held & (later | (jnp.sum(held, axis=1, keepdims=True) <= SINKS))
+    k_imp = jnp.where(jnp.isfinite(k_imp), k_imp, 0)
     k_imp = jnp.where(counted[:, None, None], k_imp, 0).astype(jnp.float32)
     elements = jnp.maximum(jnp.sum(counted, axis=1), 1).astype(jnp.float32) * k_imp.shape[-2]
     elements = elements.reshape((1,) * (k_imp.ndim - 4) + (-1, 1))

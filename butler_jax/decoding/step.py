@@ -38,6 +38,7 @@ from butler_jax.model import (
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, limits_of
+from pallas_kernels import current_platform
 
 
 class Found(NamedTuple):
@@ -131,7 +132,7 @@ def take_step(
     """Take the step of `decode_step` under a plan that is made."""
     predictor = None if plan.when == "evicting" else predictor
     newest, kv = newest_of(model.config, state.lengths), state.kv
-    limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity)
+    limits = None if plan.selection is None else limits_of(plan.selection, model.config, kv.capacity, plan.heads)
     chooser = make_chooser(plan, limits=limits, newest=newest, steps=state.steps, kv=kv, memory=state.memory)
     per_head = predictor is not None and (details or (plan.when == "in_layer" and plan.policy.needs_predictor))
     context = None if predictor is None else predictor.context(state.lengths[:, None], newest.total)
@@ -165,7 +166,7 @@ def take_step(
 
     x = embed(model, tokens[:, None])
     # With layers apart, no condition stays around what runs on the host: the TPU compiler takes none there.
-    unroll = plan.implementation == "gpu" or (kv.on_host and plan.selection is not None)
+    unroll = current_platform() == "gpu" or (kv.on_host and plan.selection is not None)
     how = dict(length=newest.total, unroll=unroll)
     x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), **how)
     scores = None

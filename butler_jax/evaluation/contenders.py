@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.hashes import hash_code
 from butler_jax.parallel import EVALUATION_RULES, hash_arrays, place
-from butler_jax.policies import POLICIES, Policy, Scoring, describe, make_policy
+from butler_jax.policies import POLICIES, Policy, Scoring, describe, make_policy, settle_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
 from butler_jax.storage import to_dict
@@ -102,7 +102,7 @@ def collect_policies(
             compared, and no policy needs a predictor. Or all scores of a policy of one's own are NaN.
     """
     given, defaults = config.policies or DEFAULT, {"seed": config.seed}
-    policies = [p if isinstance(p, Policy) else make_policy(p, defaults) for p in given]
+    policies = [settle_policy(p) if isinstance(p, Policy) else make_policy(p, defaults) for p in given]
     policies = [policy.row_by_row() for policy in policies]  # rows after a prompt, or all rows, are limited one by one
     needing = [p for p in policies if p.needs_predictor]
     if config.compare and not needing:

@@ -161,7 +161,11 @@ def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 
 
 def shardings_for(mesh: Mesh, rules: Rules = RULES):
-    """The function (logical axes, shape) -> NamedSharding on this mesh that `load_base` takes as `shardings`."""
+    """The function (logical axes, shape) -> NamedSharding on this mesh that `load_base` takes as `shardings`.
+
+    Raises ValueError for a mesh with explicit axes.
+    """
+    _require_auto(mesh)
     return lambda logical, shape: NamedSharding(mesh, partition(logical, shape, mesh, rules))
 
 
@@ -266,9 +270,24 @@ def _any(flags: jax.Array, after: jax.Array) -> jax.Array:
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh set by jax.set_mesh; None where there is none or it has one device."""
+    """The mesh set by jax.set_mesh; None where there is none or it has one device.
+
+    Raises ValueError for one with explicit axes.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    if mesh.empty or mesh.size == 1:
+        return None
+    _require_auto(mesh)
+    return mesh
+
+
+def _require_auto(mesh: Any) -> None:
+    """Raise ValueError for a mesh with explicit axes, on which the compiler chooses no shardings."""
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"the axes {', '.join(mesh.axis_names)} of the mesh are explicit, the default of jax.make_mesh; make it by "
+            "butler_jax.parallel.make_mesh, or with axis_types of AxisType.Auto"
+        )
 
 
 def token_axis(tokens: int) -> str | None:

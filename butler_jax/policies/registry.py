@@ -66,11 +66,27 @@ def settle_policy(policy: Policy | str | None) -> Policy:
     """A policy, which may be given by its name; None is `TokenButler()`.
 
     Raises:
-        ValueError: It is none of these, or no policy has the name.
+        ValueError: It is none of these, no policy has the name, or compiled programs could not tell the policy from
+            others of its class.
     """
     if not isinstance(policy, Policy | str | None):
         raise ValueError(f"policy must be a policy or its name, got {policy!r}; make_policy makes one of a name")
-    return make_policy(policy) if isinstance(policy, str) else policy or TokenButler()
+    if isinstance(policy, str):
+        return make_policy(policy)
+    policy = policy or TokenButler()
+    if more := sorted(vars(policy).keys() - {field.name for field in dataclasses.fields(policy)}):
+        raise ValueError(
+            f"the policy {policy.name} has {', '.join(more)}, which are no fields of a dataclass, so policies that "
+            "differ in them would count as one; put @dataclass(frozen=True, kw_only=True) before the class"
+        )
+    try:
+        hash(policy)
+    except TypeError as error:
+        raise ValueError(
+            f"the policy {policy.name} cannot be hashed ({error}), as compiled programs need it; give tuples for "
+            "lists, or write eq=False where its dataclass has arrays"
+        ) from None
+    return policy
 
 
 def _read_setting(policy: str, setting: str, known: Mapping[str, Any]) -> tuple[str, Any]:

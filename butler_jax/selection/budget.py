@@ -49,11 +49,11 @@ class Limits(NamedTuple):
     served: Bool[Array, " L"] | None = None
 
 
-def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
-    """The limits of a selection for rows of up to `length` tokens.
+def limits_of(config: SelectionConfig, base: BaseConfig, length: int, heads: int) -> Limits:
+    """The limits of a selection for rows of up to `length` tokens, and so many choosing heads in a layer.
 
     Raises:
-        ValueError: The thresholds are not those of a model of these sizes, or the tolerance is missing.
+        ValueError: The thresholds are not those of a model and a policy of these sizes, or the tolerance is missing.
     """
     threshold = None
     config.require_tolerance()
@@ -62,10 +62,10 @@ def limits_of(config: SelectionConfig, base: BaseConfig, length: int) -> Limits:
             threshold = jnp.full((base.layers, 1), np.log(config.tolerance), jnp.float32)
     if config.threshold is not None:
         shape = len(config.threshold), len(config.threshold[0])
-        if shape not in ((base.layers, base.kv_heads), (base.layers, base.heads)):
+        if shape != (base.layers, heads):
             raise ValueError(
                 f"thresholds of {shape[0]} layers and {shape[1]} heads do not fit a model of {base.layers} layers and "
-                f"{base.kv_heads} KV heads; calibrate them on this model"
+                f"a policy that chooses for {heads} heads in each; calibrate them on this model with this policy"
             )
         threshold = jnp.asarray(config.threshold, jnp.float32)
     served = jnp.asarray(base.served) if base.mixed else None

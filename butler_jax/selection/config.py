@@ -159,7 +159,7 @@ def parse_budget(budget: str | float | int) -> float | int:
     Raises:
         ValueError: It is none of these.
     """
-    if hasattr(budget, "item"):  # a number of numpy
+    if getattr(budget, "size", 0) == 1:  # a number of numpy
         budget = budget.item()
     if isinstance(budget, (int, float)) and not isinstance(budget, bool):
         return budget

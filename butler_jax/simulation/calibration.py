@@ -81,7 +81,8 @@ def calibrate_thresholds(
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     selection = policy.selection(selection)
     batches = [as_batch(batch) for batch in batches]
-    limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, batches[0]["tokens"].shape[1])
+    length, heads = batches[0]["tokens"].shape[1], policy.choosing_heads(model.config)
+    limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, length, heads)
     found = np.full((model.config.layers, policy.choosing_heads(model.config)), int(BARRED))
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
         trial = (found + (1 << bit)).astype(np.int32)
@@ -162,7 +163,8 @@ def calibrate_tolerance(
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
     allocation, values = ("top_p", UNREAD) if by_mass else ("tolerance", GRID)
     selection = policy.selection(dataclasses.replace(selection, allocation=allocation, tolerance=np.inf, floor=0.0))
-    limits = limits_of(selection, model.config, batches[0]["tokens"].shape[1])
+    length, heads = batches[0]["tokens"].shape[1], policy.choosing_heads(model.config)
+    limits = limits_of(selection, model.config, length, heads)
     counts = [
         np.asarray((b["segments"] > 0) & (b["positions"] >= prompt_tokens) & b.get("counted", np.True_))
         for b in batches

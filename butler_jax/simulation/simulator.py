@@ -125,7 +125,8 @@ def simulate(
         read.check(policy, predictor, 1 if selection is None else selection.interval)
     limits = None
     if selection is not None:
-        limits = limits_of(selection, model.config, length)
+        selection.check_floor(selection.allocation)
+        limits = limits_of(selection, model.config, length, policy.choosing_heads(model.config))
         limits = limits._replace(prompts=None if prompts is None else jnp.asarray(prompts, jnp.int32))
     how = dict(policy=policy, rule=selection and selection.rule, score_dtype=score_dtype, implementation=implementation)
     return _simulate(model, predictor, batch, limits, wanted, reference, read, **how)

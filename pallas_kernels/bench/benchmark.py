@@ -168,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         name = None if asked.model else checks.choose_implementation(asked.implementation, None)
     except ValueError as error:
         command.error(str(error))
+    if asked.json and asked.json.suffix == ".png":
+        command.error(f"--json {asked.json} is the name of a picture; the plot is written beside the rows, as .png")
     if asked.model:
         measuring = [
             f"--{name}" for name in ("implementation", "repeats", "memory", "minutes") if _given(name, arguments)
@@ -225,7 +227,7 @@ def unfit(case: Case, memory: float, begun: float, longest: float, minutes: floa
         return f"{case.tokens} tokens are more than the context of {case.context}"
     needed = case.together * case.dense_bytes
     if 1.2 * needed > memory * 1e9:
-        return f"its caches take {needed / 1e9:.1f} GB, more than --memory allows"
+        return f"its caches take {needed / 1e9:.3g} GB, more than --memory allows"
     if minutes is not None and time.monotonic() - begun + 1.5 * longest > 60 * minutes:
         return f"no time left of {minutes} minutes"
     return None

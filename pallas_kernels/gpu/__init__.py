@@ -6,11 +6,10 @@ and loads mask the padding.
 
 from pallas_kernels.gpu.attention import masked_topk_decode_attention
 from pallas_kernels.gpu.decode import choose_by_importance, sparse_decode_attention
-from pallas_kernels.gpu.scores import can_image, importance_scores, importance_totals
+from pallas_kernels.gpu.scores import importance_scores, importance_totals
 from pallas_kernels.gpu.selection import select_top_k
 
 __all__ = [
-    "can_image",
     "choose_by_importance",
     "importance_scores",
     "importance_totals",

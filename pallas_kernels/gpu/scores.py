@@ -26,7 +26,6 @@ from pallas_kernels.gpu.triton import (
     place_operands,
     seen_range,
     source_row,
-    whole_numbers,
 )
 from pallas_kernels.reference import LOWEST
 
@@ -48,6 +47,7 @@ class ScorePlan(NamedTuple):
         scale: The factor on the products.
         scales: How many scales of int8 keys there are.
         unit: Tokens that count together.
+        sinks, recent: Tokens at the ends of what a row sees that are not scored.
         normalised: Whether log-sum-exps are taken off.
         interpret: Whether the kernels are interpreted.
     """
@@ -62,6 +62,8 @@ class ScorePlan(NamedTuple):
     scale: float
     scales: int
     unit: int
+    sinks: int
+    recent: int
     normalised: bool
     interpret: bool
 
@@ -86,18 +88,17 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit
     return sum_units(scores, unit // within)
 
 
-def importance_images(q_imp, k_imp, lengths, *, rules, seen, normalised, totals, offset, interpret, **options):
+def importance_images(q_imp, k_imp, lengths, *, rules, normalised, totals, offset, interpret, **options):
     """Images of units, int32 [B, K, U]. Those that a row does not see have any value. Arguments as in `api.py`.
 
-    seen: (lengths, first) of the tokens that a row sees, where fewer of them are scored; None where all are.
+    Sinks and recent tokens are not scored.
     """
     operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, unit=rules.unit, **options)
     operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
-    if seen is not None:
-        operands |= dict(zip(("ends", "begins"), map(whole_numbers, seen), strict=True))
     if rules.threshold is not None:
         shape = (q_imp.shape[0], plan.heads)
         operands["threshold"] = jnp.broadcast_to(rules.threshold, shape).astype(jnp.float32).reshape(-1)
+    plan = plan._replace(sinks=rules.sinks, recent=rules.recent)
     images = _run_scores(operands, plan, totals, rules._replace(first=None, threshold=None))
     return images.reshape(q_imp.shape[0], plan.heads, -1)
 
@@ -131,7 +132,7 @@ def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, fi
     shared, number = key_heads // heads, 1 if scales is None else scales.size
     tokens, warps = _tokens(q_imp.shape[1], rank), current_tiles().score_warps
     sizes = tokens, warps, shared, q_imp.shape[1], rank, size, heads
-    return operands, ScorePlan(*sizes, float(scale), number, unit, normalised, interpret)
+    return operands, ScorePlan(*sizes, float(scale), number, unit, 0, 0, normalised, interpret)
 
 
 def _addressable(k_imp, layer):
@@ -192,10 +193,10 @@ class TokenBlock(NamedTuple):
 
     Attributes:
         position: Their positions in the cache.
-        seen: Whether the row sees them.
+        seen: Whether the row sees them, and they are scored.
         loaded: Whether their keys are loaded. The ends of `seen` may lie anywhere, so a mask of it would load every key
             by itself.
-        used: Whether the row sees any.
+        used: Whether any is seen.
     """
 
     position: jax.Array
@@ -209,6 +210,7 @@ def _block_of(refs, sequence, index, plan):
     start = index * plan.tokens
     position = start + jnp.arange(plan.tokens, dtype=jnp.int32)
     begin, end = seen_range(refs, sequence, plan.size)
+    begin, end = jnp.maximum(begin, plan.sinks), jnp.minimum(end, refs["lengths"][sequence] - plan.recent)
     used = (start < end) & (start + plan.tokens > begin)
     return TokenBlock(position, (position >= begin) & (position < end), (position < plan.size) & used, used)
 
@@ -310,15 +312,13 @@ def _scores_kernel(refs, out_ref, *, plan, rules):
         plgpu.store(out_ref.at[row, block.position], best(), mask=block.position < plan.size)
         return
 
-    seen = dict(ends="lengths", begins="first")  # where fewer tokens are scored than a row sees
-    places = {seen[name]: ref for name, ref in refs.items() if name in seen} or refs
-    shown = _block_of(places, row // plan.heads, index, plan)
+    shown = _block_of(refs, row // plan.heads, index, plan._replace(sinks=0, recent=0))
 
     @pl.when(shown.used)
     def _write_images():
         limit = refs["threshold"][row] if "threshold" in refs else None
         options = dict(sinks=rules.sinks, recent=rules.recent, threshold=limit)
-        age = places["lengths"][row // plan.heads] - 1 - block.position
+        age = refs["lengths"][row // plan.heads] - 1 - block.position
         image = rank_image(best(), shown.seen, age, block.position, **options)
         if rules.unit > 1:
             image = jnp.max(image.reshape(-1, rules.unit), axis=1)

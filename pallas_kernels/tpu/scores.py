@@ -195,9 +195,8 @@ def _sum_lanes(scores, unit):
     def over_units(combine, part):
         """The fold over each unit's lanes, in all of them."""
         lane, apart = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1), 1
-        while apart < unit:  # lanes whose numbers differ in one bit
-            other = jnp.where((lane & apart) == 0, pltpu.roll(part, LANES - apart, 1), pltpu.roll(part, apart, 1))
-            part, apart = combine(part, other), 2 * apart
+        while apart < unit:  # with the lane whose number differs in one bit
+            part, apart = combine(part, jnp.take_along_axis(part, lane ^ apart, axis=1)), 2 * apart
         return part
 
     def summed(part):

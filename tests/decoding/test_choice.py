@@ -105,7 +105,7 @@ def simulated_masks(model, predictor, policy, selection, prompts=None):
     run = partial(simulation.hidden_states, policy=policy, rule=selection.rule)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "chosen_mask", watched)
-        limits = limits_of(selection, model.config, TOTAL)
+        limits = limits_of(selection, model.config, TOTAL, policy.choosing_heads(model.config))
         limits = limits._replace(prompts=None if prompts is None else jnp.asarray(prompts))
         x, _ = jax.jit(run)(model, predictor, batch, limits)
         x.block_until_ready()
@@ -329,7 +329,7 @@ def simulated_kept(model, policy, selection):
         patch.setattr(simulated, "rows_of", watched_rows)
         patch.setattr(eviction, "evict_row", watched_row)
         patch.setattr(eviction, "CHUNK", 16)
-        x, _ = jax.jit(run)(model, None, batch, limits_of(selection, model.config, TOTAL))
+        x, _ = jax.jit(run)(model, None, batch, limits_of(selection, model.config, TOTAL, model.config.kv_heads))
         x.block_until_ready()
         jax.effects_barrier()
     for n in set(range(model.config.layers)) - set(model.config.served_layers):

@@ -311,7 +311,7 @@ def test_rows_of_min_context_are_dense_alone_and_beside_longer_ones(base, predic
         (
             [[1]],
             dict(selection=SelectionConfig(threshold=((0.0,),) * 5), policy=make_policy("random")),
-            "5 layers and 1 heads do not fit a model of 3 layers and 2 KV heads",
+            "5 layers and 1 heads do not fit a model of 3 layers and a policy that chooses for 2 heads",
         ),
     ],
 )

@@ -30,7 +30,9 @@ PROMPTS = np.asarray([4, 20, 12])
 def simulated_logits(model, predictor, policy, selection):
     """Logits of every row [B, T, V], prompts read densely."""
     batch = jax.tree.map(jnp.asarray, text_of(len(PROMPTS)))
-    limits = limits_of(selection, model.config, TOTAL)._replace(prompts=jnp.asarray(PROMPTS))
+    limits = limits_of(selection, model.config, TOTAL, policy.choosing_heads(model.config))._replace(
+        prompts=jnp.asarray(PROMPTS)
+    )
     run = partial(hidden_states, policy=policy, rule=selection.rule)
     return np.asarray(logits(model, jax.jit(run)(model, predictor, batch, limits)[0]))
 

@@ -82,6 +82,21 @@ def test_a_step_with_its_layers_unrolled_equals_the_scan(monkeypatch, kind, slid
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_layers_are_unrolled_on_a_gpu(monkeypatch, platform):
+    """By default, since a scan there copies the weights of each layer."""
+    seen, model = [], model_of()
+    monkeypatch.setattr(step, "current_platform", lambda: platform)
+    monkeypatch.setattr(
+        step, "run_layers", lambda *given, unroll, **named: seen.append(unroll) or run_layers(*given, **named)
+    )
+    _, state = prefill(model, jnp.asarray(rows_of()[:, :5]), jnp.asarray(PROMPTS), capacity=CAPACITY)
+    for selection in (None, SelectionConfig(budget=0.5, sinks=1, recent=2)):
+        how = dict(selection=selection, policy=make_policy("oracle"))
+        jax.eval_shape(lambda s, how=how: decode_step(model, jnp.array([3, 4, 5]), s, **how), state)
+    assert seen == [platform == "gpu"] * 2
+
+
 @pytest.mark.parametrize("name", ["oracle", "tokenbutler"])
 def test_a_step_of_an_interval_chooses_after_a_dense_one(name):
     model = model_of(sliding_window=20, sliding_layers=(True, False, True, False))

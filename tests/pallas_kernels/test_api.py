@@ -59,7 +59,7 @@ def test_the_whole_is_its_parts_and_everything_chosen_is_dense(implementation):
         return_selection=True,
         implementation=implementation,
     )
-    scores = oracle_scores(q_imp, keys, lengths, "normalised")
+    scores = oracle_scores(q_imp, keys, lengths - 3, "normalised", jnp.array([2, 2]))  # as in training
     dense = run(pk.sparse_decode_attention, q, k, v, q_imp, keys, lengths, n=size, implementation=implementation)
     for b in range(batch):
         for h in range(heads):
@@ -69,6 +69,20 @@ def test_the_whole_is_its_parts_and_everything_chosen_is_dense(implementation):
             for found, tokens in ((out, units), (dense, list(range(int(lengths[b]))))):
                 expected, _ = oracle_attention(wide(q)[b, own], wide(k)[b, h], wide(v)[b, h], tokens, dim**-0.5)
                 np.testing.assert_allclose(found[b, own], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
+def test_the_whole_chooses_as_a_decode_step_does(implementation):
+    """With large keys of sinks and recent tokens, which log-sum-exps leave out, an offset, and units."""
+    unit = 2 if implementation in PLAIN else 16
+    q, k, v = normal(0, 2, 6, 16), normal(1, 2, 2, 192, 16), normal(2, 2, 2, 192, 16)
+    q_imp, k_imp, offset = normal(3, 2, 2, 3, 8), normal(4, 2, 2, 8, 192), normal(5, 2, 2, 3)
+    k_imp = k_imp.at[..., :3].mul(20).at[..., 126:].mul(20)
+    how = dict(n=5, sinks=3, recent=5, unit=unit, offset=offset, implementation=implementation)
+    lengths = jnp.array([131, 131])
+    _, found = run(pk.sparse_decode_attention, q, k, v, q_imp, k_imp, lengths, return_selection=True, **how)
+    wanted = run(pk.choose_by_importance, q_imp, k_imp, lengths, **how | dict(implementation="reference"))
+    np.testing.assert_array_equal(found.indices, wanted.indices)
 
 
 def test_the_whole_computes_its_scores_once():

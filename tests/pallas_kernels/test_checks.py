@@ -44,6 +44,17 @@ def whole(**changed):
             | dict(implementation="tpu", interpret=True),
             "units of 2 tokens or more of bfloat16, got unit=1",
         ),
+        (
+            dict.fromkeys(("k", "v"), jnp.zeros((1, 2, 32, 8), jnp.float16))
+            | dict(implementation="tpu", interpret=True, unit=2, n=1),
+            "have no float16: give bfloat16 or float32",
+        ),
+        (
+            dict(k_imp=jnp.zeros((1, 2, 4, 32), jnp.float16), implementation="tpu", interpret=True),
+            "have no float16: give bfloat16 or float32",
+        ),
+        (dict(interpret=True), 'interpret=True is for the kernels "tpu" and "gpu"; got None'),
+        (dict(offset=jnp.zeros((1, 2))), r"offset must have shape \(1, 2, 2\)"),
         (dict(lengths=jnp.array([5, 5])), r"lengths must have shape \(1,\), got \(2,\)"),
         (dict(lengths=jnp.array([5.0])), "lengths must be integers"),
         (dict(k=jnp.zeros((1, 2, 31, 8))), "same number of tokens S"),

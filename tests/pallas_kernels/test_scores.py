@@ -217,6 +217,17 @@ def test_int8_keys_score_as_their_dequantised_values(implementation):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_what_is_not_finite_is_no_part_of_a_scale():
+    keys = normal(0, 2, 2, 8, 50)
+    small, scales = pk.quantise_k_imp(keys)
+    bad = keys.at[:, 0, 3, 7].set(jnp.inf).at[:, 1, 3, 7].set(jnp.nan)
+    found, same = pk.quantise_k_imp(bad)
+    np.testing.assert_array_equal(same, scales)
+    np.testing.assert_array_equal(found[:, 0, 3, 7], 127)
+    np.testing.assert_array_equal(found[:, 1, 3, 7], 0)
+    np.testing.assert_array_equal(found.at[..., 3, 7].set(0), small.at[..., 3, 7].set(0))
+
+
 def test_new_score_keys_are_quantised_at_the_scale_of_the_old():
     keys = normal(0, 2, 4, 30)
     _, scales = pk.quantise_k_imp(keys)

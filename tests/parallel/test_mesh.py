@@ -14,7 +14,16 @@ from jax.sharding import PartitionSpec
 
 from benchmarks.pods import MODELS
 from butler_jax.model.decoder import LOGICAL_AXES, BaseModel
-from butler_jax.parallel.mesh import check_batch, make_mesh, module_partition, parse_mesh, partition, rows_here
+from butler_jax.parallel.mesh import (
+    check_batch,
+    current_mesh,
+    make_mesh,
+    module_partition,
+    parse_mesh,
+    partition,
+    rows_here,
+    shardings_for,
+)
 from butler_jax.predictors import PREDICTORS, make_predictor
 from butler_jax.predictors.config import PredictorConfig
 from butler_jax.training.config import TrainConfig
@@ -161,6 +170,15 @@ for kind in sys.argv[2:]:
 @pytest.mark.parametrize("kind", [long("contextual"), "lookahead", long("producer")])
 def test_a_step_hands_its_state_back_split_as_the_rules_say(kind):
     run_on_devices(4, KEPT, kind, optimised=False, timeout=600)
+
+
+def test_a_mesh_with_explicit_axes_is_refused():
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    message = "the axes data, model of the mesh are explicit.*make it by butler_jax.parallel.make_mesh"
+    with pytest.raises(ValueError, match=message):
+        shardings_for(mesh)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+        current_mesh()
 
 
 def test_batches_are_multiples_of_the_data_axis():

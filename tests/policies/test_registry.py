@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from butler_jax.policies import POLICIES, Evicting, LowRank, Scoring, SnapKV, TokenButler, describe, make_policy
+from butler_jax.policies import (
+    POLICIES,
+    Evicting,
+    LowRank,
+    Scoring,
+    SnapKV,
+    Streaming,
+    TokenButler,
+    describe,
+    make_policy,
+    settle_policy,
+)
 from tests.policies.chunks import B, C, D, G, K, S
 
 
@@ -25,6 +37,21 @@ def test_every_policy_gives_finite_scores_of_the_shape_selection_takes_or_evicts
 def test_the_offset_of_a_predictor_is_no_setting():
     with pytest.raises(ValueError, match="the offset of tokenbutler is its predictor's"):
         make_policy("tokenbutler:offset=none")
+
+
+def test_a_policy_that_programs_cannot_tell_from_others_is_refused():
+    class Signed(Streaming):
+        def __init__(self, sign):
+            object.__setattr__(self, "sign", sign)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Listed(Streaming):
+        layers: list[int]
+
+    with pytest.raises(ValueError, match="has sign, which are no fields of a dataclass"):
+        settle_policy(Signed(1))
+    with pytest.raises(ValueError, match=r"cannot be hashed .*; give tuples for lists"):
+        settle_policy(Listed(layers=[1]))
 
 
 def test_errors_name_what_is_known(chunk):

@@ -29,11 +29,18 @@ def test_integer_budget_is_a_number_of_tokens():
     np.testing.assert_array_equal(table, np.minimum(np.arange(101), 64))
 
 
+@pytest.mark.parametrize(("layers", "heads"), [(2, 2), (BASE.layers, 4)])
+def test_thresholds_of_another_model_or_policy_are_refused(layers, heads):
+    config = SelectionConfig(threshold=((0.5,) * heads,) * layers)
+    with pytest.raises(ValueError, match=r"do not fit a model of .* and a policy that chooses for 2 heads in each"):
+        limits_of(config, BASE, 40, 2)
+
+
 def test_rows_up_to_min_context_attend_everything():
     config = SelectionConfig(budget=0.25, min_context=100)
     table = budget_table(config, 400)
     np.testing.assert_array_equal(table[:101], np.arange(101))
     assert table[101] == 26 and table[400] == 100
-    assert limits_of(dataclasses.replace(config, min_context=10**12), BASE, 400).min_context == 400
+    assert limits_of(dataclasses.replace(config, min_context=10**12), BASE, 400, 2).min_context == 400
     found = beyond(100, jnp.asarray([100, 101]), jnp.asarray([0.5, 0.5]))
     assert np.isneginf(found[0]) and found[1] == 0.5

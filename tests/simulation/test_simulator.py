@@ -166,4 +166,6 @@ def test_bad_input_is_named(model):
         simulate(model, batch, "oracle", None)
     with pytest.raises(ValueError, match="policy must be a policy or its name, got 3"):
         simulate(model, batch, 3, SelectionConfig(budget=0.5))
+    with pytest.raises(ValueError, match="a floor goes with the allocation per_layer"):
+        simulate(model, batch, "oracle", SelectionConfig(budget=0.5, floor=0.2))
     assert float(simulate(model, batch, "dense", None).attended.min()) == 1

@@ -76,8 +76,9 @@ class HostStore(KVStore):
         if first is not None:
             held &= tokens >= first[:, None, None, None]
         tokens, held = (a.reshape(batch, heads, -1) for a in (jnp.where(held, tokens, 0), held))
-        row = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1)
-        place = (layer * (batch * heads) + row) * size + tokens
+        row = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads, 1)
+        row = jnp.asarray(layer).astype(jnp.uint32) * np.uint32(batch * heads) + row
+        place = row * np.uint32(size) + tokens.astype(jnp.uint32)
 
         @on_host
         def gather(k, v, place):
@@ -101,8 +102,9 @@ class HostStore(KVStore):
         near = self.near.append(k[:1], v[:1], lengths)
         *rows, size, dim = self.k.shape
         count = math.prod(rows)
-        place = jnp.arange(count, dtype=jnp.int32).reshape(rows) * size + lengths[None, :, None]
-        place = jnp.where((lengths < size)[None, :, None], place, count * size)  # a full row takes nothing more
+        place = jnp.arange(count, dtype=jnp.uint32).reshape(rows) * np.uint32(size)
+        place = place + lengths[None, :, None].astype(jnp.uint32)
+        place = jnp.where((lengths < size)[None, :, None], place, np.uint32(count * size))  # a full row takes no more
 
         @on_host
         def write(cache, new, place):

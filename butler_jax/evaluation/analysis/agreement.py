@@ -168,7 +168,7 @@ def measure_access(
     policy, predictor = check_policy(policy, predictor)
     selection = choose_selection(policy, selection)
     batch, columns = _prepare(model, batch, rows)
-    limits = limits_of(selection, model.config, batch["tokens"].shape[1])
+    limits = limits_of(selection, model.config, batch["tokens"].shape[1], policy.choosing_heads(model.config))
     frequency, agreement, kept = _token_access(
         model, predictor, batch, columns, limits, policy=policy, rule=selection.rule
     )

@@ -140,7 +140,7 @@ def find_reading(
     if not (-real.size <= position < real.size):
         raise ValueError(f"position {position} is outside of the text, which has {real.size} tokens")
     selection = choose_selection(policy, selection)
-    limits = limits_of(selection, model.config, length)
+    limits = limits_of(selection, model.config, length, policy.choosing_heads(model.config))
     column = int(real[position])
     rows = jnp.full((1, 1), column, jnp.int32)
     sets = _find_sets(model, predictor, as_batch(batch), rows, limits, policy=policy, rule=selection.rule)
