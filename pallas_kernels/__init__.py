@@ -12,7 +12,7 @@ from pallas_kernels.api import (
     select_top_k,
 )
 from pallas_kernels.arithmetic import sum_units
-from pallas_kernels.checks import check_implementation, current_platform
+from pallas_kernels.checks import check_implementation
 from pallas_kernels.choice import (
     BARRED,
     TOP,
@@ -39,7 +39,6 @@ __all__ = [
     "choose_by_importance",
     "compact",
     "contested_range",
-    "current_platform",
     "from_image",
     "image_of",
     "importance_scores",

@@ -35,10 +35,10 @@ from butler_jax.model import (
     require_model,
     run_layers,
 )
+from butler_jax.parallel import platform
 from butler_jax.policies import Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig, limits_of
-from pallas_kernels import current_platform
 
 
 class Found(NamedTuple):
@@ -166,7 +166,7 @@ def take_step(
 
     x = embed(model, tokens[:, None])
     # With layers apart, no condition stays around what runs on the host: the TPU compiler takes none there.
-    unroll = current_platform() == "gpu" or (kv.on_host and plan.selection is not None)
+    unroll = platform() == "gpu" or (kv.on_host and plan.selection is not None)
     how = dict(length=newest.total, unroll=unroll)
     x, carry, new = run_layers(model, x, state.lengths[:, None], mixer, forecaster.begin(x), **how)
     scores = None

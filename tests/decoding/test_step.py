@@ -86,7 +86,7 @@ def test_a_step_with_its_layers_unrolled_equals_the_scan(monkeypatch, kind, slid
 def test_layers_are_unrolled_on_a_gpu(monkeypatch, platform):
     """By default, since a scan there copies the weights of each layer."""
     seen, model = [], model_of()
-    monkeypatch.setattr(step, "current_platform", lambda: platform)
+    monkeypatch.setattr(step, "platform", lambda: platform)
     monkeypatch.setattr(
         step, "run_layers", lambda *given, unroll, **named: seen.append(unroll) or run_layers(*given, **named)
     )
