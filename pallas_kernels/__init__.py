@@ -11,7 +11,6 @@ from pallas_kernels.api import (
     quantise_k_imp,
     select_top_k,
 )
-from pallas_kernels.arithmetic import sum_units
 from pallas_kernels.checks import check_implementation
 from pallas_kernels.choice import (
     BARRED,
@@ -50,7 +49,6 @@ __all__ = [
     "select_top_k",
     "span_sums",
     "sparse_decode_attention",
-    "sum_units",
     "top_mask",
     "unit_image",
 ]

@@ -44,7 +44,6 @@ def importance_scores(
     offset: jax.Array | None = None,
     scales: jax.Array | None = None,
     scale: float | None = None,
-    unit: int = 1,
     first: jax.Array | None = None,
     layer: jax.Array | int | None = None,
     implementation: str | None = None,
@@ -70,13 +69,11 @@ def importance_scores(
             head out, where another has a score.
         scales: float [K] or [B, K], K*G in place of K where k_imp has them; for int8 only, see `quantise_k_imp`.
         scale: The factor on the products, R**-0.5 unless given.
-        unit: Tokens of a unit, a power of two. Scores are logarithms: each token gets the log-sum-exp of the pooled
-            scores of its unit's tokens that the row sees, so that a unit counts as the sum of its tokens.
         first: int [B], the first token that a row sees.
         layer, implementation, interpret: See the module.
 
     Returns:
-        float32 [B, K, S], -inf for tokens, or units, that a row does not see.
+        float32 [B, K, S], -inf for tokens that a row does not see.
 
     Raises:
         ValueError: The arguments do not fit together, or the implementation is another platform's.
@@ -88,12 +85,10 @@ def importance_scores(
     if totals is not None and pooling == "maximum":
         raise ValueError('totals are for the pooling "normalised"; leave them out')
     checks.check_vector("offset", offset, (q_imp.shape[:3],), "f")
-    checks.check_unit(unit)
     name = checks.choose_for_scores(implementation, interpret, q_imp, k_imp)
     scale = factor_of(scale, q_imp)
     module, options = dispatch(name, interpret, k_imp.size)
-    options |= dict(scales=scales, scale=scale, first=first, layer=layer, unit=int(unit))
-    options |= terms_of(pooling, q_imp, totals, offset)
+    options |= dict(scales=scales, scale=scale, first=first, layer=layer) | terms_of(pooling, q_imp, totals, offset)
     return module.importance_scores(q_imp, k_imp, lengths, **options)
 
 

@@ -32,19 +32,6 @@ def total_of(top, total):
     return jnp.where(top < jnp.inf, found, jnp.inf)
 
 
-def sum_units(scores, unit):
-    """For every token the log-sum-exp of the scores of its unit, [..., S]; a token that does not count scores -inf."""
-    if unit == 1:
-        return scores
-    if missing := -scores.shape[-1] % unit:
-        padded = jnp.pad(scores, ((0, 0),) * (scores.ndim - 1) + ((0, missing),), constant_values=-jnp.inf)
-        return sum_units(padded, unit)[..., :-missing]
-    units = scores.reshape(*scores.shape[:-1], -1, unit)
-    top = finite_or_zero(jnp.max(units, axis=-1))[..., None]
-    total = top[..., 0] + jnp.log(jnp.sum(jnp.exp(units - top), axis=-1))
-    return jnp.broadcast_to(total[..., None], units.shape).reshape(scores.shape)
-
-
 def soft_cap(logits, cap):
     """cap * tanh(logits / cap); the logits themselves where cap is None."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)

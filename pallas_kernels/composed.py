@@ -38,7 +38,6 @@ def choose_by_importance(
 ) -> Selection:
     """The n best units of every row by `importance_scores`: the choice of a decode step, for P layers at once.
 
-    A unit counts as the log-sum-exp of its tokens' scores.
     Sinks and recent tokens are chosen in any case, so they are not scored, and log-sum-exps leave them out, as in
     training. On GPU the scores are not written.
 
@@ -69,7 +68,7 @@ def choose_by_importance(
         return gpu.choose_by_importance(q_imp, k_imp, lengths, n, **options, **terms_of(pooling, q_imp, None, offset))
     begin, contested = contested_range(lengths, first, sinks, recent)
     shared = dict(implementation=name, interpret=interpret)
-    scored = dict(pooling=pooling, offset=offset, scales=scales, scale=scale, layer=layer, unit=unit)
+    scored = dict(pooling=pooling, offset=offset, scales=scales, scale=scale, layer=layer)
     scores = importance_scores(q_imp, k_imp, contested, first=begin, **scored, **shared)
     rules = dict(counts=counts, sinks=sinks, recent=recent, unit=unit, first=first, threshold=threshold)
     return select_top_k(scores, lengths, n, **rules, **shared)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.arithmetic import soft_cap, sum_units
+from pallas_kernels.arithmetic import soft_cap
 
 LOWEST = -1e30  # logits below it count as -inf; it is finite, so that rows that see nothing give no NaN
 
@@ -53,14 +53,14 @@ def importance_totals(q_imp, k_imp, lengths, **options):
     return jax.nn.logsumexp(head_scores(q_imp, k_imp, lengths, **options), axis=-1)
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit, **options):
-    """Scores pooled over the group and summed over units, float32 [B, K, S]; -inf for units not seen."""
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, **options):
+    """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     scores = head_scores(q_imp, k_imp, lengths, **options)
     if normalised:
         totals = jax.nn.logsumexp(scores, axis=-1) if totals is None else totals
         scores = scores - jnp.where(jnp.isfinite(totals), totals, 0.0)[..., None]
         scores = scores if offset is None else scores + offset[..., None]
-    return sum_units(jnp.max(scores, axis=2), unit)
+    return jnp.max(scores, axis=2)
 
 
 def ranked(scores, lengths, rules):

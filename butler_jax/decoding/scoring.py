@@ -22,7 +22,7 @@ from butler_jax.parallel import by_rows_and_heads, token_axis
 from butler_jax.policies import Chunk, scaled_products
 from butler_jax.predictors import Predictor, at, schedule, walk
 from butler_jax.selection import Rows
-from pallas_kernels import contested_range, importance_scores, importance_totals, sum_units
+from pallas_kernels import contested_range, importance_scores, importance_totals
 
 
 def q_imp_of_block(
@@ -99,8 +99,6 @@ def pooled_scores(
 ) -> Float[Array, "N K S"]:
     """The score of every cached token of P layers, pooled over the group, where the scores are needed themselves.
 
-    In units of several tokens, a token has the log-sum-exp of its unit.
-
     With an offset, scores are logarithms of errors: the offset of each head is added before the maximum is taken.
     Sinks and recent tokens are read whatever their score: the log-sum-exp that pooling subtracts leaves them out. Where
     the mesh splits the tokens, every device scores its part, and the parts agree on one log-sum-exp.
@@ -127,7 +125,7 @@ def pooled_scores(
 
     sizes = dict(rows=queries.k_imp.shape[1], heads=queries.q_imp.shape[1], tokens=capacity)
     split = by_rows_and_heads(run, ("b", "b", *queries.splits), "bhs", **sizes)
-    return sum_units(split(contested, begin, *queries), selection.unit)  # of whole units, wherever the mesh splits
+    return split(contested, begin, *queries)
 
 
 def raw_scores(q_imp: Float[Array, "P B H R"], k_imp: Float[Array, "P B Q R S"]) -> Float[Array, "P B Q G S"]:

@@ -29,7 +29,6 @@ class Quest(Scoring):
 
     name = "quest"
     estimates_logits = True
-    sums_units = False  # the score is that of a page
     page: int = 16
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.model import grouped_sinks, sink_logits
 from butler_jax.policies.base import Policy
-from butler_jax.selection import Allocation, Rows, SelectionConfig, always_chosen, sum_in_units
+from butler_jax.selection import Allocation, Rows, SelectionConfig, always_chosen
 
 
 class Chunk(NamedTuple):
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
         offset: Of the trained predictor, for every row and query head; None where it has none.
         sinks: Sinks of the selection that will choose.
         recent: Recent tokens of the selection that will choose.
-        allocation, unit: Of the selection that will choose.
+        allocation: Of the selection that will choose.
     """
 
     layer: Int[Array, ""]
@@ -55,13 +55,10 @@ class Chunk(NamedTuple):
     sinks: int = 0
     recent: int = 0
     allocation: Allocation = "per_head"
-    unit: int = 1
 
     def under(self, selection: SelectionConfig) -> Chunk:
         """The chunk with what it has to know of the selection that will choose."""
-        return self._replace(
-            sinks=selection.sinks, recent=selection.recent, allocation=selection.allocation, unit=selection.unit
-        )
+        return self._replace(sinks=selection.sinks, recent=selection.recent, allocation=selection.allocation)
 
     def only(self, few: slice) -> Chunk:
         """The chunk with some of its query rows."""
@@ -102,13 +99,6 @@ class Scoring(Policy):
         """Scores per choosing head, [B, K, C, S] or [B, H, C, S]; by default the maximum over the group."""
         return largest_in_group(scores)
 
-    def compared(self, scores: Float[Array, "B K _ C S"], chunk: Chunk) -> Float[Array, "B _ C S"]:
-        """The pooled scores, of whole units where the policy sums them."""
-        pooled = self.pool(scores, chunk)
-        if not self.sums_units:
-            return pooled
-        return sum_in_units(pooled, chunk.allowed[:, None], chunk.rows, chunk.unit, chunk.columns)
-
     def log_weights(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
         """The logarithm of the estimated attention weight of each key, per choosing head, for the allocation top_p.
 
@@ -118,7 +108,7 @@ class Scoring(Policy):
         return mean_over_group(estimate_weights(self.scores(chunk), chunk.allowed, chunk.sink_logits))
 
     def __call__(self, chunk: Chunk) -> Float[Array, "B _ C S"]:
-        """What selection compares: `compared` scores, or under top_p the logarithms of estimated weights.
+        """What selection compares: the pooled scores, or under top_p the logarithms of estimated weights.
 
         Raises ValueError for scores of another shape than `scores` and `pool` name.
         """
@@ -128,7 +118,7 @@ class Scoring(Policy):
         else:
             scores = self.scores(chunk)
             self._require_shape("scores", scores, *((batch, kv_heads, size, rows, keys) for size in (group, 1)))
-            found = self.compared(scores, chunk)
+            found = self.pool(scores, chunk)
         shapes = [(batch, heads, rows, keys) for heads in (kv_heads, kv_heads * group)]
         self._require_shape("pooled scores", found, *shapes)
         return found
@@ -138,14 +128,6 @@ class Scoring(Policy):
         if scores.shape not in shapes:
             wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
             raise ValueError(f"the {name} of the policy {self.name} are {list(scores.shape)}, not {wanted}")
-
-    @property
-    def sums_units(self) -> bool:
-        """Whether a unit counts as the log-sum-exp of its tokens' scores, and not as its best token.
-
-        By default where scores are logarithms: errors in one unit, logits, or the predictor's scores alone.
-        """
-        return self.one_unit or self.estimates_logits or self.predictor_pooling is not None
 
     @property
     def predictor_pooling(self) -> str | None:

@@ -16,6 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "config": ["LIMITED", "Allocation", "AlwaysReadConfig", "SelectionConfig", "parse_budget"],
         "mass": ["WeighedUnits", "weigh_units"],
         "tail": ["TailSpans", "attend_spans"],
-        "masks": ["Rows", "always_chosen", "best_in_unit", "select_best", "select_mask", "sum_in_units", "tied_share"],
+        "masks": ["Rows", "always_chosen", "best_in_unit", "select_best", "select_mask", "tied_share"],
     },
 )

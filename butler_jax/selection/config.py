@@ -49,8 +49,7 @@ class SelectionConfig(AlwaysReadConfig):
     """Tokens that a query reads, with sinks, recent tokens and neighbours: a fraction of the tokens it may see (0.25 or
     1/4), rounded up, or a number of tokens (256)."""
     unit: int = 1
-    """Tokens chosen together, a power of two. A page counts as the sum of its tokens where scores are logarithms, as
-    those of tokenbutler and of the oracles are, and otherwise as its best token."""
+    """Tokens chosen together, a power of two. A page counts by its best token."""
     threshold: tuple[tuple[float, ...], ...] | None = field(default=None, metadata={"flag": None})
     """[L][K] scores: a token with a lower score is not read even where the budget has room. `calibrate_thresholds`
     makes them. The entries of layers that are not served are ignored."""

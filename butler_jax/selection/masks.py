@@ -3,7 +3,6 @@
 A query attends as many of the keys it may see as its budget allows. The newest `recent` and the first `sinks` tokens of
 its document come first, then the others by score. Equal scores go to the earlier token. With pages, `unit` tokens
 counted from the document's start are chosen together. A page counts as its best token, and only whole pages are taken.
-Where scores are logarithms, `sum_in_units` has given each token the sum of its page before.
 
 Under the allocation per_layer, a head may read more than its own budget. The heads of a layer together read at most the
 sum of their budgets.
@@ -21,7 +20,7 @@ from butler_jax.selection.allocation import allocate
 from butler_jax.selection.config import SelectionConfig
 from butler_jax.selection.neighbours import add_neighbours
 from butler_jax.selection.units import Units, count_units
-from pallas_kernels import BARRED, TOP, from_image, ordered_image, rank_image, sum_units, top_mask, unit_image
+from pallas_kernels import BARRED, TOP, from_image, ordered_image, rank_image, top_mask, unit_image
 
 
 class Rows(NamedTuple):
@@ -50,22 +49,6 @@ def always_chosen(rows: Rows, columns: Int[Array, " S"], sinks: int, recent: int
     return (columns > (rows.own - recent)[..., None]) | (columns < (rows.start + sinks)[..., None])
 
 
-def sum_in_units(
-    scores: Float[Array, "B K C S"],
-    allowed: Bool[Array, "B Q C S"],
-    rows: Rows,
-    unit: int,
-    columns: Int[Array, " S"] | None = None,
-) -> Float[Array, "B K C S"]:
-    """For every token the log-sum-exp of the scores of its unit's tokens that a row may see.
-
-    The arguments are those of `select_mask`. NaN counts as -inf.
-    """
-    start = 0 if columns is None else columns[0]
-    counted = allowed & ~jnp.isnan(scores)
-    return scores if unit == 1 else Pages(unit, start - rows.start).log_sums(jnp.where(counted, scores, -jnp.inf))
-
-
 class Pages(NamedTuple):
     """How columns lie in pages.
 
@@ -85,13 +68,6 @@ class Pages(NamedTuple):
     def image(self, tokens: Int[Array, "B K C S"]) -> Int[Array, "B K C U"]:
         """The image of every page, which is that of its best token."""
         return tokens if self.unit == 1 else unit_image(self._lay(tokens, BARRED), self.unit)
-
-    def log_sums(self, scores: Float[Array, "B K C S"]) -> Float[Array, "B K C S"]:
-        """For each column the log-sum-exp of the scores of its page."""
-        if self.unit == 1:
-            return scores
-        laid = self._lay(scores, -jnp.inf)
-        return self.columns(sum_units(laid, self.unit)[..., :: self.unit], scores.shape[-1])
 
     def sums(self, tokens: Float[Array, "B K C S"]) -> Float[Array, "B K C U"]:
         """The sum of the tokens of every page."""

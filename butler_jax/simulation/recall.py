@@ -328,7 +328,7 @@ def _sum_chunk(
     for policy, table in zip(policies, tables, strict=True):
         rule = (policy.selection(options.selection) or options.selection).rule
         scores = policy.scores(chunk)
-        found.append(jax.lax.map(partial(sum_mass, policy.compared(scores, chunk.under(rule)), rule), table))
+        found.append(jax.lax.map(partial(sum_mass, policy.pool(scores, chunk), rule), table))
         few_scores = scores[..., few, :]
         common = jnp.sum(best & choose_half(few_scores, held), axis=-1, dtype=jnp.int32)
         hits.append(sum_heads(common.astype(jnp.float32) / half[:, None, None]))

@@ -28,7 +28,7 @@ def _choose(q_imp, k_imp, lengths, n, counts, rules, interpret, **scored):
         image = importance_images(q_imp, k_imp, lengths, rules=rules, first=rules.first, **scored)
     else:  # a unit is longer than what a program scores
         begin, contested = contested_range(lengths, rules.first, rules.sinks, rules.recent)
-        scores = importance_scores(q_imp, k_imp, contested, unit=rules.unit, first=begin, **scored)
+        scores = importance_scores(q_imp, k_imp, contested, first=begin, **scored)
         image = image_of(scores, lengths, rules)
     chosen = dict(counts=counts, first=rules.first, unit=rules.unit, interpret=interpret)
     return choose_units(image, lengths, n, k_imp.shape[-1], **chosen)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.arithmetic import finite_or_zero, score_product, sum_units, total_of
+from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
 from pallas_kernels.choice import rank_image
 from pallas_kernels.gpu.tiles import current_tiles
 from pallas_kernels.gpu.triton import (
@@ -46,7 +46,6 @@ class ScorePlan(NamedTuple):
         rank, size, heads: R, S, K.
         scale: The factor on the products.
         scales: How many scales of int8 keys there are.
-        unit: Tokens that count together.
         sinks, recent: Tokens at the ends of what a row sees that are not scored.
         normalised: Whether log-sum-exps are taken off.
         interpret: Whether the kernels are interpreted.
@@ -61,7 +60,6 @@ class ScorePlan(NamedTuple):
     heads: int
     scale: float
     scales: int
-    unit: int
     sinks: int
     recent: int
     normalised: bool
@@ -79,13 +77,11 @@ class ScorePlan(NamedTuple):
         return jnp.arange(size, dtype=jnp.int32)
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, interpret, **options):
     """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
-    within = unit if can_image(q_imp, k_imp, unit) else 1
-    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, unit=within, **options)
+    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, **options)
     operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
-    scores = _run_scores(operands, plan, totals, None).reshape(q_imp.shape[0], plan.heads, plan.size)
-    return sum_units(scores, unit // within)
+    return _run_scores(operands, plan, totals, None).reshape(q_imp.shape[0], plan.heads, plan.size)
 
 
 def importance_images(q_imp, k_imp, lengths, *, rules, normalised, totals, offset, interpret, **options):
@@ -93,7 +89,7 @@ def importance_images(q_imp, k_imp, lengths, *, rules, normalised, totals, offse
 
     Sinks and recent tokens are not scored.
     """
-    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, unit=rules.unit, **options)
+    operands, plan = _operands(q_imp, k_imp, lengths, normalised, interpret, **options)
     operands["offset"] = None if offset is None else offset.reshape(-1, plan.group)
     if rules.threshold is not None:
         shape = (q_imp.shape[0], plan.heads)
@@ -120,7 +116,7 @@ def _tokens(group, rank):
     return min(current_tiles().score_tokens, max(64, SCORED // padded_size(max(rank, group))))
 
 
-def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, first, layer, unit=1):
+def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, first, layer):
     """The operands of both kernels, and their plan."""
     k_imp, layer = _addressable(k_imp, layer)
     batch, heads, _, rank = q_imp.shape
@@ -132,7 +128,7 @@ def _operands(q_imp, k_imp, lengths, normalised, interpret, *, scales, scale, fi
     shared, number = key_heads // heads, 1 if scales is None else scales.size
     tokens, warps = _tokens(q_imp.shape[1], rank), current_tiles().score_warps
     sizes = tokens, warps, shared, q_imp.shape[1], rank, size, heads
-    return operands, ScorePlan(*sizes, float(scale), number, unit, 0, 0, normalised, interpret)
+    return operands, ScorePlan(*sizes, float(scale), number, 0, 0, normalised, interpret)
 
 
 def _addressable(k_imp, layer):
@@ -300,13 +296,11 @@ def _scores_kernel(refs, out_ref, *, plan, rules):
         return functools.reduce(jnp.maximum, scores) if plan.apart else jnp.max(scores, axis=0)
 
     def best():
-        """The best score of every token, summed over units."""
         if plan.shared == 1:
-            return sum_units(pooled(row), plan.unit)
+            return pooled(row)
         lowest = jnp.full(plan.tokens, -jnp.inf, jnp.float32)
         first = row * plan.shared
-        found = jax.lax.fori_loop(0, plan.shared, lambda i, top: jnp.maximum(top, pooled(first + i)), lowest)
-        return sum_units(found, plan.unit)
+        return jax.lax.fori_loop(0, plan.shared, lambda i, top: jnp.maximum(top, pooled(first + i)), lowest)
 
     if rules is None:
         plgpu.store(out_ref.at[row, block.position], best(), mask=block.position < plan.size)

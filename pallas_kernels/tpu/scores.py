@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arithmetic import finite_or_zero, score_product, sum_units, total_of
+from pallas_kernels.arithmetic import finite_or_zero, score_product, total_of
 from pallas_kernels.operands import cache_row
 from pallas_kernels.reference import LOWEST
 from pallas_kernels.tpu.operands import score_operands
@@ -41,7 +41,6 @@ class BlockPlan(NamedTuple):
             heads of each. Query head g of head h is row g * padded + h.
         sequences: Programs that share a row of the cache.
         size, block, chunk: Tokens of a row, of a block, and those that are scored at a time.
-        unit: Tokens that count together.
         counts: Whether log-sum-exps are computed. They are the result, or they are taken off.
         writes: Whether scores are the result.
     """
@@ -53,7 +52,6 @@ class BlockPlan(NamedTuple):
     size: int
     block: int
     chunk: int
-    unit: int
     counts: bool
     writes: bool
 
@@ -78,7 +76,7 @@ class BlockPlan(NamedTuple):
         return self.blocks * self.block
 
 
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit, interpret, **options):
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, interpret, **options):
     """Scores, float32 [B, K, S]. Arguments as in `api.py`."""
     batch, heads = q_imp.shape[:2]
     key_heads, _, size = k_imp.shape[-3:]
@@ -90,10 +88,8 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit
         plan = _plan(operands, key_heads, False, True)
     if offset is not None:
         totals = -offset if totals is None else totals - offset
-    within = unit if heads == key_heads and unit <= LANES and plan.chunk % LANES == 0 else 1
-    scores = _over_blocks(operands, totals, plan._replace(unit=within), interpret=interpret)
-    scores = jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
-    return sum_units(scores, unit // within)
+    scores = _over_blocks(operands, totals, plan, interpret=interpret)
+    return jnp.max(scores.reshape(batch, heads, key_heads // heads, size), axis=2)
 
 
 def importance_totals(q_imp, k_imp, lengths, *, interpret, **options):
@@ -114,7 +110,7 @@ def _plan(operands, key_heads, counts, writes):
     most = max(1, DEPTH // rank) if rank % SUBLANES == 0 else 1  # others lie in memory with gaps
     for heads in sorted((h for h in range(1, most + 1) if key_heads % h == 0), reverse=True):
         padded = 1 << (heads - 1).bit_length() if heads <= SUBLANES else -(-heads // SUBLANES) * SUBLANES
-        plan = BlockPlan(heads, padded, group, key_heads // heads, size, block, block, 1, counts, writes)
+        plan = BlockPlan(heads, padded, group, key_heads // heads, size, block, block, counts, writes)
         if not plan.held or 4 * plan.room * (plan.rows + 2 * heads) <= HELD:
             fitting = max(LANES, SCORED // plan.rows)
             chunk = next((c for c in (2048, 1024, 512, 256, 128) if c <= fitting and block % c == 0), block)
@@ -187,25 +183,6 @@ def _over_blocks(operands, given, plan, *, interpret):
     return found.reshape(rows, -1)[:, : plan.size] if plan.writes else found
 
 
-def _sum_lanes(scores, unit):
-    """As `sum_units`, of scores [heads, C] with C a multiple of 128 and units of up to 128 tokens."""
-    if unit == 1:
-        return scores
-
-    def over_units(combine, part):
-        """The fold over each unit's lanes, in all of them."""
-        lane, apart = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1), 1
-        while apart < unit:  # with the lane whose number differs in one bit
-            part, apart = combine(part, jnp.take_along_axis(part, lane ^ apart, axis=1)), 2 * apart
-        return part
-
-    def summed(part):
-        top = finite_or_zero(over_units(jnp.maximum, part))
-        return top + jnp.log(over_units(jnp.add, jnp.exp(part - top)))
-
-    return jnp.concatenate([summed(part) for part in lane_slices(scores)], axis=1)
-
-
 def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
     del layers_ref  # only the index map of k_imp uses it
     program, index = pl.program_id(0), pl.program_id(1)
@@ -246,7 +223,7 @@ def _kernel(layers_ref, bounds_ref, k_imp_ref, q_ref, factor_ref, *refs, plan):
         """Pool and write so many tokens."""
 
         def write(at, carry):
-            out_ref[0, :, pl.ds(at, plan.chunk)] = _sum_lanes(pooled(scores_of(at) - off), plan.unit)
+            out_ref[0, :, pl.ds(at, plan.chunk)] = pooled(scores_of(at) - off)
             return carry
 
         each_chunk(size, write, 0)

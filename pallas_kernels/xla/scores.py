@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.arithmetic import exact, finite_or_zero, sum_units, total_of
+from pallas_kernels.arithmetic import exact, finite_or_zero, total_of
 from pallas_kernels.reference import LOWEST, seen
 
 TILE = 2**18  # elements of a temporary array that stays in a core's cache
@@ -53,8 +53,8 @@ def layer_by_layer(function):
 
 
 @layer_by_layer
-def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit, scales, scale, first, layer):
-    """Scores pooled over the group and summed over units, float32 [B, K, S]; -inf for units not seen."""
+def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, scales, scale, first, layer):
+    """Scores pooled over the group, float32 [B, K, S]; -inf for tokens not seen."""
     size, loops = k_imp.shape[-1], k_imp.dtype == jnp.float32
     factor, k_imp_at = _factor_and_blocks(q_imp, k_imp, scales, scale, layer)
     mask, products = seen(size, lengths, first), factor.size * size
@@ -62,7 +62,7 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit
     if normalised and totals is None and products <= KEPT:
         kept, *sums = _map_chunks(lambda *found: found, KEPT, *operands)
         scores = _join(_pool(kept, _less(finite_or_zero(_total(*sums)), offset)[None]), size)
-        return sum_units(jnp.where(mask[:, None], scores, -jnp.inf), unit)
+        return jnp.where(mask[:, None], scores, -jnp.inf)
     if normalised and totals is None:
         totals = _log_sum_exp(*operands)
     totals = None if totals is None else _less(finite_or_zero(totals), offset)
@@ -70,7 +70,7 @@ def importance_scores(q_imp, k_imp, lengths, *, normalised, totals, offset, unit
         scores = _join(_map_chunks(lambda found, *_: _pool(found, totals), TILE, *operands), size)
     else:
         scores = _pooled(q_imp.astype(jnp.float32) * factor[..., None], k_imp_at(0, size), totals)
-    return sum_units(jnp.where(mask[:, None], scores, -jnp.inf), unit)
+    return jnp.where(mask[:, None], scores, -jnp.inf)
 
 
 @layer_by_layer

@@ -58,23 +58,6 @@ def test_an_offset_is_added_to_each_query_head_before_they_are_pooled(implementa
         score(q, keys, lengths, offset=offset[0])
 
 
-@pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
-@pytest.mark.parametrize(("unit", "size"), [(2, 128), (4, 384), (16, 200), (128, 256), (256, 640)])
-def test_tokens_of_a_unit_score_the_logarithm_of_their_sum(implementation, unit, size):
-    """Within what a row sees. Sizes are whole registers of a TPU and others; a program of the GPU has 256 tokens."""
-    q, keys = normal(0, 2, 2, 3, 8), 4 * normal(1, 2, 2, 8, size)
-    keys = keys.at[0, 0, :, 5].set(jnp.nan).at[0, 1, 0, 9].set(jnp.inf)
-    lengths, first = jnp.array([size - 3, 70]), jnp.array([0, 9])
-    how = dict(first=first, pooling="maximum", implementation=implementation)
-    tokens = np.asarray(run(pk.importance_scores, q, keys, lengths, **how), np.float64)
-    expected = np.pad(tokens, ((0, 0), (0, 0), (0, -size % unit)), constant_values=-np.inf)
-    expected = np.logaddexp.reduce(expected.reshape(2, 2, -1, unit), axis=-1)
-    found = run(pk.importance_scores, q, keys, lengths, unit=unit, **how)
-    np.testing.assert_allclose(found, np.repeat(expected, unit, axis=-1)[..., :size], rtol=1e-6, atol=1e-5)
-    with pytest.raises(ValueError, match="unit must be a power of two"):
-        pk.importance_scores(q, keys, lengths, unit=3)
-
-
 def test_a_long_cache_is_scored_as_a_short_one():
     """Long enough for several chunks of the log-sum-exp, the last of them overlapping."""
     q, keys, lengths = normal(0, 1, 8, 4, 4), normal(1, 1, 8, 4, 20_011), jnp.array([19_000])
@@ -283,7 +266,7 @@ def test_a_choice_by_importance_is_that_of_scores_without_sinks_and_recent_token
     )
     first = jnp.maximum(options.get("first", jnp.zeros_like(lengths)), 3)
     scores = pk.importance_scores(
-        q_imp, k_imp, lengths - 5, layer=layer, first=first, unit=unit, implementation="reference", **scored
+        q_imp, k_imp, lengths - 5, layer=layer, first=first, implementation="reference", **scored
     )
     wanted = pk.select_top_k(scores, lengths, 6, implementation="reference", **options, **rules)
     np.testing.assert_array_equal(found.valid, wanted.valid)

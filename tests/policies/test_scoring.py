@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from butler_jax.policies import Oracle, make_policy
-from butler_jax.selection import SelectionConfig, sum_in_units
-from tests.policies.chunks import B, C, G, K, softmax
+from butler_jax.selection import SelectionConfig
+from tests.policies.chunks import B, C, softmax
 
 
 @pytest.mark.parametrize(("name", "field"), [("oracle", "logits"), ("tokenbutler", "predicted")])
@@ -37,26 +37,6 @@ def test_weights_for_top_p_are_means_of_softmaxes_over_the_group(chunk, name, fi
     found = np.exp(np.asarray(make_policy(name)(chunk._replace(allocation="top_p")), np.float64))
     inside = np.broadcast_to(keys[:, None], wanted.shape)
     np.testing.assert_allclose(found[inside], wanted[inside], rtol=2e-5)  # float32 logits of size 10, as above
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "sums"),
-    [
-        ("oracle", {}, True),
-        ("oracle_residual", {}, True),
-        ("tokenbutler", {}, True),
-        ("tokenbutler", {"offset": "share"}, True),
-        ("quest", {"page": 4}, False),
-        ("streaming", {}, False),
-    ],
-)
-def test_a_unit_counts_as_its_sum_where_scores_are_logarithms(chunk, name, settings, sums):
-    policy = make_policy(name, **settings)
-    assert policy.sums_units is sums
-    chunk = chunk._replace(offset=np.zeros((B, K, G, C, 1), np.float32))
-    one, units = (policy(chunk._replace(unit=unit)) for unit in (1, 4))
-    expected = sum_in_units(one, chunk.allowed[:, None], chunk.rows, 4, chunk.columns) if sums else one
-    np.testing.assert_array_equal(units, expected)
 
 
 def test_scores_of_another_shape_are_refused_with_the_shapes_that_are_wanted(chunk):

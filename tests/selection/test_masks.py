@@ -13,15 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from butler_jax.selection import (
-    Rows,
-    SelectionConfig,
-    best_in_unit,
-    budget_table,
-    select_mask,
-    sum_in_units,
-    tied_share,
-)
+from butler_jax.selection import Rows, SelectionConfig, best_in_unit, budget_table, select_mask, tied_share
 from tests.selection.definitions import CASES, IDS, paged_choice, select, sorted_choice
 
 masked = jax.jit(select_mask, static_argnames="config")
@@ -124,24 +116,6 @@ def test_a_token_counts_as_the_best_of_its_unit(unit):
             always = (page < start + 2).any() or (page > t - 3).any()
             best = np.inf if always else np.nan_to_num(scores[0, head, t, page], nan=-np.inf).max()
             np.testing.assert_array_equal(found[0, head, t, page], best)
-
-
-@pytest.mark.parametrize("unit", [1, 4])
-def test_a_unit_is_summed_within_the_document_and_what_a_row_sees(unit):
-    random, size = np.random.default_rng(1), 21
-    scores = random.normal(scale=40, size=(1, 2, 3, size)).astype(np.float32)
-    scores[0, 0, 0, 4], scores[0, 1, 2, 9] = np.nan, np.inf
-    own, start = np.array([[8, 17, 20]], np.int32), np.array([[3, 3, 6]], np.int32)
-    columns = np.arange(100, 100 + size, dtype=np.int32)
-    allowed = (columns <= 100 + own[..., None]) & (columns >= 100 + start[..., None])
-    rows = Rows(100 + own, 100 + start)
-    found = jax.jit(sum_in_units, static_argnums=3)(scores, allowed[:, None], rows, unit, columns)
-    for head, row, column in np.ndindex(2, 3, size):
-        page = np.flatnonzero((np.arange(size) - start[0, row]) // unit == (column - start[0, row]) // unit)
-        own_scores = scores[0, head, row, page[allowed[0, row, page]]].astype(np.float64)
-        expected = np.logaddexp.reduce(own_scores[~np.isnan(own_scores)]) if len(own_scores) else -np.inf
-        if unit > 1 or (allowed[0, row, column] and not np.isnan(scores[0, head, row, column])):
-            np.testing.assert_allclose(found[0, head, row, column], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("unit", [1, 4])
