@@ -205,6 +205,21 @@ def test_the_table_of_pages_is_what_was_measured():
         assert f"| {name_row(policy, allocation)} | 1/{round(1 / budget)} | {row} |\n" in page, (policy, allocation)
 
 
+def test_the_table_of_summed_pages_is_what_was_measured():
+    page = (DOCS / "measured" / "trials.md").read_text(encoding="utf-8")
+    found: dict[tuple, list[str]] = {}
+    for metric, scale in (("over_dense", 100), ("js_divergence", 1000)):
+        for file in ("quality/pages_smollm2.json", "quality/pages_sum_smollm2.json"):
+            for r in rows_of(file):
+                if r["metric"] == metric and r["policy"] != "dense" and r["page_tokens"] in (4, 16):
+                    key = r["policy"].split(":")[0], r["allocation"], r["budget"], r["page_tokens"]
+                    found.setdefault(key, []).append(cell(r, scale))
+    assert len(found) == 16
+    for (policy, allocation, budget, size), cells in found.items():
+        row = " | ".join(cells)
+        assert f"| {name_row(policy, allocation)} | 1/{round(1 / budget)} | {size} | {row} |\n" in page, (policy, size)
+
+
 def test_the_table_of_top_p_is_what_was_measured():
     page = (DOCS / "measured" / "trials.md").read_text(encoding="utf-8")
     for metric, scale, digits in (("over_dense", 100, 1), ("js_divergence", 1000, 2)):
