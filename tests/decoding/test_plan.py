@@ -11,6 +11,7 @@ import pytest
 
 from butler_jax.decoding import decode_step, make_plan, prefill
 from butler_jax.decoding.cache import DecodeState
+from butler_jax.decoding.capacity import room_for_all
 from butler_jax.decoding.plan import plan_step
 from butler_jax.policies import make_policy
 from butler_jax.selection import SelectionConfig
@@ -31,6 +32,13 @@ from tests.decoding.letters import BASE
 def test_a_policy_settles_who_chooses_when_and_how_much(name, fields, when, heads, room):
     plan = make_plan(BASE, 64, SelectionConfig(**fields), make_policy(name))
     assert (plan.when, plan.heads, plan.room, plan.interval) == (when, heads, room, 1)
+
+
+def test_the_last_new_token_needs_no_room():
+    assert room_for_all(np.array([3, 10]), 7, 16, 64) == 16
+    assert room_for_all(np.array([60]), 5, None, 64) == 64
+    with pytest.raises(ValueError, match="the cache of 15 tokens would be full after 6 new tokens of 7"):
+        room_for_all(np.array([3, 10]), 7, 15, 64)
 
 
 def test_a_full_cache_and_a_missing_predictor_are_clear_errors(base, predictor):

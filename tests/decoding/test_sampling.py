@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from butler_jax.decoding.config import SamplingConfig
-from butler_jax.decoding.sampling import Draws, allowed_logits, draw, penalise
+from butler_jax.decoding.sampling import Draws, allowed_logits, draw, draw_next, penalise
 
 LOGITS = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 2
 
@@ -60,6 +60,22 @@ def test_a_rows_draws_do_not_depend_on_its_batch():
         for b in range(4):
             alone = draw(jnp.asarray(LOGITS[b : b + 1]), keys[b : b + 1], jnp.asarray(step), sampling)
             assert int(alone[0]) == int(together[b])
+
+
+def test_every_step_draws_anew():
+    keys, flat = jax.vmap(jax.random.key)(jnp.arange(64)), jnp.zeros((64, 1000))
+    first, second = (draw(flat, keys, jnp.asarray(step), draws_of(temperature=1.0)) for step in (0, 1))
+    assert np.mean(np.asarray(first) == np.asarray(second)) < 0.1
+
+
+def test_a_token_that_is_drawn_counts_as_seen():
+    keys, seen = jax.vmap(jax.random.key)(jnp.arange(4)), jnp.zeros(LOGITS.shape, bool)
+    penalised = draws_of(repetition_penalty=1e6)
+    tokens = []
+    for step in range(3):
+        token, seen = jax.jit(draw_next)(jnp.asarray(LOGITS), seen, keys, jnp.asarray(step), penalised)
+        tokens.append(np.asarray(token))
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), np.argsort(-LOGITS, axis=1)[:, :3])
 
 
 def test_draws_follow_the_probabilities():

@@ -18,7 +18,10 @@ from tests.pallas_kernels.definitions import (
     check_attention,
     interpreted,
     normal,
+    oracle_attention,
+    run,
     tokens_of,
+    wide,
 )
 
 
@@ -43,6 +46,24 @@ def test_tiles_on_tpu_are_seen_whole_in_part_and_not_at_all(unit):
     case = attention_case(8, batch=4, heads=2, group=3, dim=64, size=2400 // unit * unit, n=1800 // unit, unit=unit)
     case.lengths = case.lengths.at[2].set(1601)
     check_attention(case, "tpu", 1e-5)
+
+
+@pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
+def test_rows_begin_within_a_page_and_end_where_their_sequence_does(implementation):
+    """Of four sequences, with logits far below 0: nothing else may count, not even as 0."""
+    unit, batch, heads, size = 16, 4, 2, 96
+    q, k, v = 30 + normal(0, batch, 6, 64), normal(1, batch, heads, size, 64) - 3, normal(2, batch, heads, size, 64)
+    lengths, first = jnp.array([96, 17, 50, 33]), jnp.array([0, 5, 37, 20])
+    chosen = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (batch, heads, 6))
+    how = dict(unit=unit, lengths=lengths, first=first, return_residual=True, implementation=implementation)
+    out, residual = run(pk.masked_topk_decode_attention, q, k, v, chosen, **how)
+    for b, h in np.ndindex(batch, heads):
+        own = slice(3 * h, 3 * h + 3)
+        tokens = range(int(first[b]), int(lengths[b]))
+        expected, total = oracle_attention(wide(q)[b, own], wide(k)[b, h], wide(v)[b, h], list(tokens), 1 / 8)
+        assert total.max() < -100
+        np.testing.assert_allclose(out[b, own], expected, atol=2e-4)  # float32 logits of several hundred
+        np.testing.assert_allclose(residual[b, own], total, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ("reference", "xla"))

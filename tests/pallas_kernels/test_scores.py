@@ -200,6 +200,16 @@ def test_int8_keys_score_as_their_dequantised_values(implementation):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", (*PLAIN, *KERNELS))
+def test_a_head_with_an_infinite_product_has_an_infinite_total(implementation):
+    q, keys = jnp.abs(normal(0, 1, 2, 3, 8)), normal(1, 1, 2, 8, 140)
+    keys = keys.at[0, 1, 2, 7].set(jnp.inf)
+    totals = run(pk.importance_totals, q, keys, jnp.array([139]), implementation=implementation)
+    assert np.isposinf(totals[0, 1]).all()
+    if implementation != "tpu":  # there, heads are multiplied together
+        assert np.isfinite(totals[0, 0]).all()
+
+
 def test_what_is_not_finite_is_no_part_of_a_scale():
     keys = normal(0, 2, 2, 8, 50)
     small, scales = pk.quantise_k_imp(keys)

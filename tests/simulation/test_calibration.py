@@ -99,6 +99,15 @@ def test_one_tolerance_reaches_means_over_all_heads(model, prompt_tokens, unit):
     assert tolerances[0] > tolerances[1]
 
 
+def test_a_tolerance_counts_short_rows_and_the_most_that_a_head_may_read(model):
+    batch, policy = batch_of(), make_policy("oracle_residual")
+    most = SelectionConfig(budget=0.4, sinks=2, recent=3, min_context=60)
+    (found,) = calibrate_tolerance(model, None, [batch], most, [0.35], policy=policy, rows=None, corrections=0)
+    share, counted = np.asarray(simulate(model, batch, policy, found).attended), batch["segments"] > 0
+    assert (share[counted & (batch["positions"] < 60)] == 1).all()
+    assert mean_read(share, counted, 0.35) == pytest.approx(0.35, rel=0.03)
+
+
 @pytest.mark.parametrize(("name", "means"), [("oracle", [0.3]), slow("quest:page=4", [0.3, 30])])
 def test_one_p_reaches_means_over_all_heads(model, name, means):
     batch, policy = batch_of(), make_policy(name)

@@ -24,7 +24,7 @@ from butler_jax.predictors.config import PredictorConfig
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.losses.target import PENALTY, log_total
 from butler_jax.training.objective import DistillationObjective
-from butler_jax.training.step import make_optimiser, make_train_step, start_state
+from butler_jax.training.step import accumulate, make_optimiser, make_train_step, start_state
 from tests.marked import long, slow
 
 SIZES = dict(vocab_size=61, width=64, hidden=96, layers=6, heads=4, kv_heads=2, head_dim=16, context=4096)
@@ -288,6 +288,19 @@ def test_dropout_follows_seed_and_step(model, predictors):
             losses[seed, name] = found
     assert losses[0, "first"] == losses[0, "again"]
     assert len({*losses[0, "first"], *losses[1, "first"]}) == 4
+
+
+def test_norms_and_biases_do_not_decay():
+    optimiser = make_optimiser(TrainConfig(weight_decay=0.5), 1e-2)
+    module = {name: jnp.ones(3) for name in ("query", "query_bias", "norm")}
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, module), optimiser.init(module), module)
+    assert updates["query"].max() < 0 and not updates["query_bias"].any() and not updates["norm"].any()
+
+
+def test_parts_of_a_batch_draw_their_own_numbers():
+    key = jax.random.key(3)
+    drawn = accumulate(lambda module, model, part, key: jax.random.uniform(key), 2, None, None, jnp.zeros(2), key)
+    assert float(drawn) != pytest.approx(2 * float(jax.random.uniform(jax.random.fold_in(key, 0))))
 
 
 @pytest.mark.parametrize("kind", [k if k == "lookahead" else long(k) for k in PREDICTORS])
