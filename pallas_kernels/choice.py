@@ -47,7 +47,7 @@ def ordered_image(scores: jax.Array) -> jax.Array:
 
 def from_image(image: jax.Array) -> jax.Array:
     """The float32 scores whose `ordered_image` is the given int32 image; NaN where no score has it."""
-    return jax.lax.bitcast_convert_type(flip_negative(image), jnp.float32)
+    return jax.lax.bitcast_convert_type(flip_negative(image.astype(jnp.int32)), jnp.float32)
 
 
 def flip_negative(bits):

@@ -102,6 +102,8 @@ def run(command: Callable[[], int]) -> int:
     try:
         return command()
     except Exception as error:
+        if str(error).startswith("Unable to initialize backend"):
+            error = ValueError(f"{str(error).splitlines()[0]}; JAX_PLATFORMS names it, so unset that, or install it")
         if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and not _lost(error):
             raise
         if "jax" in sys.modules:

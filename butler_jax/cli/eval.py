@@ -38,7 +38,8 @@ def _evaluate(config: EvalConfig, given: set[str]) -> int:
         report = evaluate(base, config=config, keep=out, say=lambda line: print(line, flush=True))
     if jax.process_index() != 0:
         return 0
+    place = report.save(out).parent  # before it is shown, since a console may refuse to
     print()
     report.print()
-    print(f"{report.about['seconds']:.0f} s in all; the report is in {report.save(out).parent}")
+    print(f"{report.about['seconds']:.0f} s in all; the report is in {place}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import sys
 
 from butler_jax.storage import default_cache, prepare_cache
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = words or ["--help"]
     if name in ("--help", "-h"):
         print(_overview())
+        return 0
+    if name == "--version":
+        print(f"butler-jax {importlib.metadata.version('butler-jax')}")
         return 0
     if name not in COMMANDS or cache == "":
         close = difflib.get_close_matches(name, COMMANDS, 1)
@@ -68,5 +72,6 @@ def _overview() -> str:
     options = [
         "butler-jax COMMAND --help explains the options of a command. All commands take one more:",
         f"  {OPTION} off|DIRECTORY   where compiled programs are kept (default: {default_cache()})",
+        "butler-jax --version shows the version; butler-jax info those of what is installed beside it.",
     ]
     return "\n".join([head, "", *lines, "", *options])

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Protocol
 
 import grain
@@ -80,6 +81,21 @@ def parse_spec(spec: str) -> tuple[SourceShare, ...]:
     if any(weighted) and not all(weighted):
         raise ValueError(f"data {spec!r}: give every part a weight (a:0.7+b:0.3) or none.")
     return tuple(parts)
+
+
+def anchor_spec(spec: str, directory: Path) -> str:
+    """The specification with the relative paths of its files in a directory. Raises ValueError as `parse_spec`."""
+
+    def anchored(path: str) -> str:
+        return path if "://" in path or path.startswith("~") else str(directory / path)
+
+    words = []
+    for part in parse_spec(spec):
+        kind, colon, paths = part.source.partition(":")
+        if kind == "text":
+            paths = ",".join(anchored(path.strip()) for path in paths.split(","))
+        words.append(f"{kind}{colon}{paths}{'' if part.weight is None else f':{part.weight}'}")
+    return "+".join(words)
 
 
 def open_documents(

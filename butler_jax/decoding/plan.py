@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from butler_jax.decoding.parts import check_units
 from butler_jax.decoding.span_means import SpanMeans
-from butler_jax.model import BaseConfig
+from butler_jax.model import BaseConfig, require_fit
 from butler_jax.parallel import current_mesh, token_axis
 from butler_jax.policies import Evicting, Policy, settle_policy
 from butler_jax.selection import SelectionConfig, budget_table, limits_of, room_for
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from butler_jax.decoding.cache import DecodeState
     from butler_jax.decoding.store import KVStore
     from butler_jax.predictors import Predictor
-
-SIZES = ("width", "layers", "heads", "kv_heads", "head_dim")  # of a base, by which its predictors are built
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,7 @@ def make_plan(
         raise ValueError(
             "decoding computes in 32 bits: leave jax_enable_x64 off, or decode under jax.enable_x64(False)"
         )
-    if predictor is not None:
-        theirs, own = ({name: getattr(one, name) for name in SIZES} for one in (predictor.base, base))
-        if theirs != own:
-            raise ValueError(
-                f"the predictor is of a base of other sizes: {theirs}, and this base has {own}; load its base, or "
-                "train a predictor for this one"
-            )
+    require_fit(base, predictor)
     _, policy = settle_choice(selection, policy, predictor)
     policy = policy if predictor is None else policy.for_predictor(predictor)
     selection = None if selection is None else policy.selection(selection)

@@ -151,7 +151,7 @@ def label_policies(policies: list[Policy]) -> list[str]:
     Raises:
         ValueError: Two labels are the same, or a name cannot begin a label.
     """
-    for name in (p.name for p in policies):
+    for name in (getattr(p, "name", "") for p in policies):
         if not name or ":" in name or name.startswith("_"):
             raise ValueError(f"a policy is called {name!r}; give it a name without a colon and a leading underscore")
     counts, labels = Counter(p.name for p in policies), []

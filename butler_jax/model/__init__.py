@@ -31,7 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "split_segments",
             "weighted_values",
         ],
-        "checks": ["check_ids", "check_length", "check_tokens", "require_loaded", "require_model"],
+        "checks": ["check_ids", "check_length", "check_tokens", "require_fit", "require_loaded", "require_model"],
         "config": ["BaseConfig", "RopeConfig"],
         "contributions": ["centred_squares", "output_gram", "output_projection", "project_values"],
         "decoder": [

@@ -10,6 +10,9 @@ import numpy as np
 
 from butler_jax.model.config import BaseConfig
 
+BUILT_BY = ("width", "layers", "heads", "kv_heads", "head_dim")
+"""The sizes of a base by which its predictors are built."""
+
 
 def require_loaded(base: Any, predictor: Any = None) -> None:
     """Raise ValueError where a name, a path or anything else stands in the place of a base or a predictor."""
@@ -19,6 +22,20 @@ def require_loaded(base: Any, predictor: Any = None) -> None:
             raise ValueError(f"the {name} is given as {given!r}; load it first: butler_jax.load_{name}({given!r})")
         if value is not None and not hasattr(value, needed):
             raise ValueError(f"the {name} must be what butler_jax.load_{name} gives, got a {type(value).__name__}")
+    if base is not None:
+        require_fit(base.config, predictor)
+
+
+def require_fit(config: BaseConfig, predictor: Any) -> None:
+    """Raise ValueError for a predictor that was built for a base of other sizes; None is fine."""
+    if predictor is None:
+        return
+    theirs, own = ({name: getattr(one, name) for name in BUILT_BY} for one in (predictor.base, config))
+    if theirs != own:
+        raise ValueError(
+            f"the predictor is of a base of other sizes: {theirs}, and this base has {own}; load its base, or train a "
+            "predictor for this one"
+        )
 
 
 def require_model(model: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from butler_jax.data import as_batch
-from butler_jax.model import BaseModel, dense_mixer, embed, run_layers
+from butler_jax.model import BaseModel, dense_mixer, embed, require_model, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies.scoring import Chunk, Scoring
 from butler_jax.storage import settle_types
@@ -42,8 +42,11 @@ class LowRank(Scoring):
         """The policy with the principal directions of the keys of a text.
 
         Raises:
-            ValueError: The rank exceeds the head dimension, or there are no batches.
+            ValueError: The rank exceeds the head dimension, or there are no batches, or they are no list.
         """
+        require_model(model)
+        if not isinstance(batches, Sequence):
+            raise ValueError(f"batches must be a list, got a {type(batches).__name__}, which may have no end")
         dim = model.config.head_dim
         rank = dim // 4 if self.rank is None else self.rank
         if rank < 1 or rank > dim:

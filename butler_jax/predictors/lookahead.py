@@ -174,12 +174,13 @@ class Lookahead(Predictor):
                 "the lookahead predictor chooses its rotary pairs on text: give it calibration batches, for instance "
                 "a few of butler_jax.read_batches('python_docs', base.tokenizer, length=512, batch_size=4)"
             )
-        energy, spread = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
+        energy, spread, squares = jax.tree.map(lambda *a: sum(a), *[_pair_moments(model, b) for b in batches])
         number = (self.config.rank - self.config.value_channels) // 2
         pairs = jnp.sort(jax.lax.top_k(energy * spread, number)[1], axis=-1)[np.asarray(self.base.served_layers)]
         graph, state = nnx.split(self)
         chosen = nnx.merge(graph, state)
-        chosen.heads = _from_base(model, self.base, chosen.heads, pairs.astype(jnp.int32), self.config.rank)
+        norms = jnp.sqrt(squares[:, 0] / jnp.maximum(squares[:, 1], SMALLEST))
+        chosen.heads = _from_base(model, self.base, chosen.heads, pairs.astype(jnp.int32), self.config.rank, norms)
         return chosen
 
 
@@ -192,8 +193,13 @@ def pair_dimensions(base: BaseConfig) -> tuple[Int[Array, " pairs"], Int[Array, 
 
 
 @jax.jit
-def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K pairs"], Float[Array, "L K pairs"]]:
-    """E|q_f|^2 and E|k_f - mean k_f|^2 of every layer, KV head and pair f."""
+def _pair_moments(
+    model: BaseModel, batch: dict
+) -> tuple[Float[Array, "L K pairs"], Float[Array, "L K pairs"], Float[Array, "L 2 H"]]:
+    """E|q_f|^2 and E|k_f - mean k_f|^2 of every layer, KV head and pair f, and E|q|^2 of every query head.
+
+    The last is of queries as they are, and of those whose norm is left out; 1 and 1 where the base norms no queries.
+    """
     config = model.config
     segments = jnp.asarray(batch["segments"])
     weight = (segments > 0).astype(jnp.float32)
@@ -206,19 +212,40 @@ def _pair_moments(model: BaseModel, batch: dict) -> tuple[Float[Array, "L K pair
         energy = (jnp.square(q).sum(0) * weight).sum((0, 1)).reshape(config.kv_heads, config.group, -1).mean(1)
         mean = (k * weight[None]).sum((1, 2), keepdims=True)
         spread = (jnp.square(k - mean).sum(0) * weight).sum((0, 1))
+        squares = jnp.ones((2, config.heads))
+        if view.weights.q_norm is not None:
+            h = normed_stream(view.weights, view.x, config.norm_eps).astype(jnp.float32)
+            plain = jnp.einsum("bte,ehd->bthd", h, _scaled_query(view.weights, config))
+            both = jnp.stack([view.q.astype(jnp.float32), plain * config.query_factor])
+            squares = jnp.einsum("nbthd,bt->nh", jnp.square(both), weight[..., 0, 0])
         mixed, _, _ = dense(None, view)
-        return mixed, carry, (energy, spread)
+        return mixed, carry, (energy, spread, squares)
 
     x = embed(model, jnp.asarray(batch["tokens"]))
     return run_layers(model, x, jnp.asarray(batch["positions"]), mixer, None, near=document_places(segments))[2]
 
 
-def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs, rank: int) -> LookaheadHeads:
-    """The heads with the frozen projections' rows of these pairs [L-1, K, M/2], scaled to keep the logits' size."""
+def _scaled_query(weights: Any, base: BaseConfig) -> Float[Array, "E H D"]:
+    """The query projection of a layer with the gains of the norm that follows it."""
+    query = weights.q[...].astype(jnp.float32)
+    if weights.q_norm is None:
+        return query
+    return query * jnp.broadcast_to(weights.q_norm[...], (base.heads, base.head_dim)).astype(jnp.float32)[None]
+
+
+def _from_base(
+    model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs, rank: int, norms: Float[Array, "L H"]
+) -> LookaheadHeads:
+    """The heads with the frozen projections' rows of these pairs [L-1, K, M/2], scaled to keep the logits' size.
+
+    norms: What the norm of the queries multiplies each head by, on the mean.
+    """
     first, second = pair_dimensions(base)
     dims = jnp.concatenate([first[pairs], second[pairs]], axis=-1)  # [L-1, K, M]
     scale = (rank / base.head_dim) ** 0.5 * base.query_factor
-    copied = [_copy_rows(weights_of(model, n), dims[i], base, scale) for i, n in enumerate(base.served_layers)]
+    copied = [
+        _copy_rows(weights_of(model, n), dims[i], norms[n], base, scale) for i, n in enumerate(base.served_layers)
+    ]
     query, bias, gram = jax.tree.map(lambda *parts: jnp.stack(parts), *copied)
     heads.query = nnx.Param(query)
     rows = jnp.swapaxes(jax.nn.one_hot(dims, base.head_dim, dtype=jnp.float32), -1, -2)
@@ -233,7 +260,7 @@ def _from_base(model: BaseModel, base: BaseConfig, heads: LookaheadHeads, pairs,
 
 @partial(jax.jit, static_argnames=("base", "scale"))
 def _copy_rows(
-    weights: Any, dims: Int[Array, "K M"], base: BaseConfig, scale: float
+    weights: Any, dims: Int[Array, "K M"], norms: Float[Array, " H"], base: BaseConfig, scale: float
 ) -> tuple[Float[Array, "E H M"], Float[Array, "H M"] | None, Float[Array, "K D D"]]:
     """A layer's query projection and its bias at these dimensions, and the mean of W W^T over the heads of a group."""
     per_query = jnp.repeat(dims, base.group, axis=0)  # [H, M]
@@ -241,9 +268,6 @@ def _copy_rows(
     def chosen(values: Float[Array, "_ H D"]) -> Float[Array, "_ H M"]:
         return jnp.take_along_axis(values.astype(jnp.float32), per_query[None], axis=-1) * scale
 
-    query = chosen(weights.q[...])
-    if weights.q_norm is not None:
-        gain = jnp.broadcast_to(weights.q_norm[...], (base.heads, base.head_dim))[None]
-        query = query * (chosen(gain) / scale)
+    query = chosen(_scaled_query(weights, base) * norms[None, :, None])
     bias = None if weights.q_bias is None else chosen(weights.q_bias[...][None])[0]
     return query, bias, jnp.mean(output_gram(output_projection(weights), base.kv_heads), axis=1)

@@ -129,5 +129,15 @@ def run_config(run: str | Path) -> dict[str, Any]:
 
 
 def run_data(run: str | Path | None) -> str:
-    """The data that a training run read; python_docs without a run."""
-    return "python_docs" if run is None else run_config(run).get("data", "python_docs")
+    """The data that a training run read; python_docs without a run.
+
+    Relative paths are those of the directory that the run was started from.
+    """
+    from butler_jax.data import anchor_spec
+    from butler_jax.runs.directory import records
+
+    if run is None:
+        return "python_docs"
+    data, started = run_config(run).get("data", "python_docs"), records(find_run(run))
+    place = Path((started[-1] if started else {}).get("directory") or ".")
+    return anchor_spec(data, place) if place.is_dir() and place.resolve() != Path.cwd() else data

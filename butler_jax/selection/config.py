@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from butler_jax.storage import settle_types
@@ -162,6 +163,8 @@ def parse_budget(budget: str | float | int) -> float | int:
         budget = budget.item()
     if isinstance(budget, (int, float)) and not isinstance(budget, bool):
         return budget
+    if isinstance(budget, Fraction):
+        return float(budget)
     try:
         top, slash, bottom = budget.partition("/")
         return float(top) / float(bottom) if slash else int(top) if top.isdigit() else float(top)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from butler_jax.data import as_batch
-from butler_jax.model import BaseModel, require_model, sliding_windows
+from butler_jax.model import BaseModel, require_fit, require_model, sliding_windows
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor
@@ -79,6 +79,7 @@ def calibrate_thresholds(
         raise ValueError(f"thresholds go with the allocation per_head, the allocation is {selection.allocation}")
     _require_scores(policy, "thresholds")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
+    require_fit(model.config, predictor)
     selection = policy.selection(selection)
     batches = [as_batch(batch) for batch in batches]
     length, heads = batches[0]["tokens"].shape[1], policy.choosing_heads(model.config)
@@ -161,6 +162,7 @@ def calibrate_tolerance(
             "per_head"
         )
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
+    require_fit(model.config, predictor)
     allocation, values = ("top_p", UNREAD) if by_mass else ("tolerance", GRID)
     selection = policy.selection(dataclasses.replace(selection, allocation=allocation, tolerance=np.inf, floor=0.0))
     length, heads = batches[0]["tokens"].shape[1], policy.choosing_heads(model.config)

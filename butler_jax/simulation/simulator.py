@@ -24,6 +24,7 @@ from butler_jax.model import (
     check_tokens,
     dense_mixer,
     document_places,
+    require_fit,
     require_model,
     run_layers,
     sliding_windows,
@@ -118,6 +119,7 @@ def simulate(
     if selection is None and not policy.reads_everything:
         raise ValueError(f"the policy {policy.name} needs a selection; give one, as in SelectionConfig(budget=0.25)")
     policy, predictor = policy.for_predictor(predictor), policy.require_predictor(predictor)
+    require_fit(model.config, predictor)
     check_tokens(model.config, batch["tokens"], "B T", batch["segments"])
     batch = as_batch(batch)
     selection = policy.selection(selection)

@@ -60,7 +60,8 @@ def distil(
             `init_predictor`. A run that has checkpoints goes on from them.
 
     Returns:
-        The trained predictor. The run's directory holds its checkpoints and metrics.
+        The predictor after the last step. The run's directory holds its checkpoints and metrics; `load_predictor` takes
+        the checkpoint with the lowest loss of a validation.
 
     Raises:
         ValueError: For settings that do not fit the base, the data or the devices, and where another process trains in

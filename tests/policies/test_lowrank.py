@@ -12,6 +12,11 @@ from butler_jax.model.decoder import BaseModel, dense_mixer, embed, run_layers
 from butler_jax.policies import make_policy
 
 
+def test_batches_are_a_list():
+    with pytest.raises(ValueError, match="batches must be a list, got a list_iterator, which may have no end"):
+        make_policy("lowrank").prepare(None, iter([]))
+
+
 def test_lowrank_scores_in_the_principal_directions_of_the_keys(chunk):
     config = BaseConfig(
         family="llama", vocab_size=61, width=32, hidden=48, layers=4, heads=6, kv_heads=2, head_dim=8, context=64

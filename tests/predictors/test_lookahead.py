@@ -25,6 +25,7 @@ STARTING = {
     "llama of all KV heads": {"kv_heads": 4, "rope": RopeConfig(theta=500.0)},
     "qwen2 with biases": {"family": "qwen2", "qkv_bias": True},
     "phi3 of partial rotary": {"family": "phi3", "rope": RopeConfig(fraction=0.75)},
+    "scaled logits": {"attention_scale": 0.05},
     "longrope": {
         "family": "phi3",
         "rope": RopeConfig(
@@ -39,7 +40,9 @@ STARTING = {
 }
 
 
-@pytest.mark.parametrize("name", [name if name in ("llama", "longrope") else long(name) for name in STARTING])
+@pytest.mark.parametrize(
+    "name", [name if name in ("llama", "scaled logits", "longrope") else long(name) for name in STARTING]
+)
 def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
     model, batch = model_of(**STARTING[name]), batch_of()
     base = model.config
@@ -64,6 +67,33 @@ def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
     mine, true = both(predictor, model)
     # sums of 16 products in another order, float32; logits are below 30
     np.testing.assert_allclose(mine[1:], true[1:], atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"joint_qk_norm": True, "attention_scale": 0.05}], ids=["per head", "joint"])
+def test_queries_with_a_norm_start_at_their_mean_size(changes):
+    """The norm of a row is not linear in the stream: logits are those of the base but for a factor of row and head."""
+    model, batch = model_of(family="qwen3", qk_norm=True, **changes), batch_of()
+    base = model.config
+    predictor = make_predictor(base, PredictorConfig(kind="lookahead", rank=base.head_dim))
+    predictor = predictor.initialise(model, [batch])
+    dense = dense_mixer(base, batch["segments"])
+
+    @jax.jit
+    def both(predictor, model):
+        context = predictor.context(batch["positions"])
+
+        def mixer(carry, view):
+            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
+            return dense(None, view)[0], carry, (predictor.q_imp(head, view.x, view, context), view.q)
+
+        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
+
+    real = np.asarray(batch["segments"]) > 0
+    mine, true = (np.asarray(a, np.float64)[1:][:, real] for a in both(predictor, model))  # [L - 1, rows, H, D]
+    factor = np.sum(mine * true, axis=-1) / np.sum(true * true, axis=-1)
+    np.testing.assert_allclose(mine, factor[..., None] * true, atol=2e-4)  # float32; numbers are below 30
+    np.testing.assert_allclose(np.sum(mine**2, axis=(1, 3)), np.sum(true**2, axis=(1, 3)), rtol=1e-4)
+    assert np.std(factor) > 0.05
 
 
 @pytest.mark.parametrize("name", ["llama", long("qwen2 with biases"), slow("phi3 of partial rotary")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -23,6 +24,17 @@ def base():
 
 def make_own(base):
     return make_predictor(base.config, PredictorConfig(kind="producer", rank=4))
+
+
+def test_a_predictor_is_saved_for_a_base_of_its_sizes_alone(base, tmp_path):
+    other = make_predictor(dataclasses.replace(base.config, width=32), PredictorConfig(kind="producer", rank=4))
+    for save in (
+        lambda: save_predictor(tmp_path / "own", other, base),
+        lambda: other.save_pretrained(tmp_path / "own", base),
+    ):
+        with pytest.raises(ValueError, match=r"of a base of other sizes: .*'width': 32"):
+            save()
+    assert not (tmp_path / "own").exists()
 
 
 def test_a_saved_predictor_names_its_base(base, tmp_path):

@@ -60,6 +60,17 @@ def test_former_settings_are_read_under_their_present_names(former):
     assert run_config(former)["predictor"]["kind"] == "producer" and run_data(former) == "coreference"
 
 
+def test_relative_texts_are_those_of_the_directory_where_the_run_began(former, tmp_path, monkeypatch):
+    began = tmp_path / "began"
+    began.mkdir()
+    spec = "text:a.txt,/b/c.txt,gs://d/e.jsonl#text:0.7+coreference:0.3"
+    (former / "config.json").write_text(json.dumps({**json.loads(FORMER), "data": spec}))
+    (former / "run.json").write_text(json.dumps([{"directory": str(began)}]))
+    assert run_data(former) == f"text:{began}/a.txt,/b/c.txt,gs://d/e.jsonl#text:0.7+coreference:0.3"
+    monkeypatch.chdir(began)
+    assert run_data(former) == spec
+
+
 def test_present_settings_stay_as_they_are():
     for config in (TrainConfig(), MEANT):
         written = json.loads(json.dumps(to_dict(config)))

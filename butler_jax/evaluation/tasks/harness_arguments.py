@@ -19,7 +19,7 @@ def read_model_arguments(
     base: str | None = None,
     run: str | Path | None = None,
     policy: str | None = None,
-    budget: str | float | int = 0.25,
+    budget: str | float | int | None = None,
     sinks: int = 4,
     recent: int = 8,
     allocation: str = "per_head",
@@ -36,7 +36,7 @@ def read_model_arguments(
     Args:
         base: As `load_base` takes it; default: the run's.
         policy: Default: tokenbutler with a run, dense without.
-        budget: A fraction (0.25 or 1/4) or a number of tokens (256).
+        budget: A fraction (0.25 or 1/4) or a number of tokens (256). Default: 1/4 where the policy chooses.
         sinks: First tokens that are always read.
         recent: Newest tokens that are always read.
         allocation, tolerance, tail: As in SelectionConfig.
@@ -67,7 +67,9 @@ def read_model_arguments(
             raise
         known = [*(name for name in inspect.signature(read_model_arguments).parameters if name != "others"), *PASSED]
         raise ValueError(f"{error}. The model itself has the arguments {', '.join(known)}") from None
-    share = 1.0 if chosen.reads_everything else parse_budget(budget)
+    if chosen.reads_everything and budget is not None:
+        raise ValueError(f"budget={budget} needs a policy that chooses, and the policy is {chosen.name}; leave it out")
+    share = 1.0 if chosen.reads_everything else parse_budget("1/4" if budget is None else budget)
     limited = dict(allocation=allocation, tolerance=tolerance, tail=tail)
     selection = SelectionConfig(budget=share, sinks=sinks, recent=recent, **limited)
     selection.require_tolerance()
