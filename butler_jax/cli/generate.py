@@ -135,9 +135,9 @@ class GenerateConfig:
         if self.prompt_file is None:
             return _read_messages() if self.is_typed else [sys.stdin.read()]
         try:
-            return [self.prompt_file.read_text(encoding="utf-8")]
+            return [self.prompt_file.read_text(encoding="utf-8-sig")]
         except UnicodeDecodeError:
-            raise ValueError(f"{self.prompt_file} is not UTF-8 text") from None
+            raise ValueError(f"{self.prompt_file} is not UTF-8 text; save it as such") from None
 
 
 def _read_messages() -> Iterator[str]:

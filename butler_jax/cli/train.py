@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def _train(config: Any) -> str:
 
     distil(None, config)
     run_dir = config.run_dir or default_run_dir(config)
-    return f"the best predictor so far is in {run_dir}; evaluate it with: butler-jax eval --run {run_dir}"
+    command = shlex.join(["butler-jax", "eval", "--run", str(run_dir)])
+    return f"the best predictor so far is in {run_dir}; evaluate it with: {command}"
 
 
 def _pretrain(config: Any) -> str:

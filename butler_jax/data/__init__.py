@@ -11,6 +11,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "batches": ["anchor_spec", "read_held_out", "open_documents", "parse_spec", "read_batches"],
         "sources.asked_samples": ["AskedSample", "TooShortError"],
         "sources.coreference": ["last_mention_mask", "mention_distance", "sample"],
-        "windows": ["Batch", "as_batch", "cut_text", "cut_windows", "find_counted", "pad_rows", "read_text"],
+        "windows": [
+            "Batch",
+            "as_batch",
+            "cut_text",
+            "cut_windows",
+            "find_counted",
+            "pad_rows",
+            "read_text",
+            "require_batch",
+        ],
     },
 )

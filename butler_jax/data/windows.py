@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,22 @@ Batch = dict[str, np.ndarray]
 """{"tokens", "segments", "positions"}, each int32 [B, T]. Segments number the documents of a row from 1, and 0 is
 padding. Positions start at 0 in each document."""
 
+ARRAYS = ("tokens", "segments", "positions")
+"""The names of a batch's arrays."""
+
 PIECE = 200_000  # characters of a text that are tokenised at a time
 
 
 def as_batch(batch: Batch) -> dict[str, Int[Array, "B T"]]:
-    """The arrays of a batch that a pass takes, as jax arrays."""
-    return {name: jnp.asarray(batch[name]) for name in ("tokens", "segments", "positions")}
+    """The arrays of a batch that a pass takes, as jax arrays. Raises ValueError as `require_batch`."""
+    require_batch(batch)
+    return {name: jnp.asarray(batch[name]) for name in ARRAYS}
+
+
+def require_batch(batch: Any) -> None:
+    """Raise ValueError for what is no batch."""
+    if not isinstance(batch, Mapping) or not {*ARRAYS} <= {*batch}:
+        raise ValueError(f"a batch is a dictionary of {', '.join(ARRAYS)}, [B, T] each; got a {type(batch).__name__}")
 
 
 def pad_rows(

@@ -52,8 +52,10 @@ class PredictorConfig:
         if self.rank <= 0 or self.rank % 2:
             raise ValueError(f"rank must be positive and even, got {self.rank}")
         if (self.target == "attention") != (self.offset == "none"):
+            remedy = "leave out the offset" if self.target == "attention" else "leave out one of the two"
             raise ValueError(
-                f"an offset goes with a target that is an error; got target {self.target} and offset {self.offset}"
+                f"a target that is an error needs an offset, and attention has none; got target {self.target} and "
+                f"offset {self.offset}: {remedy}"
             )
         if self.offset != "none" and self.kind != "lookahead":
             raise ValueError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.data import as_batch
+from butler_jax.data import as_batch, require_batch
 from butler_jax.model import (
     BaseConfig,
     BaseModel,
@@ -111,6 +111,7 @@ def simulate(
             does not divide them.
     """
     require_model(model)
+    require_batch(batch)
     rows, length = batch["tokens"].shape
     check_length(model.config, length)
     if prompts is not None and np.shape(prompts) != (rows,):

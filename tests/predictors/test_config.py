@@ -11,9 +11,9 @@ from butler_jax.training import TrainConfig
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(target="centred", offset="none"), "an offset goes with a target that is an error"),
-        (dict(target="attention", offset="share"), "an offset goes with a target that is an error"),
-        (dict(kind="producer", offset="share"), "an offset goes with a target that is an error"),
+        (dict(target="centred", offset="none"), "a target that is an error needs an offset, and attention has none"),
+        (dict(target="attention", offset="share"), "a target that is an error needs an offset, and attention has none"),
+        (dict(kind="producer", offset="share"), "a target that is an error needs an offset, and attention has none"),
         (dict(kind="producer", target="value", offset="share"), "only the lookahead predictor has an offset"),
         (dict(kind="producer", value_channels=2), "only the lookahead predictor has value channels"),
         (dict(rank=4, value_channels=4), "value channels must be even and fewer than the rank"),

@@ -164,6 +164,9 @@ def test_bad_input_is_named(model):
         simulate(model, wrong, "oracle", SelectionConfig(budget=0.5))
     with pytest.raises(ValueError, match="the policy oracle needs a selection"):
         simulate(model, batch, "oracle", None)
+    for other in ([batch], batch["tokens"], {"tokens": batch["tokens"]}):
+        with pytest.raises(ValueError, match="a batch is a dictionary of tokens, segments, positions"):
+            simulate(model, other, "oracle", SelectionConfig(budget=0.5))
     narrow = make_predictor(dataclasses.replace(BASE, width=16), PredictorConfig(kind="contextual", rank=8))
     with pytest.raises(ValueError, match="the predictor is of a base of other sizes"):
         simulate(model, batch, "tokenbutler", SelectionConfig(budget=0.5), narrow)
