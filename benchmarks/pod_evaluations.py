@@ -95,7 +95,7 @@ def lower_evaluation(mesh: Mesh, *, step: str, base: BaseConfig, sizes: Sizes, c
     row = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     text = whole(dict.fromkeys(("tokens", "segments", "positions"), row))
     selection = SelectionConfig(budget=BUDGETS[2])
-    limits = whole(jax.eval_shape(partial(limits_of, selection, base, length)))._replace(
+    limits = whole(jax.eval_shape(partial(limits_of, selection, base, length, base.kv_heads)))._replace(
         min_context=selection.min_context
     )
     plain = config.target == "attention"  # its scores have a common unit, which a tolerance needs, only with values

@@ -138,8 +138,8 @@ def test_rows_of_a_prompt_do_not_count(model):
 
 
 def test_a_policy_that_evicts_keeps_the_prompt(model):
-    batch, policy, selection = make_batch([[96]], 96), make_policy("h2o"), SelectionConfig(budget=0.25)
-    found = measure_recall(model, None, [batch], [policy], [0.25], prompt_tokens=40).mass["h2o"][0.25]
+    batch, policy, selection = make_batch([[96]], 96), make_policy("h2o"), SelectionConfig(budget=0.5)
+    found = measure_recall(model, None, [batch], [policy], [0.5], prompt_tokens=40).mass["h2o"][0.5]
     limits = limits_of(selection, model.config, 96, model.config.kv_heads)._replace(prompts=jnp.asarray([40]))
     dense = dense_mixer(model.config, batch["segments"])
 
