@@ -40,6 +40,24 @@ STARTING = {
 }
 
 
+def from_their_own_stream(predictor, model, batch, take):
+    """take(q_imp, k_imp, view) of every layer, where the layer's own input stands for an earlier one's."""
+    dense = dense_mixer(model.config, batch["segments"])
+
+    @jax.jit
+    def run(predictor, model):
+        context = predictor.context(batch["positions"])
+
+        def mixer(carry, view):
+            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
+            imp = [of(head, view.x, view, context) for of in (predictor.q_imp, predictor.k_imp)]
+            return dense(None, view)[0], carry, take(*imp, view)
+
+        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
+
+    return run(predictor, model)
+
+
 @pytest.mark.parametrize(
     "name", [name if name in ("llama", "scaled logits", "longrope") else long(name) for name in STARTING]
 )
@@ -48,23 +66,12 @@ def test_lookahead_starts_as_the_base_itself_at_full_rank(name):
     base = model.config
     predictor = make_predictor(base, PredictorConfig(kind="lookahead", rank=base.head_dim))
     predictor = predictor.initialise(model, [batch])
-    dense = dense_mixer(base, batch["segments"])
 
-    @jax.jit
-    def both(predictor, model):
-        context = predictor.context(batch["positions"])
+    def both(q_imp, k_imp, view):
+        pairs = (q_imp, k_imp), (view.q, view.k)
+        return [jnp.einsum("bthr,bshr->bhts", q, jnp.repeat(k, base.group, axis=2)) / 4 for q, k in pairs]
 
-        def mixer(carry, view):
-            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
-            p = predictor.q_imp(head, view.x, view, context)  # the layer's own input, not an earlier one's
-            r = predictor.k_imp(head, view.x, view, context)
-            pairs = (p, r), (view.q, view.k)
-            scores = [jnp.einsum("bthr,bshr->bhts", q, jnp.repeat(k, base.group, axis=2)) / 4 for q, k in pairs]
-            return dense(None, view)[0], carry, scores
-
-        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
-
-    mine, true = both(predictor, model)
+    mine, true = from_their_own_stream(predictor, model, batch, both)
     # sums of 16 products in another order, float32; logits are below 30
     np.testing.assert_allclose(mine[1:], true[1:], atol=2e-5)
 
@@ -76,20 +83,9 @@ def test_queries_with_a_norm_start_at_their_mean_size(changes):
     base = model.config
     predictor = make_predictor(base, PredictorConfig(kind="lookahead", rank=base.head_dim))
     predictor = predictor.initialise(model, [batch])
-    dense = dense_mixer(base, batch["segments"])
-
-    @jax.jit
-    def both(predictor, model):
-        context = predictor.context(batch["positions"])
-
-        def mixer(carry, view):
-            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
-            return dense(None, view)[0], carry, (predictor.q_imp(head, view.x, view, context), view.q)
-
-        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
-
     real = np.asarray(batch["segments"]) > 0
-    mine, true = (np.asarray(a, np.float64)[1:][:, real] for a in both(predictor, model))  # [L - 1, rows, H, D]
+    both = from_their_own_stream(predictor, model, batch, lambda q_imp, _, view: (q_imp, view.q))
+    mine, true = (np.asarray(a, np.float64)[1:][:, real] for a in both)  # [L - 1, rows, H, D]
     factor = np.sum(mine * true, axis=-1) / np.sum(true * true, axis=-1)
     np.testing.assert_allclose(mine, factor[..., None] * true, atol=2e-4)  # float32; numbers are below 30
     np.testing.assert_allclose(np.sum(mine**2, axis=(1, 3)), np.sum(true**2, axis=(1, 3)), rtol=1e-4)
@@ -102,22 +98,12 @@ def test_value_channels_start_as_the_norm_of_the_value_in_the_stream(name):
     base = model.config
     config = PredictorConfig(rank=base.head_dim + 4, value_channels=4, target="value", offset="share")
     predictor = make_predictor(base, config).initialise(model, [batch])
-    dense = dense_mixer(base, batch["segments"])
 
-    @jax.jit
-    def run(predictor, model):
-        context = predictor.context(batch["positions"], batch["positions"].shape[1])
+    def take(q_imp, k_imp, view):
+        scores = jnp.einsum("bthr,bshr->bhts", q_imp, jnp.repeat(k_imp, base.group, axis=2)) * config.rank**-0.5
+        return scores, view.q, view.k, view.v
 
-        def mixer(carry, view):
-            head = at(predictor.heads, jnp.maximum(view.index - 1, 0))
-            q_imp = predictor.q_imp(head, view.x, view, context)  # the layer's own input, not an earlier one's
-            k_imp = jnp.repeat(predictor.k_imp(head, view.x, view, context), base.group, axis=2)
-            scores = jnp.einsum("bthr,bshr->bhts", q_imp, k_imp) * config.rank**-0.5
-            return dense(None, view)[0], carry, (scores, view.q, view.k, view.v)
-
-        return run_layers(model, embed(model, batch["tokens"]), batch["positions"], mixer, None)[2]
-
-    scores, *arrays = run(predictor, model)
+    scores, *arrays = from_their_own_stream(predictor, model, batch, take)
     q, k, v = (np.asarray(a, np.float64)[1:] for a in arrays)
     weights = np.asarray(model.layers.o[...], np.float64)[1:].reshape(
         -1, base.kv_heads, base.group, base.head_dim, base.width
