@@ -103,7 +103,7 @@ def run(command: Callable[[], int]) -> int:
         return command()
     except Exception as error:
         if str(error).startswith("Unable to initialize backend"):
-            error = ValueError(f"{str(error).splitlines()[0]}; JAX_PLATFORMS names it, so unset that, or install it")
+            error = ValueError(str(error).splitlines()[0])  # it names JAX_PLATFORMS
         if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and not _lost(error):
             raise
         if "jax" in sys.modules:

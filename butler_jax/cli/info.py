@@ -84,7 +84,7 @@ def inspect(run_dir: Path) -> dict[str, Any]:
 
 def _go_on(run_dir: Path, found: dict[str, Any]) -> str | None:
     config, kind = found["config"], kind_of(found["config"])
-    if kind is None or found["held"] or _all_damaged(found):
+    if kind is None or found["held"] or (found["checkpoints"] and _none_whole(found)):  # it would be refused
         return None
     where, run_dir = _from(run_dir, found["starts"])
     settings, note = {**config, "run_dir": str(run_dir)}, ""
@@ -120,24 +120,23 @@ def _evaluate(run_dir: Path, found: dict[str, Any]) -> str | None:
         model = run_dir / "model"
         ready = (model / "model.safetensors").is_file()
         return where + shlex.join(["butler-jax", "eval", "--base", str(model)]) if ready else None
-    if "fingerprint" not in found["config"] and (not found["checkpoints"] or _all_damaged(found)):
+    if "fingerprint" not in found["config"] and _none_whole(found):
         return None
     base = [] if found["config"] else ["--base", "BASE"]  # of save_predictor
     return where + shlex.join(["butler-jax", "eval", "--run", str(run_dir), *base])
 
 
-def _all_damaged(found: dict[str, Any]) -> bool:
-    """Whether there are checkpoints and none is whole. A training refuses to go on then."""
-    return bool(found["checkpoints"]) and all(one["state"] == "damaged" for one in found["checkpoints"])
+def _none_whole(found: dict[str, Any]) -> bool:
+    """Whether no checkpoint is whole."""
+    return all(one["state"] == "damaged" for one in found["checkpoints"])
 
 
 def _from(run_dir: Path, starts: list[dict]) -> tuple[str, Path]:
     """A `cd` to the directory that the run was started from, and the run directory from there; "" for this one."""
-    with contextlib.suppress(OSError, ValueError):  # no path of this system
-        place = Path((starts[-1] if starts else {}).get("directory") or ".")
-        if place.is_dir() and place.resolve() != Path.cwd():
-            return f"cd {shlex.quote(str(place))} && ", run_dir.resolve()
-    return "", run_dir
+    from butler_jax.runs import started_elsewhere
+
+    place = started_elsewhere(starts)
+    return ("", run_dir) if place is None else (f"cd {shlex.quote(str(place))} && ", run_dir.resolve())
 
 
 def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:

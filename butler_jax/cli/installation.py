@@ -23,7 +23,7 @@ def describe_installation() -> dict[str, Any]:
 
     required, extras = _requirements()
     return {
-        PACKAGE: _version(PACKAGE) or "not installed",
+        PACKAGE: own_version(),
         "git": revision(),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -46,6 +46,11 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
         if name not in names:
             names.append(name)
     return required, extras
+
+
+def own_version() -> str:
+    """The version of this package; "not installed" in a clone."""
+    return _version(PACKAGE) or "not installed"
 
 
 def _version(name: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
 import sys
 
 from butler_jax.storage import default_cache, prepare_cache
@@ -36,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(_overview())
         return 0
     if name == "--version":
-        print(f"butler-jax {importlib.metadata.version('butler-jax')}")
+        from butler_jax.cli.installation import own_version
+
+        print(f"butler-jax {own_version()}")
         return 0
     if name not in COMMANDS or cache == "":
         close = difflib.get_close_matches(name, COMMANDS, 1)

@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "pad_rows",
             "read_text",
             "require_batch",
+            "require_batches",
         ],
     },
 )

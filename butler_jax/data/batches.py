@@ -38,6 +38,7 @@ SPECS = (
 )
 
 _ENDLESS = 1 << 31
+_RELATIVE = re.compile(r"(?!-$|~|\w+://)")  # neither standard input, nor a home, nor an address
 _PROBES = 1000  # documents of a source, drawn at random, whose mean length stands for all
 _BINS = 8  # rows that are packed at the same time where documents stay whole
 
@@ -85,16 +86,14 @@ def parse_spec(spec: str) -> tuple[SourceShare, ...]:
 
 def anchor_spec(spec: str, directory: Path) -> str:
     """The specification with the relative paths of its files in a directory. Raises ValueError as `parse_spec`."""
-
-    def anchored(path: str) -> str:
-        return path if "://" in path or path.startswith("~") else str(directory / path)
-
     words = []
     for part in parse_spec(spec):
-        kind, colon, paths = part.source.partition(":")
+        kind, *rest = part.source.split(":", 1)
         if kind == "text":
-            paths = ",".join(anchored(path.strip()) for path in paths.split(","))
-        words.append(f"{kind}{colon}{paths}{'' if part.weight is None else f':{part.weight}'}")
+            paths = map(str.strip, rest[0].split(","))
+            rest = [",".join(str(directory / path) if _RELATIVE.match(path) else path for path in paths)]
+        weight = [] if part.weight is None else [np.format_float_positional(part.weight)]
+        words.append(":".join([kind, *rest, *weight]))
     return "+".join(words)
 
 
@@ -296,8 +295,8 @@ def read_held_out(
     """Read the first `count` batches [batch_size, length] of the split "test"; every call returns the same ones.
 
     The sources of a mixture have their shares of the rows, one after the other, and at least one each. There are fewer
-    where the held-out text ends, and the last may have rows of padding. Where all of it is shorter than
-    a row, the rows end with the chunk of a simulation in which it ends. Arguments are those of `read_batches`.
+    where the held-out text ends, and the last may have rows of padding. Where all of it is shorter than a row, the rows
+    end with the chunk of a simulation in which it ends. Arguments are those of `read_batches`.
 
     Raises:
         ValueError, FileNotFoundError: Says what is wrong with the data or the sizes.

@@ -38,6 +38,12 @@ def require_batch(batch: Any) -> None:
         raise ValueError(f"a batch is a dictionary of {', '.join(ARRAYS)}, [B, T] each; got a {type(batch).__name__}")
 
 
+def require_batches(batches: Sequence[Batch]) -> None:
+    """Raise ValueError for one batch in the place of a list, or an iterator, which may be endless."""
+    if not isinstance(batches, Sequence):
+        raise ValueError(f"batches must be a list of batches such as [batch], got a {type(batches).__name__}")
+
+
 def pad_rows(
     rows: Sequence[Sequence[int]], width: int, *, batch_size: int = 1, **marks: Sequence[Sequence[bool]]
 ) -> list[Batch]:

@@ -110,7 +110,8 @@ def make_plan(
     if selection.tail > capacity:  # there is no whole span
         selection = replace(selection, tail=0)
     selection.check_floor(selection.allocation)
-    limits_of(selection, base, capacity, policy.choosing_heads(base))
+    heads = policy.choosing_heads(base)
+    limits_of(selection, base, capacity, heads)
     check_units(capacity, selection.unit)
     if isinstance(policy, Evicting):
         if current_mesh() is not None:
@@ -121,7 +122,6 @@ def make_plan(
     else:
         ahead = policy.predictor_pooling is not None and selection.allocation != "top_p"  # weighed per query head
         when = "ahead" if ahead else "in_layer"
-    heads = policy.choosing_heads(base)
     room = room_for(selection, capacity, most, heads=heads)
     return Plan(selection, policy, when, heads, room, implementation)
 

@@ -84,7 +84,7 @@ def append_scores(
 
 
 def scales_of(k_imp: Float[Array, "*L B Q R S"], held: Bool[Array, "B S"]) -> Float[Array, "*L B Q"]:
-    """What one step of int8 is worth, from the tokens held by each row. Tokens that are not finite do not count."""
+    """What one step of int8 is worth, from the tokens held by each row. Numbers that are not finite count as 0."""
     later = jnp.cumsum(held, axis=1) > SINKS
     counted = held & (later | (jnp.sum(held, axis=1, keepdims=True) <= SINKS))
     k_imp = jnp.where(jnp.isfinite(k_imp), k_imp, 0)

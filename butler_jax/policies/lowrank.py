@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from butler_jax.data import as_batch
+from butler_jax.data import as_batch, require_batches
 from butler_jax.model import BaseModel, dense_mixer, embed, require_model, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies.scoring import Chunk, Scoring
@@ -45,8 +45,7 @@ class LowRank(Scoring):
             ValueError: The rank exceeds the head dimension, or there are no batches, or they are no list.
         """
         require_model(model)
-        if not isinstance(batches, Sequence):
-            raise ValueError(f"batches must be a list, got a {type(batches).__name__}, which may have no end")
+        require_batches(batches)
         dim = model.config.head_dim
         rank = dim // 4 if self.rank is None else self.rank
         if rank < 1 or rank > dim:

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checkpoints": ["Checkpoints", "copy_to_host", "joined"],
-        "directory": ["Record", "claim", "holder", "recorded", "records"],
+        "directory": ["Record", "claim", "holder", "recorded", "records", "started_elsewhere"],
         "finished_checkpoints": ["pick_best", "read_facts", "steps"],
         "inspection": ["base_of", "inspect_run"],
         "provenance": ["command", "devices", "environment", "revision", "versions"],

@@ -190,6 +190,15 @@ class Record(dict):
             write_whole(self.path, json.dumps([*self.earlier, self], indent=1) + "\n")
 
 
+def started_elsewhere(starts: list[dict[str, Any]]) -> Path | None:
+    """The directory of the last start, where it is another one than the present; None otherwise."""
+    with contextlib.suppress(OSError, ValueError):  # no path of this system
+        place = Path((starts[-1] if starts else {}).get("directory") or ".")
+        if place.is_dir() and place.resolve() != Path.cwd():
+            return place
+    return None
+
+
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """The starts of a run, the oldest first; an empty list where run.json is absent or damaged."""
     try:

@@ -134,10 +134,9 @@ def run_data(run: str | Path | None) -> str:
     Relative paths are those of the directory that the run was started from.
     """
     from butler_jax.data import anchor_spec
-    from butler_jax.runs.directory import records
+    from butler_jax.runs.directory import records, started_elsewhere
 
     if run is None:
         return "python_docs"
-    data, started = run_config(run).get("data", "python_docs"), records(find_run(run))
-    place = Path((started[-1] if started else {}).get("directory") or ".")
-    return anchor_spec(data, place) if place.is_dir() and place.resolve() != Path.cwd() else data
+    data, place = run_config(run).get("data", "python_docs"), started_elsewhere(records(find_run(run)))
+    return data if place is None else anchor_spec(data, place)

@@ -9,7 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "calibration": ["calibrate_thresholds", "calibrate_tolerance"],
-        "checks": ["require_batches"],
         "choice": ["chosen_mask", "sparse_chunk"],
         "chunks": ["Importance", "importance_walk", "map_chunks", "merge_rows"],
         "nan_scores": ["measure_nan_scores"],

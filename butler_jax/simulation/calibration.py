@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.data import as_batch
+from butler_jax.data import as_batch, require_batches
 from butler_jax.model import BaseModel, require_fit, require_model, sliding_windows
 from butler_jax.parallel import on_host
 from butler_jax.policies import Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import Limits, SelectionConfig, best_in_unit, limits_of, parse_budget, weigh_units
-from butler_jax.simulation.checks import require_batches, require_counted, require_list
+from butler_jax.simulation.checks import require_counted, require_list
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import sum_chunks
 from butler_jax.simulation.programs import compiled
@@ -84,7 +84,7 @@ def calibrate_thresholds(
     batches = [as_batch(batch) for batch in batches]
     length, heads = batches[0]["tokens"].shape[1], policy.choosing_heads(model.config)
     limits = limits_of(dataclasses.replace(selection, threshold=None), model.config, length, heads)
-    found = np.full((model.config.layers, policy.choosing_heads(model.config)), int(BARRED))
+    found = np.full((model.config.layers, heads), int(BARRED))
     for bit in range(31, 31 - PASSES, -1):  # the largest image under which the mean is still reached
         trial = (found + (1 << bit)).astype(np.int32)
         parts = [_sum_read(model, predictor, b, limits, trial, policy=policy, rule=selection.rule) for b in batches]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,6 @@ def require_list(**values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, int | float | str):
             raise ValueError(f"{name} must be a list, got {value!r}; write [{value!r}]")
-
-
-def require_batches(batches: Sequence[dict[str, np.ndarray]]) -> None:
-    """Raise ValueError for one batch in the place of a list, or an iterator, which may be endless."""
-    if not isinstance(batches, Sequence):
-        raise ValueError(f"batches must be a list of batches such as [batch], got a {type(batches).__name__}")
 
 
 def require_counted(rows: np.ndarray, prompt_tokens: int) -> None:

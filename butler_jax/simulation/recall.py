@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.data import as_batch
+from butler_jax.data import as_batch, require_batches
 from butler_jax.model import BaseConfig, BaseModel, by_service, dense_mixer, masked_softmax, require_model, run_layers
 from butler_jax.parallel import on_host
 from butler_jax.policies import Chunk, Evicting, Policy, Scoring, TokenButler, settle_policy
 from butler_jax.predictors import Predictor, zeros_of
 from butler_jax.selection import LIMITED, Limits, SelectionConfig, budget_table, select_best, tied_share
-from butler_jax.simulation.checks import require_batches, require_counted, require_list
+from butler_jax.simulation.checks import require_counted, require_list
 from butler_jax.simulation.choice import chosen_mask
 from butler_jax.simulation.chunks import spread_rows, sum_chunks
 from butler_jax.simulation.distances import count_bins, mean_distances, sum_by_distance

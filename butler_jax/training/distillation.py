@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from butler_jax.data import Batch, parse_spec, read_batches, read_held_out
+from butler_jax.data import Batch, parse_spec, read_batches, read_held_out, require_batches
 from butler_jax.model import BaseModel, check_length, forward, place_model, require_loaded
 from butler_jax.parallel import agree, gather, make_mesh, own_rows, place, place_batch, rows_here, shardings_for
 from butler_jax.predictors import Predictor, PredictorConfig, make_predictor, predictor_class
 from butler_jax.runs import about, claim, load_predictor, read_facts, steps, stored_config
-from butler_jax.simulation import require_batches
 from butler_jax.training.config import TrainConfig
 from butler_jax.training.loop import Run, check_run, fit, open_run
 from butler_jax.training.losses import require_products

@@ -32,7 +32,8 @@ def masked_topk_decode_attention(
     inside = mask.reshape(rows, -1, paged)
     offset = jnp.arange(rows, dtype=jnp.uint32)[:, None] * np.uint32(size // paged)
     if layer is not None:
-        number = jnp.clip(layer, 0, k.shape[0] - 1)  # as a slice does
+        layers, number = k.shape[0], jnp.asarray(layer).astype(jnp.int32)
+        number = jnp.clip(jnp.where(number < 0, number + layers, number), 0, layers - 1)  # as a slice does
         offset = offset + number.astype(jnp.uint32) * np.uint32(rows * (size // paged))
     flat = jnp.where(jnp.any(inside, axis=-1), picked, 0).astype(jnp.uint32) + offset
     cache_k, cache_v = (a.reshape(math.prod(a.shape[:-2]) * (size // paged), paged * dim) for a in (k, v))

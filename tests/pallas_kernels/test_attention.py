@@ -73,6 +73,17 @@ def test_bfloat16_is_attended_to_its_precision(implementation):
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
+def test_a_layer_outside_is_taken_as_a_slice_takes_it(implementation):
+    """A layer on the device is not known before the call."""
+    q, k, v = normal(0, 1, 2, 8), normal(1, 3, 1, 1, 20, 8), normal(2, 3, 1, 1, 20, 8)
+    attend = functools.partial(pk.masked_topk_decode_attention, implementation=implementation)
+    chosen = jnp.arange(5, dtype=jnp.int32).reshape(1, 1, 5)
+    for layer, inside in ((-1, 2), (7, 2), (1, 1)):
+        found = attend(q, k, v, chosen, layer=jnp.asarray(layer))
+        np.testing.assert_allclose(found, attend(q, k[inside], v[inside], chosen), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_nothing_chosen_gives_zero_and_the_current_token_alone_gives_its_value(implementation):
     q, k, v = normal(0, 2, 4, 8), normal(1, 2, 2, 20, 8), normal(2, 2, 2, 20, 8)
     none = jnp.zeros((2, 2, 0), jnp.int32)

@@ -13,7 +13,7 @@ from butler_jax.policies import make_policy
 
 
 def test_batches_are_a_list():
-    with pytest.raises(ValueError, match="batches must be a list, got a list_iterator, which may have no end"):
+    with pytest.raises(ValueError, match=r"batches must be a list of batches such as \[batch\], got a list_iterator"):
         make_policy("lowrank").prepare(None, iter([]))
 
 

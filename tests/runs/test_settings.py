@@ -63,10 +63,10 @@ def test_former_settings_are_read_under_their_present_names(former):
 def test_relative_texts_are_those_of_the_directory_where_the_run_began(former, tmp_path, monkeypatch):
     began = tmp_path / "began"
     began.mkdir()
-    spec = "text:a.txt,/b/c.txt,gs://d/e.jsonl#text:0.7+coreference:0.3"
+    spec = "text:a.txt,/b/c.txt,-,gs://d/e.jsonl#text:0.7+coreference:0.00003"
     (former / "config.json").write_text(json.dumps({**json.loads(FORMER), "data": spec}))
     (former / "run.json").write_text(json.dumps([{"directory": str(began)}]))
-    assert run_data(former) == f"text:{began}/a.txt,/b/c.txt,gs://d/e.jsonl#text:0.7+coreference:0.3"
+    assert run_data(former) == f"text:{began}/a.txt,/b/c.txt,-,gs://d/e.jsonl#text:0.7+coreference:0.00003"
     monkeypatch.chdir(began)
     assert run_data(former) == spec
 

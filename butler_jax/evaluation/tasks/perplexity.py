@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from butler_jax.data import Batch, find_counted
+from butler_jax.data import Batch, find_counted, require_batches
 from butler_jax.evaluation.cells import Cell
 from butler_jax.evaluation.config import EvalConfig
 from butler_jax.evaluation.contenders import EvaluatedPolicy
@@ -22,7 +22,7 @@ from butler_jax.parallel import current_mesh, hash_arrays, on_host
 from butler_jax.policies import Dense, Policy
 from butler_jax.predictors import Predictor
 from butler_jax.selection import SelectionConfig
-from butler_jax.simulation import Estimate, count_keys, estimate_ratio, require_batches, simulate
+from butler_jax.simulation import Estimate, count_keys, estimate_ratio, simulate
 from butler_jax.weights import Base
 
 BINS = 32  # of positions in a window
