@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, get_type_hints
 
@@ -102,8 +103,7 @@ def run(command: Callable[[], int]) -> int:
     try:
         return command()
     except Exception as error:
-        if str(error).startswith("Unable to initialize backend"):
-            error = ValueError(str(error).splitlines()[0])  # it names JAX_PLATFORMS
+        error = _without_backend(error)
         if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) and not _lost(error):
             raise
         if "jax" in sys.modules:
@@ -118,6 +118,17 @@ def run(command: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _without_backend(error: Exception) -> Exception:
+    """The error, as a ValueError that names JAX_PLATFORMS where JAX has no such backend."""
+    if str(error).startswith("Unable to initialize backend"):
+        return ValueError(str(error).splitlines()[0])  # it names JAX_PLATFORMS
+    found = traceback.extract_tb(error.__traceback__)[-1:]
+    if isinstance(error, AssertionError) and found and found[0].name == "backends":  # JAX 0.10 says nothing more
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return ValueError(f"JAX has no backend for JAX_PLATFORMS={asked}: install butler-jax[cuda], or leave it out")
+    return error
 
 
 def _lost(error: Exception) -> bool:

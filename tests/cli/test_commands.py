@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -357,3 +358,11 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_line():
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert not process.stderr.read() and process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_backend_that_jax_does_not_have_is_named():
+    code = "import jax; from butler_jax.cli.command_line import run; raise SystemExit(run(lambda: jax.devices() and 0))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]  # JAX may have said more before
+    assert done.returncode == 1 and last.startswith("error: ") and "JAX_PLATFORMS" in last
