@@ -1,7 +1,8 @@
-"""The pages of the documentation, and the blocks and tables in them."""
+"""The pages of the documentation, the blocks and tables in them, and the rows of the files behind them."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
@@ -36,3 +37,13 @@ def blocks(page: Path, language: str = "") -> list[str]:
 def tables(page: Path) -> list[str]:
     """The tables, as their lines stand in the page."""
     return re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def rows_of(name: str) -> list[dict]:
+    """The rows of a file in benchmarks/."""
+    return json.loads((REPOSITORY / "benchmarks" / name).read_text())["rows"]
+
+
+def cell(row: dict, scale: int = 100, digits: int = 1) -> str:
+    """A value and its standard error, as a table shows them."""
+    return f"{scale * row['value']:.{digits}f} ± {scale * row['error']:.{digits}f}"

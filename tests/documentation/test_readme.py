@@ -10,7 +10,7 @@ import pytest
 
 from butler_jax.model import FAMILIES
 from butler_jax.policies import POLICIES
-from tests.documentation.pages import DOCS, PAGES, REPOSITORY, tables
+from tests.documentation.pages import DOCS, PAGES, REPOSITORY, cell, rows_of, tables
 
 TABLES = [table for page in PAGES for table in tables(page)]
 
@@ -19,18 +19,9 @@ PROMPTED = "quality/prompted_smollm2.json"
 ALLOCATIONS = {"per_head": "per head", "per_layer": "per layer", "tolerance": "one tolerance", "top_p": "top-p"}
 
 
-def rows_of(name: str) -> list[dict]:
-    return json.loads((REPOSITORY / "benchmarks" / name).read_text())["rows"]
-
-
 def where(row: dict) -> dict:
     """The part of a task that a row is about; of perplexity, its text."""
     return {} if row["task"] == "perplexity" else row["where"]
-
-
-def cell(row: dict, scale: int = 100, digits: int = 1) -> str:
-    """A value and its standard error."""
-    return f"{scale * row['value']:.{digits}f} ± {scale * row['error']:.{digits}f}"
 
 
 def name_row(policy: str, allocation: str) -> str:
@@ -151,17 +142,6 @@ def test_the_tables_of_every_policy_are_what_was_measured():
         cells = [cell(loss), cell(js, 1000), f"{100 * loss['attended']:.1f} %"]
         line = f"| {name_row(policy, allocation)} | {' | '.join(cells)} | {100 * read['value']:.0f} % |\n"
         assert line in page, line
-
-
-def test_the_table_of_strides_is_what_was_measured():
-    page = (DOCS / "measured" / "trials.md").read_text(encoding="utf-8")
-    found: dict[int, dict[tuple, str]] = {}
-    for r in rows_of("quality/strides_tiny.json"):
-        if "stride" in r and r["metric"] == "js_divergence":
-            found.setdefault(r["stride"], {})[r["allocation"], -r["budget"]] = cell(r, 1000, 2)
-    assert len(found) == 4
-    for stride, cells in found.items():
-        assert f"| {stride} | {' | '.join(cells[key] for key in sorted(cells))} |\n" in page
 
 
 def test_the_tables_of_every_budget_are_what_was_measured():
