@@ -51,8 +51,8 @@ FIELDS = {
 def claim(run_dir: Path) -> Iterator[None]:
     """Make a run directory and hold it until this process ends. A second process is refused meanwhile.
 
-    What was made is removed again if no run began there, that is, without a config.json. The first process holds the
-    directory for all. On file systems without locks nobody holds it.
+    What was made is removed again if no run began there, that is, without a config.json, or where a run of before is
+    refused. The first process holds the directory for all. On file systems without locks nobody holds it.
 
     Raises:
         OSError: The directory cannot be written.
@@ -81,6 +81,7 @@ def _hold(run_dir: Path) -> Iterator[None]:
                 raise ValueError(f"{place} is no directory; move it away")
             if not lock.is_file() and lock.exists():
                 raise ValueError(f"{lock} is no regular file; move it away")
+            added = (run_dir / "config.json").exists() and not lock.exists()  # to what others may have made
             file = lock.open("a+", errors="replace")
         with file:
             _lock(file, run_dir)
@@ -90,8 +91,9 @@ def _hold(run_dir: Path) -> Iterator[None]:
                 file.flush()
             try:
                 yield
+                added = False
             finally:
-                if not (run_dir / "config.json").exists():
+                if added or not (run_dir / "config.json").exists():
                     (run_dir / LOCK).unlink(missing_ok=True)
     finally:
         for path in made:  # the innermost first; what is not empty stays

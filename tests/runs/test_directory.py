@@ -57,6 +57,13 @@ def test_a_directory_without_a_run_is_left_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_whose_run_is_refused_is_left_as_it_was(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="other settings"), claim(tmp_path):
+        raise ValueError("other settings")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_file_systems_without_locks_do_without(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "no locks available")
