@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluation": ["EvalConfig", "evaluate"],
         "predictors": ["PredictorConfig"],
         "selection": ["SelectionConfig"],
-        "training": ["TrainConfig", "distil", "init_predictor"],
+        "training": ["TrainConfig", "distil", "init_predictor", "weigh_errors"],
         "data": ["read_batches"],
         "simulation": ["calibrate_thresholds", "calibrate_tolerance"],
         "decoding": [

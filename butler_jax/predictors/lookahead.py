@@ -163,6 +163,14 @@ class Lookahead(Predictor):
         number = jnp.log((context.positions + 1).astype(jnp.float32) / 256)[..., None]
         return found + jnp.log(size) * of_norm[None, None] + number * of_position[None, None] + bias[None, None]
 
+    def shift_offset(self, values: Float[Array, " L"]) -> Lookahead:
+        """A copy whose offsets are larger by one number for each served layer, in nats."""
+        graph, state = nnx.split(self)
+        shifted = nnx.merge(graph, state)
+        bias = self.heads.offset_bias[...]
+        shifted.heads.offset_bias = nnx.Param(bias.at[:, 2].add((values / OFFSET_SCALE)[:, None].astype(bias.dtype)))
+        return shifted
+
     def initialise(self, model: BaseModel, batches: list[dict]) -> Lookahead:
         """Choose the rotary pairs on calibration text and copy the matching rows of the frozen projections.
 

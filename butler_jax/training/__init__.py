@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "config": ["FitConfig", "TrainConfig"],
         "distillation": ["default_run_dir", "distil", "init_predictor"],
         "loop": ["NonFiniteLoss", "Run", "check_run", "fit", "open_run"],
+        "sensitivity": ["weigh_errors"],
         "step": ["TrainState", "learning_schedule", "make_optimiser", "make_train_step", "start_state"],
     },
 )

@@ -33,3 +33,17 @@ def test_divergences_under_both_allocations_are_those_of_the_file(name, describe
     assert len(found) == count
     for begin, cells in found.items():
         assert f"| {begin} | {' | '.join(cells[key] for key in sorted(cells))} |\n" in PAGE, begin
+
+
+@pytest.mark.parametrize(("name", "weighed"), [("as trained", False), ("weighed", True)])
+def test_weighed_errors_are_those_of_the_file(name, weighed):
+    rows = [
+        r for r in rows_of("quality/weighed_tiny.json") if r["weighed"] == weighed and r["allocation"] == "tolerance"
+    ]
+    budgets = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    cells = [
+        cell(next(r for r in rows if (r["metric"], r["budget"]) == (metric, budget)), *how)
+        for metric, how in (("js_divergence", (1000, 2)), ("over_dense", (100, 1)))
+        for budget in budgets
+    ]
+    assert f"| {name} | {' | '.join(cells)} |\n" in PAGE
