@@ -47,7 +47,7 @@ def weigh_errors(base: Base, predictor: Predictor, batches: Sequence[Batch], *, 
         seed: Of the tokens that are drawn.
 
     Raises:
-        ValueError: The predictor has no offset or is another base's, or there are no batches.
+        ValueError: The predictor has no offset or is another base's, or there are no batches or only padding.
     """
     require_loaded(base, predictor)
     require_batches(batches)
@@ -61,8 +61,11 @@ def weigh_errors(base: Base, predictor: Predictor, batches: Sequence[Batch], *, 
     for number, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), number)
         total = total + np.asarray(measure_sensitivity(base.model, as_batch(batch), key), np.float64)
-    served = np.log(total[np.asarray(base.config.served_layers)]) / 2
-    return predictor.shift_offset(jnp.asarray(served - np.mean(served), jnp.float32))
+    served = total[np.asarray(base.config.served_layers)]
+    if not np.all((served > 0) & np.isfinite(served)):
+        raise ValueError("the batches do not tell what an error costs in every layer; give batches that hold text")
+    costs = np.log(served) / 2
+    return predictor.shift_offset(jnp.asarray(costs - np.mean(costs), jnp.float32))
 
 
 @jax.jit

@@ -85,6 +85,7 @@ def test_scores_of_a_layer_move_by_the_root_of_its_sensitivity():
         (PredictorConfig(rank=4, target="attention"), [text(1, 9)], "scores attention, not errors"),
         (PredictorConfig(rank=4), [], "at least one batch"),
         (PredictorConfig(rank=4), text(1, 9), "batches"),
+        (PredictorConfig(rank=4), [text(1, 9) | {"segments": np.zeros((1, 9), np.int32)}], "hold text"),
     ],
 )
 def test_what_cannot_be_weighed_is_told(config, batches, message):
